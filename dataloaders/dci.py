@@ -1,0 +1,61 @@
+"""DCI: densely captioned images (SA-1B photos with human captions of about 150 words).
+
+DCI/densely_captioned_images/splits.json        {"train": ["112956-data.json", ..], "valid": [..], "test": [..]}
+DCI/densely_captioned_images/annotations/*.json {"image": "sa_1.jpg", "short_caption": .., "extra_caption": ..}
+DCI/densely_captioned_images/photos/*.jpg
+"""
+
+from pathlib import Path
+
+from dataloaders.captions import normalise_caption
+from dataloaders.files import parallel_map, read_json, require_dir, text_field
+from dataloaders.pairs import RetrievalSet, one_caption_per_image
+
+NUM_PAIRS = 7805
+FLAG = "--dci-retrieval"
+SOURCE = "see DCI in EVAL_DATASETS.md: annotations from the DCI release, photos from SA-1B's archive sa_000138"
+
+
+def read_dci(root: str | Path) -> RetrievalSet:
+    """Reads DCI: all splits one after another, caption = short caption, newline, extra caption.
+
+    Args:
+        root: the folder that holds `densely_captioned_images`, or that folder itself.
+
+    Raises:
+        FileNotFoundError, ValueError: `splits.json` or an annotation is absent, broken or of another shape.
+    """
+    base = find_dci_base(root)
+    splits = read_json(base / "splits.json")
+    if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
+        raise ValueError(f"{base / 'splits.json'}: expected lists of annotation files under train, valid and test")
+    paths = [base / "annotations" / str(name) for names in splits.values() for name in names]
+    rows = parallel_map(_read_annotation, paths)
+    return one_caption_per_image(
+        "dci-retrieval",
+        "DCI",
+        [(base / "photos" / row[0], row[1]) for row in rows if row],
+        num_published=NUM_PAIRS,
+        missing=tuple(f"{path}: no such annotation" for path, row in zip(paths, rows) if not row),
+        source=SOURCE,
+    )
+
+
+def _read_annotation(path: Path) -> tuple[str, str] | None:
+    """Returns (photo's file name, normalised caption), or None if there is no such file."""
+    if not path.is_file():
+        return None
+    row = read_json(path)
+    caption = text_field(row, "short_caption", path) + "\n" + text_field(row, "extra_caption", path)
+    return text_field(row, "image", path), normalise_caption(caption)
+
+
+def find_dci_base(root: str | Path) -> Path:
+    """Returns the folder with `splits.json`: ROOT/densely_captioned_images or ROOT."""
+    root = require_dir(root, FLAG)
+    for base in (root / "densely_captioned_images", root):
+        if (base / "splits.json").is_file():
+            return base
+    raise FileNotFoundError(
+        f"{FLAG} {root}: neither densely_captioned_images/splits.json nor splits.json is there; {SOURCE}"
+    )

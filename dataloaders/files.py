@@ -1,0 +1,82 @@
+"""Small file helpers: JSON with errors that name the place, and many small reads at once."""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+NUM_THREADS = 32  # a network disk answers one small request in milliseconds; the waiting overlaps
+
+
+def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Applies a function that waits for the disk to every item, in threads; results keep the order."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(function, items))
+
+
+def read_json(path: Path) -> object:
+    """Reads a UTF-8 JSON file; ValueError names the file and the place if it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: broken JSON ({error}); fetch the file again") from error
+
+
+def read_json_lines(path: Path) -> list[tuple[str, dict]]:
+    """Reads a JSON-lines file of objects as (``FILE line N``, object); ValueError names file and line."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); fetch the file again") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: broken JSON ({error}); fetch the file again") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        rows.append((where, row))
+    return rows
+
+
+def text_field(row: object, key: str, where: str | Path) -> str:
+    """Returns ``row[key]`` if it is a string; ValueError names the place and the keys found otherwise."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    if not isinstance(row.get(key), str):
+        raise ValueError(f"{where}: expected text under {key!r}, found keys {sorted(row)[:8]}")
+    return row[key]
+
+
+def require_dir(path: str | Path, flag: str) -> Path:
+    """Returns the folder; FileNotFoundError with the flag's name if it is none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{flag} {path}: no such folder")
+    return path
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts ``2`` before ``10``."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]
+
+
+def file_identity(path: Path) -> object | None:
+    """Returns (device, inode) of a file, the path itself where there are no inodes, None if there is no file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return (status.st_dev, status.st_ino) if status.st_ino else path

@@ -1,0 +1,53 @@
+"""IIW: ImageInWords, three subsets with human captions of about 200 words.
+
+IIW/docci/*.jpg      IIW/DOCCI_Test/data.jsonl   {"IIW": caption, "image": "test_00731"}
+IIW/docci_aar/*.jpg  IIW/IIW-400/data.jsonl      {"IIW": caption, "image/key": "aar_test_04600"}
+IIW/dci/*.jpg        IIW/DCI_Test/data.jsonl     {"IIW": caption, "image": "sa_1545038.jpg"}
+"""
+
+from pathlib import Path
+
+from dataloaders.captions import normalise_caption
+from dataloaders.files import read_json_lines, require_dir, text_field
+from dataloaders.pairs import RetrievalSet, one_caption_per_image
+
+NUM_PAIRS = 612
+FLAG = "--iiw-retrieval"
+SOURCE = "python -m dataloaders.prepare iiw; see IIW in EVAL_DATASETS.md"
+# Subset of google/imageinwords -> image folder, in the published order.
+SUBSETS = {"DOCCI_Test": "docci", "IIW-400": "docci_aar", "DCI_Test": "dci"}
+
+
+def read_iiw(root: str | Path, annotations: str | Path | None = None) -> RetrievalSet:
+    """Reads IIW: DOCCI_Test, IIW-400, DCI_Test in this order, field `IIW`.
+
+    Args:
+        root: folder with the image folders `docci`, `docci_aar` and `dci`.
+        annotations: folder with `DOCCI_Test/data.jsonl` and so on; the root itself if None.
+
+    Raises:
+        FileNotFoundError, ValueError: an annotation file is absent, broken or of another shape.
+    """
+    root = require_dir(root, FLAG)
+    pairs = [
+        (root / folder / image, normalise_caption(caption))
+        for subset, folder in SUBSETS.items()
+        for image, caption in read_iiw_subset(annotations or root, subset)
+    ]
+    return one_caption_per_image("iiw-retrieval", "IIW", pairs, num_published=NUM_PAIRS, source=SOURCE)
+
+
+def read_iiw_subset(annotations: str | Path, subset: str) -> list[tuple[str, str]]:
+    """Returns (image file name, raw caption) of one subset, in file order."""
+    path = Path(annotations) / subset / "data.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; copy it from datasets/{subset} of github.com/google/imageinwords "
+            f"(python -m dataloaders.prepare iiw does it), or name its folder with --iiw-anno"
+        )
+    rows = []
+    for where, row in read_json_lines(path):
+        name = text_field(row, "image" if "image" in row else "image/key", where)
+        name = name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg"
+        rows.append((name, text_field(row, "IIW", where)))
+    return rows

@@ -1,0 +1,40 @@
+"""Opening image files: every mode becomes RGB, every failure names its file."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+class BrokenImageError(ValueError):
+    """An image file that exists but can't be decoded; the message names it."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any PIL mode (1, L, LA, P, RGBA, CMYK, I;16, F, ..) to 8-bit RGB, dropping alpha."""
+    if image.mode.startswith("I") or image.mode == "F":
+        # PIL clips these to 255 instead of scaling; 16-bit greyscale PNG is the usual case.
+        pixels = np.asarray(image, dtype=np.float32)
+        peak = 65535.0 if pixels.max(initial=0.0) > 255 else 255.0
+        image = Image.fromarray((pixels.clip(0, peak) * (255.0 / peak)).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """Reads an image file completely.
+
+    Args:
+        path: any format that Pillow reads.
+
+    Returns:
+        The RGB image. EXIF rotation is not applied: the published numbers were made without it.
+
+    Raises:
+        BrokenImageError: the file is absent, truncated, no image, or too large to be one.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        # SyntaxError and EOFError: what Pillow's PNG and TIFF readers raise on a broken chunk.
+        raise BrokenImageError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error

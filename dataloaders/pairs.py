@@ -1,0 +1,111 @@
+"""What every benchmark reader returns, and the check that its image files are there."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dataloaders.files import file_identity, parallel_map
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """A retrieval benchmark: images, captions, and which image each caption belongs to.
+
+    Attributes:
+        key: prefix of the published result keys, e.g. ``share4v-retrieval-1000``.
+        title: heading in tables, e.g. ``SV-1k``.
+        image_paths: one file per image, in the published order.
+        captions: normalised captions, in the published order.
+        image_of_caption: for each caption the index of its image; several captions may share one.
+        num_published: number of pairs of the full benchmark, or None where there is no such number.
+        missing: what had to be left out, one readable line per pair; empty if complete.
+        source: how to get what is missing, one line.
+    """
+
+    key: str
+    title: str
+    image_paths: tuple[Path, ...]
+    captions: tuple[str, ...]
+    image_of_caption: tuple[int, ...]
+    num_published: int | None = None
+    missing: tuple[str, ...] = ()
+    source: str = ""
+
+    def without_images(self, reasons: dict[int, str]) -> "RetrievalSet":
+        """Returns the set without some images and their captions.
+
+        Args:
+            reasons: image index -> the line that goes into `missing`.
+        """
+        if not reasons:
+            return self
+        kept = [i for i in range(len(self.image_paths)) if i not in reasons]
+        new_index = {old: new for new, old in enumerate(kept)}
+        captions = [(c, new_index[i]) for c, i in zip(self.captions, self.image_of_caption) if i in new_index]
+        return replace(
+            self,
+            image_paths=tuple(self.image_paths[i] for i in kept),
+            captions=tuple(c for c, _ in captions),
+            image_of_caption=tuple(i for _, i in captions),
+            missing=self.missing + tuple(reasons[i] for i in sorted(reasons)),
+        )
+
+
+def one_caption_per_image(key: str, title: str, pairs: Iterable[tuple[Path, str]], **fields) -> RetrievalSet:
+    """Builds a `RetrievalSet` from (image path, normalised caption) pairs."""
+    pairs = list(pairs)
+    paths, captions = tuple(p for p, _ in pairs), tuple(c for _, c in pairs)
+    empty = sum(not c for c in captions)
+    if empty:
+        logging.warning(f"{title}: {empty:,} of {len(captions):,} captions are empty; they are kept, as pairs.")
+    return RetrievalSet(key, title, paths, captions, tuple(range(len(pairs))), **fields)
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """Distinct image files behind several sets, and who uses which.
+
+    Attributes:
+        paths: one path per distinct file.
+        index: per set, for each of its images the position in `paths`.
+    """
+
+    paths: tuple[Path, ...]
+    index: tuple[tuple[int, ...], ...]
+
+
+def find_images(sets: list[RetrievalSet]) -> tuple[list[RetrievalSet], FoundImages]:
+    """Looks up every image file of all sets, in parallel.
+
+    Returns:
+        The sets without the images that have no file (named in `missing`), and the distinct files behind them. Files
+        are the same if the file system says so, so links between benchmarks are encoded once.
+    """
+    wanted = list(dict.fromkeys(path for s in sets for path in s.image_paths))
+    identity = dict(zip(wanted, parallel_map(file_identity, wanted)))
+    present = [
+        s.without_images({i: f"{p}: no such image" for i, p in enumerate(s.image_paths) if identity[p] is None})
+        for s in sets
+    ]
+    position: dict[object, int] = {}
+    paths: list[Path] = []
+    for path in (p for s in present for p in s.image_paths):
+        if identity[path] not in position:
+            position[identity[path]] = len(paths)
+            paths.append(path)
+    index = tuple(tuple(position[identity[p]] for p in s.image_paths) for s in present)
+    return present, FoundImages(tuple(paths), index)
+
+
+def describe_missing(retrieval_set: RetrievalSet) -> str:
+    """Returns a paragraph with the count, the first ten missing items and how to get them."""
+    shown = retrieval_set.missing[:10]
+    total = len(retrieval_set.missing) + len(retrieval_set.captions)
+    lines = [f"{retrieval_set.title}: {len(retrieval_set.missing):,} of {total:,} pairs are missing:"]
+    lines += [f"  {line}" for line in shown]
+    if len(shown) < len(retrieval_set.missing):
+        lines.append(f"  .. and {len(retrieval_set.missing) - len(shown):,} more")
+    if retrieval_set.source:
+        lines.append(f"  To get them: {retrieval_set.source}")
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""ShareGPT4V 1k and 10k: SA-1B images with captions by GPT-4V's student, about 170 words.
+
+ANNO.json  [{"image": "sam/images/sa_1.jpg", "conversations": [{"from": "human", ..}, {"from": "gpt", "value": ..}]}]
+ROOT/..    SA-1B images, in any tree
+"""
+
+import os
+from pathlib import Path
+
+from dataloaders.captions import normalise_caption
+from dataloaders.files import file_identity, parallel_map, read_json, require_dir, text_field
+from dataloaders.pairs import RetrievalSet, one_caption_per_image
+
+FLAG = "--share4v-retrieval"
+ANNO_FLAG = "--share4v-anno"
+NUM_FLAG = "--share4v_val_num"
+SOURCE = "see ShareGPT4V in EVAL_DATASETS.md: SA-1B archives sa_000000 to sa_000050"
+
+
+def read_share4v(root: str | Path, annotations: str | Path, sizes: list[int]) -> list[RetrievalSet]:
+    """Reads the first N items of the list, for each N of `sizes`.
+
+    Args:
+        root: folder with SA-1B images. An image is looked up by its path in the list, else by its file name anywhere
+            below the root: published trees differ.
+        annotations: the JSON list, as `python -m dataloaders.prepare share4v` cuts it.
+        sizes: numbers of pairs; 1000 and 10000 are the published ones.
+
+    Raises:
+        FileNotFoundError, ValueError: list absent, broken or shorter than asked for; a file name found twice.
+    """
+    root = require_dir(root, FLAG)
+    items = read_items(annotations)[: max(sizes)]
+    if len(items) < max(sizes):
+        raise ValueError(
+            f"{NUM_FLAG} {max(sizes)}: only {len(items):,} annotations in {annotations}; lower the number or complete "
+            f"the file"
+        )
+    paths = resolve_images(root, [image for image, _ in items])
+    captions = [normalise_caption(caption) for _, caption in items]
+    pairs = list(zip(paths, captions))
+    return [
+        one_caption_per_image(
+            f"share4v-retrieval-{n}",
+            f"SV-{n // 1000}k" if n % 1000 == 0 else f"SV-{n}",
+            pairs[:n],
+            num_published=n,
+            source=SOURCE,
+        )
+        for n in sizes
+    ]
+
+
+def read_items(annotations: str | Path) -> list[tuple[str, str]]:
+    """Returns (image path as written, raw caption) of every item of a ShareGPT4V list."""
+    path = Path(annotations)
+    if not path.is_file():
+        raise FileNotFoundError(f"{ANNO_FLAG} {path}: no such file; make it with python -m dataloaders.prepare share4v")
+    items = read_json(path)
+    if not isinstance(items, list):
+        raise ValueError(f"{ANNO_FLAG} {path}: expected a JSON list, found {type(items).__name__}")
+    return [_read_item(item, f"{path} item {number}") for number, item in enumerate(items)]
+
+
+def _read_item(item: object, where: str) -> tuple[str, str]:
+    image = text_field(item, "image", where)
+    turns = item.get("conversations")
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise ValueError(f"{where}: expected two entries under 'conversations' (question, caption)")
+    return image, text_field(turns[1], "value", f"{where}, conversations[1]")
+
+
+def resolve_images(root: Path, names: list[str]) -> list[Path]:
+    """Finds each image below the root: by its path, else by its file name anywhere.
+
+    Returns:
+        One path per name; ROOT/name where there is no such file, for the caller to report.
+
+    Raises:
+        ValueError: a file name that is needed lies in two folders; nobody can tell which one is meant.
+    """
+    by_path = [root / name for name in names]
+    unresolved = {p.name for p, found in zip(by_path, parallel_map(file_identity, by_path)) if found is None}
+    if not unresolved:
+        return by_path
+    found: dict[str, list[str]] = {}
+    for folder, _, files in os.walk(root, followlinks=True):
+        for name in unresolved.intersection(files):
+            found.setdefault(name, []).append(os.path.join(folder, name))
+    for name, places in found.items():
+        if len(places) > 1:
+            raise ValueError(
+                f"{FLAG} {root}: {name} lies in {len(places)} folders ({', '.join(sorted(places)[:2])}); "
+                f"remove one, or arrange the tree as the list names it"
+            )
+    return [Path(found[p.name][0]) if p.name in found else p for p in by_path]

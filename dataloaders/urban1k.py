@@ -1,0 +1,62 @@
+"""Urban1k: 1,000 busy street scenes with captions of about 100 words, in either public form.
+
+ROOT/image/N.jpg   ROOT/caption/N.txt                     caption = first line
+ROOT/images/N.jpg  ROOT/annotations/annotations.json      {"annotations": [{"image", "caption", ..}]}
+"""
+
+from pathlib import Path
+
+from dataloaders.captions import normalise_caption
+from dataloaders.files import natural_key, parallel_map, read_json, require_dir, text_field
+from dataloaders.pairs import RetrievalSet, one_caption_per_image
+
+NUM_PAIRS = 1000
+FLAG = "--urban1k-retrieval"
+SOURCE = "see Urban1k in EVAL_DATASETS.md: Urban1k.zip of the Long-CLIP project"
+
+
+def read_urban1k(root: str | Path) -> RetrievalSet:
+    """Reads Urban1k, sorted by name (1, 2, .., 10), so that the order never depends on the file system.
+
+    Raises:
+        FileNotFoundError, ValueError: neither public form is there, or a caption file is broken.
+    """
+    root = require_dir(root, FLAG)
+    for base in (root, root / "Urban1k"):
+        if (base / "caption").is_dir():
+            pairs = _read_text_files(base)
+        elif (base / "annotations" / "annotations.json").is_file():
+            pairs = _read_annotations(base)
+        else:
+            continue
+        return one_caption_per_image("urban1k-retrieval", "Urban1k", pairs, num_published=NUM_PAIRS, source=SOURCE)
+    raise FileNotFoundError(f"{FLAG} {root}: neither caption/ nor annotations/annotations.json is there; {SOURCE}")
+
+
+def _read_text_files(base: Path) -> list[tuple[Path, str]]:
+    # macOS leaves ._1.txt beside 1.txt.
+    paths = [path for path in (base / "caption").glob("*.txt") if not path.name.startswith(".")]
+    paths.sort(key=lambda path: natural_key(path.stem))
+    captions = parallel_map(_first_line, paths)
+    return [(base / "image" / f"{p.stem}.jpg", normalise_caption(c)) for p, c in zip(paths, captions)]
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n", 1)[0]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); fetch the file again") from error
+
+
+def _read_annotations(base: Path) -> list[tuple[Path, str]]:
+    path = base / "annotations" / "annotations.json"
+    content = read_json(path)
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list under 'annotations'")
+    pairs = []
+    for number, row in enumerate(rows):
+        where = f"{path} item {number}"
+        image, caption = text_field(row, "image", where), text_field(row, "caption", where)
+        pairs.append((base / "images" / image, normalise_caption(caption.split("\n", 1)[0])))
+    return sorted(pairs, key=lambda pair: natural_key(pair[0].stem))

@@ -1,0 +1,121 @@
+"""Processes of one run: who am I, and the few collectives an evaluation needs. One process needs none of them."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from open_clip_train.distributed import init_distributed_device_so
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DistEnv:
+    """This process among all of a run.
+
+    Attributes:
+        rank: 0 .. world_size - 1; rank 0 writes files and talks.
+        world_size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def distributed(device: str | None) -> Iterator[DistEnv]:
+    """Joins the process group that torchrun or srun describe in the environment, and leaves it at the end.
+
+    Args:
+        device: ``cuda``, ``cpu``, ..; None takes CUDA if there is a device. Under several processes each takes the
+            device of its local rank.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    info = init_distributed_device_so(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        yield DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_device(device: str | None) -> None:
+    """Raises ValueError for a device that this machine does not have, instead of falling back silently."""
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+        torch.empty(0, device=kind)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device}: not usable here ({reason}); leave it out or take cpu") from error
+
+
+def broadcast_object(value: T, env: DistEnv) -> T:
+    """Returns rank 0's value on every rank."""
+    if env.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=env.device)
+    return box[0]
+
+
+def raise_together(error: Exception | None, env: DistEnv) -> None:
+    """Raises on every rank if any rank has an error, so that no rank waits for one that stopped.
+
+    The rank that failed raises its own error, the others the first one's.
+    """
+    if env.world_size == 1:
+        errors = [error]
+    else:
+        errors = [None] * env.world_size
+        dist.all_gather_object(errors, error)
+    failed = [(rank, e) for rank, e in enumerate(errors) if e is not None]
+    if error is not None:
+        raise error
+    if failed:
+        logging.error(f"rank {failed[0][0]} failed")
+        raise failed[0][1]
+
+
+def sum_over_ranks(tensor: torch.Tensor, env: DistEnv, chunk_rows: int = 65536) -> torch.Tensor:
+    """Adds a CPU tensor up over all ranks, in place, some rows at a time so that a GPU holds only a chunk.
+
+    Where each row is set on one rank and zero on the others, this is an exact gather: x + 0 = x.
+    """
+    if env.world_size > 1:
+        for start in range(0, tensor.shape[0], chunk_rows):
+            chunk = tensor[start : start + chunk_rows].to(env.device)
+            dist.all_reduce(chunk)
+            tensor[start : start + chunk_rows] = chunk.cpu()
+    return tensor
+
+
+def merge_over_ranks(entries: dict, env: DistEnv) -> dict:
+    """Returns the union of all ranks' dicts, sorted by key, the same on every rank."""
+    parts = [entries]
+    if env.world_size > 1:
+        parts = [{}] * env.world_size
+        dist.all_gather_object(parts, entries)
+    return dict(sorted(item for part in parts for item in part.items()))
+
+
+def max_over_ranks(value: int, env: DistEnv) -> int:
+    """Returns the largest value of all ranks."""
+    if env.world_size == 1:
+        return value
+    box = torch.tensor(value, device=env.device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)

@@ -1,0 +1,31 @@
+"""The entry point: `python -m training.main --help`. Evaluates long text-image retrieval from flags.
+
+    python -m training.main --urban1k-retrieval data/Urban1k --model ViT-B-16 --pretrained openai
+    torchrun --nproc_per_node 8 -m training.main --dci-retrieval data/dci --model ViT-B-16 --pretrained openai
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from training.params import parse_args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line.
+
+    Returns:
+        Exit code: 0 done, 1 the run failed on its data, 2 the command can't be run as it stands, 130 Ctrl-C.
+    """
+    args = parse_args(argv)  # before anything heavy is imported: --help and typos answer at once
+    try:
+        from training.evaluate import evaluate
+
+        return evaluate(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

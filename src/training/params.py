@@ -1,0 +1,149 @@
+"""Flags: one parser in groups, one check before any work. Imports nothing heavy, so that --help answers at once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
+RETRIEVAL_FLAGS = ("--dci-retrieval", "--iiw-retrieval", "--share4v-retrieval", "--urban1k-retrieval")
+
+DESCRIPTION = """\
+Evaluate long text-image retrieval for any open_clip model.
+
+  python -m training.main --urban1k-retrieval DATA/Urban1k --model ViT-B-16 --pretrained openai
+  torchrun --nproc_per_node 8 -m training.main --dci-retrieval DATA/dci --iiw-retrieval DATA/iiw ..
+"""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses and checks the command line; the result is read-only from here on.
+
+    Args:
+        argv: words after the program's name; `sys.argv[1:]` if None. Flags are accepted with `-` or `_` between words.
+
+    Raises:
+        SystemExit: code 2 with one clear line for a usage error, 0 after --help.
+    """
+    parser = build_parser()
+    words = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+    args = parser.parse_args(words)
+    try:
+        validate_args(args)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return args
+
+
+def _with_hyphens(word: str) -> str:
+    """``--share4v_val_num=1,2`` -> ``--share4v-val-num=1,2``: both spellings are published."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser with all groups of flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.main",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Flags may be written with - or _ between words. Exit codes: 0 done, 1 failed, 2 usage error, 130 Ctrl-C.",
+    )
+    _add_model_args(parser.add_argument_group("model"))
+    _add_retrieval_args(parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)"))
+    _add_compute_args(parser.add_argument_group("compute"))
+    _add_output_args(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_model_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", default="ViT-B-32", metavar="NAME",
+                       help="open_clip's name, local-dir:FOLDER or hf-hub:ORG/REPO (default: %(default)s)")
+    group.add_argument("--pretrained", default=None, metavar="TAG|FILE",
+                       help="open_clip's tag (openai, laion2b_s34b_b88k, ..) or weights, .pt or .safetensors; "
+                            "without it the model is untrained")
+    group.add_argument("--cache-dir", default=None, metavar="DIR",
+                       help="where downloaded weights and tokenizers are kept and looked up first")
+    group.add_argument("--precision", default="fp32", choices=PRECISIONS, metavar="P",
+                       help="%(choices)s (default: %(default)s; on CPU: fp32, bf16, amp_bf16)")
+
+
+def _add_retrieval_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--dci-retrieval", metavar="DIR", help="DCI: folder with densely_captioned_images/")
+    group.add_argument("--iiw-retrieval", metavar="DIR", help="ImageInWords: folder with docci/, docci_aar/, dci/")
+    group.add_argument("--iiw-anno", metavar="DIR",
+                       help="folder with DOCCI_Test/, IIW-400/, DCI_Test/data.jsonl (default: the IIW folder)")
+    group.add_argument("--share4v-retrieval", metavar="DIR", help="ShareGPT4V: folder with SA-1B images, in any tree")
+    group.add_argument("--share4v-anno", metavar="FILE", help="its list of captions (dataloaders.prepare share4v)")
+    group.add_argument("--share4v-val-num", type=_positive_numbers, default=(1000, 10000), metavar="N,N",
+                       help="sizes to evaluate, from the start of the list (default: 1000,10000)")
+    group.add_argument("--urban1k-retrieval", metavar="DIR", help="Urban1k: folder with image/ and caption/")
+    group.add_argument("--allow-missing", action="store_true",
+                       help="evaluate the pairs whose images are there and readable; every result then gives the count")
+
+
+def _add_compute_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch-size", type=_positive, default=64, metavar="N",
+                       help="images or captions per step and process (default: %(default)s)")
+    group.add_argument("--workers", type=_not_negative, default=4, metavar="N",
+                       help="loader processes per process; 0 loads in line (default: %(default)s)")
+    group.add_argument("--device", default=None, metavar="DEV", help="cuda, cpu, mps, .. (default: cuda if there is one)")
+    group.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="random weights of an untrained model (default: %(default)s)")
+
+
+def _add_output_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--logs", default="logs", metavar="DIR", help="folder of all runs (default: ./%(default)s)")
+    group.add_argument("--name", default=None, metavar="NAME",
+                       help="this run's folder below it (default: time, model and precision)")
+
+
+def _integer(text: str, minimum: int) -> int:
+    if not text.strip().lstrip("-").isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, found {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _positive_numbers(text: str) -> tuple[int, ...]:
+    """``1000,10000`` -> (1000, 10000)."""
+    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
+
+
+def has_retrieval(args: argparse.Namespace) -> bool:
+    """Tells whether any retrieval benchmark is asked for."""
+    return any(getattr(args, flag[2:].replace("-", "_")) for flag in RETRIEVAL_FLAGS)
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Checks combinations of flags and the paths that need no reading.
+
+    Raises:
+        ValueError: the message names the flag, what was found and what to do.
+    """
+    if not has_retrieval(args):
+        raise ValueError(f"nothing to do: name a data set with {', '.join(RETRIEVAL_FLAGS[:-1])} or {RETRIEVAL_FLAGS[-1]}")
+    if args.share4v_retrieval and not args.share4v_anno:
+        raise ValueError(
+            "--share4v-retrieval needs --share4v-anno FILE, the list of captions; "
+            "python -m dataloaders.prepare share4v makes it (see EVAL_DATASETS.md)"
+        )
+    for flag, needs in (("share4v_anno", "share4v_retrieval"), ("iiw_anno", "iiw_retrieval")):
+        if getattr(args, flag) and not getattr(args, needs):
+            raise ValueError(f"--{flag} has no effect without --{needs}; add it or leave both".replace("_", "-"))
+    if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
+        raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} brings its own weights")
+    if args.name and (os.sep in args.name or args.name in (".", "..")):
+        raise ValueError(f"--name {args.name}: expected one folder name; use --logs for the folder above it")
+    if os.path.exists(args.logs) and not os.path.isdir(args.logs):
+        raise ValueError(f"--logs {args.logs}: is a file, expected a folder")

@@ -1,0 +1,136 @@
+"""Ranks, recall and intervals against brute force, the published numbers, and arithmetic done by hand."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training.metrics import (
+    RankCounts,
+    bootstrap_interval,
+    count_ranks,
+    expected_rank,
+    hit_probability,
+    summarise,
+)
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def unit(*shape, seed=0, dtype=torch.float32):
+    return torch.nn.functional.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1
+    )
+
+
+def test_equals_the_published_numbers():
+    saved = np.load(REFERENCE / "retrieval.npz")
+    expected = json.loads((REFERENCE / "retrieval.json").read_text())
+    image, text = torch.from_numpy(saved["image"]), torch.from_numpy(saved["text"])
+    for direction, counts in zip(("image_to_text", "text_to_image"), count_ranks(image, text, torch.arange(200))):
+        got = summarise(counts)
+        for k in (1, 5, 10):
+            assert got[f"top{k}"] == pytest.approx(expected[f"{direction}_R@{k}"], abs=1e-9)
+        assert got["mean-rank"] == pytest.approx(expected[f"{direction}_mean_rank"])
+        # The reference's median is of ranks as whole numbers too; 200 queries have no ties.
+        assert got["median-rank"] == pytest.approx(expected[f"{direction}_median_rank"])
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64, 4096])
+@pytest.mark.parametrize("num_images,captions_per_image", [(37, 1), (13, 5)])
+def test_equals_brute_force_argsort(num_images, captions_per_image, block_size):
+    owner = torch.arange(num_images).repeat_interleave(captions_per_image)[
+        torch.randperm(num_images * captions_per_image, generator=torch.Generator().manual_seed(1))
+    ]
+    image, text = unit(num_images, 8, seed=2), unit(len(owner), 8, seed=3)
+    i2t, t2i = count_ranks(image, text, owner, block_size=block_size)
+    score = image.double() @ text.double().T
+    order = score.argsort(dim=1, descending=True)
+    for i in range(num_images):
+        # Rank of the first right caption among the wrong ones: other right captions do not push it down.
+        places = [n for n, t in enumerate(order[i]) if owner[t] == i]
+        assert expected_rank(i2t)[i] == places[0] + 1
+    order = score.argsort(dim=0, descending=True)
+    for t in range(len(owner)):
+        assert expected_rank(t2i)[t] == (order[:, t] == owner[t]).nonzero().item() + 1
+
+
+def test_ties_are_the_mean_over_all_orders():
+    # Scores on a coarse grid, so that ties are many; the truth is the mean over every order of the candidates.
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(-1, 2, (6, 3), generator=generator).double()
+    text = torch.randint(-1, 2, (6, 3), generator=generator).double()
+    image = image[:5]
+    owner = torch.tensor([0, 1, 1, 2, 3, 4])
+    i2t, t2i = count_ranks(image, text, owner)
+    score = image @ text.T
+
+    def brute_force(scores, is_right, k):
+        hits, ranks = [], []
+        for order in itertools.permutations(range(len(scores))):
+            ranking = sorted(order, key=lambda c: -scores[c].item())
+            place = next(n for n, c in enumerate(ranking) if is_right[c])
+            hits.append(place < k)
+            ranks.append(place + 1)
+        return np.mean(hits), np.mean(ranks)
+
+    for k in (1, 2, 4):
+        for i in range(5):
+            hit, mean_rank = brute_force(score[i], owner == i, k)
+            assert hit_probability(i2t, k)[i].item() == pytest.approx(hit)
+            assert expected_rank(i2t)[i].item() == pytest.approx(mean_rank)
+        for t in range(6):
+            hit, mean_rank = brute_force(score[:, t], torch.arange(5) == owner[t], k)
+            assert hit_probability(t2i, k)[t].item() == pytest.approx(hit)
+            assert expected_rank(t2i)[t].item() == pytest.approx(mean_rank)
+
+
+@pytest.mark.parametrize("num_pairs", [10, 1001])
+def test_a_constant_model_scores_one_in_n(num_pairs):
+    features = unit(1, 96).expand(num_pairs, 96)
+    for counts in count_ranks(features, features, torch.arange(num_pairs), block_size=64):
+        result = summarise(counts)
+        assert result["top1"] == pytest.approx(1 / num_pairs)
+        assert result["top10"] == pytest.approx(10 / num_pairs)
+        assert result["mean-rank"] == pytest.approx((num_pairs + 1) / 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_shares_of_several_processes_add_up(world_size):
+    image, text = unit(50, 4, seed=5), unit(50, 4, seed=6)
+    text[10:20] = text[10]
+    whole = count_ranks(image, text, torch.arange(50), block_size=8)
+    parts = [
+        count_ranks(image, text, torch.arange(50), block_size=8, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    for direction in (0, 1):
+        for field in ("better", "tied"):
+            assert torch.equal(sum(getattr(p[direction], field) for p in parts), getattr(whole[direction], field)), (
+                field
+            )
+
+
+def test_an_image_without_caption_is_an_error():
+    with pytest.raises(ValueError, match="image 2 has no caption"):
+        count_ranks(unit(3, 4), unit(2, 4), torch.tensor([0, 1]))
+
+
+def test_bootstrap_interval_is_that_of_resampled_queries():
+    hits = (torch.arange(400) < 100).double()
+    low, high = bootstrap_interval(hits)
+    rng = np.random.default_rng(1)
+    means = [hits.numpy()[rng.integers(0, 400, 400)].mean() for _ in range(4000)]
+    assert low == pytest.approx(np.percentile(means, 2.5), abs=0.008)
+    assert high == pytest.approx(np.percentile(means, 97.5), abs=0.008)
+    assert bootstrap_interval(torch.ones(30, dtype=torch.float64)) == (1.0, 1.0)
+
+
+def test_right_duplicates_share_the_first_place():
+    counts = RankCounts(torch.tensor([0]), torch.tensor([3]), torch.tensor([2]))
+    # Two right and three wrong candidates with one score: 2 of 5 for the first place.
+    assert hit_probability(counts, 1).item() == pytest.approx(2 / 5)
+    assert hit_probability(counts, 4).item() == pytest.approx(1.0)
