@@ -160,7 +160,8 @@ def _encode(
         for batch in _progress(_loader(dataset, env, options), dataset.batches, unit, env):
             broken.update(batch.broken)
             if batch.broken and not allow_broken:
-                raise BrokenImageError(next(iter(batch.broken.values())))
+                reason = next(iter(batch.broken.values()))
+                raise BrokenImageError(f"{reason}; replace the file, or add --allow-missing to leave it out")
             if batch.positions:
                 features.append((batch.positions, _forward(tower, batch.inputs, env, options)))
                 lost_tokens[batch.positions] = batch.lost_tokens
@@ -172,9 +173,7 @@ def _encode(
     everything = torch.zeros(num_items, dim)
     for positions, rows in features:
         everything[positions] = rows
-    return Encoding(
-        sum_over_ranks(everything, env), merge_over_ranks(broken, env), sum_over_ranks(lost_tokens, env)
-    )
+    return Encoding(sum_over_ranks(everything, env), merge_over_ranks(broken, env), sum_over_ranks(lost_tokens, env))
 
 
 def _loader(dataset: Dataset, env: DistEnv, options: ComputeOptions) -> DataLoader:

@@ -4,17 +4,20 @@ import argparse
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from dataloaders.images import BrokenImageError
+from dataloaders.pairs import describe_missing
 from training.distributed import DistEnv, broadcast_object, check_device, distributed
 from training.encode import ComputeOptions, encode_images, encode_texts
 from training.model.factory import create_encoder
 from training.model.source import file_sha256, resolve_weights
 from training.model.truncation import count_lost_tokens
-from training.results import format_markdown, format_table, write_results
+from training.results import format_markdown, format_pairs, format_table, write_results
 from training.retrieval import RetrievalWork, evaluate_retrieval, plan_retrieval, read_benchmarks
 
 CPU_PRECISIONS = ("fp32", "bf16", "pure_bf16", "amp_bf16", "amp_bfloat16")
@@ -45,22 +48,88 @@ def evaluate(args: argparse.Namespace) -> int:
         try:
             plan = _agree(lambda: _check(args, env), env)
             parts = create_encoder(
-                args.model, args.pretrained, precision=args.precision, device=env.device, cache_dir=args.cache_dir,
+                args.model,
+                args.pretrained,
+                precision=args.precision,
+                device=env.device,
+                cache_dir=args.cache_dir,
                 seed=args.seed,
             )
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             return _fail(error, 2, env)
         options = ComputeOptions(args.batch_size, args.workers, args.precision)
+        count_lost = partial(count_lost_tokens, parts.tokenizer)
         try:
             images = encode_images(
                 parts.model, parts.preprocess, plan.work.images.paths, env, options, allow_broken=args.allow_missing
             )
+            texts = encode_texts(parts.model, parts.tokenizer, count_lost, plan.work.texts, env, options)
+            records = evaluate_retrieval(plan.work, images, texts, env)
         except BrokenImageError as error:
-            return _fail(ValueError(f"{error}; replace the file, or add --allow-missing to leave it out"), 1, env)
-        texts = encode_texts(
-            parts.model, parts.tokenizer, lambda t: count_lost_tokens(parts.tokenizer, t), plan.work.texts, env, options
-        )
-        records = evaluate_retrieval(plan.work, images, texts, env)
+            return _fail(error, 1, env)
         if env.is_main:
             _report(args, plan, records, env, time.monotonic() - start)
     return 0
+
+
+def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
+    """Everything that can be wrong with the command, found out before a model is built. Rank 0 only.
+
+    Raises:
+        ValueError, FileNotFoundError: the message says what is wrong and what to do.
+    """
+    if env.device.type == "cpu" and args.precision not in CPU_PRECISIONS:
+        raise ValueError(f"--precision {args.precision} needs a GPU; on CPU take one of {', '.join(CPU_PRECISIONS)}")
+    work = plan_retrieval(read_benchmarks(args), args.allow_missing)
+    weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
+    if weights is None:
+        logging.warning(f"{args.model} is UNTRAINED: no --pretrained is given, so its numbers are those of chance.")
+    name = args.name or "-".join(
+        [datetime.now().strftime("%Y_%m_%d-%H_%M_%S"), args.model.replace("/", "-").replace(":", "-"), args.precision]
+    )
+    folder = Path(args.logs) / name / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)  # a full or read-only disk shows now, not after an hour of encoding
+    return Plan(work, file_sha256(weights) if weights else None, folder)
+
+
+def _agree(check: Callable[[], Plan], env: DistEnv) -> Plan:
+    """Runs a check on rank 0; every rank gets its result, or raises its error."""
+    outcome = None
+    if env.is_main:
+        try:
+            outcome = check()
+        except (ValueError, OSError) as error:
+            outcome = error
+    outcome = broadcast_object(outcome, env)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _fail(error: Exception, code: int, env: DistEnv | None = None) -> int:
+    """Says once, on rank 0, what is wrong; returns the exit code."""
+    if env is None or env.is_main:
+        print(f"python -m training.main: error: {error}", file=sys.stderr)
+    return code
+
+
+def _report(args: argparse.Namespace, plan: Plan, records: list[dict], env: DistEnv, seconds: float) -> None:
+    path = write_results(
+        records,
+        plan.folder,
+        args,
+        plan.weights_sha256,
+        {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)},
+    )
+    label = args.model if args.pretrained is None else f"{args.model} {args.pretrained}"
+    print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
+    print(format_table(records))
+    for s, record in zip(plan.work.sets, records):
+        if record["num_pairs"] != record["num_expected"]:
+            print(
+                f"\n{record['title']}: {format_pairs(record)} pairs; {record['num_missing']:,} missing, "
+                f"{record['num_broken']:,} unreadable. Not comparable with the full benchmark."
+            )
+            if record["num_missing"]:
+                print(describe_missing(s))
+    print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(records, label)}\n\nResults: {path}")

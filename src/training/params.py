@@ -50,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Flags may be written with - or _ between words. Exit codes: 0 done, 1 failed, 2 usage error, 130 Ctrl-C.",
+        epilog="Flags may be written with - or _ between words.\n"
+        "Exit codes: 0 done, 1 failed on its data, 2 usage error, 130 Ctrl-C.",
     )
     _add_model_args(parser.add_argument_group("model"))
     _add_retrieval_args(parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)"))
@@ -60,45 +61,87 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_model_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", default="ViT-B-32", metavar="NAME",
-                       help="open_clip's name, local-dir:FOLDER or hf-hub:ORG/REPO (default: %(default)s)")
-    group.add_argument("--pretrained", default=None, metavar="TAG|FILE",
-                       help="open_clip's tag (openai, laion2b_s34b_b88k, ..) or weights, .pt or .safetensors; "
-                            "without it the model is untrained")
-    group.add_argument("--cache-dir", default=None, metavar="DIR",
-                       help="where downloaded weights and tokenizers are kept and looked up first")
-    group.add_argument("--precision", default="fp32", choices=PRECISIONS, metavar="P",
-                       help="%(choices)s (default: %(default)s; on CPU: fp32, bf16, amp_bf16)")
+    group.add_argument(
+        "--model",
+        default="ViT-B-32",
+        metavar="NAME",
+        help="open_clip's name, local-dir:FOLDER or hf-hub:ORG/REPO (default: %(default)s)",
+    )
+    group.add_argument(
+        "--pretrained",
+        default=None,
+        metavar="TAG|FILE",
+        help="open_clip's tag (openai, laion2b_s34b_b88k, ..) or weights, .pt or .safetensors; "
+        "without it the model is untrained",
+    )
+    group.add_argument(
+        "--cache-dir",
+        default=None,
+        metavar="DIR",
+        help="where downloaded weights and tokenizers are kept and looked up first",
+    )
+    group.add_argument(
+        "--precision",
+        default="fp32",
+        choices=PRECISIONS,
+        metavar="P",
+        help="%(choices)s (default: %(default)s; on CPU: fp32, bf16, amp_bf16)",
+    )
 
 
 def _add_retrieval_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dci-retrieval", metavar="DIR", help="DCI: folder with densely_captioned_images/")
     group.add_argument("--iiw-retrieval", metavar="DIR", help="ImageInWords: folder with docci/, docci_aar/, dci/")
-    group.add_argument("--iiw-anno", metavar="DIR",
-                       help="folder with DOCCI_Test/, IIW-400/, DCI_Test/data.jsonl (default: the IIW folder)")
+    group.add_argument(
+        "--iiw-anno",
+        metavar="DIR",
+        help="folder with DOCCI_Test/, IIW-400/, DCI_Test/data.jsonl (default: the IIW folder)",
+    )
     group.add_argument("--share4v-retrieval", metavar="DIR", help="ShareGPT4V: folder with SA-1B images, in any tree")
     group.add_argument("--share4v-anno", metavar="FILE", help="its list of captions (dataloaders.prepare share4v)")
-    group.add_argument("--share4v-val-num", type=_positive_numbers, default=(1000, 10000), metavar="N,N",
-                       help="sizes to evaluate, from the start of the list (default: 1000,10000)")
+    group.add_argument(
+        "--share4v-val-num",
+        type=_positive_numbers,
+        default=(1000, 10000),
+        metavar="N,N",
+        help="sizes to evaluate, from the start of the list (default: 1000,10000)",
+    )
     group.add_argument("--urban1k-retrieval", metavar="DIR", help="Urban1k: folder with image/ and caption/")
-    group.add_argument("--allow-missing", action="store_true",
-                       help="evaluate the pairs whose images are there and readable; every result then gives the count")
+    group.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="evaluate the pairs whose images are there and readable; every result then gives the count",
+    )
 
 
 def _add_compute_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--batch-size", type=_positive, default=64, metavar="N",
-                       help="images or captions per step and process (default: %(default)s)")
-    group.add_argument("--workers", type=_not_negative, default=4, metavar="N",
-                       help="loader processes per process; 0 loads in line (default: %(default)s)")
-    group.add_argument("--device", default=None, metavar="DEV", help="cuda, cpu, mps, .. (default: cuda if there is one)")
-    group.add_argument("--seed", type=int, default=0, metavar="N",
-                       help="random weights of an untrained model (default: %(default)s)")
+    group.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="images or captions per step and process (default: %(default)s)",
+    )
+    group.add_argument(
+        "--workers",
+        type=_not_negative,
+        default=4,
+        metavar="N",
+        help="loader processes per process; 0 loads in line (default: %(default)s)",
+    )
+    group.add_argument(
+        "--device", default=None, metavar="DEV", help="cuda, cpu, mps, .. (default: cuda if there is one)"
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random weights of an untrained model (default: %(default)s)"
+    )
 
 
 def _add_output_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--logs", default="logs", metavar="DIR", help="folder of all runs (default: ./%(default)s)")
-    group.add_argument("--name", default=None, metavar="NAME",
-                       help="this run's folder below it (default: time, model and precision)")
+    group.add_argument(
+        "--name", default=None, metavar="NAME", help="this run's folder below it (default: time, model and precision)"
+    )
 
 
 def _integer(text: str, minimum: int) -> int:
@@ -132,7 +175,9 @@ def validate_args(args: argparse.Namespace) -> None:
         ValueError: the message names the flag, what was found and what to do.
     """
     if not has_retrieval(args):
-        raise ValueError(f"nothing to do: name a data set with {', '.join(RETRIEVAL_FLAGS[:-1])} or {RETRIEVAL_FLAGS[-1]}")
+        raise ValueError(
+            f"nothing to do: name a data set with {', '.join(RETRIEVAL_FLAGS[:-1])} or {RETRIEVAL_FLAGS[-1]}"
+        )
     if args.share4v_retrieval and not args.share4v_anno:
         raise ValueError(
             "--share4v-retrieval needs --share4v-anno FILE, the list of captions; "

@@ -10,6 +10,7 @@ import torch
 
 from dataloaders.dci import read_dci
 from dataloaders.iiw import read_iiw
+from dataloaders.images import BrokenImageError
 from dataloaders.pairs import FoundImages, RetrievalSet, describe_missing, find_images
 from dataloaders.share4v import read_share4v
 from dataloaders.urban1k import read_urban1k
@@ -59,7 +60,9 @@ def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWo
     sets, images = find_images(sets)
     incomplete = [describe_missing(s) for s in sets if s.missing]
     if incomplete and not allow_missing:
-        raise FileNotFoundError("\n".join(incomplete + ["Complete the data, or add --allow-missing to evaluate the rest."]))
+        raise FileNotFoundError(
+            "\n".join(incomplete + ["Complete the data, or add --allow-missing to evaluate the rest."])
+        )
     for s in sets:
         if not s.captions:
             detail = describe_missing(s) if s.missing else f"{s.title}: no pairs found; {s.source}"
@@ -81,7 +84,11 @@ def evaluate_retrieval(
         block_size: rows of the similarity matrix that are held at a time.
 
     Returns:
-        One record per set: title, key, counts of pairs, truncation, and ``i2t`` and ``t2i`` as `metrics.summarise` gives.
+        One record per set: title, key, counts of pairs, truncation, and under ``i2t`` and ``t2i`` what
+        `metrics.summarise` gives.
+
+    Raises:
+        BrokenImageError: not one readable image is left in a set.
     """
     records = []
     for number, whole in enumerate(work.sets):
@@ -89,7 +96,7 @@ def evaluate_retrieval(
         broken = {i: images.broken[file] for i, file in enumerate(files) if file in images.broken}
         kept = whole.without_images(broken)
         if not kept.captions:
-            raise ValueError(f"{kept.title}: no readable image is left.\n{describe_missing(kept)}")
+            raise BrokenImageError(f"{kept.title}: no readable image is left.\n{describe_missing(kept)}")
         own_images = [file for i, file in enumerate(files) if i not in broken]
         own_texts = [t for t, i in zip(work.text_index[number], whole.image_of_caption) if i not in broken]
         i2t, t2i = count_ranks(

@@ -43,8 +43,8 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
         return Path(open_clip.download_pretrained(tag, cache_dir=cache_dir))
     except Exception as error:  # urllib's, huggingface_hub's and open_clip's own errors have no common base
         raise FileNotFoundError(
-            f"--pretrained {pretrained} of --model {name}: download failed ({_first_line(error)}); check the network, or "
-            f"download it elsewhere and give the file"
+            f"--pretrained {pretrained} of --model {name}: download failed ({_first_line(error)}); check the network, "
+            f"or download it elsewhere and give the file"
         ) from error
 
 
