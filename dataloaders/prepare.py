@@ -1,0 +1,229 @@
+"""Puts evaluation data into place, and says whether it is complete. See EVAL_DATASETS.md.
+
+python -m dataloaders.prepare share4v share-captioner_coco_lcs_sam_1246k_1107.json data/share4v/anno.json
+python -m dataloaders.prepare iiw data/iiw --annotations imageinwords --docci data/docci --dci data/dci
+python -m dataloaders.prepare check dci data/dci
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dataloaders.dci import read_dci
+from dataloaders.files import parallel_map, require_dir
+from dataloaders.iiw import SUBSETS, read_iiw, read_iiw_subset
+from dataloaders.images import BrokenImageError, load_rgb
+from dataloaders.pairs import RetrievalSet, describe_missing, find_images
+from dataloaders.share4v import SOURCE, read_items, read_share4v
+from dataloaders.urban1k import read_urban1k
+
+BENCHMARKS = ("dci", "iiw", "share4v", "urban1k")
+
+
+def prepare_share4v(captions: Path, out: Path, num: int) -> str:
+    """Cuts a ShareGPT4V caption list to its first `num` items with an SA-1B image, in order.
+
+    Raises:
+        FileNotFoundError, ValueError: the list is absent, broken, or has too few such items.
+    """
+    read_items(captions)  # its shape, with errors that name the item
+    items = json.loads(captions.read_text(encoding="utf-8-sig"))
+    chosen = [item for item in items if re.fullmatch(r"sa_\d+\.jpe?g", Path(item["image"]).name)][:num]
+    if len(chosen) < num:
+        raise ValueError(
+            f"{captions}: only {len(chosen):,} of {len(items):,} items show an SA-1B image (sa_N.jpg), {num:,} are "
+            f"needed; lower --num, or take share-captioner_coco_lcs_sam_1246k_1107.json"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return f"{len(chosen):,} of {len(items):,} items -> {out}\nImages: {SOURCE}"
+
+
+@dataclass
+class _Placed:
+    """What became of one subset's images."""
+
+    present: int = 0
+    train_names: int = 0
+    missing: tuple[str, ...] = ()
+
+
+def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, list[Path]], copy: bool) -> tuple[str, bool]:
+    """Brings IIW's annotation files and images into the layout that `read_iiw` reads.
+
+    Args:
+        out: IIW's root; made if need be. Files that are there already stay.
+        annotations: a clone of google/imageinwords, or a folder with DOCCI_Test/data.jsonl and so on.
+        image_roots: image folder of the layout (`docci`, `docci_aar`, `dci`) -> folders to look through, at any depth.
+        copy: copy the images; otherwise link to them.
+
+    Returns:
+        A report, and whether everything is in place.
+
+    Raises:
+        FileNotFoundError, ValueError: an annotation file is absent or broken.
+    """
+    base = annotations / "datasets" if (annotations / "datasets").is_dir() else annotations
+    wanted = {s: [name for name, _ in read_iiw_subset(base, s)] for s in SUBSETS}
+    found = {root: _files_by_name(root) for root in dict.fromkeys(r for roots in image_roots.values() for r in roots)}
+    lines, complete = [], True
+    for subset, folder in SUBSETS.items():
+        target = out / subset / "data.jsonl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copyfile(base / subset / "data.jsonl", target)
+        placed = _place_images(wanted[subset], out / folder, [found[root] for root in image_roots[folder]], copy)
+        lines.append(f"{subset}: {placed.present:,} of {len(wanted[subset]):,} images in {out / folder}")
+        if placed.train_names:
+            lines.append(
+                f"  NOTE: {placed.train_names:,} of them were there only under their train_ name; look at a few before "
+                f"you trust the numbers"
+            )
+        if placed.missing:
+            complete = False
+            lines.append(f"  missing: {', '.join(placed.missing[:10])}" + (" .." if len(placed.missing) > 10 else ""))
+    if not complete:
+        lines.append("Where to get them: IIW in EVAL_DATASETS.md")
+    return "\n".join(lines), complete
+
+
+def _files_by_name(root: Path) -> dict[str, list[Path]]:
+    places: dict[str, list[Path]] = {}
+    for folder, _, files in os.walk(root):
+        for name in files:
+            places.setdefault(name, []).append(Path(folder) / name)
+    return places
+
+
+def _place_images(names: list[str], folder: Path, sources: list[dict[str, list[Path]]], copy: bool) -> _Placed:
+    folder.mkdir(parents=True, exist_ok=True)
+    placed, missing = _Placed(), []
+    for name in names:
+        target = folder / name
+        if not target.is_file():
+            as_train = name.replace("test_", "train_", 1)
+            under_own = [p for source in sources for p in source.get(name, ())]
+            places = under_own or [p for source in sources for p in source.get(as_train, ())]
+            if not places:
+                missing.append(name)
+                continue
+            if len(places) > 1:
+                raise ValueError(f"{name} lies in {places[0].parent} and {places[1].parent}; name the folder to take")
+            target.unlink(missing_ok=True)  # a link that points nowhere any more
+            if copy:
+                shutil.copyfile(places[0], target)
+            else:
+                target.symlink_to(places[0].resolve())
+            placed.train_names += not under_own
+        placed.present += 1
+    placed.missing = tuple(missing)
+    return placed
+
+
+def check_benchmark(sets: list[RetrievalSet], read_images: bool) -> tuple[str, bool]:
+    """Looks for every image of a benchmark; with `read_images` also decodes each.
+
+    Returns:
+        A report, and whether everything is there.
+    """
+    sets, images = find_images(sets)
+    broken = {}
+    if read_images:
+        errors = parallel_map(_why_unreadable, images.paths)
+        broken = {number: error for number, error in enumerate(errors) if error}
+    lines, complete = [], True
+    for number, s in enumerate(sets):
+        s = s.without_images({i: broken[file] for i, file in enumerate(images.index[number]) if file in broken})
+        expected = s.num_published or len(s.captions)
+        if s.missing:
+            lines.append(describe_missing(s))
+        elif len(s.captions) < expected:
+            lines.append(f"{s.title}: all images are there, but only {len(s.captions):,} of {expected:,} pairs listed")
+        else:
+            lines.append(f"{s.title}: complete, {len(s.captions):,} pairs")
+        complete &= not s.missing and len(s.captions) >= expected
+    return "\n".join(lines), complete
+
+
+def _why_unreadable(path: Path) -> str | None:
+    try:
+        load_rgb(path)
+    except BrokenImageError as error:
+        return str(error)
+    return None
+
+
+def _read(args: argparse.Namespace) -> list[RetrievalSet]:
+    if args.benchmark == "dci":
+        return [read_dci(args.root)]
+    if args.benchmark == "iiw":
+        return [read_iiw(args.root, args.iiw_anno)]
+    if args.benchmark == "urban1k":
+        return [read_urban1k(args.root)]
+    if not args.share4v_anno:
+        raise ValueError("check share4v needs --share4v-anno FILE, the list of captions")
+    listed = min(args.num, len(read_items(args.share4v_anno)))
+    return [replace(s, num_published=args.num) for s in read_share4v(args.root, args.share4v_anno, [listed])]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser with its three commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dataloaders.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0 complete, 1 something is missing, 2 usage error.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    share4v = commands.add_parser("share4v", help="cut the published caption list to the first SA-1B items")
+    share4v.add_argument("captions", type=Path, metavar="LIST", help="share-captioner_coco_lcs_sam_1246k_1107.json")
+    share4v.add_argument("out", type=Path, metavar="OUT", help="the file for --share4v-anno")
+    share4v.add_argument("--num", type=int, default=10000, metavar="N", help="items to keep (default: %(default)s)")
+    iiw = commands.add_parser("iiw", help="bring ImageInWords' annotations and images into place")
+    iiw.add_argument("out", type=Path, metavar="OUT", help="the folder for --iiw-retrieval")
+    iiw.add_argument("--annotations", required=True, metavar="DIR", help="a clone of google/imageinwords")
+    iiw.add_argument("--docci", required=True, metavar="DIR", help="DOCCI's images, with images_aar/ below or beside")
+    iiw.add_argument("--docci-aar", metavar="DIR", help="DOCCI-AAR's images (default: looked for below --docci)")
+    iiw.add_argument("--dci", required=True, metavar="DIR", help="DCI's folder, with the photos below it")
+    iiw.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
+    check = commands.add_parser("check", help="say complete, or what is missing")
+    check.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help=", ".join(BENCHMARKS))
+    check.add_argument("root", metavar="ROOT", help="the folder given to the benchmark's flag")
+    check.add_argument("--iiw-anno", metavar="DIR", help="as in training.main")
+    check.add_argument("--share4v-anno", type=Path, metavar="FILE", help="as in training.main")
+    check.add_argument("--num", type=int, default=10000, metavar="N", help="ShareGPT4V pairs (default: %(default)s)")
+    check.add_argument("--read-images", action="store_true", help="decode every image as well (minutes)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0 if all is in place, 1 if something is missing, 2 for a usage error."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if getattr(args, "num", 1) < 1:
+            raise ValueError(f"--num {args.num}: expected at least 1")
+        if args.command == "share4v":
+            report, complete = prepare_share4v(args.captions, args.out, args.num), True
+        elif args.command == "iiw":
+            docci, dci = require_dir(args.docci, "--docci"), require_dir(args.dci, "--dci")
+            aar = [require_dir(args.docci_aar, "--docci-aar")] if args.docci_aar else [docci]
+            roots = {"docci": [docci], "docci_aar": aar, "dci": [dci]}
+            annotations = require_dir(args.annotations, "--annotations")
+            report, complete = prepare_iiw(args.out, annotations, roots, args.copy)
+        else:
+            report, complete = check_benchmark(_read(args), args.read_images)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(report)
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Drawn scenes: one large and two to five small coloured shapes on a background, and the words for them. Pure.
+
+A scene is a function of (seed, split, index) alone, so any process can draw any part of a set.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (214, 39, 40),
+    "orange": (255, 140, 0),
+    "yellow": (240, 220, 40),
+    "green": (44, 150, 60),
+    "cyan": (60, 200, 220),
+    "blue": (40, 70, 200),
+    "purple": (130, 60, 170),
+    "pink": (245, 130, 190),
+}
+BACKGROUNDS = {"white": (250, 250, 250), "black": (15, 15, 15), "gray": (128, 128, 128), "beige": (225, 210, 180)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PLACES = (
+    ("top left", "top", "top right"),
+    ("left", "middle", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+OBJECT_SENTENCES = (
+    "A {size} {colour} {shape} is at the {place} of the picture.",
+    "There is a {size} {colour} {shape} at the {place}.",
+    "At the {place} one can see a {size} {colour} {shape}.",
+)
+BACKGROUND_SENTENCES = (
+    "The background is plain {colour}.",
+    "Everything lies on a {colour} background.",
+    "Behind all of it there is only {colour}.",
+)
+IMAGE_SIZE = 64
+_SUPERSAMPLING = 4  # drawn larger, then shrunk: Pillow's shapes have no smooth edges
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape; centre and radius as fractions of the image's side."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+    size: str
+
+    @property
+    def place(self) -> str:
+        """Which of the nine parts of the picture its centre is in, in words."""
+        return PLACES[min(2, int(self.y * 3))][min(2, int(self.x * 3))]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects, the large one first, on a background, with one short caption and any number of long ones."""
+
+    background: str
+    objects: tuple[SceneObject, ...]
+    seed: str
+
+    @property
+    def label(self) -> int:
+        """Class of the large object: its place among `large_object_prompts()`."""
+        large = self.objects[0]
+        return list(COLOURS).index(large.colour) * len(SHAPES) + SHAPES.index(large.shape)
+
+    def short_caption(self) -> str:
+        """Names the large object alone, as alt text does."""
+        return short_prompt(self.objects[0].colour, self.objects[0].shape)
+
+    def long_caption(self, variant: int) -> list[str]:
+        """Returns one sentence per object and one for the background, in an order and wording of the variant's own."""
+        rng = random.Random(f"{self.seed}/caption{variant}")
+        sentences = [
+            rng.choice(OBJECT_SENTENCES).format(size=o.size, colour=o.colour, shape=o.shape, place=o.place)
+            for o in self.objects
+        ]
+        sentences.append(rng.choice(BACKGROUND_SENTENCES).format(colour=self.background))
+        rng.shuffle(sentences)
+        return sentences
+
+
+def short_prompt(colour: str, shape: str) -> str:
+    """The short caption of a scene whose large object is this one."""
+    return f"a large {colour} {shape}"
+
+
+def large_object_prompts() -> list[str]:
+    """All 48 short captions, in the order of `Scene.label`."""
+    return [short_prompt(colour, shape) for colour in COLOURS for shape in SHAPES]
+
+
+def make_scene(seed: int, split: str, index: int) -> Scene:
+    """Returns the scene number `index` of a split (`train`, `test`); different splits never share a random stream."""
+    name = f"{seed}/{split}/{index}"
+    rng = random.Random(name)  # text seeds are hashed with SHA-512: the same on every machine and Python
+    kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.randint(3, 6))
+    objects: list[SceneObject] = []
+    for number, (colour, shape) in enumerate(kinds):
+        radius = rng.uniform(0.21, 0.25) if number == 0 else rng.uniform(0.085, 0.105)
+        x, y = _free_place(rng, radius, objects)
+        objects.append(SceneObject(colour, shape, x, y, radius, "small" if number else "large"))
+    return Scene(rng.choice(list(BACKGROUNDS)), tuple(objects), name)
+
+
+def _free_place(rng: random.Random, radius: float, others: list[SceneObject]) -> tuple[float, float]:
+    """Draws a centre until the shape touches no other; the picture has room for six, so this ends soon."""
+    while True:
+        x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
+        if all(math.hypot(x - o.x, y - o.y) > radius + o.radius for o in others):
+            return x, y
+
+
+def draw_scene(scene: Scene, image_size: int = IMAGE_SIZE) -> Image.Image:
+    """Draws a scene as an RGB image of image_size x image_size pixels."""
+    side = image_size * _SUPERSAMPLING
+    image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
+    canvas = ImageDraw.Draw(image)
+    for o in scene.objects:
+        _draw_shape(canvas, o.shape, o.x * side, o.y * side, o.radius * side, COLOURS[o.colour])
+    return image.resize((image_size, image_size), Image.Resampling.BOX)
+
+
+def _draw_shape(
+    canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, int, int]
+) -> None:
+    if shape == "circle":
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    elif shape == "ring":
+        canvas.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=round(r * 0.38))
+    elif shape == "cross":
+        arm = 0.34 * r
+        canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=colour)
+        canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=colour)
+    else:
+        corners, inner = {"square": (4, 1.0), "triangle": (3, 1.0), "star": (5, 0.42)}[shape]
+        start = -math.pi / 4 if shape == "square" else -math.pi / 2
+        steps = corners if inner == 1.0 else 2 * corners
+        radii = [r * (1.0 if k % 2 == 0 else inner) for k in range(steps)]
+        angles = [start + 2 * math.pi * k / steps for k in range(steps)]
+        canvas.polygon([(x + q * math.cos(a), y + q * math.sin(a)) for q, a in zip(radii, angles)], fill=colour)
