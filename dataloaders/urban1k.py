@@ -1,6 +1,6 @@
 """Urban1k: 1,000 busy street scenes with captions of about 100 words, in either public form.
 
-ROOT/image/N.jpg   ROOT/caption/N.txt                     caption = first line
+ROOT/image/N.jpg   ROOT/caption/N.txt                     caption = first line; images/ for image/ will do
 ROOT/images/N.jpg  ROOT/annotations/annotations.json      {"annotations": [{"image", "caption", ..}]}
 """
 
@@ -38,7 +38,8 @@ def _read_text_files(base: Path) -> list[tuple[Path, str]]:
     paths = [path for path in (base / "caption").glob("*.txt") if not path.name.startswith(".")]
     paths.sort(key=lambda path: natural_key(path.stem))
     captions = parallel_map(_first_line, paths)
-    return [(base / "image" / f"{p.stem}.jpg", normalise_caption(c)) for p, c in zip(paths, captions)]
+    folder = base / ("image" if (base / "image").is_dir() else "images")
+    return [(folder / f"{p.stem}.jpg", normalise_caption(c)) for p, c in zip(paths, captions)]
 
 
 def _first_line(path: Path) -> str:

@@ -36,7 +36,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Evaluates every benchmark that the flags name; rank 0 prints the table and writes results.jsonl.
 
     Returns:
-        Exit code: 0; 1 if an image can't be read; 2 if flags, files or weights are not what they should be.
+        Exit code: 0; 1 if an image can't be read or the model gives NaN; 2 if flags, files or weights are not what they should be.
     """
     start = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -65,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> int:
             )
             texts = encode_texts(parts.model, parts.tokenizer, count_lost, plan.work.texts, env, options)
             records = evaluate_retrieval(plan.work, images, texts, env)
-        except BrokenImageError as error:
+        except (BrokenImageError, FloatingPointError) as error:
             return _fail(error, 1, env)
         if env.is_main:
             _report(args, plan, records, env, time.monotonic() - start)
@@ -126,9 +126,11 @@ def _report(args: argparse.Namespace, plan: Plan, records: list[dict], env: Dist
     print(format_table(records))
     for s, record in zip(plan.work.sets, records):
         if record["num_pairs"] != record["num_expected"]:
+            left_out = ""
+            if record["num_missing"] or record["num_broken"]:
+                left_out = f" ({record['num_missing']:,} missing, {record['num_broken']:,} unreadable)"
             print(
-                f"\n{record['title']}: {format_pairs(record)} pairs; {record['num_missing']:,} missing, "
-                f"{record['num_broken']:,} unreadable. Not comparable with the full benchmark."
+                f"\n{record['title']}: {format_pairs(record)} pairs{left_out}; not comparable with the full benchmark."
             )
             if record["num_missing"]:
                 print(describe_missing(s))

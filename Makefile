@@ -1,0 +1,34 @@
+# `make demo` and `make test` set everything up themselves and may be run again at any time.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.PHONY: help install install-training install-test demo test lint
+
+# For targets that have run setup_env.sh. Quoted: a checkout's path may hold spaces.
+PYTHON_IN_ENV = "$$(scripts/setup_env.sh path)/bin/python"
+DEMO := logs/demo
+
+help:  ## This list
+	@echo "LoTLIP: long text-image pre-training and retrieval"
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@echo "Environment: $$(scripts/setup_env.sh path) (an active virtualenv or conda environment is taken first)"
+
+install: install-training  ## Same as install-training
+
+install-training:  ## Install the package and what evaluation and training need
+	@scripts/setup_env.sh training
+
+install-test:  ## Install that and what the tests need
+	@scripts/setup_env.sh test
+
+demo: install-test  ## Draw a small data set, evaluate on it, show the results
+	$(PYTHON_IN_ENV) -m dataloaders.scenes $(DEMO)/data --train 2000 --test 500
+	$(PYTHON_IN_ENV) -m training.main --dci-retrieval $(DEMO)/data/dci --iiw-retrieval $(DEMO)/data/iiw \
+		--share4v-retrieval $(DEMO)/data/share4v --share4v-anno $(DEMO)/data/share4v/anno.json --share4v-val-num 500 \
+		--urban1k-retrieval $(DEMO)/data/urban1k --model ViT-S-32-alt --workers 1 --logs logs --name demo
+
+test: install-test  ## Run all tests (CPU; GPU tests run where there is one)
+	$(PYTHON_IN_ENV) -m pytest
+
+lint: install-test  ## Check style
+	$(PYTHON_IN_ENV) -m ruff format --check .
+	$(PYTHON_IN_ENV) -m ruff check .

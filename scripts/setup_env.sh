@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Sets up the Python environment that `make` uses; quick when there is nothing to do.
+#
+#   scripts/setup_env.sh path              prints the environment's folder
+#   scripts/setup_env.sh training|test     installs what evaluation and training need | and what the tests need
+#
+# The environment is the active virtualenv or conda environment (conda's base excepted), else .venv in the checkout,
+# made with the first of $PYTHON, python3, python3.13 .. python3.10 that is new enough.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [[ -n "${VIRTUAL_ENV:-}" && -x "$VIRTUAL_ENV/bin/python" ]]; then
+    env="$VIRTUAL_ENV"
+elif [[ -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-base}" != base && -x "$CONDA_PREFIX/bin/python" ]]; then
+    env="$CONDA_PREFIX"
+else
+    env="$PWD/.venv"
+fi
+
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11 python3.10; do
+        if command -v "$candidate" >/dev/null && new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "setup: Python 3.10 or newer is needed, found: $(python3 --version 2>&1 || echo none)." \
+        "Install one, or name it: make PYTHON=/path/to/python3.12 .." >&2
+    exit 2
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    echo "setup: making $env with $("$python" --version)" >&2
+    if ! "$python" -m venv --clear "$env" >&2; then
+        echo "setup: $python can't make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2
+        exit 2
+    fi
+}
+
+level="${1:-training}"
+case "$level" in
+    path) echo "$env"; exit ;;
+    training) target="." ;;
+    test) target=".[test]" ;;
+    *) echo "usage: $0 path|training|test" >&2; exit 2 ;;
+esac
+
+if [[ "$env" == "$PWD/.venv" ]] && ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
+    make_venv  # none yet, or one whose making was interrupted
+fi
+python="$env/bin/python"
+if ! new_enough "$python"; then
+    echo "setup: $env has $("$python" --version), Python 3.10 or newer is needed; activate another environment" >&2
+    exit 2
+fi
+
+# Installed already? The stamp holds what the installation depends on, so that an edit or a move installs again.
+stamp="$env/.lotlip-$level"
+wanted="$PWD $(cat pyproject.toml requirements-training.txt requirements-test.txt | cksum)"
+if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+    exit
+fi
+"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
+echo "setup: installing into $env (PyTorch is large: a few minutes the first time)" >&2
+"$python" -m pip install --quiet --disable-pip-version-check --editable "$target"
+echo "$wanted" >"$stamp"
