@@ -28,6 +28,7 @@ class Plan:
     """What rank 0 found out before any model is built; the same on every rank."""
 
     work: RetrievalWork
+    weights: Path | None
     weights_sha256: str | None
     folder: Path
 
@@ -36,7 +37,8 @@ def evaluate(args: argparse.Namespace) -> int:
     """Evaluates every benchmark that the flags name; rank 0 prints the table and writes results.jsonl.
 
     Returns:
-        Exit code: 0; 1 if an image can't be read or the model gives NaN; 2 if flags, files or weights are not what they should be.
+        Exit code: 0; 1 if an image can't be read or the model gives NaN; 2 if flags, files or weights are not what
+        they should be.
     """
     start = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -50,6 +52,7 @@ def evaluate(args: argparse.Namespace) -> int:
             parts = create_encoder(
                 args.model,
                 args.pretrained,
+                weights=plan.weights,
                 precision=args.precision,
                 device=env.device,
                 cache_dir=args.cache_dir,
@@ -89,7 +92,7 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     )
     folder = Path(args.logs) / name / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)  # a full or read-only disk shows now, not after an hour of encoding
-    return Plan(work, file_sha256(weights) if weights else None, folder)
+    return Plan(work, weights, file_sha256(weights) if weights else None, folder)
 
 
 def _agree(check: Callable[[], Plan], env: DistEnv) -> Plan:

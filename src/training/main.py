@@ -1,7 +1,7 @@
 """The entry point: `python -m training.main --help`. Evaluates long text-image retrieval from flags.
 
 python -m training.main --urban1k-retrieval data/Urban1k --model ViT-B-16 --pretrained openai
-torchrun --nproc_per_node 8 -m training.main --dci-retrieval data/dci --model ViT-B-16 --pretrained openai
+torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval data/dci --model ViT-B-16 --pretrained openai
 """
 
 import sys

@@ -12,7 +12,7 @@ DESCRIPTION = """\
 Evaluate long text-image retrieval for any open_clip model.
 
   python -m training.main --urban1k-retrieval DATA/Urban1k --model ViT-B-16 --pretrained openai
-  torchrun --nproc_per_node 8 -m training.main --dci-retrieval DATA/dci --iiw-retrieval DATA/iiw ..
+  torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval DATA/dci --iiw-retrieval DATA/iiw ..
 """
 
 

@@ -1,0 +1,48 @@
+"""Fixtures: drawn scenes, small data sets to damage, a tiny open_clip model on disk."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataloaders.scenes import write_scenes
+from support import LAYOUTS
+
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """25 test scenes in the four layouts, and 40 training scenes."""
+    out = tmp_path_factory.mktemp("scenes") / "set"
+    write_scenes(out, num_train=40, num_test=25, seed=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> str:
+    """``local-dir:`` name of a small seeded open_clip model with weights."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("tiny_clip")
+    torch.manual_seed(0)
+    model = open_clip.CLIP(TINY_CLIP["embed_dim"], TINY_CLIP["vision_cfg"], TINY_CLIP["text_cfg"])
+    # Initial weights give nearly equal features to all texts; wider ones make ranks worth comparing.
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    torch.save(model.state_dict(), folder / "open_clip_model.pt")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP}))
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture
+def layouts(tmp_path) -> Path:
+    """A copy of the small reference data sets that a test may damage."""
+    return Path(shutil.copytree(LAYOUTS, tmp_path / "layouts"))

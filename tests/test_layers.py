@@ -1,0 +1,88 @@
+"""Imports point one way: a file imports ours only from files that do not, in turn, lead back to it."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
+
+# Lowest first; a file may import from its own layer's lower neighbours and from any layer below.
+LAYERS = [
+    {"dataloaders"},
+    {"training.params", "training.distributed", "training.metrics", "training.results"},
+    {"training.model"},
+    {"training.encode"},
+    {"training.retrieval"},
+    {"training.evaluate"},
+    {"training.main"},
+]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for base in (ROOT / "src", ROOT):
+        for package in ("training", "dataloaders"):
+            for path in (base / package).rglob("*.py"):
+                parts = path.relative_to(base).with_suffix("").parts
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name in known and known[name].name != "__init__.py"}
+
+
+def layer_of(module: str) -> int:
+    matches = [n for n, names in enumerate(LAYERS) for name in names if module == name or module.startswith(name + ".")]
+    assert matches, f"{module}: give it a place in LAYERS"
+    return matches[0]
+
+
+def test_imports_point_down():
+    known = modules()
+    for module, path in known.items():
+        if path.name == "__init__.py":
+            continue
+        for other in imports_of(path, known):
+            assert layer_of(other) <= layer_of(module), f"{module} imports {other}, which lies above it"
+
+
+def test_no_import_cycles():
+    known = modules()
+    graph = {module: imports_of(path, known) for module, path in known.items()}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, f"import cycle: {' -> '.join((*trail, module))}"
+        if module not in done:
+            for other in graph[module]:
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_files_and_functions_are_short():
+    for path in [*modules().values(), *(ROOT / "tests").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= MAX_FILE_LINES, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, f"{path}: {node.name}"
+
+
+def test_public_functions_are_documented_and_typed():
+    for path in modules().values():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                assert node.returns is not None, f"{path}: {node.name} returns what?"
+                arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                assert all(a.annotation for a in arguments), f"{path}: {node.name} has an untyped argument"

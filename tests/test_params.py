@@ -1,0 +1,89 @@
+"""The command line: both spellings, clear errors with exit code 2, no flag that nobody reads."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.params import build_parser, parse_args
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_hyphens_and_underscores_are_the_same():
+    first = parse_args(
+        ["--share4v-retrieval", "D", "--share4v-anno", "F", "--share4v-val-num", "5,1000", "--batch-size=3"]
+    )
+    second = parse_args(
+        ["--share4v_retrieval", "D", "--share4v_anno", "F", "--share4v_val_num=5,1000", "--batch_size", "3"]
+    )
+    assert vars(first) == vars(second) and first.share4v_val_num == (5, 1000)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "nothing to do"),
+        (["--dci-retrieval"], "expected one argument"),
+        (["--dci-retrieva", "D"], "unrecognized arguments"),
+        (["--share4v-retrieval", "D"], "needs --share4v-anno"),
+        (["--share4v-retrieval", "D", "--share4v-anno", "F", "--share4v_val_num", "0"], "whole number of at least 1"),
+        (["--share4v-retrieval", "D", "--share4v-anno", "F", "--share4v_val_num", "10,,2"], "found ''"),
+        (["--dci-retrieval", "D", "--iiw-anno", "F"], "no effect without --iiw-retrieval"),
+        (["--dci-retrieval", "D", "--batch-size", "0"], "at least 1, found '0'"),
+        (["--dci-retrieval", "D", "--workers", "many"], "found 'many'"),
+        (["--dci-retrieval", "D", "--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["--dci-retrieval", "D", "--model", "local-dir:X", "--pretrained", "y"], "brings its own weights"),
+        (["--dci-retrieval", "D", "--name", "a/b"], "expected one folder name"),
+        (["--dci-retrieval", "D", "--logs", __file__], "is a file"),
+    ],
+)
+def test_usage_errors_exit_2_with_one_message(argv, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said in message and message.count("error:") == 1
+
+
+def test_help_is_grouped_and_loads_nothing_heavy():
+    for module in ("training.main", "dataloaders.scenes", "dataloaders.prepare"):
+        code = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print("heavy:", [m for m in ("torch", "open_clip", "transformers") if m in sys.modules]))
+sys.argv = ["-m", "--help"]  # what sys.argv is while `python -m` imports the package
+import {module.split(".")[0]}
+runpy.run_module("{module}", run_name="__main__")
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "heavy: []", module
+    headings = [group.title for group in build_parser()._action_groups if group._group_actions]
+    assert len(headings) >= 4
+
+
+def test_every_flag_has_help_and_a_reader():
+    sources = [p for p in (ROOT / "src" / "training").rglob("*.py")]
+    read = set()
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+                # Checking a flag is not using it.
+                if path.name != "params.py":
+                    read.add(node.attr)
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
+        if action.dest != "help":
+            assert action.dest in read, f"{action.option_strings} is read by nobody"
+
+
+def test_flags_in_the_documents_exist():
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    for name in ("README.md", "EVAL_DATASETS.md"):
+        text = (ROOT / name).read_text()
+        for command in re.findall(r"python -m training\.main((?:.|\\\n)*?)(?:\n\n|`)", text):
+            for flag in re.findall(r"--[a-z0-9_-]+", command):
+                assert flag.replace("_", "-") in known, f"{name}: {flag}"
