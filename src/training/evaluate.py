@@ -42,6 +42,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """
     start = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         check_device(args.device)
     except ValueError as error:
