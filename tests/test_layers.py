@@ -14,7 +14,7 @@ LAYERS = [
     {"training.encode"},
     {"training.retrieval"},
     {"training.evaluate"},
-    {"training.main"},
+    {"training.main", "training.api"},
 ]
 
 

@@ -53,7 +53,6 @@ def evaluate(args: argparse.Namespace) -> int:
             parts = create_encoder(
                 args.model,
                 args.pretrained,
-                weights=plan.weights,
                 precision=args.precision,
                 device=env.device,
                 cache_dir=args.cache_dir,

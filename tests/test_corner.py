@@ -1,0 +1,215 @@
+"""Corner tokens by perturbation: what a change at one place may change elsewhere, one layer at a time, both towers."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from training.model.corner import features_of_captions, prefix_attention, suffix_attention
+from training.model.factory import create_model
+from training.model.hf_encoders import run_encoder
+from training.model.text_tower import CornerHFText
+
+FAMILIES = {
+    "bert": {"max_position_embeddings": 40, "pad_token_id": 0},
+    "roberta": {"max_position_embeddings": 42, "pad_token_id": 1},
+    "xlm-roberta": {"max_position_embeddings": 42, "pad_token_id": 1},
+    "camembert": {"max_position_embeddings": 42, "pad_token_id": 1},
+    "modernbert": {"max_position_embeddings": 64, "pad_token_id": 0, "local_attention": 8},
+}
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def tower(family="bert", num_corners=2, num_layers=1, context_length=24, **kwargs):
+    torch.manual_seed(0)
+    fields = SMALL | FAMILIES[family] | {"num_hidden_layers": num_layers}
+    if family == "modernbert":
+        fields |= {
+            "reference_compile": False,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+        }
+    config = AutoConfig.for_model(family, **fields)
+    text = CornerHFText(config, 16, num_corners, context_length, "linear", **kwargs).eval()
+    for name, parameter in text.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return text
+
+
+def random_ids(text, num_rows=4, length=16, num_padding=5):
+    ids = torch.randint(4, 50, (num_rows, length), generator=torch.Generator().manual_seed(1))
+    ids[:, 1 : 1 + text.num_corners] = torch.arange(50, 50 + text.num_corners)
+    ids[:, length - num_padding :] = text.pad_id
+    return ids
+
+
+def hidden_states(text, ids):
+    with torch.no_grad():
+        return run_encoder(text.transformer, ids, prefix_attention(ids != text.pad_id, text.num_corners))
+
+
+def changed_positions(text, ids, position):
+    """Positions whose hidden states move when the token at `position` is another one."""
+    other = ids.clone()
+    other[:, position] = torch.where(ids[:, position] == 7, 8, 7)
+    before, after = hidden_states(text, ids), hidden_states(text, other)
+    return set(((before - after).abs().amax(dim=(0, 2)) > 1e-6).nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_corners", [0, 1, 3])
+def test_one_layer_shows_who_sees_whom(family, num_corners):
+    text = tower(family, num_corners)
+    ids = random_ids(text)
+    words = range(num_corners + 1, 11)
+    everyone = set(range(11))
+    for word in words:  # everybody sees every word; rows of padding do as well, but nobody reads those
+        assert changed_positions(text, ids, word) & everyone == everyone
+    for corner in range(1, num_corners + 1):  # a corner is seen by itself alone
+        assert changed_positions(text, ids, corner) == {corner}
+    assert changed_positions(text, ids, 0) & everyone == {0, *words}  # [CLS]: by itself and the text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing(family):
+    text = tower(family, num_layers=4)
+    ids = random_ids(text)
+    with torch.no_grad():
+        whole, trimmed = text.all_features(ids), text.all_features(ids[:, :11])
+    torch.testing.assert_close(whole, trimmed, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_corners_it_is_the_hugging_face_model(family):
+    text = tower(family, num_corners=0, num_layers=4, pooler_type="cls_last_hidden_state_pooler")
+    ids = random_ids(text)
+    keep = ids != text.pad_id
+    pair = tower(family, num_corners=0, num_layers=4, pooler_type="cls_last_hidden_state_pooler").transformer
+    if hasattr(pair, "_update_attention_mask"):
+        del pair._update_attention_mask  # back to the class's own
+    with torch.no_grad():
+        expected = pair(input_ids=ids, attention_mask=keep.long()).last_hidden_state
+    torch.testing.assert_close(hidden_states(text, ids)[keep], expected[keep], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_eager_and_sdpa_agree(family):
+    text = tower(family, num_layers=4)
+    ids = random_ids(text)
+    expected = hidden_states(text, ids)
+    if hasattr(text.transformer, "set_attn_implementation"):
+        text.transformer.set_attn_implementation("eager")
+    else:  # transformers 4
+        config = text.transformer.config
+        config._attn_implementation = "eager"
+        state = text.state_dict()
+        text = tower(family, num_layers=4)
+        text.load_state_dict(state)
+    torch.testing.assert_close(hidden_states(text, ids), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooler", ["mean_pooler", "max_pooler"])
+def test_mean_and_max_leave_corners_and_padding_out(pooler):
+    text = tower(pooler_type=pooler)
+    ids = random_ids(text)
+    hidden = hidden_states(text, ids)
+    words = hidden[:, [0, *range(3, 11)]]
+    expected = words.mean(1) if pooler == "mean_pooler" else words.amax(1)
+    with torch.no_grad():
+        features = text.all_features(ids)
+        torch.testing.assert_close(features[:, 0], text.proj(expected), rtol=0, atol=1e-5)
+        torch.testing.assert_close(features[:, 1:], text.proj(hidden[:, 1:3]), rtol=0, atol=1e-5)
+
+
+def test_suffix_rule_equals_a_plain_loop():
+    for num_corners in (0, 1, 3):
+        end = torch.tensor([5, 11, 4])
+        got = suffix_attention(end, 12, num_corners)
+        for b in range(3):
+            hidden_keys = set(range(int(end[b]) - num_corners, int(end[b]) + 1))
+            for query in range(int(end[b]) + 1):
+                for key in range(12):
+                    expected = query == key or (key < query and key not in hidden_keys)
+                    assert bool(got[b, query, key]) == expected, (b, query, key)
+
+
+def clip_model(num_corners, **kwargs):
+    torch.manual_seed(0)
+    model = create_model("ViT-S-32-alt", num_corner_tokens=num_corners, context_length=20, **kwargs)
+    return model.eval()
+
+
+def clip_ids(num_corners, length=20):
+    ids = torch.zeros(3, length, dtype=torch.int64)
+    for row, end in zip(ids, (9, 14, 19)):
+        row[:end] = torch.randint(300, 40000, (end,), generator=torch.Generator().manual_seed(end))
+        row[0] = 49406
+        row[end - num_corners : end] = torch.arange(49408, 49408 + num_corners)
+        row[end] = 49407
+    return ids
+
+
+@torch.no_grad()
+def test_clip_tower_with_corners():
+    import open_clip
+
+    plain = open_clip.create_model("ViT-S-32-alt", force_context_length=20).eval()
+    zero, two = clip_model(0), clip_model(2)
+    state = plain.state_dict()
+    shared = {k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in state.items()}
+    zero.load_state_dict(shared)
+    two.load_state_dict(shared | {"text.corner_embedding.weight": two.text.corner_embedding.weight})
+    ids = clip_ids(0)
+    torch.testing.assert_close(zero.encode_text(ids), plain.encode_text(ids), rtol=0, atol=1e-5)
+
+    ids = clip_ids(2)
+    before = two.text.all_features(ids)
+    assert before.shape == (3, 3, 256)
+    two.text.corner_embedding.weight[0].mul_(-3.0)
+    after = two.text.all_features(ids)
+    moved = (before - after).abs().amax(dim=(0, 2)) > 1e-4
+    assert moved.tolist() == [False, True, False]  # [EOT] and the other corner do not see the first
+    ids[0, 12] = 777  # behind the end: nobody sees it
+    torch.testing.assert_close(two.text.all_features(ids)[0], after[0], rtol=0, atol=1e-6)
+    ids[:, 3] = 777
+    assert ((two.text.all_features(ids) - after).abs().amax(dim=2) > 1e-4).all()
+
+
+def test_features_of_several_captions_by_hand():
+    features = torch.arange(2 * 3 * 4).reshape(6, 4, 1)  # 2 images, 3 captions, m = 3
+    got = features_of_captions(features, batch=2)[..., 0]
+    assert got.tolist() == [[0, 4, 5, 6, 7, 8, 9, 10, 11], [12, 16, 17, 18, 19, 20, 21, 22, 23]]
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "clip"])
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    text = clip_model(2).text if kind == "clip" else tower(kind, num_layers=3)
+    ids = clip_ids(2) if kind == "clip" else random_ids(text)
+    # Train mode, where checkpointing is at work; without dropout, which would differ.
+    for module in text.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    text.train()
+    gradients = []
+    for enable in (False, True):
+        text.zero_grad()
+        text.set_grad_checkpointing(enable)
+        text.all_features(ids).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in text.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_compile_equals_eager(kind):
+    text = clip_model(2).text if kind == "clip" else tower(kind, num_layers=2)
+    ids = clip_ids(2) if kind == "clip" else random_ids(text)
+    with torch.no_grad():
+        expected = text.all_features(ids)
+        got = torch.compile(text.all_features)(ids)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
