@@ -1,14 +1,17 @@
 """Fixtures: drawn scenes, small data sets to damage, a tiny open_clip model on disk."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: tests never ask a hub, nor wait for one
 
-from dataloaders.scenes import write_scenes
-from support import LAYOUTS
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from dataloaders.scenes import write_scenes  # noqa: E402
+from support import LAYOUTS  # noqa: E402
 
 TINY_CLIP = {
     "embed_dim": 32,

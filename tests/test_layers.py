@@ -11,6 +11,7 @@ LAYERS = [
     {"dataloaders"},
     {"training.params", "training.distributed", "training.metrics", "training.results"},
     {"training.model"},
+    {"training.build"},
     {"training.encode"},
     {"training.retrieval"},
     {"training.evaluate"},

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from dataloaders.images import BrokenImageError
 from dataloaders.pairs import describe_missing
+from training.build import build_from_flags
 from training.distributed import DistEnv, broadcast_object, check_device, distributed
 from training.encode import ComputeOptions, encode_images, encode_texts
-from training.model.factory import create_encoder
 from training.model.source import file_sha256, resolve_weights
 from training.model.truncation import count_lost_tokens
 from training.results import format_markdown, format_pairs, format_table, write_results
@@ -50,14 +50,7 @@ def evaluate(args: argparse.Namespace) -> int:
     with distributed(args.device) as env:
         try:
             plan = _agree(lambda: _check(args, env), env)
-            parts = create_encoder(
-                args.model,
-                args.pretrained,
-                precision=args.precision,
-                device=env.device,
-                cache_dir=args.cache_dir,
-                seed=args.seed,
-            )
+            parts = build_from_flags(args, env.device)
         except (ValueError, OSError) as error:
             return _fail(error, 2, env)
         options = ComputeOptions(args.batch_size, args.workers, args.precision)

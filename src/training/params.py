@@ -9,7 +9,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16
 RETRIEVAL_FLAGS = ("--dci-retrieval", "--iiw-retrieval", "--share4v-retrieval", "--urban1k-retrieval")
 
 DESCRIPTION = """\
-Evaluate long text-image retrieval for any open_clip model.
+Evaluate long text-image retrieval for any open_clip, LoTLIP or Long-CLIP model.
 
   python -m training.main --urban1k-retrieval DATA/Urban1k --model ViT-B-16 --pretrained openai
   torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval DATA/dci --iiw-retrieval DATA/iiw ..
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Exit codes: 0 done, 1 failed on its data, 2 usage error, 130 Ctrl-C.",
     )
     _add_model_args(parser.add_argument_group("model"))
+    _add_lock_args(parser.add_argument_group("which parts of the model are trained"))
     _add_retrieval_args(parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)"))
     _add_compute_args(parser.add_argument_group("compute"))
     _add_output_args(parser.add_argument_group("output"))
@@ -65,7 +66,8 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
         "--model",
         default="ViT-B-32",
         metavar="NAME",
-        help="open_clip's name, local-dir:FOLDER or hf-hub:ORG/REPO (default: %(default)s)",
+        help="a name of open_clip or one of ours (lotlip_bert-ViT-B-16, long_clip-ViT-B-16, ..), local-dir:FOLDER or "
+        "hf-hub:ORG/REPO (default: %(default)s)",
     )
     group.add_argument(
         "--pretrained",
@@ -86,6 +88,41 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
         choices=PRECISIONS,
         metavar="P",
         help="%(choices)s (default: %(default)s; on CPU: fp32, bf16, amp_bf16)",
+    )
+    group.add_argument(
+        "--num-corner-tokens",
+        type=_not_negative,
+        default=None,
+        metavar="M",
+        help="corner tokens in the text tower (default: the model's)",
+    )
+    group.add_argument(
+        "--context-length",
+        type=_positive,
+        default=None,
+        metavar="L",
+        help="tokens that the text tower reads (default: the model's); a longer one stretches pretrained positions",
+    )
+    group.add_argument(
+        "--pretrained-image",
+        action="store_true",
+        help="without --pretrained: start the image tower from the weights its config names, in --cache-dir or the hub",
+    )
+    group.add_argument("--pretrained-text", action="store_true", help="the same for the text tower")
+
+
+def _add_lock_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--lock-image", action="store_true", help="freeze the image tower (LiT)")
+    group.add_argument(
+        "--lock-image-unlocked-groups", type=_not_negative, default=0, metavar="N", help="but for its last N groups"
+    )
+    group.add_argument("--lock-image-freeze-bn-stats", action="store_true", help="and its batch-norm statistics")
+    group.add_argument("--lock-text", action="store_true", help="freeze the text tower")
+    group.add_argument(
+        "--lock-text-unlocked-layers", type=_not_negative, default=0, metavar="N", help="but for its last N layers"
+    )
+    group.add_argument(
+        "--lock-text-freeze-layer-norm", action="store_true", help="and its layer norms (in CLIP's own tower: always)"
     )
 
 
@@ -188,6 +225,16 @@ def validate_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} has no effect without --{needs}; add it or leave both".replace("_", "-"))
     if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
         raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} brings its own weights")
+    if args.pretrained and (args.pretrained_image or args.pretrained_text):
+        raise ValueError(
+            f"--pretrained {args.pretrained} brings both towers: leave out --pretrained-image and --pretrained-text"
+        )
+    if (args.lock_image_unlocked_groups or args.lock_image_freeze_bn_stats) and not args.lock_image:
+        raise ValueError("--lock-image-unlocked-groups and --lock-image-freeze-bn-stats need --lock-image")
+    if (args.lock_text_unlocked_layers or args.lock_text_freeze_layer_norm) and not args.lock_text:
+        raise ValueError("--lock-text-unlocked-layers and --lock-text-freeze-layer-norm need --lock-text")
+    if args.context_length is not None and args.context_length < (args.num_corner_tokens or 0) + 3:
+        raise ValueError(f"--context-length {args.context_length}: no room for text beside the special tokens")
     if args.name and (os.sep in args.name or args.name in (".", "..")):
         raise ValueError(f"--name {args.name}: expected one folder name; use --logs for the folder above it")
     if os.path.exists(args.logs) and not os.path.isdir(args.logs):

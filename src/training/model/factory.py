@@ -221,25 +221,16 @@ def get_tokenizer(
 
 @dataclass(frozen=True)
 class EncoderParts:
-    """What encoding needs: the model in eval mode, PIL image -> [3, H, W], texts -> ids [n, seq_len]."""
+    """A model with what it reads through.
+
+    Attributes:
+        model: on its device.
+        preprocess: PIL image -> [3, H, W], for evaluation.
+        tokenizer: texts -> ids [n, seq_len].
+        train_transform: PIL image -> [3, H, W], with random cropping.
+    """
 
     model: torch.nn.Module
     preprocess: Callable
     tokenizer: Callable
-
-
-def create_encoder(model_name: str, pretrained: str | None = None, *, seed: int = 0, **kwargs) -> EncoderParts:
-    """Builds a model for evaluation.
-
-    Args:
-        model_name, pretrained, **kwargs: as `create_model`.
-        seed: of the weights of an untrained model; all ranks must build the same one.
-
-    Raises:
-        As `create_model`.
-    """
-    torch.manual_seed(seed)
-    names = ("cache_dir", "context_length", "num_corner_tokens")
-    tokenizer = get_tokenizer(model_name, **{name: kwargs[name] for name in names if name in kwargs})
-    model, _, preprocess = create_model_and_transforms(model_name, pretrained, **kwargs)
-    return EncoderParts(model.eval(), preprocess, tokenizer)
+    train_transform: Callable

@@ -1,0 +1,45 @@
+"""From flags to a model: the one place where both evaluation and training build what they run."""
+
+import argparse
+
+import torch
+
+from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
+
+
+def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderParts:
+    """Builds tokenizer and model as the flags say, in eval mode, with the locked parts frozen.
+
+    Every rank builds the same weights: those of an untrained model come from ``--seed``.
+
+    Raises:
+        ValueError, FileNotFoundError: as `factory.create_model`.
+    """
+    torch.manual_seed(args.seed)
+    overrides = {
+        "cache_dir": args.cache_dir,
+        "context_length": args.context_length,
+        "num_corner_tokens": args.num_corner_tokens,
+    }
+    tokenizer = get_tokenizer(args.model, **overrides)
+    model, train_transform, transform = create_model_and_transforms(
+        args.model,
+        args.pretrained,
+        precision=args.precision,
+        device=device,
+        pretrained_image=args.pretrained_image,
+        pretrained_text=args.pretrained_text,
+        **overrides,
+    )
+    if args.lock_image:
+        model.lock_image_tower(
+            unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
+        )
+    if args.lock_text:
+        # open_clip's own text tower knows no other way than to freeze its layer norms with the rest.
+        is_hf = hasattr(getattr(model, "text", model).transformer, "config")
+        model.lock_text_tower(
+            unlocked_layers=args.lock_text_unlocked_layers,
+            freeze_layer_norm=args.lock_text_freeze_layer_norm or not is_hf,
+        )
+    return EncoderParts(model.eval(), transform, tokenizer, train_transform)
