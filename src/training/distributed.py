@@ -44,8 +44,13 @@ def distributed(device: str | None) -> Iterator[DistEnv]:
         ValueError: the device is not there.
     """
     info = init_distributed_device_so(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    last = torch.zeros(1, device=info["device"])
     try:
         yield DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
+        if dist.is_initialized():
+            # Up to torch 2.6 gloo's threads free the tensors of finished work under Python's lock, which the end of the
+            # group holds while it waits for them. A last collective whose tensor outlives the group leaves none to free.
+            dist.all_reduce(last)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
