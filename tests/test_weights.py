@@ -14,6 +14,7 @@ from support import read_results
 from training.main import main
 from training.model.weights import load_weights, stretch_positions
 
+LONG_CLIP = ["--model", "ViT-S-32-alt", "--context-length", "248", "--lock-text"]  # the last --model counts
 TEXT = ["A small red star is at the top left of the picture. Behind all of it there is only gray.", "a large blue ring"]
 
 
@@ -185,7 +186,9 @@ def test_bf16_features_are_within_two_percent(precision):
     assert float((got.float() - expected).norm() / expected.norm()) < 2e-2
 
 
-@pytest.mark.parametrize("flags", [[], ["--num-corner-tokens", "3", "--context-length", "64"], ["--lock-image"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--num-corner-tokens", "3", "--context-length", "64", "--lock-image"], LONG_CLIP]
+)
 def test_evaluation_of_our_models_from_flags(flags, scenes, tmp_path):
     argv = [f"--urban1k-retrieval={scenes / 'urban1k'}", "--model", "lotlip_tiny", "--workers", "0", *flags]
     assert main(argv + ["--logs", str(tmp_path), "--name", "run", "--device", "cpu"]) == 0

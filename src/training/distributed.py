@@ -48,8 +48,8 @@ def distributed(device: str | None) -> Iterator[DistEnv]:
     try:
         yield DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
         if dist.is_initialized():
-            # Up to torch 2.6 gloo's threads free the tensors of finished work under Python's lock, which the end of the
-            # group holds while it waits for them. A last collective whose tensor outlives the group leaves none to free.
+            # In torch 2.6 gloo's threads free the tensors of finished work under Python's lock, which the end of the
+            # group holds while it waits for them. After a last collective whose tensor outlives the group none is left.
             dist.all_reduce(last)
     finally:
         if dist.is_initialized():
