@@ -9,12 +9,15 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 # Lowest first; a file may import from its own layer's lower neighbours and from any layer below.
 LAYERS = [
     {"dataloaders"},
-    {"training.params", "training.distributed", "training.metrics", "training.results", "training.loss"},
+    {"training.params", "training.params_train", "training.distributed", "training.metrics", "training.results"},
+    {"training.loss", "training.optim", "training.step", "training.checkpoint", "training.tracking"},
+    {"training.data"},
     {"training.model"},
-    {"training.build"},
-    {"training.encode"},
+    {"training.build", "training.train_model"},
+    {"training.encode", "training.step_log"},
     {"training.retrieval"},
-    {"training.evaluate"},
+    {"training.evaluate", "training.validate"},
+    {"training.train"},
     {"training.main", "training.api"},
 ]
 

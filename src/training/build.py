@@ -1,10 +1,21 @@
 """From flags to a model: the one place where both evaluation and training build what they run."""
 
 import argparse
+import math
 
 import torch
 
+from training.data.augment import parse_augmentation, strong_augmentation
 from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
+
+CPU_PRECISIONS = ("fp32", "bf16", "pure_bf16", "amp_bf16", "amp_bfloat16")
+_SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # as in open_clip's SigLIP configs
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises ValueError for a precision that the device does not compute in."""
+    if device.type == "cpu" and precision not in CPU_PRECISIONS:
+        raise ValueError(f"--precision {precision} needs a GPU; on CPU take one of {', '.join(CPU_PRECISIONS)}")
 
 
 def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderParts:
@@ -28,9 +39,14 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
         precision=args.precision,
         device=device,
         pretrained_image=args.pretrained_image,
-        pretrained_text=args.pretrained_text,
+        pretrained_text=bool(args.train_data) if args.pretrained_text is None else args.pretrained_text,
+        aug_cfg=parse_augmentation(args.aug_cfg),
+        **(_SIGLIP if args.siglip else {}),
         **overrides,
     )
+    if args.strong_augment:
+        cfg = model.visual.preprocess_cfg
+        train_transform = strong_augmentation(cfg["size"], cfg["mean"], cfg["std"])
     if args.lock_image:
         model.lock_image_tower(
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats

@@ -1,7 +1,8 @@
 """Processes of one run: who am I, and the few collectives an evaluation needs. One process needs none of them."""
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -75,6 +76,38 @@ def broadcast_object(value: T, env: DistEnv) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=env.device)
     return box[0]
+
+
+def agree(check: Callable[[], T], env: DistEnv) -> T:
+    """Runs a check on rank 0; every rank gets its result, or raises its ValueError or OSError."""
+    outcome = None
+    if env.is_main:
+        try:
+            outcome = check()
+        except (ValueError, OSError) as error:
+            outcome = error
+    outcome = broadcast_object(outcome, env)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def together(build: Callable[[], T], env: DistEnv) -> T:
+    """Runs work without collectives on every rank; all raise if any fails, so that none waits for one that stopped."""
+    result, error = None, None
+    try:
+        result = build()
+    except (ValueError, OSError) as caught:
+        error = caught
+    raise_together(error, env)
+    return result
+
+
+def fail(error: Exception, code: int, env: DistEnv | None = None) -> int:
+    """Says once, on rank 0, what is wrong; returns the exit code."""
+    if env is None or env.is_main:
+        print(f"python -m training.main: error: {error}", file=sys.stderr)
+    return code
 
 
 def raise_together(error: Exception | None, env: DistEnv) -> None:

@@ -2,9 +2,7 @@
 
 import argparse
 import logging
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -12,15 +10,13 @@ from pathlib import Path
 
 from dataloaders.images import BrokenImageError
 from dataloaders.pairs import describe_missing
-from training.build import build_from_flags
-from training.distributed import DistEnv, broadcast_object, check_device, distributed
+from training.build import build_from_flags, check_precision
+from training.distributed import DistEnv, agree, check_device, distributed, fail, together
 from training.encode import ComputeOptions, encode_images, encode_texts
 from training.model.source import file_sha256, resolve_weights
 from training.model.truncation import count_lost_tokens
 from training.results import format_markdown, format_pairs, format_table, write_results
 from training.retrieval import RetrievalWork, evaluate_retrieval, plan_retrieval, read_benchmarks
-
-CPU_PRECISIONS = ("fp32", "bf16", "pure_bf16", "amp_bf16", "amp_bfloat16")
 
 
 @dataclass(frozen=True)
@@ -46,13 +42,13 @@ def evaluate(args: argparse.Namespace) -> int:
     try:
         check_device(args.device)
     except ValueError as error:
-        return _fail(error, 2)
+        return fail(error, 2)
     with distributed(args.device) as env:
         try:
-            plan = _agree(lambda: _check(args, env), env)
-            parts = build_from_flags(args, env.device)
+            plan = agree(lambda: _check(args, env), env)
+            parts = together(lambda: build_from_flags(args, env.device), env)
         except (ValueError, OSError) as error:
-            return _fail(error, 2, env)
+            return fail(error, 2, env)
         options = ComputeOptions(args.batch_size, args.workers, args.precision)
         count_lost = partial(count_lost_tokens, parts.tokenizer)
         try:
@@ -62,7 +58,7 @@ def evaluate(args: argparse.Namespace) -> int:
             texts = encode_texts(parts.model, parts.tokenizer, count_lost, plan.work.texts, env, options)
             records = evaluate_retrieval(plan.work, images, texts, env)
         except (BrokenImageError, FloatingPointError) as error:
-            return _fail(error, 1, env)
+            return fail(error, 1, env)
         if env.is_main:
             _report(args, plan, records, env, time.monotonic() - start)
     return 0
@@ -74,8 +70,7 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     Raises:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
     """
-    if env.device.type == "cpu" and args.precision not in CPU_PRECISIONS:
-        raise ValueError(f"--precision {args.precision} needs a GPU; on CPU take one of {', '.join(CPU_PRECISIONS)}")
+    check_precision(args.precision, env.device)
     work = plan_retrieval(read_benchmarks(args), args.allow_missing)
     weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
     if weights is None:
@@ -86,27 +81,6 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     folder = Path(args.logs) / name / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)  # a full or read-only disk shows now, not after an hour of encoding
     return Plan(work, weights, file_sha256(weights) if weights else None, folder)
-
-
-def _agree(check: Callable[[], Plan], env: DistEnv) -> Plan:
-    """Runs a check on rank 0; every rank gets its result, or raises its error."""
-    outcome = None
-    if env.is_main:
-        try:
-            outcome = check()
-        except (ValueError, OSError) as error:
-            outcome = error
-    outcome = broadcast_object(outcome, env)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
-def _fail(error: Exception, code: int, env: DistEnv | None = None) -> int:
-    """Says once, on rank 0, what is wrong; returns the exit code."""
-    if env is None or env.is_main:
-        print(f"python -m training.main: error: {error}", file=sys.stderr)
-    return code
 
 
 def _report(args: argparse.Namespace, plan: Plan, records: list[dict], env: DistEnv, seconds: float) -> None:

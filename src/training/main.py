@@ -1,5 +1,6 @@
-"""The entry point: `python -m training.main --help`. Evaluates long text-image retrieval from flags.
+"""The entry point: `python -m training.main --help`. Trains if --train-data is named, else evaluates.
 
+python -m training.main --train-data 'data/{00000..00575}.tar' --model lotlip_bert-ViT-B-16 --lock-image
 python -m training.main --urban1k-retrieval data/Urban1k --model ViT-B-16 --pretrained openai
 torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval data/dci --model ViT-B-16 --pretrained openai
 """
@@ -18,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)  # before anything heavy is imported: --help and typos answer at once
     try:
+        if args.train_data:
+            from training.train import train
+
+            return train(args)
         from training.evaluate import evaluate
 
         return evaluate(args)

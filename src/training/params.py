@@ -5,12 +5,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from training.params_train import add_train_args, validate_train_args
+
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
 RETRIEVAL_FLAGS = ("--dci-retrieval", "--iiw-retrieval", "--share4v-retrieval", "--urban1k-retrieval")
 
 DESCRIPTION = """\
-Evaluate long text-image retrieval for any open_clip, LoTLIP or Long-CLIP model.
+Train on short and long captions, or evaluate long text-image retrieval for any open_clip, LoTLIP or Long-CLIP model.
 
+  python -m training.main --train-data 'DATA/{00000..00575}.tar' --model lotlip_bert-ViT-B-16 --lock-image ..
   python -m training.main --urban1k-retrieval DATA/Urban1k --model ViT-B-16 --pretrained openai
   torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval DATA/dci --iiw-retrieval DATA/iiw ..
 """
@@ -56,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_args(parser.add_argument_group("model"))
     _add_lock_args(parser.add_argument_group("which parts of the model are trained"))
     _add_retrieval_args(parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)"))
+    add_train_args(parser, _positive, _not_negative)
     _add_compute_args(parser.add_argument_group("compute"))
     _add_output_args(parser.add_argument_group("output"))
     return parser
@@ -108,7 +112,12 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="without --pretrained: start the image tower from the weights its config names, in --cache-dir or the hub",
     )
-    group.add_argument("--pretrained-text", action="store_true", help="the same for the text tower")
+    group.add_argument(
+        "--pretrained-text",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the same for the text tower (default: in training, where its config names weights)",
+    )
 
 
 def _add_lock_args(group: argparse._ArgumentGroup) -> None:
@@ -157,7 +166,7 @@ def _add_compute_args(group: argparse._ArgumentGroup) -> None:
         type=_positive,
         default=64,
         metavar="N",
-        help="images or captions per step and process (default: %(default)s)",
+        help="images (in evaluation also captions) per step and process (default: %(default)s)",
     )
     group.add_argument(
         "--workers",
@@ -170,7 +179,7 @@ def _add_compute_args(group: argparse._ArgumentGroup) -> None:
         "--device", default=None, metavar="DEV", help="cuda, cpu, mps, .. (default: cuda if there is one)"
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random weights of an untrained model (default: %(default)s)"
+        "--seed", type=int, default=0, metavar="N", help="random weights, order and augmentation (default: %(default)s)"
     )
 
 
@@ -211,9 +220,11 @@ def validate_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the message names the flag, what was found and what to do.
     """
-    if not has_retrieval(args):
+    validate_train_args(args)
+    if not has_retrieval(args) and not args.train_data:
         raise ValueError(
-            f"nothing to do: name a data set with {', '.join(RETRIEVAL_FLAGS[:-1])} or {RETRIEVAL_FLAGS[-1]}"
+            "nothing to do: name --train-data, or a data set with "
+            f"{', '.join(RETRIEVAL_FLAGS[:-1])} or {RETRIEVAL_FLAGS[-1]}"
         )
     if args.share4v_retrieval and not args.share4v_anno:
         raise ValueError(

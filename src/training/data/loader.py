@@ -1,0 +1,269 @@
+"""From raw samples to batches: decode, augment, choose captions, tokenise; in the loader's worker processes."""
+
+import io
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dataloaders.images import BrokenImageError, load_rgb
+from training.data.captions import CaptionRule, NoCaptionError, choose_captions
+from training.data.sources import Source
+from training.data.tar import BrokenShardError, RawSample
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+# Why a sample was passed over.
+FAULT_KINDS = (
+    "broken shard",
+    "no image",
+    "broken image",
+    "no caption",
+    "broken JSON",
+    "JSON not an object",
+    "text not UTF-8",
+)
+
+
+class TrainBatch(NamedTuple):
+    """One step of one process.
+
+    Attributes:
+        images: [batch, 3, H, W] float32.
+        short_ids: [batch, length] int64, the short captions, padded to the longest of them.
+        long_ids: [batch, num_captions - 1, length] int64, likewise; [batch, 0, 1] where there are none.
+        num_tokens: of all captions, without padding.
+        keys: shard/key of each sample.
+        faults: (kind, shard/key) of each sample that was passed over on the way to this batch.
+        position: (worker, slots of its stretch that it has used up with this batch).
+    """
+
+    images: torch.Tensor
+    short_ids: torch.Tensor
+    long_ids: torch.Tensor
+    num_tokens: int
+    keys: list[str]
+    faults: list[tuple[str, str]]
+    position: tuple[int, int]
+
+
+class NoUsableSampleError(RuntimeError):
+    """A loader process found nothing at all that it could train on."""
+
+
+class BadSample(ValueError):
+    """A sample that can't be used; the message is one of `FAULT_KINDS`."""
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Turns a raw sample into pixels and texts, as a function of seed, epoch and the sample's key.
+
+    Attributes:
+        transform: PIL image -> [3, H, W].
+        tokenizer: texts -> ids; all of a batch's short captions at once, then all long ones.
+        rule: which captions.
+        seed: of augmentation and caption choice.
+        epoch: likewise.
+    """
+
+    transform: Callable
+    tokenizer: Callable
+    rule: CaptionRule
+    seed: int
+    epoch: int
+
+    def __call__(self, raw: RawSample) -> tuple[torch.Tensor, list[str]]:
+        """Returns (pixels, texts); raises BadSample."""
+        seed_augmentation(f"{self.seed}/{self.epoch}/{raw.source}/{raw.key}")
+        try:
+            texts = choose_captions(read_record(raw), self.rule, random)
+        except NoCaptionError as error:
+            raise BadSample("no caption") from error
+        return self.transform(_image(raw)), texts
+
+
+def read_record(raw: RawSample) -> dict:
+    """Returns the captions of a sample by key, and whatever else is beside them; raises BadSample."""
+    record = dict(raw.record)
+    if "json" in raw.files:
+        try:
+            content = json.loads(raw.files["json"])
+        except ValueError as error:
+            raise BadSample("broken JSON") from error
+        if not isinstance(content, dict):
+            raise BadSample("JSON not an object")
+        record |= content
+    if "txt" in raw.files:
+        try:
+            record.setdefault("txt", raw.files["txt"].decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise BadSample("text not UTF-8") from error
+    return record
+
+
+def _image(raw: RawSample) -> Image.Image:
+    suffix = next((s for s in IMAGE_SUFFIXES if s in raw.files), None)
+    if suffix is None and raw.image_path is None:
+        raise BadSample("no image")
+    try:
+        return load_rgb(raw.image_path if suffix is None else io.BytesIO(raw.files[suffix]))
+    except BrokenImageError as error:
+        raise BadSample("broken image") from error
+
+
+def seed_augmentation(name: str) -> None:
+    """Seeds every random stream that image transforms draw from."""
+    number = int.from_bytes(sha256(name.encode()).digest()[:8], "big")
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number % 2**63)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leaves the process's random streams as they were: without workers, loading must not disturb dropout."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The part of an epoch that one process of `world_size` trains on, and how far it has come.
+
+    Attributes:
+        batch_size: of this process.
+        num_batches: of this process, in the whole epoch.
+        rank, world_size: this process among all.
+        num_done: batches that are done already; num_workers must then be what it was.
+        used_slots: per worker, slots of its part used up for them.
+    """
+
+    batch_size: int
+    num_batches: int
+    rank: int = 0
+    world_size: int = 1
+    num_done: int = 0
+    used_slots: tuple[int, ...] = ()
+
+    def of_worker(self, worker: int, num_workers: int) -> tuple[int, int]:
+        """Returns (first slot, number of batches) of a worker; worker w makes the batches w, w + num_workers, .."""
+        shares = [len(range(w, self.num_batches, num_workers)) for w in range(num_workers)]
+        return (self.rank * self.num_batches + sum(shares[:worker])) * self.batch_size, shares[worker]
+
+
+class TrainBatches(IterableDataset):
+    """Batches of one epoch for one process; a worker reads its own stretch of the source.
+
+    Args:
+        source: the samples.
+        reader: sample -> pixels and texts.
+        stretch: this process's part.
+
+    Raises:
+        NoUsableSampleError: while iterating, if a worker's whole stretch holds no usable sample.
+    """
+
+    def __init__(self, source: Source, reader: SampleReader, stretch: Stretch):
+        self.source, self.reader, self.stretch = source, reader, stretch
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        # The loader asks its workers in turn, beginning with 0: whoever's batch comes next must be that one.
+        worker = (worker + self.stretch.num_done) % num_workers
+        first, num_batches = self.stretch.of_worker(worker, num_workers)
+        used = self.stretch.used_slots[worker] if self.stretch.used_slots else 0
+        samples = self._usable(first, first + num_batches * self.stretch.batch_size, used)
+        for _ in range(len(range(worker, self.stretch.num_done, num_workers)), num_batches):
+            with random_state_kept():
+                batch, num_used = self._make_batch(samples)
+            used += num_used
+            yield batch._replace(position=(worker, used))
+
+    def _usable(self, start: int, stop: int, used: int) -> Iterator[tuple[str, tuple | None, str | None]]:
+        """Yields (shard/key, (pixels, texts), None) or (shard/key, None, kind of fault), one for each slot.
+
+        Faults leave gaps, which are filled from the stretch's start again: every process must make its number of
+        batches, or the others would wait for it.
+        """
+        skip, num_good = used % (stop - start), used
+        while True:
+            for raw in self.source.read(self.reader.epoch, start, stop, skip):
+                if isinstance(raw, BrokenShardError):
+                    yield str(raw), None, "broken shard"
+                    continue
+                name = f"{raw.source}/{raw.key}"
+                try:
+                    content = self.reader(raw)
+                except BadSample as error:
+                    yield name, None, str(error)
+                    continue
+                num_good += 1
+                yield name, content, None
+            if not num_good:
+                raise NoUsableSampleError(f"no usable sample in slots {start:,} to {stop:,} of the epoch")
+            skip = num_good = 0
+
+    def _make_batch(self, samples: Iterator) -> tuple[TrainBatch, int]:
+        pixels, texts, keys, faults = [], [], [], []
+        while len(pixels) < self.stretch.batch_size:
+            name, content, fault = next(samples)
+            if fault:
+                faults.append((fault, name))
+                continue
+            pixels.append(content[0])
+            texts.append(content[1])
+            keys.append(name)
+        short, num_short = tokenise(self.reader.tokenizer, [t[0] for t in texts])
+        num_long = len(texts[0]) - 1
+        long, num_tokens = torch.zeros(len(texts) * num_long, 1, dtype=torch.int64), 0
+        if num_long:
+            long, num_tokens = tokenise(self.reader.tokenizer, [text for t in texts for text in t[1:]])
+        long = long.unflatten(0, (len(texts), num_long))
+        batch = TrainBatch(torch.stack(pixels), short, long, num_short + num_tokens, keys, faults, (0, 0))
+        return batch, len(keys) + len(faults)
+
+
+def tokenise(tokenizer: Callable, texts: list[str], multiple: int = 8) -> tuple[torch.Tensor, int]:
+    """Token ids [n, length], cut after the longest text; and the number of tokens that are not padding.
+
+    Args:
+        tokenizer: ours is cut; another one's rows may carry tokens at their end, and stay whole.
+        texts: n texts.
+        multiple: `length` is one of it, or the context length: this keeps the number of different shapes small.
+    """
+    ids = tokenizer(texts)
+    hugging_face = getattr(tokenizer, "tokenizer", None)
+    pad_id = getattr(tokenizer, "pad_id", getattr(hugging_face, "pad_token_id", 0))
+    lengths = (ids != pad_id).sum(dim=1)
+    if hasattr(tokenizer, "pad_id"):
+        longest = int(lengths.max())
+        ids = ids[:, : min(ids.shape[1], -(-longest // multiple) * multiple)].contiguous()
+    return ids, int(lengths.sum())
+
+
+def _as_it_is(batch: TrainBatch) -> TrainBatch:
+    return batch
+
+
+def make_loader(source: Source, reader: SampleReader, stretch: Stretch, num_workers: int, pin: bool) -> DataLoader:
+    """Returns a loader of one epoch's `TrainBatch`es; their order does not depend on how fast workers are."""
+    return DataLoader(
+        TrainBatches(source, reader, stretch),
+        batch_size=None,  # workers make whole batches
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin,
+        prefetch_factor=2 if num_workers else None,
+    )

@@ -1,0 +1,176 @@
+"""Where training samples come from: tar shards here, tables in tables.py.
+
+A source lays the samples of an epoch out as one sequence of slots. A loader process takes a stretch of it, start to
+stop, so any number of processes sees every sample exactly once, however many shards there are. What is read from a
+stretch is a function of (seed, epoch, start, stop): the number of slots read is a position to go on from.
+"""
+
+import glob
+import itertools
+import logging
+import os
+import random
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from webdataset.shardlists import expand_urls
+
+from training.data.tar import BrokenShardError, RawSample, index_shard, is_local, read_samples, read_sizes
+
+SHUFFLE_WINDOW = 1000
+
+
+class Source(Protocol):
+    """What a loader process needs.
+
+    Attributes:
+        num_samples: in one epoch.
+    """
+
+    num_samples: int
+
+    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
+        """Yields what is in slots start..stop of the epoch, without the first `skip` that a call without it yields.
+
+        Each slot gives one item: a sample, or the reason why it can't be read.
+        """
+
+
+class ShardSource:
+    """Tar shards, each sample once an epoch.
+
+    The shards are shuffled anew each epoch; within a process's stretch, samples are shuffled among windows of
+    neighbours, so that starting in the middle costs one window, not the epoch.
+
+    Args:
+        urls: shards.
+        sizes: samples in each.
+        seed: of both shuffles.
+        window: samples shuffled together.
+    """
+
+    def __init__(self, urls: Sequence[str], sizes: Sequence[int], seed: int, window: int = SHUFFLE_WINDOW):
+        self.urls, self.sizes = list(urls), list(sizes)
+        self.seed, self.window = seed, window
+        self.num_samples = sum(sizes)
+
+    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
+        order = list(range(len(self.urls)))
+        random.Random(f"{self.seed}/{epoch}/shards").shuffle(order)
+        ends = list(itertools.accumulate(self.sizes[i] for i in order))
+        number, within = divmod(skip, self.window)
+        stream = self._in_order(order, ends, start + number * self.window, stop)
+        shuffled = shuffle_windows(stream, self.window, f"{self.seed}/{epoch}/{start}", number)
+        yield from itertools.islice(shuffled, within, None)
+
+    def _in_order(self, order, ends, start, stop) -> Iterator[RawSample | BrokenShardError]:
+        for place in range(bisect_right(ends, start), len(order)):
+            url, size = self.urls[order[place]], self.sizes[order[place]]
+            begin = ends[place] - size
+            if begin >= stop:
+                return
+            done, last = max(start - begin, 0), min(stop - begin, size)
+            fault = BrokenShardError(f"{url}: fewer samples than sizes.json counts")
+            try:
+                for sample in read_samples(url, done, last):
+                    yield sample
+                    done += 1
+            except BrokenShardError as error:
+                fault = error
+            yield from itertools.repeat(fault, last - done)
+
+
+class ResampledShards:
+    """Tar shards drawn with replacement, as often as their source's factor says; for shards of unknown size.
+
+    Args:
+        urls: shards.
+        factors: how often to draw each, relative to the others.
+        num_samples: what counts as an epoch.
+        seed, window: as of `ShardSource`.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], factors: Sequence[float], num_samples: int, seed: int, window: int = SHUFFLE_WINDOW
+    ):
+        self.urls, self.factors = list(urls), list(factors)
+        self.num_samples, self.seed, self.window = num_samples, seed, window
+
+    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
+        name = f"{self.seed}/{epoch}/{start}"
+        stream = shuffle_windows(self._drawn(random.Random(name)), self.window, name)
+        yield from itertools.islice(stream, skip, stop - start)
+
+    def _drawn(self, rng: random.Random) -> Iterator[RawSample | BrokenShardError]:
+        while True:
+            (url,) = rng.choices(self.urls, self.factors)
+            try:
+                yield from read_samples(url)
+            except BrokenShardError as error:
+                yield error
+
+
+def shuffle_windows(stream: Iterator, window: int, name: str, first: int = 0) -> Iterator:
+    """Shuffles a stream among windows of `window` neighbours, the first of which has the number `first`.
+
+    How window k is shuffled depends on `name` and k alone.
+    """
+    for number in itertools.count(first):
+        samples = list(itertools.islice(stream, window))
+        if not samples:
+            return
+        random.Random(f"{name}/{number}").shuffle(samples)
+        yield from samples
+
+
+def expand_sources(spec: str) -> list[list[str]]:
+    """Expands the flag: sources apart by ``::``, each a folder (its ``*.tar``), a URL with braces, or a file.
+
+    Raises:
+        FileNotFoundError, ValueError: a local shard or folder is not there, or a folder holds none.
+    """
+    sources = []
+    for part in spec.split("::"):
+        if os.path.isdir(part):
+            urls = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
+            if not urls:
+                raise ValueError(f"{part}: no *.tar in this folder")
+        else:
+            urls = [part] if part.startswith("pipe:") and "{" not in part else expand_urls(part)
+        sources.append(list(urls))
+    missing = [url for urls in sources for url in urls if is_local(url) and not os.path.isfile(url)]
+    if missing:
+        total = sum(map(len, sources))
+        shown = ", ".join(missing[:3]) + (", .." if len(missing) > 3 else "")
+        raise FileNotFoundError(f"{spec}: {len(missing):,} of {total:,} shards are missing: {shown}")
+    return sources
+
+
+def count_samples(urls: Sequence[str]) -> list[int]:
+    """Counts the samples of shards: from ``sizes.json`` beside them, else from the headers of local files.
+
+    A shard that breaks off counts as far as it goes, with a warning.
+
+    Raises:
+        ValueError: a remote shard that no sizes.json counts, or a local one that is no tar file.
+    """
+    folders = {os.path.dirname(url) for url in urls if not url.startswith("pipe:")}
+    sizes = {folder: read_sizes(folder) for folder in folders}
+    known = [sizes.get(os.path.dirname(url), {}).get(os.path.basename(url)) for url in urls]
+    unknown = [url for url, size in zip(urls, known) if size is None]
+    remote = [url for url in unknown if not is_local(url)]
+    if remote:
+        raise ValueError(
+            f"{remote[0]}: number of samples unknown (of {len(remote):,} remote shards); put sizes.json "
+            f'({{"00000.tar": 10000, ..}}) beside them, or add --dataset-resampled and --train-num-samples'
+        )
+    with ThreadPoolExecutor(16) as pool:
+        counted = dict(zip(unknown, pool.map(index_shard, unknown)))
+    for index in counted.values():
+        if index.fault and not index.offsets:
+            raise ValueError(index.fault)
+        if index.fault:
+            logging.warning(f"{index.fault}; its {len(index.offsets):,} samples before that are used")
+    return [len(counted[url].offsets) if size is None else size for url, size in zip(urls, known)]

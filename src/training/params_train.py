@@ -1,0 +1,189 @@
+"""Flags of training: data, captions, optimization, logging and checkpoints. Imports nothing heavy."""
+
+import argparse
+import os
+from collections.abc import Callable
+
+REPORTERS = ("tensorboard", "wandb")
+
+
+def add_train_args(parser: argparse.ArgumentParser, positive: Callable, not_negative: Callable) -> None:
+    """Adds training's groups of flags; `positive` and `not_negative` parse whole numbers."""
+    _add_data_args(parser.add_argument_group("training data"), positive, not_negative)
+    _add_caption_args(parser.add_argument_group("captions of a training sample"), not_negative)
+    _add_optimization_args(parser.add_argument_group("optimization"), positive, not_negative)
+    _add_loss_args(parser.add_argument_group("loss"))
+    _add_logging_args(parser.add_argument_group("logging and checkpoints"), positive, not_negative)
+
+
+def _add_data_args(group, positive, not_negative) -> None:
+    group.add_argument(
+        "--train-data",
+        metavar="SHARDS",
+        help="shards ('data/{00000..00575}.tar', a folder, URLs; sources apart by ::), or a .csv, .tsv or .parquet",
+    )
+    group.add_argument("--val-data", metavar="SHARDS", help="the same, for loss and R@1 during training")
+    group.add_argument(
+        "--train-num-samples", type=positive, metavar="N", help="samples in an epoch (default: all there are)"
+    )
+    group.add_argument("--dataset-resampled", action="store_true", help="draw shards with replacement")
+    group.add_argument(
+        "--train-data-upsampling-factors", metavar="F::F", help="with it: how often to draw from each source"
+    )
+    group.add_argument(
+        "--shuffle-window",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="neighbouring samples of shards that are shuffled together, per loader process (default: %(default)s)",
+    )
+    group.add_argument("--csv-img-key", default="filepath", metavar="COL", help="image column (default: %(default)s)")
+    group.add_argument("--csv-separator", metavar="C", help="of a .csv table (default: a comma; a tab in .tsv)")
+    group.add_argument("--strong-augment", action="store_true", help="crop 0.2-1, jitter, grey, blur, flip, two random")
+    group.add_argument(
+        "--aug-cfg", nargs="*", default=[], metavar="K=V", help="open_clip's augmentation, e.g. scale=0.4,1.0"
+    )
+
+
+def _add_caption_args(group, not_negative) -> None:
+    group.add_argument(
+        "--num-long-captions", type=not_negative, default=3, metavar="K", help="long ones a step (default: %(default)s)"
+    )
+    group.add_argument(
+        "--captions",
+        default="both",
+        choices=("both", "raw", "long"),
+        help="both; raw: the short one alone; long: K long ones, the first in the short one's place (default: both)",
+    )
+    group.add_argument(
+        "--sub-caption-sentences",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="take N consecutive sentences of a long caption; 0 takes all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--raw-caption-keys", default="raw_caption,caption,txt", metavar="K,K", help="first found counts"
+    )
+    group.add_argument("--short-caption-keys", default="", metavar="K,K", help="more short ones to draw from")
+    group.add_argument(
+        "--long-caption-keys",
+        default="longIB_captions,longSV_captions,longLLA_captions,long_caption",
+        metavar="K,K",
+        help="all found count (default: %(default)s)",
+    )
+
+
+def _add_optimization_args(group, positive, not_negative) -> None:
+    group.add_argument("--epochs", type=positive, default=10, metavar="N", help="default: %(default)s")
+    group.add_argument("--lr", type=float, default=5e-4, help="learning rate (default: %(default)s)")
+    group.add_argument("--image-lr", type=float, metavar="LR", help="of the image tower (default: --lr)")
+    group.add_argument("--text-lr", type=float, metavar="LR", help="of the text tower (default: --lr)")
+    group.add_argument("--wd", type=float, default=0.2, help="weight decay (default: %(default)s)")
+    group.add_argument("--beta1", type=float, default=0.9, help="of AdamW (default: %(default)s)")
+    group.add_argument("--beta2", type=float, default=0.98, help="of AdamW (default: %(default)s)")
+    group.add_argument("--eps", type=float, default=1e-6, help="of AdamW (default: %(default)s)")
+    group.add_argument("--warmup", type=not_negative, default=2000, metavar="N", help="steps (default: %(default)s)")
+    group.add_argument(
+        "--lr-scheduler", default="cosine", choices=("cosine", "const"), help="cosine or const (default: %(default)s)"
+    )
+    group.add_argument("--grad-clip-norm", type=float, metavar="X", help="largest gradient norm (default: no limit)")
+    group.add_argument(
+        "--accum-freq", type=positive, default=1, metavar="N", help="batches per step, as one (default: %(default)s)"
+    )
+    group.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
+    group.add_argument("--torchcompile", action="store_true", help="compile the model")
+
+
+def _add_loss_args(group) -> None:
+    group.add_argument(
+        "--short-loss-weight", "--clip-lossweight", type=float, default=1.0, metavar="W", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--long-loss-weight", "--declip-lossweight", type=float, default=1.0, metavar="W", help="default: %(default)s"
+    )
+    group.add_argument("--siglip", action="store_true", help="pairwise sigmoid in place of cross-entropy")
+    group.add_argument("--local-loss", action="store_true", help="own rows against everybody's: less memory")
+    group.add_argument(
+        "--gather-with-grad",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="gradients equal to one process on the whole batch",
+    )
+
+
+def _add_logging_args(group, positive, not_negative) -> None:
+    group.add_argument("--log-every-n-steps", type=positive, default=100, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--report-to", default="", metavar="R,R", help="tensorboard, wandb (metrics.jsonl is always written)"
+    )
+    group.add_argument(
+        "--save-frequency", type=not_negative, default=1, metavar="N", help="every N epochs (default: %(default)s)"
+    )
+    group.add_argument("--save-most-recent", action="store_true", help="also epoch_latest.pt, every epoch")
+    group.add_argument("--delete-previous-checkpoint", action="store_true", help="keep the last epoch_N.pt only")
+    group.add_argument("--resume", metavar="FILE|latest", help="go on from a checkpoint; latest: of --name")
+    group.add_argument(
+        "--zeroshot-frequency",
+        type=not_negative,
+        default=1,
+        metavar="N",
+        help="evaluate on the benchmarks named every N epochs, and at the end; 0: never (default: %(default)s)",
+    )
+    group.add_argument(
+        "--val-frequency",
+        type=not_negative,
+        default=1,
+        metavar="N",
+        help="the same on --val-data (default: %(default)s)",
+    )
+
+
+def validate_train_args(args: argparse.Namespace) -> None:
+    """Checks training's flags.
+
+    Raises:
+        ValueError: the message names the flag, what was found and what to do.
+    """
+    if not args.train_data:
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in ("val_data", "resume", "siglip", "report_to")
+            if getattr(args, name)
+        ]
+        if given:
+            raise ValueError(f"{', '.join(given)}: no effect without --train-data")
+        return
+    if args.train_data_upsampling_factors and not args.dataset_resampled:
+        raise ValueError("--train-data-upsampling-factors needs --dataset-resampled: without it each sample comes once")
+    if args.dataset_resampled and not args.train_num_samples:
+        raise ValueError("--dataset-resampled needs --train-num-samples: drawn with replacement, data have no end")
+    unknown = set(split_names(args.report_to)) - set(REPORTERS)
+    if unknown:
+        raise ValueError(f"--report-to {args.report_to}: expected any of {', '.join(REPORTERS)}, apart by commas")
+    if args.resume == "latest" and not args.name:
+        raise ValueError("--resume latest needs --name, the run to go on with")
+    if args.local_loss and not args.gather_with_grad:
+        raise ValueError("--local-loss needs --gather-with-grad: without it the other ranks' gradients are lost")
+    if args.captions == "long" and not args.num_long_captions:
+        raise ValueError("--captions long needs --num-long-captions of at least 1")
+    if args.strong_augment and args.aug_cfg:
+        raise ValueError("--strong-augment and --aug-cfg exclude each other")
+    for word in args.aug_cfg:
+        if "=" not in word:
+            raise ValueError(f"--aug-cfg {word}: expected KEY=VALUE")
+    for name in ("lr", "image_lr", "text_lr", "grad_clip_norm"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    if args.train_data.endswith((".csv", ".tsv", ".parquet")) and args.dataset_resampled:
+        raise ValueError("--dataset-resampled is for shards; a table's rows come once an epoch each")
+    if args.precision in ("fp16", "pure_fp16"):
+        raise ValueError(f"--precision {args.precision}: weights of 16 bits do not train; take amp or amp_bf16")
+    if args.csv_separator and not os.path.splitext(args.train_data)[1] == ".csv":
+        raise ValueError(f"--csv-separator has no effect on --train-data {args.train_data}")
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """``a,b`` -> (a, b); empty text gives none."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

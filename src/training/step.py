@@ -1,0 +1,125 @@
+"""One optimizer step: forward, loss, backward, clip, update; over several micro-batches if need be."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+LOGIT_SCALE_MAX = math.log(100)
+ROW_WISE = ("image_features", "text_features")
+
+
+@dataclass
+class Stepper:
+    """What a step needs, apart from data.
+
+    Attributes:
+        model: a `TrainModel`, perhaps compiled or under DDP; called as model(images, short_ids, long_ids).
+        core: the two-tower model inside it.
+        loss: called with the model's output and ``output_dict=True``.
+        optimizer: of `core`'s parameters.
+        autocast: makes the context of forward passes.
+        scaler: of float16 gradients; None otherwise.
+        max_norm: gradients are clipped to it; None leaves them.
+    """
+
+    model: nn.Module
+    core: nn.Module
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    autocast: Callable = nullcontext
+    scaler: torch.amp.GradScaler | None = None
+    max_norm: float | None = None
+
+    def __call__(self, micro_batches: Sequence[tuple]) -> dict[str, torch.Tensor]:
+        """Trains on micro-batches as on one batch of them all.
+
+        Args:
+            micro_batches: (images, short_ids, long_ids) each, on the model's device.
+
+        Returns:
+            Loss terms, ``loss``, ``grad_norm`` and ``logit_scale``, as tensors on the device: to read them is to wait.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        if len(micro_batches) == 1:
+            terms = self._forward_backward(self._forward(micro_batches[0]))
+        else:
+            terms = self._accumulate(micro_batches)
+        grad_norm = self._update()
+        with torch.no_grad():
+            self.core.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+        report = {name: value.detach() for name, value in terms.items()}
+        scale = self.core.logit_scale.detach().exp().reshape(())
+        return {"loss": sum(report.values()), **report, "grad_norm": grad_norm, "logit_scale": scale}
+
+    def _forward(self, batch: tuple) -> dict[str, torch.Tensor]:
+        with self.autocast():
+            return self.model(*batch)
+
+    def _forward_backward(self, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # Logits in fp32: features of 16 bits would make near ties of different captions.
+        output = {name: value.float() for name, value in output.items()}
+        terms = self.loss(**output, output_dict=True)
+        total = sum(terms.values())
+        (self.scaler.scale(total) if self.scaler else total).backward()
+        return terms
+
+    def _accumulate(self, micro_batches: Sequence[tuple]) -> dict[str, torch.Tensor]:
+        """Contrastive accumulation: features of all without a graph, then each again with one, among the others'.
+
+        Source: GradCache (arXiv 2101.06983). The second pass draws the same dropout as the first.
+        """
+        cached, states = [], []
+        for batch in micro_batches:
+            states.append(_random_state())
+            with torch.no_grad():
+                output = self._forward(batch)
+            cached.append({name: output[name].float() for name in ROW_WISE})
+        after = _random_state()
+        for number, batch in enumerate(micro_batches):
+            _set_random_state(states[number])
+            is_last = number == len(micro_batches) - 1
+            # DDP sums gradients up once, at the last backward pass.
+            with nullcontext() if is_last or not hasattr(self.model, "no_sync") else self.model.no_sync():
+                output = self._forward(batch)
+                for name in ROW_WISE:
+                    rows = [c[name] for c in cached]
+                    rows[number] = output[name].float()
+                    output[name] = torch.cat(rows)
+                terms = self._forward_backward(self._count_scalars_once(output, len(micro_batches)))
+        _set_random_state(after)
+        return terms
+
+    @staticmethod
+    def _count_scalars_once(output: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
+        """Each micro-batch sees the whole loss, so scale and bias would get their gradient `times` times."""
+        for name in ("logit_scale", "logit_bias"):
+            if name in output:
+                value = output[name]
+                output[name] = value.detach() + (value - value.detach()) / times
+        return output
+
+    def _update(self) -> torch.Tensor:
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_norm if self.max_norm else math.inf)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        return norm
+
+
+def _random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])

@@ -1,0 +1,64 @@
+"""The forward pass of training: pixels and captions in, what the loss takes out. One call, as DDP wants it."""
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from training.model.text_tower import LotlipCLIP
+
+
+class TrainModel(nn.Module):
+    """Both towers under one `forward`.
+
+    A locked image tower runs in eval mode and without a graph. Short and long captions go through the text tower apart,
+    each padded to the longest of its own kind: a short one beside long ones would be mostly padding.
+
+    Args:
+        model: a `LotlipCLIP`, or any model of open_clip's (whose captions give one feature each).
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.image_is_locked = not any(p.requires_grad for p in model.visual.parameters())
+
+    def train(self, mode: bool = True) -> "TrainModel":
+        super().train(mode)
+        if self.image_is_locked:
+            self.model.visual.eval()
+        return self
+
+    def forward(self, images: torch.Tensor, short_ids: torch.Tensor, long_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encodes a batch.
+
+        Args:
+            images: [batch, 3, H, W].
+            short_ids: [batch, length].
+            long_ids: [batch, K, length], K >= 0.
+
+        Returns:
+            ``image_features`` [batch, dim]; ``text_features`` [batch, T, dim], or [batch, dim] if K = 0; both
+            normalised; ``logit_scale`` exponentiated; ``logit_bias`` where the model has one.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
+            image_features = self.model.encode_image(images, normalize=True)
+        short = self._text_features(short_ids)[:, :1]  # [batch, 1, dim]: [CLS] alone
+        if long_ids.shape[1]:
+            long = self._text_features(long_ids.flatten(0, 1))  # [batch x K, m + 1, dim]
+            text_features = torch.cat([short, long.unflatten(0, long_ids.shape[:2]).flatten(1, 2)], dim=1)
+        else:
+            text_features = short[:, 0]
+        output = {
+            "image_features": image_features,
+            "text_features": normalize(text_features, dim=-1),
+            "logit_scale": self.model.logit_scale.exp(),
+        }
+        if getattr(self.model, "logit_bias", None) is not None:
+            output["logit_bias"] = self.model.logit_bias
+        return output
+
+    def _text_features(self, ids: torch.Tensor) -> torch.Tensor:
+        """[n, length] -> [n, m + 1, dim], not normalised."""
+        if isinstance(self.model, LotlipCLIP):
+            return self.model.text.all_features(ids)
+        return self.model.encode_text(ids)[:, None]

@@ -1,0 +1,130 @@
+"""Evaluation during training: loss and R@1 on --val-data, retrieval on whichever benchmarks are named."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from open_clip import get_input_dtype
+
+from training.data.build import TrainData
+from training.data.loader import Stretch, TrainBatch
+from training.distributed import DistEnv, sum_over_ranks
+from training.encode import ComputeOptions, encode_images, encode_texts
+from training.metrics import count_ranks, summarise
+from training.model.factory import EncoderParts
+from training.model.truncation import count_lost_tokens
+from training.results import flatten, format_table, write_results
+from training.retrieval import RetrievalWork, evaluate_retrieval
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """``--val-data``, read through the evaluation transform.
+
+    Attributes:
+        data: its samples, with the captions that epoch 0 chooses.
+        stretch: this rank's part: whole batches, as many on every rank.
+    """
+
+    data: TrainData
+    stretch: Stretch
+
+    @classmethod
+    def of(cls, data: TrainData, batch_size: int, env: DistEnv) -> "ValidationSet":
+        """Divides the samples over ranks; up to a batch per rank is left over, and said to be."""
+        batch_size = min(batch_size, data.num_samples // env.world_size)
+        if not batch_size:
+            raise ValueError(f"--val-data: {data.num_samples} samples for {env.world_size} processes; give more")
+        num_batches = data.num_samples // (batch_size * env.world_size)
+        num_used = num_batches * batch_size * env.world_size
+        if env.is_main and num_used != data.num_samples:
+            logger.warning(f"--val-data: {num_used:,} of {data.num_samples:,} samples are used, in whole batches")
+        return cls(data, Stretch(batch_size, num_batches, env.rank, env.world_size))
+
+
+@torch.no_grad()
+def validate(
+    val: ValidationSet, model: torch.nn.Module, loss: Callable, autocast: Callable, precision: str, env: DistEnv
+) -> dict[str, float]:
+    """Measures a model on ``--val-data``.
+
+    Args:
+        val: the samples.
+        model: a `TrainModel`, in eval mode.
+        loss: of training.
+        autocast: makes the context of the forward pass.
+        precision: as of open_clip.
+        env: this process.
+
+    Returns:
+        Mean of each loss term and ``loss``; ``num_samples``; R@1 in both directions with the short caption
+        (``short_i2t_top1``, ..) and with the first long one (``long_i2t_top1``, ..).
+    """
+    terms, images, texts, num_faults = [], [], [], 0
+    for batch in val.data.loader(0, val.stretch, pin=env.device.type == "cuda"):
+        pixels, short, long = to_device(batch, env.device, get_input_dtype(precision))
+        with autocast():
+            output = {name: value.float() for name, value in model(pixels, short, long).items()}
+        terms.append(loss(**output, output_dict=True))
+        text = output["text_features"]
+        text = text if text.ndim == 3 else text[:, None]
+        images.append(output["image_features"].cpu())
+        texts.append(text[:, :2].cpu())
+        num_faults += len(batch.faults)
+    means = torch.tensor([[float(v) for v in t.values()] for t in terms], dtype=torch.float64).mean(dim=0)
+    means = sum_over_ranks(means, env) / env.world_size
+    result = dict(zip(terms[0], means.tolist()))
+    result = {"loss": sum(result.values()), **result}
+    images, texts = _all_rows(torch.cat(images), env), _all_rows(torch.cat(texts), env)
+    for number, name in enumerate(("short", "long")[: texts.shape[1]]):
+        i2t, t2i = count_ranks(images, texts[:, number], torch.arange(len(images)), device=env.device)
+        result |= {f"{name}_i2t_top1": summarise(i2t)["top1"], f"{name}_t2i_top1": summarise(t2i)["top1"]}
+    skipped = int(sum_over_ranks(torch.tensor([num_faults]), env))
+    return {"num_samples": len(images), "skipped": skipped, **result}
+
+
+def to_device(batch: TrainBatch, device: torch.device, dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
+    """Moves (images, short_ids, long_ids) of a `TrainBatch`; images also to `dtype`."""
+    return (
+        batch.images.to(device, dtype, non_blocking=True),
+        batch.short_ids.to(device, non_blocking=True),
+        batch.long_ids.to(device, non_blocking=True),
+    )
+
+
+def _all_rows(rows: torch.Tensor, env: DistEnv) -> torch.Tensor:
+    """[n, ..] of each rank -> [world_size x n, ..] on all."""
+    everything = torch.zeros(env.world_size * len(rows), *rows.shape[1:])
+    everything[env.rank * len(rows) : (env.rank + 1) * len(rows)] = rows
+    return sum_over_ranks(everything, env)
+
+
+def evaluate_benchmarks(
+    parts: EncoderParts, work: RetrievalWork, args: argparse.Namespace, folder: Path, epoch: int, env: DistEnv
+) -> dict[str, object]:
+    """Evaluates retrieval in mid-training; rank 0 prints the table and appends to FOLDER/results.jsonl.
+
+    Returns:
+        The published keys with their numbers.
+
+    Raises:
+        BrokenImageError, FloatingPointError: as an evaluation of its own.
+    """
+    options = ComputeOptions(args.batch_size, args.workers, args.precision)
+    images = encode_images(
+        parts.model, parts.preprocess, work.images.paths, env, options, allow_broken=args.allow_missing
+    )
+    count_lost = partial(count_lost_tokens, parts.tokenizer)
+    texts = encode_texts(parts.model, parts.tokenizer, count_lost, work.texts, env, options)
+    records = evaluate_retrieval(work, images, texts, env)
+    if env.is_main:
+        extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size}
+        write_results(records, folder, args, None, extra)
+        logger.info(f"after epoch {epoch}:\n{format_table(records)}")
+    return flatten(records)

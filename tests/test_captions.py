@@ -1,0 +1,86 @@
+"""Which captions a training step sees: the documented rule, case by case."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions
+
+RECORD = {
+    "raw_caption": " a dog ",
+    "caption": "never looked at",
+    "longIB_captions": "A dog runs. It is brown.",
+    "longSV_captions": ["A brown dog", "It runs on grass.", "", "Is it fast?"],
+    "longLLA_captions": "A park.",
+    "width": 64,
+}
+IB, SV, LLA = "A dog runs. It is brown.", "A brown dog. It runs on grass. Is it fast?", "A park."
+
+
+def choose(record: dict, seed: int = 0, **rule) -> list[str]:
+    return choose_captions(record, CaptionRule(**rule), random.Random(seed))
+
+
+def test_raw_caption_comes_first_then_every_long_one():
+    texts = choose(RECORD)
+    assert texts[0] == "a dog" and sorted(texts[1:]) == sorted([IB, SV, LLA])
+
+
+def test_k_of_three_are_drawn_afresh_and_evenly():
+    drawn = Counter(choose(RECORD, seed, num_long=1)[1] for seed in range(600))
+    assert set(drawn) == {IB, SV, LLA} and min(drawn.values()) > 150
+    pairs = {tuple(choose(RECORD, seed, num_long=2)[1:]) for seed in range(200)}
+    assert len(pairs) == 6 and all(a != b for a, b in pairs)
+
+
+def test_the_same_stream_gives_the_same_captions():
+    rule = {"num_long": 2, "num_sentences": 1}
+    assert [choose(RECORD, s, **rule) for s in range(20)] == [choose(RECORD, s, **rule) for s in range(20)]
+
+
+def test_too_few_long_captions_repeat_and_none_gives_the_short_one():
+    few = {"txt": "a dog", "long_caption": "A long story."}
+    assert choose(few) == ["a dog", "A long story.", "A long story.", "A long story."]
+    assert choose({"txt": "a dog"}) == ["a dog"] * 4
+
+
+def test_only_long_captions_give_their_first_sentence_as_the_short_one():
+    assert choose({"long_caption": "A dog runs. It is brown."}, num_long=1) == [
+        "A dog runs",
+        "A dog runs. It is brown.",
+    ]
+
+
+def test_only_raw_and_only_long():
+    assert choose(RECORD, captions="raw") == ["a dog"]
+    assert sorted(choose(RECORD, captions="long")) == sorted([IB, SV, LLA])
+    assert choose(RECORD, captions="both", num_long=0) == ["a dog"]
+
+
+def test_sub_captions_are_consecutive_sentences():
+    record = {"txt": "x", "long_caption": "One. Two. Three. Four"}
+    seen = {choose(record, seed, num_long=1, num_sentences=2)[1] for seed in range(100)}
+    assert seen == {"One. Two.", "Two. Three.", "Three. Four."}
+    assert choose(record, num_long=1, num_sentences=9)[1] == "One. Two. Three. Four."
+
+
+def test_short_captions_are_drawn_among_raw_and_short_keys():
+    record = RECORD | {"shortIB_captions": "dog", "shortSV_captions": "hound"}
+    seen = {choose(record, s, short_keys=("shortIB_captions", "shortSV_captions"))[0] for s in range(100)}
+    assert seen == {"a dog", "dog", "hound"}
+
+
+@pytest.mark.parametrize("record", [{}, {"txt": "  "}, {"txt": None, "caption": 3}, {"long_caption": ["", None]}])
+def test_nothing_usable_is_an_error(record):
+    assert captions_found(record, CaptionRule()) == (False, False)
+    with pytest.raises(NoCaptionError, match="no caption under raw_caption, caption, txt, longIB_captions"):
+        choose(record)
+
+
+@pytest.mark.parametrize("captions", ["both", "raw", "long"])
+@pytest.mark.parametrize("num_long", [1, 2, 5])
+def test_number_of_captions_is_what_the_rule_says(captions, num_long):
+    rule = CaptionRule(captions=captions, num_long=num_long)
+    for record in (RECORD, {"txt": "a"}, {"long_caption": "A b. C d."}):
+        assert len(choose_captions(record, rule, random.Random(0))) == rule.num_captions

@@ -1,0 +1,225 @@
+"""Shards and tables as the loader sees them: every sample exactly once, in an order that can be gone on from."""
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from training.data.captions import CaptionRule
+from training.data.loader import NoUsableSampleError, SampleReader, Stretch, make_loader
+from training.data.sources import ResampledShards, ShardSource, count_samples, expand_sources
+from training.data.tables import read_table
+from training.data.tar import BrokenShardError, index_shard, read_samples
+
+
+def jpeg(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value % 256, 0, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, samples: dict[str, dict[str, bytes]], form: int = tarfile.GNU_FORMAT) -> str:
+    with tarfile.open(path, "w", format=form) as tar:
+        for key, files in samples.items():
+            for suffix, content in files.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def good(number: int) -> dict[str, bytes]:
+    return {"jpg": jpeg(number), "json": json.dumps({"caption": f"s{number}", "long_caption": f"l {number}"}).encode()}
+
+
+def make_shards(folder: Path, sizes: list[int]) -> list[str]:
+    number, urls = 0, []
+    for s, size in enumerate(sizes):
+        urls.append(write_shard(folder / f"{s:03d}.tar", {f"{n:06d}": good(n) for n in range(number, number + size)}))
+        number += size
+    return urls
+
+
+def tokenizer(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(text)] for text in texts])
+
+
+def reader(seed: int = 0, epoch: int = 0, **rule) -> SampleReader:
+    return SampleReader(lambda image: pil_to_tensor(image).float(), tokenizer, CaptionRule(**rule), seed, epoch)
+
+
+def batches(source, stretch: Stretch, workers: int, epoch: int = 0) -> list:
+    return list(make_loader(source, reader(epoch=epoch), stretch, workers, pin=False))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_index_finds_the_samples_that_tarfile_finds(tmp_path, form):
+    keys = ["a/0001", "a/0002", "b/" + "long" * 24 + "/0003", "b/äöü"] + (
+        ["c/" + "very" * 60 + "/0005"] if form != tarfile.USTAR_FORMAT else []
+    )
+    path = write_shard(tmp_path / "x.tar", {key: good(n) for n, key in enumerate(keys)}, form)
+    index = index_shard(path)
+    assert index.fault is None and len(index.offsets) == len(keys)
+    assert [s.key for s in read_samples(path)] == keys
+    for first in range(len(keys)):  # each offset is where tarfile can begin to read
+        assert [s.key for s in read_samples(path, first)] == keys[first:]
+        assert next(read_samples(path, first)).files == good(first)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_sees_every_sample_once_however_it_is_divided(tmp_path, world_size, workers):
+    urls = make_shards(tmp_path, [7, 1, 13, 3])  # fewer shards than world_size x workers
+    source = ShardSource(urls, count_samples(urls), seed=1, window=5)
+    seen = []
+    for rank in range(world_size):
+        stretch = Stretch(2, 24 // world_size // 2, rank, world_size)
+        for batch in batches(source, stretch, workers):
+            assert batch.images.shape == (2, 3, 8, 8) and batch.long_ids.shape == (2, 3, 1) and not batch.faults
+            seen += batch.keys
+    assert len(seen) == 24 and len(set(seen)) == 24
+
+
+def test_order_depends_on_seed_and_epoch_alone(tmp_path):
+    urls = make_shards(tmp_path, [20, 20])
+
+    def keys(seed: int, epoch: int) -> list[str]:
+        return [s.key for s in ShardSource(urls, [20, 20], seed).read(epoch, 0, 40)]
+
+    assert keys(0, 0) == keys(0, 0)
+    assert keys(0, 0) != keys(1, 0) != keys(1, 1) and sorted(keys(0, 0)) == sorted(keys(1, 1))
+
+
+def sources(folder: Path) -> dict:
+    urls = make_shards(folder, [9, 4, 11])
+    (folder / "images").mkdir()
+    for number in range(24):
+        (folder / "images" / f"{number}.jpg").write_bytes(jpeg(number))
+    table = pa.table({"filepath": [f"images/{n}.jpg" for n in range(24)], "caption": [f"s{n}" for n in range(24)]})
+    pq.write_table(table, folder / "t.parquet")
+    return {
+        "shards": ShardSource(urls, [9, 4, 11], seed=0, window=4),
+        "resampled": ResampledShards(urls, [1, 5, 1], num_samples=24, seed=0, window=4),
+        "table": read_table(str(folder / "t.parquet"), "filepath", ("caption",), None, seed=0),
+    }
+
+
+@pytest.mark.parametrize("kind", ["shards", "resampled", "table"])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_a_loader_goes_on_exactly_where_another_stopped(tmp_path, kind, workers):
+    source = sources(tmp_path)[kind]
+    whole = batches(source, Stretch(2, 11), workers, epoch=1)
+    for num_done in (1, 4, 5, 10):
+        used = dict.fromkeys(range(max(workers, 1)), 0) | dict(b.position for b in whole[:num_done])
+        rest = batches(source, Stretch(2, 11, num_done=num_done, used_slots=tuple(used.values())), workers, epoch=1)
+        assert [b.keys for b in rest] == [b.keys for b in whole[num_done:]]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[num_done:]))
+
+
+def test_resampling_follows_the_factors(tmp_path):
+    urls = make_shards(tmp_path, [5, 5])
+    source = ResampledShards(urls, [9, 1], num_samples=5000, seed=0)
+    first = sum(s.source == "000.tar" for s in source.read(0, 0, 5000))
+    assert 0.85 < first / 5000 < 0.95
+
+
+FAULTS = {
+    "broken image": {"jpg": jpeg(0)[:60], "txt": b"a"},
+    "no image": {"txt": b"a"},
+    "no caption": {"jpg": jpeg(0), "json": b'{"url": "http://"}'},
+    "broken JSON": {"jpg": jpeg(0), "json": b'{"caption": "a'},
+    "JSON not an object": {"jpg": jpeg(0), "json": b'["a"]'},
+    "text not UTF-8": {"jpg": jpeg(0), "txt": b"\xff\xfe\xfa"},
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_counted_by_kind_and_their_places_filled(tmp_path, workers):
+    samples = {f"{n:04d}": good(n) for n in range(20)} | {f"bad{i}": files for i, files in enumerate(FAULTS.values())}
+    url = write_shard(tmp_path / "0.tar", samples)
+    made = batches(ShardSource([url], [26], seed=0), Stretch(2, 13), workers)
+    faults = [fault for batch in made for fault in batch.faults]
+    assert len(made) == 13 and all(len(b.keys) == 2 for b in made)
+    # Places are filled from the start of a worker's own stretch, so some faults may be met there again.
+    assert set(faults) == {(kind, f"0.tar/bad{i}") for i, kind in enumerate(FAULTS)}
+    assert {key for b in made for key in b.keys} <= {f"0.tar/{n:04d}" for n in range(20)}
+
+
+def test_a_shard_that_breaks_off_is_used_as_far_as_it_goes(tmp_path, caplog):
+    whole = make_shards(tmp_path, [10])[0]
+    content = Path(whole).read_bytes()
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(content[: index_shard(whole).offsets[6] + 700])
+    assert count_samples([str(cut)]) == [7]
+    assert "cut short" in caplog.text and "7 samples" in caplog.text
+    items = list(ShardSource([str(cut)], [7], seed=0).read(0, 0, 7))
+    assert sum(isinstance(i, BrokenShardError) for i in items) == 1 and len(items) == 7
+    # a sizes.json that promises more: the missing ones are faults, one by one
+    items = list(ShardSource([str(cut)], [12], seed=0).read(0, 0, 12))
+    assert sum(isinstance(i, BrokenShardError) for i in items) == 6 and len(items) == 12
+
+
+def test_nothing_usable_ends_the_loader_with_an_error(tmp_path):
+    url = write_shard(tmp_path / "0.tar", {"a": FAULTS["broken JSON"], "b": FAULTS["no image"]})
+    with pytest.raises(NoUsableSampleError, match="no usable sample in slots 0 to 2"):
+        batches(ShardSource([url], [2], seed=0), Stretch(1, 2), workers=0)
+
+
+def test_sizes_json_is_taken_for_remote_shards(tmp_path):
+    make_shards(tmp_path, [3, 4])
+    (tmp_path / "sizes.json").write_text(json.dumps({"000.tar": 3, "001.tar": 4}))
+    urls = expand_sources(f"file://{tmp_path}/{{000..001}}.tar")[0]
+    assert count_samples(urls) == [3, 4]
+    keys = [s.key for s in ShardSource(urls, [3, 4], seed=0).read(0, 0, 7)]
+    assert sorted(keys) == [f"{n:06d}" for n in range(7)]
+
+
+def test_pipes_are_read(tmp_path):
+    url = "pipe:cat " + make_shards(tmp_path, [3])[0]
+    assert [s.key for s in read_samples(expand_sources(url)[0][0])] == ["000000", "000001", "000002"]
+
+
+def test_csv_tsv_and_parquet_give_the_same_rows(tmp_path):
+    rows = [
+        ("a.jpg", 'a "quoted", text\nof two lines', "long one. äöü"),
+        ("/abs/b.jpg", "NA", ""),
+        ("c.jpg", "1.50", "x"),
+    ]
+    for name, separator in (("t.csv", ","), ("t.tsv", "\t")):
+        quoted = [separator.join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows]
+        (tmp_path / name).write_text("\n".join([separator.join(("path", "txt", "long_caption")), *quoted, ""]))
+    columns = dict(zip(("path", "txt", "long_caption"), map(list, zip(*rows))))
+    pq.write_table(pa.table(columns | {"other": [1, 2, 3]}), tmp_path / "t.parquet")
+    read = {}
+    for name in ("t.csv", "t.tsv", "t.parquet"):
+        source = read_table(str(tmp_path / name), "path", ("txt", "long_caption"), None, seed=3)
+        read[name] = [(s.image_path, s.record) for s in source.read(0, 0, 3)]
+    assert read["t.csv"] == read["t.tsv"] == read["t.parquet"]
+    paths = [str(tmp_path / "a.jpg"), "/abs/b.jpg", str(tmp_path / "c.jpg")]
+    assert sorted(read["t.csv"], key=str) == sorted(
+        [(p, {"txt": r[1], "long_caption": r[2]}) for p, r in zip(paths, rows)], key=str
+    )
+
+
+def test_rows_of_the_wrong_length_are_left_out_and_said(tmp_path, caplog):
+    (tmp_path / "t.csv").write_text("filepath,txt\na.jpg,one\nb.jpg\nc.jpg,two,three\nd.jpg,four\n")
+    source = read_table(str(tmp_path / "t.csv"), "filepath", ("txt",), None, seed=0)
+    assert source.num_samples == 2 and "2 rows left out" in caplog.text
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_sample(tmp_path):
+    sample = next(read_samples(make_shards(tmp_path, [1])[0]))
+
+    def noisy(seed: int, epoch: int) -> float:
+        noise = SampleReader(lambda image: torch.rand(1) + random.random(), tokenizer, CaptionRule(), seed, epoch)
+        return float(noise(sample)[0])
+
+    assert noisy(0, 0) == noisy(0, 0) and len({noisy(0, 0), noisy(0, 1), noisy(1, 0)}) == 3
