@@ -1,0 +1,128 @@
+"""Several processes train as one does: the same losses, gradient norms and weights, step by step."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import run_command
+from training.main import main
+
+# Each step takes all 40 scenes, so that every number of processes compares the same captions; AdamW's eps is large, or
+# rounding errors in near-zero gradients would become steps of full size.
+WHOLE_SET = "--model lotlip_tiny --workers 0 --log-every-n-steps 1 --warmup 0 --epochs 4 --lr 0.001 --eps 0.01".split()
+WAYS = {
+    "plain": [],
+    "local-loss": ["--local-loss"],
+    "accumulated": ["--accum-freq", "2"],
+    "accumulated-local": ["--accum-freq", "2", "--local-loss"],
+    "locked": ["--lock-image", "--grad-clip-norm", "0.1"],
+    "sigmoid": ["--siglip", "--local-loss"],
+}
+# Starting Python and torch takes longer than the trainings themselves, so one process of each rank makes them all.
+WORKER = """
+import json, os, sys
+from training.main import main
+for port, argv in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    if code := main(argv):
+        sys.exit(code)
+"""
+
+
+def argv(way: str, data: Path, logs: Path, world_size: int) -> list[str]:
+    flags = WAYS[way]
+    batch_size = 40 // world_size // (2 if "--accum-freq" in flags else 1)
+    places = ["--train-data", str(data), "--logs", str(logs), "--name", f"{way}-{world_size}"]
+    return [*WHOLE_SET, *places, "--batch-size", str(batch_size), *flags]
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def train_with(world_size: int, data: Path, logs: Path) -> None:
+    work = [(port, argv(way, data, logs, world_size)) for port, way in zip(free_ports(len(WAYS)), WAYS)]
+    shared = os.environ | {"MASTER_ADDR": "localhost", "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, json.dumps(work)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, said
+
+
+def outcome(logs: Path, name: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    lines = [json.loads(line) for line in (logs / name / "metrics.jsonl").read_text().splitlines()]
+    checkpoint = torch.load(logs / name / "checkpoints" / "epoch_4.pt", weights_only=True)
+    return [line for line in lines if "train/loss" in line], checkpoint["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def logs(scenes, tmp_path_factory) -> Path:
+    """One process's runs, plain ways only: accumulation over two batches of 20 is held against one of 40."""
+    folder = tmp_path_factory.mktemp("processes")
+    for way in ("plain", "locked", "sigmoid"):
+        assert main(argv(way, scenes / "train", folder, 1)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_processes_train_as_one(world_size, scenes, logs):
+    train_with(world_size, scenes / "train", logs)
+    for way in WAYS:
+        steps, weights = outcome(logs, f"{way}-{world_size}")
+        expected_steps, expected_weights = outcome(logs, f"{way if way in ('locked', 'sigmoid') else 'plain'}-1")
+        assert len(steps) == 4 and abs(steps[3]["train/loss"] - steps[0]["train/loss"]) > 0.01
+        for step, expected in zip(steps, expected_steps):
+            for name in ("loss", "short_caption_loss", "long_caption_loss", "logit_scale", "grad_norm"):
+                wanted = expected[f"train/{name}"]
+                assert step[f"train/{name}"] == pytest.approx(wanted, rel=1e-6, abs=1e-6), (way, name)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=1e-6, msg=f"{way} {name}")
+
+
+def test_one_process_accumulates_as_one_batch(scenes, logs):
+    name = "accumulated-1"
+    assert main(argv("accumulated", scenes / "train", logs, 1)) == 0
+    steps, weights = outcome(logs, name)
+    expected_steps, expected_weights = outcome(logs, "plain-1")
+    for step, expected in zip(steps, expected_steps):
+        assert step["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--train-data", "{here}/none.tar"], 2, "1 of 1 shards are missing"),
+        (["--train-data", "{set}", "--batch-size", "21"], 2, "a step takes 42 samples, an epoch has 40"),
+        (["--train-data", "{here}/t.csv", "--batch-size", "1"], 1, "no usable sample"),
+    ],
+)
+def test_no_rank_waits_for_one_that_stopped(flags, code, said, scenes, tmp_path):
+    rows = [f"{scenes}/{i}.jpg,a" for i in range(3)]
+    photo = next((scenes / "dci").rglob("*.jpg"))
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,txt", f"{photo},a", *rows]) + "\n")
+    argv = [word.format(here=tmp_path, set=scenes / "train") for word in flags]
+    done = run_command(
+        "training.main", [*WHOLE_SET, "--logs", str(tmp_path), "--captions", "raw", *argv], 2, timeout=100
+    )
+    assert done.returncode != 0 and said in done.stderr
+    if code == 2:
+        assert done.stderr.count("error: ") == 1 and f"exitcode  : {code}" in done.stderr
