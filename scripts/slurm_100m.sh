@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=lotlip-100m
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=10
+#SBATCH --time=7-00:00:00
+#SBATCH --output=%x-%j.out
+# Pre-training on 100M images, those 30M + LAION (49M) + COYO (24M) (P): 32 GPUs, 16,384 pairs a step (O).
+# Set the three variables, then from the checkout: sbatch scripts/slurm_100m.sh
+set -euo pipefail
+DATA="${DATA:-/path/to/shards}"    # holds cc3m/, cc12m/, yfcc15m/, laion/ and coyo/, each with its *.tar
+CACHE="${CACHE:-/path/to/cache}"   # bert-base-uncased/ and vit_base_patch16_224.augreg_in21k/; filled from the hub before
+LOGS="${LOGS:-logs}"               # seen by all nodes; results: LOGS/lotlip-100m
+
+cd "${SLURM_SUBMIT_DIR:-.}"
+source scripts/recipe.sh
+source scripts/slurm_env.sh
+
+exec srun --kill-on-bad-exit=1 "$PYTHON" -m training.main "${RECIPE[@]}" \
+    --train-data "$DATA/cc3m::$DATA/cc12m::$DATA/yfcc15m::$DATA/laion::$DATA/coyo" \
+    --cache-dir "$CACHE" --logs "$LOGS" --name lotlip-100m \
+    --batch-size 512 --epochs 10 "$@"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=lotlip-30m
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=10
+#SBATCH --time=3-00:00:00
+#SBATCH --output=%x-%j.out
+# Pre-training on 30M images, CC3M + CC12M + YFCC15M (P): 16 GPUs, 8,192 pairs a step (O).
+# Set the three variables, then from the checkout: sbatch scripts/slurm_30m.sh
+set -euo pipefail
+DATA="${DATA:-/path/to/shards}"    # holds cc3m/, cc12m/ and yfcc15m/, each with its *.tar
+CACHE="${CACHE:-/path/to/cache}"   # bert-base-uncased/ and vit_base_patch16_224.augreg_in21k/; filled from the hub before
+LOGS="${LOGS:-logs}"               # seen by all nodes; results: LOGS/lotlip-30m
+
+cd "${SLURM_SUBMIT_DIR:-.}"
+source scripts/recipe.sh
+source scripts/slurm_env.sh
+
+exec srun --kill-on-bad-exit=1 "$PYTHON" -m training.main "${RECIPE[@]}" \
+    --train-data "$DATA/cc3m::$DATA/cc12m::$DATA/yfcc15m" \
+    --cache-dir "$CACHE" --logs "$LOGS" --name lotlip-30m \
+    --batch-size 512 --epochs 10 "$@"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=lotlip-cc3m
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=10
+#SBATCH --time=1-00:00:00
+#SBATCH --output=%x-%j.out
+# Pre-training on CC3M's 2.8M images: 8 GPUs, 4,096 pairs a step (O).
+# Set the three variables, then from the checkout: sbatch scripts/slurm_cc3m.sh
+set -euo pipefail
+DATA="${DATA:-/path/to/shards}"    # holds *.tar
+CACHE="${CACHE:-/path/to/cache}"   # bert-base-uncased/ and vit_base_patch16_224.augreg_in21k/; filled from the hub before
+LOGS="${LOGS:-logs}"               # seen by all nodes; results: LOGS/lotlip-cc3m
+
+cd "${SLURM_SUBMIT_DIR:-.}"
+source scripts/recipe.sh
+source scripts/slurm_env.sh
+
+exec srun --kill-on-bad-exit=1 "$PYTHON" -m training.main "${RECIPE[@]}" \
+    --train-data "$DATA" \
+    --cache-dir "$CACHE" --logs "$LOGS" --name lotlip-cc3m \
+    --batch-size 512 --epochs 10 "$@"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# CC3M-scale pre-training on all GPUs of one machine. Set the three variables, then: bash scripts/train_single_node.sh
+# Further flags are appended: bash scripts/train_single_node.sh --batch-size 256 --accum-freq 2
+set -euo pipefail
+DATA="${DATA:-data/cc3m}"      # shards: *.tar
+CACHE="${CACHE:-cache}"        # bert-base-uncased/ and vit_base_patch16_224.augreg_in21k/; fetched here if missing
+LOGS="${LOGS:-logs}"           # results: LOGS/lotlip-cc3m
+
+cd "$(dirname "$0")/.."
+source scripts/recipe.sh
+export OMP_NUM_THREADS=1  # decoding runs in the workers
+
+exec torchrun --standalone --nproc_per_node "${GPUS:-gpu}" -m -- training.main "${RECIPE[@]}" \
+    --train-data "$DATA" --cache-dir "$CACHE" --logs "$LOGS" --name lotlip-cc3m \
+    --batch-size 512 --epochs 10 "$@"

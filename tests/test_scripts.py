@@ -1,0 +1,53 @@
+"""The launch scripts hand over commands that our own parser accepts."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from training.params import parse_args
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "train_single_node.sh": ("cc3m", 1),
+    "slurm_cc3m.sh": ("cc3m", 1),
+    "slurm_30m.sh": ("30m", 3),
+    "slurm_100m.sh": ("100m", 5),
+}
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Runs a script with launchers that only say how they were called; returns the words after training.main."""
+    for name in ("torchrun", "srun"):
+        (tmp_path / name).write_text('#!/usr/bin/env bash\necho "at $MASTER_ADDR:$MASTER_PORT"\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'node7\\nnode8\\n'\n")
+    for launcher in tmp_path.iterdir():
+        launcher.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "90001", "SLURM_SUBMIT_DIR": str(ROOT)}
+
+    def run(script: str, *flags: str) -> tuple[str, list[str]]:
+        env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "/d", "MASTER_ADDR": ""}
+        command = ["bash", str(ROOT / "scripts" / script), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True, cwd=tmp_path)
+        first, *words = done.stdout.splitlines()
+        return first, words[words.index("training.main") + 1 :]
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_pretraining_scripts(script, launched):
+    where, words = launched(script, "--batch-size", "7")
+    args = parse_args(words)
+    scale, num_sources = SCRIPTS[script]
+    assert args.name == f"lotlip-{scale}" and len(args.train_data.split("::")) == num_sources
+    assert args.lock_image and args.pretrained_image and args.num_long_captions == 3 and args.batch_size == 7
+    if script.startswith("slurm"):
+        assert where == "at node7:30001"
+
+
+def test_finetuning_script(launched):
+    args = parse_args(launched("finetune_openai_clip.sh")[1])
+    assert args.model == "ViT-B-16-quickgelu" and args.pretrained == "openai" and args.context_length == 248
