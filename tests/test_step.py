@@ -1,0 +1,112 @@
+"""A step and its parts against plain versions of them: accumulation with dropout, parameter groups, schedules."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from training.loss import LongCaptionLoss
+from training.optim import make_schedule, parameter_groups
+from training.step import LOGIT_SCALE_MAX, Stepper
+
+
+class Towers(nn.Module):
+    """Two linear towers with dropout, called as `TrainModel` is."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text, self.dropout = nn.Linear(6, 4), nn.Linear(5, 4), nn.Dropout(0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(7.0)))
+        self.double()
+
+    def forward(self, images, short, long):
+        texts = torch.cat([self.text(short)[:, None], self.text(long)], dim=1)
+        return {
+            "image_features": normalize(self.dropout(self.image(images)), dim=-1),
+            "text_features": normalize(self.dropout(texts), dim=-1),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+
+def batches(count: int, size: int = 4) -> list[tuple]:
+    stream = torch.Generator().manual_seed(3)
+    shapes = ((size, 6), (size, 5), (size, 2, 5))
+    return [tuple(torch.randn(shape, generator=stream, dtype=torch.float64) for shape in shapes) for _ in range(count)]
+
+
+def stepper(model: nn.Module, lr: float = 0.1, **options) -> Stepper:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    return Stepper(model, model, LongCaptionLoss(0.7, 1.3), optimizer, **options)
+
+
+def test_accumulation_with_dropout_equals_one_graph_over_all_micro_batches():
+    torch.manual_seed(0)
+    model = Towers()
+    expected = copy.deepcopy(model)
+    data = batches(3)
+
+    torch.manual_seed(1)
+    outputs = [expected(*batch) for batch in data]
+    joined = {name: torch.cat([o[name] for o in outputs]) for name in ("image_features", "text_features")}
+    loss = LongCaptionLoss(0.7, 1.3)(**joined, logit_scale=expected.logit_scale.exp())
+    loss.backward()
+
+    torch.manual_seed(1)
+    report = stepper(model, lr=0.0)(data)
+    assert len(torch.unique(joined["text_features"])) > 10  # dropout left something to compare
+    # Features travel in float32 to the loss.
+    assert float(report["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
+    for (name, got), wanted in zip(model.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_gradient_norm_is_measured_before_it_is_clipped():
+    model = Towers().eval()
+    before = copy.deepcopy(model)
+    free = float(stepper(copy.deepcopy(model))(batches(1))["grad_norm"])
+    report = stepper(model, lr=1.0, max_norm=free / 4)(batches(1))
+    moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(model.parameters(), before.parameters())))
+    assert float(report["grad_norm"]) == pytest.approx(free) and moved == pytest.approx(free / 4, rel=1e-5)
+
+
+def test_the_logit_scale_stays_at_most_a_hundred():
+    model = Towers().eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    report = stepper(model, lr=0.0)(batches(1))
+    assert float(model.logit_scale) == pytest.approx(LOGIT_SCALE_MAX) and float(report["logit_scale"]) <= 100.001
+
+
+def groups_by_name(model: nn.Module, groups: list[dict]) -> dict[str, dict]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: group for group in groups for parameter in group["params"]}
+
+
+def test_parameter_groups_and_rates_of_a_real_model():
+    import training
+
+    model, _, _ = training.create_model_and_transforms("lotlip_tiny", pretrained_text=False)
+    model.visual.conv1.weight.requires_grad_(False)
+    groups = parameter_groups(model, lr=1e-3, weight_decay=0.2, image_lr=1e-4, text_lr=None)
+    found = groups_by_name(model, groups)
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, group in found.items():
+        small = model.get_parameter(name).ndim < 2 or any(word in name for word in ("ln", "bias"))
+        assert group["weight_decay"] == (0.0 if small else 0.2), name
+        assert group["lr"] == (1e-4 if name.startswith("visual.") else 1e-3), name
+    assert found["logit_scale"]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["cosine", "const"])
+def test_schedules(name):
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": 0.1, "lr_scale": 0.5}])
+    schedule = make_schedule(optimizer, name, lr=0.2, warmup=4, total_steps=14)
+    rates = [schedule(step) for step in range(14)]
+    assert rates[:4] == pytest.approx([0.05, 0.10, 0.15, 0.20])
+    after = [0.2 * (1 + math.cos(math.pi * k / 10)) / 2 if name == "cosine" else 0.2 for k in range(10)]
+    assert rates[4:] == pytest.approx(after)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1] / 2)
