@@ -20,11 +20,8 @@ install-training:  ## Install the package and what evaluation and training need
 install-test:  ## Install that and what the tests need
 	@scripts/setup_env.sh test
 
-demo: install-test  ## Draw a small data set, evaluate on it, show the results
-	$(PYTHON_IN_ENV) -m dataloaders.scenes $(DEMO)/data --train 2000 --test 500
-	$(PYTHON_IN_ENV) -m training.main --dci-retrieval $(DEMO)/data/dci --iiw-retrieval $(DEMO)/data/iiw \
-		--share4v-retrieval $(DEMO)/data/share4v --share4v-anno $(DEMO)/data/share4v/anno.json --share4v-val-num 500 \
-		--urban1k-retrieval $(DEMO)/data/urban1k --model ViT-S-32-alt --workers 1 --logs logs --name demo
+demo: install-test  ## Train a small LoTLIP and one on short captions only, compare them (minutes)
+	$(PYTHON_IN_ENV) scripts/demo.py $(DEMO)
 
 test: install-test  ## Run all tests (CPU; GPU tests run where there is one)
 	$(PYTHON_IN_ENV) -m pytest

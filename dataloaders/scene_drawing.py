@@ -102,20 +102,25 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
     name = f"{seed}/{split}/{index}"
     rng = random.Random(name)  # text seeds are hashed with SHA-512: the same on every machine and Python
     kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.randint(3, 6))
+    objects = None
+    while objects is None:
+        objects = _place_objects(rng, kinds)
+    return Scene(rng.choice(list(BACKGROUNDS)), objects, name)
+
+
+def _place_objects(rng: random.Random, kinds: list[tuple[str, str]]) -> tuple[SceneObject, ...] | None:
+    """Draws centres until no shape touches another; None if the first ones leave too little room for the last."""
     objects: list[SceneObject] = []
     for number, (colour, shape) in enumerate(kinds):
-        radius = rng.uniform(0.21, 0.25) if number == 0 else rng.uniform(0.085, 0.105)
-        x, y = _free_place(rng, radius, objects)
+        radius = rng.uniform(0.21, 0.25) if number == 0 else rng.uniform(0.11, 0.13)
+        for _ in range(100):
+            x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
+            if all(math.hypot(x - o.x, y - o.y) > radius + o.radius for o in objects):
+                break
+        else:
+            return None
         objects.append(SceneObject(colour, shape, x, y, radius, "small" if number else "large"))
-    return Scene(rng.choice(list(BACKGROUNDS)), tuple(objects), name)
-
-
-def _free_place(rng: random.Random, radius: float, others: list[SceneObject]) -> tuple[float, float]:
-    """Draws a centre until the shape touches no other; the picture has room for six, so this ends soon."""
-    while True:
-        x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
-        if all(math.hypot(x - o.x, y - o.y) > radius + o.radius for o in others):
-            return x, y
+    return tuple(objects)
 
 
 def draw_scene(scene: Scene, image_size: int = IMAGE_SIZE) -> Image.Image:
