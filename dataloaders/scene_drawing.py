@@ -19,7 +19,16 @@ COLOURS = {
     "purple": (130, 60, 170),
     "pink": (245, 130, 190),
 }
-BACKGROUNDS = {"white": (250, 250, 250), "black": (15, 15, 15), "gray": (128, 128, 128), "beige": (225, 210, 180)}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+    "gray": (128, 128, 128),
+    "beige": (225, 210, 180),
+    "brown": (110, 70, 40),
+    "navy": (20, 30, 90),
+    "olive": (110, 115, 50),
+    "lavender": (205, 190, 235),
+}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES = (
     ("top left", "top", "top right"),
@@ -115,12 +124,18 @@ def _place_objects(rng: random.Random, kinds: list[tuple[str, str]]) -> tuple[Sc
         radius = rng.uniform(0.21, 0.25) if number == 0 else rng.uniform(0.11, 0.13)
         for _ in range(100):
             x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
-            if all(math.hypot(x - o.x, y - o.y) > radius + o.radius for o in objects):
+            apart = all(math.hypot(x - o.x, y - o.y) > radius + o.radius for o in objects)
+            if apart and _is_clearly_placed(x) and _is_clearly_placed(y):
                 break
         else:
             return None
         objects.append(SceneObject(colour, shape, x, y, radius, "small" if number else "large"))
     return tuple(objects)
+
+
+def _is_clearly_placed(centre: float) -> bool:
+    """Not so near the line between two thirds of the picture that either could be said."""
+    return min(abs(centre - 1 / 3), abs(centre - 2 / 3)) > 0.05
 
 
 def draw_scene(scene: Scene, image_size: int = IMAGE_SIZE) -> Image.Image:

@@ -3,7 +3,7 @@
     python scripts/openclipart.py OUT [flags of training.main]
 
 Needs Debian or Ubuntu (apt-get, dpkg-deb). Downloads 160 MB, writes OUT/train.csv and 500 held-out pictures in
-Urban1k's layout to OUT/test, and trains lotlip_tiny for a few hundred steps; chance is R@1 of 0.2%.
+Urban1k's layout to OUT/test, and trains lotlip_tiny for a few hundred steps; R@1 of chance is 0.2%.
 """
 
 import csv
@@ -51,8 +51,7 @@ def fetch(folder: Path) -> Path:
 
 
 def write_set(out: Path, clipart: Path) -> None:
-    """Writes pictures on white and their captions; of those with equal captions only one can be told by it, so only
-    captions that occur once are held out."""
+    """Writes pictures on white and their captions; only captions that occur once are held out."""
     samples = [s for path in sorted((clipart / "svg").rglob("*.svg")) if (s := describe(path, clipart))]
     by_caption: dict[str, list] = {}
     for sample in samples:
