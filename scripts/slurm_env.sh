@@ -1,6 +1,6 @@
 # What torch.distributed wants to know under srun; the SLURM scripts source it.
 PYTHON="${PYTHON:-$(scripts/setup_env.sh path)/bin/python}"
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" # head would break the pipe
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))" # jobs that share a node need different ones
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=1                        # decoding runs in the workers
