@@ -14,10 +14,5 @@ CACHE="${CACHE:-/path/to/cache}"   # bert-base-uncased/ and vit_base_patch16_224
 LOGS="${LOGS:-logs}"               # seen by all nodes; results: LOGS/lotlip-cc3m
 
 cd "${SLURM_SUBMIT_DIR:-.}"
-source scripts/recipe.sh
-source scripts/slurm_env.sh
-
-exec srun --kill-on-bad-exit=1 "$PYTHON" -m training.main "${RECIPE[@]}" \
-    --train-data "$DATA" \
-    --cache-dir "$CACHE" --logs "$LOGS" --name lotlip-cc3m \
-    --batch-size 512 --epochs 10 "$@"
+source scripts/slurm_launch.sh
+launch --name lotlip-cc3m --train-data "$DATA" "$@"

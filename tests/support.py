@@ -24,16 +24,22 @@ def layout_flags(root: Path, sizes: str = "8,12") -> list[str]:
     ]
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at now, all different."""
+    probes = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
 def run_command(
     module: str, argv: list[str], num_processes: int = 1, timeout: int = 240
 ) -> subprocess.CompletedProcess:
     """Runs ``python -m MODULE ARGV`` as a user would; under torchrun if there is more than one process."""
     launcher = [sys.executable, "-m"]
     if num_processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        ranks = ["--nproc_per_node", str(num_processes), "--master_port", str(port)]
+        ranks = ["--nproc_per_node", str(num_processes), "--master_port", str(free_ports(1)[0])]
         launcher += ["torch.distributed.run", *ranks, "-m", "--"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(launcher + [module, *argv], capture_output=True, text=True, timeout=timeout, env=env)

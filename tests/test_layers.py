@@ -9,6 +9,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 # Lowest first; a file may import from its own layer's lower neighbours and from any layer below.
 LAYERS = [
     {"dataloaders"},
+    {"training.data.captions", "training.flag_types"},
     {"training.params", "training.params_train", "training.distributed", "training.metrics", "training.results"},
     {"training.loss", "training.optim", "training.step", "training.checkpoint", "training.tracking"},
     {"training.data"},

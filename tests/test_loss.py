@@ -1,14 +1,13 @@
 """The loss against the published terms and gradients, plain formulas, and several processes against one."""
 
 import json
-import socket
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-from support import REFERENCE
+from support import REFERENCE, free_ports
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss
 
 SAVED = np.load(REFERENCE / "losses.npz")
@@ -72,12 +71,6 @@ def test_local_loss_without_gradient_gather_is_refused():
         LongCaptionLoss(local_loss=True, gather_with_grad=False, world_size=2)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def gradients(kind, image, text, **options):
     image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
     scale = torch.tensor(9.0, dtype=image.dtype, requires_grad=True)
@@ -106,7 +99,7 @@ def worker(rank, world_size, port, results):
 def test_several_processes_equal_one(world_size):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, (world_size, free_port(), results), nprocs=world_size)
+        mp.spawn(worker, (world_size, free_ports(1)[0], results), nprocs=world_size)
         results = dict(results)
     for num_texts in (0, 4):
         image, text = unit(8, 12, seed=5), unit(8, *([num_texts] if num_texts else []), 12, seed=6)

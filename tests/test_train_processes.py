@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import run_command
+from support import free_ports, run_command
 from training.main import main
 
 # Each step takes all 40 scenes, so that every number of processes compares the same captions; AdamW's eps is large, or
@@ -40,14 +39,6 @@ def argv(way: str, data: Path, logs: Path, world_size: int) -> list[str]:
     batch_size = 40 // world_size // (2 if "--accum-freq" in flags else 1)
     places = ["--train-data", str(data), "--logs", str(logs), "--name", f"{way}-{world_size}"]
     return [*WHOLE_SET, *places, "--batch-size", str(batch_size), *flags]
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def train_with(world_size: int, data: Path, logs: Path) -> None:

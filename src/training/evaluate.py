@@ -4,18 +4,15 @@ import argparse
 import logging
 import time
 from dataclasses import dataclass
-from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 from dataloaders.images import BrokenImageError
 from dataloaders.pairs import describe_missing
 from training.build import build_from_flags, check_precision
-from training.distributed import DistEnv, agree, check_device, distributed, fail, together
-from training.encode import ComputeOptions, encode_images, encode_texts
+from training.distributed import DistEnv, agree, distributed, fail, together
+from training.encode import ComputeOptions
 from training.model.source import file_sha256, resolve_weights
-from training.model.truncation import count_lost_tokens
-from training.results import format_markdown, format_pairs, format_table, write_results
+from training.results import format_markdown, format_pairs, format_table, run_name, write_results
 from training.retrieval import RetrievalWork, evaluate_retrieval, plan_retrieval, read_benchmarks
 
 
@@ -39,10 +36,6 @@ def evaluate(args: argparse.Namespace) -> int:
     start = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-    try:
-        check_device(args.device)
-    except ValueError as error:
-        return fail(error, 2)
     with distributed(args.device) as env:
         try:
             plan = agree(lambda: _check(args, env), env)
@@ -50,13 +43,8 @@ def evaluate(args: argparse.Namespace) -> int:
         except (ValueError, OSError) as error:
             return fail(error, 2, env)
         options = ComputeOptions(args.batch_size, args.workers, args.precision)
-        count_lost = partial(count_lost_tokens, parts.tokenizer)
         try:
-            images = encode_images(
-                parts.model, parts.preprocess, plan.work.images.paths, env, options, allow_broken=args.allow_missing
-            )
-            texts = encode_texts(parts.model, parts.tokenizer, count_lost, plan.work.texts, env, options)
-            records = evaluate_retrieval(plan.work, images, texts, env)
+            records = evaluate_retrieval(parts, plan.work, env, options, allow_broken=args.allow_missing)
         except (BrokenImageError, FloatingPointError) as error:
             return fail(error, 1, env)
         if env.is_main:
@@ -75,10 +63,7 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
     if weights is None:
         logging.warning(f"{args.model} is UNTRAINED: no --pretrained is given, so its numbers are those of chance.")
-    name = args.name or "-".join(
-        [datetime.now().strftime("%Y_%m_%d-%H_%M_%S"), args.model.replace("/", "-").replace(":", "-"), args.precision]
-    )
-    folder = Path(args.logs) / name / "checkpoints"
+    folder = Path(args.logs) / (args.name or run_name(args.model, args.precision)) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)  # a full or read-only disk shows now, not after an hour of encoding
     return Plan(work, weights, file_sha256(weights) if weights else None, folder)
 

@@ -5,6 +5,7 @@ python -m training.main --urban1k-retrieval data/Urban1k --model ViT-B-16 --pret
 torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval data/dci --model ViT-B-16 --pretrained openai
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -19,16 +20,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)  # before anything heavy is imported: --help and typos answer at once
     try:
-        if args.train_data:
-            from training.train import train
-
-            return train(args)
-        from training.evaluate import evaluate
-
-        return evaluate(args)
+        return _run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    from training.distributed import check_device, fail
+
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        return fail(error, 2)
+    if args.train_data:
+        from training.train import train
+
+        return train(args)
+    from training.evaluate import evaluate
+
+    return evaluate(args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from training.flag_types import not_negative, positive, positive_numbers
 from training.params_train import add_train_args, validate_train_args
 
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_args(parser.add_argument_group("model"))
     _add_lock_args(parser.add_argument_group("which parts of the model are trained"))
     _add_retrieval_args(parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)"))
-    add_train_args(parser, _positive, _not_negative)
+    add_train_args(parser)
     _add_compute_args(parser.add_argument_group("compute"))
     _add_output_args(parser.add_argument_group("output"))
     return parser
@@ -95,14 +96,14 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--num-corner-tokens",
-        type=_not_negative,
+        type=not_negative,
         default=None,
         metavar="M",
         help="corner tokens in the text tower (default: the model's)",
     )
     group.add_argument(
         "--context-length",
-        type=_positive,
+        type=positive,
         default=None,
         metavar="L",
         help="tokens that the text tower reads (default: the model's); a longer one stretches pretrained positions",
@@ -123,12 +124,12 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
 def _add_lock_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--lock-image", action="store_true", help="freeze the image tower (LiT)")
     group.add_argument(
-        "--lock-image-unlocked-groups", type=_not_negative, default=0, metavar="N", help="but for its last N groups"
+        "--lock-image-unlocked-groups", type=not_negative, default=0, metavar="N", help="but for its last N groups"
     )
     group.add_argument("--lock-image-freeze-bn-stats", action="store_true", help="and its batch-norm statistics")
     group.add_argument("--lock-text", action="store_true", help="freeze the text tower")
     group.add_argument(
-        "--lock-text-unlocked-layers", type=_not_negative, default=0, metavar="N", help="but for its last N layers"
+        "--lock-text-unlocked-layers", type=not_negative, default=0, metavar="N", help="but for its last N layers"
     )
     group.add_argument(
         "--lock-text-freeze-layer-norm", action="store_true", help="and its layer norms (in CLIP's own tower: always)"
@@ -147,7 +148,7 @@ def _add_retrieval_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--share4v-anno", metavar="FILE", help="its list of captions (dataloaders.prepare share4v)")
     group.add_argument(
         "--share4v-val-num",
-        type=_positive_numbers,
+        type=positive_numbers,
         default=(1000, 10000),
         metavar="N,N",
         help="sizes to evaluate, from the start of the list (default: 1000,10000)",
@@ -163,14 +164,14 @@ def _add_retrieval_args(group: argparse._ArgumentGroup) -> None:
 def _add_compute_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         default=64,
         metavar="N",
         help="images (in evaluation also captions) per step and process (default: %(default)s)",
     )
     group.add_argument(
         "--workers",
-        type=_not_negative,
+        type=not_negative,
         default=4,
         metavar="N",
         help="loader processes per process; 0 loads in line (default: %(default)s)",
@@ -188,25 +189,6 @@ def _add_output_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--name", default=None, metavar="NAME", help="this run's folder below it (default: time, model and precision)"
     )
-
-
-def _integer(text: str, minimum: int) -> int:
-    if not text.strip().lstrip("-").isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, found {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1)
-
-
-def _not_negative(text: str) -> int:
-    return _integer(text, 0)
-
-
-def _positive_numbers(text: str) -> tuple[int, ...]:
-    """``1000,10000`` -> (1000, 10000)."""
-    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
 
 
 def has_retrieval(args: argparse.Namespace) -> bool:

@@ -2,21 +2,25 @@
 
 import argparse
 import os
-from collections.abc import Callable
+
+from training.data.captions import LONG_KEYS, RAW_KEYS
+from training.flag_types import names, not_negative, positive
 
 REPORTERS = ("tensorboard", "wandb")
+SHUFFLE_WINDOW = 1000
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
-def add_train_args(parser: argparse.ArgumentParser, positive: Callable, not_negative: Callable) -> None:
-    """Adds training's groups of flags; `positive` and `not_negative` parse whole numbers."""
-    _add_data_args(parser.add_argument_group("training data"), positive, not_negative)
-    _add_caption_args(parser.add_argument_group("captions of a training sample"), not_negative)
-    _add_optimization_args(parser.add_argument_group("optimization"), positive, not_negative)
+def add_train_args(parser: argparse.ArgumentParser) -> None:
+    """Adds training's groups of flags."""
+    _add_data_args(parser.add_argument_group("training data"))
+    _add_caption_args(parser.add_argument_group("captions of a training sample"))
+    _add_optimization_args(parser.add_argument_group("optimization"))
     _add_loss_args(parser.add_argument_group("loss"))
-    _add_logging_args(parser.add_argument_group("logging and checkpoints"), positive, not_negative)
+    _add_logging_args(parser.add_argument_group("logging and checkpoints"))
 
 
-def _add_data_args(group, positive, not_negative) -> None:
+def _add_data_args(group) -> None:
     group.add_argument(
         "--train-data",
         metavar="SHARDS",
@@ -33,7 +37,7 @@ def _add_data_args(group, positive, not_negative) -> None:
     group.add_argument(
         "--shuffle-window",
         type=positive,
-        default=1000,
+        default=SHUFFLE_WINDOW,
         metavar="N",
         help="neighbouring samples of shards that are shuffled together, per loader process (default: %(default)s)",
     )
@@ -45,7 +49,7 @@ def _add_data_args(group, positive, not_negative) -> None:
     )
 
 
-def _add_caption_args(group, not_negative) -> None:
+def _add_caption_args(group) -> None:
     group.add_argument(
         "--num-long-captions", type=not_negative, default=3, metavar="K", help="long ones a step (default: %(default)s)"
     )
@@ -63,18 +67,25 @@ def _add_caption_args(group, not_negative) -> None:
         help="take N consecutive sentences of a long caption; 0 takes all (default: %(default)s)",
     )
     group.add_argument(
-        "--raw-caption-keys", default="raw_caption,caption,txt", metavar="K,K", help="first found counts"
+        "--raw-caption-keys",
+        type=names,
+        default=",".join(RAW_KEYS),
+        metavar="K,K",
+        help="first found counts (default: %(default)s)",
     )
-    group.add_argument("--short-caption-keys", default="", metavar="K,K", help="more short ones to draw from")
+    group.add_argument(
+        "--short-caption-keys", type=names, default="", metavar="K,K", help="more short ones to draw from"
+    )
     group.add_argument(
         "--long-caption-keys",
-        default="longIB_captions,longSV_captions,longLLA_captions,long_caption",
+        type=names,
+        default=",".join(LONG_KEYS),
         metavar="K,K",
         help="all found count (default: %(default)s)",
     )
 
 
-def _add_optimization_args(group, positive, not_negative) -> None:
+def _add_optimization_args(group) -> None:
     group.add_argument("--epochs", type=positive, default=10, metavar="N", help="default: %(default)s")
     group.add_argument("--lr", type=float, default=5e-4, help="learning rate (default: %(default)s)")
     group.add_argument("--image-lr", type=float, metavar="LR", help="of the image tower (default: --lr)")
@@ -112,10 +123,14 @@ def _add_loss_args(group) -> None:
     )
 
 
-def _add_logging_args(group, positive, not_negative) -> None:
+def _add_logging_args(group) -> None:
     group.add_argument("--log-every-n-steps", type=positive, default=100, metavar="N", help="default: %(default)s")
     group.add_argument(
-        "--report-to", default="", metavar="R,R", help="tensorboard, wandb (metrics.jsonl is always written)"
+        "--report-to",
+        type=names,
+        default="",
+        metavar="R,R",
+        help="tensorboard, wandb (metrics.jsonl is always written)",
     )
     group.add_argument(
         "--save-frequency", type=not_negative, default=1, metavar="N", help="every N epochs (default: %(default)s)"
@@ -158,9 +173,10 @@ def validate_train_args(args: argparse.Namespace) -> None:
         raise ValueError("--train-data-upsampling-factors needs --dataset-resampled: without it each sample comes once")
     if args.dataset_resampled and not args.train_num_samples:
         raise ValueError("--dataset-resampled needs --train-num-samples: drawn with replacement, data have no end")
-    unknown = set(split_names(args.report_to)) - set(REPORTERS)
-    if unknown:
-        raise ValueError(f"--report-to {args.report_to}: expected any of {', '.join(REPORTERS)}, apart by commas")
+    if set(args.report_to) - set(REPORTERS):
+        raise ValueError(
+            f"--report-to {','.join(args.report_to)}: expected any of {', '.join(REPORTERS)}, apart by commas"
+        )
     if args.resume == "latest" and not args.name:
         raise ValueError("--resume latest needs --name, the run to go on with")
     if args.local_loss and not args.gather_with_grad:
@@ -176,14 +192,9 @@ def validate_train_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
-    if args.train_data.endswith((".csv", ".tsv", ".parquet")) and args.dataset_resampled:
+    if args.train_data.endswith(TABLE_SUFFIXES) and args.dataset_resampled:
         raise ValueError("--dataset-resampled is for shards; a table's rows come once an epoch each")
     if args.precision in ("fp16", "pure_fp16"):
         raise ValueError(f"--precision {args.precision}: weights of 16 bits do not train; take amp or amp_bf16")
     if args.csv_separator and not os.path.splitext(args.train_data)[1] == ".csv":
         raise ValueError(f"--csv-separator has no effect on --train-data {args.train_data}")
-
-
-def split_names(text: str) -> tuple[str, ...]:
-    """``a,b`` -> (a, b); empty text gives none."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())

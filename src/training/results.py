@@ -77,6 +77,11 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def run_name(*parts: str) -> str:
+    """A folder name for a run that was given none: the time, then model, precision, ..."""
+    return "-".join([f"{datetime.now():%Y_%m_%d-%H_%M_%S}", *(p.replace("/", "-").replace(":", "-") for p in parts)])
+
+
 def write_results(
     records: Sequence[dict],
     folder: Path,
@@ -87,7 +92,7 @@ def write_results(
     """Appends one line to ``FOLDER/results.jsonl``.
 
     Args:
-        records: as `retrieval.evaluate_retrieval` returns them.
+        records: as `retrieval.rank_sets` returns them.
         folder: made if need be.
         args: all flags of the run.
         weights_sha256: of the weights file; None for an untrained model.

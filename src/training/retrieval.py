@@ -5,6 +5,7 @@ Adding a benchmark: a reader in dataloaders/, a flag in params.py, a line in `re
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,8 +16,10 @@ from dataloaders.pairs import FoundImages, RetrievalSet, describe_missing, find_
 from dataloaders.share4v import read_share4v
 from dataloaders.urban1k import read_urban1k
 from training.distributed import DistEnv, sum_over_ranks
-from training.encode import Encoding
+from training.encode import ComputeOptions, Encoding, encode_images, encode_texts
 from training.metrics import RankCounts, count_ranks, summarise
+from training.model.factory import EncoderParts
+from training.model.truncation import count_lost_tokens
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,24 @@ def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWo
 
 
 def evaluate_retrieval(
+    parts: EncoderParts, work: RetrievalWork, env: DistEnv, options: ComputeOptions, allow_broken: bool = False
+) -> list[dict[str, object]]:
+    """Encodes every distinct image and caption once, over all ranks, and ranks every set.
+
+    Returns:
+        Records as of `rank_sets`.
+
+    Raises:
+        BrokenImageError: an unreadable image, unless allowed; or not one readable image is left in a set.
+        FloatingPointError: the model returned NaN or infinity.
+    """
+    images = encode_images(parts.model, parts.preprocess, work.images.paths, env, options, allow_broken)
+    count_lost = partial(count_lost_tokens, parts.tokenizer)
+    texts = encode_texts(parts.model, parts.tokenizer, count_lost, work.texts, env, options)
+    return rank_sets(work, images, texts, env)
+
+
+def rank_sets(
     work: RetrievalWork, images: Encoding, texts: Encoding, env: DistEnv, block_size: int = 4096
 ) -> list[dict[str, object]]:
     """Ranks every set.

@@ -106,7 +106,10 @@ class Stepper:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_norm if self.max_norm else math.inf)
+        if self.max_norm:
+            norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()

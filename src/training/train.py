@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -20,18 +19,18 @@ from training.data.augment import parse_augmentation
 from training.data.build import TrainData, caption_rule, open_source, open_train_data
 from training.data.loader import NoUsableSampleError, Stretch
 from training.data.sources import Source
-from training.distributed import DistEnv, agree, check_device, distributed, fail, together
+from training.distributed import DistEnv, agree, distributed, fail, together
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss
 from training.model.factory import EncoderParts
 from training.model.source import resolve_weights
 from training.optim import make_schedule, parameter_groups
-from training.params_train import split_names
+from training.results import run_name
 from training.retrieval import RetrievalWork, plan_retrieval, read_benchmarks
 from training.step import Stepper
 from training.step_log import StepLog
 from training.tracking import Tracker, check_reporters, log_to
 from training.train_model import TrainModel
-from training.validate import ValidationSet, evaluate_benchmarks, to_device, validate
+from training.validate import ValidationSet, evaluate_benchmarks, validate
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +74,6 @@ def train(args: argparse.Namespace) -> int:
         Exit code: 0; 1 if data give out in mid-training or the model gives NaN; 2 if flags, files or weights are not
         what they should be.
     """
-    try:
-        check_device(args.device)
-    except ValueError as error:
-        return fail(error, 2)
     with distributed(args.device) as env:
         try:
             plan = agree(lambda: _check(args, env), env)
@@ -91,7 +86,7 @@ def train(args: argparse.Namespace) -> int:
         tracker = None
         if env.is_main:
             first_step = run.first_epoch * steps_per_epoch
-            tracker = Tracker(plan.folder, plan.name, split_names(args.report_to), vars(args), first_step)
+            tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), first_step)
         try:
             _run_epochs(args, plan, run, tracker, env)
         except (BrokenImageError, FloatingPointError) as error:  # on all ranks alike
@@ -111,12 +106,12 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
     """
     check_precision(args.precision, env.device)
-    check_reporters(split_names(args.report_to))
+    check_reporters(args.report_to)
     parse_augmentation(args.aug_cfg)
     sets = read_benchmarks(args)
     work = plan_retrieval(sets, args.allow_missing) if sets else None
     resolve_weights(args.model, args.pretrained, args.cache_dir)
-    name = args.name or f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{args.model.replace('/', '-').replace(':', '-')}"
+    name = args.name or run_name(args.model)
     folder = Path(args.logs) / name
     checkpoints = folder / "checkpoints"
     resume = find_checkpoint(args.resume, checkpoints) if args.resume else None
@@ -245,7 +240,8 @@ def _introduce(args: argparse.Namespace, run: Run, env: DistEnv) -> None:
     per_step = args.batch_size * args.accum_freq * env.world_size
     logger.info(
         f"{args.model}: {trained / 1e6:,.1f}M of {everything / 1e6:,.1f}M parameters are trained on {env.world_size} x "
-        f"{env.device.type}; {run.train.num_samples:,} samples an epoch, {run.steps_per_epoch:,} steps of {per_step:,}"
+        f"{env.device.type}; an epoch is {run.steps_per_epoch:,} steps of {per_step:,} samples, of "
+        f"{run.train.source.num_samples:,} there are"
     )
 
 
@@ -265,7 +261,7 @@ def _train_epoch(args: argparse.Namespace, run: Run, epoch: int, log: StepLog, e
                 with log.waiting():
                     batch = next(batches)
                 log.add_batch(batch)
-                micro_batches.append(to_device(batch, env.device, get_input_dtype(args.precision)))
+                micro_batches.append(batch.inputs(env.device, get_input_dtype(args.precision)))
             log.add_step(step + 1, run.stepper(micro_batches), lr)
 
 

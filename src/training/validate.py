@@ -4,19 +4,17 @@ import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from open_clip import get_input_dtype
 
 from training.data.build import TrainData
-from training.data.loader import Stretch, TrainBatch
+from training.data.loader import Stretch
 from training.distributed import DistEnv, sum_over_ranks
-from training.encode import ComputeOptions, encode_images, encode_texts
+from training.encode import ComputeOptions
 from training.metrics import count_ranks, summarise
 from training.model.factory import EncoderParts
-from training.model.truncation import count_lost_tokens
 from training.results import flatten, format_table, write_results
 from training.retrieval import RetrievalWork, evaluate_retrieval
 
@@ -38,13 +36,14 @@ class ValidationSet:
     @classmethod
     def of(cls, data: TrainData, batch_size: int, env: DistEnv) -> "ValidationSet":
         """Divides the samples over ranks; up to a batch per rank is left over, and said to be."""
-        batch_size = min(batch_size, data.num_samples // env.world_size)
+        num_samples = data.source.num_samples
+        batch_size = min(batch_size, num_samples // env.world_size)
         if not batch_size:
-            raise ValueError(f"--val-data: {data.num_samples} samples for {env.world_size} processes; give more")
-        num_batches = data.num_samples // (batch_size * env.world_size)
+            raise ValueError(f"--val-data: {num_samples} samples for {env.world_size} processes; give more")
+        num_batches = num_samples // (batch_size * env.world_size)
         num_used = num_batches * batch_size * env.world_size
-        if env.is_main and num_used != data.num_samples:
-            logger.warning(f"--val-data: {num_used:,} of {data.num_samples:,} samples are used, in whole batches")
+        if env.is_main and num_used != num_samples:
+            logger.warning(f"--val-data: {num_used:,} of {num_samples:,} samples are used, in whole batches")
         return cls(data, Stretch(batch_size, num_batches, env.rank, env.world_size))
 
 
@@ -68,7 +67,7 @@ def validate(
     """
     terms, images, texts, num_faults = [], [], [], 0
     for batch in val.data.loader(0, val.stretch, pin=env.device.type == "cuda"):
-        pixels, short, long = to_device(batch, env.device, get_input_dtype(precision))
+        pixels, short, long = batch.inputs(env.device, get_input_dtype(precision))
         with autocast():
             output = {name: value.float() for name, value in model(pixels, short, long).items()}
         terms.append(loss(**output, output_dict=True))
@@ -87,15 +86,6 @@ def validate(
         result |= {f"{name}_i2t_top1": summarise(i2t)["top1"], f"{name}_t2i_top1": summarise(t2i)["top1"]}
     skipped = int(sum_over_ranks(torch.tensor([num_faults]), env))
     return {"num_samples": len(images), "skipped": skipped, **result}
-
-
-def to_device(batch: TrainBatch, device: torch.device, dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
-    """Moves (images, short_ids, long_ids) of a `TrainBatch`; images also to `dtype`."""
-    return (
-        batch.images.to(device, dtype, non_blocking=True),
-        batch.short_ids.to(device, non_blocking=True),
-        batch.long_ids.to(device, non_blocking=True),
-    )
 
 
 def _all_rows(rows: torch.Tensor, env: DistEnv) -> torch.Tensor:
@@ -117,12 +107,7 @@ def evaluate_benchmarks(
         BrokenImageError, FloatingPointError: as an evaluation of its own.
     """
     options = ComputeOptions(args.batch_size, args.workers, args.precision)
-    images = encode_images(
-        parts.model, parts.preprocess, work.images.paths, env, options, allow_broken=args.allow_missing
-    )
-    count_lost = partial(count_lost_tokens, parts.tokenizer)
-    texts = encode_texts(parts.model, parts.tokenizer, count_lost, work.texts, env, options)
-    records = evaluate_retrieval(work, images, texts, env)
+    records = evaluate_retrieval(parts, work, env, options, allow_broken=args.allow_missing)
     if env.is_main:
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size}
         write_results(records, folder, args, None, extra)

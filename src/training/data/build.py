@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader
 from training.data.captions import CaptionRule, captions_found
 from training.data.loader import BadSample, SampleReader, Stretch, make_loader, read_record
 from training.data.sources import ResampledShards, ShardSource, Source, count_samples, expand_sources
-from training.data.tables import TABLE_SUFFIXES, TableSource, read_table
+from training.data.tables import TableSource, read_table
 from training.data.tar import BrokenShardError
 from training.distributed import DistEnv, agree, together
-from training.params_train import split_names
+from training.params_train import TABLE_SUFFIXES
 
 NUM_LOOKED_AT = 100
 
@@ -24,13 +24,11 @@ class TrainData:
     Attributes:
         source: the samples.
         reader: sample -> pixels and texts, of epoch 0.
-        num_samples: samples that an epoch takes.
         workers: loader processes.
     """
 
     source: Source
     reader: SampleReader
-    num_samples: int
     workers: int
 
     def loader(self, epoch: int, stretch: Stretch, pin: bool) -> DataLoader:
@@ -41,9 +39,9 @@ class TrainData:
 def caption_rule(args: argparse.Namespace) -> CaptionRule:
     """Returns the rule that the flags describe."""
     return CaptionRule(
-        raw_keys=split_names(args.raw_caption_keys),
-        short_keys=split_names(args.short_caption_keys),
-        long_keys=split_names(args.long_caption_keys),
+        raw_keys=args.raw_caption_keys,
+        short_keys=args.short_caption_keys,
+        long_keys=args.long_caption_keys,
         num_long=args.num_long_captions,
         captions=args.captions,
         num_sentences=args.sub_caption_sentences,
@@ -92,16 +90,17 @@ def open_source(
         return source
 
     if spec.endswith(TABLE_SUFFIXES):
-        # A table is not sent around: once rank 0 has found it good, the others read it themselves.
-        agree(lambda: checked(table).num_samples, env)
-        return together(table, env)
+        # A table is not sent around: once rank 0 has found its own good, the others read theirs.
+        opened: list[Source] = []
+        agree(lambda: opened.append(checked(table)), env)
+        return together(lambda: opened[0] if opened else table(), env)
     return agree(lambda: checked(shards), env)
 
 
 def open_train_data(args: argparse.Namespace, transform: Callable, tokenizer: Callable, source: Source) -> TrainData:
     """Puts a source together with what its samples are read through."""
     reader = SampleReader(transform, tokenizer, caption_rule(args), args.seed, epoch=0)
-    return TrainData(source, reader, source.num_samples, args.workers)
+    return TrainData(source, reader, args.workers)
 
 
 def _factors(text: str | None, num_sources: int) -> list[float]:

@@ -53,6 +53,14 @@ class TrainBatch(NamedTuple):
     faults: list[tuple[str, str]]
     position: tuple[int, int]
 
+    def inputs(self, device: torch.device, dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
+        """(images, short_ids, long_ids) on a device; images also in `dtype`."""
+        return (
+            self.images.to(device, dtype, non_blocking=True),
+            self.short_ids.to(device, non_blocking=True),
+            self.long_ids.to(device, non_blocking=True),
+        )
+
 
 class NoUsableSampleError(RuntimeError):
     """A loader process found nothing at all that it could train on."""

@@ -18,8 +18,7 @@ from typing import Protocol
 from webdataset.shardlists import expand_urls
 
 from training.data.tar import BrokenShardError, RawSample, index_shard, is_local, read_samples, read_sizes
-
-SHUFFLE_WINDOW = 1000
+from training.params_train import SHUFFLE_WINDOW
 
 
 class Source(Protocol):

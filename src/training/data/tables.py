@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 
 from training.data.tar import RawSample
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
-
 
 class TableSource:
     """Rows of a table, each once an epoch in an order drawn anew.
