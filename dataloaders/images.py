@@ -10,6 +10,10 @@ class BrokenImageError(ValueError):
     """An image file that exists but can't be decoded; the message names it."""
 
 
+class HugeImageError(BrokenImageError):
+    """An image of absurdly many pixels (a decompression bomb)."""
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts an image of any PIL mode (1, L, LA, P, RGBA, CMYK, I;16, F, ..) to 8-bit RGB, dropping alpha."""
     if image.mode.startswith("I") or image.mode == "F":
@@ -35,6 +39,9 @@ def load_rgb(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        # SyntaxError and EOFError: what Pillow's PNG and TIFF readers raise on a broken chunk.
+    except Image.DecompressionBombError as error:
+        raise HugeImageError(f"{path}: {error}") from error
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise anything on a broken chunk: SyntaxError, IndexError, struct's own
         raise BrokenImageError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error

@@ -24,6 +24,7 @@ class Stepper:
         autocast: makes the context of forward passes.
         scaler: of float16 gradients; None otherwise.
         max_norm: gradients are clipped to it; None leaves them.
+        on_any_rank: flag on the device -> whether it is set on any rank.
     """
 
     model: nn.Module
@@ -33,27 +34,30 @@ class Stepper:
     autocast: Callable = nullcontext
     scaler: torch.amp.GradScaler | None = None
     max_norm: float | None = None
+    on_any_rank: Callable[[torch.Tensor], torch.Tensor] = lambda flag: flag
 
     def __call__(self, micro_batches: Sequence[tuple]) -> dict[str, torch.Tensor]:
-        """Trains on micro-batches as on one batch of them all.
+        """Trains on micro-batches as on one batch of them all; leaves all as it was if loss or gradient is not finite.
 
         Args:
             micro_batches: (images, short_ids, long_ids) each, on the model's device.
 
         Returns:
-            Loss terms, ``loss``, ``grad_norm`` and ``logit_scale``, as tensors on the device: to read them is to wait.
+            Loss terms, ``loss``, ``grad_norm``, ``logit_scale`` and ``skipped`` (1: loss or gradient not finite, on any
+            rank), as tensors on the device: to read them is to wait.
         """
         self.optimizer.zero_grad(set_to_none=True)
         if len(micro_batches) == 1:
             terms = self._forward_backward(self._forward(micro_batches[0]))
         else:
             terms = self._accumulate(micro_batches)
-        grad_norm = self._update()
+        total = sum(value.detach() for value in terms.values())
+        grad_norm, skipped = self._update(total)
         with torch.no_grad():
             self.core.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
         report = {name: value.detach() for name, value in terms.items()}
         scale = self.core.logit_scale.detach().exp().reshape(())
-        return {"loss": sum(report.values()), **report, "grad_norm": grad_norm, "logit_scale": scale}
+        return {"loss": total, **report, "grad_norm": grad_norm, "logit_scale": scale, "skipped": skipped}
 
     def _forward(self, batch: tuple) -> dict[str, torch.Tensor]:
         with self.autocast():
@@ -102,7 +106,7 @@ class Stepper:
                 output[name] = value.detach() + (value - value.detach()) / times
         return output
 
-    def _update(self) -> torch.Tensor:
+    def _update(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -110,12 +114,18 @@ class Stepper:
             norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Gradients are the same on all ranks, losses need not be.
+        skipped = self.on_any_rank((~(norm.isfinite() & loss.isfinite())).float())
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        else:
+        elif self.optimizer.defaults.get("fused"):
+            # As GradScaler does it: the fused optimizer itself looks at the flag, so no step waits for the device.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped
             self.optimizer.step()
-        return norm
+        elif not skipped:
+            self.optimizer.step()
+        return norm, skipped
 
 
 def _random_state() -> tuple[torch.Tensor, torch.Tensor | None]:

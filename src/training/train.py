@@ -17,7 +17,8 @@ from training.build import build_from_flags, check_precision
 from training.checkpoint import find_checkpoint, load_checkpoint, numbered_checkpoints, save_checkpoint
 from training.data.augment import parse_augmentation
 from training.data.build import TrainData, caption_rule, open_source, open_train_data
-from training.data.loader import NoUsableSampleError, Stretch
+from training.data.loader import NoUsableSampleError
+from training.data.position import Stretch
 from training.data.sources import Source
 from training.distributed import DistEnv, agree, distributed, fail, together
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss
@@ -162,6 +163,7 @@ def _build(
         parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr),
         betas=(args.beta1, args.beta2),
         eps=args.eps,
+        fused=True,
     )
     scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
     first_epoch = _resume(plan.resume, core, optimizer, scaler, args.epochs) if plan.resume else 0

@@ -10,7 +10,7 @@ import torch
 from open_clip import get_input_dtype
 
 from training.data.build import TrainData
-from training.data.loader import Stretch
+from training.data.position import Stretch
 from training.distributed import DistEnv, sum_over_ranks
 from training.encode import ComputeOptions
 from training.metrics import count_ranks, summarise

@@ -1,5 +1,6 @@
 """Which captions of a sample a step sees. Pure: a record, a rule and a random stream give the texts."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ RAW_KEYS = ("raw_caption", "caption", "txt")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption")
 
 
+MAX_CHARACTERS = 100_000
+
+
 class NoCaptionError(ValueError):
-    """A sample without a usable caption under the keys asked for."""
+    """A sample without a usable caption under the keys asked for; the message is the kind of fault."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
         `rule.num_captions` texts, the short one first.
 
     Raises:
-        NoCaptionError: nothing under the keys, or only empty text.
+        NoCaptionError: nothing under the keys, only empty text, or one that is no caption: endless, or no Unicode.
     """
     shorts, longs = _shorts(record, rule), _longs(record, rule)
     if not shorts and not longs:
-        raise NoCaptionError(f"no caption under {', '.join((*rule.raw_keys, *rule.short_keys, *rule.long_keys))}")
+        raise NoCaptionError(_why_none(record, rule))
+    if any(len(text) > MAX_CHARACTERS for text in (*shorts, *itertools.chain(*longs))):
+        raise NoCaptionError("caption too long")
     short = rng.choice(shorts) if shorts else _first_sentence(longs[0])
     if rule.num_captions == 1 and rule.captions != "long":
         return [short]
@@ -72,6 +78,14 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
         chosen = rng.sample(longs, wanted) if len(longs) >= wanted else [longs[i % len(longs)] for i in range(wanted)]
         texts = [_part(pieces, rule.num_sentences, rng) for pieces in chosen]
     return texts if rule.captions == "long" else [short, *texts]
+
+
+def _why_none(record: dict, rule: CaptionRule) -> str:
+    values = [record[key] for key in (*rule.raw_keys, *rule.short_keys, *rule.long_keys) if key in record]
+    pieces = [piece for value in values for piece in (value if isinstance(value, list) else [value])]
+    if not values:
+        return "no caption"
+    return "empty caption" if all(isinstance(piece, str) for piece in pieces) else "caption not text"
 
 
 def captions_found(record: dict, rule: CaptionRule) -> tuple[bool, bool]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -14,18 +15,26 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dataloaders.images import BrokenImageError, load_rgb
+from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
+from training.data.position import Segment, Stretch, count_items, cut
 from training.data.sources import Source
 from training.data.tar import BrokenShardError, RawSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # Why a sample was passed over.
 FAULT_KINDS = (
+    "unreachable shard",
     "broken shard",
+    "pickled data",
+    "file too large",
     "no image",
     "broken image",
+    "image too large",
     "no caption",
+    "empty caption",
+    "caption not text",
+    "caption too long",
     "broken JSON",
     "JSON not an object",
     "text not UTF-8",
@@ -94,17 +103,23 @@ class SampleReader:
         try:
             texts = choose_captions(read_record(raw), self.rule, random)
         except NoCaptionError as error:
-            raise BadSample("no caption") from error
+            raise BadSample(str(error)) from error
+        if not all(map(_is_unicode, texts)):
+            raise BadSample("text not UTF-8")
         return self.transform(_image(raw)), texts
 
 
 def read_record(raw: RawSample) -> dict:
     """Returns the captions of a sample by key, and whatever else is beside them; raises BadSample."""
+    if raw.fault:
+        raise BadSample(raw.fault)
     record = dict(raw.record)
     if "json" in raw.files:
         try:
             content = json.loads(raw.files["json"])
-        except ValueError as error:
+        except UnicodeDecodeError as error:
+            raise BadSample("text not UTF-8") from error
+        except (ValueError, RecursionError) as error:
             raise BadSample("broken JSON") from error
         if not isinstance(content, dict):
             raise BadSample("JSON not an object")
@@ -123,8 +138,19 @@ def _image(raw: RawSample) -> Image.Image:
         raise BadSample("no image")
     try:
         return load_rgb(raw.image_path if suffix is None else io.BytesIO(raw.files[suffix]))
+    except HugeImageError as error:
+        raise BadSample("image too large") from error
     except BrokenImageError as error:
         raise BadSample("broken image") from error
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def seed_augmentation(name: str) -> None:
@@ -143,31 +169,6 @@ def random_state_kept() -> Iterator[None]:
         yield
     random.setstate(states[0])
     np.random.set_state(states[1])
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """The part of an epoch that one process of `world_size` trains on, and how far it has come.
-
-    Attributes:
-        batch_size: of this process.
-        num_batches: of this process, in the whole epoch.
-        rank, world_size: this process among all.
-        num_done: batches that are done already; num_workers must then be what it was.
-        used_slots: per worker, slots of its part used up for them.
-    """
-
-    batch_size: int
-    num_batches: int
-    rank: int = 0
-    world_size: int = 1
-    num_done: int = 0
-    used_slots: tuple[int, ...] = ()
-
-    def of_worker(self, worker: int, num_workers: int) -> tuple[int, int]:
-        """Returns (first slot, number of batches) of a worker; worker w makes the batches w, w + num_workers, .."""
-        shares = [len(range(w, self.num_batches, num_workers)) for w in range(num_workers)]
-        return (self.rank * self.num_batches + sum(shares[:worker])) * self.batch_size, shares[worker]
 
 
 class TrainBatches(IterableDataset):
@@ -190,26 +191,27 @@ class TrainBatches(IterableDataset):
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         # The loader asks its workers in turn, beginning with 0: whoever's batch comes next must be that one.
         worker = (worker + self.stretch.num_done) % num_workers
-        first, num_batches = self.stretch.of_worker(worker, num_workers)
+        segments, num_batches = self.stretch.of_worker(worker, num_workers)
         used = self.stretch.used_slots[worker] if self.stretch.used_slots else 0
-        samples = self._usable(first, first + num_batches * self.stretch.batch_size, used)
+        samples = self._usable(segments, used)
         for _ in range(len(range(worker, self.stretch.num_done, num_workers)), num_batches):
             with random_state_kept():
                 batch, num_used = self._make_batch(samples)
             used += num_used
             yield batch._replace(position=(worker, used))
 
-    def _usable(self, start: int, stop: int, used: int) -> Iterator[tuple[str, tuple | None, str | None]]:
+    def _usable(self, segments: list[Segment], used: int) -> Iterator[tuple[str, tuple | None, str | None]]:
         """Yields (shard/key, (pixels, texts), None) or (shard/key, None, kind of fault), one for each slot.
 
-        Faults leave gaps, which are filled from the stretch's start again: every process must make its number of
-        batches, or the others would wait for it.
+        Faults leave gaps, which are filled from the first segment's start again: every process must make its number
+        of batches, or the others would wait for it.
         """
-        skip, num_good = used % (stop - start), used
+        num_slots, num_good = count_items(segments), used
+        skip = used % num_slots
         while True:
-            for raw in self.source.read(self.reader.epoch, start, stop, skip):
+            for raw in self._raw(cut(segments, skip, num_slots)):
                 if isinstance(raw, BrokenShardError):
-                    yield str(raw), None, "broken shard"
+                    yield str(raw), None, raw.kind
                     continue
                 name = f"{raw.source}/{raw.key}"
                 try:
@@ -220,8 +222,13 @@ class TrainBatches(IterableDataset):
                 num_good += 1
                 yield name, content, None
             if not num_good:
-                raise NoUsableSampleError(f"no usable sample in slots {start:,} to {stop:,} of the epoch")
+                places = ", ".join(f"{s.start:,} to {s.stop:,}" for s in segments[:3])
+                raise NoUsableSampleError(f"no usable sample in slots {places} of the epoch")
             skip = num_good = 0
+
+    def _raw(self, segments: list[Segment]) -> Iterator[RawSample | BrokenShardError]:
+        for start, stop, first, last in segments:
+            yield from islice(self.source.read(self.reader.epoch, start, stop, first), last - first)
 
     def _make_batch(self, samples: Iterator) -> tuple[TrainBatch, int]:
         pixels, texts, keys, faults = [], [], [], []

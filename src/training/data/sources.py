@@ -99,16 +99,43 @@ class ResampledShards:
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
         name = f"{self.seed}/{epoch}/{start}"
-        stream = shuffle_windows(self._drawn(random.Random(name)), self.window, name)
-        yield from itertools.islice(stream, skip, stop - start)
+        number, within = divmod(skip, self.window)
+        stream = self._drawn(random.Random(name), number * self.window)
+        shuffled = shuffle_windows(stream, self.window, name, number)
+        yield from itertools.islice(shuffled, within, stop - start - number * self.window)
 
-    def _drawn(self, rng: random.Random) -> Iterator[RawSample | BrokenShardError]:
+    def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample | BrokenShardError]:
+        """Samples of one shard after another, without the first `skip`; whole local shards are not read for that."""
         while True:
             (url,) = rng.choices(self.urls, self.factors)
-            try:
-                yield from read_samples(url)
-            except BrokenShardError as error:
-                yield error
+            first, size = 0, _whole_size(url) if skip else None
+            if size is not None:
+                first = min(skip, size)
+                skip -= first
+                if first == size:
+                    continue
+            for item in _with_fault(read_samples(url, first)):
+                if skip:
+                    skip -= 1
+                else:
+                    yield item
+
+
+def _whole_size(url: str) -> int | None:
+    """Samples of a local shard without faults; of any other only reading tells how many items it gives."""
+    try:
+        index = index_shard(url) if is_local(url) else None
+    except OSError:
+        return None
+    return len(index.offsets) if index and not index.fault else None
+
+
+def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample | BrokenShardError]:
+    """Ends with the reason where a shard breaks off."""
+    try:
+        yield from samples
+    except BrokenShardError as error:
+        yield error
 
 
 def shuffle_windows(stream: Iterator, window: int, name: str, first: int = 0) -> Iterator:

@@ -1,21 +1,36 @@
 """Tar shards: how many samples are inside, and the samples as bytes. Nothing in them is unpickled or run."""
 
 import json
+import logging
 import os
 import tarfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
+SUFFIXES = ("json", "txt", "jpg", "jpeg", "png", "webp")  # what is read of a sample; the rest is passed over
+PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset and others would run these
+MAX_FILE_BYTES = 1 << 28
+RETRY_WAITS = (1.0, 4.0, 16.0)  # seconds before each further attempt at a shard that can't be reached
 _BLOCK = 512
 _NAME_KINDS = (b"L", b"x")  # a member that holds the next one's long name
+logger = logging.getLogger(__name__)
 
 
 class BrokenShardError(OSError):
-    """A shard that can't be read (on)."""
+    """A shard that can't be read (on), whatever it is asked."""
+
+    kind = "broken shard"
+
+
+class UnreachableShardError(BrokenShardError):
+    """A shard that could not be opened or read to its end in several attempts."""
+
+    kind = "unreachable shard"
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class RawSample:
         files: suffix -> content.
         record: captions that come with the row; those of a shard are in its ``json`` and ``txt``.
         image_path: where a row's image is.
+        fault: kind of fault that makes the whole sample unusable.
     """
 
     key: str
@@ -35,6 +51,7 @@ class RawSample:
     files: dict[str, bytes]
     record: dict
     image_path: str | None = None
+    fault: str | None = None
 
 
 def is_local(url: str) -> bool:
@@ -115,7 +132,7 @@ def _pax_path(content: bytes) -> str | None:
 
 
 def read_samples(url: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
-    """Reads the samples number `first` to `stop` of a shard.
+    """Reads the samples number `first` to `stop` of a shard; where the network or disk fails, tries again from there.
 
     Args:
         url: path, URL or ``pipe:COMMAND``, as webdataset opens them.
@@ -124,38 +141,68 @@ def read_samples(url: str, first: int = 0, stop: int | None = None) -> Iterator[
     Raises:
         BrokenShardError: the shard can't be opened, or breaks off; samples before that have been yielded.
     """
-    skip = first
-    source = os.path.basename(url)
-    try:
-        if is_local(url):
-            stream = open(url, "rb")
-            if first:
-                stream.seek(index_shard(url).offsets[first])
-                skip = 0
-        else:
-            stream = gopen(url)
-        with stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-            key, files, number = None, {}, first - skip
-            for member in tar:
-                if not member.isreg():
-                    continue
-                base, suffix = base_plus_ext(member.name)
-                if base is None:
-                    continue
-                if base != key:
-                    if key is not None:
-                        if number >= first:
-                            yield RawSample(key, source, files, {})
-                        number += 1
-                    if stop is not None and number >= stop:
-                        return
-                    key, files = base, {}
-                if number >= first:
-                    files[suffix.lower()] = tar.extractfile(member).read()
-            if key is not None and number >= first:
-                yield RawSample(key, source, files, {})
-    except (OSError, tarfile.TarError, EOFError, ValueError, IndexError) as error:
-        raise BrokenShardError(f"{url}: {type(error).__name__}: {error}") from error
+    for wait in (*RETRY_WAITS, None):
+        try:
+            for sample in _read_once(url, first, stop):
+                yield sample
+                first += 1
+            return
+        except (OSError, tarfile.TarError, EOFError, ValueError, IndexError) as error:
+            # A remote shard that breaks off may be the connection's fault; a local one is what it is.
+            passing = isinstance(error, OSError) or not is_local(url)
+            if wait is None or not passing:
+                kind = UnreachableShardError if isinstance(error, OSError) else BrokenShardError
+                raise kind(f"{url}: {type(error).__name__}: {error}") from error
+            logger.warning(f"{url}: {type(error).__name__}: {error}; trying again in {wait:g} s")
+        time.sleep(wait)
+
+
+def _read_once(url: str, first: int, stop: int | None) -> Iterator[RawSample]:
+    if stop is not None and first >= stop:
+        return
+    number, source = 0, os.path.basename(url)
+    if is_local(url):
+        stream = open(url, "rb")
+        if first:
+            stream.seek(index_shard(url).offsets[first])
+            number = first
+    else:
+        stream = gopen(url)
+    with stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+        sample = None
+        for member in tar:
+            base, suffix = base_plus_ext(member.name) if member.isreg() else (None, None)
+            if base is None:
+                continue
+            if sample is None or base != sample.key:
+                if sample is not None:
+                    if number >= first:
+                        yield sample
+                    number += 1
+                if number == stop:
+                    return
+                sample = RawSample(base, source, {}, {})
+            if number >= first:
+                sample = _with_file(sample, suffix.lower(), tar, member)
+        if sample is not None and number >= first:
+            yield sample
+
+
+def _with_file(sample: RawSample, suffix: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> RawSample:
+    if suffix in PICKLES or (suffix == "npy" and _holds_objects(tar.extractfile(member).read(_BLOCK))):
+        return replace(sample, fault="pickled data")
+    if suffix not in SUFFIXES:
+        return sample
+    if member.size > MAX_FILE_BYTES:
+        return replace(sample, fault="file too large")
+    sample.files[suffix] = tar.extractfile(member).read()
+    return sample
+
+
+def _holds_objects(npy: bytes) -> bool:
+    """Whether an array's header says that its elements are pickled; one that can't be read is passed over anyway."""
+    header = npy.split(b"\n", 1)[0]
+    return b"|O" in header or b"'O" in header
 
 
 def read_sizes(folder_url: str) -> dict[str, int]:

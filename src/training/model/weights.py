@@ -83,6 +83,12 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
     for key in ("logit_scale", "logit_bias"):  # [] and [1] are both in use
         if key in state and key in own and state[key].numel() == own[key].numel():
             state[key] = state[key].reshape(own[key].shape)
+    if "logit_bias" in own and "logit_bias" not in state:
+        logging.warning("the weights have no logit_bias: it starts as an untrained model's")
+        state["logit_bias"] = own["logit_bias"]
+    elif "logit_bias" in state and "logit_bias" not in own:
+        logging.warning("logit_bias, which a pairwise sigmoid was trained with, is left out: it changes no ranking")
+        del state["logit_bias"]
     return state
 
 
