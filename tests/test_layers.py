@@ -13,11 +13,13 @@ LAYERS = [
     {"training.params", "training.params_train", "training.distributed", "training.metrics", "training.results"},
     {"training.loss", "training.optim", "training.step", "training.checkpoint", "training.tracking"},
     {"training.data"},
+    {"training.control", "training.watchdog", "training.guard", "training.resume"},
     {"training.model"},
     {"training.build", "training.train_model"},
     {"training.encode", "training.step_log"},
     {"training.retrieval"},
     {"training.evaluate", "training.validate"},
+    {"training.trainer"},
     {"training.train"},
     {"training.main", "training.api"},
 ]

@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line.
 
     Returns:
-        Exit code: 0 done, 1 the run failed on its data, 2 the command can't be run as it stands, 130 Ctrl-C.
+        Exit code: 0 done, 1 the run failed on its data, 2 the command can't be run as it stands, 70 a process did not
+        move, 75 stopped by a signal and saved, 130 Ctrl-C.
     """
     args = parse_args(argv)  # before anything heavy is imported: --help and typos answer at once
     try:

@@ -18,6 +18,7 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
     _add_optimization_args(parser.add_argument_group("optimization"))
     _add_loss_args(parser.add_argument_group("loss"))
     _add_logging_args(parser.add_argument_group("logging and checkpoints"))
+    _add_safety_args(parser.add_argument_group("running for weeks (see README.md)"))
 
 
 def _add_data_args(group) -> None:
@@ -137,7 +138,6 @@ def _add_logging_args(group) -> None:
     )
     group.add_argument("--save-most-recent", action="store_true", help="also epoch_latest.pt, every epoch")
     group.add_argument("--delete-previous-checkpoint", action="store_true", help="keep the last epoch_N.pt only")
-    group.add_argument("--resume", metavar="FILE|latest", help="go on from a checkpoint; latest: of --name")
     group.add_argument(
         "--zeroshot-frequency",
         type=not_negative,
@@ -151,6 +151,45 @@ def _add_logging_args(group) -> None:
         default=1,
         metavar="N",
         help="the same on --val-data (default: %(default)s)",
+    )
+
+
+def _add_safety_args(group) -> None:
+    group.add_argument("--resume", metavar="FILE|latest", help="go on from a checkpoint; latest: of --name")
+    group.add_argument(
+        "--save-every-minutes",
+        type=float,
+        default=10.0,
+        metavar="X",
+        help="save step_N.pt in mid-epoch; 0: never (default: %(default)g)",
+    )
+    group.add_argument(
+        "--save-every-steps", type=not_negative, default=0, metavar="N", help="likewise by steps; 0: never (default)"
+    )
+    group.add_argument(
+        "--keep-checkpoints", type=positive, default=2, metavar="N", help="newest step_N.pt kept (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-bad-samples",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="stop once more than this share of samples can't be used (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-skipped-steps",
+        type=not_negative,
+        default=20,
+        metavar="N",
+        help="stop after more steps in a row whose loss or gradient is not finite (default: %(default)s)",
+    )
+    group.add_argument(
+        "--timeout-minutes",
+        type=float,
+        default=30.0,
+        metavar="X",
+        help="end a run in which a rank does not move for so long, and name it; evaluations may take four times "
+        "as long (default: %(default)g)",
     )
 
 
@@ -192,6 +231,12 @@ def validate_train_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    if not args.save_every_minutes >= 0:
+        raise ValueError(f"--save-every-minutes {args.save_every_minutes:g}: expected 0 (never) or more")
+    if not 0 <= args.max_bad_samples <= 1:
+        raise ValueError(f"--max-bad-samples {args.max_bad_samples:g}: expected a share from 0 to 1")
+    if not args.timeout_minutes > 0:
+        raise ValueError(f"--timeout-minutes {args.timeout_minutes:g}: expected a positive number")
     if args.train_data.endswith(TABLE_SUFFIXES) and args.dataset_resampled:
         raise ValueError("--dataset-resampled is for shards; a table's rows come once an epoch each")
     if args.precision in ("fp16", "pure_fp16"):

@@ -96,9 +96,15 @@ def _all_rows(rows: torch.Tensor, env: DistEnv) -> torch.Tensor:
 
 
 def evaluate_benchmarks(
-    parts: EncoderParts, work: RetrievalWork, args: argparse.Namespace, folder: Path, epoch: int, env: DistEnv
+    parts: EncoderParts,
+    work: RetrievalWork,
+    args: argparse.Namespace,
+    folder: Path,
+    epoch: int,
+    env: DistEnv,
+    more: dict[str, object],
 ) -> dict[str, object]:
-    """Evaluates retrieval in mid-training; rank 0 prints the table and appends to FOLDER/results.jsonl.
+    """Evaluates retrieval in mid-training; rank 0 prints the table and appends it, and `more`, to FOLDER/results.jsonl.
 
     Returns:
         The published keys with their numbers.
@@ -109,7 +115,7 @@ def evaluate_benchmarks(
     options = ComputeOptions(args.batch_size, args.workers, args.precision)
     records = evaluate_retrieval(parts, work, env, options, allow_broken=args.allow_missing)
     if env.is_main:
-        extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size}
+        extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
         write_results(records, folder, args, None, extra)
         logger.info(f"after epoch {epoch}:\n{format_table(records)}")
     return flatten(records)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from torch.utils.data import DataLoader
 
 from training.data.captions import CaptionRule, captions_found
-from training.data.loader import BadSample, SampleReader, make_loader, read_record
+from training.data.faults import BadSample
+from training.data.loader import SampleReader, make_loader, read_record
 from training.data.position import Stretch
 from training.data.sources import ResampledShards, ShardSource, Source, count_samples, expand_sources
 from training.data.tables import TableSource, read_table

@@ -17,28 +17,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
+from training.data.faults import BadSample
 from training.data.position import Segment, Stretch, count_items, cut
 from training.data.sources import Source
 from training.data.tar import BrokenShardError, RawSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# Why a sample was passed over.
-FAULT_KINDS = (
-    "unreachable shard",
-    "broken shard",
-    "pickled data",
-    "file too large",
-    "no image",
-    "broken image",
-    "image too large",
-    "no caption",
-    "empty caption",
-    "caption not text",
-    "caption too long",
-    "broken JSON",
-    "JSON not an object",
-    "text not UTF-8",
-)
 
 
 class TrainBatch(NamedTuple):
@@ -73,10 +57,6 @@ class TrainBatch(NamedTuple):
 
 class NoUsableSampleError(RuntimeError):
     """A loader process found nothing at all that it could train on."""
-
-
-class BadSample(ValueError):
-    """A sample that can't be used; the message is one of `FAULT_KINDS`."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from typing import Protocol
 
 from webdataset.shardlists import expand_urls
@@ -35,6 +36,9 @@ class Source(Protocol):
 
         Each slot gives one item: a sample, or the reason why it can't be read.
         """
+
+    def fingerprint(self) -> str:
+        """Returns the same text for sources of which `read` gives the same; a folder may have moved."""
 
 
 class ShardSource:
@@ -63,6 +67,10 @@ class ShardSource:
         stream = self._in_order(order, ends, start + number * self.window, stop)
         shuffled = shuffle_windows(stream, self.window, f"{self.seed}/{epoch}/{start}", number)
         yield from itertools.islice(shuffled, within, None)
+
+    def fingerprint(self) -> str:
+        """As `Source.fingerprint`."""
+        return _fingerprint("shards", _names(self.urls), self.sizes, self.seed, self.window)
 
     def _in_order(self, order, ends, start, stop) -> Iterator[RawSample | BrokenShardError]:
         for place in range(bisect_right(ends, start), len(order)):
@@ -104,6 +112,10 @@ class ResampledShards:
         shuffled = shuffle_windows(stream, self.window, name, number)
         yield from itertools.islice(shuffled, within, stop - start - number * self.window)
 
+    def fingerprint(self) -> str:
+        """As `Source.fingerprint`."""
+        return _fingerprint("resampled", _names(self.urls), self.factors, self.num_samples, self.seed, self.window)
+
     def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample | BrokenShardError]:
         """Samples of one shard after another, without the first `skip`; whole local shards are not read for that."""
         while True:
@@ -119,6 +131,14 @@ class ResampledShards:
                     skip -= 1
                 else:
                     yield item
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    return [os.path.basename(url) for url in urls]
+
+
+def _fingerprint(*parts: object) -> str:
+    return sha256(repr(parts).encode()).hexdigest()
 
 
 def _whole_size(url: str) -> int | None:

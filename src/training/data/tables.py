@@ -36,6 +36,11 @@ class TableSource:
             path = os.path.join(self.folder, self.paths[row].as_py() or "")
             yield RawSample(str(row), self.name, {}, record, path)
 
+    def fingerprint(self) -> str:
+        """As `sources.Source.fingerprint`."""
+        ends = [self.paths[row].as_py() for row in (0, -1)] if self.num_samples else []
+        return f"table of {self.num_samples} rows, {ends}, seed {self.seed}"
+
 
 def read_table(
     path: str, image_column: str, caption_columns: Sequence[str], separator: str | None, seed: int
