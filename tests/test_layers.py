@@ -10,7 +10,14 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 LAYERS = [
     {"dataloaders"},
     {"training.data.captions", "training.flag_types"},
-    {"training.params", "training.params_train", "training.distributed", "training.metrics", "training.results"},
+    {
+        "training.contrast",
+        "training.params",
+        "training.params_train",
+        "training.distributed",
+        "training.metrics",
+        "training.results",
+    },
     {"training.loss", "training.optim", "training.step", "training.checkpoint", "training.tracking"},
     {"training.data"},
     {"training.control", "training.watchdog", "training.guard", "training.resume"},
