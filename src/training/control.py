@@ -53,7 +53,7 @@ class Control:
 
         Args:
             step: about to be taken.
-            can_save: rank 0 is not writing still; a save that is due is put off until then.
+            can_save: a save that is due is put off until then; rank 0's word counts.
         """
         if self.every_steps and step % self.every_steps == 0:
             self.is_owed = True
@@ -71,9 +71,11 @@ class Control:
         elif self.signal:
             self.flags[0] = 1
         stop, save = map(bool, self.flags.tolist())
-        if stop or save:
-            self.is_owed, self.saved_at = False, time.monotonic()
         return stop, save
+
+    def saved(self) -> None:
+        """Takes note that a checkpoint is being written: the next one is due an interval from now."""
+        self.is_owed, self.saved_at = False, time.monotonic()
 
     def gather(self, value: object) -> list | None:
         """Returns every rank's value on rank 0, None on the others."""
@@ -82,8 +84,3 @@ class Control:
         values = [None] * self.env.world_size if self.env.is_main else None
         dist.gather_object(value, values, dst=0, group=self.group)
         return values
-
-    def wait_for_all(self) -> None:
-        """Returns when all ranks have come here."""
-        if self.group is not None:
-            dist.barrier(group=self.group)

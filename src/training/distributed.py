@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device_so
 
+EXIT_LOST = 70  # sysexits.h: internal error
 T = TypeVar("T")
 
 
@@ -149,6 +150,12 @@ def merge_over_ranks(entries: dict, env: DistEnv) -> dict:
         parts = [{}] * env.world_size
         dist.all_gather_object(parts, entries)
     return dict(sorted(item for part in parts for item in part.items()))
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended: torch has no one type for it."""
+    words = ("gloo", "NCCL", "closed by peer", "TCPStore")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def any_rank(flag: torch.Tensor, env: DistEnv) -> torch.Tensor:

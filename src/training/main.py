@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line.
 
     Returns:
-        Exit code: 0 done, 1 the run failed on its data, 2 the command can't be run as it stands, 70 a process did not
-        move, 75 stopped by a signal and saved, 130 Ctrl-C.
+        Exit code: 0 done, 1 the run failed on its data, 2 the command can't be run as it stands, 70 a process has
+        ended or does not move, 75 stopped by a signal and saved, 130 Ctrl-C.
     """
     args = parse_args(argv)  # before anything heavy is imported: --help and typos answer at once
     try:
@@ -28,19 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from training.distributed import check_device, fail
+    from training.distributed import EXIT_LOST, check_device, fail, is_lost_rank
 
     try:
         check_device(args.device)
     except ValueError as error:
         return fail(error, 2)
     if args.train_data:
-        from training.train import train
-
-        return train(args)
-    from training.evaluate import evaluate
-
-    return evaluate(args)
+        from training.train import train as work
+    else:
+        from training.evaluate import evaluate as work
+    try:
+        return work(args)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        return fail(
+            RuntimeError(f"another process of this run has ended; what it said tells why ({reason})"), EXIT_LOST
+        )
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="Flags may be written with - or _ between words.\n"
-        "Exit codes: 0 done, 1 failed on its data, 2 usage error, 70 a process did not move, 75 stopped by a signal "
-        "and saved (go on with --resume latest), 130 Ctrl-C.",
+        "Exit codes: 0 done, 1 failed on its data, 2 usage error, 70 another process has ended or does not "
+        "move, 75 stopped by a signal and saved (70, 75: go on with --resume latest), 130 Ctrl-C.",
     )
     _add_model_args(parser.add_argument_group("model"))
     _add_lock_args(parser.add_argument_group("which parts of the model are trained"))

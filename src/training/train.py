@@ -1,6 +1,7 @@
 """One training, top to bottom: check, open data, build, resume; then the epochs of trainer.py."""
 
 import argparse
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -184,6 +185,8 @@ def _wrap(core: torch.nn.Module, compiled: bool, env: DistEnv) -> torch.nn.Modul
         model.compile()
     if env.world_size > 1:
         ids = [env.device.index] if env.device.type == "cuda" else None
-        # Each rank has the same buffers; locked parameters are none of DDP's business.
-        model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Each rank has the same buffers; torch has two names for leaving them alone.
+        names = inspect.signature(DistributedDataParallel).parameters
+        buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)
     return model

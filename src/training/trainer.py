@@ -75,7 +75,6 @@ class Trainer:
         self.progress = run.start
         self.folder = plan.folder / "checkpoints"
         self.writer = CheckpointWriter(self.folder, plan.resume)  # rank 0's is the one that writes
-        self.saved_step: int | None = None
         self.control = Control(env, args.save_every_steps, args.save_every_minutes)
         self.watchdog = Watchdog(env, 60 * args.timeout_minutes)
         self.guard = StepGuard(plan.folder, env.rank, args.max_skipped_steps, lambda: self.writer.last_good)
@@ -147,7 +146,9 @@ class Trainer:
                 micro_batches.append(next(batches))
             self.log.add_batch(micro_batches[-1])
         self.watchdog.at(step, "taking a step")
-        self.control.start(step, can_save=not self.writer.is_busy)
+        # After an epoch's last step `_end_epoch` saves.
+        is_last = self.progress.num_done + args.accum_freq >= self.progress.stretch.num_batches
+        self.control.start(step, can_save=not (self.writer.is_busy or is_last))
         lr = run.schedule(step - 1)
         dtype = get_input_dtype(args.precision)
         report = run.stepper([batch.inputs(self.env.device, dtype) for batch in micro_batches])
@@ -171,7 +172,7 @@ class Trainer:
         validates = self.built.val is not None and due(args.val_frequency)
         retrieves = self.plan.work is not None and due(args.zeroshot_frequency)
         is_saving = bool(args.save_every_steps or args.save_every_minutes)
-        if (validates or retrieves) and is_saving and self.saved_step != self.progress.step:
+        if (validates or retrieves) and is_saving:
             self._save([f"step_{self.progress.step}.pt"])  # a long evaluation shall not cost what was before it
         self._evaluate(done, validates, retrieves)
         self.progress = self.progress.next_epoch(self.built.division, self.env)
@@ -201,7 +202,7 @@ class Trainer:
     def _save(self, names: list[str]) -> None:
         """Hands all ranks' state to the writer; training goes on as soon as it is copied."""
         self.watchdog.at(self.progress.step, "saving")
-        self.saved_step = self.progress.step
+        self.control.saved()
         own = {"used": list(self.progress.used), "random_state": get_random_state(), "totals": self.log.pending()}
         everyone = self.control.gather(own)
         if not self.env.is_main:

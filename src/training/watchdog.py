@@ -11,9 +11,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from training.distributed import DistEnv, broadcast_object
+from training.distributed import EXIT_LOST, DistEnv, broadcast_object
 
-EXIT_STUCK = 70  # sysexits.h: internal error
 PHASES = ("starting", "waiting for data", "taking a step", "saving", "evaluating")
 
 
@@ -21,7 +20,7 @@ class Watchdog:
     """A thread on each rank that tells the others, by way of a store on rank 0, where the rank is.
 
     A context manager. A rank that has been at one place for longer than the timeout (in an evaluation: four times that)
-    ends its process with `EXIT_STUCK`; rank 0 says before that who is furthest behind, or silent.
+    ends its process with `EXIT_LOST`; rank 0 says before that who is furthest behind, or silent.
 
     Args:
         env: this process; all must make theirs together.
@@ -33,7 +32,7 @@ class Watchdog:
         self.interval = min(max(timeout_s / 20, 0.5), 15.0)
         self.host = socket.gethostname()
         self.ended = threading.Event()
-        self.store = _make_store(env) if env.world_size > 1 else None
+        self.store = _make_store(env, timeout_s) if env.world_size > 1 else None
         self.at(0, PHASES[0])
 
     def at(self, step: int, phase: str) -> None:
@@ -63,17 +62,19 @@ class Watchdog:
         try:
             if self.store is not None:
                 self.store.set(str(self.env.rank), json.dumps(place))
-        except RuntimeError:  # rank 0 is gone; its own end is said elsewhere
+        except RuntimeError:  # rank 0 is gone or stands still; the timeout ends this rank, too
             pass
 
     def _end(self) -> None:
-        if self.env.is_main:
+        if self.env.rank <= 1:  # rank 1 comes here only if rank 0 does not end the run first
             print(f"python -m training.main: error: {self._describe()}", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():
             child.kill()
-        os._exit(EXIT_STUCK)
+        os._exit(EXIT_LOST)
 
     def _describe(self) -> str:
+        if not self.env.is_main:  # rank 0, who knows where the others are, would have ended the run before
+            return _stuck(self.timeout_s, "rank 0 does not answer")
         step, phase, since = self.place
         places = {self.env.rank: [step, phase, time.monotonic() - since, self.host, time.time()]}
         if self.store is not None:
@@ -104,14 +105,17 @@ def describe_stuck(places: dict[int, list], world_size: int, timeout_s: float, s
     shown = "; ".join(f"rank {rank}{hosts[rank]} {late[rank]}" for rank in sorted(late)[:8])
     rest = world_size - len(late)
     waiting = f"; {rest} other{' ranks wait' if rest > 1 else ' rank waits'}" if rest else ""
-    return (
-        f"nothing has moved for {timeout_s:,.0f} s (--timeout-minutes): {shown}{waiting}. "
-        "Look at its data or its machine; then start again with --resume latest"
-    )
+    return _stuck(timeout_s, shown + waiting)
 
 
-def _make_store(env: DistEnv) -> dist.TCPStore:
-    host, seconds = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
+def _stuck(timeout_s: float, who: str) -> str:
+    advice = "Look at its data or its machine; then start again with --resume latest"
+    return f"nothing has moved for {timeout_s:,.0f} s (--timeout-minutes): {who}. {advice}"
+
+
+def _make_store(env: DistEnv, timeout_s: float) -> dist.TCPStore:
+    """A store of the watchdogs' own; who asks a rank 0 that stands still waits a while, but not long."""
+    host, seconds = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=min(max(timeout_s / 4, 2), 60))
     own = dist.TCPStore(host, 0, is_master=True, timeout=seconds, wait_for_workers=False) if env.is_main else None
     port = broadcast_object(own.port if own is not None else None, env)
     return own if own is not None else dist.TCPStore(host, port, is_master=False, timeout=seconds)
