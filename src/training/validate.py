@@ -67,9 +67,9 @@ def validate(
     """
     terms, images, texts, num_faults = [], [], [], 0
     for batch in val.data.loader(0, val.stretch, pin=env.device.type == "cuda"):
-        pixels, short, long = batch.inputs(env.device, get_input_dtype(precision))
+        inputs = batch.inputs(env.device, get_input_dtype(precision))
         with autocast():
-            output = {name: value.float() for name, value in model(pixels, short, long).items()}
+            output = {name: value.float() for name, value in model(*inputs).items()}
         terms.append(loss(**output, output_dict=True))
         text = output["text_features"]
         text = text if text.ndim == 3 else text[:, None]
@@ -112,7 +112,7 @@ def evaluate_benchmarks(
     Raises:
         BrokenImageError, FloatingPointError: as an evaluation of its own.
     """
-    options = ComputeOptions(args.batch_size, args.workers, args.precision)
+    options = ComputeOptions(args.batch_size, args.workers, args.precision, args.text_packing != "padded")
     records = evaluate_retrieval(parts, work, env, options, allow_broken=args.allow_missing)
     if env.is_main:
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}

@@ -99,9 +99,15 @@ def open_source(
     return agree(lambda: checked(shards), env)
 
 
-def open_train_data(args: argparse.Namespace, transform: Callable, tokenizer: Callable, source: Source) -> TrainData:
+def open_train_data(
+    args: argparse.Namespace,
+    transform: Callable,
+    tokenizer: Callable,
+    source: Source,
+    arrange: Callable | None = None,
+) -> TrainData:
     """Puts a source together with what its samples are read through."""
-    reader = SampleReader(transform, tokenizer, caption_rule(args), args.seed, epoch=0)
+    reader = SampleReader(transform, tokenizer, caption_rule(args), args.seed, 0, arrange)
     return TrainData(source, reader, args.workers)
 
 

@@ -36,6 +36,7 @@ class TrainBatch(NamedTuple):
         keys: shard/key of each sample.
         faults: (kind, shard/key) of each sample that was passed over on the way to this batch.
         position: (worker, slots of its stretch that it has used up with this batch).
+        captions: both kinds together, as the reader's `arrange` gives them; None without one.
     """
 
     images: torch.Tensor
@@ -45,11 +46,22 @@ class TrainBatch(NamedTuple):
     keys: list[str]
     faults: list[tuple[str, str]]
     position: tuple[int, int]
+    captions: object | None = None
 
-    def inputs(self, device: torch.device, dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
-        """(images, short_ids, long_ids) on a device; images also in `dtype`."""
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the text tower computes, padding included."""
+        if self.captions is not None:
+            return self.captions.num_slots
+        return self.short_ids.numel() + (self.long_ids.numel() if self.long_ids.shape[1] else 0)
+
+    def inputs(self, device: torch.device, dtype: torch.dtype | None) -> tuple[object, ...]:
+        """(images, short_ids, long_ids), or (images, None, None, captions), on a device; images also in `dtype`."""
+        images = self.images.to(device, dtype, non_blocking=True)
+        if self.captions is not None:
+            return images, None, None, self.captions.to(device)
         return (
-            self.images.to(device, dtype, non_blocking=True),
+            images,
             self.short_ids.to(device, non_blocking=True),
             self.long_ids.to(device, non_blocking=True),
         )
@@ -69,6 +81,7 @@ class SampleReader:
         rule: which captions.
         seed: of augmentation and caption choice.
         epoch: likewise.
+        arrange: token ids of short and of long captions -> what the text tower takes; None leaves them padded.
     """
 
     transform: Callable
@@ -76,6 +89,7 @@ class SampleReader:
     rule: CaptionRule
     seed: int
     epoch: int
+    arrange: Callable | None = None
 
     def __call__(self, raw: RawSample) -> tuple[torch.Tensor, list[str]]:
         """Returns (pixels, texts); raises BadSample."""
@@ -227,6 +241,8 @@ class TrainBatches(IterableDataset):
             long, num_tokens = tokenise(self.reader.tokenizer, [text for t in texts for text in t[1:]])
         long = long.unflatten(0, (len(texts), num_long))
         batch = TrainBatch(torch.stack(pixels), short, long, num_short + num_tokens, keys, faults, (0, 0))
+        if self.reader.arrange:
+            batch = batch._replace(captions=self.reader.arrange(short, long))
         return batch, len(keys) + len(faults)
 
 
@@ -243,6 +259,8 @@ def tokenise(tokenizer: Callable, texts: list[str], multiple: int = 8) -> tuple[
     pad_id = getattr(tokenizer, "pad_id", getattr(hugging_face, "pad_token_id", 0))
     lengths = (ids != pad_id).sum(dim=1)
     if hasattr(tokenizer, "pad_id"):
+        # CLIP's padding is also the id of an exclamation mark: what counts is where the last token is.
+        lengths = ((ids != pad_id) * torch.arange(1, ids.shape[1] + 1)).amax(dim=1)
         longest = int(lengths.max())
         ids = ids[:, : min(ids.shape[1], -(-longest // multiple) * multiple)].contiguous()
     return ids, int(lengths.sum())
