@@ -29,13 +29,14 @@ LAYERS = [
     {"training.trainer"},
     {"training.train"},
     {"training.main", "training.api"},
+    {"benchmarks"},
 ]
 
 
 def modules() -> dict[str, Path]:
     found = {}
     for base in (ROOT / "src", ROOT):
-        for package in ("training", "dataloaders"):
+        for package in ("training", "dataloaders", "benchmarks"):
             for path in (base / package).rglob("*.py"):
                 parts = path.relative_to(base).with_suffix("").parts
                 found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
