@@ -32,7 +32,7 @@ class TrainModel(nn.Module):
         """Encodes a batch.
 
         Args:
-            images: [batch, 3, H, W].
+            images: [batch, 3, H, W], or features of the locked tower [batch, dim].
             short_ids: [batch, length].
             long_ids: [batch, K, length], K >= 0.
 
@@ -40,8 +40,11 @@ class TrainModel(nn.Module):
             ``image_features`` [batch, dim]; ``text_features`` [batch, T, dim], or [batch, dim] if K = 0; both
             normalised; ``logit_scale`` exponentiated; ``logit_bias`` where the model has one.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
-            image_features = self.model.encode_image(images, normalize=True)
+        if images.ndim == 2:
+            image_features = normalize(images.float(), dim=-1)
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
+                image_features = self.model.encode_image(images, normalize=True)
         short = self._text_features(short_ids)[:, :1]  # [batch, 1, dim]: [CLS] alone
         if long_ids.shape[1]:
             long = self._text_features(long_ids.flatten(0, 1))  # [batch x K, m + 1, dim]

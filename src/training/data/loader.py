@@ -29,7 +29,7 @@ class TrainBatch(NamedTuple):
     """One step of one process.
 
     Attributes:
-        images: [batch, 3, H, W] float32.
+        images: [batch, 3, H, W] float32, or features [batch, dim] in their place.
         short_ids: [batch, length] int64, the short captions, padded to the longest of them.
         long_ids: [batch, num_captions - 1, length] int64, likewise; [batch, 0, 1] where there are none.
         num_tokens: of all captions, without padding.
@@ -86,7 +86,10 @@ class SampleReader:
             raise BadSample(str(error)) from error
         if not all(map(_is_unicode, texts)):
             raise BadSample("text not UTF-8")
-        return self.transform(_image(raw)), texts
+        if raw.features is not None:
+            view = random.randrange(len(raw.features))
+            return torch.from_numpy(raw.features[view].astype(np.float32)), texts
+        return self.transform(read_image(raw)), texts
 
 
 def read_record(raw: RawSample) -> dict:
@@ -112,7 +115,8 @@ def read_record(raw: RawSample) -> dict:
     return record
 
 
-def _image(raw: RawSample) -> Image.Image:
+def read_image(raw: RawSample) -> Image.Image:
+    """Returns a sample's picture; raises BadSample."""
     suffix = next((s for s in IMAGE_SUFFIXES if s in raw.files), None)
     if suffix is None and raw.image_path is None:
         raise BadSample("no image")
