@@ -197,7 +197,8 @@ def _make_loss(args: argparse.Namespace, env: DistEnv) -> torch.nn.Module:
 
 
 def _wrap(core: torch.nn.Module, compiled: bool, env: DistEnv) -> torch.nn.Module:
-    model = TrainModel(core)
+    cfg = core.visual.preprocess_cfg
+    model = TrainModel(core, cfg["mean"], cfg["std"])
     if compiled:
         model.compile()
     if env.world_size > 1:
