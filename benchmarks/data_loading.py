@@ -9,6 +9,7 @@ import training
 from benchmarks.measure import Figure, Setting, fastest
 from dataloaders.scenes import LONG_KEYS, write_scenes
 from training.build import make_arranger
+from training.data.augment import normalise_pixels, without_normalisation
 from training.data.captions import CaptionRule
 from training.data.loader import SampleReader, make_loader
 from training.data.position import Stretch
@@ -26,12 +27,15 @@ def run(setting: Setting) -> list[Figure]:
     model, _, preprocess = training.create_model_and_transforms(MODEL, pretrained_text=False)
     tokenizer = training.get_tokenizer(MODEL)
     arrange = make_arranger(model, "auto", setting.device, compiled=False)
-    reader = SampleReader(preprocess, tokenizer, CaptionRule(), seed=0, epoch=0, arrange=arrange)
+    mean, std = (torch.tensor(model.visual.preprocess_cfg[name])[:, None, None] for name in ("mean", "std"))
+    as_bytes = without_normalisation(preprocess)
+    reader = SampleReader(as_bytes, tokenizer, CaptionRule(), seed=0, epoch=0, arrange=arrange)
     source = ShardSource(urls, count_samples(urls), 0, 1000)
     stretch = Stretch(batch_size, num // batch_size, 0, 1)
 
     def ours() -> list[torch.Tensor]:
-        return [batch.images for batch in make_loader(source, reader, stretch, 0, pin=False)]
+        loader = make_loader(source, reader, stretch, 0, pin=False)
+        return [normalise_pixels(batch.images, mean, std) for batch in loader]  # in training the device does that
 
     def baseline() -> list[torch.Tensor]:
         batches, pixels, ids = [], [], []

@@ -192,3 +192,30 @@ def test_clips_exclamation_marks_are_no_padding():
     ids, num_tokens = tokenise(tokenizer, texts, multiple=1)
     assert num_tokens == sum(map(len, rows)) and ids.shape[1] == max(map(len, rows))
     assert torch.equal(ids, whole[:, : ids.shape[1]])
+
+
+def test_captions_sorted_by_length_have_the_features_of_unsorted_ones():
+    import training
+    from training.distributed import DistEnv
+    from training.encode import ComputeOptions, encode_texts
+    from training.model.truncation import count_lost_tokens
+
+    torch.manual_seed(0)
+    model = training.create_model("lotlip_tiny", pretrained_text=False).eval()
+    tokenizer = training.get_tokenizer("lotlip_tiny")
+    texts = [" ".join(["a red cube. on it", "two", "birds"] * (1 + 7 * i % 23)) + f" {i}" for i in range(30)]
+    widths = {True: [], False: []}
+    encoded = {}
+    for is_sorted, seen in widths.items():
+        hook = model.text.transformer.embeddings.register_forward_hook(lambda *call: seen.append(call[2].shape[:2]))
+        options = ComputeOptions(batch_size=8, workers=0, sort_texts=is_sorted)
+        encoded[is_sorted] = encode_texts(
+            model, tokenizer, lambda t: count_lost_tokens(tokenizer, t), texts, DistEnv(0, 1, CPU), options
+        )
+        hook.remove()
+    torch.testing.assert_close(encoded[True].features, encoded[False].features, rtol=0, atol=1e-5)
+    assert torch.equal(encoded[True].lost_tokens, encoded[False].lost_tokens)
+    assert set(w for _, w in widths[False]) == {128} and min(w for _, w in widths[True]) < 64
+    # in the published order each feature is its own caption's
+    alone = torch.nn.functional.normalize(model.encode_text(tokenizer(texts[13])), dim=-1)
+    torch.testing.assert_close(encoded[True].features[13:14], alone.detach(), rtol=0, atol=1e-5)

@@ -156,6 +156,11 @@ def _add_retrieval_args(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--urban1k-retrieval", metavar="DIR", help="Urban1k: folder with image/ and caption/")
     group.add_argument(
+        "--feature-cache",
+        metavar="DIR",
+        help="keep features there, and encode only what is not there yet for the same weights and preprocessing",
+    )
+    group.add_argument(
         "--allow-missing",
         action="store_true",
         help="evaluate the pairs whose images are there and readable; every result then gives the count",
@@ -226,6 +231,8 @@ def validate_args(args: argparse.Namespace) -> None:
     for flag, needs in (("share4v_anno", "share4v_retrieval"), ("iiw_anno", "iiw_retrieval")):
         if getattr(args, flag) and not getattr(args, needs):
             raise ValueError(f"--{flag} has no effect without --{needs}; add it or leave both".replace("_", "-"))
+    if args.feature_cache and args.train_data:
+        raise ValueError("--feature-cache has no effect in training: weights change from one evaluation to the next")
     if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
         raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} brings its own weights")
     if args.pretrained and (args.pretrained_image or args.pretrained_text):
