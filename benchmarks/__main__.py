@@ -54,13 +54,14 @@ def _run(args: argparse.Namespace, names: list[str], path: Path) -> int:
 
     check_device(args.device)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    modules = [importlib.import_module(f"benchmarks.{name}") for name in names]
+    path.parent.mkdir(parents=True, exist_ok=True)
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(device, args.quick, Path(folder), repeats=2 if args.quick else 3)
-        for name in tqdm(names, desc="benchmarks", disable=not sys.stderr.isatty()):
-            figures += importlib.import_module(f"benchmarks.{name}").run(setting)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(to_json(figures, setting), indent=1) + "\n")
+        for module in tqdm(modules, desc="benchmarks", disable=not sys.stderr.isatty()):
+            figures += module.run(setting)
+            path.write_text(json.dumps(to_json(figures, setting), indent=1) + "\n")  # what is done stays
     draw(figures, path.with_suffix(".png"))
     print(format_table(figures))
     print(f"\nRatios are baseline over ours. Numbers: {path}   Picture: {path.with_suffix('.png')}")
