@@ -1,12 +1,14 @@
 """The loss in blocks: exact gradients, the same for any block size and number of processes, memory without B x B."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.multiprocessing as mp
 from test_loss import unit
 from torch.nn.functional import cross_entropy, logsigmoid
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import Setting, peak_bytes
 from support import free_ports
 from training.contrast import ContrastRule, contrast
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss
@@ -110,24 +112,18 @@ def test_two_processes_with_a_locked_image_tower_equal_one():
             torch.testing.assert_close(torch.tensor(parts[0][1] + parts[1][1]) / 2, scale.grad, rtol=0, atol=1e-12)
 
 
-def peak_bytes(num, num_texts, dim, block_numbers):
+def peak(num, num_texts, dim, block_numbers):
     """Most bytes that loss and gradients hold at once beyond their inputs, counted by torch's allocator."""
     images = torch.randn(num, 1, dim).requires_grad_()
     texts = torch.randn(num, num_texts, dim).requires_grad_()
     scale = torch.tensor(2.0, requires_grad=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        LongCaptionLoss(block_numbers=block_numbers)(images, texts, scale).backward()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = live = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    work = LongCaptionLoss(block_numbers=block_numbers)
+    return peak_bytes(lambda: work(images, texts, scale).backward(), Setting(torch.device("cpu"), True, Path()))
 
 
 def test_memory_grows_with_the_features_not_with_the_square_of_the_batch():
     block, dim, num_texts = 2**15, 16, 4
     for num in (512, 2048):
         features = 4 * num * dim * num_texts
-        got = peak_bytes(num, num_texts, dim, block)
+        got = peak(num, num_texts, dim, block)
         assert features < got < 4 * features + 4 * 4 * block, num  # 16 MB for one matrix of 2,048
