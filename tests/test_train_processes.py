@@ -82,7 +82,7 @@ def test_several_processes_train_as_one(world_size, scenes, logs):
         for step, expected in zip(steps, expected_steps):
             for name in ("loss", "short_caption_loss", "long_caption_loss", "logit_scale", "grad_norm"):
                 wanted = expected[f"train/{name}"]
-                # A rank's own captions make up its buckets, so features are rounded differently; four steps add to that.
+                # A rank has buckets of its own captions, so features are rounded differently; four steps add to that.
                 assert step[f"train/{name}"] == pytest.approx(wanted, rel=5e-6, abs=1e-6), (way, name)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=1e-6, msg=f"{way} {name}")
