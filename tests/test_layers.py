@@ -10,7 +10,14 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 LAYERS = [
     {"dataloaders"},
     {"training.data.captions", "training.flag_types"},
-    {"training.params", "training.params_train", "training.distributed", "training.metrics", "training.results"},
+    {
+        "training.contrast",
+        "training.params",
+        "training.params_train",
+        "training.distributed",
+        "training.metrics",
+        "training.results",
+    },
     {"training.loss", "training.optim", "training.step", "training.checkpoint", "training.tracking"},
     {"training.data"},
     {"training.control", "training.watchdog", "training.guard", "training.resume"},
@@ -23,13 +30,14 @@ LAYERS = [
     {"training.trainer"},
     {"training.train"},
     {"training.main", "training.api"},
+    {"benchmarks"},
 ]
 
 
 def modules() -> dict[str, Path]:
     found = {}
     for base in (ROOT / "src", ROOT):
-        for package in ("training", "dataloaders"):
+        for package in ("training", "dataloaders", "benchmarks"):
             for path in (base / package).rglob("*.py"):
                 parts = path.relative_to(base).with_suffix("").parts
                 found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path

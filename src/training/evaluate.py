@@ -42,7 +42,7 @@ def evaluate(args: argparse.Namespace) -> int:
             parts = together(lambda: build_from_flags(args, env.device), env)
         except (ValueError, OSError) as error:
             return fail(error, 2, env)
-        options = ComputeOptions(args.batch_size, args.workers, args.precision)
+        options = ComputeOptions(args.batch_size, args.workers, args.precision, args.text_packing != "padded")
         try:
             records = evaluate_retrieval(parts, plan.work, env, options, args.allow_missing, args.feature_cache)
         except (BrokenImageError, FloatingPointError) as error:

@@ -172,10 +172,10 @@ def _build(
     )
     val = None
     if val_source:
-        val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source)
+        val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
         val = ValidationSet.of(val_data, args.batch_size, env)
     schedule = make_schedule(optimizer, args.lr_scheduler, args.lr, args.warmup, steps_per_epoch * args.epochs)
-    data = open_train_data(args, parts.train_transform, parts.tokenizer, source)
+    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
     return Run(data, val, parts, stepper, schedule, division, start)
 
 

@@ -7,14 +7,16 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from training.data.augment import normalise_pixels
+from training.model.packing import Captions
 from training.model.text_tower import LotlipCLIP
 
 
 class TrainModel(nn.Module):
     """Both towers under one `forward`.
 
-    A locked image tower runs in eval mode and without a graph. Short and long captions go through the text tower apart,
-    each padded to the longest of its own kind: a short one beside long ones would be mostly padding.
+    A locked image tower runs in eval mode and without a graph. Short and long captions go through the text tower
+    together if they come arranged (see `packing`); else apart, each padded to the longest of its own kind: a short one
+    beside long ones would be mostly padding.
 
     Args:
         model: a `LotlipCLIP`, or any model of open_clip's (whose captions give one feature each).
@@ -34,13 +36,20 @@ class TrainModel(nn.Module):
             self.model.visual.eval()
         return self
 
-    def forward(self, images: torch.Tensor, short_ids: torch.Tensor, long_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        images: torch.Tensor,
+        short_ids: torch.Tensor | None,
+        long_ids: torch.Tensor | None,
+        captions: Captions | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Encodes a batch.
 
         Args:
             images: [batch, 3, H, W], normalised or uint8; or features of the locked tower [batch, dim].
             short_ids: [batch, length].
             long_ids: [batch, K, length], K >= 0.
+            captions: in place of both, arranged: all short ones, then all long ones.
 
         Returns:
             ``image_features`` [batch, dim]; ``text_features`` [batch, T, dim], or [batch, dim] if K = 0; both
@@ -51,10 +60,15 @@ class TrainModel(nn.Module):
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
                 image_features = self.model.encode_image(self._pixels(images), normalize=True)
-        short = self._text_features(short_ids)[:, :1]  # [batch, 1, dim]: [CLS] alone
-        if long_ids.shape[1]:
-            long = self._text_features(long_ids.flatten(0, 1))  # [batch x K, m + 1, dim]
-            text_features = torch.cat([short, long.unflatten(0, long_ids.shape[:2]).flatten(1, 2)], dim=1)
+        batch = len(images)
+        if captions is not None:
+            features = self.model.text.packed_features(captions)
+            short, long = features[:batch], features[batch:]
+        else:
+            short = self._text_features(short_ids)
+            long = self._text_features(long_ids.flatten(0, 1)) if long_ids.shape[1] else short[:0]
+        if len(long):  # [CLS] alone of the short ones, of each long one all m + 1
+            text_features = torch.cat([short[:, :1], long.unflatten(0, (batch, -1)).flatten(1, 2)], dim=1)
         else:
             text_features = short[:, 0]
         output = {

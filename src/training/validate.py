@@ -109,7 +109,7 @@ def evaluate_benchmarks(
     Raises:
         BrokenImageError, FloatingPointError: as an evaluation of its own.
     """
-    options = ComputeOptions(args.batch_size, args.workers, args.precision)
+    options = ComputeOptions(args.batch_size, args.workers, args.precision, args.text_packing != "padded")
     records = evaluate_retrieval(parts, work, env, options, allow_broken=args.allow_missing)
     if env.is_main:
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}

@@ -100,12 +100,17 @@ def open_source(
     return agree(lambda: checked(shards), env)
 
 
-def open_train_data(args: argparse.Namespace, transform: Callable, tokenizer: Callable, source: Source) -> TrainData:
+def open_train_data(
+    args: argparse.Namespace,
+    transform: Callable,
+    tokenizer: Callable,
+    source: Source,
+    arrange: Callable | None = None,
+) -> TrainData:
     """Puts a source together with what its samples are read through."""
     at_least = pixels_needed(transform) if args.fast_decode else None
-    reader = SampleReader(
-        without_normalisation(transform), tokenizer, caption_rule(args), args.seed, epoch=0, at_least=at_least
-    )
+    transform = without_normalisation(transform)
+    reader = SampleReader(transform, tokenizer, caption_rule(args), args.seed, 0, at_least, arrange)
     return TrainData(source, reader, args.workers)
 
 

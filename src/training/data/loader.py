@@ -37,6 +37,7 @@ class TrainBatch(NamedTuple):
         keys: shard/key of each sample.
         faults: (kind, shard/key) of each sample that was passed over on the way to this batch.
         position: (worker, slots of its stretch that it has used up with this batch).
+        captions: both kinds together, as the reader's `arrange` gives them; None without one.
     """
 
     images: torch.Tensor
@@ -46,10 +47,21 @@ class TrainBatch(NamedTuple):
     keys: list[str]
     faults: list[tuple[str, str]]
     position: tuple[int, int]
+    captions: object | None = None
 
-    def inputs(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """(images, short_ids, long_ids) on a device."""
-        return tuple(t.to(device, non_blocking=True) for t in (self.images, self.short_ids, self.long_ids))
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the text tower computes, padding included."""
+        if self.captions is not None:
+            return self.captions.num_slots
+        return self.short_ids.numel() + (self.long_ids.numel() if self.long_ids.shape[1] else 0)
+
+    def inputs(self, device: torch.device) -> tuple[object, ...]:
+        """(images, short_ids, long_ids), or (images, None, None, captions), on a device."""
+        images = self.images.to(device, non_blocking=True)
+        if self.captions is not None:
+            return images, None, None, self.captions.to(device)
+        return images, *(ids.to(device, non_blocking=True) for ids in (self.short_ids, self.long_ids))
 
 
 class NoUsableSampleError(RuntimeError):
@@ -67,6 +79,7 @@ class SampleReader:
         seed: of augmentation and caption choice.
         epoch: likewise.
         at_least: as of `load_rgb`.
+        arrange: token ids of short and of long captions -> what the text tower takes; None leaves them padded.
     """
 
     transform: Callable
@@ -75,6 +88,7 @@ class SampleReader:
     seed: int
     epoch: int
     at_least: int | None = None
+    arrange: Callable | None = None
 
     def __call__(self, raw: RawSample) -> tuple[torch.Tensor, list[str]]:
         """Returns (pixels, texts); raises BadSample."""
@@ -230,6 +244,8 @@ class TrainBatches(IterableDataset):
             long, num_tokens = tokenise(self.reader.tokenizer, [text for t in texts for text in t[1:]])
         long = long.unflatten(0, (len(texts), num_long))
         batch = TrainBatch(torch.stack(pixels), short, long, num_short + num_tokens, keys, faults, (0, 0))
+        if self.reader.arrange:
+            batch = batch._replace(captions=self.reader.arrange(short, long))
         return batch, len(keys) + len(faults)
 
 
@@ -246,6 +262,8 @@ def tokenise(tokenizer: Callable, texts: list[str], multiple: int = 8) -> tuple[
     pad_id = getattr(tokenizer, "pad_id", getattr(hugging_face, "pad_token_id", 0))
     lengths = (ids != pad_id).sum(dim=1)
     if hasattr(tokenizer, "pad_id"):
+        # CLIP's padding is also the id of an exclamation mark: what counts is where the last token is.
+        lengths = ((ids != pad_id) * torch.arange(1, ids.shape[1] + 1)).amax(dim=1)
         longest = int(lengths.max())
         ids = ids[:, : min(ids.shape[1], -(-longest // multiple) * multiple)].contiguous()
     return ids, int(lengths.sum())
@@ -267,7 +285,7 @@ def to_device(batches: Iterator[TrainBatch], device: torch.device) -> Iterator[t
             batch_before, inputs, copied = waiting
             computing = torch.cuda.current_stream(device)
             computing.wait_event(copied)
-            for tensor in inputs:
+            for tensor in _tensors(inputs):
                 tensor.record_stream(computing)
             yield batch_before, inputs
         waiting = arriving
@@ -277,6 +295,15 @@ def _outlive_signals(_: int) -> None:
     """SLURM signals every process of a job; a worker that ends by it would end training before it has saved."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """All tensors in tuples of tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _as_it_is(batch: TrainBatch) -> TrainBatch:

@@ -1,0 +1,92 @@
+"""The benchmarks run, check both sides against each other and write what they promise; what they measure is no test."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_corner import random_ids, tower
+from test_loss import unit
+
+from benchmarks import published
+from benchmarks.__main__ import FIGURES, main
+from benchmarks.measure import Setting, check_close, peak_bytes, reference_captions
+from training.loss import LongCaptionLoss
+from training.model.corner import prefix_attention
+
+
+def test_a_quick_run_writes_all_figures(tmp_path, capsys):
+    assert main(["--quick", "--json", str(tmp_path / "new" / "b.json"), "--device", "cpu"]) == 0
+    content = json.loads((tmp_path / "new" / "b.json").read_text())
+    assert set(FIGURES) < set(content)
+    for name, keys in {
+        "text_step": ("token_ratio", "time_ratio", "memory_ratio"),
+        "loss": ("memory_ratio", "time_ratio"),
+        **dict.fromkeys(("train_step", "evaluation", "data_loading"), ("time_ratio",)),
+    }.items():
+        assert all(content[name][key] > 0 for key in keys), name
+    # counts, which no busy machine moves
+    assert content["text_step"]["token_ratio"] > 1.7 and content["text_step_3_long"]["token_ratio"] > 1.3
+    assert content["text_step"]["padding_share"] < 0.05
+    assert content["evaluation"]["images_encoded"]["ours"] < content["evaluation"]["images_encoded"]["baseline"]
+    assert (tmp_path / "new" / "b.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    assert "tokens/image" in shown and "batch 4,096" in shown
+
+
+@torch.no_grad()
+def test_the_baseline_is_the_published_scheme():
+    text = tower(num_layers=2)
+    ids = random_ids(text)
+    keep = ids != text.pad_id
+    assert torch.equal(published.attention_by_sample(ids, text.pad_id, 2), prefix_attention(keep, 2))
+    several = ids.unflatten(0, (2, 2))
+    torch.testing.assert_close(published.text_features(text, several), text(several), rtol=0, atol=1e-5)
+    images, texts, scale = unit(6, 8, seed=0), unit(6, 4, 8, seed=1), torch.tensor(9.0, dtype=torch.float64)
+    torch.testing.assert_close(published.loss(images, texts, scale), LongCaptionLoss()(images, texts, scale))
+
+
+def test_captions_have_the_published_lengths():
+    short, long = reference_captions(2000, 2)
+    short, long = ((ids != 0).sum(-1).double() for ids in (short, long))
+    assert abs(float(short.mean()) - 18) < 0.5 and abs(float(long.mean()) - 110) < 2 and float(long.max()) == 128
+
+
+def test_peak_memory_is_what_was_held_at_once(tmp_path):
+    def work():
+        for _ in range(3):
+            a = torch.ones(1_000_000)
+            b = a + 1
+            del a, b
+
+    peak = peak_bytes(work, Setting(torch.device("cpu"), True, tmp_path))
+    assert 8_000_000 <= peak < 8_100_000
+
+
+def test_sides_that_differ_are_an_error(monkeypatch, tmp_path, capsys):
+    check_close("x", torch.ones(2), torch.ones(2) * 1.00001, 1e-4)
+    monkeypatch.setattr(published, "loss", lambda images, texts, scale: 2 * LongCaptionLoss()(images, texts, scale))
+    assert main(["--quick", "--only", "loss", "--json", str(tmp_path / "b.json"), "--device", "cpu"]) == 1
+    assert "loss, value: ours and the baseline differ" in capsys.readouterr().err
+    assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--only", "loss,speed"], "no figure is called speed; there are text_step, loss"),
+        (["--json", "x.png"], "the picture gets the same with .png"),
+        (["--device", "warp"], "--device warp: not usable here"),
+    ],
+)
+def test_usage_errors(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--quick", *flags])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy():
+    code = "import benchmarks.__main__, sys; print([m for m in ('torch', 'training') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
