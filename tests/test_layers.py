@@ -15,6 +15,7 @@ LAYERS = [
     {"training.data"},
     {"training.model"},
     {"training.build", "training.train_model"},
+    {"training.prepare"},
     {"training.encode", "training.step_log"},
     {"training.retrieval"},
     {"training.evaluate", "training.validate"},

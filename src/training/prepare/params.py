@@ -1,0 +1,85 @@
+"""Flags of `python -m training.prepare`. Imports nothing heavy, so that --help answers at once."""
+
+import argparse
+import os
+
+from training.flag_types import names, positive
+
+COMMANDS = {
+    "tables": "clean published caption tables into Parquet parts",
+    "download": "fetch the images of such parts into shards, with img2dataset",
+    "join": "add captions of tables to shards that are there",
+    "inspect": "statistics of a shard set, and a page of samples to look at",
+    "recaption": "write long captions for images in shards with a vision-language model",
+}
+DESCRIPTION = """\
+From caption tables and images to training shards. See TRAIN_DATASETS.md.
+
+  python -m training.prepare tables cc3m_3long_3short_1raw_captions_url.csv --out data/cc3m-tables
+  python -m training.prepare download data/cc3m-tables --out data/cc3m
+  python -m training.prepare inspect data/cc3m --out data/cc3m-report
+  python -m training.prepare join data/cc3m-tables --shards data/own --out data/own-captioned
+  python -m training.prepare recaption data/own --out data/own-captioned --caption long_caption=detailed --vlm FOLDER
+
+A command that was killed goes on when it is run again. What is whole on disk is not made again.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser with its commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.prepare",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Exit codes: 0 done, 1 failed on some data, 2 usage error, 130 Ctrl-C.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = {"tables": add_tables_args}
+    for name, add_args in add.items():
+        add_args(commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False))
+    return parser
+
+
+def _workers(parser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: as many as there are CPU cores)",
+    )
+
+
+def add_tables_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of `tables`."""
+    parser.add_argument("tables", nargs="+", metavar="IN", help=".csv, .tsv or .parquet tables, or folders of them")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for part-*.parquet and summary.json")
+    parser.add_argument("--summary", metavar="FILE", help="a further place for the summary")
+    parser.add_argument("--url-column", metavar="COL", help="image URLs (default: Image Path, url, URL, image_url)")
+    parser.add_argument(
+        "--key-column", metavar="COL", help="keys (default: key; made from the URL where there is none)"
+    )
+    parser.add_argument(
+        "--raw-column", metavar="COL", help="raw captions (default: raw_caption, org_caption, caption, TEXT)"
+    )
+    parser.add_argument(
+        "--long-columns",
+        type=names,
+        metavar="COL[=NAME],..",
+        help="long captions, and names to write them under (default: the published names, vlm_caption, re_caption)",
+    )
+    parser.add_argument(
+        "--short-columns", type=names, metavar="COL[=NAME],..", help="the same of short ones (default: published names)"
+    )
+    parser.add_argument("--separator", metavar="C", help="of .csv and .tsv tables (default: a comma; a tab in .tsv)")
+    parser.add_argument(
+        "--keep-cut-off", action="store_true", help="leave unfinished last sentences of long captions where they are"
+    )
+    parser.add_argument(
+        "--keep-without-long", action="store_true", help="keep rows that have a raw or short caption only"
+    )
+    parser.add_argument(
+        "--rows-per-part", type=positive, default=100_000, metavar="N", help="rows of a chunk (default: %(default)s)"
+    )
+    _workers(parser)
