@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 failed on some data, 2 usage error, 130 Ctrl-C.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = {"tables": add_tables_args}
+    add = {"tables": add_tables_args, "join": add_join_args}
     for name, add_args in add.items():
         add_args(commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False))
     return parser
@@ -81,5 +81,48 @@ def add_tables_args(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rows-per-part", type=positive, default=100_000, metavar="N", help="rows of a chunk (default: %(default)s)"
+    )
+    _workers(parser)
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", metavar="DIR", help="folder for the new shards, under their old names, and sizes.json")
+    where.add_argument(
+        "--in-place", action="store_true", help="write over the shards; each is replaced when it is whole"
+    )
+    parser.add_argument("--summary", metavar="FILE", help="write the counts as JSON")
+    parser.add_argument(
+        "--shard-range",
+        metavar="A:B",
+        help="only the shards number A to B - 1 (jobs of a SLURM array and processes of srun share all by themselves)",
+    )
+
+
+def add_join_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of `join`."""
+    parser.add_argument(
+        "tables", nargs="+", metavar="IN", help="Parquet tables, or folders of them, as `tables` writes"
+    )
+    parser.add_argument(
+        "--shards", required=True, metavar="SHARDS", help="as --train-data: a folder, 'data/{0..9}.tar'"
+    )
+    _output(parser)
+    parser.add_argument(
+        "--match",
+        choices=("url", "key"),
+        help="url: the same in table and JSON; key: the table's is the sample's name or the JSON's key "
+        "(default: url if the first samples have one)",
+    )
+    parser.add_argument(
+        "--columns", type=names, metavar="COL,..", help="captions to add (default: all columns of text)"
+    )
+    parser.add_argument("--keep-existing", action="store_true", help="leave captions that samples have as they are")
+    parser.add_argument(
+        "--samples-per-pass",
+        type=positive,
+        default=300_000,
+        metavar="N",
+        help="samples whose captions are held in memory, about 3 KB each (default: %(default)s)",
     )
     _workers(parser)

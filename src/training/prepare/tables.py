@@ -24,7 +24,16 @@ from tabulate import tabulate
 from training.prepare.chunk import ROW_KINDS, Rules, Task, clean_chunk, first_of_each, total_counts, write_part
 from training.prepare.columns import Columns, find_columns, output_captions
 from training.prepare.records import Chunk, CsvRecords, csv_chunks, parquet_chunks
-from training.prepare.work import format_counts, load_json, progress, remove_leftovers, spread, whole_file, write_json
+from training.prepare.work import (
+    format_counts,
+    load_json,
+    processes,
+    progress,
+    remove_leftovers,
+    spread,
+    whole_file,
+    write_json,
+)
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 VERSION = 1  # of the cleaning; parts of another one are not mixed with these
@@ -91,16 +100,16 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
                 tasks.append(task)
                 yield task
 
-    with progress(None, total_bytes, "cleaning", "B") as bar:
-        bar.unit_scale = True
+    with processes(args.workers) as pool:
         results = {}
-        for base, size, result in spread(_clean, all_tasks(), args.workers):
-            results[base] = result
-            bar.update(size)
-    # Rows that others of their URL come before.
-    keep, duplicates = first_of_each([task.file("npy") for task in tasks])
-    jobs = [(task.file("parquet"), out / f"{task.base.name}.parquet", mask) for task, mask in zip(tasks, keep)]
-    kept = sum(progress(spread(write_part, jobs, args.workers), len(jobs), "writing", "part"))
+        with progress(None, total_bytes, "cleaning", "B", scaled=True) as bar:
+            for base, size, result in spread(_clean, all_tasks(), pool):
+                results[base] = result
+                bar.update(size)
+        # Rows that others of their URL come before.
+        keep, duplicates = first_of_each([task.file("npy") for task in tasks])
+        jobs = [(task.file("parquet"), out / f"{task.base.name}.parquet", mask) for task, mask in zip(tasks, keep)]
+        kept = sum(progress(spread(write_part, jobs, pool), len(jobs), "writing", "part"))
     counts = total_counts([results[task.base] for task in tasks])
     assert kept + duplicates["duplicates"] == counts["kept"]
     summary = counts | {"kept": kept} | duplicates | {"parts": sum(bool(mask.any()) for mask in keep)}

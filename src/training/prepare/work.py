@@ -10,6 +10,7 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ R = TypeVar("R")
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a name to write under; the file gets its own name once it is complete and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")  # jobs of an array may write the same file
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -65,50 +66,54 @@ def format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number) or "none"
 
 
-def spread(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Applies a function in processes; yields results as they are ready, which is in any order.
+@contextmanager
+def processes(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Worker processes for `spread`; None for one, which is this one.
 
-    Items are taken as workers ask for them, so that an endless iterable of them needs no memory.
-
-    Args:
-        function: at a module's top level, as processes need it.
-        items: its arguments.
-        workers: processes; 1 stays in this one.
+    Processes that start import this package, which under this name of the program leaves open_clip to be asked for:
+    without it each would spend seconds and half a gigabyte on it, for nothing.
     """
     if workers == 1:
-        yield from map(function, items)
+        yield None
         return
-    items = iter(items)
-    with _light_start(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            waiting = {pool.submit(function, item) for item in islice(items, workers + 2)}
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                waiting |= {pool.submit(function, item) for item in islice(items, len(done))}
-                for future in done:
-                    yield future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-@contextmanager
-def _light_start() -> Iterator[None]:
-    """Processes that start import this package, which under this name of the program leaves open_clip to be asked for.
-
-    Without it each would spend seconds and half a gigabyte on it, for nothing.
-    """
     argv = sys.argv
     sys.argv = ["-m", *argv[1:]]
     try:
-        yield
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
     finally:
         sys.argv = argv
 
 
-def progress(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:
-    """Shows a bar for work of more than a few seconds, on a terminal's last line."""
-    return tqdm(items, total=total, desc=what, unit=unit, delay=2)
+def spread(function: Callable[[T], R], items: Iterable[T], pool: ProcessPoolExecutor | None) -> Iterator[R]:
+    """Applies a function in processes; yields results as they are ready, which is in any order.
+
+    Items are taken as workers ask for them, so that there may be any number of large ones.
+
+    Args:
+        function: at a module's top level, as processes need it.
+        items: its arguments.
+        pool: of `processes`.
+    """
+    if pool is None:
+        yield from map(function, items)
+        return
+    items = iter(items)
+    waiting = {pool.submit(function, item) for item in islice(items, pool._max_workers + 2)}
+    while waiting:
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        waiting |= {pool.submit(function, item) for item in islice(items, len(done))}
+        for future in done:
+            yield future.result()
+
+
+def progress(items: Iterable[T] | None, total: int | None, what: str, unit: str, scaled: bool = False) -> tqdm:
+    """Shows a bar for work of more than a few seconds; without items its `update` is for the caller to call."""
+    return tqdm(items, total=total, desc=what, unit=unit, delay=2, unit_scale=scaled)
 
 
 def my_share(items: Sequence[T], span: str | None, environ: Mapping[str, str]) -> list[T]:
