@@ -16,7 +16,7 @@ from training.prepare.columns import KEY, RAW, URL, Columns
 from training.prepare.records import Chunk, CsvRecords, cell_text
 from training.prepare.work import add_counts, load_json, whole_file, write_json
 
-ROW_GROUP = 10_000
+ROW_GROUP = 4_000  # rows that a worker holds at once: 25 MB of dicts and Arrow
 ROW_KINDS = ("rows", "kept", "duplicates", "empty", "refused", "malformed")
 CAPTION_KINDS = ("kept", "empty", "refused", "repaired", "cut_off")
 
@@ -164,7 +164,7 @@ def _rows(task: Task) -> Iterator[tuple[dict[str, str | None] | None, bool]]:
                     yield {name: cell_text(value) for name, value in row.items()}, False
 
 
-def first_of_each(hash_files: list[Path], per_pass: int = 8_000_000) -> tuple[list[np.ndarray], Counter]:
+def first_of_each(hash_files: list[Path], per_pass: int = 4_000_000) -> tuple[list[np.ndarray], Counter]:
     """Finds the rows that come for the first time, over all chunks in their order.
 
     Hashes are taken a range at a time, so that memory does not grow with their number.

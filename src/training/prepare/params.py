@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from training.flag_types import names, positive
+from training.flag_types import names, not_negative, positive, positive_numbers
 
 COMMANDS = {
     "tables": "clean published caption tables into Parquet parts",
@@ -35,19 +35,19 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 failed on some data, 2 usage error, 130 Ctrl-C.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = {"tables": add_tables_args, "join": add_join_args}
+    add = {"tables": add_tables_args, "join": add_join_args, "inspect": add_inspect_args}
     for name, add_args in add.items():
         add_args(commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False))
     return parser
 
 
-def _workers(parser) -> None:
+def _workers(parser: argparse.ArgumentParser, most: int = 64) -> None:
     parser.add_argument(
         "--workers",
         type=positive,
-        default=os.cpu_count() or 1,
+        default=min(most, os.cpu_count() or 1),
         metavar="N",
-        help="processes (default: as many as there are CPU cores)",
+        help=f"processes (default: as many as there are CPU cores, at most {most})",
     )
 
 
@@ -82,7 +82,7 @@ def add_tables_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows-per-part", type=positive, default=100_000, metavar="N", help="rows of a chunk (default: %(default)s)"
     )
-    _workers(parser)
+    _workers(parser, most=8)  # together under 2 GB
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
@@ -125,4 +125,34 @@ def add_join_args(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples whose captions are held in memory, about 3 KB each (default: %(default)s)",
     )
+    _workers(parser)
+
+
+def add_inspect_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of `inspect`."""
+    parser.add_argument("shards", metavar="SHARDS", help="as --train-data: a folder, 'data/{0..9}.tar', URLs, A::B")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for inspect.json, inspect.png, samples.html"
+    )
+    parser.add_argument(
+        "--model", default="lotlip_bert-ViT-B-16", metavar="NAME", help="whose tokenizer counts (default: %(default)s)"
+    )
+    parser.add_argument("--cache-dir", metavar="DIR", help="where its files are, as in training.main")
+    parser.add_argument(
+        "--context-lengths",
+        type=positive_numbers,
+        default="77,128,248,512",
+        metavar="N,N",
+        help="tell the share of captions that are longer (default: %(default)s, and the model's own)",
+    )
+    parser.add_argument(
+        "--caption-keys",
+        type=names,
+        metavar="K,K",
+        help="what to count (default: known keys, and ..caption, ..captions)",
+    )
+    parser.add_argument("--show", type=not_negative, default=50, metavar="N", help="samples on the page (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of their choice (default: %(default)s)")
+    parser.add_argument("--read-images", action="store_true", help="decode every image, not its header alone")
+    parser.add_argument("--shard-range", metavar="A:B", help="only the shards number A to B - 1")
     _workers(parser)
