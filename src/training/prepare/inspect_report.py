@@ -4,15 +4,12 @@ import base64
 import html
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tabulate import tabulate
 
+from training.prepare.inspect_counts import MAX_TOKENS, Counts
 from training.prepare.work import format_counts, whole_file
-
-if TYPE_CHECKING:
-    from training.prepare.inspect_shards import Counts
 
 QUANTILES = (0.05, 0.5, 0.95)
 _STYLE = (
@@ -22,13 +19,12 @@ _STYLE = (
 )
 
 
-def summarise(counts: "Counts", context_lengths: list[int], longest: int) -> dict:
+def summarise(counts: Counts, context_lengths: list[int]) -> dict:
     """Returns what is worth knowing, ready for JSON.
 
     Args:
         counts: of the whole set.
         context_lengths: for each, the share of captions that are longer is told.
-        longest: lengths of this and more were counted as one.
     """
     captions = {}
     for key in sorted(counts.captions, key=lambda k: (-counts.captions[k], k)):
@@ -52,7 +48,7 @@ def summarise(counts: "Counts", context_lengths: list[int], longest: int) -> dic
         "with_short_caption": counts.with_short,
         "with_long_caption": counts.with_long,
         "captions": captions,
-        "longest_counted": longest,
+        "longest_counted": MAX_TOKENS,
         "image_width": _of_sizes(counts.widths),
         "image_height": _of_sizes(counts.heights),
         "duplicates": {name: _num_repeated(arrays) for name, arrays in sorted(counts.hashes.items())},
@@ -107,7 +103,7 @@ def describe(report: dict) -> str:
     return "\n".join(lines)
 
 
-def write_png(path: Path, counts: "Counts", context_lengths: list[int]) -> None:
+def write_png(path: Path, counts: Counts, context_lengths: list[int]) -> None:
     """Draws the token lengths of all captions, and image sizes."""
     import matplotlib
 

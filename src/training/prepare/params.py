@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 failed on some data, 2 usage error, 130 Ctrl-C.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = {"tables": add_tables_args, "join": add_join_args, "inspect": add_inspect_args}
+    add = {"tables": add_tables_args, "download": add_download_args, "join": add_join_args, "inspect": add_inspect_args}
     for name, add_args in add.items():
         add_args(commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False))
     return parser
@@ -156,3 +156,44 @@ def add_inspect_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--read-images", action="store_true", help="decode every image, not its header alone")
     parser.add_argument("--shard-range", metavar="A:B", help="only the shards number A to B - 1")
     _workers(parser)
+
+
+def add_download_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of `download`."""
+    parser.add_argument("tables", metavar="IN", help="a Parquet table, or a folder of them, as `tables` writes")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards and sizes.json")
+    parser.add_argument("--summary", metavar="FILE", help="write the counts as JSON")
+    parser.add_argument("--image-size", type=positive, default=256, metavar="N", help="pixels (default: %(default)s)")
+    parser.add_argument(
+        "--resize-mode",
+        default="keep_ratio",
+        choices=("no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"),
+        help="img2dataset's; keep_ratio: the shorter side gets --image-size, smaller images stay (default: keep_ratio)",
+    )
+    parser.add_argument(
+        "--samples-per-shard", type=positive, default=10_000, metavar="N", help="rows of a shard (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes", type=positive, default=os.cpu_count() or 1, metavar="N", help="default: one per CPU core"
+    )
+    parser.add_argument("--threads", type=positive, default=64, metavar="N", help="a process (default: %(default)s)")
+    parser.add_argument("--timeout", type=positive, default=10, metavar="S", help="seconds (default: %(default)s)")
+    parser.add_argument(
+        "--retries", type=not_negative, default=1, metavar="N", help="of an image (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--distributor",
+        default="multiprocessing",
+        choices=("multiprocessing", "pyspark", "ray"),
+        help="one machine, or a cluster of yours (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--img2dataset", default="img2dataset", metavar="COMMAND", help="its command (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--engine-flag", action="append", default=[], metavar="=--K=V", help="one more flag for it; may be repeated"
+    )
+    parser.add_argument("--print-command", action="store_true", help="say how it would be called, and stop")
+    parser.add_argument(
+        "--check-only", action="store_true", help="fetch nothing: compare what is there, write sizes.json"
+    )
