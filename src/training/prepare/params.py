@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = {"tables": add_tables_args, "download": add_download_args, "join": add_join_args, "inspect": add_inspect_args}
+    add |= {"recaption": add_recaption_args}
     for name, add_args in add.items():
         add_args(commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False))
     return parser
@@ -197,3 +198,27 @@ def add_download_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-only", action="store_true", help="fetch nothing: compare what is there, write sizes.json"
     )
+
+
+def add_recaption_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of `recaption`."""
+    parser.add_argument("shards", metavar="SHARDS", help="as --train-data: a folder, 'data/{0..9}.tar'")
+    _output(parser)
+    parser.add_argument("--vlm", required=True, metavar="NAME", help="the model: a folder or a name of the hub")
+    parser.add_argument(
+        "--caption",
+        action="append",
+        required=True,
+        metavar="KEY=PROMPT",
+        help="write answers under KEY; PROMPT is detailed, short, visible, or any text; may be repeated",
+    )
+    parser.add_argument(
+        "--engine", default="auto", choices=("auto", "vllm", "transformers"), help="auto: vLLM if it is installed"
+    )
+    parser.add_argument("--max-tokens", type=positive, default=256, metavar="N", help="of a caption (default: 256)")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument(
+        "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share one model, with vLLM"
+    )
+    parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1, .. (default: a GPU of this process, else cpu)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where downloads from the hub are kept")
