@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import random
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -118,6 +121,35 @@ def test_processes_give_the_same_bytes_as_one(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "50 of 70 rows kept in 5 parts" in done.stdout and "Traceback" not in done.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_killed_run_leaves_no_processes_and_goes_on(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [row(n % 900) for n in range(2000)])
+    words = ["tables", str(path), "--out", str(tmp_path / "out"), "--workers", "2", "--rows-per-part", "100"]
+    command = [sys.executable, "-m", "training.prepare", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not list(tmp_path.glob("out/.work/part-*.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()  # ends when no process holds the other end of the pipes any more
+    assert not (tmp_path / "out" / "summary.json").exists()
+    run(tmp_path / "out", path, "--rows-per-part", "100")
+    run(tmp_path / "whole", path, "--rows-per-part", "100")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_damaged_row_groups_are_counted(tmp_path, caplog):
+    rows = [row(n) for n in range(60)]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=20, compression="zstd", use_dictionary=False)
+    column = pq.read_metadata(path).row_group(1).column(3)
+    content = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 40] = bytes(40)
+    path.write_bytes(content)
+    summary = run(tmp_path / "out", path)
+    assert (summary["rows"], summary["kept"], summary["malformed"]) == (60, 40, 20)
+    assert "row group 1 is damaged, 20 rows lost" in caplog.text
 
 
 def test_csv_and_parquet_and_other_column_names_give_the_same(tmp_path):

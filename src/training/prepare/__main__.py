@@ -22,8 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         return _run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog} {args.command}: error: {error}\n")
+    except OSError as error:  # a full disk, a lost mount
+        print(f"{parser.prog} {args.command}: {error}; the same command goes on from here", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -1,10 +1,12 @@
 """One chunk of a caption table: its rows cleaned, written as Parquet, and counted. Runs in worker processes."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -159,9 +161,15 @@ def _rows(task: Task) -> Iterator[tuple[dict[str, str | None] | None, bool]]:
     wanted = [name for name in (columns.url, columns.key, *columns.captions) if name]
     with pq.ParquetFile(task.path) as file:
         for group in range(task.chunk.begin, task.chunk.end):
-            for batch in file.iter_batches(1000, row_groups=[group], columns=wanted, use_threads=False):
-                for row in batch.to_pylist():
-                    yield {name: cell_text(value) for name, value in row.items()}, False
+            num_left = file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(1000, row_groups=[group], columns=wanted, use_threads=False):
+                    for row in batch.to_pylist():
+                        num_left -= 1
+                        yield {name: cell_text(value) for name, value in row.items()}, False
+            except (pa.ArrowException, OSError) as error:
+                logging.warning(f"{task.path}: row group {group} is damaged, {num_left:,} rows lost ({error})")
+                yield from repeat((None, False), num_left)
 
 
 def first_of_each(hash_files: list[Path], per_pass: int = 4_000_000) -> tuple[list[np.ndarray], Counter]:

@@ -137,7 +137,11 @@ def find_rows(tables: CaptionTables, values: set[str]) -> tuple[dict[str, int], 
         place = np.minimum(np.searchsorted(wanted, hashes), max(len(wanted) - 1, 0))
         rows = np.flatnonzero(wanted[place] == hashes) if len(wanted) else np.zeros(0, dtype=np.int64)
         if len(rows):
-            taken.append(_take_rows(tables, number, rows, schema))
+            try:
+                taken.append(_take_rows(tables, number, rows, schema))
+            except (pa.ArrowException, OSError) as error:
+                reason = str(error).splitlines()[0][:200]
+                raise OSError(f"{tables.paths[number]}: can't be read ({reason}); make or fetch it again") from error
     table = pa.concat_tables(taken)
     found: dict[str, int] = {}
     for row, value in enumerate(table.column(tables.match).to_pylist()):

@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         if summary.get("settings") != settings:
             raise ValueError(f"--out {out}: made from other tables or with other flags; take another folder")
         print(f"{out}: complete already")
+        shutil.rmtree(out / ".work", ignore_errors=True)
     else:
         summary = _make(tables, rules, args, settings)
     if args.summary:

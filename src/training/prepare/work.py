@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import TypeVar
 from uuid import uuid4
 
@@ -66,8 +67,28 @@ def format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number) or "none"
 
 
+class WorkerPool(ProcessPoolExecutor):
+    """Worker processes that end when the process that started them does, even if that was killed.
+
+    Args:
+        workers: their number.
+    """
+
+    def __init__(self, workers: int):
+        super().__init__(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+        self.workers = workers
+
+
+def _end_with_parent() -> None:
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
-def processes(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+def processes(workers: int) -> Iterator[WorkerPool | None]:
     """Worker processes for `spread`; None for one, which is this one.
 
     Processes that start import this package, which under this name of the program leaves open_clip to be asked for:
@@ -79,7 +100,7 @@ def processes(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     argv = sys.argv
     sys.argv = ["-m", *argv[1:]]
     try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with WorkerPool(workers) as pool:
             try:
                 yield pool
             except BaseException:
@@ -89,7 +110,7 @@ def processes(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         sys.argv = argv
 
 
-def spread(function: Callable[[T], R], items: Iterable[T], pool: ProcessPoolExecutor | None) -> Iterator[R]:
+def spread(function: Callable[[T], R], items: Iterable[T], pool: WorkerPool | None) -> Iterator[R]:
     """Applies a function in processes; yields results as they are ready, which is in any order.
 
     Items are taken as workers ask for them, so that there may be any number of large ones.
@@ -103,7 +124,7 @@ def spread(function: Callable[[T], R], items: Iterable[T], pool: ProcessPoolExec
         yield from map(function, items)
         return
     items = iter(items)
-    waiting = {pool.submit(function, item) for item in islice(items, pool._max_workers + 2)}
+    waiting = {pool.submit(function, item) for item in islice(items, pool.workers + 2)}
     while waiting:
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         waiting |= {pool.submit(function, item) for item in islice(items, len(done))}
