@@ -200,6 +200,16 @@ def test_an_open_quote_costs_its_own_row_alone(tmp_path, monkeypatch):
     assert run(tmp_path / "endless", path)["kept"] == 400
 
 
+def test_quotes_may_be_plain_characters(tmp_path):
+    path = tmp_path / "t.tsv"
+    path.write_text(
+        'url\tcaption\nhttp://a/1\t"Two" dogs\nhttp://a/2\t"a pipe of 5"\nhttp://a/3\t"open\nhttp://a/4\tx\n'
+    )
+    summary = run(tmp_path / "out", path, "--no-quotes")
+    assert summary["kept"] == 4
+    assert [r["raw_caption"] for r in parts(tmp_path / "out")] == ['"Two" dogs', '"a pipe of 5"', '"open', "x"]
+
+
 def test_encodings_are_repaired_and_counted(tmp_path):
     path = tmp_path / "t.csv"
     lines = [

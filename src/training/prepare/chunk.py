@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from training.prepare.clean import Cleaned, clean_caption
 from training.prepare.columns import KEY, RAW, URL, Columns
-from training.prepare.records import Chunk, CsvRecords, cell_text
+from training.prepare.records import Chunk, CsvForm, CsvRecords, cell_text
 from training.prepare.work import add_counts, load_json, whole_file, write_json
 
 ROW_GROUP = 4_000  # rows that a worker holds at once: 25 MB of dicts and Arrow
@@ -49,16 +49,16 @@ class Task:
 
     Attributes:
         path: the table.
-        separator: of a CSV; None for Parquet.
+        form: of a CSV; None for Parquet.
+        header: names of all columns.
         columns: of this table.
-        num_cells: of this table's rows.
         chunk: which part of it.
         rules: what to do.
         base: file names of the results begin so: ``BASE.parquet``, ``BASE.npy``, ``BASE.json``.
     """
 
     path: Path
-    separator: str | None
+    form: CsvForm | None
     header: tuple[str, ...]
     columns: Columns
     chunk: Chunk
@@ -152,8 +152,8 @@ def _count_caption(counts: dict[str, int], result: Cleaned) -> None:
 
 def _rows(task: Task) -> Iterator[tuple[dict[str, str | None] | None, bool]]:
     """Yields (column name -> text, whether its encoding was wrong); None for a malformed row."""
-    if task.separator is not None:
-        records = CsvRecords(task.path, task.separator, len(task.header))
+    if task.form is not None:
+        records = CsvRecords(task.path, task.form, len(task.header))
         for record in records.read(task.chunk.begin, task.chunk.end):
             yield (dict(zip(task.header, record.cells)) if record.cells else None), record.repaired
         return

@@ -74,6 +74,7 @@ def add_tables_args(parser: argparse.ArgumentParser) -> None:
         "--short-columns", type=names, metavar="COL[=NAME],..", help="the same of short ones (default: published names)"
     )
     parser.add_argument("--separator", metavar="C", help="of .csv and .tsv tables (default: a comma; a tab in .tsv)")
+    parser.add_argument("--no-quotes", action="store_true", help="quotes are plain characters, as in many .tsv")
     parser.add_argument(
         "--keep-cut-off", action="store_true", help="leave unfinished last sentences of long captions where they are"
     )

@@ -30,6 +30,18 @@ class Record(NamedTuple):
     repaired: bool
 
 
+class CsvForm(NamedTuple):
+    """How a CSV is written.
+
+    Attributes:
+        separator: one character.
+        quoted: cells may be in quotes, and hold separators and line ends then; otherwise quotes are plain characters.
+    """
+
+    separator: str
+    quoted: bool = True
+
+
 class CsvRecords:
     """Reads rows of a CSV file from a byte where a row begins.
 
@@ -38,12 +50,13 @@ class CsvRecords:
 
     Args:
         path: the file.
-        separator: one character.
-        num_cells: a good row's; None takes the first row's, the header.
+        form: how it is written.
+        num_cells: of a good row; None where only the header is read.
     """
 
-    def __init__(self, path: Path, separator: str, num_cells: int | None = None):
-        self.path, self.separator, self.num_cells = path, separator, num_cells
+    def __init__(self, path: Path, form: CsvForm, num_cells: int | None = None):
+        self.path, self.form, self.num_cells = path, form, num_cells
+        self.quoting = csv.QUOTE_MINIMAL if form.quoted else csv.QUOTE_NONE
         csv.field_size_limit(MAX_ROW_BYTES)
 
     def header(self) -> tuple[list[str], int]:
@@ -55,7 +68,7 @@ class CsvRecords:
             cells, end, _ = self._next(file, 0)
         if not cells:
             raise ValueError(
-                f"{self.path}: no header in its first row; is it a CSV with --separator {self.separator!r}?"
+                f"{self.path}: no header in its first row; is it a CSV with --separator {self.form.separator!r}?"
             )
         cells[0] = cells[0].removeprefix("\ufeff")
         return [cell.strip().strip('"') for cell in cells], end
@@ -100,12 +113,14 @@ class CsvRecords:
                 yield text.replace("\0", "")
 
         try:
-            cells = next(csv.reader(texts(), delimiter=self.separator), [])
+            cells = next(csv.reader(texts(), delimiter=self.form.separator, quoting=self.quoting), [])
         except csv.Error:
             cells = None
         if taken >= MAX_ROW_BYTES:
             cells = None
-        elif lines and not lines[-1].endswith(b"\n") and sum(line.count(b'"') for line in lines) % 2:
+        elif (
+            self.form.quoted and lines and not lines[-1].endswith(b"\n") and sum(line.count(b'"') for line in lines) % 2
+        ):
             cells = None  # the file breaks off within a quote
         return cells, position + taken, repaired
 

@@ -8,7 +8,6 @@ made again.
 
 import argparse
 import json
-import logging
 import resource
 import shutil
 import sys
@@ -23,7 +22,7 @@ from tabulate import tabulate
 
 from training.prepare.chunk import ROW_KINDS, Rules, Task, clean_chunk, first_of_each, total_counts, write_part
 from training.prepare.columns import Columns, find_columns, output_captions
-from training.prepare.records import Chunk, CsvRecords, csv_chunks, parquet_chunks
+from training.prepare.records import Chunk, CsvForm, CsvRecords, csv_chunks, parquet_chunks
 from training.prepare.work import (
     format_counts,
     load_json,
@@ -45,14 +44,14 @@ class Table:
 
     Attributes:
         path: the file.
-        separator: of a CSV; None for Parquet.
+        form: of a CSV; None for Parquet.
         header: names of all columns.
         begin: byte of the first row; 0 for Parquet.
         columns: what is what.
     """
 
     path: Path
-    separator: str | None
+    form: CsvForm | None
     header: tuple[str, ...]
     begin: int
     columns: Columns
@@ -123,7 +122,7 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
 def _clean(task: Task) -> tuple[Path, int, dict]:
     """Returns (name of the results, bytes of the table, counts)."""
     size = task.chunk.end - task.chunk.begin
-    if task.separator is None:
+    if task.form is None:
         with pq.ParquetFile(task.path) as file:
             share = size / max(file.num_row_groups, 1)
         size = int(task.path.stat().st_size * share)
@@ -162,35 +161,35 @@ def open_table(path: Path, args: argparse.Namespace) -> Table:
     Raises:
         ValueError: not a table, or columns are not found.
     """
-    separator, begin = None, 0
+    form, begin = None, 0
     if path.suffix == ".parquet":
         try:
             header = list(pq.read_schema(path).names)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0][:200]})") from error
     else:
-        separator = args.separator or ("\t" if path.suffix == ".tsv" else ",")
-        header, begin = CsvRecords(path, separator).header()
+        form = CsvForm(args.separator or ("\t" if path.suffix == ".tsv" else ","), not args.no_quotes)
+        header, begin = CsvRecords(path, form).header()
     columns = find_columns(
         str(path), header, args.url_column, args.key_column, args.raw_column, args.long_columns, args.short_columns
     )
-    return Table(path, separator, tuple(header), begin, columns)
+    return Table(path, form, tuple(header), begin, columns)
 
 
 def table_tasks(table: Table, number: int, rules: Rules, num_rows: int, work: Path) -> Iterator[Task]:
     """Cuts a table into tasks; where it was cut is kept on disk, so that going on needs no second search."""
-    draft = Task(table.path, table.separator, table.header, table.columns, Chunk(0, 0), rules, work)
+    draft = Task(table.path, table.form, table.header, table.columns, Chunk(0, 0), rules, work)
     journal = work / f"{number:03d}.chunks"
     known = _read_journal(journal)
     for place, chunk in enumerate(known):
         yield replace(draft, chunk=chunk, base=work / f"part-{number:03d}-{place:06d}")
     begin = known[-1].end if known else table.begin
-    if table.separator is None:
+    if table.form is None:
         with pq.ParquetFile(table.path) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         more = list(parquet_chunks(sizes, num_rows))[len(known) :]
     else:
-        more = csv_chunks(CsvRecords(table.path, table.separator, len(table.header)), begin, num_rows)
+        more = csv_chunks(CsvRecords(table.path, table.form, len(table.header)), begin, num_rows)
     with open(journal, "a", encoding="utf-8") as file:
         for place, chunk in enumerate(more, start=len(known)):
             file.write(json.dumps(chunk) + "\n")
@@ -218,7 +217,7 @@ def _settings(tables: list[Table], rules: Rules, rows_per_part: int) -> dict:
             {
                 "name": table.path.name,
                 "bytes": table.path.stat().st_size,
-                "separator": table.separator,
+                "form": table.form and list(table.form),
                 "url": table.columns.url,
                 "key": table.columns.key,
                 "captions": table.columns.captions,
@@ -245,6 +244,9 @@ def describe(summary: dict) -> str:
 def _peak_memory(workers: int) -> str:
     """Of this process and, if there are any, of all workers, had each been as large as the largest."""
     unit = 1 if sys.platform == "darwin" else 1024
-    own, child = (resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    logging.debug(f"peak memory: own {own:,} bytes, largest worker {child:,} bytes")
-    return f"{(own + (workers * child if workers > 1 else 0)) / 2**20:,.0f} MB"
+    own, child = (
+        resource.getrusage(who).ru_maxrss * unit / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    if workers == 1:
+        return f"{own:,.0f} MB"
+    return f"{own + workers * child:,.0f} MB ({own:,.0f} and {workers} x {child:,.0f})"
