@@ -54,8 +54,8 @@ def test_commands_in_the_guide_are_accepted():
     seen = set()
     for command in commands:
         words = shlex.split(command.replace("\\\n", " "), comments=True)[1:]
-        if "|" in words[0] or words == ["--help"]:
-            continue
+        if len(words) == 1:
+            continue  # a name in a sentence
         words = words[: words.index("&&")] if "&&" in words else words
         build_parser().parse_args(words)
         seen.add(words[0])

@@ -186,7 +186,7 @@ def test_what_comes_out_is_inspected_joined_and_trained_on(downloaded, tmp_path)
         write_shard(tmp_path / "bare" / path.name, samples)
     words = ["join", str(base / "tables"), "--shards", str(tmp_path / "bare"), "--out", str(tmp_path / "joined")]
     done = run_command("training.prepare", [*words, "--workers", "2"])
-    assert done.returncode == 0 and f"{NUM_GOOD} samples: {NUM_GOOD} matched" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"{NUM_GOOD} samples by url: {NUM_GOOD} matched" in done.stdout, done.stderr
 
     from training.main import main as train
 

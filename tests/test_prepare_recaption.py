@@ -141,7 +141,7 @@ def test_a_stopped_run_goes_on_without_asking_the_model_again(tmp_path, vlm, mon
     monkeypatch.setattr(TransformersEngine, "caption", counting)
     capsys.readouterr()
     assert run(shards, vlm, "--out", tmp_path / "stopped", *words) == 0
-    assert "3 shards, 1 of them before, 14 samples" in capsys.readouterr().out
+    assert "3 shards, 1 of them before\n14 samples" in capsys.readouterr().out
     assert sum(asked) == 4  # the third shard's images alone
     for path in (tmp_path / "whole").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()

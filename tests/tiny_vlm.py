@@ -55,7 +55,6 @@ def save_tiny_vlm(folder: Path, seed: int, template: bool = True) -> Path:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        initializer_range=1.0,  # a narrower one says the same of every image
         eos_token_id=vocabulary["</s>"],
         bos_token_id=vocabulary["<s>"],
         pad_token_id=vocabulary["<pad>"],
@@ -70,15 +69,7 @@ def save_tiny_vlm(folder: Path, seed: int, template: bool = True) -> Path:
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 0.5)
-    model.generation_config.eos_token_id = vocabulary["</s>"]
-    model.generation_config.pad_token_id = vocabulary["<pad>"]
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return _save(model, processor, vocabulary, folder)
 
 
 def save_tiny_instructblip(folder: Path) -> Path:
@@ -104,10 +95,14 @@ def save_tiny_instructblip(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     model = InstructBlipForConditionalGeneration(config).eval()
+    return _save(model, processor, vocabulary, folder)
+
+
+def _save(model: torch.nn.Module, processor, vocabulary: dict[str, int], folder: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.5)
+                parameter.normal_(0, 0.5)  # with less, it says the same of every image
     model.generation_config.eos_token_id = vocabulary["</s>"]
     model.generation_config.pad_token_id = vocabulary["<pad>"]
     model.save_pretrained(folder)

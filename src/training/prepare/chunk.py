@@ -44,23 +44,36 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One chunk to be cleaned.
+class Table:
+    """One input.
 
     Attributes:
-        path: the table.
+        path: the file.
         form: of a CSV; None for Parquet.
         header: names of all columns.
-        columns: of this table.
-        chunk: which part of it.
-        rules: what to do.
-        base: file names of the results begin so: ``BASE.parquet``, ``BASE.npy``, ``BASE.json``.
+        begin: byte of the first row; 0 for Parquet.
+        columns: what is what.
     """
 
     path: Path
     form: CsvForm | None
     header: tuple[str, ...]
+    begin: int
     columns: Columns
+
+
+@dataclass(frozen=True)
+class Task:
+    """One chunk to be cleaned.
+
+    Attributes:
+        table: the input.
+        chunk: which part of it.
+        rules: what to do.
+        base: file names of the results begin so: ``BASE.parquet``, ``BASE.npy``, ``BASE.json``.
+    """
+
+    table: Table
     chunk: Chunk
     rules: Rules
     base: Path
@@ -89,13 +102,13 @@ def clean_chunk(task: Task) -> dict:
     if done is not None:
         return done
     counts = dict.fromkeys(ROW_KINDS, 0)
-    captions = {name: dict.fromkeys(CAPTION_KINDS, 0) for name in task.columns.captions.values()}
+    captions = {name: dict.fromkeys(CAPTION_KINDS, 0) for name in task.table.columns.captions.values()}
     hashes: list[int] = []
     with whole_file(task.file("parquet")) as path, pq.ParquetWriter(path, task.rules.schema, compression="zstd") as out:
         rows: list[dict] = []
         for values, repaired in _rows(task):
             counts["rows"] += 1
-            kind, row, found = clean_row(values, repaired, task.columns, task.rules)
+            kind, row, found = clean_row(values, repaired, task.table.columns, task.rules)
             counts[kind] += 1
             for name, result in found.items():
                 _count_caption(captions[name], result)
@@ -152,14 +165,14 @@ def _count_caption(counts: dict[str, int], result: Cleaned) -> None:
 
 def _rows(task: Task) -> Iterator[tuple[dict[str, str | None] | None, bool]]:
     """Yields (column name -> text, whether its encoding was wrong); None for a malformed row."""
-    if task.form is not None:
-        records = CsvRecords(task.path, task.form, len(task.header))
+    if task.table.form is not None:
+        records = CsvRecords(task.table.path, task.table.form, len(task.table.header))
         for record in records.read(task.chunk.begin, task.chunk.end):
-            yield (dict(zip(task.header, record.cells)) if record.cells else None), record.repaired
+            yield (dict(zip(task.table.header, record.cells)) if record.cells else None), record.repaired
         return
-    columns = task.columns
+    columns = task.table.columns
     wanted = [name for name in (columns.url, columns.key, *columns.captions) if name]
-    with pq.ParquetFile(task.path) as file:
+    with pq.ParquetFile(task.table.path) as file:
         for group in range(task.chunk.begin, task.chunk.end):
             num_left = file.metadata.row_group(group).num_rows
             try:
@@ -168,11 +181,11 @@ def _rows(task: Task) -> Iterator[tuple[dict[str, str | None] | None, bool]]:
                         num_left -= 1
                         yield {name: cell_text(value) for name, value in row.items()}, False
             except (pa.ArrowException, OSError) as error:
-                logging.warning(f"{task.path}: row group {group} is damaged, {num_left:,} rows lost ({error})")
+                logging.warning(f"{task.table.path}: row group {group} is damaged, {num_left:,} rows lost ({error})")
                 yield from repeat((None, False), num_left)
 
 
-def first_of_each(hash_files: list[Path], per_pass: int = 4_000_000) -> tuple[list[np.ndarray], Counter]:
+def first_of_each(hash_files: list[Path], per_pass: int = 2_000_000) -> tuple[list[np.ndarray], Counter]:
     """Finds the rows that come for the first time, over all chunks in their order.
 
     Hashes are taken a range at a time, so that memory does not grow with their number.

@@ -5,10 +5,7 @@ at a time. A note beside each written shard says that it is done, so that the sa
 """
 
 import argparse
-import json
-import os
 from collections.abc import Iterator
-from hashlib import blake2b
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,15 +16,15 @@ from training.prepare.shards import (
     BrokenShardFile,
     JsonSample,
     Place,
-    done_counts,
-    local_shards,
-    places,
+    fingerprint,
+    finish,
+    my_places,
+    not_done,
     read_json_samples,
     rewrite_shard,
     write_note,
-    write_sizes,
 )
-from training.prepare.work import add_counts, format_counts, my_share, processes, progress, spread, write_json
+from training.prepare.work import add_counts, format_counts, processes, progress, spread
 
 STATE = ".join"
 KINDS = ("samples", "matched", "unmatched", "nothing to match by", "broken JSON", "JSON not an object", "captions")
@@ -35,18 +32,12 @@ KINDS = ("samples", "matched", "unmatched", "nothing to match by", "broken JSON"
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if shards can't be read."""
-    shards = local_shards(args.shards, "--shards")
-    everything = places(shards, None if args.in_place else args.out, STATE)
-    mine = my_share(everything, args.shard_range, os.environ)
-    match = args.match or _guess_match(shards)
-    index = everything[0].state / "index"
-    tables = open_tables(args.tables, match, args.columns, index)
+    everything, mine = my_places(args, args.shards, "--shards", STATE)
+    match = args.match or _guess_match([place.source for place in everything])
+    tables = open_tables(args.tables, match, args.columns, everything[0].state / "index")
     mark = fingerprint(tables.describe() | {"keep": args.keep_existing})
-    done = {place: done_counts(place, mark) for place in mine}
-    left = [place for place in mine if done[place] is None]
     total: dict = dict.fromkeys(KINDS, 0)
-    for counts in done.values():
-        add_counts(total, counts or {})
+    left = not_done(mine, mark, total)
     broken: dict[str, str] = {}
     with processes(args.workers) as pool:
         if left:
@@ -58,19 +49,13 @@ def run(args: argparse.Namespace) -> int:
             add_counts(total, counts)
             if fault:
                 broken[str(place.source)] = fault
-    if not args.in_place:
-        write_sizes(Path(args.out), everything[0].state)
     summary = {"shards": len(mine), "done_before": len(mine) - len(left), "broken_shards": broken} | total
     summary |= {"match": match, "columns": list(tables.columns), "table_rows": tables.num_rows}
-    if args.summary:
-        write_json(Path(args.summary), summary)
-    print(describe(summary, len(everything)))
-    return 1 if broken else 0
-
-
-def fingerprint(settings: dict) -> str:
-    """A short name for everything that a result depends on."""
-    return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+    lines = [
+        f"{total['samples']:,} samples by {match}: {format_counts({k: total[k] for k in KINDS[1:-1]})}",
+        f"{total['captions']:,} captions written from {tables.num_rows:,} rows",
+    ]
+    return finish(args, everything, summary, lines)
 
 
 def _guess_match(shards: list[Path]) -> str:
@@ -152,14 +137,3 @@ def _write(job: tuple) -> tuple[Place, dict, str | None]:
     counts["captions"] = sum(map(len, additions))
     write_note(place, mark, counts)
     return place, counts, None
-
-
-def describe(summary: dict, num_shards: int) -> str:
-    """The counts for a terminal."""
-    share = "" if summary["shards"] == num_shards else f" of {num_shards:,}"
-    before = f", {summary['done_before']:,} of them before" if summary["done_before"] else ""
-    lines = [f"{summary['shards']:,}{share} shards{before}, matched by {summary['match']}"]
-    lines.append(f"{summary['samples']:,} samples: {format_counts({k: summary[k] for k in KINDS[1:-1]})}")
-    lines.append(f"{summary['captions']:,} captions written from {summary['table_rows']:,} rows")
-    lines += [f"not done: {reason}" for reason in summary["broken_shards"].values()]
-    return "\n".join(lines)

@@ -20,19 +20,18 @@ from training.data.loader import IMAGE_SUFFIXES
 from training.data.tar import BrokenShardError, RawSample, read_samples
 from training.prepare.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.engines import PROMPTS, Engine, Generated, make_engine
-from training.prepare.join import fingerprint
 from training.prepare.shards import (
     BrokenShardFile,
     Place,
-    done_counts,
-    local_shards,
-    places,
+    fingerprint,
+    finish,
+    my_places,
+    not_done,
     read_json_samples,
     rewrite_shard,
     write_note,
-    write_sizes,
 )
-from training.prepare.work import add_counts, format_counts, my_share, progress, whole_file, write_json
+from training.prepare.work import add_counts, format_counts, progress, whole_file
 
 STATE = ".recaption"
 SAMPLE_KINDS = ("samples", "no image", "broken JSON", "JSON not an object")
@@ -42,16 +41,11 @@ CAPTION_KINDS = ("captions", "refused", "repetitive", "empty", "cut short")
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if shards can't be read."""
     prompts = read_prompts(args.caption)
-    everything = places(local_shards(args.shards, "SHARDS"), None if args.in_place else args.out, STATE)
-    mine = my_share(everything, args.shard_range, os.environ)
+    everything, mine = my_places(args, args.shards, "SHARDS", STATE)
     mark = fingerprint({"vlm": args.vlm, "prompts": prompts, "max_tokens": args.max_tokens})
-    done = {place: done_counts(place, mark) for place in mine}
-    left = [place for place in mine if done[place] is None]
-    total: dict = dict.fromkeys(SAMPLE_KINDS, 0) | {
-        "captions": {key: dict.fromkeys(CAPTION_KINDS, 0) for key in prompts}
-    }
-    for counts in done.values():
-        add_counts(total, counts or {})
+    total: dict = dict.fromkeys(SAMPLE_KINDS, 0)
+    total["captions"] = {key: dict.fromkeys(CAPTION_KINDS, 0) for key in prompts}
+    left = not_done(mine, mark, total)
     broken: dict[str, str] = {}
     if left:
         engine = make_engine(args.engine, args.vlm, args.max_tokens, args.device, args.tensor_parallel, args.cache_dir)
@@ -60,14 +54,11 @@ def run(args: argparse.Namespace) -> int:
                 add_counts(total, recaption_shard(place, engine, prompts, args.batch_size, mark))
             except (BrokenShardError, BrokenShardFile, OSError) as error:
                 broken[str(place.source)] = str(error)
-    if not args.in_place:
-        write_sizes(Path(args.out), everything[0].state)
     summary = {"shards": len(mine), "done_before": len(mine) - len(left), "broken_shards": broken, "prompts": prompts}
-    summary |= {"vlm": args.vlm} | total
-    if args.summary:
-        write_json(Path(args.summary), summary)
-    print(describe(summary, len(everything)))
-    return 1 if broken else 0
+    faults = {kind: total[kind] for kind in SAMPLE_KINDS[1:]}
+    lines = [f"{total['samples']:,} samples; bad: {format_counts(faults)}"]
+    lines += [f"{key}: {format_counts(counts)}" for key, counts in total["captions"].items()]
+    return finish(args, everything, summary | {"vlm": args.vlm} | total, lines)
 
 
 def read_prompts(pairs: list[str]) -> dict[str, str]:
@@ -164,16 +155,3 @@ def judge(answer: Generated) -> tuple[str | None, list[str]]:
     if is_repetitive(cleaned.text):
         return None, ["repetitive", *kinds]
     return (cleaned.text if answer.complete else without_cut_sentence(cleaned.text)), ["captions", *kinds]
-
-
-def describe(summary: dict, num_shards: int) -> str:
-    """The counts for a terminal."""
-    share = "" if summary["shards"] == num_shards else f" of {num_shards:,}"
-    before = f", {summary['done_before']:,} of them before" if summary["done_before"] else ""
-    faults = {kind: summary[kind] for kind in SAMPLE_KINDS[1:]}
-    lines = [
-        f"{summary['shards']:,}{share} shards{before}, {summary['samples']:,} samples; bad: {format_counts(faults)}"
-    ]
-    lines += [f"{key}: {format_counts(counts)}" for key, counts in summary["captions"].items()]
-    lines += [f"not done: {reason}" for reason in summary["broken_shards"].values()]
-    return "\n".join(lines)

@@ -4,12 +4,14 @@ A rewritten shard has the same members, byte for byte and in the same order, but
 or that are added.
 """
 
+import argparse
 import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -17,7 +19,7 @@ from webdataset.tariterators import base_plus_ext
 
 from training.data.sources import expand_sources
 from training.data.tar import index_shard, is_local
-from training.prepare.work import load_json, whole_file, write_json
+from training.prepare.work import add_counts, load_json, my_share, whole_file, write_json
 
 BROKEN_JSON, NO_OBJECT = "broken JSON", "JSON not an object"
 
@@ -96,17 +98,63 @@ def places(shards: list[Path], out: str | None, state: str) -> list[Place]:
     return [Place(path, Path(out) / path.name, Path(out) / state) for path in shards]
 
 
-def done_counts(place: Place, fingerprint: str) -> dict | None:
+def done_counts(place: Place, mark: str) -> dict | None:
     """What a note says about a shard written by the same command; None if it is to be written yet."""
     note = load_json(place.note)
-    if not isinstance(note, dict) or note.get("fingerprint") != fingerprint or not place.target.exists():
+    if not isinstance(note, dict) or note.get("fingerprint") != mark or not place.target.exists():
         return None
-    return note["counts"] if note["bytes"] == os.path.getsize(place.target) else None
+    return note.get("counts") if note.get("bytes") == os.path.getsize(place.target) else None
 
 
-def write_note(place: Place, fingerprint: str, counts: Mapping) -> None:
+def my_places(args: argparse.Namespace, spec: str, flag: str, state: str) -> tuple[list[Place], list[Place]]:
+    """Returns (all shards, those that this job has to do), by --out, --in-place, --shard-range and the environment.
+
+    Raises:
+        FileNotFoundError, ValueError: as `local_shards`, `places` and `my_share`.
+    """
+    everything = places(local_shards(spec, flag), None if args.in_place else args.out, state)
+    return everything, my_share(everything, args.shard_range, os.environ)
+
+
+def not_done(mine: list[Place], mark: str, total: dict) -> list[Place]:
+    """Returns what is left to do; adds the counts of what is done."""
+    done = [done_counts(place, mark) for place in mine]
+    for counts in done:
+        add_counts(total, counts or {})
+    return [place for place, counts in zip(mine, done) if counts is None]
+
+
+def finish(args: argparse.Namespace, everything: list[Place], summary: dict, lines: list[str]) -> int:
+    """Writes sizes and summary, prints what was done.
+
+    Args:
+        args: --out, --in-place, --summary.
+        everything: all shards.
+        summary: counts, with ``shards``, ``done_before`` and ``broken_shards``.
+        lines: what to print between the number of shards and those that were not done.
+
+    Returns:
+        Exit code: 0, or 1 if shards can't be read.
+    """
+    if not args.in_place:
+        write_sizes(Path(args.out), everything[0].state)
+    if args.summary:
+        write_json(Path(args.summary), summary)
+    share = "" if summary["shards"] == len(everything) else f" of {len(everything):,}"
+    before = f", {summary['done_before']:,} of them before" if summary["done_before"] else ""
+    broken = [f"not done: {reason}" for reason in summary["broken_shards"].values()]
+    print("\n".join([f"{summary['shards']:,}{share} shards{before}", *lines, *broken]))
+    return 1 if broken else 0
+
+
+def fingerprint(settings: dict) -> str:
+    """A short name for everything that a result depends on."""
+    return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def write_note(place: Place, mark: str, counts: Mapping) -> None:
     """Notes that a shard is whole."""
-    content = {"fingerprint": fingerprint, "bytes": os.path.getsize(place.target), "counts": dict(counts)}
+    content = {"fingerprint": mark, "bytes": os.path.getsize(place.target), "counts": dict(counts)}
     write_json(place.note, content)
 
 

@@ -13,15 +13,15 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tabulate import tabulate
 
-from training.prepare.chunk import ROW_KINDS, Rules, Task, clean_chunk, first_of_each, total_counts, write_part
-from training.prepare.columns import Columns, find_columns, output_captions
+from training.prepare.chunk import ROW_KINDS, Rules, Table, Task, clean_chunk, first_of_each, total_counts, write_part
+from training.prepare.columns import find_columns, output_captions
 from training.prepare.records import Chunk, CsvForm, CsvRecords, csv_chunks, parquet_chunks
 from training.prepare.work import (
     format_counts,
@@ -36,25 +36,6 @@ from training.prepare.work import (
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 VERSION = 1  # of the cleaning; parts of another one are not mixed with these
-
-
-@dataclass(frozen=True)
-class Table:
-    """One input.
-
-    Attributes:
-        path: the file.
-        form: of a CSV; None for Parquet.
-        header: names of all columns.
-        begin: byte of the first row; 0 for Parquet.
-        columns: what is what.
-    """
-
-    path: Path
-    form: CsvForm | None
-    header: tuple[str, ...]
-    begin: int
-    columns: Columns
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,10 +103,10 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
 def _clean(task: Task) -> tuple[Path, int, dict]:
     """Returns (name of the results, bytes of the table, counts)."""
     size = task.chunk.end - task.chunk.begin
-    if task.form is None:
-        with pq.ParquetFile(task.path) as file:
+    if task.table.form is None:
+        with pq.ParquetFile(task.table.path) as file:
             share = size / max(file.num_row_groups, 1)
-        size = int(task.path.stat().st_size * share)
+        size = int(task.table.path.stat().st_size * share)
     return task.base, size, clean_chunk(task)
 
 
@@ -178,7 +159,7 @@ def open_table(path: Path, args: argparse.Namespace) -> Table:
 
 def table_tasks(table: Table, number: int, rules: Rules, num_rows: int, work: Path) -> Iterator[Task]:
     """Cuts a table into tasks; where it was cut is kept on disk, so that going on needs no second search."""
-    draft = Task(table.path, table.form, table.header, table.columns, Chunk(0, 0), rules, work)
+    draft = Task(table, Chunk(0, 0), rules, work)
     journal = work / f"{number:03d}.chunks"
     known = _read_journal(journal)
     for place, chunk in enumerate(known):
