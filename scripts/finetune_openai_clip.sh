@@ -11,8 +11,9 @@ LOGS="${LOGS:-logs}"               # results: LOGS/clip-long
 
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1  # decoding runs in the workers
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarts would meet what is left of the last try (pytorch issue 135712)
 # OpenAI's weights want QuickGELU: named in the model, so that an evaluation of the checkpoint has it, too.
-exec torchrun --standalone --nproc_per_node "${GPUS:-gpu}" -m -- training.main \
+exec torchrun --standalone --nproc_per_node "${GPUS:-gpu}" --max-restarts 3 -m -- training.main \
     --model ViT-B-16-quickgelu --pretrained openai --context-length 248 \
     --train-data "$DATA" --cache-dir "$CACHE" --logs "$LOGS" --name clip-long \
     --num-long-captions 1 --batch-size 256 --epochs 3 --lr 1e-5 --text-lr 2e-5 --warmup 200 --wd 0.05 \

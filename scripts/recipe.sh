@@ -18,7 +18,7 @@ RECIPE=(
     --precision amp_bf16            # O
     --workers 8                     # O
     --save-most-recent              # O  beside epoch_N.pt
-    --resume latest                 # O  a job submitted again goes on after its last whole epoch
+    --resume latest                 # O  a job queued again goes on where it stopped
     --report-to tensorboard         # O
 )
 # Not set here: augmentation is open_clip's crop of 0.9-1.0 (P); --strong-augment takes the published code's other one.

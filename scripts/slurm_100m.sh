@@ -6,6 +6,9 @@
 #SBATCH --cpus-per-task=10
 #SBATCH --time=7-00:00:00
 #SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@300
 # Pre-training on 100M images, those 30M + LAION (49M) + COYO (24M) (P): 32 GPUs, 16,384 pairs a step (O).
 # Set the three variables, then from the checkout: sbatch scripts/slurm_100m.sh
 set -euo pipefail

@@ -6,6 +6,9 @@
 #SBATCH --cpus-per-task=10
 #SBATCH --time=3-00:00:00
 #SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@300
 # Pre-training on 30M images, CC3M + CC12M + YFCC15M (P): 16 GPUs, 8,192 pairs a step (O).
 # Set the three variables, then from the checkout: sbatch scripts/slurm_30m.sh
 set -euo pipefail

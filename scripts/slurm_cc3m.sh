@@ -6,6 +6,9 @@
 #SBATCH --cpus-per-task=10
 #SBATCH --time=1-00:00:00
 #SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@300
 # Pre-training on CC3M's 2.8M images: 8 GPUs, 4,096 pairs a step (O).
 # Set the three variables, then from the checkout: sbatch scripts/slurm_cc3m.sh
 set -euo pipefail

@@ -9,7 +9,8 @@ LOGS="${LOGS:-logs}"           # results: LOGS/lotlip-cc3m
 cd "$(dirname "$0")/.."
 source scripts/recipe.sh
 export OMP_NUM_THREADS=1  # decoding runs in the workers
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarts would meet what is left of the last try (pytorch issue 135712)
 
-exec torchrun --standalone --nproc_per_node "${GPUS:-gpu}" -m -- training.main "${RECIPE[@]}" \
+exec torchrun --standalone --nproc_per_node "${GPUS:-gpu}" --max-restarts 3 -m -- training.main "${RECIPE[@]}" \
     --train-data "$DATA" --cache-dir "$CACHE" --logs "$LOGS" --name lotlip-cc3m \
     --batch-size 512 --epochs 10 "$@"

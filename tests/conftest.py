@@ -1,6 +1,7 @@
 """Fixtures: drawn scenes, small data sets to damage, a tiny open_clip model on disk."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,16 @@ TINY_CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def no_log_handlers_left():
+    """Training in this process logs to the terminal that a test captured, which is gone after it."""
+    before = list(logging.root.handlers)
+    yield
+    for handler in [h for h in logging.root.handlers if h not in before]:
+        logging.root.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")

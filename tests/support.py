@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 REFERENCE = Path(__file__).parent / "reference"
 LAYOUTS = REFERENCE / "layouts"
@@ -48,3 +50,25 @@ def run_command(
 def read_results(logs: Path, name: str) -> dict:
     """The last line of a run's results.jsonl."""
     return json.loads((logs / name / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+
+
+class LabReport(NamedTuple):
+    """What became of trainings: exit codes by training and rank (negative: ended by that signal), and all they said."""
+
+    codes: list[list[int]]
+    said: str
+
+
+def run_lab(argv: list[str], world_size: int, samples: Path, kills: Sequence = (), last: bool = True) -> LabReport:
+    """Runs one training after another, and kills all but the last: see crash_lab.py."""
+    samples.mkdir(exist_ok=True)
+    job = {"argv": argv, "world_size": world_size, "ports": free_ports(len(kills) + 1), "samples": str(samples)}
+    command = [sys.executable, str(Path(__file__).parent / "crash_lab.py")]
+    done = subprocess.run(
+        [*command, json.dumps(job | {"kills": list(kills), "last": last})],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return LabReport(json.loads(done.stdout.splitlines()[-1]), done.stderr)

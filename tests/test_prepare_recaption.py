@@ -106,7 +106,7 @@ def test_each_image_gets_what_the_model_says_of_it(tmp_path, vlm, other_vlm):
     assert len(different) > 15
     assert got["broken"] == {"n": -1} and got["0003"]["n"] == 3
     summary = json.loads((tmp_path / "s.json").read_text())
-    assert (summary["samples"], summary["no image"]) == (14, 1)
+    assert (summary["samples"], summary["broken image"]) == (14, 1)
     for key, counts in summary["captions"].items():
         assert (counts["captions"], counts["repetitive"]) == (13 - repetitive[key], repetitive[key])
     assert json.loads((tmp_path / "new" / "sizes.json").read_text()) == {"0.tar": 4, "1.tar": 6, "2.tar": 4}

@@ -20,17 +20,20 @@ SCRIPTS = {
 @pytest.fixture
 def launched(tmp_path):
     """Runs a script with launchers that only say how they were called; returns the words after training.main."""
+    say = 'echo "at $MASTER_ADDR:$MASTER_PORT"; printf "%s\\n" "$@"; exit "${SRUN_CODE:-0}"'
     for name in ("torchrun", "srun"):
-        (tmp_path / name).write_text('#!/usr/bin/env bash\necho "at $MASTER_ADDR:$MASTER_PORT"\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'node7\\nnode8\\n'\n")
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{say}\n")
+    answer = "if [[ $1 == show ]]; then printf 'node7\\nnode8\\n'; else echo scontrol $*; fi"
+    (tmp_path / "scontrol").write_text(f"#!/usr/bin/env bash\n{answer}\n")
     for launcher in tmp_path.iterdir():
         launcher.chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "90001", "SLURM_SUBMIT_DIR": str(ROOT)}
 
-    def run(script: str, *flags: str) -> tuple[str, list[str]]:
-        env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "/d", "MASTER_ADDR": ""}
+    def run(script: str, *flags: str, **more: str) -> tuple[str, list[str]]:
+        env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "/d", "MASTER_ADDR": ""} | more
         command = ["bash", str(ROOT / "scripts" / script), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True, cwd=tmp_path)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == int(more.get("SRUN_CODE", 0)), done.stderr
         first, *words = done.stdout.splitlines()
         return first, words[words.index("training.main") + 1 :]
 
@@ -51,3 +54,11 @@ def test_pretraining_scripts(script, launched):
 def test_finetuning_script(launched):
     args = parse_args(launched("finetune_openai_clip.sh")[1])
     assert args.model == "ViT-B-16-quickgelu" and args.pretrained == "openai" and args.context_length == 248
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "queued"), [(0, 0, False), (75, 500, True), (138, 0, True), (70, 3, True), (70, 10, False), (1, 0, False)]
+)
+def test_a_stopped_job_is_queued_again(code, restarts, queued, launched):
+    _, words = launched("slurm_30m.sh", SRUN_CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
+    assert (words[-1] == "scontrol requeue 90001") == queued

@@ -256,4 +256,4 @@ def test_bad_samples_are_counted_in_the_log(logs, tmp_path, scenes):
     lines = train(logs, "bad", shards, "--batch-size", "43", "--epochs", "1")
     assert lines[0]["train/skipped_by_kind"] == {"no image": 1, "broken image": 1, "broken JSON": 1}
     text = (logs / "bad" / "out.log").read_text()
-    assert "skipped sample, broken JSON: 1.tar/c" in text and "skipped 3 (" in text
+    assert "skipped sample, broken JSON: 1.tar/c" in text and "46 samples read, 3 skipped (" in text

@@ -5,12 +5,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device_so
 
+EXIT_LOST = 70  # sysexits.h: internal error
 T = TypeVar("T")
 
 
@@ -148,6 +150,26 @@ def merge_over_ranks(entries: dict, env: DistEnv) -> dict:
         parts = [{}] * env.world_size
         dist.all_gather_object(parts, entries)
     return dict(sorted(item for part in parts for item in part.items()))
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended: torch has no one type for it."""
+    words = ("gloo", "NCCL", "closed by peer", "TCPStore")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def any_rank(flag: torch.Tensor, env: DistEnv) -> torch.Tensor:
+    """Returns whether a flag (0 or 1, on the device) is set on any rank, without waiting for the device."""
+    if env.world_size > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag
+
+
+def set_timeout(env: DistEnv, minutes: float) -> None:
+    """Lets collectives wait a little longer than the watchdog, which can say for whom; backends' own limits differ."""
+    if env.world_size > 1:
+        set_ = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_(timedelta(minutes=minutes + 5), dist.group.WORLD)
 
 
 def max_over_ranks(value: int, env: DistEnv) -> int:

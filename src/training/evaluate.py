@@ -44,9 +44,11 @@ def evaluate(args: argparse.Namespace) -> int:
             return fail(error, 2, env)
         options = ComputeOptions(args.batch_size, args.workers, args.precision)
         try:
-            records = evaluate_retrieval(parts, plan.work, env, options, allow_broken=args.allow_missing)
+            records = evaluate_retrieval(parts, plan.work, env, options, args.allow_missing, args.feature_cache)
         except (BrokenImageError, FloatingPointError) as error:
             return fail(error, 1, env)
+        except ValueError as error:  # the cache
+            return fail(error, 2, env)
         if env.is_main:
             _report(args, plan, records, env, time.monotonic() - start)
     return 0

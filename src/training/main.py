@@ -1,4 +1,4 @@
-"""The entry point: `python -m training.main --help`. Trains if --train-data is named, else evaluates.
+"""The entry point: `python -m training.main --help`. Trains (or extracts) if --train-data is named, else evaluates.
 
 python -m training.main --train-data 'data/{00000..00575}.tar' --model lotlip_bert-ViT-B-16 --lock-image
 python -m training.main --urban1k-retrieval data/Urban1k --model ViT-B-16 --pretrained openai
@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line.
 
     Returns:
-        Exit code: 0 done, 1 the run failed on its data, 2 the command can't be run as it stands, 130 Ctrl-C.
+        Exit code: 0 done, 1 the run failed on its data, 2 the command can't be run as it stands, 70 a process has
+        ended or does not move, 75 stopped by a signal and saved, 130 Ctrl-C.
     """
     args = parse_args(argv)  # before anything heavy is imported: --help and typos answer at once
     try:
@@ -27,19 +28,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from training.distributed import check_device, fail
+    from training.distributed import EXIT_LOST, check_device, fail, is_lost_rank
 
     try:
         check_device(args.device)
     except ValueError as error:
         return fail(error, 2)
-    if args.train_data:
-        from training.train import train
-
-        return train(args)
-    from training.evaluate import evaluate
-
-    return evaluate(args)
+    if args.extract_image_features:
+        from training.extract import extract as work
+    elif args.train_data:
+        from training.train import train as work
+    else:
+        from training.evaluate import evaluate as work
+    try:
+        return work(args)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        return fail(
+            RuntimeError(f"another process of this run has ended; what it said tells why ({reason})"), EXIT_LOST
+        )
 
 
 if __name__ == "__main__":

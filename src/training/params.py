@@ -55,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="Flags may be written with - or _ between words.\n"
-        "Exit codes: 0 done, 1 failed on its data, 2 usage error, 130 Ctrl-C.",
+        "Exit codes: 0 done, 1 failed on its data, 2 usage error, 70 another process has ended or does not "
+        "move, 75 stopped by a signal and saved (70, 75: go on with --resume latest), 130 Ctrl-C.",
     )
     _add_model_args(parser.add_argument_group("model"))
     _add_lock_args(parser.add_argument_group("which parts of the model are trained"))
@@ -155,6 +156,11 @@ def _add_retrieval_args(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--urban1k-retrieval", metavar="DIR", help="Urban1k: folder with image/ and caption/")
     group.add_argument(
+        "--feature-cache",
+        metavar="DIR",
+        help="keep features there, and encode only what is not there yet for the same weights and preprocessing",
+    )
+    group.add_argument(
         "--allow-missing",
         action="store_true",
         help="evaluate the pairs whose images are there and readable; every result then gives the count",
@@ -216,6 +222,8 @@ def validate_args(args: argparse.Namespace) -> None:
     for flag, needs in (("share4v_anno", "share4v_retrieval"), ("iiw_anno", "iiw_retrieval")):
         if getattr(args, flag) and not getattr(args, needs):
             raise ValueError(f"--{flag} has no effect without --{needs}; add it or leave both".replace("_", "-"))
+    if args.feature_cache and args.train_data:
+        raise ValueError("--feature-cache has no effect in training: weights change from one evaluation to the next")
     if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
         raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} brings its own weights")
     if args.pretrained and (args.pretrained_image or args.pretrained_text):

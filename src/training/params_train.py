@@ -18,6 +18,7 @@ def add_train_args(parser: argparse.ArgumentParser) -> None:
     _add_optimization_args(parser.add_argument_group("optimization"))
     _add_loss_args(parser.add_argument_group("loss"))
     _add_logging_args(parser.add_argument_group("logging and checkpoints"))
+    _add_safety_args(parser.add_argument_group("running for weeks (see README.md)"))
 
 
 def _add_data_args(group) -> None:
@@ -43,6 +44,23 @@ def _add_data_args(group) -> None:
     )
     group.add_argument("--csv-img-key", default="filepath", metavar="COL", help="image column (default: %(default)s)")
     group.add_argument("--csv-separator", metavar="C", help="of a .csv table (default: a comma; a tab in .tsv)")
+    group.add_argument(
+        "--extract-image-features",
+        metavar="DIR",
+        help="do not train: write the image tower's features of --train-data to DIR, which --train-data then takes",
+    )
+    group.add_argument(
+        "--feature-views",
+        type=not_negative,
+        default=0,
+        metavar="V",
+        help="with it: augmented views of each image; 0: one view as in evaluation (default: %(default)s)",
+    )
+    group.add_argument(
+        "--fast-decode",
+        action="store_true",
+        help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size where the crop leaves twice the pixels it needs",
+    )
     group.add_argument("--strong-augment", action="store_true", help="crop 0.2-1, jitter, grey, blur, flip, two random")
     group.add_argument(
         "--aug-cfg", nargs="*", default=[], metavar="K=V", help="open_clip's augmentation, e.g. scale=0.4,1.0"
@@ -137,7 +155,6 @@ def _add_logging_args(group) -> None:
     )
     group.add_argument("--save-most-recent", action="store_true", help="also epoch_latest.pt, every epoch")
     group.add_argument("--delete-previous-checkpoint", action="store_true", help="keep the last epoch_N.pt only")
-    group.add_argument("--resume", metavar="FILE|latest", help="go on from a checkpoint; latest: of --name")
     group.add_argument(
         "--zeroshot-frequency",
         type=not_negative,
@@ -154,6 +171,45 @@ def _add_logging_args(group) -> None:
     )
 
 
+def _add_safety_args(group) -> None:
+    group.add_argument("--resume", metavar="FILE|latest", help="go on from a checkpoint; latest: of --name")
+    group.add_argument(
+        "--save-every-minutes",
+        type=float,
+        default=10.0,
+        metavar="X",
+        help="save step_N.pt in mid-epoch; 0: never (default: %(default)g)",
+    )
+    group.add_argument(
+        "--save-every-steps", type=not_negative, default=0, metavar="N", help="likewise by steps; 0: never (default)"
+    )
+    group.add_argument(
+        "--keep-checkpoints", type=positive, default=2, metavar="N", help="newest step_N.pt kept (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-bad-samples",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="stop once more than this share of samples can't be used (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-skipped-steps",
+        type=not_negative,
+        default=20,
+        metavar="N",
+        help="stop after more steps in a row whose loss or gradient is not finite (default: %(default)s)",
+    )
+    group.add_argument(
+        "--timeout-minutes",
+        type=float,
+        default=30.0,
+        metavar="X",
+        help="end a run in which a rank does not move for so long, and name it; evaluations may take four times "
+        "as long (default: %(default)g)",
+    )
+
+
 def validate_train_args(args: argparse.Namespace) -> None:
     """Checks training's flags.
 
@@ -163,12 +219,19 @@ def validate_train_args(args: argparse.Namespace) -> None:
     if not args.train_data:
         given = [
             f"--{name.replace('_', '-')}"
-            for name in ("val_data", "resume", "siglip", "report_to")
+            for name in ("val_data", "resume", "siglip", "report_to", "extract_image_features")
             if getattr(args, name)
         ]
         if given:
             raise ValueError(f"{', '.join(given)}: no effect without --train-data")
         return
+    if args.feature_views and not args.extract_image_features:
+        raise ValueError("--feature-views needs --extract-image-features")
+    if args.extract_image_features and (args.dataset_resampled or args.resume):
+        raise ValueError(
+            "--extract-image-features takes every sample once, and goes on by itself: leave out --dataset-resampled "
+            "and --resume"
+        )
     if args.train_data_upsampling_factors and not args.dataset_resampled:
         raise ValueError("--train-data-upsampling-factors needs --dataset-resampled: without it each sample comes once")
     if args.dataset_resampled and not args.train_num_samples:
@@ -192,6 +255,12 @@ def validate_train_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    if not args.save_every_minutes >= 0:
+        raise ValueError(f"--save-every-minutes {args.save_every_minutes:g}: expected 0 (never) or more")
+    if not 0 <= args.max_bad_samples <= 1:
+        raise ValueError(f"--max-bad-samples {args.max_bad_samples:g}: expected a share from 0 to 1")
+    if not args.timeout_minutes > 0:
+        raise ValueError(f"--timeout-minutes {args.timeout_minutes:g}: expected a positive number")
     if args.train_data.endswith(TABLE_SUFFIXES) and args.dataset_resampled:
         raise ValueError("--dataset-resampled is for shards; a table's rows come once an epoch each")
     if args.precision in ("fp16", "pure_fp16"):

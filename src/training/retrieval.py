@@ -4,6 +4,7 @@ Adding a benchmark: a reader in dataloaders/, a flag in params.py, a line in `re
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from dataloaders.share4v import read_share4v
 from dataloaders.urban1k import read_urban1k
 from training.distributed import DistEnv, sum_over_ranks
 from training.encode import ComputeOptions, Encoding, encode_images, encode_texts
+from training.feature_cache import image_key, open_caches, text_key
 from training.metrics import RankCounts, count_ranks, summarise
 from training.model.factory import EncoderParts
 from training.model.truncation import count_lost_tokens
@@ -75,9 +77,22 @@ def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWo
 
 
 def evaluate_retrieval(
-    parts: EncoderParts, work: RetrievalWork, env: DistEnv, options: ComputeOptions, allow_broken: bool = False
+    parts: EncoderParts,
+    work: RetrievalWork,
+    env: DistEnv,
+    options: ComputeOptions,
+    allow_broken: bool = False,
+    cache: str | None = None,
 ) -> list[dict[str, object]]:
     """Encodes every distinct image and caption once, over all ranks, and ranks every set.
+
+    Args:
+        parts: model and what it reads through.
+        work: of `plan_retrieval`.
+        env: this process.
+        options: batch size, workers, precision.
+        allow_broken: leave unreadable images out instead of raising.
+        cache: folder of features that were encoded earlier, and of those that are encoded now.
 
     Returns:
         Records as of `rank_sets`.
@@ -86,10 +101,21 @@ def evaluate_retrieval(
         BrokenImageError: an unreadable image, unless allowed; or not one readable image is left in a set.
         FloatingPointError: the model returned NaN or infinity.
     """
-    images = encode_images(parts.model, parts.preprocess, work.images.paths, env, options, allow_broken)
-    count_lost = partial(count_lost_tokens, parts.tokenizer)
-    texts = encode_texts(parts.model, parts.tokenizer, count_lost, work.texts, env, options)
-    return rank_sets(work, images, texts, env)
+    paths, count_lost = work.images.paths, partial(count_lost_tokens, parts.tokenizer)
+
+    def images_at(positions: Sequence[int]) -> Encoding:
+        chosen = [paths[p] for p in positions]
+        return encode_images(parts.model, parts.preprocess, chosen, env, options, allow_broken)
+
+    def texts_at(positions: Sequence[int]) -> Encoding:
+        chosen = [work.texts[p] for p in positions]
+        return encode_texts(parts.model, parts.tokenizer, count_lost, chosen, env, options)
+
+    if not cache:
+        return rank_sets(work, images_at(range(len(paths))), texts_at(range(len(work.texts))), env)
+    image_cache, text_cache = open_caches(cache, parts, options.precision, env)
+    images = image_cache.encode([image_key(path) for path in paths], images_at)
+    return rank_sets(work, images, text_cache.encode([text_key(text) for text in work.texts], texts_at), env)
 
 
 def rank_sets(

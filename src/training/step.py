@@ -43,8 +43,8 @@ class Stepper:
             micro_batches: (images, short_ids, long_ids) each, on the model's device.
 
         Returns:
-            Loss terms, ``loss``, ``grad_norm``, ``logit_scale`` and ``skipped`` (1: loss or gradient not finite, on any
-            rank), as tensors on the device: to read them is to wait.
+            Loss terms, ``loss``, ``grad_norm``, ``logit_scale`` and ``skipped_steps`` (1: loss or gradient not finite,
+            on any rank), as tensors on the device: to read them is to wait.
         """
         self.optimizer.zero_grad(set_to_none=True)
         if len(micro_batches) == 1:
@@ -57,7 +57,7 @@ class Stepper:
             self.core.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
         report = {name: value.detach() for name, value in terms.items()}
         scale = self.core.logit_scale.detach().exp().reshape(())
-        return {"loss": total, **report, "grad_norm": grad_norm, "logit_scale": scale, "skipped": skipped}
+        return {"loss": total, **report, "grad_norm": grad_norm, "logit_scale": scale, "skipped_steps": skipped}
 
     def _forward(self, batch: tuple) -> dict[str, torch.Tensor]:
         with self.autocast():

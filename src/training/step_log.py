@@ -1,6 +1,7 @@
 """What is said of training every few steps: loss, speed, waiting, padding, skipped samples, time left."""
 
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -10,11 +11,13 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from training.data.loader import FAULT_KINDS, TrainBatch
+from training.data.faults import FAULT_KINDS, TooManyBadSamplesError, Totals
+from training.data.loader import TrainBatch
 from training.distributed import DistEnv, sum_over_ranks
 from training.tracking import Tracker
 
 EXAMPLES_PER_KIND = 3
+FEW_SAMPLES = 1000  # fewer say little of the share of bad ones
 logger = logging.getLogger(__name__)
 
 
@@ -26,16 +29,27 @@ class StepLog:
     Args:
         env: this process.
         tracker: of rank 0; None elsewhere.
+        totals: samples of all ranks since the start; kept up to date from line to line.
         every: steps from line to line.
         total_steps: of the whole training.
         steps_per_epoch: to say which epoch it is.
+        max_bad_samples: share of bad samples that is put up with.
     """
 
-    def __init__(self, env: DistEnv, tracker: Tracker | None, every: int, total_steps: int, steps_per_epoch: int):
-        self.env, self.tracker, self.every = env, tracker, every
+    def __init__(
+        self,
+        env: DistEnv,
+        tracker: Tracker | None,
+        totals: Totals,
+        every: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        max_bad_samples: float = 1.0,
+    ):
+        self.env, self.tracker, self.totals, self.every = env, tracker, totals, every
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.faults: Counter[str] = Counter()  # over all ranks, since the start
-        self.own_faults: Counter[str] = Counter()  # this rank's, since the last line
+        self.max_bad_samples = max_bad_samples
+        self.own = Totals()  # this rank's, since the last line
         self.told: Counter[str] = Counter()
         self.bar: tqdm | None = None
         self._reset()
@@ -45,7 +59,10 @@ class StepLog:
         self.sums: dict[str, torch.Tensor] = {}
         self.steps = self.samples = self.tokens = self.slots = 0
         self.waited = 0.0
-        self.own_faults.clear()
+
+    def pending(self) -> dict:
+        """What this rank has read since the last line, as `Totals.to_dict`."""
+        return self.own.to_dict()
 
     @contextmanager
     def epoch(self, first_step: int) -> Iterator[None]:
@@ -73,22 +90,30 @@ class StepLog:
         self.samples += len(batch.keys)
         self.tokens += batch.num_tokens
         self.slots += batch.short_ids.numel() + (batch.long_ids.numel() if batch.long_ids.shape[1] else 0)
+        self.own.add(Totals(len(batch.keys) + len(batch.faults), Counter(kind for kind, _ in batch.faults)))
         for kind, name in batch.faults:
-            self.own_faults[kind] += 1
             self.told[kind] += 1
             if self.told[kind] <= EXAMPLES_PER_KIND:
                 more = "; further ones are counted only" if self.told[kind] == EXAMPLES_PER_KIND else ""
                 logger.warning(f"skipped sample, {kind}: {name}{more}")
 
     def add_step(self, step: int, report: dict[str, torch.Tensor], lr: float) -> None:
-        """Takes a step's numbers (`step` counts those done); every few steps, and at the last, says them."""
+        """Takes a step's numbers (`step` counts those done); every few steps, and at the last, says them.
+
+        Raises:
+            TooManyBadSamplesError: on all ranks alike.
+        """
+        skipped = report["skipped_steps"]
         for name, value in report.items():
+            # What is not finite is counted, and left out of the means.
+            value = value if name == "skipped_steps" else torch.where(skipped > 0, 0.0, value.float())
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.steps += 1
         self.bar.update()
         if step % self.every == 0 or step % self.steps_per_epoch == 0:
             self._say(step, lr)
             self._reset()
+            self._check_totals()
 
     def _say(self, step: int, lr: float) -> None:
         metrics = self._reduce()
@@ -101,8 +126,8 @@ class StepLog:
             "tokens_per_s": self.tokens / seconds,
             "data_wait_share": self.waited / seconds,
             "padding_share": 1 - self.tokens / max(self.slots, 1),
-            "skipped": sum(self.faults.values()),
-            "skipped_by_kind": dict(self.faults),
+            "skipped": self.totals.num_bad,
+            "skipped_by_kind": dict(self.totals.faults),
             "eta_s": round(left, 1),
         }
         if self.tracker:
@@ -110,16 +135,27 @@ class StepLog:
             logger.info(self._line(step, metrics))
 
     def _reduce(self) -> dict[str, float]:
-        """Means of the report's entries over steps and ranks; adds all ranks' faults to the totals."""
+        """Means of the report's entries over steps and ranks; adds all ranks' samples to the totals."""
         # The one place where training waits for the device.
-        own = torch.stack([value.float() for value in self.sums.values()]).cpu().double() / self.steps
-        counts = torch.tensor([self.own_faults[kind] for kind in FAULT_KINDS], dtype=torch.float64)
-        total = sum_over_ranks(torch.cat([own, counts]), self.env)
-        means = total[: len(own)] / self.env.world_size
-        for kind, count in zip(FAULT_KINDS, total[len(own) :].tolist()):
-            if count:
-                self.faults[kind] += int(count)
-        return dict(zip(self.sums, means.tolist()))
+        own = torch.stack([value.float() for value in self.sums.values()]).cpu().double()
+        counts = [self.own.num_seen, *(self.own.faults[kind] for kind in FAULT_KINDS)]
+        total = sum_over_ranks(torch.cat([own, torch.tensor(counts, dtype=torch.float64)]), self.env)
+        num_seen, *faults = map(int, total[len(own) :].tolist())
+        self.totals.add(Totals(num_seen, Counter({kind: n for kind, n in zip(FAULT_KINDS, faults) if n})))
+        self.own.clear()
+        means = dict(zip(self.sums, (total[: len(own)] / self.env.world_size).tolist()))
+        num_skipped = means.pop("skipped_steps")
+        taken = self.steps - num_skipped
+        means = {name: value / taken if taken else math.nan for name, value in means.items()}
+        return means | {"skipped_steps": round(num_skipped)}
+
+    def _check_totals(self) -> None:
+        totals = self.totals
+        if totals.num_seen >= FEW_SAMPLES and totals.num_bad > self.max_bad_samples * totals.num_seen:
+            raise TooManyBadSamplesError(
+                f"{totals.describe()}: more than --max-bad-samples {self.max_bad_samples:g}. The first of each kind "
+                "are named above; mend the data, or raise the limit"
+            )
 
     def _line(self, step: int, m: dict) -> str:
         terms = ", ".join(f"{name.removesuffix('_loss')} {m[name]:.4f}" for name in m if name.endswith("_loss"))
@@ -136,8 +172,9 @@ class StepLog:
             f"ETA {format_eta(m['eta_s'])}",
         ]
         if m["skipped"]:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in m["skipped_by_kind"].items())
-            parts.insert(-1, f"skipped {m['skipped']:,} ({kinds})")
+            parts.insert(-1, self.totals.describe())
+        if m["skipped_steps"]:
+            parts.insert(-1, f"{m['skipped_steps']:,} steps skipped, not finite")
         return " | ".join(parts)
 
 

@@ -56,8 +56,11 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, object]) -> None:
         """Writes numbers that belong to a step."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:  # a full disk is no reason to stop
+            logging.getLogger(__name__).error(f"could not write {self.path}: {error}; training goes on")
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         if self.writer:
             for name, value in numbers.items():

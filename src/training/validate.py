@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from open_clip import get_input_dtype
 
 from training.data.build import TrainData
 from training.data.position import Stretch
@@ -49,7 +48,7 @@ class ValidationSet:
 
 @torch.no_grad()
 def validate(
-    val: ValidationSet, model: torch.nn.Module, loss: Callable, autocast: Callable, precision: str, env: DistEnv
+    val: ValidationSet, model: torch.nn.Module, loss: Callable, autocast: Callable, env: DistEnv
 ) -> dict[str, float]:
     """Measures a model on ``--val-data``.
 
@@ -58,7 +57,6 @@ def validate(
         model: a `TrainModel`, in eval mode.
         loss: of training.
         autocast: makes the context of the forward pass.
-        precision: as of open_clip.
         env: this process.
 
     Returns:
@@ -67,9 +65,8 @@ def validate(
     """
     terms, images, texts, num_faults = [], [], [], 0
     for batch in val.data.loader(0, val.stretch, pin=env.device.type == "cuda"):
-        pixels, short, long = batch.inputs(env.device, get_input_dtype(precision))
         with autocast():
-            output = {name: value.float() for name, value in model(pixels, short, long).items()}
+            output = {name: value.float() for name, value in model(*batch.inputs(env.device)).items()}
         terms.append(loss(**output, output_dict=True))
         text = output["text_features"]
         text = text if text.ndim == 3 else text[:, None]
@@ -96,9 +93,15 @@ def _all_rows(rows: torch.Tensor, env: DistEnv) -> torch.Tensor:
 
 
 def evaluate_benchmarks(
-    parts: EncoderParts, work: RetrievalWork, args: argparse.Namespace, folder: Path, epoch: int, env: DistEnv
+    parts: EncoderParts,
+    work: RetrievalWork,
+    args: argparse.Namespace,
+    folder: Path,
+    epoch: int,
+    env: DistEnv,
+    more: dict[str, object],
 ) -> dict[str, object]:
-    """Evaluates retrieval in mid-training; rank 0 prints the table and appends to FOLDER/results.jsonl.
+    """Evaluates retrieval in mid-training; rank 0 prints the table and appends it, and `more`, to FOLDER/results.jsonl.
 
     Returns:
         The published keys with their numbers.
@@ -109,7 +112,7 @@ def evaluate_benchmarks(
     options = ComputeOptions(args.batch_size, args.workers, args.precision)
     records = evaluate_retrieval(parts, work, env, options, allow_broken=args.allow_missing)
     if env.is_main:
-        extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size}
+        extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
         write_results(records, folder, args, None, extra)
         logger.info(f"after epoch {epoch}:\n{format_table(records)}")
     return flatten(records)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader
 
+from training.data.augment import pixels_needed, without_normalisation
 from training.data.captions import CaptionRule, captions_found
-from training.data.loader import BadSample, SampleReader, make_loader, read_record
+from training.data.faults import BadSample
+from training.data.loader import SampleReader, make_loader, read_record
 from training.data.position import Stretch
 from training.data.sources import ResampledShards, ShardSource, Source, count_samples, expand_sources
 from training.data.tables import TableSource, read_table
@@ -100,7 +102,10 @@ def open_source(
 
 def open_train_data(args: argparse.Namespace, transform: Callable, tokenizer: Callable, source: Source) -> TrainData:
     """Puts a source together with what its samples are read through."""
-    reader = SampleReader(transform, tokenizer, caption_rule(args), args.seed, epoch=0)
+    at_least = pixels_needed(transform) if args.fast_decode else None
+    reader = SampleReader(
+        without_normalisation(transform), tokenizer, caption_rule(args), args.seed, epoch=0, at_least=at_least
+    )
     return TrainData(source, reader, args.workers)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -17,35 +17,19 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
+from training.data.faults import BadSample
 from training.data.position import Segment, Stretch, count_items, cut
 from training.data.sources import Source
 from training.data.tar import BrokenShardError, RawSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# Why a sample was passed over.
-FAULT_KINDS = (
-    "unreachable shard",
-    "broken shard",
-    "pickled data",
-    "file too large",
-    "no image",
-    "broken image",
-    "image too large",
-    "no caption",
-    "empty caption",
-    "caption not text",
-    "caption too long",
-    "broken JSON",
-    "JSON not an object",
-    "text not UTF-8",
-)
 
 
 class TrainBatch(NamedTuple):
     """One step of one process.
 
     Attributes:
-        images: [batch, 3, H, W] float32.
+        images: [batch, 3, H, W], uint8 where the device is to normalise them; or features [batch, dim] in their place.
         short_ids: [batch, length] int64, the short captions, padded to the longest of them.
         long_ids: [batch, num_captions - 1, length] int64, likewise; [batch, 0, 1] where there are none.
         num_tokens: of all captions, without padding.
@@ -62,21 +46,13 @@ class TrainBatch(NamedTuple):
     faults: list[tuple[str, str]]
     position: tuple[int, int]
 
-    def inputs(self, device: torch.device, dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
-        """(images, short_ids, long_ids) on a device; images also in `dtype`."""
-        return (
-            self.images.to(device, dtype, non_blocking=True),
-            self.short_ids.to(device, non_blocking=True),
-            self.long_ids.to(device, non_blocking=True),
-        )
+    def inputs(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """(images, short_ids, long_ids) on a device."""
+        return tuple(t.to(device, non_blocking=True) for t in (self.images, self.short_ids, self.long_ids))
 
 
 class NoUsableSampleError(RuntimeError):
     """A loader process found nothing at all that it could train on."""
-
-
-class BadSample(ValueError):
-    """A sample that can't be used; the message is one of `FAULT_KINDS`."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +65,7 @@ class SampleReader:
         rule: which captions.
         seed: of augmentation and caption choice.
         epoch: likewise.
+        at_least: as of `load_rgb`.
     """
 
     transform: Callable
@@ -96,6 +73,7 @@ class SampleReader:
     rule: CaptionRule
     seed: int
     epoch: int
+    at_least: int | None = None
 
     def __call__(self, raw: RawSample) -> tuple[torch.Tensor, list[str]]:
         """Returns (pixels, texts); raises BadSample."""
@@ -106,7 +84,10 @@ class SampleReader:
             raise BadSample(str(error)) from error
         if not all(map(_is_unicode, texts)):
             raise BadSample("text not UTF-8")
-        return self.transform(_image(raw)), texts
+        if raw.features is not None:
+            view = random.randrange(len(raw.features))
+            return torch.from_numpy(raw.features[view].astype(np.float32)), texts
+        return self.transform(read_image(raw, self.at_least)), texts
 
 
 def read_record(raw: RawSample) -> dict:
@@ -132,12 +113,13 @@ def read_record(raw: RawSample) -> dict:
     return record
 
 
-def _image(raw: RawSample) -> Image.Image:
+def read_image(raw: RawSample, at_least: int | None = None) -> Image.Image:
+    """Returns a sample's picture, decoded as `load_rgb` does; raises BadSample."""
     suffix = next((s for s in IMAGE_SUFFIXES if s in raw.files), None)
     if suffix is None and raw.image_path is None:
         raise BadSample("no image")
     try:
-        return load_rgb(raw.image_path if suffix is None else io.BytesIO(raw.files[suffix]))
+        return load_rgb(raw.image_path if suffix is None else io.BytesIO(raw.files[suffix]), at_least)
     except HugeImageError as error:
         raise BadSample("image too large") from error
     except BrokenImageError as error:
@@ -266,6 +248,28 @@ def tokenise(tokenizer: Callable, texts: list[str], multiple: int = 8) -> tuple[
         longest = int(lengths.max())
         ids = ids[:, : min(ids.shape[1], -(-longest // multiple) * multiple)].contiguous()
     return ids, int(lengths.sum())
+
+
+def to_device(batches: Iterator[TrainBatch], device: torch.device) -> Iterator[tuple[TrainBatch, tuple]]:
+    """Yields (batch, its inputs on the device); to a GPU, a batch is copied while the one before is computed with."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch, batch.inputs(device)
+        return
+    copying, waiting = torch.cuda.Stream(device), None
+    for batch in chain(batches, [None]):
+        arriving = None
+        if batch is not None:
+            with torch.cuda.stream(copying):
+                arriving = batch, batch.inputs(device), copying.record_event()
+        if waiting is not None:
+            batch_before, inputs, copied = waiting
+            computing = torch.cuda.current_stream(device)
+            computing.wait_event(copied)
+            for tensor in inputs:
+                tensor.record_stream(computing)
+            yield batch_before, inputs
+        waiting = arriving
 
 
 def _as_it_is(batch: TrainBatch) -> TrainBatch:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
-from training.data.loader import IMAGE_SUFFIXES, BadSample, read_record
+from training.data.faults import BadSample
+from training.data.loader import IMAGE_SUFFIXES, read_image, read_record
 from training.data.sources import expand_sources
 from training.data.tar import BrokenShardError, RawSample, index_shard, is_local, read_samples
 from training.model.factory import get_tokenizer
@@ -129,16 +129,14 @@ def _look_at(sample: RawSample, task: Task) -> tuple[dict, tuple[int, int]]:
     """Returns (record, image size); raises BadSample with training's kinds of fault."""
     record = read_record(sample)
     suffix = next((s for s in IMAGE_SUFFIXES if s in sample.files), None)
-    if suffix is None:
-        raise BadSample("no image")
+    if suffix is None or task.read_images:
+        return record, read_image(sample).size
     try:
-        if task.read_images:
-            return record, load_rgb(io.BytesIO(sample.files[suffix])).size
         with Image.open(io.BytesIO(sample.files[suffix])) as image:
             return record, image.size
-    except HugeImageError as error:
+    except Image.DecompressionBombError as error:
         raise BadSample("image too large") from error
-    except (BrokenImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise BadSample("broken image") from error
 
 
@@ -163,15 +161,14 @@ def _pick(counts: Counts, sample: RawSample, found: dict[str, str], task: Task) 
     order = url_hash(f"{task.seed}/{sample.source}/{sample.key}")
     if len(counts.picked) == task.num_picked and (not task.num_picked or order >= counts.picked[-1][0]):
         return
-    image = next(sample.files[s] for s in IMAGE_SUFFIXES if s in sample.files)
-    counts.picked.append((order, sample.source, sample.key, found, _thumbnail(image)))
+    counts.picked.append((order, sample.source, sample.key, found, _thumbnail(sample)))
     counts.picked = heapq.nsmallest(task.num_picked, counts.picked, key=lambda p: p[0])
 
 
-def _thumbnail(content: bytes) -> bytes | None:
+def _thumbnail(sample: RawSample) -> bytes | None:
     try:
-        image = load_rgb(io.BytesIO(content))
-    except BrokenImageError:
+        image = read_image(sample)
+    except BadSample:
         return None  # its header was fine
     image.thumbnail((224, 224))
     buffer = io.BytesIO()

@@ -5,7 +5,6 @@ shard gets it into its JSON files as `prepare join` does.
 """
 
 import argparse
-import io
 import json
 import os
 from collections import Counter
@@ -15,8 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataloaders.images import BrokenImageError, load_rgb
-from training.data.loader import IMAGE_SUFFIXES
+from training.data.faults import FAULT_KINDS, BadSample
+from training.data.loader import read_image
 from training.data.tar import BrokenShardError, RawSample, read_samples
 from training.prepare.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.engines import PROMPTS, Engine, Generated, make_engine
@@ -34,7 +33,7 @@ from training.prepare.shards import (
 from training.prepare.work import add_counts, format_counts, progress, whole_file
 
 STATE = ".recaption"
-SAMPLE_KINDS = ("samples", "no image", "broken JSON", "JSON not an object")
+SAMPLE_KINDS = ("samples", *FAULT_KINDS)
 CAPTION_KINDS = ("captions", "refused", "repetitive", "empty", "cut short")
 
 
@@ -115,10 +114,10 @@ def caption_samples(url: str, engine: Engine, prompts: dict[str, str], batch_siz
     samples = iter(progress(read_samples(url), total, os.path.basename(url), "image"))
     while batch := list(islice(samples, batch_size)):
         images = [_image(sample) for sample in batch]
-        good = [image for image in images if image]
+        good = [image for image, fault in images if not fault]
         lines: list[dict] = [
-            {"key": sample.key, "fault": None if image else "no image", "captions": {}, "kinds": {}}
-            for sample, image in zip(batch, images)
+            {"key": sample.key, "fault": fault, "captions": {}, "kinds": {}}
+            for sample, (_, fault) in zip(batch, images)
         ]
         for key, prompt in prompts.items():
             answers = iter(engine.caption(good, prompt) if good else [])
@@ -132,14 +131,14 @@ def caption_samples(url: str, engine: Engine, prompts: dict[str, str], batch_siz
         yield from lines
 
 
-def _image(sample: RawSample) -> Image.Image | None:
-    suffix = next((s for s in IMAGE_SUFFIXES if s in sample.files), None)
-    if suffix is None or sample.fault:
-        return None
+def _image(sample: RawSample) -> tuple[Image.Image | None, str | None]:
+    """Returns (image, None) or (None, training's kind of fault)."""
+    if sample.fault:
+        return None, sample.fault
     try:
-        return load_rgb(io.BytesIO(sample.files[suffix]))
-    except BrokenImageError:
-        return None
+        return read_image(sample), None
+    except BadSample as error:
+        return None, str(error)
 
 
 def judge(answer: Generated) -> tuple[str | None, list[str]]:

@@ -1,0 +1,71 @@
+"""Why samples are passed over, and how many were."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+FAULT_KINDS = (
+    "unreachable shard",
+    "broken shard",
+    "pickled data",
+    "file too large",
+    "no image",
+    "broken image",
+    "image too large",
+    "no caption",
+    "empty caption",
+    "caption not text",
+    "caption too long",
+    "broken JSON",
+    "JSON not an object",
+    "text not UTF-8",
+)
+
+
+class TooManyBadSamplesError(RuntimeError):
+    """More samples were passed over than the user allows; raised on all ranks alike."""
+
+
+class BadSample(ValueError):
+    """A sample that can't be used; the message is one of `FAULT_KINDS`."""
+
+
+@dataclass
+class Totals:
+    """Samples that loaders have read.
+
+    Attributes:
+        num_seen: all, bad ones included.
+        faults: kind -> how many were passed over for it.
+    """
+
+    num_seen: int = 0
+    faults: Counter = field(default_factory=Counter)
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "Totals":
+        """Takes back what `to_dict` gave."""
+        return cls(content["seen"], Counter(content["skipped"]))
+
+    def to_dict(self) -> dict:
+        """Plain numbers, for checkpoints and results."""
+        return {"seen": self.num_seen, "skipped": dict(self.faults)}
+
+    def add(self, other: "Totals") -> None:
+        """Counts another's samples, too."""
+        self.num_seen += other.num_seen
+        self.faults.update(other.faults)
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self.num_seen = 0
+        self.faults.clear()
+
+    @property
+    def num_bad(self) -> int:
+        """Samples passed over."""
+        return sum(self.faults.values())
+
+    def describe(self) -> str:
+        """``12,000 samples read, 3 skipped (2 no image, 1 broken JSON)``."""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.faults.items()))
+        return f"{self.num_seen:,} samples read, {self.num_bad:,} skipped" + (f" ({kinds})" if kinds else "")

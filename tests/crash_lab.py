@@ -1,0 +1,91 @@
+"""Starts trainings as processes and kills them, for test_resume.py; run as ``python crash_lab.py '{..}'``.
+
+Imports everything once and forks each training from there: to start Python and torch anew takes longer than to train.
+The job: ``argv``, ``world_size``, ``ports``, ``samples`` (a folder) and ``kills``: [signal, seconds, rank] for a
+training each, after which one runs that nobody kills, unless ``last`` is false. A rank that was halted (SIGSTOP) is
+killed when the others have ended. Prints exit codes, by training and rank.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+import training.train  # noqa: F401  what every training needs, imported before they are forked
+from training.guard import StepGuard
+from training.main import main
+
+PATIENCE = 60.0  # seconds that a rank may outlive another, or a signal
+
+
+def record_samples(folder: Path, rank: int) -> None:
+    """Has every step's samples written down before it is saved."""
+    original = StepGuard.add
+
+    def add(self: StepGuard, step: int, skipped: torch.Tensor, keys: list[str]) -> None:
+        with open(folder / f"rank{rank}.jsonl", "a") as file:
+            file.write(json.dumps([step, keys]) + "\n")
+        original(self, step, skipped, keys)
+
+    StepGuard.add = add
+
+
+def start_rank(job: dict, rank: int, port: int) -> int:
+    """Forks a process that trains; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        if job["world_size"] > 1:
+            os.environ |= {"WORLD_SIZE": str(job["world_size"]), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        record_samples(Path(job["samples"]), rank)
+        code = main(job["argv"])
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def train_once(job: dict, port: int, kill: list | None) -> list[int]:
+    """One training; returns its ranks' exit codes, negative for a signal."""
+    pids = [start_rank(job, rank, port) for rank in range(job["world_size"])]
+    codes: dict[int, int] = {}
+    deadline = halted = None
+    start = time.monotonic()
+    while len(codes) < len(pids):
+        now = time.monotonic()
+        if kill and now - start >= kill[1]:
+            if kill[2] not in codes:
+                os.kill(pids[kill[2]], kill[0])
+                halted = pids[kill[2]] if kill[0] == signal.SIGSTOP else None
+            kill, deadline = None, now + PATIENCE
+        if halted and len(codes) == len(pids) - 1:
+            os.kill(halted, signal.SIGKILL)
+        if deadline and now > deadline:
+            raise SystemExit(f"still there {PATIENCE:.0f} s after a signal or another rank's end: {codes}")
+        for rank, pid in enumerate(pids):
+            if rank not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+                    deadline = deadline or now + PATIENCE
+        time.sleep(0.005)
+    return [codes[rank] for rank in range(len(pids))]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work = json.loads(sys.argv[1])
+    kills = work["kills"] + [None] * work["last"]
+    all_codes = [train_once(work, work["ports"][i], kill) for i, kill in enumerate(kills)]
+    print(json.dumps(all_codes))

@@ -1,0 +1,95 @@
+"""A training that is killed at any moment, and gone on with, equals one that nobody touched."""
+
+import io
+import json
+import random
+import signal
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import run_lab
+
+TRAINING = (
+    "--model lotlip_tiny --log-every-n-steps 1 --warmup 2 --save-every-steps 2 --save-frequency 2 --epochs 5 "
+    "--num-long-captions 1 --shuffle-window 7 --max-bad-samples 1 --timeout-minutes 1"
+).split()
+
+
+def samples_by_step(folder: Path, world_size: int) -> list[dict[int, list[str]]]:
+    """Per rank: step -> the samples it was last taken with."""
+    ranks = [(folder / f"rank{rank}.jsonl").read_text().splitlines() for rank in range(world_size)]
+    return [dict(json.loads(line) for line in lines) for lines in ranks]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+
+
+def last_state(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "epoch_5.pt", weights_only=True)
+
+
+def random_kills(seed: int, count: int, world_size: int) -> list[list]:
+    """SIGKILL and SIGTERM in turn, each after up to 2 s: while loading, building, stepping, saving or ending."""
+    draw = random.Random(seed)
+    signals = (signal.SIGKILL, signal.SIGTERM)
+    return [[int(signals[i % 2]), draw.uniform(0.5, 2.0), draw.randrange(world_size)] for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def shards(scenes, tmp_path_factory) -> Path:
+    """40 scenes and 5 samples that can't be used, in two shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "00.tar").write_bytes((scenes / "train" / "00000.tar").read_bytes())
+    with tarfile.open(folder / "01.tar", "w") as tar:
+        for number in range(5):
+            member = tarfile.TarInfo(f"bad{number}.txt")
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"x"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, ["--workers", "2", "--batch-size", "5"]),
+        (2, ["--workers", "1", "--batch-size", "2", "--accum-freq", "2", "--local-loss"]),
+        (1, ["--workers", "0", "--batch-size", "5", "--dataset-resampled", "--train-num-samples", "45"]),
+    ],
+    ids=["workers", "processes", "resampled"],
+)
+def test_killed_at_random_moments_equals_uninterrupted(world_size, flags, shards, tmp_path):
+    argv = [*TRAINING, *flags, "--train-data", str(shards), "--logs", str(tmp_path), "--resume", "latest", "--name"]
+    kills = random_kills(world_size + len(flags), 5, world_size)
+    assert run_lab([*argv, "quiet"], world_size, tmp_path / "samples").codes == [[0] * world_size]
+    *killed, end = run_lab([*argv, "killed"], world_size, tmp_path / "samples-killed", kills).codes
+    assert end == [0] * world_size
+    for codes, (number, _, rank) in zip(killed, kills):
+        # Done already, killed, or told to stop: before training begins SIGTERM ends a process as it always does.
+        assert codes[rank] in (0, -number, 75), codes
+        assert set(codes) - {codes[rank]} <= {0, 70, 75}, "a rank that is left alone says so"
+        assert number == signal.SIGKILL or codes.count(75) in (0, world_size), "all ranks stop together"
+
+    assert samples_by_step(tmp_path / "samples", world_size) == samples_by_step(tmp_path / "samples-killed", world_size)
+    assert losses(tmp_path / "quiet") == losses(tmp_path / "killed")
+    expected, got = last_state(tmp_path / "quiet"), last_state(tmp_path / "killed")
+    assert expected["totals"] == got["totals"] and (world_size == 2 or expected["totals"]["skipped"])
+    for part in ("state_dict", "optimizer"):
+        assert_equal(expected[part], got[part], part)
+
+
+def assert_equal(a: object, b: object, where: object) -> None:
+    """Nested dicts and lists of tensors and numbers, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, (dict, list)):
+        keys = a.keys() if isinstance(a, dict) else range(len(a))
+        assert len(a) == len(b)
+        for key in keys:
+            assert_equal(a[key], b[key], (where, key))
+    else:
+        assert a == b, where

@@ -1,0 +1,197 @@
+"""What else a long run meets: other machines to go on with, broken checkpoints, a full disk, bad numbers, halts."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from support import run_lab
+from training.guard import StepGuard
+from training.main import main
+from training.step import Stepper
+
+FLAGS = (
+    "--model lotlip_tiny --workers 0 --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 4"
+).split()
+
+
+def command(scenes: Path, logs: Path, name: str, *flags: str) -> list[str]:
+    return [*FLAGS, "--train-data", str(scenes / "train"), "--logs", str(logs), "--name", name, *flags]
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "train/loss" in line]
+
+
+@pytest.fixture
+def steps(monkeypatch) -> dict[int, list[str]]:
+    """Step -> samples of the trainings in this process; a step under "stop" sends SIGUSR1, as SLURM does."""
+    taken: dict = {}
+    original = StepGuard.add
+
+    def add(self: StepGuard, step: int, skipped: torch.Tensor, keys: list[str]) -> None:
+        taken[step] = keys
+        if step == taken.get("stop"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        original(self, step, skipped, keys)
+
+    monkeypatch.setattr(StepGuard, "add", add)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [(1, ["--workers", "2"]), (1, ["--batch-size", "2", "--accum-freq", "2"]), (2, ["--batch-size", "2"])],
+    ids=["workers", "accumulation", "processes"],
+)
+def test_others_train_on_what_is_left_of_an_epoch(world_size, flags, scenes, tmp_path, steps):
+    """3 of 10 steps of 4 samples are done when the signal comes: 28 samples are left of the first epoch."""
+    steps["stop"] = 3
+    assert main(command(scenes, tmp_path, "run")) == 75
+    before = [key for step in (1, 2, 3) for key in steps[step]]
+    steps.clear()
+    argv = command(scenes, tmp_path, "run", "--resume", "latest", *flags)
+    if world_size == 1:
+        assert main(argv) == 0
+        taken = list(steps.items())
+    else:
+        assert run_lab(argv, world_size, tmp_path / "samples").codes == [[0] * world_size]
+        files = (tmp_path / "samples").iterdir()
+        taken = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    left = [key for step, keys in taken if step <= 10 for key in keys]
+    assert len(left) == 28 and Counter(before + left) == dict.fromkeys(before + left, 1)
+    rest = [key for step, keys in taken if step > 10 for key in keys]
+    assert sorted(rest) == sorted(before + left)  # and the second epoch is a whole one
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "the 28 samples left of epoch 1 come in another order, in 7 steps" in log
+
+
+def test_other_data_in_mid_epoch_are_refused(scenes, tmp_path, steps, capsys):
+    steps["stop"] = 3
+    assert main(command(scenes, tmp_path, "run")) == 75
+    assert main(command(scenes, tmp_path, "run", "--resume", "latest", "--seed", "1")) == 2
+    assert "in the middle of an epoch of other data or another order" in capsys.readouterr().err
+
+
+def test_broken_checkpoints_are_passed_over(scenes, tmp_path, steps):
+    often = ["--save-every-steps", "1", "--keep-checkpoints", "9"]
+    assert main(command(scenes, tmp_path, "whole", *often)) == 0
+    steps["stop"] = 9
+    assert main(command(scenes, tmp_path, "run", *often)) == 75
+    folder = tmp_path / "run" / "checkpoints"
+    saved = sorted(int(path.stem.removeprefix("step_")) for path in folder.iterdir())
+    assert saved[-1] == 9 and len(saved) >= 3  # not each step's: while one is written, the next is put off
+    cut, flipped = (folder / f"step_{step}.pt" for step in (9, saved[-2]))
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    os.utime(flipped, ns=(cut.stat().st_mtime_ns - 1,) * 2)
+    content = cut.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    (folder / "step_10.tmp").write_bytes(b"as far as it came")
+    steps.clear()
+    assert main(command(scenes, tmp_path, "run", *often, "--resume", "latest")) == 0
+    assert min(steps) == saved[-3] + 1
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert log.count("skipped a checkpoint") == 2 and all(f"{p}: broken file (" in log for p in (cut, flipped))
+    assert "removed" in log and "step_10.tmp" in log
+    ends = [torch.load(tmp_path / run / "checkpoints" / "epoch_2.pt", weights_only=True) for run in ("whole", "run")]
+    assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())
+
+
+def test_a_full_disk_stops_saving_but_not_training(scenes, tmp_path, capfd):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, hard))  # a checkpoint has about 57 MB
+    try:
+        code = main(command(scenes, tmp_path, "run", "--save-every-steps", "4"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capfd.readouterr().err
+    assert code == 1 and said.splitlines()[-1].startswith("python -m training.main: error: could not save"), said
+    assert "epoch_2.pt: " in said.splitlines()[-1] and "the last good checkpoint is none; training goes on" in said
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_numbers_that_are_not_finite_end_training(scenes, tmp_path, steps, capsys):
+    often = ["--save-every-steps", "1", "--max-skipped-steps", "3", "--lr", "1e38"]
+    assert main(command(scenes, tmp_path, "run", *often)) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "for the 4th time in a row (--max-skipped-steps 3); last good checkpoint: " in message
+    named = Path(message.split("last good checkpoint: ")[1].split(";")[0])
+    assert torch.load(named, weights_only=True)["step"] >= 1
+    lines = (tmp_path / "run" / "skipped_steps_rank0.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 4 and all(record["keys"] == steps[record["step"]] for record in records)
+    skipped = {line["step"]: line["train/skipped_steps"] for line in metrics(tmp_path / "run")}
+    assert [step for step, count in skipped.items() if count] == [record["step"] for record in records]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.logit_scale = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> dict:
+            return {"image_features": x * self.weight, "logit_scale": self.logit_scale.exp()}
+
+    class Loss(nn.Module):
+        def forward(self, image_features, logit_scale, output_dict) -> dict:
+            return {"contrastive_loss": (image_features * logit_scale).square().mean()}
+
+    def weights_after(*inputs: float) -> tuple[list, list]:
+        model = Model()
+        fused = {"fused": True} if optimizer is torch.optim.AdamW else {}
+        step = Stepper(model, model, Loss(), optimizer(model.parameters(), lr=0.1, weight_decay=0.1, **fused))
+        skipped = [float(step([(torch.full((2, 3), x),)])["skipped_steps"]) for x in inputs]
+        return [p.detach().tolist() for p in model.parameters()], skipped
+
+    clean, _ = weights_after(1.0, 2.0, 3.0)
+    poisoned, skipped = weights_after(1.0, float("nan"), 2.0, float("inf"), 1e30, 3.0)
+    assert poisoned == clean and skipped == [0, 1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("halted", [0, 1])
+def test_a_rank_that_stands_still_is_named(halted, scenes, tmp_path):
+    argv = command(scenes, tmp_path, "run", "--epochs", "500", "--timeout-minutes", "0.1")
+    report = run_lab(argv, 2, tmp_path / "samples", [[int(signal.SIGSTOP), 3.0, halted]], last=False)
+    assert report.codes[0][1 - halted] == 70 and report.codes[0][halted] == -signal.SIGKILL
+    last = report.said.splitlines()[-1]
+    assert "error: nothing has moved for 6 s (--timeout-minutes): rank " + str(halted) in last
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+def test_torchrun_restarts_what_was_killed(scenes, tmp_path):
+    argv = command(scenes, tmp_path, "run", "--resume", "latest", "--save-every-steps", "2", "--epochs", "8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with subprocess.Popen(
+        [*launcher, "-m", "--", "training.main", *argv], env=env, stderr=subprocess.PIPE, text=True
+    ) as torchrun:
+        deadline = time.monotonic() + 100
+        while not list((tmp_path / "run" / "checkpoints").glob("step_*.pt")):
+            assert time.monotonic() < deadline and torchrun.poll() is None
+            time.sleep(0.02)
+        os.kill(children(torchrun.pid)[1], signal.SIGKILL)
+        said = torchrun.communicate(timeout=200)[1]
+    assert torchrun.returncode == 0, said[-3000:]
+    losses = [(line["step"], line["train/loss"]) for line in metrics(tmp_path / "run")]
+    assert [step for step, _ in losses] == list(range(1, 41))
+    assert run_lab(command(scenes, tmp_path, "quiet", "--epochs", "8"), 2, tmp_path / "samples").codes == [[0, 0]]
+    assert losses == [(line["step"], line["train/loss"]) for line in metrics(tmp_path / "quiet")]
