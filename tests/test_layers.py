@@ -23,6 +23,7 @@ LAYERS = [
     {"training.control", "training.watchdog", "training.guard", "training.resume"},
     {"training.model"},
     {"training.build", "training.train_model"},
+    {"training.prepare"},
     {"training.encode", "training.step_log", "training.extract"},
     {"training.feature_cache"},
     {"training.retrieval"},

@@ -36,7 +36,7 @@ def evaluate(args: argparse.Namespace) -> int:
     start = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-    with distributed(args.device) as env:
+    with distributed(args.device, args.timeout_minutes) as env:
         try:
             plan = agree(lambda: _check(args, env), env)
             parts = together(lambda: build_from_flags(args, env.device), env)

@@ -167,7 +167,7 @@ def extract(args: argparse.Namespace) -> int:
     Returns:
         Exit code: 0; 2 if flags, files or weights are not what they should be.
     """
-    with distributed(args.device) as env:
+    with distributed(args.device, args.timeout_minutes) as env:
         log_to(None)
         if env.is_main:
             logging.getLogger("training").setLevel(logging.INFO)

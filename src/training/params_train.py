@@ -205,8 +205,8 @@ def _add_safety_args(group) -> None:
         type=float,
         default=30.0,
         metavar="X",
-        help="end a run in which a rank does not move for so long, and name it; evaluations may take four times "
-        "as long (default: %(default)g)",
+        help="end a run in which a process does not come or does not move for so long, and name it; evaluations in "
+        "training may take four times as long (default: %(default)g)",
     )
 
 

@@ -44,7 +44,7 @@ def train(args: argparse.Namespace) -> int:
         Exit code: 0; 1 if data or numbers give out in mid-training; 2 if flags, files or weights are not what they
         should be; 75 if a signal stopped training, to be gone on with by ``--resume latest``.
     """
-    with distributed(args.device) as env:
+    with distributed(args.device, args.timeout_minutes) as env:
         set_timeout(env, args.timeout_minutes)
         try:
             plan = agree(lambda: _check(args, env), env)

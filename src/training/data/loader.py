@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -290,6 +291,12 @@ def to_device(batches: Iterator[TrainBatch], device: torch.device) -> Iterator[t
         waiting = arriving
 
 
+def _outlive_signals(_: int) -> None:
+    """SLURM signals every process of a job; a worker that ends by it would end training before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _tensors(value: object) -> Iterator[torch.Tensor]:
     """All tensors in tuples of tuples."""
     if isinstance(value, torch.Tensor):
@@ -312,4 +319,5 @@ def make_loader(source: Source, reader: SampleReader, stretch: Stretch, num_work
         num_workers=num_workers,
         pin_memory=pin,
         prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_outlive_signals,
     )

@@ -115,6 +115,8 @@ def index_shard(path: str | Path) -> ShardIndex:
             position += _BLOCK + body
             if kind not in _NAME_KINDS:
                 member_start = position
+    if 0 < len(header) < _BLOCK:
+        position += _BLOCK
     if position > size_on_disk:
         return ShardIndex(offsets, f"{path}: cut short, {size_on_disk:,} of at least {position:,} bytes are there")
     return ShardIndex(offsets, None)
