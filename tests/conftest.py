@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: tests never ask a hub, nor wait for one
 
 import pytest  # noqa: E402
