@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from benchmark_files import (
     five_captions,
     write_coco,
@@ -16,7 +17,6 @@ from benchmark_files import (
     write_shard,
     write_table,
 )
-
 from dataloaders import prepare
 from dataloaders.docci import read_docci
 from dataloaders.imagenet import read_imagenet, read_imagenet_v2

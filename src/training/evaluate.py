@@ -10,7 +10,8 @@ from dataloaders.images import BrokenImageError
 from dataloaders.pairs import describe_missing
 from training.build import build_from_flags, check_precision
 from training.distributed import DistEnv, agree, distributed, fail, together
-from training.encode import ComputeOptions
+from training.encode import ComputeOptions, Encoding
+from training.feature_files import read_features, write_features
 from training.model.factory import EncoderParts
 from training.model.source import file_sha256, resolve_weights
 from training.results import (
@@ -19,6 +20,7 @@ from training.results import (
     format_pairs,
     format_table,
     format_zero_shot,
+    label_of,
     run_name,
     write_results,
 )
@@ -28,12 +30,28 @@ from training.zero_shot import evaluate_zero_shot
 
 @dataclass(frozen=True)
 class Plan:
-    """What rank 0 found out before any model is built; the same on every rank."""
+    """What rank 0 found out before any model is built; the same on every rank.
 
-    work: RetrievalWork
-    weights: Path | None
+    Attributes:
+        work: benchmarks; None where they come as features.
+        weights_sha256: of the weights file, if there is one.
+        folder: of this run, LOGS/NAME.
+    """
+
+    work: RetrievalWork | None
     weights_sha256: str | None
     folder: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured, and what it was measured on."""
+
+    work: RetrievalWork
+    images: Encoding | None
+    texts: Encoding | None
+    ranked: list[RankedSet]
+    zero_shot: list[dict[str, object]]
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -49,27 +67,22 @@ def evaluate(args: argparse.Namespace) -> int:
     with distributed(args.device) as env:
         try:
             plan = agree(lambda: _check(args, env), env)
-            parts = together(lambda: build_from_flags(args, env.device), env)
+            if args.features:
+                work, *features = together(lambda: read_features(args.features), env)
+            else:
+                parts = together(lambda: build_from_flags(args, env.device), env)
         except (ValueError, OSError) as error:
             return fail(error, 2, env)
-        options = ComputeOptions(args.batch_size, args.workers, args.precision)
         try:
-            ranked = _rank(parts, plan.work, env, options, args.allow_missing)
-            zero_shot = evaluate_zero_shot(parts, plan.work.classification, env, options, args.allow_missing)
+            if args.features:
+                outcome = Outcome(work, *features, rank_sets(work, *features, env), [])
+            else:
+                outcome = _measure(args, parts, plan.work, env)
         except (BrokenImageError, FloatingPointError) as error:
             return fail(error, 1, env)
         if env.is_main:
-            _report(args, plan, [r.record for r in ranked], zero_shot, env, time.monotonic() - start)
+            _report(args, plan, outcome, env, time.monotonic() - start)
     return 0
-
-
-def _rank(
-    parts: EncoderParts, work: RetrievalWork, env: DistEnv, options: ComputeOptions, allow_broken: bool
-) -> list[RankedSet]:
-    if not work.sets:
-        return []
-    images, texts = encode_work(parts, work, env, options, allow_broken)
-    return rank_sets(work, images, texts, env)
 
 
 def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
@@ -79,30 +92,57 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
     """
     check_precision(args.precision, env.device)
-    work = plan_benchmarks(args)
-    weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
-    if weights is None:
-        logging.warning(f"{args.model} is UNTRAINED: no --pretrained is given, so its numbers are those of chance.")
-    folder = Path(args.logs) / (args.name or run_name(args.model, args.precision)) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)  # a full or read-only disk shows now, not after an hour of encoding
-    return Plan(work, weights, file_sha256(weights) if weights else None, folder)
+    work = weights = None
+    if not args.features:
+        work = plan_benchmarks(args)
+        weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
+        if weights is None:
+            logging.warning(f"{args.model} is UNTRAINED: no --pretrained is given, so its numbers are those of chance.")
+    name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))
+    folder = Path(args.logs) / name
+    # A full or read-only disk shows now, not after an hour of encoding.
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return Plan(work, file_sha256(weights) if weights else None, folder)
 
 
-def _report(
-    args: argparse.Namespace, plan: Plan, records: list[dict], zero_shot: list[dict], env: DistEnv, seconds: float
-) -> None:
+def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork, env: DistEnv) -> Outcome:
+    options = ComputeOptions(args.batch_size, args.workers, args.precision)
+    images, texts, ranked = None, None, []
+    if work.sets:
+        images, texts = encode_work(parts, work, env, options, args.allow_missing)
+        ranked = rank_sets(work, images, texts, env)
+    zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
+    return Outcome(work, images, texts, ranked, zero_shot)
+
+
+def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
+    """Prints the tables and writes the run's files. Rank 0 only."""
+    records = [r.record for r in outcome.ranked]
     extra = {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)}
-    extra |= flatten_zero_shot(zero_shot)
-    path = write_results(records, plan.folder, args, plan.weights_sha256, extra)
-    label = args.model if args.pretrained is None else f"{args.model} {args.pretrained}"
+    extra |= flatten_zero_shot(outcome.zero_shot)
+    path = write_results(records, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
+    label = label_of(args)
     if records:
         print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
         print(format_table(records))
-    if zero_shot:
+    if outcome.zero_shot:
         print(f"\n{label}, {args.precision}: accuracy in percent, open_clip's class names and templates\n")
-        print(format_zero_shot(zero_shot))
-    missing = {s.key: describe_missing(s) for s in plan.work.sets if s.missing}
-    for record in [*records, *zero_shot]:
+        print(format_zero_shot(outcome.zero_shot))
+    _print_what_is_missing(outcome)
+    if records:
+        print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(records, label)}")
+    print(f"\nResults: {path}")
+    if args.save_features:
+        for ranked in outcome.ranked:
+            write_features(ranked, outcome.images, outcome.texts, plan.folder / "features")
+        print(f"Features: {plan.folder / 'features'}")
+    if args.report:
+        print(f"Report: {_write_page(args, plan, outcome, label, env)}")
+
+
+def _print_what_is_missing(outcome: Outcome) -> None:
+    missing = {s.key: describe_missing(s) for s in outcome.work.sets if s.missing}
+    for record in [*(r.record for r in outcome.ranked), *outcome.zero_shot]:
         if record["num_pairs"] != record["num_expected"]:
             left_out = ""
             if record["num_missing"] or record["num_broken"]:
@@ -112,6 +152,20 @@ def _report(
             print(f"\n{record['title']}: {counts}; not comparable with the full benchmark.")
             if record["key"] in missing:
                 print(missing[record["key"]])
-    if records:
-        print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(records, label)}")
-    print(f"\nResults: {path}")
+
+
+def _write_page(args: argparse.Namespace, plan: Plan, outcome: Outcome, label: str, env: DistEnv) -> Path:
+    from training.report.page import write_report  # matplotlib and templates only where they are wanted
+
+    facts = {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}
+    return write_report(
+        plan.folder / "report.html",
+        label,
+        {} if args.features else facts,
+        outcome.ranked,
+        outcome.images,
+        outcome.texts,
+        outcome.work.images.paths,
+        outcome.zero_shot,
+        device=env.device,
+    )

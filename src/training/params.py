@@ -175,8 +175,8 @@ def validate_args(args: argparse.Namespace) -> None:
     """
     validate_train_args(args)
     validate_eval_args(args)
-    if not has_benchmark(args) and not args.train_data:
-        flags = RETRIEVAL_FLAGS + ZERO_SHOT_FLAGS
+    if not has_benchmark(args) and not args.train_data and not args.features:
+        flags = (*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--features")
         raise ValueError(f"nothing to do: name --train-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}")
     if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
         raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} brings its own weights")

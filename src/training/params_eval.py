@@ -32,6 +32,7 @@ def add_eval_args(parser: argparse.ArgumentParser) -> None:
     _add_long_args(parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)"))
     _add_short_args(parser.add_argument_group("short captions and zero-shot classification"))
     _add_own_args(parser.add_argument_group("your own pairs and features"))
+    _add_insight_args(parser.add_argument_group("insight (evaluation only)"))
 
 
 def _add_long_args(group: argparse._ArgumentGroup) -> None:
@@ -91,10 +92,37 @@ def _add_own_args(group: argparse._ArgumentGroup) -> None:
         help="captions as they are, or split and joined as in the long benchmarks (default: %(default)s)",
     )
 
+    group.add_argument(
+        "--features",
+        nargs="+",
+        default=[],
+        metavar="NPZ",
+        help="evaluate these features in place of a model, one benchmark a file (form: EVAL_DATASETS.md)",
+    )
+
+
+def _add_insight_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--report", action="store_true", help="write LOGS/NAME/report.html, to look at every query")
+    group.add_argument("--save-features", action="store_true", help="write LOGS/NAME/features/KEY.npz, for --features")
+
 
 def has_benchmark(args: argparse.Namespace) -> bool:
     """Tells whether any benchmark is asked for."""
-    return any(getattr(args, flag[2:].replace("-", "_")) for flag in RETRIEVAL_FLAGS + ZERO_SHOT_FLAGS)
+    return any(_value(args, flag) for flag in RETRIEVAL_FLAGS + ZERO_SHOT_FLAGS)
+
+
+def _value(args: argparse.Namespace, flag: str) -> object:
+    return getattr(args, flag[2:].replace("-", "_"))
+
+
+def _validate_features_args(args: argparse.Namespace) -> None:
+    others = [
+        flag for flag in (*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data", "--pretrained") if _value(args, flag)
+    ]
+    if others:
+        raise ValueError(f"--features brings images and captions already encoded: leave out {', '.join(others)}")
+    if args.save_features:
+        raise ValueError("--save-features has no effect with --features: they are saved already")
 
 
 def validate_eval_args(args: argparse.Namespace) -> None:
@@ -111,5 +139,13 @@ def validate_eval_args(args: argparse.Namespace) -> None:
     for flag, needs in _NEEDS.items():
         if getattr(args, flag) and not getattr(args, needs):
             raise ValueError(f"--{flag} has no effect without --{needs}; add it or leave both".replace("_", "-"))
+    if args.features:
+        _validate_features_args(args)
+    if args.train_data and (args.report or args.save_features):
+        raise ValueError("--report, --save-features: no effect in training; evaluate a checkpoint with them")
+    if not any(_value(args, flag) for flag in RETRIEVAL_FLAGS + ("--features",)) and (
+        args.report or args.save_features
+    ):
+        raise ValueError("--report, --save-features: no effect without a retrieval benchmark; name one")
     if os.path.exists(args.logs) and not os.path.isdir(args.logs):
         raise ValueError(f"--logs {args.logs}: is a file, expected a folder")

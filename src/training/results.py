@@ -99,6 +99,13 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def label_of(args: argparse.Namespace) -> str:
+    """What an evaluation measures, in a few words."""
+    if args.features:
+        return "features"
+    return args.model if args.pretrained is None else f"{args.model} {args.pretrained}"
+
+
 def run_name(*parts: str) -> str:
     """A folder name for a run that was given none: the time, then model, precision, ..."""
     return "-".join([f"{datetime.now():%Y_%m_%d-%H_%M_%S}", *(p.replace("/", "-").replace(":", "-") for p in parts)])
@@ -124,7 +131,7 @@ def write_results(
     path = folder / "results.jsonl"
     line = {
         **flatten(records),
-        "model": args.model,
+        "model": None if args.features else args.model,
         "pretrained": args.pretrained,
         "weights_sha256": weights_sha256,
         "precision": args.precision,

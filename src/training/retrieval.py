@@ -203,8 +203,10 @@ def _sum_counts(counts: RankCounts, env: DistEnv) -> RankCounts:
     return RankCounts(sum_over_ranks(counts.better, env), sum_over_ranks(counts.tied, env), counts.right)
 
 
-def _truncation(lost_tokens: torch.Tensor) -> dict[str, float]:
-    """Share of captions that were cut, and the mean number of tokens that a cut caption lost."""
+def _truncation(lost_tokens: torch.Tensor) -> dict[str, float | None]:
+    """Share of captions that were cut, and the mean number of tokens that a cut caption lost; None if unknown."""
+    if (lost_tokens < 0).any():
+        return {"truncated_share": None, "truncated_mean_tokens_lost": None}
     cut = lost_tokens[lost_tokens > 0].double()
     return {
         "truncated_share": len(cut) / len(lost_tokens),
