@@ -1,6 +1,7 @@
 """Small pictures for the page, as large as a budget of bytes allows."""
 
 import io
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +43,8 @@ def make_thumbnails(paths: Sequence[Path | ShardMember], budget: int) -> list[by
 def _make_all(paths: Sequence[Path | ShardMember], step: tuple[int, int]) -> list[bytes]:
     with ThreadPoolExecutor(NUM_THREADS) as pool:  # Pillow decodes without Python's lock
         work = pool.map(lambda path: _thumbnail(path, *step), paths)
-        return list(tqdm(work, desc="thumbnails", total=len(paths), unit="image", delay=2))
+        interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants a line now and then
+        return list(tqdm(work, "thumbnails", len(paths), unit="image", delay=2, mininterval=interval))
 
 
 def _thumbnail(path: Path | ShardMember, edge: int, quality: int) -> bytes:
