@@ -25,7 +25,7 @@ LAYERS = [
     {"training.build", "training.train_model"},
     {"training.encode", "training.step_log"},
     {"training.retrieval", "training.zero_shot"},
-    {"training.feature_files", "training.report"},
+    {"training.feature_files", "training.lengths", "training.report"},
     {"training.evaluate", "training.validate"},
     {"training.trainer"},
     {"training.train"},

@@ -12,6 +12,7 @@ from training.build import build_from_flags, check_precision
 from training.distributed import DistEnv, agree, distributed, fail, together
 from training.encode import ComputeOptions, Encoding
 from training.feature_files import read_features, write_features
+from training.lengths import LengthQuestions, analyse_lengths, token_lengths
 from training.model.factory import EncoderParts
 from training.model.source import file_sha256, resolve_weights
 from training.results import (
@@ -52,6 +53,7 @@ class Outcome:
     texts: Encoding | None
     ranked: list[RankedSet]
     zero_shot: list[dict[str, object]]
+    lengths: dict[str, object] | None = None
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -70,7 +72,7 @@ def evaluate(args: argparse.Namespace) -> int:
             if args.features:
                 work, *features = together(lambda: read_features(args.features), env)
             else:
-                parts = together(lambda: build_from_flags(args, env.device), env)
+                parts = together(lambda: _build(args, env), env)
         except (ValueError, OSError) as error:
             return fail(error, 2, env)
         try:
@@ -105,21 +107,31 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     return Plan(work, file_sha256(weights) if weights else None, folder)
 
 
+def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
+    parts = build_from_flags(args, env.device)
+    if args.retrieval_lengths:
+        token_lengths(parts.tokenizer, args.retrieval_lengths)  # before an hour of encoding
+    return parts
+
+
 def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork, env: DistEnv) -> Outcome:
     options = ComputeOptions(args.batch_size, args.workers, args.precision)
-    images, texts, ranked = None, None, []
+    images, texts, ranked, lengths = None, None, [], None
+    questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)
     if work.sets:
         images, texts = encode_work(parts, work, env, options, args.allow_missing)
         ranked = rank_sets(work, images, texts, env)
+        if questions:
+            lengths = analyse_lengths(parts, work, images, texts, questions, env, options, args.seed)
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
-    return Outcome(work, images, texts, ranked, zero_shot)
+    return Outcome(work, images, texts, ranked, zero_shot, lengths)
 
 
 def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
     """Prints the tables and writes the run's files. Rank 0 only."""
     records = [r.record for r in outcome.ranked]
     extra = {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)}
-    extra |= flatten_zero_shot(outcome.zero_shot)
+    extra |= flatten_zero_shot(outcome.zero_shot) | ({"lengths": outcome.lengths} if outcome.lengths else {})
     path = write_results(records, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
     label = label_of(args)
     if records:
@@ -131,6 +143,8 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     _print_what_is_missing(outcome)
     if records:
         print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(records, label)}")
+    if outcome.lengths:
+        _show_lengths(plan, outcome)
     print(f"\nResults: {path}")
     if args.save_features:
         for ranked in outcome.ranked:
@@ -138,6 +152,19 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
         print(f"Features: {plan.folder / 'features'}")
     if args.report:
         print(f"Report: {_write_page(args, plan, outcome, label, env)}")
+
+
+def _show_lengths(plan: Plan, outcome: Outcome) -> None:
+    from training.report.lengths_view import draw_lengths, format_lengths, write_cut_captions
+
+    print(f"\nHow much of a caption counts (percent; both directions):\n\n{format_lengths(outcome.lengths)}")
+    if any({"tokens", "sentences"} & found.keys() for found in outcome.lengths["sets"].values()):
+        figure = draw_lengths(outcome.lengths)
+        figure.savefig(plan.folder / "lengths.png", dpi=120)
+        print(f"Curves: {plan.folder / 'lengths.png'}")
+    path = plan.folder / "cut_captions.csv"
+    number = write_cut_captions(outcome.ranked, outcome.texts.lost_tokens.tolist(), path)
+    print(f"Captions that the model cuts: {number:,}, listed in {path}")
 
 
 def _print_what_is_missing(outcome: Outcome) -> None:
@@ -155,7 +182,13 @@ def _print_what_is_missing(outcome: Outcome) -> None:
 
 
 def _write_page(args: argparse.Namespace, plan: Plan, outcome: Outcome, label: str, env: DistEnv) -> Path:
-    from training.report.page import write_report  # matplotlib and templates only where they are wanted
+    from training.report.curves import to_svg  # matplotlib and templates only where they are wanted
+    from training.report.lengths_view import draw_lengths, format_lengths
+    from training.report.page import write_report
+
+    figures = []
+    if outcome.lengths and (args.retrieval_lengths or args.retrieval_sentences):
+        figures.append(("How much of a caption counts", format_lengths(outcome.lengths), draw_lengths(outcome.lengths)))
 
     facts = {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}
     return write_report(
@@ -167,5 +200,6 @@ def _write_page(args: argparse.Namespace, plan: Plan, outcome: Outcome, label: s
         outcome.texts,
         outcome.work.images.paths,
         outcome.zero_shot,
-        device=env.device,
+        [(title, text, to_svg(figure)) for title, text, figure in figures],
+        env.device,
     )

@@ -17,6 +17,13 @@ RETRIEVAL_FLAGS = (
     "--retrieval-wds",
 )
 ZERO_SHOT_FLAGS = ("--imagenet-val", "--imagenet-v2")
+INSIGHT_FLAGS = (
+    "--report",
+    "--retrieval-lengths",
+    "--retrieval-sentences",
+    "--retrieval-sensitivity",
+    "--save-features",
+)
 # Flag -> the flag without which it says nothing.
 _NEEDS = {
     "share4v_anno": "share4v_retrieval",
@@ -103,6 +110,19 @@ def _add_own_args(group: argparse._ArgumentGroup) -> None:
 
 def _add_insight_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--report", action="store_true", help="write LOGS/NAME/report.html, to look at every query")
+    group.add_argument(
+        "--retrieval-lengths",
+        type=positive_numbers,
+        default=(),
+        metavar="L,L",
+        help="R@1 with captions cut to these numbers of tokens, e.g. 10,20,40,77,128,248, and the effective length",
+    )
+    group.add_argument(
+        "--retrieval-sentences", type=positive_numbers, default=(), metavar="N,N", help="R@1 with their first sentences"
+    )
+    group.add_argument(
+        "--retrieval-sensitivity", action="store_true", help="R@1 with sentences shuffled, and with one dropped"
+    )
     group.add_argument("--save-features", action="store_true", help="write LOGS/NAME/features/KEY.npz, for --features")
 
 
@@ -121,8 +141,9 @@ def _validate_features_args(args: argparse.Namespace) -> None:
     ]
     if others:
         raise ValueError(f"--features brings images and captions already encoded: leave out {', '.join(others)}")
-    if args.save_features:
-        raise ValueError("--save-features has no effect with --features: they are saved already")
+    without_model = [flag for flag in INSIGHT_FLAGS if _value(args, flag) and flag != "--report"]
+    if without_model:
+        raise ValueError(f"{', '.join(without_model)}: no effect on --features, which come without a model; leave out")
 
 
 def validate_eval_args(args: argparse.Namespace) -> None:
@@ -141,11 +162,10 @@ def validate_eval_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} has no effect without --{needs}; add it or leave both".replace("_", "-"))
     if args.features:
         _validate_features_args(args)
-    if args.train_data and (args.report or args.save_features):
-        raise ValueError("--report, --save-features: no effect in training; evaluate a checkpoint with them")
-    if not any(_value(args, flag) for flag in RETRIEVAL_FLAGS + ("--features",)) and (
-        args.report or args.save_features
-    ):
-        raise ValueError("--report, --save-features: no effect without a retrieval benchmark; name one")
+    insight = [flag for flag in INSIGHT_FLAGS if _value(args, flag)]
+    if args.train_data and insight:
+        raise ValueError(f"{', '.join(insight)}: no effect in training; evaluate a checkpoint")
+    if insight and not any(_value(args, flag) for flag in (*RETRIEVAL_FLAGS, "--features")):
+        raise ValueError(f"{', '.join(insight)}: no effect without a retrieval benchmark; name one")
     if os.path.exists(args.logs) and not os.path.isdir(args.logs):
         raise ValueError(f"--logs {args.logs}: is a file, expected a folder")

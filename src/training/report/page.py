@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from tabulate import tabulate
 
 from training.encode import Encoding
 from training.report.content import NUM_MATCHES, browser_content
@@ -56,9 +57,8 @@ def write_report(
     # Padded to whole groups of 3 bytes, each picture is a slice of the base64 text.
     padded = [picture + b"\0" * (-len(picture) % 3) for picture in pictures]
     curves = recall_curves(ranked)
-    recall_text = f"Recall at {', '.join(map(str, KS))}. " + " ".join(
-        f"{c['title']} {c['direction']}: {', '.join(f'{100 * v:.1f}' for v in c['recall'])}." for c in curves
-    )
+    rows_of_numbers = [[c["title"], c["direction"], *(f"{100 * value:.1f}" for value in c["recall"])] for c in curves]
+    recall_text = tabulate(rows_of_numbers, headers=["recall at", "", *KS], disable_numparse=True)
     shown = [("Recall at k", recall_text, draw_recall(curves)), *figures]
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = (
