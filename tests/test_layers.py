@@ -29,7 +29,7 @@ LAYERS = [
     {"training.evaluate", "training.validate"},
     {"training.trainer"},
     {"training.train"},
-    {"training.main", "training.api"},
+    {"training.main", "training.api", "training.compare"},
 ]
 
 

@@ -15,6 +15,7 @@ from training.feature_files import read_features, write_features
 from training.lengths import LengthQuestions, analyse_lengths, token_lengths
 from training.model.factory import EncoderParts
 from training.model.source import file_sha256, resolve_weights
+from training.report.ranks import FILE, write_ranks
 from training.results import (
     flatten_zero_shot,
     format_markdown,
@@ -146,6 +147,8 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     if outcome.lengths:
         _show_lengths(plan, outcome)
     print(f"\nResults: {path}")
+    if outcome.ranked:
+        write_ranks(outcome.ranked, plan.folder / FILE)
     if args.save_features:
         for ranked in outcome.ranked:
             write_features(ranked, outcome.images, outcome.texts, plan.folder / "features")
