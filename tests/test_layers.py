@@ -29,7 +29,7 @@ LAYERS = [
     {"training.evaluate", "training.validate"},
     {"training.trainer"},
     {"training.train"},
-    {"training.main", "training.api", "training.compare"},
+    {"training.main", "training.api", "training.compare", "training.corner_view"},
 ]
 
 
