@@ -1,6 +1,8 @@
 """Benchmarks beyond the four published ones: readers on small sets in the exact layouts, recall, zero-shot."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from dataloaders.imagenet import read_imagenet, read_imagenet_v2
 from dataloaders.images import load_rgb
 from dataloaders.karpathy import read_coco, read_flickr30k
 from dataloaders.own_pairs import read_shard_pairs, read_table_pairs
-from support import read_results, run_command
+from support import free_ports, read_results, run_command
 from training.main import main
 from training.metrics import count_ranks, summarise
 
@@ -237,6 +239,30 @@ def test_zero_shot_equals_open_clip(tmp_path, tiny_clip, capsys, monkeypatch):
         expected = (logits.topk(k).indices == torch.tensor(got.labels)[:, None]).any(dim=1).float().mean()
         assert record[f"imagenet-zeroshot-val-top{k}"] == pytest.approx(float(expected))
     assert record["imagenetv2-zeroshot-val-num-images"] == 3
+
+
+def test_processes_build_one_classifier(tmp_path, tiny_clip):
+    script = tmp_path / "build.py"
+    script.write_text(f"""
+import open_clip, torch
+import training
+from training.distributed import distributed
+from training.encode import ComputeOptions
+from training.model.factory import EncoderParts
+from training.zero_shot import build_classifier
+
+names, templates = open_clip.IMAGENET_CLASSNAMES[:25], open_clip.OPENAI_IMAGENET_TEMPLATES[:2]
+model = training.create_model({tiny_clip!r}).eval()
+tokenizer = training.get_tokenizer({tiny_clip!r})
+with distributed("cpu") as env:
+    parts = EncoderParts(model, None, tokenizer, None)
+    classifier = build_classifier(parts, names, templates, env, ComputeOptions())
+    expected = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
+    assert env.world_size == 2 and torch.equal(classifier, expected), (classifier - expected).abs().max()
+""")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_ports(1)[0])]
+    done = subprocess.run([sys.executable, *launch, str(script)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_label_ranks_by_brute_force():

@@ -20,6 +20,7 @@ from training.results import DIRECTIONS
 from training.retrieval import RetrievalWork, rank_sets
 
 EFFECTIVE_SHARE = 0.95
+MIN_RIGHT = 10  # right answers below which a curve is mostly chance
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def analyse_lengths(
 
     Returns:
         ``context_length``; ``sets``: title -> ``tokens``, ``sentences``, ``sensitivity``, each number or change ->
-        ``i2t``, ``t2i`` (R@1, fractions); ``effective_length``: title -> tokens, and under ``all`` that of the model.
+        ``i2t``, ``t2i`` (R@1, fractions); ``effective_length``: title -> tokens, and under ``all`` that of the model;
+        None with fewer than `MIN_RIGHT` right answers.
         In ``sensitivity`` also ``similarity``: mean cosine with the feature of the whole caption.
 
     Raises:
@@ -138,7 +140,7 @@ def analyse_lengths(
             recall, features = measure(parts.tokenizer, [change(text, seed) for text in work.texts])
             note("sensitivity", name, recall, similarity=_similarity(work, texts.features, features))
     result = {"context_length": parts.tokenizer.context_length, "sets": found}
-    return result | ({"effective_length": _effective_lengths(found)} if questions.tokens else {})
+    return result | ({"effective_length": _effective_lengths(work, found)} if questions.tokens else {})
 
 
 def _count_none(texts: list[str]) -> list[int]:
@@ -195,12 +197,15 @@ def effective_length(lengths: Sequence[float], recall: Sequence[float]) -> float
     return float(np.interp(target, recall[first - 1 : first + 1], lengths[first - 1 : first + 1]))
 
 
-def _effective_lengths(found: dict[str, dict[str, dict]]) -> dict[str, float | None]:
-    """Per set, and of the mean over all sets; recall is the mean of both directions."""
-    curves = {title: {int(n): (own["i2t"] + own["t2i"]) / 2 for n, own in f["tokens"].items()} for title, f in
-              found.items()}  # fmt: skip
-    lengths = list(next(iter(curves.values())))
-    mean = [float(np.mean([curve[n] for curve in curves.values()])) for n in lengths]
-    return {title: effective_length(lengths, list(curve.values())) for title, curve in curves.items()} | {
-        "all": effective_length(lengths, mean)
-    }
+def _effective_lengths(work: RetrievalWork, found: dict[str, dict[str, dict]]) -> dict[str, float | None]:
+    """Per set, and of the mean over all sets; recall is the mean of both directions. None where it is near chance."""
+    lengths, curves, result = [], [], {}
+    for s in work.sets:
+        tokens = found[s.title]["tokens"]
+        lengths = [int(length) for length in tokens]
+        curve = [(own["i2t"] + own["t2i"]) / 2 for own in tokens.values()]
+        near_chance = max(curve) * len(s.captions) < MIN_RIGHT
+        result[s.title] = None if near_chance else effective_length(lengths, curve)
+        if not near_chance:
+            curves.append(curve)
+    return result | {"all": effective_length(lengths, np.mean(curves, axis=0).tolist()) if curves else None}
