@@ -38,6 +38,14 @@ class ShardMember:
     def name(self) -> str:
         return self.member.rsplit("/", 1)[-1]
 
+    def stat(self) -> os.stat_result:
+        """Returns that of the tar file: the content has changed if it has."""
+        return self.shard.stat()
+
+    def resolve(self) -> str:
+        """Returns a name that no other content has while the tar file stays as it is."""
+        return f"{self.shard.resolve()}/{self.member}@{self.offset}"
+
     def open(self) -> io.BytesIO:
         """Returns the content as a file."""
         with open(self.shard, "rb") as file:

@@ -16,8 +16,9 @@ launch() { # flags of training.main: what belongs to the scale
     # A process that has saved may end before the others: it must not take them along at once.
     srun --kill-on-bad-exit=0 --wait=120 "$PYTHON" -m training.main "${RECIPE[@]}" \
         --cache-dir "$CACHE" --logs "$LOGS" --batch-size 512 --epochs 10 "$@" || code=$?
-    # 75: stopped by a signal and saved; 70: a process ended or did not move.
-    if ((code == 75)) || { ((code == 70)) && ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); }; then
+    # 75: stopped by a signal and saved; 138: SIGUSR1 before training began; 70: a process ended or did not move.
+    # (scancel ends this shell as well: a job that its owner ends stays ended.)
+    if ((code == 75 || code == 138)) || { ((code == 70)) && ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); }; then
         echo "training ended with $code: queued again" >&2
         scontrol requeue "$SLURM_JOB_ID"
     fi

@@ -56,6 +56,12 @@ def start_rank(job: dict, rank: int, port: int) -> int:
         os._exit(code)
 
 
+def children(pid: int) -> list[int]:
+    """Processes that a process has started; none where there is no /proc."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in listed.read_text().split()] if listed.exists() else []
+
+
 def train_once(job: dict, port: int, kill: list | None) -> list[int]:
     """One training; returns its ranks' exit codes, negative for a signal."""
     pids = [start_rank(job, rank, port) for rank in range(job["world_size"])]
@@ -66,12 +72,17 @@ def train_once(job: dict, port: int, kill: list | None) -> list[int]:
         now = time.monotonic()
         if kill and now - start >= kill[1]:
             if kill[2] not in codes:
-                os.kill(pids[kill[2]], kill[0])
+                # SLURM's signals reach the loader's workers, too.
+                family = children(pids[kill[2]]) if kill[0] == signal.SIGTERM else []
+                for pid in [*family, pids[kill[2]]]:
+                    os.kill(pid, kill[0])
                 halted = pids[kill[2]] if kill[0] == signal.SIGSTOP else None
             kill, deadline = None, now + PATIENCE
         if halted and len(codes) == len(pids) - 1:
             os.kill(halted, signal.SIGKILL)
         if deadline and now > deadline:
+            for rank in set(range(len(pids))) - set(codes):
+                os.kill(pids[rank], signal.SIGKILL)
             raise SystemExit(f"still there {PATIENCE:.0f} s after a signal or another rank's end: {codes}")
         for rank, pid in enumerate(pids):
             if rank not in codes:

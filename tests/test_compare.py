@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmark_files import write_flickr30k
+from eval_files import write_flickr30k
 from training import compare
 from training.main import main
 from training.metrics import paired_bootstrap

@@ -11,6 +11,7 @@ LAYERS = [
     {"dataloaders"},
     {"training.data.captions", "training.flag_types"},
     {
+        "training.contrast",
         "training.params",
         "training.params_train",
         "training.params_eval",
@@ -23,20 +24,23 @@ LAYERS = [
     {"training.control", "training.watchdog", "training.guard", "training.resume"},
     {"training.model"},
     {"training.build", "training.train_model"},
-    {"training.encode", "training.step_log"},
+    {"training.prepare"},
+    {"training.encode", "training.step_log", "training.extract"},
+    {"training.feature_cache"},
     {"training.retrieval", "training.zero_shot"},
     {"training.feature_files", "training.lengths", "training.report"},
     {"training.evaluate", "training.validate"},
     {"training.trainer"},
     {"training.train"},
     {"training.main", "training.api", "training.compare", "training.corner_view"},
+    {"benchmarks"},
 ]
 
 
 def modules() -> dict[str, Path]:
     found = {}
     for base in (ROOT / "src", ROOT):
-        for package in ("training", "dataloaders"):
+        for package in ("training", "dataloaders", "benchmarks"):
             for path in (base / package).rglob("*.py"):
                 parts = path.relative_to(base).with_suffix("").parts
                 found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path

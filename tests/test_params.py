@@ -88,7 +88,7 @@ def test_every_flag_has_help_and_a_reader():
 
 def test_flags_in_the_documents_exist():
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
-    for name in ("README.md", "EVAL_DATASETS.md"):
+    for name in ("README.md", "EVAL_DATASETS.md", "TRAIN_DATASETS.md"):
         text = (ROOT / name).read_text()
         for command in re.findall(r"python -m training\.main((?:.|\\\n)*?)(?:\n\n|`)", text):
             for flag in re.findall(r"--[a-z0-9_-]+", command):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark_files import write_coco, write_image
+from eval_files import write_coco, write_image
 from support import read_results
 from training.feature_files import read_features
 from training.main import main

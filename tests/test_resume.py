@@ -14,7 +14,7 @@ from support import run_lab
 
 TRAINING = (
     "--model lotlip_tiny --log-every-n-steps 1 --warmup 2 --save-every-steps 2 --save-frequency 2 --epochs 5 "
-    "--num-long-captions 1 --shuffle-window 7 --max-bad-samples 1 --timeout-minutes 1"
+    "--num-long-captions 1 --shuffle-window 7 --max-bad-samples 1 --timeout-minutes 0.5"
 ).split()
 
 
@@ -34,10 +34,10 @@ def last_state(run: Path) -> dict:
 
 
 def random_kills(seed: int, count: int, world_size: int) -> list[list]:
-    """SIGKILL and SIGTERM in turn, each after up to 2 s: while loading, building, stepping, saving or ending."""
+    """SIGKILL and SIGTERM in turn, each after up to 2.5 s: while loading, building, stepping, saving or ending."""
     draw = random.Random(seed)
     signals = (signal.SIGKILL, signal.SIGTERM)
-    return [[int(signals[i % 2]), draw.uniform(0.5, 2.0), draw.randrange(world_size)] for i in range(count)]
+    return [[int(signals[i % 2]), draw.uniform(0.5, 2.5), draw.randrange(world_size)] for i in range(count)]
 
 
 @pytest.fixture(scope="module")

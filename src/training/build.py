@@ -7,6 +7,8 @@ import torch
 
 from training.data.augment import parse_augmentation, strong_augmentation
 from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
+from training.model.packing import MODES, CaptionArranger
+from training.model.text_tower import CornerHFText
 
 CPU_PRECISIONS = ("fp32", "bf16", "pure_bf16", "amp_bf16", "amp_bfloat16")
 _SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # as in open_clip's SigLIP configs
@@ -58,4 +60,19 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
             unlocked_layers=args.lock_text_unlocked_layers,
             freeze_layer_norm=args.lock_text_freeze_layer_norm or not is_hf,
         )
-    return EncoderParts(model.eval(), transform, tokenizer, train_transform)
+    arrange = make_arranger(model, args.text_packing, device, args.torchcompile) if args.train_data else None
+    return EncoderParts(model.eval(), transform, tokenizer, train_transform, arrange)
+
+
+def make_arranger(model: torch.nn.Module, mode: str, device: torch.device, compiled: bool) -> CaptionArranger | None:
+    """Returns how ``--text-packing`` arranges a batch's captions for a model; None leaves them padded.
+
+    Raises:
+        ValueError: the model's text tower can't take what is asked for by name.
+    """
+    tower = getattr(model, "text", None)
+    if isinstance(tower, CornerHFText):
+        return tower.arranger(mode, device, compiled)
+    if mode in MODES[1:]:
+        raise ValueError(f"--text-packing {mode}: this model's text tower has one form only; take auto or padded")
+    return None

@@ -1,7 +1,9 @@
 """Processes of one run: who am I, and the few collectives an evaluation needs. One process needs none of them."""
 
 import logging
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,17 +38,22 @@ class DistEnv:
 
 
 @contextmanager
-def distributed(device: str | None) -> Iterator[DistEnv]:
+def distributed(device: str | None, timeout_minutes: float = 30.0) -> Iterator[DistEnv]:
     """Joins the process group that torchrun or srun describe in the environment, and leaves it at the end.
 
     Args:
         device: ``cuda``, ``cpu``, ..; None takes CUDA if there is a device. Under several processes each takes the
             device of its local rank.
+        timeout_minutes: a process that has not met all the others by then ends with `EXIT_LOST`.
 
     Raises:
         ValueError: the device is not there.
     """
+    alarm = threading.Timer(60 * timeout_minutes, _end_alone, [timeout_minutes])
+    alarm.daemon = True
+    alarm.start()
     info = init_distributed_device_so(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    alarm.cancel()
     last = torch.zeros(1, device=info["device"])
     try:
         yield DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
@@ -57,6 +64,12 @@ def distributed(device: str | None) -> Iterator[DistEnv]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end_alone(minutes: float) -> None:
+    who = f"rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '?')}"
+    print(f"python -m training.main: error: {who} has not met the others in {minutes:g} minutes", file=sys.stderr)
+    os._exit(EXIT_LOST)
 
 
 def check_device(device: str | None) -> None:

@@ -17,16 +17,25 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataloaders.images import BrokenImageError, load_rgb
+from training.data.loader import tokenise
 from training.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
 
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How to run a tower: `batch_size` items per step, `workers` loader processes, `precision` by open_clip's names."""
+    """How to run a tower.
+
+    Attributes:
+        batch_size: items per step.
+        workers: loader processes.
+        precision: by open_clip's names.
+        sort_texts: put captions of about the same length into a batch, and pad it to its longest only.
+    """
 
     batch_size: int = 64
     workers: int = 4
     precision: str = "fp32"
+    sort_texts: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,17 +83,21 @@ class ImageBatches(Dataset):
 
 
 class TextBatches(Dataset):
-    """Item b: the token ids [n, seq_len] of the captions in `batches[b]`."""
+    """Item b: the token ids [n, seq_len] of the captions in `batches[b]`; `trim` cuts padding where it can."""
 
-    def __init__(self, texts: Sequence[str], tokenizer: Callable, count_lost: Callable, batches: list[list[int]]):
+    def __init__(
+        self, texts: Sequence[str], tokenizer: Callable, count_lost: Callable, batches: list[list[int]], trim: bool
+    ):
         self.texts, self.tokenizer, self.count_lost, self.batches = texts, tokenizer, count_lost, batches
+        self.trim = trim
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> Batch:
         texts = [self.texts[position] for position in self.batches[number]]
-        return Batch(self.batches[number], self.tokenizer(texts), {}, torch.tensor(self.count_lost(texts)))
+        ids = tokenise(self.tokenizer, texts)[0] if self.trim else self.tokenizer(texts)
+        return Batch(self.batches[number], ids, {}, torch.tensor(self.count_lost(texts)))
 
 
 def encode_images(
@@ -109,7 +122,7 @@ def encode_images(
         BrokenImageError: on all ranks, naming the first unreadable file, unless allowed.
         FloatingPointError: the model returned NaN or infinity.
     """
-    dataset = ImageBatches(paths, preprocess, _own_batches(len(paths), env, options))
+    dataset = ImageBatches(paths, preprocess, _own_batches(range(len(paths)), env, options))
     return _encode(model.encode_image, dataset, len(paths), "image", env, options, allow_broken)
 
 
@@ -134,13 +147,18 @@ def encode_texts(
     Raises:
         FloatingPointError: the model returned NaN or infinity.
     """
-    dataset = TextBatches(texts, tokenizer, count_lost, _own_batches(len(texts), env, options))
+    order = range(len(texts))
+    if options.sort_texts:
+        # Characters stand for tokens, which are not known yet. Longest first: what does not fit a device shows at once.
+        order = sorted(order, key=lambda i: -len(texts[i]))
+    batches = _own_batches(order, env, options)
+    dataset = TextBatches(texts, tokenizer, count_lost, batches, options.sort_texts)
     return _encode(model.encode_text, dataset, len(texts), "text", env, options)
 
 
-def _own_batches(num_items: int, env: DistEnv, options: ComputeOptions) -> list[list[int]]:
-    starts = range(0, num_items, options.batch_size)
-    return [list(range(s, min(s + options.batch_size, num_items))) for s in starts[env.rank :: env.world_size]]
+def _own_batches(order: Sequence[int], env: DistEnv, options: ComputeOptions) -> list[list[int]]:
+    starts = range(0, len(order), options.batch_size)
+    return [list(order[s : s + options.batch_size]) for s in starts[env.rank :: env.world_size]]
 
 
 def _encode(

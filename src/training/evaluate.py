@@ -67,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> int:
     start = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-    with distributed(args.device) as env:
+    with distributed(args.device, args.timeout_minutes) as env:
         try:
             plan = agree(lambda: _check(args, env), env)
             if args.features:
@@ -83,6 +83,8 @@ def evaluate(args: argparse.Namespace) -> int:
                 outcome = _measure(args, parts, plan.work, env)
         except (BrokenImageError, FloatingPointError) as error:
             return fail(error, 1, env)
+        except ValueError as error:  # the cache
+            return fail(error, 2, env)
         if env.is_main:
             _report(args, plan, outcome, env, time.monotonic() - start)
     return 0
@@ -116,11 +118,11 @@ def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
 
 
 def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork, env: DistEnv) -> Outcome:
-    options = ComputeOptions(args.batch_size, args.workers, args.precision)
+    options = ComputeOptions(args.batch_size, args.workers, args.precision, args.text_packing != "padded")
     images, texts, ranked, lengths = None, None, [], None
     questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)
     if work.sets:
-        images, texts = encode_work(parts, work, env, options, args.allow_missing)
+        images, texts = encode_work(parts, work, env, options, args.allow_missing, args.feature_cache)
         ranked = rank_sets(work, images, texts, env)
         if questions:
             lengths = analyse_lengths(parts, work, images, texts, questions, env, options, args.seed)

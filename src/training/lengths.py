@@ -110,36 +110,31 @@ def analyse_lengths(
     Raises:
         FloatingPointError: the model returned NaN or infinity.
     """
+    tokenizer = parts.tokenizer
+    found: dict[str, dict[str, dict]] = {s.title: {} for s in work.sets}
 
-    def measure(tokenizer: Callable, changed: Sequence[str]) -> tuple[dict[str, dict], torch.Tensor]:
-        encoding = encode_texts(parts.model, tokenizer, _count_none, changed, env, options)
-        ranked = rank_sets(work, images, encoding, env)
-        return {r.pairs.title: {d: r.record[d]["top1"] for d in DIRECTIONS} for r in ranked}, encoding.features
+    def note(kind: str, value: object, encoding: Encoding, with_similarity: bool = False) -> None:
+        similarity = _similarity(work, texts.features, encoding.features) if with_similarity else {}
+        for r in rank_sets(work, images, encoding, env):
+            own = {d: r.record[d]["top1"] for d in DIRECTIONS}
+            own |= {"similarity": similarity[r.pairs.title]} if similarity else {}
+            found[r.pairs.title].setdefault(kind, {})[str(value)] = own
 
-    whole = {r.pairs.title: {d: r.record[d]["top1"] for d in DIRECTIONS} for r in rank_sets(work, images, texts, env)}
-    found: dict[str, dict[str, dict]] = {title: {} for title in whole}
+    def encode(changed: Sequence[str], through: Callable = tokenizer) -> Encoding:
+        return encode_texts(parts.model, through, _count_none, changed, env, options)
 
-    def note(kind: str, value: object, recall: dict[str, dict], **more: dict[str, float]) -> None:
-        for title, own in recall.items():
-            extra = {name: values[title] for name, values in more.items()}
-            found[title].setdefault(kind, {})[str(value)] = own | extra
-
-    for length in token_lengths(parts.tokenizer, questions.tokens) if questions.tokens else ():
-        if length == parts.tokenizer.context_length:
-            note("tokens", length, whole)
-        else:
-            note("tokens", length, measure(cut_tokenizer(parts.tokenizer, length), work.texts)[0])
+    for length in token_lengths(tokenizer, questions.tokens) if questions.tokens else ():
+        is_whole = length == tokenizer.context_length
+        note("tokens", length, texts if is_whole else encode(work.texts, cut_tokenizer(tokenizer, length)))
     for number in sorted(questions.sentences):
-        changed = [". ".join(split_caption(text)[:number]) for text in work.texts]
-        note("sentences", number, measure(parts.tokenizer, changed)[0])
+        note("sentences", number, encode([". ".join(split_caption(text)[:number]) for text in work.texts]))
     if questions.sentences:
-        note("sentences", "all", whole)
+        note("sentences", "all", texts)
     if questions.sensitivity:
-        note("sensitivity", "as it is", whole, similarity=dict.fromkeys(whole, 1.0))
+        note("sensitivity", "as it is", texts, True)
         for name, change in (("sentences shuffled", shuffle_sentences), ("one sentence dropped", drop_sentence)):
-            recall, features = measure(parts.tokenizer, [change(text, seed) for text in work.texts])
-            note("sensitivity", name, recall, similarity=_similarity(work, texts.features, features))
-    result = {"context_length": parts.tokenizer.context_length, "sets": found}
+            note("sensitivity", name, encode([change(text, seed) for text in work.texts]), True)
+    result = {"context_length": tokenizer.context_length, "sets": found}
     return result | ({"effective_length": _effective_lengths(work, found)} if questions.tokens else {})
 
 

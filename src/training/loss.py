@@ -4,14 +4,16 @@
     terms = loss(image_features, text_features, logit_scale, output_dict=True)
     sum(terms.values()).backward()
 
-Under several processes every rank passes its own part of the batch; all features travel in one gather.
+Under several processes every rank passes its own part of the batch; all features travel in one gather. Memory grows
+with the features, not with the square of the batch: see `contrast`.
 """
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_gather as all_gather_with_grad
-from torch.nn.functional import cross_entropy, logsigmoid
+
+from training.contrast import ContrastRule, contrast
 
 
 def gather_rows(rows: torch.Tensor, world_size: int, with_grad: bool) -> torch.Tensor:
@@ -34,7 +36,7 @@ def gather_rows(rows: torch.Tensor, world_size: int, with_grad: bool) -> torch.T
 
 
 class _CaptionLoss(nn.Module):
-    """What both losses share: views and captions as lists, the gather, the weights.
+    """What both losses share: views and captions as sets of features, the gather, the weights.
 
     Args:
         short_weight: of the term of text feature 0, the short caption (published as `--clip_lossweight`).
@@ -43,10 +45,13 @@ class _CaptionLoss(nn.Module):
             gradients, less memory. Needs `gather_with_grad`.
         gather_with_grad: gradients equal to one process on the whole batch. Without it they are 1 / world_size of that.
         rank, world_size: this process among those that share a batch.
+        block_numbers: logits that are held at a time; None takes the device's default. Sums differ in rounding alone.
 
     Raises:
         ValueError: `local_loss` without `gather_with_grad`, whose gradients would be wrong, not only smaller.
     """
+
+    kind: str
 
     def __init__(
         self,
@@ -56,13 +61,14 @@ class _CaptionLoss(nn.Module):
         gather_with_grad: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        block_numbers: int | None = None,
     ):
         super().__init__()
         if local_loss and not gather_with_grad and world_size > 1:
             raise ValueError("--local-loss needs --gather-with-grad: without it the other ranks' gradients are lost")
         self.short_weight, self.long_weight = short_weight, long_weight
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.block_numbers = rank, world_size, block_numbers
 
     def forward(
         self,
@@ -89,31 +95,31 @@ class _CaptionLoss(nn.Module):
         images = image_features if image_features.ndim == 3 else image_features[:, None]
         texts = text_features if text_features.ndim == 3 else text_features[:, None]
         num_views, num_texts = images.shape[1], texts.shape[1]
-        own = torch.cat([images, texts], dim=1)
-        everyone = gather_rows(own, self.world_size, self.gather_with_grad)
-        own = own if self.local_loss else everyone
-
-        def pair(view: int, text: int) -> torch.Tensor:
-            v, t = view, num_views + text
-            return self._pair_loss(own[:, v], own[:, t], everyone[:, v], everyone[:, t], logit_scale, logit_bias)
-
+        short, long = self._terms(images, texts, logit_scale, logit_bias)
         if text_features.ndim == 2:
-            terms = {"contrastive_loss": pair(0, 0)}
+            terms = {"contrastive_loss": short}
         else:
-            long_terms = [pair(v, t) for v in range(num_views) for t in range(1, num_texts)]
-            long_sum = torch.stack(long_terms).sum() if long_terms else own.sum() * 0.0
             terms = {
-                "short_caption_loss": self.short_weight * pair(0, 0) / num_texts,
-                "long_caption_loss": self.long_weight * long_sum / (num_texts * num_views),
+                "short_caption_loss": self.short_weight * short / num_texts,
+                "long_caption_loss": self.long_weight * long / (num_texts * num_views),
             }
         return terms if output_dict else sum(terms.values())
 
-    def _first_row(self, num_rows: int) -> int:
-        return self.rank * num_rows if self.local_loss else 0
+    def _terms(self, images, texts, logit_scale, logit_bias) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of view 0 with text 0, and the sum of all views' with all other texts."""
+        if self.world_size == 1:
+            return contrast(images, texts, None, None, logit_scale, logit_bias, self._rule(0))
+        both = gather_rows(torch.cat([images, texts], dim=1), self.world_size, self.gather_with_grad)
+        all_images, all_texts = both.split([images.shape[1], texts.shape[1]], dim=1)
+        if not images.requires_grad:  # a locked tower's got one from the texts they travelled with
+            all_images = all_images.detach()
+        if self.local_loss:
+            rule = self._rule(self.rank * len(images))
+            return contrast(images, texts, all_images, all_texts, logit_scale, logit_bias, rule)
+        return contrast(all_images, all_texts, None, None, logit_scale, logit_bias, self._rule(0))
 
-    def _pair_loss(self, own_image, own_text, all_image, all_text, logit_scale, logit_bias) -> torch.Tensor:
-        """Loss of one image feature against one text feature: own rows [n, dim], everybody's [N, dim]."""
-        raise NotImplementedError
+    def _rule(self, first: int) -> ContrastRule:
+        return ContrastRule(self.kind, first, self.block_numbers)
 
 
 class LongCaptionLoss(_CaptionLoss):
@@ -127,13 +133,7 @@ class LongCaptionLoss(_CaptionLoss):
     Source: LoTLIP (arXiv 2410.05249), section 3.
     """
 
-    def _pair_loss(self, own_image, own_text, all_image, all_text, logit_scale, logit_bias) -> torch.Tensor:
-        first = self._first_row(len(own_image))
-        target = torch.arange(first, first + len(own_image), device=own_image.device)
-        per_image = logit_scale * own_image @ all_text.T
-        # Where the own rows are everybody's, one matrix serves both directions.
-        per_text = logit_scale * own_text @ all_image.T if self.local_loss else per_image.T
-        return (cross_entropy(per_image, target) + cross_entropy(per_text, target)) / 2
+    kind = "softmax"
 
 
 class LongCaptionSigLipLoss(_CaptionLoss):
@@ -142,12 +142,4 @@ class LongCaptionSigLipLoss(_CaptionLoss):
     Args: see `_CaptionLoss`.
     """
 
-    def _pair_loss(self, own_image, own_text, all_image, all_text, logit_scale, logit_bias) -> torch.Tensor:
-        first = self._first_row(len(own_image))
-        logits = logit_scale * own_image @ all_text.T
-        if logit_bias is not None:
-            logits = logits + logit_bias
-        sign = torch.full_like(logits, -1.0)
-        rows = torch.arange(len(own_image), device=logits.device)
-        sign[rows, rows + first] = 1.0
-        return -logsigmoid(sign * logits).sum() / len(own_image)
+    kind = "sigmoid"

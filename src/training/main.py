@@ -1,4 +1,4 @@
-"""The entry point: `python -m training.main --help`. Trains if --train-data is named, else evaluates.
+"""The entry point: `python -m training.main --help`. Trains (or extracts) if --train-data is named, else evaluates.
 
 python -m training.main --train-data 'data/{00000..00575}.tar' --model lotlip_bert-ViT-B-16 --lock-image
 python -m training.main --urban1k-retrieval data/Urban1k --model ViT-B-16 --pretrained openai
@@ -34,7 +34,9 @@ def _run(args: argparse.Namespace) -> int:
         check_device(args.device)
     except ValueError as error:
         return fail(error, 2)
-    if args.train_data:
+    if args.extract_image_features:
+        from training.extract import extract as work
+    elif args.train_data:
         from training.train import train as work
     else:
         from training.evaluate import evaluate as work

@@ -153,6 +153,15 @@ def _add_compute_args(group: argparse._ArgumentGroup) -> None:
         help="loader processes per process; 0 loads in line (default: %(default)s)",
     )
     group.add_argument(
+        "--text-packing",
+        default="auto",
+        choices=("auto", "padded", "buckets", "flex"),
+        metavar="P",
+        help="captions of a step: padded; in buckets by length; flex: all in one row without padding; auto: flex on "
+        "CUDA, else buckets, where the text tower can (BERT and its kin). Evaluation sorts captions by length and pads "
+        "each batch to its longest, but for padded (default: %(default)s)",
+    )
+    group.add_argument(
         "--device", default=None, metavar="DEV", help="cuda, cpu, mps, .. (default: cuda if there is one)"
     )
     group.add_argument(

@@ -63,6 +63,11 @@ def _add_long_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--docci-retrieval", metavar="DIR", help="DOCCI's test split: folder with its .jsonlines")
     group.add_argument("--docci-sentences", action="store_true", help="DOCCI also with each sentence as a caption")
     group.add_argument(
+        "--feature-cache",
+        metavar="DIR",
+        help="keep features there, and encode only what is not there yet for the same weights and preprocessing",
+    )
+    group.add_argument(
         "--allow-missing",
         action="store_true",
         help="evaluate the pairs whose images are there and readable; every result then gives the count",
@@ -162,6 +167,10 @@ def validate_eval_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} has no effect without --{needs}; add it or leave both".replace("_", "-"))
     if args.features:
         _validate_features_args(args)
+    if args.feature_cache and args.train_data:
+        raise ValueError("--feature-cache has no effect in training: weights change from one evaluation to the next")
+    if args.feature_cache and args.features:
+        raise ValueError("--feature-cache has no effect with --features: nothing is encoded")
     insight = [flag for flag in INSIGHT_FLAGS if _value(args, flag)]
     if args.train_data and insight:
         raise ValueError(f"{', '.join(insight)}: no effect in training; evaluate a checkpoint")

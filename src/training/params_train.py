@@ -44,6 +44,23 @@ def _add_data_args(group) -> None:
     )
     group.add_argument("--csv-img-key", default="filepath", metavar="COL", help="image column (default: %(default)s)")
     group.add_argument("--csv-separator", metavar="C", help="of a .csv table (default: a comma; a tab in .tsv)")
+    group.add_argument(
+        "--extract-image-features",
+        metavar="DIR",
+        help="do not train: write the image tower's features of --train-data to DIR, which --train-data then takes",
+    )
+    group.add_argument(
+        "--feature-views",
+        type=not_negative,
+        default=0,
+        metavar="V",
+        help="with it: augmented views of each image; 0: one view as in evaluation (default: %(default)s)",
+    )
+    group.add_argument(
+        "--fast-decode",
+        action="store_true",
+        help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size where the crop leaves twice the pixels it needs",
+    )
     group.add_argument("--strong-augment", action="store_true", help="crop 0.2-1, jitter, grey, blur, flip, two random")
     group.add_argument(
         "--aug-cfg", nargs="*", default=[], metavar="K=V", help="open_clip's augmentation, e.g. scale=0.4,1.0"
@@ -188,8 +205,8 @@ def _add_safety_args(group) -> None:
         type=float,
         default=30.0,
         metavar="X",
-        help="end a run in which a rank does not move for so long, and name it; evaluations may take four times "
-        "as long (default: %(default)g)",
+        help="end a run in which a process does not come or does not move for so long, and name it; evaluations in "
+        "training may take four times as long (default: %(default)g)",
     )
 
 
@@ -202,12 +219,19 @@ def validate_train_args(args: argparse.Namespace) -> None:
     if not args.train_data:
         given = [
             f"--{name.replace('_', '-')}"
-            for name in ("val_data", "resume", "siglip", "report_to")
+            for name in ("val_data", "resume", "siglip", "report_to", "extract_image_features")
             if getattr(args, name)
         ]
         if given:
             raise ValueError(f"{', '.join(given)}: no effect without --train-data")
         return
+    if args.feature_views and not args.extract_image_features:
+        raise ValueError("--feature-views needs --extract-image-features")
+    if args.extract_image_features and (args.dataset_resampled or args.resume):
+        raise ValueError(
+            "--extract-image-features takes every sample once, and goes on by itself: leave out --dataset-resampled "
+            "and --resume"
+        )
     if args.train_data_upsampling_factors and not args.dataset_resampled:
         raise ValueError("--train-data-upsampling-factors needs --dataset-resampled: without it each sample comes once")
     if args.dataset_resampled and not args.train_num_samples:

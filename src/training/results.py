@@ -70,7 +70,7 @@ def flatten(records: Sequence[dict]) -> dict[str, object]:
     for record in records:
         for direction in DIRECTIONS:
             flat |= {f"{record['key']}-{direction}-{name}": value for name, value in record[direction].items()}
-        for name in ("num_pairs", "num_expected", "num_missing", "num_broken"):
+        for name in ("num_images", "num_pairs", "num_expected", "num_missing", "num_broken"):
             flat[f"{record['key']}-{name.replace('_', '-')}"] = record[name]
         flat[f"{record['key']}-pairs"] = f"{record['num_pairs']:,} of {record['num_expected']:,} pairs"
         for name in ("truncated_share", "truncated_mean_tokens_lost"):

@@ -4,6 +4,7 @@ Adding a benchmark: a reader in dataloaders/, a flag in params.py, a line in `re
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +22,7 @@ from dataloaders.share4v import read_share4v
 from dataloaders.urban1k import read_urban1k
 from training.distributed import DistEnv, sum_over_ranks
 from training.encode import ComputeOptions, Encoding, encode_images, encode_texts
+from training.feature_cache import image_key, open_caches, text_key
 from training.metrics import RankCounts, count_ranks, summarise
 from training.model.factory import EncoderParts
 from training.model.truncation import count_lost_tokens
@@ -128,25 +130,58 @@ class RankedSet:
 
 
 def evaluate_retrieval(
-    parts: EncoderParts, work: RetrievalWork, env: DistEnv, options: ComputeOptions, allow_broken: bool = False
+    parts: EncoderParts,
+    work: RetrievalWork,
+    env: DistEnv,
+    options: ComputeOptions,
+    allow_broken: bool = False,
+    cache: str | None = None,
 ) -> list[dict[str, object]]:
     """Encodes and ranks every set; returns the records of `rank_sets`, raises as it and `encode_work`."""
-    images, texts = encode_work(parts, work, env, options, allow_broken)
+    images, texts = encode_work(parts, work, env, options, allow_broken, cache)
     return [ranked.record for ranked in rank_sets(work, images, texts, env)]
 
 
 def encode_work(
-    parts: EncoderParts, work: RetrievalWork, env: DistEnv, options: ComputeOptions, allow_broken: bool = False
+    parts: EncoderParts,
+    work: RetrievalWork,
+    env: DistEnv,
+    options: ComputeOptions,
+    allow_broken: bool = False,
+    cache: str | None = None,
 ) -> tuple[Encoding, Encoding]:
     """Encodes every distinct image and caption once, over all ranks.
+
+    Args:
+        parts: model and what it reads through.
+        work: of `plan_retrieval`.
+        env: this process.
+        options: batch size, workers, precision.
+        allow_broken: leave unreadable images out instead of raising.
+        cache: folder of features that were encoded earlier, and of those that are encoded now.
+
+    Returns:
+        Features of `work.images.paths` and of `work.texts`.
 
     Raises:
         BrokenImageError: an unreadable image, unless allowed.
         FloatingPointError: the model returned NaN or infinity.
     """
-    images = encode_images(parts.model, parts.preprocess, work.images.paths, env, options, allow_broken)
-    count_lost = partial(count_lost_tokens, parts.tokenizer)
-    return images, encode_texts(parts.model, parts.tokenizer, count_lost, work.texts, env, options)
+    paths, count_lost = work.images.paths, partial(count_lost_tokens, parts.tokenizer)
+
+    def images_at(positions: Sequence[int]) -> Encoding:
+        chosen = [paths[p] for p in positions]
+        return encode_images(parts.model, parts.preprocess, chosen, env, options, allow_broken)
+
+    def texts_at(positions: Sequence[int]) -> Encoding:
+        chosen = [work.texts[p] for p in positions]
+        return encode_texts(parts.model, parts.tokenizer, count_lost, chosen, env, options)
+
+    if not cache:
+        return images_at(range(len(paths))), texts_at(range(len(work.texts)))
+    image_cache, text_cache = open_caches(cache, parts, options.precision, env)
+    images = image_cache.encode([image_key(path) for path in paths], images_at)
+    return images, text_cache.encode([text_key(text) for text in work.texts], texts_at)
 
 
 def rank_sets(

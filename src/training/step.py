@@ -40,7 +40,7 @@ class Stepper:
         """Trains on micro-batches as on one batch of them all; leaves all as it was if loss or gradient is not finite.
 
         Args:
-            micro_batches: (images, short_ids, long_ids) each, on the model's device.
+            micro_batches: inputs of the model each, on its device.
 
         Returns:
             Loss terms, ``loss``, ``grad_norm``, ``logit_scale`` and ``skipped_steps`` (1: loss or gradient not finite,

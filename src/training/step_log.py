@@ -89,7 +89,7 @@ class StepLog:
         """Counts a batch of this process; tells of the first faults of each kind."""
         self.samples += len(batch.keys)
         self.tokens += batch.num_tokens
-        self.slots += batch.short_ids.numel() + (batch.long_ids.numel() if batch.long_ids.shape[1] else 0)
+        self.slots += batch.num_slots
         self.own.add(Totals(len(batch.keys) + len(batch.faults), Counter(kind for kind, _ in batch.faults)))
         for kind, name in batch.faults:
             self.told[kind] += 1

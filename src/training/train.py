@@ -17,9 +17,11 @@ from training.control import EXIT_STOPPED, StoppedError
 from training.data.augment import parse_augmentation
 from training.data.build import caption_rule, open_source, open_train_data
 from training.data.faults import TooManyBadSamplesError
+from training.data.features import feature_info
 from training.data.loader import NoUsableSampleError
 from training.data.sources import Source
 from training.distributed import DistEnv, agree, any_rank, distributed, fail, set_timeout, together
+from training.extract import tower_info
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss
 from training.model.source import resolve_weights
 from training.optim import make_schedule, parameter_groups
@@ -42,7 +44,7 @@ def train(args: argparse.Namespace) -> int:
         Exit code: 0; 1 if data or numbers give out in mid-training; 2 if flags, files or weights are not what they
         should be; 75 if a signal stopped training, to be gone on with by ``--resume latest``.
     """
-    with distributed(args.device) as env:
+    with distributed(args.device, args.timeout_minutes) as env:
         set_timeout(env, args.timeout_minutes)
         try:
             plan = agree(lambda: _check(args, env), env)
@@ -83,6 +85,9 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     parse_augmentation(args.aug_cfg)
     work = plan_benchmarks(args)
     resolve_weights(args.model, args.pretrained, args.cache_dir)
+    for flag, spec in (("--train-data", args.train_data), ("--val-data", args.val_data)):
+        if spec and feature_info(spec) and (not args.lock_image or args.lock_image_unlocked_groups):
+            raise ValueError(f"{flag} {spec}: features of a locked image tower; add --lock-image, and unlock no group")
     name = args.name or run_name(args.model)
     folder = Path(args.logs) / name
     checkpoints = folder / "checkpoints"
@@ -132,6 +137,7 @@ def _build(
         raise ValueError(f"--model {args.model}: CoCa's captioning is not trained here; take a two-tower model")
     if not any(p.requires_grad for name, p in core.named_parameters() if not name.startswith("logit_")):
         raise ValueError("--lock-image and --lock-text leave nothing to train; unlock some layers or a tower")
+    _check_features(args, core)
     if args.grad_checkpointing:
         core.set_grad_checkpointing()
     optimizer = torch.optim.AdamW(
@@ -165,11 +171,22 @@ def _build(
     )
     val = None
     if val_source:
-        val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source)
+        val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
         val = ValidationSet.of(val_data, args.batch_size, env)
     schedule = make_schedule(optimizer, args.lr_scheduler, args.lr, args.warmup, steps_per_epoch * args.epochs)
-    data = open_train_data(args, parts.train_transform, parts.tokenizer, source)
+    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
     return Run(data, val, parts, stepper, schedule, division, start)
+
+
+def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
+    """Raises ValueError if cached image features are not those of this model's tower."""
+    for flag, spec in (("--train-data", args.train_data), ("--val-data", args.val_data)):
+        info = feature_info(spec) if spec else None
+        if info and (different := info.differences(tower_info(core, args))):
+            raise ValueError(
+                f"{flag} {spec}: features of another image tower ({', '.join(different)} differ): {info.model}'s, in "
+                f"{info.precision}; give the model and weights that --extract-image-features had"
+            )
 
 
 def _make_loss(args: argparse.Namespace, env: DistEnv) -> torch.nn.Module:
@@ -179,7 +196,8 @@ def _make_loss(args: argparse.Namespace, env: DistEnv) -> torch.nn.Module:
 
 
 def _wrap(core: torch.nn.Module, compiled: bool, env: DistEnv) -> torch.nn.Module:
-    model = TrainModel(core)
+    cfg = core.visual.preprocess_cfg
+    model = TrainModel(core, cfg["mean"], cfg["std"])
     if compiled:
         model.compile()
     if env.world_size > 1:

@@ -1,25 +1,33 @@
 """The forward pass of training: pixels and captions in, what the loss takes out. One call, as DDP wants it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from training.data.augment import normalise_pixels
+from training.model.packing import Captions
 from training.model.text_tower import LotlipCLIP
 
 
 class TrainModel(nn.Module):
     """Both towers under one `forward`.
 
-    A locked image tower runs in eval mode and without a graph. Short and long captions go through the text tower apart,
-    each padded to the longest of its own kind: a short one beside long ones would be mostly padding.
+    A locked image tower runs in eval mode and without a graph. Short and long captions go through the text tower
+    together if they come arranged (see `packing`); else apart, each padded to the longest of its own kind: a short one
+    beside long ones would be mostly padding.
 
     Args:
         model: a `LotlipCLIP`, or any model of open_clip's (whose captions give one feature each).
+        mean, std: per channel, to normalise images with that come as bytes.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)):
         super().__init__()
         self.model = model
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.image_is_locked = not any(p.requires_grad for p in model.visual.parameters())
 
     def train(self, mode: bool = True) -> "TrainModel":
@@ -28,24 +36,39 @@ class TrainModel(nn.Module):
             self.model.visual.eval()
         return self
 
-    def forward(self, images: torch.Tensor, short_ids: torch.Tensor, long_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        images: torch.Tensor,
+        short_ids: torch.Tensor | None,
+        long_ids: torch.Tensor | None,
+        captions: Captions | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Encodes a batch.
 
         Args:
-            images: [batch, 3, H, W].
+            images: [batch, 3, H, W], normalised or uint8; or features of the locked tower [batch, dim].
             short_ids: [batch, length].
             long_ids: [batch, K, length], K >= 0.
+            captions: in place of both, arranged: all short ones, then all long ones.
 
         Returns:
             ``image_features`` [batch, dim]; ``text_features`` [batch, T, dim], or [batch, dim] if K = 0; both
             normalised; ``logit_scale`` exponentiated; ``logit_bias`` where the model has one.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
-            image_features = self.model.encode_image(images, normalize=True)
-        short = self._text_features(short_ids)[:, :1]  # [batch, 1, dim]: [CLS] alone
-        if long_ids.shape[1]:
-            long = self._text_features(long_ids.flatten(0, 1))  # [batch x K, m + 1, dim]
-            text_features = torch.cat([short, long.unflatten(0, long_ids.shape[:2]).flatten(1, 2)], dim=1)
+        if images.ndim == 2:
+            image_features = normalize(images.float(), dim=-1)
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
+                image_features = self.model.encode_image(self._pixels(images), normalize=True)
+        batch = len(images)
+        if captions is not None:
+            features = self.model.text.packed_features(captions)
+            short, long = features[:batch], features[batch:]
+        else:
+            short = self._text_features(short_ids)
+            long = self._text_features(long_ids.flatten(0, 1)) if long_ids.shape[1] else short[:0]
+        if len(long):  # [CLS] alone of the short ones, of each long one all m + 1
+            text_features = torch.cat([short[:, :1], long.unflatten(0, (batch, -1)).flatten(1, 2)], dim=1)
         else:
             text_features = short[:, 0]
         output = {
@@ -56,6 +79,12 @@ class TrainModel(nn.Module):
         if getattr(self.model, "logit_bias", None) is not None:
             output["logit_bias"] = self.model.logit_bias
         return output
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dtype == torch.uint8:
+            images = normalise_pixels(images, self.mean, self.std)
+        images = images.to(next(self.model.visual.parameters()).dtype)
+        return images.to(memory_format=torch.channels_last) if images.is_cuda else images
 
     def _text_features(self, ids: torch.Tensor) -> torch.Tensor:
         """[n, length] -> [n, m + 1, dim], not normalised."""

@@ -2,17 +2,16 @@
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from open_clip import get_input_dtype
 
 from training.checkpoint import LATEST, CheckpointWriter, remove_old_checkpoints
 from training.control import Control, StoppedError
 from training.data.build import TrainData
-from training.data.loader import TrainBatch
+from training.data.loader import TrainBatch, to_device
 from training.distributed import DistEnv, agree
 from training.guard import StepGuard
 from training.model.factory import EncoderParts
@@ -133,25 +132,27 @@ class Trainer:
             progress.random_state = None
         num_steps = (progress.stretch.num_batches - progress.num_done) // args.accum_freq
         with self.log.epoch(progress.step):
+            on_device = to_device(batches, env.device)
             for _ in range(num_steps):
-                self._take_step(batches)
+                self._take_step(on_device)
         self.guard.finish()
 
-    def _take_step(self, batches: object) -> None:
+    def _take_step(self, batches: Iterator[tuple[TrainBatch, tuple]]) -> None:
         args, run, step = self.args, self.built, self.progress.step + 1
         self.watchdog.at(step, "waiting for data")
-        micro_batches: list[TrainBatch] = []
+        micro_batches, inputs = [], []
         for _ in range(args.accum_freq):
             with self.log.waiting():
-                micro_batches.append(next(batches))
-            self.log.add_batch(micro_batches[-1])
+                batch, on_device = next(batches)
+            self.log.add_batch(batch)
+            micro_batches.append(batch)
+            inputs.append(on_device)
         self.watchdog.at(step, "taking a step")
         # After an epoch's last step `_end_epoch` saves.
         is_last = self.progress.num_done + args.accum_freq >= self.progress.stretch.num_batches
         self.control.start(step, can_save=not (self.writer.is_busy or is_last))
         lr = run.schedule(step - 1)
-        dtype = get_input_dtype(args.precision)
-        report = run.stepper([batch.inputs(self.env.device, dtype) for batch in micro_batches])
+        report = run.stepper(inputs)
         self.progress.advance([batch.position for batch in micro_batches])
         self.log.add_step(step, report, lr)
         self.guard.add(step, report["skipped_steps"], [key for batch in micro_batches for key in batch.keys])
@@ -188,7 +189,7 @@ class Trainer:
         metrics = {}
         if validates:
             model = getattr(run.stepper.model, "module", run.stepper.model)
-            result = validate(run.val, model, run.stepper.loss, run.stepper.autocast, self.args.precision, env)
+            result = validate(run.val, model, run.stepper.loss, run.stepper.autocast, env)
             metrics |= {f"val/{name}": value for name, value in result.items()}
             if env.is_main:
                 shown = ", ".join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v:,}" for n, v in result.items())

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from open_clip import get_input_dtype
 
 from training.data.build import TrainData
 from training.data.position import Stretch
@@ -50,7 +49,7 @@ class ValidationSet:
 
 @torch.no_grad()
 def validate(
-    val: ValidationSet, model: torch.nn.Module, loss: Callable, autocast: Callable, precision: str, env: DistEnv
+    val: ValidationSet, model: torch.nn.Module, loss: Callable, autocast: Callable, env: DistEnv
 ) -> dict[str, float]:
     """Measures a model on ``--val-data``.
 
@@ -59,7 +58,6 @@ def validate(
         model: a `TrainModel`, in eval mode.
         loss: of training.
         autocast: makes the context of the forward pass.
-        precision: as of open_clip.
         env: this process.
 
     Returns:
@@ -68,9 +66,8 @@ def validate(
     """
     terms, images, texts, num_faults = [], [], [], 0
     for batch in val.data.loader(0, val.stretch, pin=env.device.type == "cuda"):
-        pixels, short, long = batch.inputs(env.device, get_input_dtype(precision))
         with autocast():
-            output = {name: value.float() for name, value in model(pixels, short, long).items()}
+            output = {name: value.float() for name, value in model(*batch.inputs(env.device)).items()}
         terms.append(loss(**output, output_dict=True))
         text = output["text_features"]
         text = text if text.ndim == 3 else text[:, None]
@@ -113,7 +110,7 @@ def evaluate_benchmarks(
     Raises:
         BrokenImageError, FloatingPointError: as an evaluation of its own.
     """
-    options = ComputeOptions(args.batch_size, args.workers, args.precision)
+    options = ComputeOptions(args.batch_size, args.workers, args.precision, args.text_packing != "padded")
     records = evaluate_retrieval(parts, work, env, options, args.allow_missing) if work.sets else []
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
     if env.is_main:

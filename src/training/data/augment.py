@@ -1,9 +1,11 @@
 """Image augmentation by flag: open_clip's own, or the strong one of the published project."""
 
 import ast
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
+import torch
 from open_clip import AugmentationCfg
 from torchvision import transforms
 
@@ -50,3 +52,35 @@ def strong_augmentation(size: int | tuple[int, int], mean: list[float], std: lis
             transforms.Normalize(mean, std),
         ]
     )
+
+
+def without_normalisation(transform: Callable) -> Callable:
+    """Returns PIL image -> [3, H, W] uint8: a transform whose last steps, on floats, are left to the device.
+
+    A transform that does not end in conversion and normalisation (timm's random erasing, ..) stays as it is.
+    """
+    steps = getattr(transform, "transforms", [])
+    last = [type(step) for step in steps[-2:]]
+    # open_clip's own conversion is a ToTensor, too.
+    if len(last) < 2 or not issubclass(last[0], transforms.ToTensor) or last[1] is not transforms.Normalize:
+        return transform
+    return transforms.Compose([*steps[:-2], transforms.PILToTensor()])
+
+
+def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Does what `without_normalisation` left to do: [n, 3, H, W] uint8 -> float32, bit for bit as torchvision.
+
+    Args:
+        pixels: bytes.
+        mean, std: [3, 1, 1], of pixels in [0, 1].
+    """
+    return (pixels.float() / 255 - mean) / std
+
+
+def pixels_needed(transform: Callable) -> int | None:
+    """Returns how short an image's short side may be before a random crop notices: twice what the smallest crop needs.
+
+    None for a transform without open_clip's random crop.
+    """
+    crops = [s for s in getattr(transform, "transforms", []) if isinstance(s, transforms.RandomResizedCrop)]
+    return math.ceil(2 * max(crops[0].size) / math.sqrt(min(crops[0].scale))) if crops else None

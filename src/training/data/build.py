@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader
 
+from training.data.augment import pixels_needed, without_normalisation
 from training.data.captions import CaptionRule, captions_found
 from training.data.faults import BadSample
 from training.data.loader import SampleReader, make_loader, read_record
@@ -99,9 +100,17 @@ def open_source(
     return agree(lambda: checked(shards), env)
 
 
-def open_train_data(args: argparse.Namespace, transform: Callable, tokenizer: Callable, source: Source) -> TrainData:
+def open_train_data(
+    args: argparse.Namespace,
+    transform: Callable,
+    tokenizer: Callable,
+    source: Source,
+    arrange: Callable | None = None,
+) -> TrainData:
     """Puts a source together with what its samples are read through."""
-    reader = SampleReader(transform, tokenizer, caption_rule(args), args.seed, epoch=0)
+    at_least = pixels_needed(transform) if args.fast_decode else None
+    transform = without_normalisation(transform)
+    reader = SampleReader(transform, tokenizer, caption_rule(args), args.seed, 0, at_least, arrange)
     return TrainData(source, reader, args.workers)
 
 

@@ -109,7 +109,7 @@ def _text(value: object) -> str | None:
     if isinstance(value, str):
         return value.strip() or None
     sentences = _sentences(value)
-    return _join(sentences) if sentences else None
+    return join_sentences(sentences) if sentences else None
 
 
 def _sentences(value: object) -> list[str]:
@@ -120,15 +120,16 @@ def _sentences(value: object) -> list[str]:
 
 def _part(pieces: Sequence[str], num_sentences: int, rng: random.Random) -> str:
     if not num_sentences:
-        return pieces[0] if len(pieces) == 1 else _join(pieces)
+        return pieces[0] if len(pieces) == 1 else join_sentences(pieces)
     sentences = [s for piece in pieces for s in split_caption(piece)]
     first = rng.randrange(max(1, len(sentences) - num_sentences + 1))
-    return _join(sentences[first : first + num_sentences]) if sentences else pieces[0]
+    return join_sentences(sentences[first : first + num_sentences]) if sentences else pieces[0]
 
 
 def _first_sentence(pieces: Sequence[str]) -> str:
     return (split_caption(pieces[0]) or pieces)[0]
 
 
-def _join(sentences: Sequence[str]) -> str:
+def join_sentences(sentences: Sequence[str]) -> str:
+    """Makes one text of sentences; those without an end get a full stop."""
     return " ".join(s if s[-1] in ".!?" else s + "." for s in sentences)

@@ -3,11 +3,12 @@
 import io
 import json
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -29,13 +30,14 @@ class TrainBatch(NamedTuple):
     """One step of one process.
 
     Attributes:
-        images: [batch, 3, H, W] float32.
+        images: [batch, 3, H, W], uint8 where the device is to normalise them; or features [batch, dim] in their place.
         short_ids: [batch, length] int64, the short captions, padded to the longest of them.
         long_ids: [batch, num_captions - 1, length] int64, likewise; [batch, 0, 1] where there are none.
         num_tokens: of all captions, without padding.
         keys: shard/key of each sample.
         faults: (kind, shard/key) of each sample that was passed over on the way to this batch.
         position: (worker, slots of its stretch that it has used up with this batch).
+        captions: both kinds together, as the reader's `arrange` gives them; None without one.
     """
 
     images: torch.Tensor
@@ -45,14 +47,21 @@ class TrainBatch(NamedTuple):
     keys: list[str]
     faults: list[tuple[str, str]]
     position: tuple[int, int]
+    captions: object | None = None
 
-    def inputs(self, device: torch.device, dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
-        """(images, short_ids, long_ids) on a device; images also in `dtype`."""
-        return (
-            self.images.to(device, dtype, non_blocking=True),
-            self.short_ids.to(device, non_blocking=True),
-            self.long_ids.to(device, non_blocking=True),
-        )
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the text tower computes, padding included."""
+        if self.captions is not None:
+            return self.captions.num_slots
+        return self.short_ids.numel() + (self.long_ids.numel() if self.long_ids.shape[1] else 0)
+
+    def inputs(self, device: torch.device) -> tuple[object, ...]:
+        """(images, short_ids, long_ids), or (images, None, None, captions), on a device."""
+        images = self.images.to(device, non_blocking=True)
+        if self.captions is not None:
+            return images, None, None, self.captions.to(device)
+        return images, *(ids.to(device, non_blocking=True) for ids in (self.short_ids, self.long_ids))
 
 
 class NoUsableSampleError(RuntimeError):
@@ -69,6 +78,8 @@ class SampleReader:
         rule: which captions.
         seed: of augmentation and caption choice.
         epoch: likewise.
+        at_least: as of `load_rgb`.
+        arrange: token ids of short and of long captions -> what the text tower takes; None leaves them padded.
     """
 
     transform: Callable
@@ -76,6 +87,8 @@ class SampleReader:
     rule: CaptionRule
     seed: int
     epoch: int
+    at_least: int | None = None
+    arrange: Callable | None = None
 
     def __call__(self, raw: RawSample) -> tuple[torch.Tensor, list[str]]:
         """Returns (pixels, texts); raises BadSample."""
@@ -86,7 +99,10 @@ class SampleReader:
             raise BadSample(str(error)) from error
         if not all(map(_is_unicode, texts)):
             raise BadSample("text not UTF-8")
-        return self.transform(_image(raw)), texts
+        if raw.features is not None:
+            view = random.randrange(len(raw.features))
+            return torch.from_numpy(raw.features[view].astype(np.float32)), texts
+        return self.transform(read_image(raw, self.at_least)), texts
 
 
 def read_record(raw: RawSample) -> dict:
@@ -112,12 +128,13 @@ def read_record(raw: RawSample) -> dict:
     return record
 
 
-def _image(raw: RawSample) -> Image.Image:
+def read_image(raw: RawSample, at_least: int | None = None) -> Image.Image:
+    """Returns a sample's picture, decoded as `load_rgb` does; raises BadSample."""
     suffix = next((s for s in IMAGE_SUFFIXES if s in raw.files), None)
     if suffix is None and raw.image_path is None:
         raise BadSample("no image")
     try:
-        return load_rgb(raw.image_path if suffix is None else io.BytesIO(raw.files[suffix]))
+        return load_rgb(raw.image_path if suffix is None else io.BytesIO(raw.files[suffix]), at_least)
     except HugeImageError as error:
         raise BadSample("image too large") from error
     except BrokenImageError as error:
@@ -227,6 +244,8 @@ class TrainBatches(IterableDataset):
             long, num_tokens = tokenise(self.reader.tokenizer, [text for t in texts for text in t[1:]])
         long = long.unflatten(0, (len(texts), num_long))
         batch = TrainBatch(torch.stack(pixels), short, long, num_short + num_tokens, keys, faults, (0, 0))
+        if self.reader.arrange:
+            batch = batch._replace(captions=self.reader.arrange(short, long))
         return batch, len(keys) + len(faults)
 
 
@@ -243,9 +262,48 @@ def tokenise(tokenizer: Callable, texts: list[str], multiple: int = 8) -> tuple[
     pad_id = getattr(tokenizer, "pad_id", getattr(hugging_face, "pad_token_id", 0))
     lengths = (ids != pad_id).sum(dim=1)
     if hasattr(tokenizer, "pad_id"):
+        # CLIP's padding is also the id of an exclamation mark: what counts is where the last token is.
+        lengths = ((ids != pad_id) * torch.arange(1, ids.shape[1] + 1)).amax(dim=1)
         longest = int(lengths.max())
         ids = ids[:, : min(ids.shape[1], -(-longest // multiple) * multiple)].contiguous()
     return ids, int(lengths.sum())
+
+
+def to_device(batches: Iterator[TrainBatch], device: torch.device) -> Iterator[tuple[TrainBatch, tuple]]:
+    """Yields (batch, its inputs on the device); to a GPU, a batch is copied while the one before is computed with."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch, batch.inputs(device)
+        return
+    copying, waiting = torch.cuda.Stream(device), None
+    for batch in chain(batches, [None]):
+        arriving = None
+        if batch is not None:
+            with torch.cuda.stream(copying):
+                arriving = batch, batch.inputs(device), copying.record_event()
+        if waiting is not None:
+            batch_before, inputs, copied = waiting
+            computing = torch.cuda.current_stream(device)
+            computing.wait_event(copied)
+            for tensor in _tensors(inputs):
+                tensor.record_stream(computing)
+            yield batch_before, inputs
+        waiting = arriving
+
+
+def _outlive_signals(_: int) -> None:
+    """SLURM signals every process of a job; a worker that ends by it would end training before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """All tensors in tuples of tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _as_it_is(batch: TrainBatch) -> TrainBatch:
@@ -261,4 +319,5 @@ def make_loader(source: Source, reader: SampleReader, stretch: Stretch, num_work
         num_workers=num_workers,
         pin_memory=pin,
         prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_outlive_signals,
     )

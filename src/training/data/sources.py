@@ -13,12 +13,15 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from typing import Protocol
 
 from webdataset.shardlists import expand_urls
 
-from training.data.tar import BrokenShardError, RawSample, index_shard, is_local, read_samples, read_sizes
+from training.data.features import SUFFIX as FEATURES
+from training.data.features import count_features, feature_files, is_feature_folder, read_features
+from training.data.tar import BrokenShardError, Part, RawSample, index_shard, is_local, read_samples, read_sizes
 from training.params_train import SHUFFLE_WINDOW
 
 
@@ -68,6 +71,10 @@ class ShardSource:
         shuffled = shuffle_windows(stream, self.window, f"{self.seed}/{epoch}/{start}", number)
         yield from itertools.islice(shuffled, within, None)
 
+    def parts(self) -> list[Part]:
+        """The shards."""
+        return [Part(os.path.basename(u), size, partial(read_shard, u)) for u, size in zip(self.urls, self.sizes)]
+
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
         return _fingerprint("shards", _names(self.urls), self.sizes, self.seed, self.window)
@@ -81,7 +88,7 @@ class ShardSource:
             done, last = max(start - begin, 0), min(stop - begin, size)
             fault = BrokenShardError(f"{url}: fewer samples than sizes.json counts")
             try:
-                for sample in read_samples(url, done, last):
+                for sample in read_shard(url, done, last):
                     yield sample
                     done += 1
             except BrokenShardError as error:
@@ -126,11 +133,16 @@ class ResampledShards:
                 skip -= first
                 if first == size:
                     continue
-            for item in _with_fault(read_samples(url, first)):
+            for item in _with_fault(read_shard(url, first)):
                 if skip:
                     skip -= 1
                 else:
                     yield item
+
+
+def read_shard(url: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
+    """Reads a tar shard, or a file of features: see `tar.read_samples`."""
+    return read_features(url, first, stop) if url.endswith(FEATURES) else read_samples(url, first, stop)
 
 
 def _names(urls: Sequence[str]) -> list[str]:
@@ -144,6 +156,8 @@ def _fingerprint(*parts: object) -> str:
 def _whole_size(url: str) -> int | None:
     """Samples of a local shard without faults; of any other only reading tells how many items it gives."""
     try:
+        if url.endswith(FEATURES):
+            return count_features(url)
         index = index_shard(url) if is_local(url) else None
     except OSError:
         return None
@@ -174,12 +188,16 @@ def shuffle_windows(stream: Iterator, window: int, name: str, first: int = 0) ->
 def expand_sources(spec: str) -> list[list[str]]:
     """Expands the flag: sources apart by ``::``, each a folder (its ``*.tar``), a URL with braces, or a file.
 
+    A folder of image features stands for its files.
+
     Raises:
         FileNotFoundError, ValueError: a local shard or folder is not there, or a folder holds none.
     """
     sources = []
     for part in spec.split("::"):
-        if os.path.isdir(part):
+        if is_feature_folder(part):
+            urls = feature_files(part)
+        elif os.path.isdir(part):
             urls = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
             if not urls:
                 raise ValueError(f"{part}: no *.tar in this folder")
@@ -202,6 +220,8 @@ def count_samples(urls: Sequence[str]) -> list[int]:
     Raises:
         ValueError: a remote shard that no sizes.json counts, or a local one that is no tar file.
     """
+    if all(url.endswith(FEATURES) for url in urls):
+        return [count_features(url) for url in urls]
     folders = {os.path.dirname(url) for url in urls if not url.startswith("pipe:")}
     sizes = {folder: read_sizes(folder) for folder in folders}
     known = [sizes.get(os.path.dirname(url), {}).get(os.path.basename(url)) for url in urls]

@@ -2,14 +2,17 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from training.data.tar import RawSample
+from training.data.tar import Part, RawSample
+
+ROWS_PER_PART = 10_000
 
 
 class TableSource:
@@ -31,10 +34,19 @@ class TableSource:
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
         """As `sources.Source.read`."""
         order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.num_samples)
-        for row in map(int, order[start + skip : stop]):
+        return self._rows(map(int, order[start + skip : stop]))
+
+    def _rows(self, numbers: Iterable[int]) -> Iterator[RawSample]:
+        for row in numbers:
             record = {column: values[row].as_py() for column, values in self.captions.items()}
             path = os.path.join(self.folder, self.paths[row].as_py() or "")
             yield RawSample(str(row), self.name, {}, record, path)
+
+    def parts(self) -> list[Part]:
+        """Stretches of the table, in its own order."""
+        starts = range(0, self.num_samples, ROWS_PER_PART)
+        ranges = [range(start, min(start + ROWS_PER_PART, self.num_samples)) for start in starts]
+        return [Part(self.name, len(rows), partial(self._rows, rows)) for rows in ranges]
 
     def fingerprint(self) -> str:
         """As `sources.Source.fingerprint`."""

@@ -5,10 +5,12 @@ import logging
 import os
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
@@ -44,6 +46,7 @@ class RawSample:
         record: captions that come with the row; those of a shard are in its ``json`` and ``txt``.
         image_path: where a row's image is.
         fault: kind of fault that makes the whole sample unusable.
+        features: [views, dim] float16 in place of an image: see features.py.
     """
 
     key: str
@@ -52,6 +55,18 @@ class RawSample:
     record: dict
     image_path: str | None = None
     fault: str | None = None
+    features: np.ndarray | None = None
+
+
+class Part(NamedTuple):
+    """A shard, or a stretch of a table: `read` yields its samples in the order they lie there.
+
+    A part that breaks off raises BrokenShardError.
+    """
+
+    name: str
+    size: int
+    read: Callable[[], Iterator[RawSample]]
 
 
 def is_local(url: str) -> bool:
@@ -100,6 +115,8 @@ def index_shard(path: str | Path) -> ShardIndex:
             position += _BLOCK + body
             if kind not in _NAME_KINDS:
                 member_start = position
+    if 0 < len(header) < _BLOCK:
+        position += _BLOCK
     if position > size_on_disk:
         return ShardIndex(offsets, f"{path}: cut short, {size_on_disk:,} of at least {position:,} bytes are there")
     return ShardIndex(offsets, None)

@@ -19,6 +19,7 @@ from torchvision.transforms import Compose
 from dataloaders.images import to_rgb
 from training.model.config import ModelSpec, find_pretrained_folder, resolve_model_config
 from training.model.hf_encoders import encoder_config, load_pretrained_encoder
+from training.model.packing import CaptionArranger
 from training.model.source import WEIGHT_SUFFIXES, resolve_weights
 from training.model.text_tower import CornerCLIPText, CornerHFText, LotlipCLIP
 from training.model.tokenizer import create_tokenizer
@@ -228,9 +229,11 @@ class EncoderParts:
         preprocess: PIL image -> [3, H, W], for evaluation.
         tokenizer: texts -> ids [n, seq_len].
         train_transform: PIL image -> [3, H, W], with random cropping.
+        arrange: of a batch's captions, see `packing`; None leaves them padded.
     """
 
     model: torch.nn.Module
     preprocess: Callable
     tokenizer: Callable
     train_transform: Callable
+    arrange: CaptionArranger | None = None

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from training.model.config import find_pretrained_folder
 from training.model.corner import additive_mask
+from training.model.packing import Row
+from training.model.row_attention import make_row_mask
 
 BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert")
 SUPPORTED = (*BERT_LIKE, "modernbert")
@@ -114,6 +116,25 @@ def run_encoder(encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) ->
     if hasattr(encoder, "_update_attention_mask"):
         return encoder(input_ids=ids, attention_mask=(full, sliding))[0]
     return encoder(input_ids=ids, attention_mask={"full_attention": full, "sliding_attention": sliding})[0]
+
+
+def run_encoder_on_row(encoder: nn.Module, row: Row, num_corners: int) -> torch.Tensor:
+    """Runs an encoder of BERT's kin on captions that stand in one row, each under the corner rule.
+
+    Args:
+        encoder: of `build_encoder`, after `row_attention.let_attend_in_rows`.
+        row: on the encoder's device.
+        num_corners: m.
+
+    Returns:
+        Last hidden states [1, budget, width].
+    """
+    config = encoder.config
+    hidden = encoder.embeddings(input_ids=row.ids, position_ids=row.positions + position_offset(config))
+    # FlexAttention knows no dropout of attention, and no backward pass on the CPU.
+    has_dropout = encoder.training and config.attention_probs_dropout_prob > 0
+    mask = make_row_mask(row, num_corners, hidden.dtype, use_flex=hidden.is_cuda and not has_dropout)
+    return encoder.encoder(hidden, attention_mask=mask)[0]
 
 
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:

@@ -20,6 +20,7 @@ from training.model.corner import (
     suffix_attention,
 )
 from training.model.hf_encoders import (
+    BERT_LIKE,
     DEFAULT_POOLER,
     POOLERS,
     build_encoder,
@@ -27,7 +28,10 @@ from training.model.hf_encoders import (
     fit_context,
     position_offset,
     run_encoder,
+    run_encoder_on_row,
 )
+from training.model.packing import BUCKET_COST_GPU, CaptionArranger, Captions
+from training.model.row_attention import can_attend_in_rows, let_attend_in_rows, row_slots
 
 
 class _CornerTower(nn.Module):
@@ -103,6 +107,45 @@ class CornerHFText(_CornerTower):
         keep = ids != self.pad_id
         hidden = run_encoder(self.transformer, ids, prefix_attention(keep, self.num_corners))
         return self.proj(self._pool(hidden, keep))
+
+    def arranger(self, mode: str, device: torch.device, compiled: bool = False) -> CaptionArranger | None:
+        """Returns what arranges captions for `packed_features`; None: they stay padded.
+
+        Args:
+            mode: ``auto``, or one of `packing.MODES`.
+            device: where the tower runs.
+            compiled: the tower is compiled, so that new shapes are dear: ``auto`` takes no buckets.
+
+        Raises:
+            ValueError: ``flex`` with an encoder that has no attention in rows.
+        """
+        in_rows = self.transformer.config.model_type in BERT_LIKE and can_attend_in_rows(self.transformer)
+        if mode == "auto":
+            mode = "flex" if device.type == "cuda" and in_rows else "padded" if compiled else "buckets"
+        if mode == "padded":
+            return None
+        if mode == "flex":
+            if not in_rows:
+                raise ValueError(
+                    f"--text-packing flex: needs transformers 5 and a text tower of {', '.join(BERT_LIKE)}, this one "
+                    f"is {self.transformer.config.model_type}; take buckets"
+                )
+            let_attend_in_rows(self.transformer)
+        if device.type == "cuda":
+            return CaptionArranger(mode, self.pad_id, BUCKET_COST_GPU, multiple=8)
+        return CaptionArranger(mode, self.pad_id)
+
+    def packed_features(self, captions: Captions) -> torch.Tensor:
+        """Features of captions that `packing.CaptionArranger` has arranged, as `all_features` gives them."""
+        if captions.row is None:
+            parts = [self.all_features(ids) for ids in captions.buckets]
+            return torch.cat(parts).index_select(0, captions.places)
+        row = captions.row
+        hidden = run_encoder_on_row(self.transformer, row, self.num_corners)[0]  # [budget, width]
+        slots, keep = row_slots(row)
+        if self.pooler_type not in ("mean_pooler", "max_pooler"):  # the others need special tokens alone
+            slots, keep = slots[:, : self.num_corners + 1], keep[:, : self.num_corners + 1]
+        return self.proj(self._pool(hidden[slots], keep))
 
     def _pool(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """[batch, seq_len, width] -> [batch, m + 1, width]."""

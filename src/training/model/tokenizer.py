@@ -46,9 +46,13 @@ class _CornerTokenizer:
             target[: len(row)] = torch.tensor(row)
         return ids
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Returns the number of tokens of each text, special and corner tokens included, however many."""
+        return [len(row) for row in self._encode(list(texts), None)]
+
     def count_lost_tokens(self, texts: Sequence[str]) -> list[int]:
         """Returns for each text the number of tokens that do not fit the context length; 0 if it fits."""
-        return [max(0, len(row) - self.context_length) for row in self._encode(list(texts), None)]
+        return [max(0, length - self.context_length) for length in self.count_tokens(texts)]
 
     def _encode(self, texts: list[str], length: int | None) -> list[list[int]]:
         """Ids with special and corner tokens; at most `length` of them, the last special token kept."""

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from dataloaders.files import NUM_THREADS, ShardMember
-from dataloaders.images import to_rgb
+from dataloaders.images import BrokenImageError, load_rgb
 
 # Longest side in pixels and WebP quality, from what looks good on a phone down to what still tells scenes apart.
 STEPS = ((160, 60), (128, 55), (112, 50), (96, 45), (80, 40), (64, 40), (56, 35), (48, 30), (40, 20))
@@ -49,12 +48,10 @@ def _make_all(paths: Sequence[Path | ShardMember], step: tuple[int, int]) -> lis
 
 def _thumbnail(path: Path | ShardMember, edge: int, quality: int) -> bytes:
     try:
-        with Image.open(path.open() if isinstance(path, ShardMember) else path) as image:
-            image.draft("RGB", (2 * edge, 2 * edge))  # JPEG decodes at half, a quarter or an eighth for less
-            image = to_rgb(image)
-            image.thumbnail((edge, edge))
-            buffer = io.BytesIO()
-            image.save(buffer, "WEBP", quality=quality)
-            return buffer.getvalue()
-    except Exception:  # Pillow's readers raise anything; a report is no place to fail, its page says "no picture"
+        image = load_rgb(path, at_least=2 * edge)
+    except BrokenImageError:
         return b""
+    image.thumbnail((edge, edge))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality)
+    return buffer.getvalue()

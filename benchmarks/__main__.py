@@ -1,0 +1,72 @@
+"""Measures ours against the published scheme, figure by figure, in one process.
+
+    python -m benchmarks [--quick] [--json FILE] [--only loss,text_step] [--device cpu]
+
+Every figure first checks that both sides give the same. Printed is a table of ratios (baseline over ours, so more is
+better); FILE gets all numbers, and a picture of the ratios beside it (.png).
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+FIGURES = ("text_step", "loss", "train_step", "evaluation", "data_loading")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, 1 if a figure's two sides differ, 2 for a usage error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="smallest sizes: about a minute on two CPU cores")
+    parser.add_argument("--json", default="logs/benchmarks.json", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--only", default=",".join(FIGURES), metavar="N,N", help="which figures (default: %(default)s)")
+    parser.add_argument("--device", default=None, metavar="DEV", help="cuda or cpu (default: cuda if there is one)")
+    args = parser.parse_args(argv)
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in FIGURES]:
+        parser.error(f"--only {args.only}: no figure is called {unknown[0]}; there are {', '.join(FIGURES)}")
+    path = Path(args.json)
+    if path.suffix == ".png" or path.is_dir():
+        parser.error(f"--json {args.json}: expected the name of a file; the picture gets the same with .png")
+    try:
+        return _run(args, names, path)
+    except AssertionError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _run(args: argparse.Namespace, names: list[str], path: Path) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, by which memory is counted on the CPU, is talkative
+    import torch
+    from tqdm import tqdm
+
+    from benchmarks.measure import Setting
+    from benchmarks.report import draw, format_table, to_json
+    from training.distributed import check_device
+
+    check_device(args.device)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    modules = [importlib.import_module(f"benchmarks.{name}") for name in names]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = []
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(device, args.quick, Path(folder), repeats=2 if args.quick else 3)
+        for module in tqdm(modules, desc="benchmarks", disable=not sys.stderr.isatty()):
+            figures += module.run(setting)
+            path.write_text(json.dumps(to_json(figures, setting), indent=1) + "\n")  # what is done stays
+    draw(figures, path.with_suffix(".png"))
+    print(format_table(figures))
+    print(f"\nRatios are baseline over ours. Numbers: {path}   Picture: {path.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""The published scheme, written plainly by us: what ours is held against.
+
+Every caption is padded to the context length, masks are made sample by sample in Python, all captions run as one batch;
+the loss forms both logits matrices of every text feature; each benchmark is encoded by itself, in its own order.
+
+Source: LoTLIP (arXiv 2410.05249) and the behaviour of its published code; none of that code is used.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from dataloaders.images import load_rgb
+from training.model.corner import features_of_captions
+from training.model.hf_encoders import run_encoder
+from training.model.text_tower import CornerHFText
+
+
+def attention_by_sample(ids: torch.Tensor, pad_id: int, num_corners: int) -> torch.Tensor:
+    """Who may attend to whom [batch, seq_len, seq_len], one caption after another."""
+    masks = []
+    for caption in ids:
+        length = len(caption)
+        mask = (caption != pad_id)[None, :].repeat(length, 1)
+        mask[:, 1 : 1 + num_corners] = False
+        for corner in range(1, 1 + num_corners):
+            mask[corner, 0] = False
+            mask[corner, corner] = True
+        masks.append(mask)
+    return torch.stack(masks)
+
+
+def text_features(text: CornerHFText, ids: torch.Tensor) -> torch.Tensor:
+    """[batch, num_captions, 128] -> [batch, T, dim], not normalised."""
+    rows = ids.flatten(0, 1)
+    hidden = run_encoder(text.transformer, rows, attention_by_sample(rows, text.pad_id, text.num_corners))
+    special = hidden[:, : text.num_corners + 1]
+    pooled = torch.tanh(text.transformer.pooler.dense(special))
+    return features_of_captions(text.proj(pooled), len(ids))
+
+
+def loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """[batch, dim] and [batch, T, dim], normalised; both weights 1."""
+    target = torch.arange(len(images), device=images.device)
+    total = 0.0
+    for number in range(texts.shape[1]):
+        per_image = scale * images @ texts[:, number].T
+        per_text = scale * texts[:, number] @ images.T
+        total = total + (cross_entropy(per_image, target) + cross_entropy(per_text, target)) / (2 * texts.shape[1])
+    return total
+
+
+@torch.no_grad()
+def evaluate_set(
+    model: torch.nn.Module,
+    preprocess: Callable,
+    tokenizer: Callable,
+    files: Sequence,
+    captions: Sequence[str],
+    batch_size: int,
+    device: torch.device,
+) -> tuple[float, float]:
+    """R@1 image to text and text to image of one set of pairs, image i with caption i, by argmax."""
+    images, texts = [], []
+    for start in range(0, len(files), batch_size):
+        part = slice(start, start + batch_size)
+        pixels = torch.stack([preprocess(load_rgb(file)) for file in files[part]])
+        images.append(normalize(model.encode_image(pixels.to(device)).float(), dim=-1))
+        texts.append(normalize(model.encode_text(tokenizer(list(captions[part])).to(device)).float(), dim=-1))
+    similarity = torch.cat(images) @ torch.cat(texts).T
+    own = torch.arange(len(files), device=device)
+    hits = (similarity.argmax(1) == own), (similarity.argmax(0) == own)
+    return tuple(float(hit.float().mean()) for hit in hits)

@@ -1,0 +1,78 @@
+"""Figures as a table, a picture and a JSON file."""
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from benchmarks.measure import Figure, Setting
+
+RATIOS = ("time_ratio", "memory_ratio", "token_ratio")
+
+
+def to_json(figures: Sequence[Figure], setting: Setting) -> dict[str, object]:
+    """All numbers: NAME.time_ratio and others, and under ``machine`` where they are from."""
+    content: dict[str, object] = {f.name: {"title": f.title, **f.ratios, **f.facts} for f in figures}
+    device = torch.cuda.get_device_name(setting.device) if setting.on_gpu else platform.processor() or "CPU"
+    content["machine"] = {
+        "device": f"{setting.device.type}: {device}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quick": setting.quick,
+    }
+    return content
+
+
+def format_table(figures: Sequence[Figure]) -> str:
+    """One row per figure: ratios, tokens per image, speed, peak memory."""
+    rows = []
+    for figure in figures:
+        facts, row = figure.facts, {"figure": figure.title}
+        for name, heading in zip(RATIOS, ("time, x", "peak memory, x", "tokens, x")):
+            row[heading] = f"{figure.ratios[name]:.2f}" if name in figure.ratios else ""
+        row["seconds"] = _pair(facts.get("seconds"), "{:.3g}")
+        row["peak MB"] = _pair(facts.get("peak_bytes"), "{:,.0f}", 1e6)
+        row["tokens/image"] = _pair(facts.get("tokens_per_image"), "{:.1f}")
+        row["TFLOP/s (utilisation)"] = ""
+        if "tflop_per_s" in facts:
+            row["TFLOP/s (utilisation)"] = f"{facts['tflop_per_s']:.3g} ({facts['flop_utilisation']:.0%})"
+        rows.append(row)
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _pair(numbers: dict[str, float] | None, form: str, unit: float = 1) -> str:
+    if numbers is None:
+        return ""
+    return " / ".join(form.format(numbers[side] / unit) for side in ("baseline", "ours"))
+
+
+def draw(figures: Sequence[Figure], path: Path) -> None:
+    """Writes a picture of all ratios."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = dict(zip(RATIOS, ("tab:blue", "tab:orange", "tab:green")))
+    bars = [
+        (f"{f.name}: {name.removesuffix('_ratio')}", f.ratios[name], colors[name])
+        for f in figures
+        for name in RATIOS
+        if name in f.ratios
+    ]
+    chart, axes = pyplot.subplots(figsize=(8, 1 + 0.35 * len(bars)))
+    labels, values, shades = zip(*bars)
+    drawn = axes.barh(labels, values, color=shades)
+    axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("published scheme over ours (more is better)")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    chart.tight_layout()
+    chart.savefig(path, dpi=120)
+    pyplot.close(chart)

@@ -1,0 +1,186 @@
+"""Image features of a locked tower, computed once: a Parquet file per shard, read as a tar shard is.
+
+    FOLDER/features.json                    whose features they are (`FeatureInfo`), of what, how many
+    FOLDER/000000.features.parquet, ..      columns key, record (the captions, as JSON), features (float16, views x dim)
+
+Features take 2 x views x dim bytes a sample (1,536 for one view of ViT-B: 154 GB for 100M images), captions what zstd
+leaves of them.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training.data.faults import Totals
+from training.data.tar import BrokenShardError, RawSample
+
+SUFFIX = ".features.parquet"
+INDEX = "features.json"
+ROWS_PER_GROUP = 1000  # what is read at a time
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """Whose features they are.
+
+    Attributes:
+        model: its name, for messages.
+        tower: fingerprint of the image tower's weights.
+        preprocessing: the image tower's size, mean, std, ..
+        views: augmented views of each image; 0: one view as in evaluation.
+        augmentation: of the views, for messages.
+        precision: the tower's.
+    """
+
+    model: str
+    tower: str
+    preprocessing: dict
+    views: int
+    augmentation: str
+    precision: str
+
+    def differences(self, other: "FeatureInfo") -> list[str]:
+        """Names what makes two sets of features no match for each other."""
+        return [name for name in ("tower", "preprocessing") if getattr(self, name) != getattr(other, name)]
+
+
+def is_feature_folder(path: str) -> bool:
+    """Whether a folder holds features."""
+    return os.path.isfile(os.path.join(path, INDEX))
+
+
+def write_index(folder: Path, info: FeatureInfo, sources: Sequence[str], counts: dict | None) -> None:
+    """Writes FOLDER/features.json; without `counts` it says that files are still lacking."""
+    content = {"info": asdict(info), "sources": list(sources), "counts": counts}
+    temporary = folder / f"{INDEX}.tmp"
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, folder / INDEX)
+
+
+def read_index(folder: str | Path) -> tuple[FeatureInfo, list[str], dict | None]:
+    """Returns (info, sources, counts) of FOLDER/features.json.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    path = Path(folder) / INDEX
+    try:
+        content = json.loads(path.read_text())
+        return FeatureInfo(**content["info"]), content["sources"], content["counts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an index of image features ({error})") from error
+
+
+def feature_files(folder: str) -> list[str]:
+    """Returns a folder's files in order.
+
+    Raises:
+        ValueError: some are lacking.
+    """
+    _, sources, counts = read_index(folder)
+    paths = [os.path.join(folder, f"{number:06d}{SUFFIX}") for number in range(len(sources))]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing or counts is None:
+        raise ValueError(
+            f"{folder}: {len(missing):,} of {len(paths):,} files of features are lacking; run the same "
+            "--extract-image-features once more, it goes on where it stopped"
+        )
+    return paths
+
+
+def feature_info(spec: str) -> FeatureInfo | None:
+    """Returns whose features the sources of ``--train-data`` hold; None if they hold images.
+
+    Raises:
+        ValueError: features beside images, or features of different towers.
+    """
+    parts = spec.split("::")
+    infos = [read_index(part)[0] for part in parts if is_feature_folder(part)]
+    if not infos:
+        return None
+    if len(infos) != len(parts):
+        raise ValueError(f"{spec}: image features beside images; extract all sources, or none")
+    for part, info in zip(parts, infos):
+        if different := infos[0].differences(info):
+            raise ValueError(f"{part}: features of another image tower than {parts[0]}'s ({', '.join(different)})")
+    return infos[0]
+
+
+def write_features(
+    path: Path, source: str, keys: Sequence[str], records: Sequence[dict], features: np.ndarray, totals: Totals
+) -> None:
+    """Writes a shard's samples, whole or not at all.
+
+    Args:
+        path: ``NUMBER.features.parquet``.
+        source: the shard they come from; with the key it names a sample in random streams.
+        keys, records: one per sample.
+        features: [samples, views, dim] float16.
+        totals: samples read and passed over.
+    """
+    count, views, dim = features.shape
+    flat = pa.array(np.ascontiguousarray(features).reshape(-1))
+    table = pa.table(
+        {
+            "key": pa.array(keys, pa.string()),
+            "record": pa.array([json.dumps(r, ensure_ascii=False) for r in records], pa.large_string()),
+            "features": pa.FixedSizeListArray.from_arrays(flat, views * dim),
+        }
+    ).replace_schema_metadata(
+        {"source": source, "views": str(views), "dim": str(dim), "totals": json.dumps(totals.to_dict())}
+    )
+    temporary = path.with_suffix(".tmp")
+    compression = {"key": "zstd", "record": "zstd", "features.list.element": "none"}
+    pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression=compression, use_dictionary=False)
+    os.replace(temporary, path)
+
+
+def count_features(path: str) -> int:
+    """Samples of a file.
+
+    Raises:
+        BrokenShardError: it is none.
+    """
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BrokenShardError(
+            f"{path}: not a readable file of features ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def read_totals(paths: Sequence[str]) -> Totals:
+    """Adds up the samples that files were made from."""
+    totals = Totals()
+    for path in paths:
+        totals.add(Totals.from_dict(json.loads(pq.read_metadata(path).metadata[b"totals"])))
+    return totals
+
+
+def read_features(path: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
+    """Reads the samples number `first` to `stop` of a file; arguments and errors as `tar.read_samples`."""
+    try:
+        with pq.ParquetFile(path) as file:
+            meta = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
+            views, dim = int(meta["views"]), int(meta["dim"])
+            stop = file.metadata.num_rows if stop is None else min(stop, file.metadata.num_rows)
+            begin = 0
+            for group in range(file.metadata.num_row_groups):
+                end = begin + file.metadata.row_group(group).num_rows
+                if begin < stop and end > first:
+                    table = file.read_row_group(group)
+                    features = table.column("features").combine_chunks().flatten().to_numpy()
+                    features = features.reshape(-1, views, dim)
+                    keys, records = table.column("key").to_pylist(), table.column("record").to_pylist()
+                    for row in range(max(first - begin, 0), min(stop, end) - begin):
+                        record = json.loads(records[row])
+                        yield RawSample(keys[row], meta["source"], {}, record, features=features[row])
+                begin = end
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError, AttributeError) as error:
+        raise BrokenShardError(f"{path}: {type(error).__name__}: {str(error)[:200]}") from error

@@ -1,0 +1,151 @@
+"""Attention within each of many captions that stand one after another in a row, under the corner rule.
+
+Two kernels for the same: FlexAttention, which skips what lies outside a caption's blocks; and, where that can't be had
+(attention dropout, the CPU), PyTorch's own attention over the captions side by side, padded for this alone: the linear
+layers, nearly all of a text tower's work, see no padding either way.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from training.model.corner import additive_mask, prefix_attention
+from training.model.packing import ROW_BLOCK, Row
+
+NAME = "lotlip_rows"
+
+
+class RowMask(NamedTuple):
+    """What the layers' attention needs to know of a row; either `blocks` or the rest.
+
+    Attributes:
+        blocks: a BlockMask of FlexAttention.
+        slots: [n, longest] int64, index in the row of each caption's tokens.
+        home: [budget] int64, index in `slots` (flat) of each token of the row.
+        allowed: [n, 1, longest, longest], additive.
+    """
+
+    blocks: object | None
+    slots: torch.Tensor | None
+    home: torch.Tensor | None
+    allowed: torch.Tensor | None
+
+
+def row_slots(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index in the row of each caption's tokens [n, longest], and whether there is such a token."""
+    position = torch.arange(row.longest, device=row.starts.device)
+    keep = position < row.lengths[:, None]
+    return (row.starts[:, None] + position).clamp(max=row.ids.shape[1] - 1), keep
+
+
+def make_row_mask(row: Row, num_corners: int, dtype: torch.dtype, use_flex: bool) -> RowMask:
+    """Prepares a row's attention.
+
+    Args:
+        row: of `packing.CaptionArranger`, on the device.
+        num_corners: m; the corners are at positions 1..m of each caption.
+        dtype: of the hidden states.
+        use_flex: take FlexAttention.
+    """
+    if use_flex:
+        return RowMask(_block_mask(row, num_corners), None, None, None)
+    slots, keep = row_slots(row)
+    num_captions = len(row.starts)
+    home = row.captions.clamp(max=num_captions - 1) * row.longest + row.positions[0]
+    return RowMask(None, slots, home, additive_mask(prefix_attention(keep, num_corners), dtype))
+
+
+def _block_mask(row: Row, num_corners: int) -> object:
+    """The rule of `corner.prefix_attention` within each caption; made on the device, without looking at its values."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    captions, positions = row.captions, row.positions[0]
+
+    def rule(batch, head, query, key):
+        is_corner_query = (positions[query] >= 1) & (positions[query] <= num_corners) & (query != key)
+        is_corner_key = (positions[key] >= 1) & (positions[key] <= num_corners) & (query != key)
+        hidden = is_corner_key | (is_corner_query & (positions[key] == 0))
+        return (captions[query] == captions[key]) & ~hidden
+
+    num_blocks = len(row.first_blocks)
+    count = row.last_blocks - row.first_blocks + 1
+    index = torch.arange(num_blocks, device=count.device)
+    indices = (row.first_blocks[:, None] + index) % num_blocks  # those that count come first
+    return BlockMask.from_kv_blocks(
+        count.int()[None, None],
+        indices.int()[None, None],
+        BLOCK_SIZE=ROW_BLOCK,
+        mask_mod=rule,
+        seq_lengths=(num_blocks * ROW_BLOCK,) * 2,
+    )
+
+
+@cache
+def _compiled_flex() -> object:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: object, scaling: float):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    kernel = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    return kernel(query, key, value, block_mask=blocks, scale=scaling).transpose(1, 2).contiguous()
+
+
+def _side_by_side(query, key, value, mask: RowMask, dropout: float, scaling: float) -> torch.Tensor:
+    """[1, heads, budget, d] each -> [1, budget, heads, d], by way of [n, heads, longest, d]."""
+
+    def spread(rows: torch.Tensor) -> torch.Tensor:
+        rows = rows[0].transpose(0, 1).index_select(0, mask.slots.flatten())  # [n x longest, heads, d]
+        return rows.unflatten(0, mask.slots.shape).transpose(1, 2)
+
+    out = scaled_dot_product_attention(
+        spread(query), spread(key), spread(value), mask.allowed, dropout_p=dropout, scale=scaling
+    )
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, mask.home)[None]
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """An attention function as transformers calls it: of rows here, of anything else as its own ``sdpa``."""
+    if not isinstance(attention_mask, RowMask):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if attention_mask.blocks is not None:
+        return _flex(query, key, value, attention_mask.blocks, scaling), None
+    return _side_by_side(query, key, value, attention_mask, dropout, scaling), None
+
+
+def can_attend_in_rows(encoder: nn.Module) -> bool:
+    """Tells whether this transformers lets an encoder's attention be replaced."""
+    try:
+        from torch.nn.attention.flex_attention import BlockMask  # noqa: F401
+        from transformers import AttentionInterface  # noqa: F401
+        from transformers.masking_utils import AttentionMaskInterface  # noqa: F401
+    except ImportError:
+        return False
+    return bool(getattr(encoder, "_supports_attention_backend", False))
+
+
+def let_attend_in_rows(encoder: nn.Module) -> None:
+    """Makes `attend` the encoder's attention, for good; without rows it is ``sdpa`` as before."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    encoder.set_attn_implementation(NAME)

@@ -1,0 +1,1 @@
+"""From caption tables and images to training shards: `python -m training.prepare --help`."""

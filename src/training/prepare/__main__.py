@@ -1,0 +1,41 @@
+"""The entry point: `python -m training.prepare --help`."""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from training.prepare.params import build_parser
+
+MODULES = {"inspect": "inspect_shards"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        Exit code: 0 done, 1 failed on some data, 2 the command can't be run as it stands, 130 Ctrl-C.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return _run(args)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{parser.prog} {args.command}: error: {error}\n")
+    except OSError as error:  # a full disk, a lost mount
+        print(f"{parser.prog} {args.command}: {error}; the same command goes on from here", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    module = MODULES.get(args.command, args.command)
+    return importlib.import_module(f"training.prepare.{module}").run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

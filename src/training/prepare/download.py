@@ -1,0 +1,224 @@
+"""`prepare download`: the images of caption tables into shards, fetched by img2dataset, and what became of each.
+
+img2dataset runs as a command of its own. It asks for another webdataset than we do, so it may live in another
+environment, and on a cluster it often does.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataloaders.files import parallel_map
+from training.data.tar import index_shard
+from training.prepare.columns import KEY, RAW, URL
+from training.prepare.work import format_counts, load_json, write_json
+
+STATE = ".download"
+# Fewer kinds than messages: addresses and numbers in them differ.
+FAILURE_KINDS = (
+    (r"HTTP Error (\d+)", r"HTTP \1"),
+    (r"timed? ?out", "timed out"),
+    (r"Name or service not known|name resolution|nodename nor servname|No address associated", "no such host"),
+    (r"certificate|SSL", "TLS"),
+    (r"refused", "connection refused"),
+    (r"reset|closed connection|IncompleteRead|Remote end", "connection broke off"),
+    (r"unknown url type|no host given|Invalid|unparsable|control characters", "bad URL"),
+    (r"decod|identify|cv2|image", "no readable image"),
+    (r"X-Robots-Tag", "not allowed by X-Robots-Tag"),
+)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What is to be fetched.
+
+    Attributes:
+        path: Parquet file, or folder of them.
+        sizes: rows of each file.
+        captions: caption columns.
+    """
+
+    path: Path
+    sizes: tuple[int, ...]
+    captions: tuple[str, ...]
+
+    def num_shards(self, per_shard: int) -> int:
+        """img2dataset begins a new shard with each table."""
+        return sum(-(-size // per_shard) for size in self.sizes)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns 0 if every shard is there and whole, else 1."""
+    tables = read_tables(Path(args.tables))
+    out = Path(args.out)
+    words = command_line(tables, args)
+    if args.print_command:
+        print(shlex.join(words))
+        return 0
+    settings = {"tables": [list(tables.sizes), list(tables.captions)], "samples_per_shard": args.samples_per_shard}
+    settings |= {"image_size": args.image_size, "resize_mode": args.resize_mode}
+    known = load_json(out / STATE / "settings.json")
+    if known not in (None, settings):
+        raise ValueError(f"--out {out}: begun from other tables or with other sizes; take another folder")
+    if not args.check_only:
+        words[0] = _find_engine(words)
+        write_json(out / STATE / "settings.json", settings)
+        (out / "sizes.json").unlink(missing_ok=True)  # img2dataset takes every .json there for one of its own
+        code = subprocess.run(words, check=False).returncode
+        if code:
+            print(f"img2dataset ended with exit code {code}", file=sys.stderr)
+    report = check(out, tables, args.samples_per_shard)
+    write_json(out / STATE / "report.json", report)
+    write_json(out / "sizes.json", report.pop("sizes"))
+    if args.summary:
+        write_json(Path(args.summary), report)
+    print(describe(report))
+    return 0 if not report["missing_shards"] and not report["bad_shards"] else 1
+
+
+def read_tables(path: Path) -> Tables:
+    """Reads the size and columns of tables written by `tables`.
+
+    Raises:
+        FileNotFoundError, ValueError: not there, or no such tables.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path}: no *.parquet in this folder; it is made by: python -m training.prepare tables")
+    try:
+        metadata = [pq.read_metadata(file) for file in files]
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not Parquet ({str(error).splitlines()[0][:200]})") from error
+    names = metadata[0].schema.to_arrow_schema().names
+    if URL not in names:
+        raise ValueError(f"{files[0]}: no column {URL}, only {', '.join(names)}; run python -m training.prepare tables")
+    return Tables(path, tuple(m.num_rows for m in metadata), tuple(n for n in names if n not in (URL, KEY)))
+
+
+def command_line(tables: Tables, args: argparse.Namespace) -> list[str]:
+    """Returns img2dataset's command line.
+
+    The raw caption becomes its ``.txt`` and ``caption``; the others stay under their names in the ``.json``.
+    """
+    values = {
+        "url_list": tables.path,
+        "input_format": "parquet",
+        "url_col": URL,
+        "output_format": "webdataset",
+        "output_folder": args.out,
+        "number_sample_per_shard": args.samples_per_shard,
+        "image_size": args.image_size,
+        "resize_mode": args.resize_mode,
+        "resize_only_if_bigger": True,
+        "processes_count": args.processes,
+        "thread_count": args.threads,
+        "timeout": args.timeout,
+        "retries": args.retries,
+        "distributor": args.distributor,
+        "incremental_mode": "incremental",
+        "enable_wandb": False,
+    }
+    if RAW in tables.captions:
+        values["caption_col"] = RAW
+    others = [name for name in tables.captions if name != RAW]
+    if others:
+        values["save_additional_columns"] = json.dumps(others, separators=(",", ":"))
+    words = shlex.split(args.img2dataset)
+    return [*words, *(f"--{name}={value}" for name, value in values.items()), *args.engine_flag]
+
+
+def _find_engine(words: list[str]) -> str:
+    """Path of the command: as named, on PATH, or beside the interpreter that runs us."""
+    beside = Path(sys.executable).parent / words[0]
+    found = shutil.which(words[0]) or (str(beside) if beside.is_file() else None)
+    if not found:
+        raise FileNotFoundError(
+            f"--img2dataset {words[0]}: no such command. In an environment of its own: python -m venv img2dataset && "
+            f"img2dataset/bin/pip install img2dataset, then --img2dataset img2dataset/bin/img2dataset. "
+            f"It would be called so: {shlex.join(words)}"
+        )
+    return found
+
+
+def check(out: Path, tables: Tables, per_shard: int) -> dict:
+    """Compares what is there with what was asked for.
+
+    Args:
+        out: folder of the shards.
+        tables: what was asked for.
+        per_shard: rows of a shard.
+
+    Returns:
+        Counts of rows and failures by kind, shards that are missing or not what img2dataset says of them, and under
+        ``sizes`` the samples of each whole shard.
+    """
+    names = [f"{number:05d}" for number in range(tables.num_shards(per_shard))]
+    report: dict = {"rows": sum(tables.sizes), "images": 0, "failed": 0, "shards": len(names)}
+    failures: Counter = Counter()
+    missing, bad, sizes = [], {}, {}
+    for name, (stats, number, fault) in zip(names, parallel_map(lambda n: _look_at(out, n), names)):
+        if stats is None:
+            missing.append(name)
+            continue
+        for message, times in stats.get("status_dict", {}).items():
+            if message != "success":
+                failures[failure_kind(message)] += times
+        report["failed"] += stats["failed_to_download"] + stats["failed_to_resize"]
+        if fault or number != stats["successes"]:
+            bad[name] = fault or f"{name}.tar: {number:,} samples, img2dataset counts {stats['successes']:,}"
+            continue
+        report["images"] += number
+        sizes[f"{name}.tar"] = number
+    return report | {
+        "failures": dict(failures.most_common()),
+        "missing_shards": missing,
+        "bad_shards": bad,
+        "sizes": sizes,
+    }
+
+
+def _look_at(out: Path, name: str) -> tuple[dict | None, int, str | None]:
+    """Returns (img2dataset's counts, samples in the shard, why it is not whole)."""
+    stats = load_json(out / f"{name}_stats.json")
+    if not isinstance(stats, dict):
+        return None, 0, None
+    try:
+        index = index_shard(out / f"{name}.tar")
+    except OSError as error:
+        return stats, 0, str(error)
+    return stats, len(index.offsets), index.fault
+
+
+def failure_kind(message: str) -> str:
+    """A short name for the reason why an image was not fetched."""
+    for pattern, kind in FAILURE_KINDS:
+        found = re.search(pattern, message, re.IGNORECASE)
+        if found:
+            return found.expand(kind)
+    return f"other: {message[:60]}"
+
+
+def describe(report: dict) -> str:
+    """The counts for a terminal."""
+    lines = [f"{report['images']:,} images of {report['rows']:,} rows in {report['shards']:,} shards"]
+    lines.append(f"not fetched: {format_counts(report['failures'])}")
+    if report["missing_shards"]:
+        names = report["missing_shards"]
+        lines.append(
+            f"missing shards: {len(names):,} ({', '.join(names[:5])}{', ..' * (len(names) > 5)}); run it again"
+        )
+    for name, reason in list(report["bad_shards"].items())[:10]:
+        lines.append(f"bad shard: {reason}; remove {name}.tar and {name}_stats.json and run it again")
+    return "\n".join(lines)

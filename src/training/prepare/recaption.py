@@ -1,0 +1,156 @@
+"""`prepare recaption`: long captions for images in shards, written by a vision-language model.
+
+What the model writes for a shard is kept in a file beside the new shards, so that nothing is written twice; then the
+shard gets it into its JSON files as `prepare join` does.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from training.data.faults import FAULT_KINDS, BadSample
+from training.data.loader import read_image
+from training.data.tar import BrokenShardError, RawSample, read_samples
+from training.prepare.clean import clean_caption, is_repetitive, without_cut_sentence
+from training.prepare.engines import PROMPTS, Engine, Generated, make_engine
+from training.prepare.shards import (
+    BrokenShardFile,
+    Place,
+    fingerprint,
+    finish,
+    my_places,
+    not_done,
+    read_json_samples,
+    rewrite_shard,
+    write_note,
+)
+from training.prepare.work import add_counts, format_counts, progress, whole_file
+
+STATE = ".recaption"
+SAMPLE_KINDS = ("samples", *FAULT_KINDS)
+CAPTION_KINDS = ("captions", "refused", "repetitive", "empty", "cut short")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns 0, or 1 if shards can't be read."""
+    prompts = read_prompts(args.caption)
+    everything, mine = my_places(args, args.shards, "SHARDS", STATE)
+    mark = fingerprint({"vlm": args.vlm, "prompts": prompts, "max_tokens": args.max_tokens})
+    total: dict = dict.fromkeys(SAMPLE_KINDS, 0)
+    total["captions"] = {key: dict.fromkeys(CAPTION_KINDS, 0) for key in prompts}
+    left = not_done(mine, mark, total)
+    broken: dict[str, str] = {}
+    if left:
+        engine = make_engine(args.engine, args.vlm, args.max_tokens, args.device, args.tensor_parallel, args.cache_dir)
+        for place in progress(left, len(left), "captioning", "shard"):
+            try:
+                add_counts(total, recaption_shard(place, engine, prompts, args.batch_size, mark))
+            except (BrokenShardError, BrokenShardFile, OSError) as error:
+                broken[str(place.source)] = str(error)
+    summary = {"shards": len(mine), "done_before": len(mine) - len(left), "broken_shards": broken, "prompts": prompts}
+    faults = {kind: total[kind] for kind in SAMPLE_KINDS[1:]}
+    lines = [f"{total['samples']:,} samples; bad: {format_counts(faults)}"]
+    lines += [f"{key}: {format_counts(counts)}" for key, counts in total["captions"].items()]
+    return finish(args, everything, summary | {"vlm": args.vlm} | total, lines)
+
+
+def read_prompts(pairs: list[str]) -> dict[str, str]:
+    """``KEY=detailed`` or ``KEY=Some text.`` -> key -> prompt.
+
+    Raises:
+        ValueError: not of this form, or a key twice.
+    """
+    prompts = {}
+    for pair in pairs:
+        key, equals, prompt = pair.partition("=")
+        if not equals or not key or not prompt:
+            raise ValueError(f"--caption {pair}: expected KEY=PROMPT, a text or one of {', '.join(PROMPTS)}")
+        if key in prompts:
+            raise ValueError(f"--caption {key}: given twice")
+        prompts[key] = PROMPTS.get(prompt, prompt)
+    return prompts
+
+
+def recaption_shard(place: Place, engine: Engine, prompts: dict[str, str], batch_size: int, mark: str) -> dict:
+    """Writes one shard with captions by a model.
+
+    Returns:
+        Counts: `SAMPLE_KINDS`, and under ``captions`` by key `CAPTION_KINDS`.
+    """
+    written = place.state / "captions" / f"{place.target.name}.{mark}.jsonl"
+    samples = read_json_samples(place.source)  # whole, or not worth a model's time
+    lines = _read_lines(written)
+    if [line["key"] for line in lines] != [sample.key for sample in samples]:
+        with whole_file(written) as path, open(path, "w", encoding="utf-8") as file:
+            for line in caption_samples(str(place.source), engine, prompts, batch_size, len(samples)):
+                file.write(json.dumps(line) + "\n")
+        lines = _read_lines(written)
+    counts: dict = {"samples": len(lines), "captions": {}}
+    additions = []
+    for line, sample in zip(lines, samples, strict=True):
+        if line["fault"] or sample.fault:
+            add_counts(counts, {line["fault"] or sample.fault: 1})
+        add_counts(counts["captions"], {key: Counter(kinds) for key, kinds in line["kinds"].items()})
+        additions.append({} if sample.fault else line["captions"])
+    rewrite_shard(place.source, place.target, additions)
+    write_note(place, mark, counts)
+    return counts
+
+
+def _read_lines(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def caption_samples(url: str, engine: Engine, prompts: dict[str, str], batch_size: int, total: int) -> Iterator[dict]:
+    """Yields per sample of a shard its captions and what was wrong, in order."""
+    samples = iter(progress(read_samples(url), total, os.path.basename(url), "image"))
+    while batch := list(islice(samples, batch_size)):
+        images = [_image(sample) for sample in batch]
+        good = [image for image, fault in images if not fault]
+        lines: list[dict] = [
+            {"key": sample.key, "fault": fault, "captions": {}, "kinds": {}}
+            for sample, (_, fault) in zip(batch, images)
+        ]
+        for key, prompt in prompts.items():
+            answers = iter(engine.caption(good, prompt) if good else [])
+            for line in lines:
+                if line["fault"]:
+                    continue
+                text, kinds = judge(next(answers))
+                line["kinds"][key] = kinds
+                if text:
+                    line["captions"][key] = text
+        yield from lines
+
+
+def _image(sample: RawSample) -> tuple[Image.Image | None, str | None]:
+    """Returns (image, None) or (None, training's kind of fault)."""
+    if sample.fault:
+        return None, sample.fault
+    try:
+        return read_image(sample), None
+    except BadSample as error:
+        return None, str(error)
+
+
+def judge(answer: Generated) -> tuple[str | None, list[str]]:
+    """Decides what to keep of an answer.
+
+    Returns:
+        (the caption or None, which of `CAPTION_KINDS` to count). A text that was cut short loses its last sentence.
+    """
+    kinds = [] if answer.complete else ["cut short"]
+    cleaned = clean_caption(answer.text)
+    if cleaned.text is None:
+        return None, [cleaned.fault, *kinds]
+    if is_repetitive(cleaned.text):
+        return None, ["repetitive", *kinds]
+    return (cleaned.text if answer.complete else without_cut_sentence(cleaned.text)), ["captions", *kinds]

@@ -1,0 +1,175 @@
+"""What all commands share: whole files or none, work spread over processes, a share of it for each job of an array."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import TypeVar
+from uuid import uuid4
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a name to write under; the file gets its own name once it is complete and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")  # jobs of an array may write the same file
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_json(path: Path) -> object | None:
+    """Content of a JSON file of ours; None if it is not there or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs left half-written in a folder. Call it where no other job writes to that folder."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def add_counts(total: dict, more: Mapping) -> None:
+    """Adds numbers, and numbers in mappings within, to those under the same keys."""
+    for key, value in more.items():
+        if isinstance(value, Mapping):
+            add_counts(total.setdefault(key, {}), value)
+        else:
+            total[key] = total.get(key, 0) + value
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """``12 matched, 3 unmatched``; those that are 0 are left out."""
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number) or "none"
+
+
+class WorkerPool(ProcessPoolExecutor):
+    """Worker processes that end when the process that started them does, even if that was killed.
+
+    Args:
+        workers: their number.
+    """
+
+    def __init__(self, workers: int):
+        super().__init__(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+        self.workers = workers
+
+
+def _end_with_parent() -> None:
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def processes(workers: int) -> Iterator[WorkerPool | None]:
+    """Worker processes for `spread`; None for one, which is this one.
+
+    Processes that start import this package, which under this name of the program leaves open_clip to be asked for:
+    without it each would spend seconds and half a gigabyte on it, for nothing.
+    """
+    if workers == 1:
+        yield None
+        return
+    argv = sys.argv
+    sys.argv = ["-m", *argv[1:]]
+    try:
+        with WorkerPool(workers) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    finally:
+        sys.argv = argv
+
+
+def spread(function: Callable[[T], R], items: Iterable[T], pool: WorkerPool | None) -> Iterator[R]:
+    """Applies a function in processes; yields results as they are ready, which is in any order.
+
+    Items are taken as workers ask for them, so that there may be any number of large ones.
+
+    Args:
+        function: at a module's top level, as processes need it.
+        items: its arguments.
+        pool: of `processes`.
+    """
+    if pool is None:
+        yield from map(function, items)
+        return
+    items = iter(items)
+    waiting = {pool.submit(function, item) for item in islice(items, pool.workers + 2)}
+    while waiting:
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        waiting |= {pool.submit(function, item) for item in islice(items, len(done))}
+        for future in done:
+            yield future.result()
+
+
+def progress(items: Iterable[T] | None, total: int | None, what: str, unit: str, scaled: bool = False) -> tqdm:
+    """Shows a bar for work of more than a few seconds; without items its `update` is for the caller to call."""
+    return tqdm(items, total=total, desc=what, unit=unit, delay=2, unit_scale=scaled)
+
+
+def my_share(items: Sequence[T], span: str | None, environ: Mapping[str, str]) -> list[T]:
+    """Picks the items that this job of many has to do; together they do each once.
+
+    Args:
+        items: all of them.
+        span: ``A:B``, those number A to B - 1 alone; None takes all.
+        environ: SLURM's or torchrun's description of the job; an array's jobs and a job's processes both share.
+
+    Raises:
+        ValueError: `span` is none.
+    """
+    if span:
+        first, colon, last = span.partition(":")
+        if not colon or not all(part.isdecimal() or not part for part in (first, last)):
+            raise ValueError(f"--shard-range {span}: expected A:B, the shards number A to B - 1, e.g. 0:100")
+        items = items[int(first or 0) : int(last) if last else None]
+    place, parts = job_place(environ)
+    return list(items[place::parts])
+
+
+def job_place(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Returns (number of this job, number of jobs), from SLURM's array and step or torchrun's ranks."""
+
+    def number(*names: str) -> int:
+        return int(next((environ[name] for name in names if environ.get(name, "").isdecimal()), 0))
+
+    place, parts = 0, 1
+    if number("SLURM_ARRAY_TASK_COUNT") > 1:
+        step = number("SLURM_ARRAY_TASK_STEP") or 1
+        place = (number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN")) // step
+        parts = number("SLURM_ARRAY_TASK_COUNT")
+    # Of srun's step, not of the job: a batch script that runs us once has many tasks and one process.
+    ranks = number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    if ranks > 1:
+        place, parts = place * ranks + number("RANK", "SLURM_PROCID"), parts * ranks
+    return place, parts

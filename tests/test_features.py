@@ -1,0 +1,223 @@
+"""Image features of a locked tower: extracted once, equal to the tower's own, and as good as images to train on."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import training
+from dataloaders.images import load_rgb
+from support import read_results, run_command
+from training.data.features import read_features, read_index
+from training.data.sources import ShardSource, count_samples, expand_sources
+from training.data.tar import read_samples
+from training.main import main
+
+MODEL = ["--model", "lotlip_tiny", "--workers", "0"]
+TRAINING = "--lock-image --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 8".split()
+WHOLE = ["--aug-cfg", "scale=1.0,1.0", "ratio=1.0,1.0"]
+
+
+def extract(data: Path, out: Path, *flags: str) -> int:
+    return main([*MODEL, "--train-data", str(data), "--extract-image-features", str(out), *flags])
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def shards(scenes, tmp_path_factory) -> Path:
+    """The 40 scenes in three shards, one of which ends with a sample that has no picture."""
+    folder = tmp_path_factory.mktemp("shards")
+    samples = list(read_samples(str(scenes / "train" / "00000.tar")))
+    for number, part in enumerate((samples[:25], samples[25:33], samples[33:])):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for sample in part:
+                for suffix, content in sample.files.items():
+                    if number == 2 and sample is part[-1] and suffix == "jpg":
+                        continue
+                    member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(shards, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("features") / "plain"
+    assert extract(shards, out, "--batch-size", "7") == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model, _, preprocess = training.create_model_and_transforms("lotlip_tiny", pretrained_text=False)
+    return model.eval(), preprocess
+
+
+def test_features_are_the_tower_s_own(shards, features, model):
+    tower, preprocess = model
+    number = 0
+    for shard in range(3):
+        kept = list(read_features(str(features / f"{shard:06d}.features.parquet")))
+        raw = [s for s in read_samples(str(shards / f"{shard}.tar")) if "jpg" in s.files]
+        assert [(s.key, s.source) for s in kept] == [(s.key, s.source) for s in raw]
+        assert [s.record for s in kept] == [json.loads(s.files["json"]) | {"txt": s.files["txt"].decode()} for s in raw]
+        pixels = torch.stack([preprocess(Image.open(io.BytesIO(s.files["jpg"]))) for s in raw])
+        with torch.no_grad():
+            expected = tower.encode_image(pixels, normalize=True)
+        got = torch.stack([torch.tensor(s.features[0]) for s in kept])
+        assert got.dtype == torch.float16 and got.shape == expected.shape
+        torch.testing.assert_close(got.float(), expected, rtol=1e-3, atol=1e-4)
+        assert [s.key for s in read_features(str(features / f"{shard:06d}.features.parquet"), 2, 5)] == [
+            s.key for s in raw[2:5]
+        ]
+        number += len(kept)
+    _, sources, counts = read_index(features)
+    assert number == 39 and sources == ["0.tar", "1.tar", "2.tar"]
+    assert counts == {"seen": 40, "skipped": {"no image": 1}}
+
+
+def test_a_sample_takes_two_bytes_a_number_and_its_captions(tmp_path, features):
+    path = features / "000000.features.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    assert column.num_values == 25 * 128 and column.total_compressed_size < 25 * 128 * 2 + 200
+
+
+def test_training_on_features_equals_training_on_images(shards, features, tmp_path):
+    """The shards without the broken sample, so that both see the same samples in the same order."""
+    clean = tmp_path / "clean"
+    shutil.copytree(shards, clean)
+    with tarfile.open(clean / "2.tar") as tar:
+        members = [(m, tar.extractfile(m).read()) for m in tar][:-2]
+    with tarfile.open(clean / "2.tar", "w") as tar:
+        for member, content in members:
+            tar.addfile(member, io.BytesIO(content))
+    for name, data, more in (("images", clean, WHOLE), ("features", features, [])):
+        argv = [*MODEL, *TRAINING, *more, "--train-data", str(data), "--logs", str(tmp_path), "--name", name]
+        assert main(argv) == 0
+    assert losses(tmp_path / "features") == pytest.approx(losses(tmp_path / "images"), rel=2e-3)
+    ends = [torch.load(tmp_path / n / "checkpoints" / "epoch_2.pt", weights_only=True) for n in ("images", "features")]
+    assert ends[0]["state_dict"].keys() == ends[1]["state_dict"].keys()
+
+
+def test_an_extraction_goes_on_where_it_stopped_on_any_number_of_processes(shards, features, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(features, out)
+    (out / "000001.features.parquet").unlink()
+    before = (out / "000000.features.parquet").stat().st_mtime_ns
+    argv = [*MODEL, "--train-data", str(shards), "--extract-image-features", str(out), "--workers", "1"]
+    done = run_command("training.main", argv, num_processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (out / "000000.features.parquet").stat().st_mtime_ns == before
+    for number in range(3):
+        ours, theirs = (list(read_features(str(f / f"{number:06d}.features.parquet"))) for f in (out, features))
+        assert [s.key for s in ours] == [s.key for s in theirs]
+        for a, b in zip(ours, theirs):  # other batches, other rounding
+            torch.testing.assert_close(torch.tensor(a.features), torch.tensor(b.features), rtol=2e-3, atol=1e-4)
+    assert read_index(out) == read_index(features)
+
+
+def test_augmented_views_are_drawn_in_turn(shards, tmp_path):
+    out = tmp_path / "views"
+    assert extract(shards, out, "--feature-views", "3", "--aug-cfg", "scale=0.3,1.0") == 0
+    sample = next(read_features(str(out / "000000.features.parquet")))
+    views = torch.tensor(sample.features)
+    assert views.shape[0] == 3 and len({tuple(view.tolist()) for view in views}) == 3
+    argv = [*MODEL, *TRAINING, "--train-data", str(out), "--logs", str(tmp_path), "--name", "run"]
+    assert main(argv) == 0
+    assert extract(shards, tmp_path / "again", "--feature-views", "3", "--aug-cfg", "scale=0.3,1.0") == 0
+    again = next(read_features(str(tmp_path / "again" / "000000.features.parquet")))
+    assert (again.features == sample.features).all()
+
+
+def test_a_table_of_images_is_extracted_too(scenes, tmp_path):
+    photos = sorted((scenes / "urban1k" / "image").glob("*.jpg"))[:5]
+    table = pa.table({"filepath": [str(p) for p in photos], "caption": [f"picture {n}" for n in range(5)]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert extract(tmp_path / "t.parquet", tmp_path / "out", "--captions", "raw") == 0
+    urls = expand_sources(str(tmp_path / "out"))[0]
+    samples = list(ShardSource(urls, count_samples(urls), seed=0).read(0, 0, 5))
+    assert sorted(s.record["caption"] for s in samples) == [f"picture {n}" for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--train-data", "{features}"], "features of a locked image tower; add --lock-image"),
+        (["--train-data", "{features}", *TRAINING, "--seed", "1"], "another image tower (tower differ)"),
+        (["--train-data", "{features}::{shards}", *TRAINING], "image features beside images"),
+        (["--train-data", "{cut}", *TRAINING], "1 of 3 files of features are lacking"),
+        (["--train-data", "{shards}", "--extract-image-features", "{features}", "--seed", "1"], "holds other features"),
+        (["--train-data", "{shards}", "--extract-image-features", "{shards}"], "is not empty"),
+        (["--train-data", "{features}", "--extract-image-features", "{here}/x"], "these are image features already"),
+        (["--train-data", "{shards}", "--feature-views", "2"], "needs --extract-image-features"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags, said, shards, features, tmp_path, capsys):
+    cut = tmp_path / "cut"
+    shutil.copytree(features, cut)
+    (cut / "000001.features.parquet").unlink()
+    places = {"features": features, "shards": shards, "cut": cut, "here": tmp_path}
+    argv = [*MODEL, "--logs", str(tmp_path / "logs"), *(word.format(**places) for word in flags)]
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    message = capsys.readouterr().err
+    assert code == 2 and said in message and "Traceback" not in message
+
+
+def evaluate(scenes: Path, model: str, logs: Path, name: str, cache: Path) -> dict:
+    argv = ["--model", model, "--workers", "0", "--logs", str(logs), "--name", name, "--feature-cache", str(cache)]
+    assert main([*argv, "--urban1k-retrieval", str(scenes / "urban1k")]) == 0
+    return {k: v for k, v in read_results(logs, name).items() if k.startswith("urban1k")}
+
+
+def test_kept_features_give_the_same_evaluation_without_the_tower(scenes, tiny_clip, tmp_path, monkeypatch):
+    data = tmp_path / "set"
+    shutil.copytree(scenes / "urban1k", data / "urban1k")
+    plain = evaluate(data, tiny_clip, tmp_path, "first", tmp_path / "cache")
+    import open_clip
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the tower was asked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(open_clip.CLIP, "encode_image", fail)
+        patch.setattr(open_clip.CLIP, "encode_text", fail)
+        assert evaluate(data, tiny_clip, tmp_path, "second", tmp_path / "cache") == plain
+    # A picture that has changed since is encoded anew, and nothing else.
+    changed = sorted((data / "urban1k" / "image").glob("*.jpg"))[3]
+    load_rgb(changed).rotate(90).save(changed)
+    asked = []
+    original = open_clip.CLIP.encode_image
+    monkeypatch.setattr(
+        open_clip.CLIP, "encode_image", lambda self, x, *a: asked.append(len(x)) or original(self, x, *a)
+    )
+    third = evaluate(data, tiny_clip, tmp_path, "third", tmp_path / "cache")
+    assert asked == [1]
+    assert third == evaluate(data, tiny_clip, tmp_path, "fourth", tmp_path / "other cache")
+
+
+def test_other_weights_never_meet_kept_features(scenes, tiny_clip, tmp_path):
+    first = evaluate(scenes, tiny_clip, tmp_path, "first", tmp_path / "cache")
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_clip.removeprefix("local-dir:"), folder)
+    state = torch.load(folder / "open_clip_model.pt", weights_only=True)
+    state["visual.proj"] = state["visual.proj"].roll(1, 0)
+    torch.save(state, folder / "open_clip_model.pt")
+    other = evaluate(scenes, f"local-dir:{folder}", tmp_path, "second", tmp_path / "cache")
+    assert other == evaluate(scenes, f"local-dir:{folder}", tmp_path, "third", tmp_path / "cache 2") and other != first
+    # three towers: two image towers, one text tower
+    assert len(list((tmp_path / "cache").glob("*/features.safetensors"))) == 3

@@ -1,0 +1,221 @@
+"""Captions in buckets and in a row against the padded path: the same features, gradients and trainings."""
+
+import itertools
+
+import pytest
+import torch
+from test_corner import tower
+from test_train import SMALL, losses, read_metrics
+
+from training.data.loader import tokenise
+from training.main import main
+from training.model import hf_encoders
+from training.model.corner import prefix_attention
+from training.model.packing import CaptionArranger, bucket_bounds
+from training.model.row_attention import make_row_mask
+from training.model.tokenizer import CornerCLIPTokenizer
+from training.train_model import TrainModel
+
+CPU = torch.device("cpu")
+
+
+def draw(text, num, length, shortest, seed):
+    """Token ids [num, length] of random lengths, padded."""
+    stream = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 50, (num, length), generator=stream)
+    ids[:, 1 : 1 + text.num_corners] = torch.arange(50, 50 + text.num_corners)
+    lengths = torch.randint(shortest, length + 1, (num,), generator=stream)
+    return ids.masked_fill(torch.arange(length) >= lengths[:, None], text.pad_id)
+
+
+def batch(text, num=6, num_long=3):
+    return draw(text, num, 12, 5, seed=1), draw(text, num * num_long, 24, 7, seed=2).unflatten(0, (num, num_long))
+
+
+def gradients(text, features):
+    text.zero_grad()
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
+    (features * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in text.named_parameters() if p.grad is not None}
+
+
+WAYS = [*itertools.product(["buckets", "flex"], ["bert", "roberta"]), ("buckets", "modernbert")]
+
+
+@pytest.mark.parametrize(("mode", "family"), WAYS)
+@pytest.mark.parametrize("pooler", [None, "mean_pooler", "max_pooler"])
+def test_features_and_gradients_equal_the_padded_ones(mode, family, pooler):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        text = tower(family, num_layers=3, pooler_type=pooler).to(dtype)
+        short, long = batch(text)
+        padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
+        expected = gradients(text, padded)
+        features = text.packed_features(text.arranger(mode, CPU)(short, long))
+        torch.testing.assert_close(features, padded, rtol=0, atol=tolerance)
+        got = gradients(text, features)
+        assert got.keys() == expected.keys()
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=0, atol=tolerance * largest, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_corners", [0, 2])
+def test_flex_attention_gives_the_padded_features(num_corners, monkeypatch):
+    """What runs on GPU, here uncompiled; 60 captions, so that the row has blocks that don't see each other."""
+    text = tower(num_corners=num_corners, num_layers=3)
+    short, long = batch(text, num=15)
+    padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
+    captions = text.arranger("flex", CPU)(short, long)
+    assert len(captions.row.first_blocks) > 4
+    monkeypatch.setattr(
+        hf_encoders, "make_row_mask", lambda row, m, dtype, use_flex: make_row_mask(row, m, dtype, use_flex=True)
+    )
+    torch.testing.assert_close(text.packed_features(captions), padded, rtol=0, atol=1e-5)
+
+
+def test_the_block_mask_leaves_out_nothing_that_is_allowed():
+    text = tower()
+    short, long = batch(text, num=40)
+    row = text.arranger("flex", CPU)(short, long).row
+    mask = make_row_mask(row, 2, torch.float32, use_flex=True).blocks
+    size = row.ids.shape[1]
+    allowed = torch.zeros(size, size, dtype=torch.bool)
+    for start, length in zip(row.starts.tolist(), row.lengths.tolist()):
+        here = slice(start, start + length)
+        allowed[here, here] = prefix_attention(torch.ones(1, length, dtype=torch.bool), 2)[0]
+    used = int(row.lengths.sum())
+    allowed[range(used, size), range(used, size)] = True
+    index = torch.arange(size)
+    rule = mask.mask_mod(0, 0, index[:, None], index[None, :])
+    assert torch.equal(rule, allowed)
+    blocks = allowed.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(dim=3).any(dim=1)
+    dense = mask.to_dense()[0, 0].bool()
+    assert torch.equal(dense & blocks, blocks) and dense.sum() < dense.numel() / 2
+    assert torch.equal(dense, dense.T)
+
+
+def test_buckets_are_the_cheapest_there_are():
+    lengths = [5, 5, 6, 9, 9, 14, 20, 21]
+    for cost in (0, 3, 10, 100):
+        totals = {}
+        for count in range(len(lengths)):
+            for cuts in itertools.combinations(range(1, len(lengths)), count):
+                ends = [*cuts, len(lengths)]
+                starts = [0, *cuts]
+                totals[tuple(ends)] = sum((e - s) * lengths[e - 1] + cost for s, e in zip(starts, ends))
+        got = tuple(bucket_bounds(lengths, cost))
+        assert totals[got] == min(totals.values()), cost
+
+
+def reference_mix(num_images, num_long, seed):
+    """Token ids with the lengths of the published data: raw ones of about 18 tokens, long ones of about 110 after
+    truncation to 128."""
+    stream = torch.Generator().manual_seed(seed)
+    short = (18 + 5 * torch.randn(num_images, generator=stream)).clamp(6, 40).long()
+    long = (121 + 40 * torch.randn(num_images * num_long, generator=stream)).clamp(20, 128).long()
+    assert abs(float(long.float().mean()) - 110) < 3
+    ids = [(torch.arange(128) < lengths[:, None]).long() for lengths in (short, long)]
+    return ids[0], ids[1].unflatten(0, (num_images, num_long)), int(short.sum() + long.sum())
+
+
+@pytest.mark.parametrize(("num_long", "fewer"), [(1, 1.7), (3, 1.3)])
+def test_little_padding_is_computed_on_the_published_mix(num_long, fewer):
+    for num_images, arranger in (
+        (64, CaptionArranger("buckets", 0)),
+        (64, CaptionArranger("flex", 0)),
+        (1024, CaptionArranger("buckets", 0)),
+        (1024, CaptionArranger("flex", 0)),
+    ):
+        budgets = set()
+        for seed in range(3):
+            short, long, num_tokens = reference_mix(num_images, num_long, seed)
+            captions = arranger(short, long)
+            assert 1 - num_tokens / captions.num_slots < 0.05, (num_images, arranger)
+            assert (short.numel() + long.numel()) / captions.num_slots >= fewer, (num_images, arranger)
+            budgets.add(captions.num_slots)
+        if arranger.mode == "flex" and num_images == 1024:
+            assert len(budgets) <= 2  # few shapes for torch.compile
+
+
+@pytest.mark.parametrize("mode", ["buckets", "flex"])
+@pytest.mark.parametrize("num_long", [0, 2])
+def test_the_training_model_puts_features_where_they_belong(mode, num_long):
+    import training
+
+    torch.manual_seed(0)
+    model = training.create_model("lotlip_tiny", pretrained_text=False).eval()
+    short, long = batch(model.text, num_long=max(1, num_long))
+    long = long[:, :num_long]
+    images = torch.randn(6, 3, 64, 64)
+    whole = TrainModel(model)
+    expected = whole(images, short, long)
+    got = whole(images, None, None, model.text.arranger(mode, CPU)(short, long))
+    assert got["text_features"].shape == expected["text_features"].shape
+    torch.testing.assert_close(got["text_features"], expected["text_features"], rtol=0, atol=1e-5)
+
+
+def test_trainings_are_alike_and_say_what_is_padding(scenes, tmp_path):
+    curves, padding = {}, {}
+    for name, flags in {
+        "padded": ["--text-packing", "padded"],
+        "auto": [],
+        "flex": ["--text-packing", "flex"],
+        "checkpointed": ["--grad-checkpointing", "--text-packing", "flex"],
+        "accumulated": ["--accum-freq", "2", "--batch-size", "20"],
+        "bf16": ["--precision", "amp_bf16", "--text-packing", "flex"],
+    }.items():
+        argv = [*SMALL, "--train-data", str(scenes / "train"), "--batch-size", "40", "--epochs", "3", "--lr", "1e-4"]
+        assert main([*argv, "--logs", str(tmp_path), "--name", name, *flags]) == 0
+        lines = [line for line in read_metrics(tmp_path, name) if "train/loss" in line]
+        curves[name], padding[name] = losses(lines), lines[0]["train/padding_share"]
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["padded"], rel=2e-2 if name == "bf16" else 1e-4), name
+    assert padding["auto"] < 0.05 < padding["padded"] and padding["flex"] < 0.06
+
+
+def test_what_a_tower_cant_do_is_said(scenes, tmp_path, tiny_clip, capsys):
+    flags = ["--train-data", str(scenes / "train"), "--batch-size", "8", "--logs", str(tmp_path)]
+    assert main(["--model", tiny_clip, *flags, "--text-packing", "buckets"]) == 2
+    assert "--text-packing buckets: this model's text tower has one form only" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--text-packing flex: needs .* modernbert; take buckets"):
+        tower("modernbert").arranger("flex", CPU)
+    assert tower().arranger("auto", CPU).mode == "buckets" and tower().arranger("auto", CPU, compiled=True) is None
+    assert tower().arranger("auto", torch.device("cuda")).mode == "flex"
+
+
+def test_clips_exclamation_marks_are_no_padding():
+    tokenizer = CornerCLIPTokenizer(77, num_corners=2)
+    texts = ["wow ! ! ! ! ! !!!?!?!?! ?!?", "one !! \U0001f600!"]
+    whole = tokenizer(texts)
+    rows = tokenizer(texts, padding=False)
+    ids, num_tokens = tokenise(tokenizer, texts, multiple=1)
+    assert num_tokens == sum(map(len, rows)) and ids.shape[1] == max(map(len, rows))
+    assert torch.equal(ids, whole[:, : ids.shape[1]])
+
+
+def test_captions_sorted_by_length_have_the_features_of_unsorted_ones():
+    import training
+    from training.distributed import DistEnv
+    from training.encode import ComputeOptions, encode_texts
+    from training.model.truncation import count_lost_tokens
+
+    torch.manual_seed(0)
+    model = training.create_model("lotlip_tiny", pretrained_text=False).eval()
+    tokenizer = training.get_tokenizer("lotlip_tiny")
+    texts = [" ".join(["a red cube. on it", "two", "birds"] * (1 + 7 * i % 23)) + f" {i}" for i in range(30)]
+    widths = {True: [], False: []}
+    encoded = {}
+    for is_sorted, seen in widths.items():
+        hook = model.text.transformer.embeddings.register_forward_hook(lambda *call: seen.append(call[2].shape[:2]))
+        options = ComputeOptions(batch_size=8, workers=0, sort_texts=is_sorted)
+        encoded[is_sorted] = encode_texts(
+            model, tokenizer, lambda t: count_lost_tokens(tokenizer, t), texts, DistEnv(0, 1, CPU), options
+        )
+        hook.remove()
+    torch.testing.assert_close(encoded[True].features, encoded[False].features, rtol=0, atol=1e-5)
+    assert torch.equal(encoded[True].lost_tokens, encoded[False].lost_tokens)
+    assert set(w for _, w in widths[False]) == {128} and min(w for _, w in widths[True]) < 64
+    # in the published order each feature is its own caption's
+    alone = torch.nn.functional.normalize(model.encode_text(tokenizer(texts[13])), dim=-1)
+    torch.testing.assert_close(encoded[True].features[13:14], alone.detach(), rtol=0, atol=1e-5)

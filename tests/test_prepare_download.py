@@ -1,0 +1,238 @@
+"""From a table of URLs to a trained model: images from a local server, some of them not to be had."""
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_train_data import jpeg, write_shard
+
+from support import run_command
+from training.data.tar import read_samples
+from training.prepare.__main__ import main
+from training.prepare.download import failure_kind
+
+# img2dataset wants another webdataset than ours, so it may have to live in another environment: name it there.
+ENGINE = os.environ.get("IMG2DATASET") or shutil.which(
+    "img2dataset", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+)
+needs_engine = pytest.mark.skipif(not ENGINE, reason="no img2dataset here; name its command in $IMG2DATASET")
+NUM_GOOD = 24
+LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
+SHORT = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (90 + number, 70), (9 * number, 255 - 9 * number, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Pictures(BaseHTTPRequestHandler):
+    """``/N.png`` is a picture, ``/missing`` is none, ``/slow`` comes late, ``/broken`` and ``/cut`` are damaged."""
+
+    stopping = threading.Event()
+
+    def do_GET(self):
+        name = self.path.strip("/").split(".")[0]
+        if name.startswith("missing"):
+            return self.send_error(404)
+        if name.startswith("slow"):
+            self.stopping.wait(20)
+            return None
+        content = (
+            b"<html>no picture</html>" if name.startswith("broken") else picture(3 if name == "cut" else int(name))
+        )
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:-20] if name == "cut" else content)
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    Pictures.stopping.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def write_tables(folder: Path, server: str) -> list[Path]:
+    """Two tables in the published form, with rows of every kind; each row of the second repeats one of the first."""
+    names = [str(n) for n in range(NUM_GOOD)] + ["missing1", "missing2", "slow", "broken", "cut"]
+    header = ["Image Path", "raw_caption", *(name for pair in zip(SHORT, LONG) for name in pair)]
+    rows = []
+    for name in names:
+        longs = [f"A picture called {name}, by {key}.\nIt has one colour. It is wide and" for key in LONG]
+        shorts = [f"{key} of {name}." for key in SHORT]
+        rows.append([f"{server}/{name}.png", f"raw {name}", *(text for pair in zip(shorts, longs) for text in pair)])
+    random.Random(1).shuffle(rows)
+    refused = [f"{server}/none.png", "raw", *["I'm sorry, I can't see it."] * 6]
+    paths = []
+    for number, part in enumerate((rows, [*rows[:5], refused])):
+        paths.append(folder / f"cc{number}m_3long_3short_1raw_captions_url.csv")
+        with open(paths[-1], "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *part])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def downloaded(server, tmp_path_factory) -> tuple[Path, dict]:
+    """Folder of tables/ and shards/, made by the commands as a user runs them, and the download's summary."""
+    if not ENGINE:
+        pytest.skip("no img2dataset here")
+    base = tmp_path_factory.mktemp("chain")
+    words = ["tables", *map(str, write_tables(base, server)), "--out", str(base / "tables"), "--rows-per-part", "10"]
+    done = run_command("training.prepare", [*words, "--workers", "2"])
+    assert done.returncode == 0 and f"{NUM_GOOD + 5} of {NUM_GOOD + 11} rows kept" in done.stdout, done.stderr
+    words = download_words(base) + ["--summary", str(base / "s.json")]
+    done = run_command("training.prepare", words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return base, json.loads((base / "s.json").read_text())
+
+
+def download_words(base: Path) -> list[str]:
+    sizes = ["--image-size", "48", "--samples-per-shard", "8", "--timeout", "2", "--retries", "0"]
+    places = ["download", str(base / "tables"), "--out", str(base / "shards"), "--img2dataset", ENGINE]
+    return [*places, *sizes, "--processes", "1", "--threads", "8"]
+
+
+@needs_engine
+def test_every_row_is_an_image_or_a_counted_failure(downloaded):
+    base, report = downloaded
+    assert (report["rows"], report["images"], report["failed"]) == (NUM_GOOD + 5, NUM_GOOD, 5)
+    assert report["failures"] == {
+        "HTTP 404": 2,
+        "timed out": 1,
+        "no readable image": 1,
+        "connection broke off": 1,
+    }
+    sizes = json.loads((base / "shards" / "sizes.json").read_text())
+    assert report["shards"] == len(sizes) == 6 and sum(sizes.values()) == NUM_GOOD
+    seen = {}
+    for name, size in sizes.items():
+        samples = list(read_samples(str(base / "shards" / name)))
+        assert len(samples) == size
+        seen |= {json.loads(s.files["json"])["url"].split("/")[-1]: s for s in samples}
+    assert sorted(seen) == sorted(f"{n}.png" for n in range(NUM_GOOD))
+    for name, sample in seen.items():
+        number, record = int(name.split(".")[0]), json.loads(sample.files["json"])
+        assert record["caption"] == sample.files["txt"].decode() == f"raw {number}"
+        for key in LONG:  # cleaned: the line end stays, the unfinished sentence is gone
+            assert record[key] == f"A picture called {number}, by {key}.\nIt has one colour."
+        image = Image.open(io.BytesIO(sample.files["jpg"]))
+        assert min(image.size) == 48
+        assert max(abs(a - b) for a, b in zip(image.getpixel((9, 9)), (9 * number, 255 - 9 * number, 40))) < 12
+
+
+@needs_engine
+def test_going_on_after_a_stop_fetches_what_is_missing(downloaded, tmp_path, capfd):
+    base = tmp_path
+    shutil.copytree(downloaded[0] / "tables", base / "tables")
+    shutil.copytree(downloaded[0] / "shards", base / "shards")
+    for name in ("00002.tar", "00002_stats.json"):
+        (base / "shards" / name).unlink()
+    whole = (base / "shards" / "00003.tar").read_bytes()
+    (base / "shards" / "00003.tar").write_bytes(whole[:1500])
+    assert main([*download_words(base), "--check-only"]) == 1
+    out = capfd.readouterr().out
+    assert "missing shards: 1 (00002)" in out and "bad shard:" in out and "00003.tar: cut short" in out
+    for name in ("00003.tar", "00003_stats.json"):
+        (base / "shards" / name).unlink()
+    assert main(download_words(base)) == 0
+    sizes = [json.loads((b / "shards" / "sizes.json").read_text()) for b in (base, downloaded[0])]
+    assert sizes[0] == sizes[1]
+    with pytest.raises(SystemExit):
+        main([*download_words(base), "--samples-per-shard", "9"])
+    assert "with other sizes" in capfd.readouterr().err
+
+
+@needs_engine
+def test_what_comes_out_is_inspected_joined_and_trained_on(downloaded, tmp_path):
+    base, _ = downloaded
+    shards = str(base / "shards")
+    words = ["inspect", shards, "--out", str(tmp_path / "report"), "--model", "lotlip_tiny", "--workers", "1"]
+    assert main(words) == 0
+    report = json.loads((tmp_path / "report" / "inspect.json").read_text())
+    assert (
+        report["usable"] == report["with_long_caption"] == report["captions"]["longSV_captions"]["samples"] == NUM_GOOD
+    )
+
+    # The same images, as if they had come without captions, and the captions from the tables.
+    (tmp_path / "bare").mkdir()
+    for path in sorted((base / "shards").glob("*.tar")):
+        samples = {}
+        for sample in read_samples(str(path)):
+            url = json.loads(sample.files["json"])["url"]
+            samples[sample.key] = {"jpg": sample.files["jpg"], "json": json.dumps({"url": url}).encode()}
+        write_shard(tmp_path / "bare" / path.name, samples)
+    words = ["join", str(base / "tables"), "--shards", str(tmp_path / "bare"), "--out", str(tmp_path / "joined")]
+    done = run_command("training.prepare", [*words, "--workers", "2"])
+    assert done.returncode == 0 and f"{NUM_GOOD} samples by url: {NUM_GOOD} matched" in done.stdout, done.stderr
+
+    from training.main import main as train
+
+    for name, folder in (("downloaded", shards), ("joined", str(tmp_path / "joined"))):
+        flags = ["--model", "lotlip_tiny", "--train-data", folder, "--batch-size", "12", "--epochs", "1"]
+        flags += ["--workers", "0", "--warmup", "1", "--log-every-n-steps", "1", "--logs", str(tmp_path / "logs")]
+        assert train([*flags, "--name", name]) == 0
+        metrics = (tmp_path / "logs" / name / "metrics.jsonl").read_text().splitlines()
+        steps = [line for line in map(json.loads, metrics) if "train/loss" in line]
+        assert len(steps) == 2 and all(line["train/skipped"] == 0 for line in steps)
+        assert all(line["train/long_caption_loss"] > 0 for line in steps)
+
+
+def test_a_set_in_the_engines_form_is_checked_without_it(tmp_path, capsys):
+    rows = {"url": [f"http://a/{n}" for n in range(6)], "key": list("abcdef"), "raw_caption": list("ghijkl")}
+    (tmp_path / "t").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "t" / "part.parquet")
+    (tmp_path / "out").mkdir()
+    write_shard(tmp_path / "out" / "00000.tar", {"0": {"jpg": jpeg(0), "txt": b""}, "2": {"jpg": jpeg(2), "txt": b""}})
+    stats = {"count": 4, "successes": 2, "failed_to_download": 2, "failed_to_resize": 0}
+    stats["status_dict"] = {"success": 2, "HTTP Error 403: Forbidden": 1, "[Errno -2] Name or service not known": 1}
+    (tmp_path / "out" / "00000_stats.json").write_text(json.dumps(stats))
+    words = ["download", str(tmp_path / "t"), "--out", str(tmp_path / "out"), "--samples-per-shard", "4"]
+    assert main([*words, "--check-only"]) == 1
+    out = capsys.readouterr().out
+    assert "2 images of 6 rows in 2 shards" in out and "missing shards: 1 (00001)" in out
+    assert "1 HTTP 403" in out and "1 no such host" in out
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 2}
+    assert main([*words, "--print-command"]) == 0
+    line = capsys.readouterr().out
+    assert f"--url_list={tmp_path / 't'} " in line and "--caption_col=raw_caption" in line
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--img2dataset", "no-such-command"])
+    assert stop.value.code == 2 and "pip install img2dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("HTTP Error 404: Not Found", "HTTP 404"),
+        ("<urlopen error [Errno -3] Temporary failure in name resolution>", "no such host"),
+        ("The read operation timed out", "timed out"),
+        ("<urlopen error [Errno 111] Connection refused>", "connection refused"),
+        ("Image decoding error", "no readable image"),
+        ("something new", "other: something new"),
+    ],
+)
+def test_failures_have_few_kinds(message, kind):
+    assert failure_kind(message) == kind
