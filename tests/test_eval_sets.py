@@ -265,6 +265,49 @@ with distributed("cpu") as env:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_short_benchmarks_are_evaluated_in_mid_training(tmp_path, scenes, monkeypatch):
+    import open_clip
+
+    monkeypatch.setattr("training.zero_shot.OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:1])
+    argv = [
+        "--model",
+        "lotlip_tiny",
+        "--train-data",
+        scenes / "train",
+        "--batch-size",
+        20,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+    ]
+    argv += [
+        "--imagenet-val",
+        write_imagenet(tmp_path / "val", 1),
+        "--logs",
+        tmp_path,
+        "--name",
+        "r",
+        "--device",
+        "cpu",
+    ]
+    assert main([str(word) for word in argv]) == 0
+    logged = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert read_results(tmp_path, "r")["imagenet-zeroshot-val-num-images"] == 3
+    assert [line["imagenet-zeroshot-val-top1"] for line in logged if "imagenet-zeroshot-val-top1" in line]
+
+
+def test_features_of_shards_are_cached_too(tmp_path, tiny_clip, monkeypatch):
+    write_shard(tmp_path / "w" / "000.tar")
+    flags = ["--retrieval-wds", tmp_path / "w", "--feature-cache", tmp_path / "cache"]
+    first = evaluate(tmp_path, tiny_clip, *flags)
+    monkeypatch.setattr("training.retrieval.encode_images", None)  # a second run must not encode
+    second = evaluate(tmp_path, tiny_clip, *flags)
+    assert {k: v for k, v in first.items() if "retrieval-" in k} == {
+        k: v for k, v in second.items() if "retrieval-" in k
+    }
+
+
 def test_label_ranks_by_brute_force():
     from training.zero_shot import count_label_ranks
 

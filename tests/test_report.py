@@ -42,7 +42,7 @@ def features(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(features, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
-    files = [str(features / "first.npz")]
+    files = [str(features / f"{name}.npz") for name in ("first", "second")]
     assert main(["--features", *files, "--report", "--logs", str(logs), "--name", "r", "--device", "cpu"]) == 0
     return logs / "r" / "report.html"
 
@@ -133,8 +133,17 @@ def test_what_the_model_found_in_both_directions(page, features):
     assert f"rank {rank}." in page.inner_text("#detail")
 
 
+def test_another_benchmark(page):
+    page.select_option("#set", label="second")
+    wait_for_status(page, "20 of 20 queries")
+    assert page.inner_text("#query") == "caption 0" and page.locator("#detail img").count() == 0
+    assert page.locator("#detail .none").count() == 1 + 10
+
+
 def test_pictures_load_when_shown(page):
-    page.wait_for_function("[...document.querySelectorAll('#detail img')].every(e => e.complete && e.naturalWidth > 0)")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('#detail img')].every(e => e.complete && e.naturalWidth > 0)"
+    )
     assert page.locator("#detail img").count() >= 10
     assert page.evaluate("document.images.length") < 70  # of 129: those of one page of the list, and of one query
     page.click("#list li:nth-child(4) button")
@@ -209,6 +218,8 @@ def test_ten_thousand_queries_do_not_freeze(browser, tmp_path):
         page.click("#next")
     assert "page 4 of 200" in page.inner_text("#page")
     assert page.evaluate("document.querySelectorAll('*').length") < 2000
+    page.click("#list li:nth-child(2) button")
+    page.wait_for_function("() => location.hash === '#0,t2i,151'")
     page.close()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize, pad
 
 from dataloaders.pairs import FoundImages, RetrievalSet
 from training.encode import Encoding
@@ -65,7 +66,10 @@ def read_features(paths: list[str]) -> tuple[RetrievalWork, Encoding, Encoding]:
     )
     text_index = [list(range(first_text[n], first_text[n + 1])) for n in range(len(sets))]
     work = RetrievalWork(sets, found, tuple(c for s in sets for c in s.captions), text_index)
-    images, texts, lost = (torch.cat([arrays[kind] for _, arrays in loaded]) for kind in ("image", "text", "lost"))
+    dim = max(arrays["image"].shape[1] for _, arrays in loaded)
+    # Zeros at the end change no similarity: files of different models go into one table.
+    images, texts = (torch.cat([pad(a[kind], (0, dim - a[kind].shape[1])) for _, a in loaded]) for kind in KINDS)
+    lost = torch.cat([arrays["lost"] for _, arrays in loaded])
     return work, Encoding(images, {}, torch.zeros(len(images), dtype=torch.int64)), Encoding(texts, {}, lost)
 
 
@@ -121,4 +125,4 @@ def _normalised(features: np.ndarray | None, where: str) -> torch.Tensor:
     tensor = torch.from_numpy(features.astype(np.float32))
     if not tensor.isfinite().all():
         raise ValueError(f"{where}: holds NaN or infinity")
-    return torch.nn.functional.normalize(tensor, dim=-1)
+    return normalize(tensor, dim=-1)

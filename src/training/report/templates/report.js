@@ -9,6 +9,7 @@
   const data = await unpack($("content").textContent);
   const state = { set: 0, direction: "t2i", low: 1, high: Infinity, order: "set", search: "", found: [], page: 0, at: 0 };
   const lower = data.texts.map(() => null);
+  let address;
 
   async function unpack(text) {
     const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -109,7 +110,8 @@
       return;
     }
     $("detail").replaceChildren(...(state.direction === "t2i" ? textQuery(set, query) : imageQuery(set, query)));
-    history.replaceState(null, "", `#${state.set},${state.direction},${query}`);
+    clearTimeout(address); // browsers allow a page few changes of its address in a row
+    address = setTimeout(() => history.replaceState(null, "", `#${state.set},${state.direction},${query}`), 200);
   }
 
   function cutNote(set, caption) {
