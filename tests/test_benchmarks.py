@@ -23,7 +23,7 @@ def test_a_quick_run_writes_all_figures(tmp_path, capsys):
     for name, keys in {
         "text_step": ("token_ratio", "time_ratio", "memory_ratio"),
         "loss": ("memory_ratio", "time_ratio"),
-        **dict.fromkeys(("train_step", "evaluation", "data_loading"), ("time_ratio",)),
+        **dict.fromkeys(("train_step", "evaluation", "data_loading", "saving"), ("time_ratio",)),
     }.items():
         assert all(content[name][key] > 0 for key in keys), name
     # counts, which no busy machine moves
