@@ -77,8 +77,12 @@ def _read_classes(root: Path, numbers: dict[str, int], flag: str, named: str) ->
     if not names:
         raise ValueError(f"{flag} {root}: expected a folder per class, each named by {named}; none is there")
     files = parallel_map(lambda name: sorted(os.listdir(root / name), key=natural_key), names)
-    found = [(root / n / f, numbers[n]) for n, own in zip(names, files) for f in own if f.lower().endswith(SUFFIXES)]
+    found = [(root / n / f, numbers[n]) for n, own in zip(names, files) for f in own if _is_image(f)]
     return tuple(path for path, _ in found), tuple(label for _, label in found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")  # macOS leaves ._1.JPEG beside 1.JPEG
 
 
 def _wordnet_ids() -> list[str]:

@@ -29,7 +29,7 @@ def read_table_pairs(path: str | Path, image_column: str, caption_columns: Seque
     Args:
         path: ``.csv`` or ``.tsv`` with a header, or ``.parquet``.
         image_column: paths, absolute or relative to the table's folder.
-        caption_columns: those that are there are read; an empty cell is no caption.
+        caption_columns: of texts, or in Parquet lists of texts; those that are there are read, empty ones are none.
         rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
 
     Raises:
@@ -47,7 +47,8 @@ def read_table_pairs(path: str | Path, image_column: str, caption_columns: Seque
         )
     captions: dict[Path, list[str]] = {}
     for number, row in enumerate(rows, start=1):
-        own = [row[column] for column in wanted if row.get(column)]
+        values = [row[column] for column in wanted if row.get(column)]
+        own = [text for value in values for text in ([value] if isinstance(value, str) else value) if text]
         if not row.get(image_column) or not own:
             raise ValueError(f"--retrieval-csv {path}: row {number} lacks an image or a caption; complete or remove it")
         captions.setdefault(path.parent / row[image_column], []).extend(own)
@@ -56,9 +57,13 @@ def read_table_pairs(path: str | Path, image_column: str, caption_columns: Seque
 
 def _read_table(path: Path) -> tuple[list[str], list[dict]]:
     if path.suffix == ".parquet":
+        import pyarrow
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(path)
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"--retrieval-csv {path}: not a readable table ({error})") from error
         return table.column_names, table.to_pylist()
     if path.suffix not in _SEPARATORS:
         raise ValueError(f"--retrieval-csv {path}: expected .csv, .tsv or .parquet")

@@ -134,6 +134,24 @@ def test_own_pairs_of_a_table(tmp_path):
         read_table_pairs(tmp_path / "mine.csv", "filepath", ["caption"], "raw")
 
 
+def test_own_pairs_of_parquet_may_hold_lists(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {"filepath": ["a.jpg", "b.jpg"], "caption": [["one", "two"], ["three"]]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "p.parquet")
+    got = read_table_pairs(tmp_path / "p.parquet", "filepath", ["caption"], "raw")
+    assert got.captions == ("one", "two", "three") and got.image_of_caption == (0, 0, 1)
+
+
+def test_two_sets_of_one_name_exit_2(tmp_path, capsys):
+    table = write_table(tmp_path / "mine" / "mine.csv")
+    write_shard(tmp_path / "mine" / "000.tar")
+    argv = ["--retrieval-csv", str(table), "--retrieval-wds", str(tmp_path / "mine"), "--logs", str(tmp_path)]
+    assert main([*argv, "--device", "cpu"]) == 2
+    assert "two data sets are called mine" in capsys.readouterr().err
+
+
 def test_own_pairs_of_shards_are_read_in_place(tmp_path):
     write_shard(tmp_path / "mine" / "000.tar")
     got = read_shard_pairs(str(tmp_path / "mine" / "{000..000}.tar"), ["caption"], "raw")

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, pad
 
 from dataloaders.pairs import FoundImages, RetrievalSet
 from training.encode import Encoding
-from training.retrieval import RankedSet, RetrievalWork
+from training.retrieval import RankedSet, RetrievalWork, check_names
 
 SUFFIX = "-retrieval"
 KINDS = ("image", "text")
@@ -58,6 +58,7 @@ def read_features(paths: list[str]) -> tuple[RetrievalWork, Encoding, Encoding]:
     """
     loaded = [_read_one(Path(path)) for path in paths]
     sets = [s for s, _ in loaded]
+    check_names(sets)
     first_image = np.cumsum([0, *(len(s.image_paths) for s in sets)])
     first_text = np.cumsum([0, *(len(s.captions) for s in sets)])
     found = FoundImages(

@@ -39,17 +39,12 @@ class CutTokenizer:
     """A tokenizer of open_clip's that cuts texts earlier, and fills up to the length that its model wants.
 
     Args:
-        tokenizer: whose last special token of a cut text stays, as always.
+        tokenizer: whose last special token of a cut text stays, as always; after it comes padding alone.
         length: tokens to keep, special ones included.
-
-    Raises:
-        ValueError: a tokenizer that puts tokens after the padding.
     """
 
     def __init__(self, tokenizer: Callable, length: int):
         self.tokenizer, self.length = tokenizer, length
-        if getattr(tokenizer, "tokenizer_mode", None) == "clips":
-            raise ValueError("--retrieval-lengths: this model's tokenizer puts a token after the padding; leave it out")
         self._fill = int(tokenizer([""])[0, -1])
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
@@ -72,8 +67,10 @@ def token_lengths(tokenizer: Callable, asked: Sequence[int]) -> list[int]:
     """Returns the lengths to measure, in order: those below the context length, and the context length itself.
 
     Raises:
-        ValueError: a length without room for a word.
+        ValueError: a length without room for a word, or a tokenizer that can't be cut.
     """
+    if getattr(tokenizer, "tokenizer_mode", None) == "clips":
+        raise ValueError("--retrieval-lengths: this model's tokenizer puts a token after the padding; leave it out")
     shortest = getattr(tokenizer, "num_corners", 0) + 3
     if min(asked) < shortest:
         raise ValueError(f"--retrieval-lengths {min(asked)}: this model's tokens begin to hold words at {shortest}")

@@ -84,9 +84,18 @@ def plan_benchmarks(args: argparse.Namespace) -> RetrievalWork | None:
     if args.imagenet_v2:
         classification.append(read_imagenet_v2(args.imagenet_v2))
     sets = read_benchmarks(args)
+    check_names(sets)
     if not sets and not classification:
         return None
     return replace(plan_retrieval(sets, args.allow_missing), classification=tuple(classification))
+
+
+def check_names(sets: Sequence[RetrievalSet]) -> None:
+    """Raises ValueError if two sets would write their results under one name."""
+    keys = [s.key for s in sets]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"two data sets are called {key.removesuffix('-retrieval')}; rename one's file or folder")
 
 
 def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWork:
