@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves and may be run again at any time.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help install install-training install-test demo test lint
+.PHONY: help install install-training install-test demo figures test lint
 
 # For targets that have run setup_env.sh. Quoted: a checkout's path may hold spaces.
 PYTHON_IN_ENV = "$$(scripts/setup_env.sh path)/bin/python"
@@ -22,6 +22,9 @@ install-test:  ## Install that and what the tests need
 
 demo: install-test  ## Train a small LoTLIP and one on short captions only, compare them (minutes)
 	$(PYTHON_IN_ENV) scripts/demo.py $(DEMO)
+
+figures: install-training  ## Draw figures/ anew from the recorded results in it
+	$(PYTHON_IN_ENV) scripts/figures.py
 
 test: install-test  ## Run all tests (CPU; GPU tests run where there is one)
 	$(PYTHON_IN_ENV) -m pytest

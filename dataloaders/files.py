@@ -1,17 +1,56 @@
 """Small file helpers: JSON with errors that name the place, and many small reads at once."""
 
+import io
 import json
 import os
 import re
 import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 NUM_THREADS = 32  # a network disk answers one small request in milliseconds; the waiting overlaps
+
+
+@dataclass(frozen=True)
+class ShardMember:
+    """A file inside a tar file, read in place; stands where a path does.
+
+    Attributes:
+        shard: the tar file.
+        offset, size: where the content lies in it, in bytes.
+        member: name inside.
+    """
+
+    shard: Path
+    offset: int
+    size: int
+    member: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.member}"
+
+    @property
+    def name(self) -> str:
+        return self.member.rsplit("/", 1)[-1]
+
+    def stat(self) -> os.stat_result:
+        """Returns that of the tar file: the content has changed if it has."""
+        return self.shard.stat()
+
+    def resolve(self) -> str:
+        """Returns a name that no other content has while the tar file stays as it is."""
+        return f"{self.shard.resolve()}/{self.member}@{self.offset}"
+
+    def open(self) -> io.BytesIO:
+        """Returns the content as a file."""
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
 
 
 def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -71,8 +110,15 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]
 
 
-def file_identity(path: Path) -> object | None:
+def first_present(places: Sequence[Sequence[Path]]) -> list[Path]:
+    """Returns for each file the first of its possible places where there is one; the first place if there is none."""
+    return parallel_map(lambda own: next((p for p in own if file_identity(p) is not None), own[0]), places)
+
+
+def file_identity(path: Path | ShardMember) -> object | None:
     """Returns (device, inode) of a file, the path itself where there are no inodes, None if there is no file."""
+    if isinstance(path, ShardMember):
+        return path if path.shard.is_file() else None
     try:
         status = os.stat(path)
     except (OSError, ValueError):

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataloaders.files import ShardMember
+
 
 class BrokenImageError(ValueError):
     """An image file that exists but can't be decoded; the message names it."""
@@ -24,7 +26,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_rgb(path: str | Path, at_least: int | None = None) -> Image.Image:
+def load_rgb(path: str | Path | ShardMember, at_least: int | None = None) -> Image.Image:
     """Reads an image file completely.
 
     Args:
@@ -39,7 +41,7 @@ def load_rgb(path: str | Path, at_least: int | None = None) -> Image.Image:
         BrokenImageError: the file is absent, truncated, no image, or too large to be one.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path.open() if isinstance(path, ShardMember) else path) as image:
             if at_least:
                 image.draft("RGB", (at_least, at_least))  # of JPEG alone
             return to_rgb(image)

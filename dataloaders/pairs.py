@@ -1,7 +1,7 @@
 """What every benchmark reader returns, and the check that its image files are there."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,23 +43,32 @@ class RetrievalSet:
         kept = [i for i in range(len(self.image_paths)) if i not in reasons]
         new_index = {old: new for new, old in enumerate(kept)}
         captions = [(c, new_index[i]) for c, i in zip(self.captions, self.image_of_caption) if i in new_index]
+        lost = sorted(i for i in self.image_of_caption if i in reasons)
         return replace(
             self,
             image_paths=tuple(self.image_paths[i] for i in kept),
             captions=tuple(c for c, _ in captions),
             image_of_caption=tuple(i for _, i in captions),
-            missing=self.missing + tuple(reasons[i] for i in sorted(reasons)),
+            missing=self.missing + tuple(reasons[i] for i in lost),
         )
 
 
 def one_caption_per_image(key: str, title: str, pairs: Iterable[tuple[Path, str]], **fields) -> RetrievalSet:
     """Builds a `RetrievalSet` from (image path, normalised caption) pairs."""
-    pairs = list(pairs)
-    paths, captions = tuple(p for p, _ in pairs), tuple(c for _, c in pairs)
+    return several_captions_per_image(key, title, [(path, [caption]) for path, caption in pairs], **fields)
+
+
+def several_captions_per_image(
+    key: str, title: str, rows: Sequence[tuple[Path, Sequence[str]]], **fields
+) -> RetrievalSet:
+    """Builds a `RetrievalSet` from (image path, its captions) rows; the captions of an image follow one another."""
+    paths = tuple(path for path, _ in rows)
+    captions = tuple(caption for _, own in rows for caption in own)
+    image_of_caption = tuple(number for number, (_, own) in enumerate(rows) for _ in own)
     empty = sum(not c for c in captions)
     if empty:
         logging.warning(f"{title}: {empty:,} of {len(captions):,} captions are empty; they are kept, as pairs.")
-    return RetrievalSet(key, title, paths, captions, tuple(range(len(pairs))), **fields)
+    return RetrievalSet(key, title, paths, captions, image_of_caption, **fields)
 
 
 @dataclass(frozen=True)
@@ -100,12 +109,13 @@ def find_images(sets: list[RetrievalSet]) -> tuple[list[RetrievalSet], FoundImag
 
 def describe_missing(retrieval_set: RetrievalSet) -> str:
     """Returns a paragraph with the count, the first ten missing items and how to get them."""
-    shown = retrieval_set.missing[:10]
+    different = list(dict.fromkeys(retrieval_set.missing))  # an image's captions go missing together
+    shown = different[:10]
     total = len(retrieval_set.missing) + len(retrieval_set.captions)
     lines = [f"{retrieval_set.title}: {len(retrieval_set.missing):,} of {total:,} pairs are missing:"]
     lines += [f"  {line}" for line in shown]
-    if len(shown) < len(retrieval_set.missing):
-        lines.append(f"  .. and {len(retrieval_set.missing) - len(shown):,} more")
+    if len(shown) < len(different):
+        lines.append(f"  .. and {len(different) - len(shown):,} more")
     if retrieval_set.source:
         lines.append(f"  To get them: {retrieval_set.source}")
     return "\n".join(lines)

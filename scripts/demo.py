@@ -7,6 +7,7 @@ captions, names the large object of each by short ones, and leaves:
 
     OUT/summary.json    {"lotlip": {"long_i2t_top1", "long_t2i_top1", "short_top1"}, "short_only": {..}, "seconds": ..}
     OUT/curves.png      loss and R@1 during both trainings
+    OUT/lotlip/report.html, OUT/short_only/report.html    every query, and what each model found
     OUT/data, OUT/lotlip, OUT/short_only    the set, and both runs with their logs and checkpoints
 
 ``seconds`` is the time of both trainings together, with their evaluations.
@@ -36,6 +37,7 @@ OPTIMIZER = ["--lr", "1.2e-3", "--warmup", "20", "--wd", "0.05", "--short-loss-w
 WHOLE = ["--aug-cfg", "scale=1.0,1.0", "ratio=1.0,1.0"]
 OFTEN = ["--log-every-n-steps", "10", "--zeroshot-frequency", "2", "--save-frequency", "0"]
 BENCHMARK = "urban1k-retrieval"
+LENGTHS = "10,20,40,77,128"
 
 
 def main() -> int:
@@ -54,6 +56,14 @@ def main() -> int:
         if code := call("training.main", "--model", MODEL, *places, *flags):
             return code
         seconds += time.monotonic() - start
+    print("\n== Looking closer at both ==", flush=True)
+    for name in RUNS:
+        flags = ["--retrieval-lengths", LENGTHS, "--report", "--workers", 1, "--logs", out, "--name", name]
+        weights = ["--model", MODEL, "--pretrained", checkpoint_of(out / name)]
+        if code := call("training.main", *weights, f"--{BENCHMARK}", data / "urban1k", *flags):
+            return code
+    if code := call("training.compare", *(out / name for name in RUNS)):
+        return code
     summary = {name: measure(out / name, data) for name in RUNS}
     show(out, summary, seconds)
     return 0
@@ -71,14 +81,19 @@ def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def checkpoint_of(run: Path) -> Path:
+    """The one checkpoint that a training left: its last epoch's."""
+    (checkpoint,) = (run / "checkpoints").glob("epoch_*.pt")
+    return checkpoint
+
+
 def measure(run: Path, data: Path) -> dict[str, float]:
     """Long retrieval of the last evaluation, and classification by the last checkpoint."""
     last = next(line for line in reversed(read_metrics(run)) if f"{BENCHMARK}-i2t-top1" in line)
-    (checkpoint,) = (run / "checkpoints").glob("epoch_*.pt")
     return {
         "long_i2t_top1": last[f"{BENCHMARK}-i2t-top1"],
         "long_t2i_top1": last[f"{BENCHMARK}-t2i-top1"],
-        "short_top1": classify(checkpoint, data),
+        "short_top1": classify(checkpoint_of(run), data),
     }
 
 
@@ -104,7 +119,8 @@ def show(out: Path, summary: dict[str, dict[str, float]], seconds: float) -> Non
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
     draw_curves(out)
     (out / "summary.json").write_text(json.dumps({**summary, "seconds": round(seconds, 1)}, indent=1) + "\n")
-    print(f"\nCurves: {out / 'curves.png'}   Numbers: {out / 'summary.json'}   Logs, checkpoints: {out}/*/")
+    print("\nReports, to open in a browser: " + "   ".join(str(out / name / "report.html") for name in RUNS))
+    print(f"Curves: {out / 'curves.png'}   Numbers: {out / 'summary.json'}   Logs, checkpoints: {out}/*/")
 
 
 def draw_curves(out: Path) -> None:

@@ -68,4 +68,10 @@ fi
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
 echo "setup: installing into $env (PyTorch is large: a few minutes the first time)" >&2
 "$python" -m pip install --quiet --disable-pip-version-check --editable "$target"
+# The report is tested in a browser; without one its tests are skipped.
+if [[ "$level" == test && "$(id -u)" == 0 ]] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+    echo "setup: installing Debian's chromium for the tests of the report" >&2
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
+        || echo "setup: no chromium to be had; the tests of the report in a browser will be skipped" >&2
+fi
 echo "$wanted" >"$stamp"

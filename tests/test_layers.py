@@ -14,6 +14,7 @@ LAYERS = [
         "training.contrast",
         "training.params",
         "training.params_train",
+        "training.params_eval",
         "training.distributed",
         "training.metrics",
         "training.results",
@@ -26,11 +27,12 @@ LAYERS = [
     {"training.prepare"},
     {"training.encode", "training.step_log", "training.extract"},
     {"training.feature_cache"},
-    {"training.retrieval"},
+    {"training.retrieval", "training.zero_shot"},
+    {"training.feature_files", "training.lengths", "training.report"},
     {"training.evaluate", "training.validate"},
     {"training.trainer"},
     {"training.train"},
-    {"training.main", "training.api"},
+    {"training.main", "training.api", "training.compare", "training.corner_view"},
     {"benchmarks"},
 ]
 

@@ -50,7 +50,13 @@ def test_usage_errors_exit_2_with_one_message(argv, said, capsys):
 
 
 def test_help_is_grouped_and_loads_nothing_heavy():
-    for module in ("training.main", "dataloaders.scenes", "dataloaders.prepare"):
+    for module in (
+        "training.main",
+        "training.compare",
+        "training.corner_view",
+        "dataloaders.scenes",
+        "dataloaders.prepare",
+    ):
         code = f"""
 import atexit, runpy, sys
 atexit.register(lambda: print("heavy:", [m for m in ("torch", "open_clip", "transformers") if m in sys.modules]))

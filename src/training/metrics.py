@@ -9,6 +9,7 @@ the metrics are its expectation. So a model that gives every pair the same score
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -141,6 +142,49 @@ def bootstrap_interval(values: torch.Tensor, *, num_resamples: int = 2000, seed:
     draws = np.random.default_rng(seed).multinomial(total, counts / total, size=num_resamples)
     low, high = np.percentile(draws @ distinct / total, [2.5, 97.5])
     return float(low), float(high)
+
+
+class PairedDifference(NamedTuple):
+    """Mean of second minus first, its 95% bootstrap interval, and the two-sided p-value of there being none."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(
+    first: np.ndarray,
+    second: np.ndarray,
+    clusters: np.ndarray | None = None,
+    *,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedDifference:
+    """Compares two systems on the same queries.
+
+    Args:
+        first, second: [num_queries], e.g. 1 where the right answer came first.
+        clusters: [num_queries] int; queries of a cluster (captions of an image) are drawn together. None: each alone.
+        num_resamples: drawn; p is no smaller than 2 / (num_resamples + 1).
+        seed: of the draws.
+    """
+    change = second.astype(np.float64) - first.astype(np.float64)
+    clusters = np.arange(len(change)) if clusters is None else clusters
+    # As in bootstrap_interval: clusters with the same sum and size are alike, and a draw is multinomial over kinds.
+    totals = np.stack([np.bincount(clusters, change), np.bincount(clusters)], axis=1).round(9)
+    kinds, counts = np.unique(totals, axis=0, return_counts=True)
+    rng, num_clusters = np.random.default_rng(seed), int(counts.sum())
+    means = []
+    for start in range(0, num_resamples, 500):  # at a time: kinds may be many
+        draws = rng.multinomial(num_clusters, counts / num_clusters, size=min(500, num_resamples - start))
+        sums = draws @ kinds
+        means.append(sums[:, 0] / sums[:, 1])
+    means = np.concatenate(means)
+    low, high = np.percentile(means, [2.5, 97.5])
+    beyond = min((means <= 0).sum(), (means >= 0).sum())
+    p = min(1.0, 2.0 * (beyond + 1) / (num_resamples + 1))
+    return PairedDifference(float(change.mean()), float(low), float(high), float(p))
 
 
 def summarise(counts: RankCounts, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float | list[float]]:

@@ -5,11 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from training.flag_types import not_negative, positive, positive_numbers
+from training.flag_types import not_negative, positive
+from training.params_eval import RETRIEVAL_FLAGS, ZERO_SHOT_FLAGS, add_eval_args, has_benchmark, validate_eval_args
 from training.params_train import add_train_args, validate_train_args
 
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
-RETRIEVAL_FLAGS = ("--dci-retrieval", "--iiw-retrieval", "--share4v-retrieval", "--urban1k-retrieval")
 
 DESCRIPTION = """\
 Train on short and long captions, or evaluate long text-image retrieval for any open_clip, LoTLIP or Long-CLIP model.
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_model_args(parser.add_argument_group("model"))
     _add_lock_args(parser.add_argument_group("which parts of the model are trained"))
-    _add_retrieval_args(parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)"))
+    add_eval_args(parser)
     add_train_args(parser)
     _add_compute_args(parser.add_argument_group("compute"))
     _add_output_args(parser.add_argument_group("output"))
@@ -137,36 +137,6 @@ def _add_lock_args(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_retrieval_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--dci-retrieval", metavar="DIR", help="DCI: folder with densely_captioned_images/")
-    group.add_argument("--iiw-retrieval", metavar="DIR", help="ImageInWords: folder with docci/, docci_aar/, dci/")
-    group.add_argument(
-        "--iiw-anno",
-        metavar="DIR",
-        help="folder with DOCCI_Test/, IIW-400/, DCI_Test/data.jsonl (default: the IIW folder)",
-    )
-    group.add_argument("--share4v-retrieval", metavar="DIR", help="ShareGPT4V: folder with SA-1B images, in any tree")
-    group.add_argument("--share4v-anno", metavar="FILE", help="its list of captions (dataloaders.prepare share4v)")
-    group.add_argument(
-        "--share4v-val-num",
-        type=positive_numbers,
-        default=(1000, 10000),
-        metavar="N,N",
-        help="sizes to evaluate, from the start of the list (default: 1000,10000)",
-    )
-    group.add_argument("--urban1k-retrieval", metavar="DIR", help="Urban1k: folder with image/ and caption/")
-    group.add_argument(
-        "--feature-cache",
-        metavar="DIR",
-        help="keep features there, and encode only what is not there yet for the same weights and preprocessing",
-    )
-    group.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="evaluate the pairs whose images are there and readable; every result then gives the count",
-    )
-
-
 def _add_compute_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-size",
@@ -206,11 +176,6 @@ def _add_output_args(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def has_retrieval(args: argparse.Namespace) -> bool:
-    """Tells whether any retrieval benchmark is asked for."""
-    return any(getattr(args, flag[2:].replace("-", "_")) for flag in RETRIEVAL_FLAGS)
-
-
 def validate_args(args: argparse.Namespace) -> None:
     """Checks combinations of flags and the paths that need no reading.
 
@@ -218,21 +183,10 @@ def validate_args(args: argparse.Namespace) -> None:
         ValueError: the message names the flag, what was found and what to do.
     """
     validate_train_args(args)
-    if not has_retrieval(args) and not args.train_data:
-        raise ValueError(
-            "nothing to do: name --train-data, or a data set with "
-            f"{', '.join(RETRIEVAL_FLAGS[:-1])} or {RETRIEVAL_FLAGS[-1]}"
-        )
-    if args.share4v_retrieval and not args.share4v_anno:
-        raise ValueError(
-            "--share4v-retrieval needs --share4v-anno FILE, the list of captions; "
-            "python -m dataloaders.prepare share4v makes it (see EVAL_DATASETS.md)"
-        )
-    for flag, needs in (("share4v_anno", "share4v_retrieval"), ("iiw_anno", "iiw_retrieval")):
-        if getattr(args, flag) and not getattr(args, needs):
-            raise ValueError(f"--{flag} has no effect without --{needs}; add it or leave both".replace("_", "-"))
-    if args.feature_cache and args.train_data:
-        raise ValueError("--feature-cache has no effect in training: weights change from one evaluation to the next")
+    validate_eval_args(args)
+    if not has_benchmark(args) and not args.train_data and not args.features:
+        flags = (*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--features")
+        raise ValueError(f"nothing to do: name --train-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}")
     if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
         raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} brings its own weights")
     if args.pretrained and (args.pretrained_image or args.pretrained_text):
@@ -247,5 +201,3 @@ def validate_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--context-length {args.context_length}: no room for text beside the special tokens")
     if args.name and (os.sep in args.name or args.name in (".", "..")):
         raise ValueError(f"--name {args.name}: expected one folder name; use --logs for the folder above it")
-    if os.path.exists(args.logs) and not os.path.isdir(args.logs):
-        raise ValueError(f"--logs {args.logs}: is a file, expected a folder")

@@ -32,8 +32,9 @@ def format_table(records: Sequence[dict]) -> str:
             row += [f"{100 * result['top1']:.2f}", f"{low:.1f}-{high:.1f}"]
             row += [f"{100 * result['top5']:.2f}", f"{100 * result['top10']:.2f}"]
             row += [f"{result['median-rank']:.6g} / {result['mean-rank']:.1f}"]
-        row.append(f"{100 * record['truncated_share']:.1f}%")
-        row.append(f"{record['truncated_mean_tokens_lost']:.1f}")
+        unknown = record["truncated_share"] is None  # of features that came without token counts
+        row.append("-" if unknown else f"{100 * record['truncated_share']:.1f}%")
+        row.append("-" if unknown else f"{record['truncated_mean_tokens_lost']:.1f}")
         rows.append(row)
     headers = ["benchmark", "pairs"]
     for name in DIRECTIONS.values():
@@ -41,6 +42,17 @@ def format_table(records: Sequence[dict]) -> str:
     headers += ["captions\ncut", "tokens\nlost"]
     right = ["left"] + ["right"] * (len(headers) - 1)
     return tabulate(rows, headers=headers, colalign=right, disable_numparse=True)
+
+
+def format_zero_shot(records: Sequence[dict]) -> str:
+    """Returns the table of zero-shot classification for a terminal, in percent."""
+    rows = []
+    for record in records:
+        low, high = (100 * bound for bound in record["top1-ci95"])
+        rows.append([record["title"], format_pairs(record), f"{100 * record['top1']:.2f}", f"{low:.1f}-{high:.1f}"])
+        rows[-1].append(f"{100 * record['top5']:.2f}")
+    headers = ["zero-shot", "images", "top-1", "95%\ninterval", "top-5"]
+    return tabulate(rows, headers=headers, colalign=["left"] + ["right"] * 4, disable_numparse=True)
 
 
 def format_markdown(records: Sequence[dict], label: str) -> str:
@@ -58,11 +70,21 @@ def flatten(records: Sequence[dict]) -> dict[str, object]:
     for record in records:
         for direction in DIRECTIONS:
             flat |= {f"{record['key']}-{direction}-{name}": value for name, value in record[direction].items()}
-        for name in ("num_pairs", "num_expected", "num_missing", "num_broken"):
+        for name in ("num_images", "num_pairs", "num_expected", "num_missing", "num_broken"):
             flat[f"{record['key']}-{name.replace('_', '-')}"] = record[name]
         flat[f"{record['key']}-pairs"] = f"{record['num_pairs']:,} of {record['num_expected']:,} pairs"
         for name in ("truncated_share", "truncated_mean_tokens_lost"):
             flat[f"{record['key']}-{name.replace('_', '-')}"] = record[name]
+    return flat
+
+
+def flatten_zero_shot(records: Sequence[dict]) -> dict[str, object]:
+    """Returns open_clip's keys: fractions under ``KEY-top1``, ``KEY-top5``, plus counts under ``KEY-num-images``."""
+    flat: dict[str, object] = {}
+    for record in records:
+        flat |= {f"{record['key']}-{name}": record[name] for name in ("top1", "top5", "top1-ci95")}
+        flat[f"{record['key']}-num-images"] = record["num_pairs"]
+        flat[f"{record['key']}-images"] = f"{record['num_pairs']:,} of {record['num_expected']:,} images"
     return flat
 
 
@@ -75,6 +97,13 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+def label_of(args: argparse.Namespace) -> str:
+    """What an evaluation measures, in a few words."""
+    if args.features:
+        return "features"
+    return args.model if args.pretrained is None else f"{args.model} {args.pretrained}"
 
 
 def run_name(*parts: str) -> str:
@@ -102,7 +131,7 @@ def write_results(
     path = folder / "results.jsonl"
     line = {
         **flatten(records),
-        "model": args.model,
+        "model": None if args.features else args.model,
         "pretrained": args.pretrained,
         "weights_sha256": weights_sha256,
         "precision": args.precision,

@@ -27,7 +27,7 @@ from training.model.source import resolve_weights
 from training.optim import make_schedule, parameter_groups
 from training.results import run_name
 from training.resume import Division, Progress, restore, start_from
-from training.retrieval import plan_retrieval, read_benchmarks
+from training.retrieval import plan_benchmarks
 from training.step import Stepper
 from training.tracking import Tracker, check_reporters, log_to
 from training.train_model import TrainModel
@@ -83,8 +83,7 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     check_precision(args.precision, env.device)
     check_reporters(args.report_to)
     parse_augmentation(args.aug_cfg)
-    sets = read_benchmarks(args)
-    work = plan_retrieval(sets, args.allow_missing) if sets else None
+    work = plan_benchmarks(args)
     resolve_weights(args.model, args.pretrained, args.cache_dir)
     for flag, spec in (("--train-data", args.train_data), ("--val-data", args.val_data)):
         if spec and feature_info(spec) and (not args.lock_image or args.lock_image_unlocked_groups):

@@ -14,8 +14,9 @@ from training.distributed import DistEnv, sum_over_ranks
 from training.encode import ComputeOptions
 from training.metrics import count_ranks, summarise
 from training.model.factory import EncoderParts
-from training.results import flatten, format_table, write_results
+from training.results import flatten, flatten_zero_shot, format_table, format_zero_shot, write_results
 from training.retrieval import RetrievalWork, evaluate_retrieval
+from training.zero_shot import evaluate_zero_shot
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +111,11 @@ def evaluate_benchmarks(
         BrokenImageError, FloatingPointError: as an evaluation of its own.
     """
     options = ComputeOptions(args.batch_size, args.workers, args.precision, args.text_packing != "padded")
-    records = evaluate_retrieval(parts, work, env, options, allow_broken=args.allow_missing)
+    records = evaluate_retrieval(parts, work, env, options, args.allow_missing) if work.sets else []
+    zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
     if env.is_main:
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
-        write_results(records, folder, args, None, extra)
-        logger.info(f"after epoch {epoch}:\n{format_table(records)}")
-    return flatten(records)
+        write_results(records, folder, args, None, {**flatten_zero_shot(zero_shot), **extra})
+        tables = [format_table(records)] * bool(records) + [format_zero_shot(zero_shot)] * bool(zero_shot)
+        logger.info(f"after epoch {epoch}:\n" + "\n\n".join(tables))
+    return flatten(records) | flatten_zero_shot(zero_shot)

@@ -1,0 +1,92 @@
+"""ImageNet-1k's validation images and ImageNet-v2, for zero-shot classification.
+
+VAL/n01440764/*.JPEG    one folder per class, named by its WordNet id
+V2/0/*.jpeg             one folder per class, named by its number (0 .. 999)
+"""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from dataloaders.files import natural_key, parallel_map, require_dir
+
+NUM_CLASSES = 1000
+NUM_VAL, NUM_V2 = 50_000, 10_000
+V2_FOLDERS = ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency")
+SUFFIXES = (".jpeg", ".jpg", ".png")
+
+
+@dataclass(frozen=True)
+class ClassificationSet:
+    """Images and the number of each one's class.
+
+    Attributes:
+        key: prefix of the result keys, e.g. ``imagenet-zeroshot-val`` (open_clip's).
+        title: heading in tables.
+        image_paths: one file per image.
+        labels: for each image its class, 0 .. 999 in ImageNet's usual order.
+        num_published: number of images of the full set.
+        source: how to get what is missing.
+    """
+
+    key: str
+    title: str
+    image_paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    num_published: int
+    source: str
+
+
+def read_imagenet(root: str | Path) -> ClassificationSet:
+    """Reads ImageNet-1k's validation images; only some of the classes will do.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, or none of its folders is named by a class.
+    """
+    numbers = {name: number for number, name in enumerate(_wordnet_ids())}
+    source = "see ImageNet in EVAL_DATASETS.md"
+    root = require_dir(root, "--imagenet-val")
+    if any(name.startswith("ILSVRC2012_val_") for name in os.listdir(root)):
+        raise ValueError(
+            f"--imagenet-val {root}: its images lie in one folder; sort them into a folder per class, {source}"
+        )
+    paths, labels = _read_classes(root, numbers, "--imagenet-val", "a WordNet id such as n01440764")
+    return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", paths, labels, NUM_VAL, source)
+
+
+def read_imagenet_v2(root: str | Path) -> ClassificationSet:
+    """Reads ImageNet-v2, matched-frequency; folders count as numbers (10 comes after 9).
+
+    Args:
+        root: the folder with the numbered folders, or the one above it.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, or none of its folders is named by a number.
+    """
+    root = require_dir(root, "--imagenet-v2")
+    root = next((root / name for name in V2_FOLDERS if (root / name).is_dir()), root)
+    numbers = {str(number): number for number in range(NUM_CLASSES)}
+    paths, labels = _read_classes(root, numbers, "--imagenet-v2", "a number from 0 to 999")
+    source = "see ImageNet in EVAL_DATASETS.md"
+    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", paths, labels, NUM_V2, source)
+
+
+def _read_classes(root: Path, numbers: dict[str, int], flag: str, named: str) -> tuple[tuple[Path, ...], tuple]:
+    names = sorted((n for n in os.listdir(root) if n in numbers and (root / n).is_dir()), key=numbers.__getitem__)
+    if not names:
+        raise ValueError(f"{flag} {root}: expected a folder per class, each named by {named}; none is there")
+    files = parallel_map(lambda name: sorted(os.listdir(root / name), key=natural_key), names)
+    found = [(root / n / f, numbers[n]) for n, own in zip(names, files) for f in own if _is_image(f)]
+    return tuple(path for path, _ in found), tuple(label for _, label in found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")  # macOS leaves ._1.JPEG beside 1.JPEG
+
+
+def _wordnet_ids() -> list[str]:
+    """The 1,000 classes in ImageNet's order, which open_clip's class names follow; from timm's own list of them."""
+    timm = find_spec("timm")  # found, not imported: that would load PyTorch
+    path = Path(timm.submodule_search_locations[0]) / "data" / "_info" / "imagenet_synsets.txt"
+    return path.read_text(encoding="ascii").split()

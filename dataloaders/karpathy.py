@@ -1,0 +1,172 @@
+"""COCO and Flickr30k: photos with five short captions each, in Karpathy's splits. The captions stay as they are.
+
+ANNO  {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg", "split": "test",
+                   "sentences": [{"raw": ..}, ..]}, ..]}                      dataset_coco.json, dataset_flickr30k.json
+or    [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": [five texts]}, ..]
+or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}      COCO's captions_val2017.json
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataloaders.files import first_present, read_json, require_dir, text_field
+from dataloaders.pairs import RetrievalSet, several_captions_per_image
+
+NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
+SPLITS = ("test", "val")
+
+
+@dataclass(frozen=True)
+class _Benchmark:
+    """What differs between the two: names, where files usually lie, and the number of images per split."""
+
+    key: str
+    title: str
+    flag: str
+    annotations: tuple[str, ...]
+    folders: tuple[str, ...]
+    num_images: dict[str, int]
+    source: str
+
+
+COCO = _Benchmark(
+    "coco",
+    "COCO",
+    "--coco-retrieval",
+    ("dataset_coco.json", "annotations/dataset_coco.json", "annotations/captions_val2017.json"),
+    ("", "images"),
+    {"test": 5000, "val": 5000},
+    "see COCO in EVAL_DATASETS.md: Karpathy's dataset_coco.json and val2014.zip",
+)
+FLICKR30K = _Benchmark(
+    "flickr30k",
+    "Flickr30k",
+    "--flickr30k-retrieval",
+    ("dataset_flickr30k.json", "annotations/dataset_flickr30k.json", "flickr30k_test.json"),
+    ("flickr30k-images", "flickr30k_images", "images", "Images", ""),
+    {"test": 1000, "val": 1014},
+    "see Flickr30k in EVAL_DATASETS.md: Karpathy's dataset_flickr30k.json and the images of the Illinois group",
+)
+
+
+def read_coco(root: str | Path, annotations: str | Path | None = None, split: str = "test") -> RetrievalSet:
+    """Reads COCO captions; arguments and errors as `read_flickr30k`."""
+    return _read(COCO, root, annotations, split)
+
+
+def read_flickr30k(root: str | Path, annotations: str | Path | None = None, split: str = "test") -> RetrievalSet:
+    """Reads Flickr30k.
+
+    Args:
+        root: folder with the images, in one of the usual trees.
+        annotations: the list of captions; looked for below the root if None.
+        split: ``test`` or ``val`` of Karpathy's; a list without splits is taken whole.
+
+    Raises:
+        FileNotFoundError, ValueError: no list, a broken one, or none of that split.
+    """
+    return _read(FLICKR30K, root, annotations, split)
+
+
+def _read(which: _Benchmark, root: str | Path, annotations: str | Path | None, split: str) -> RetrievalSet:
+    root = require_dir(root, which.flag)
+    path = _find_annotations(which, root, annotations)
+    content = read_json(path)
+    key, title, expected = which.key, which.title, which.num_images[split]
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        rows = _official_rows(content, path)
+        # Other images than Karpathy's test split: never under the same name.
+        key, title, expected = f"{key}-{_official_name(path)}", f"{title} {_official_name(path)}", None
+        if _official_name(path) == "val2017":
+            expected = 5000
+    elif isinstance(content, dict) and isinstance(content.get("images"), list):
+        rows = _karpathy_rows(content["images"], path, split)
+    elif isinstance(content, list):
+        rows = _listed_rows(content, path)
+    else:
+        raise ValueError(
+            f"{path}: expected Karpathy's {{'images': [..]}}, COCO's annotations or a list; {which.source}"
+        )
+    if split != "test" and key == which.key:
+        key, title = f"{key}-{split}", f"{title} {split}"
+    if not rows:
+        raise ValueError(f"{path}: no image of split {split!r}; {which.source}")
+    images = first_present([_candidates(which, root, name) for name, _ in rows])
+    captions = [own[:NUM_CAPTIONS] for _, own in rows]
+    return several_captions_per_image(
+        f"{key}-retrieval",
+        title,
+        list(zip(images, captions)),
+        num_published=expected and expected * NUM_CAPTIONS,
+        source=which.source,
+    )
+
+
+def _find_annotations(which: _Benchmark, root: Path, annotations: str | Path | None) -> Path:
+    if annotations is not None:
+        if not Path(annotations).is_file():
+            raise FileNotFoundError(f"--{which.key}-anno {annotations}: no such file; {which.source}")
+        return Path(annotations)
+    for name in which.annotations:
+        if (root / name).is_file():
+            return root / name
+    raise FileNotFoundError(
+        f"{which.flag} {root}: none of {', '.join(which.annotations)} is there; name the list of captions with "
+        f"--{which.key}-anno, {which.source}"
+    )
+
+
+def _karpathy_rows(items: list, path: Path, split: str) -> list[tuple[str, list[str]]]:
+    """(path of the image, its captions) of each image of a split, in file order."""
+    rows = []
+    for number, item in enumerate(items):
+        where = f"{path} image {number}"
+        if text_field(item, "split", where) != split:
+            continue
+        name = text_field(item, "filename", where)
+        sentences = item.get("sentences")
+        if not isinstance(sentences, list) or not sentences:
+            raise ValueError(f"{where}: expected a list under 'sentences'")
+        folder = item.get("filepath")
+        rows.append((f"{folder}/{name}" if folder else name, [text_field(s, "raw", where) for s in sentences]))
+    return rows
+
+
+def _listed_rows(items: list, path: Path) -> list[tuple[str, list[str]]]:
+    rows = []
+    for number, item in enumerate(items):
+        where = f"{path} item {number}"
+        name, captions = text_field(item, "image", where), item.get("caption")
+        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
+            raise ValueError(f"{where}: expected a list of texts under 'caption'")
+        rows.append((name, captions))
+    return rows
+
+
+def _official_rows(content: dict, path: Path) -> list[tuple[str, list[str]]]:
+    names, captions = {}, {}
+    for number, image in enumerate(content.get("images") or []):
+        name = text_field(image, "file_name", f"{path} image {number}")
+        names[image.get("id")] = name if "/" in name else f"{_official_name(path)}/{name}"
+    for number, row in enumerate(content["annotations"]):
+        where = f"{path} annotation {number}"
+        caption = text_field(row, "caption", where)
+        if row.get("image_id") not in names:
+            raise ValueError(f"{where}: its image_id {row.get('image_id')} is not among the file's images")
+        captions.setdefault(row["image_id"], []).append(caption)
+    return [(name, captions[i]) for i, name in names.items() if i in captions]
+
+
+def _official_name(path: Path) -> str:
+    """``captions_val2017.json`` -> ``val2017``."""
+    return path.stem.removeprefix("captions_")
+
+
+def _candidates(which: _Benchmark, root: Path, name: str) -> list[Path]:
+    """Where an image may lie; the first place is where it is said to be missing."""
+    names = dict.fromkeys([name, name.rsplit("/", 1)[-1]])
+    number = re.fullmatch(r"COCO_(?:train|val)2014_(\d{12}\.jpg)", name.rsplit("/", 1)[-1])
+    if number:  # the release of 2017 has the same pictures under shorter names
+        names |= dict.fromkeys(f"{folder}/{number[1]}" for folder in ("val2017", "train2017"))
+    return [root / folder / n for n in names for folder in which.folders]

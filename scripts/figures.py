@@ -1,0 +1,176 @@
+"""Draws figures/*.png from the recorded results in figures/*.json; `make figures` does it.
+
+    python scripts/figures.py                                       draw
+    python scripts/figures.py --record logs/NAME --as "our B/16"    record an evaluation first
+    python scripts/figures.py --record-demo logs/demo               record a demo first
+
+    published.json    the paper's table          ours.json       evaluations of ours on the same benchmarks
+    demo.json         the demo's comparison      lengths.json    R@1 by tokens, of evaluations and of the demo
+
+What has not been recorded is not drawn. An evaluation is recorded on whole benchmarks only.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+FIGURES = Path(__file__).parents[1] / "figures"
+DEMO_RUNS = {"lotlip": "short and long captions", "short_only": "short captions only"}
+KEYS = {
+    "DCI": "dci-retrieval",
+    "IIW": "iiw-retrieval",
+    "SV-10k": "share4v-retrieval-10000",
+    "Urban1k": "urban1k-retrieval",
+}
+
+
+def read(name: str) -> dict | None:
+    """Returns figures/NAME.json, None if there is none."""
+    path = FIGURES / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write(name: str, content: dict) -> None:
+    """Writes figures/NAME.json."""
+    (FIGURES / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def last_result(run: Path) -> dict:
+    """Returns the last line of a run's results.jsonl; FileNotFoundError if there is none."""
+    path = run / "checkpoints" / "results.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; name the folder of an evaluation, LOGS/NAME")
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def record(run: Path, label: str) -> None:
+    """Takes an evaluation's R@1 on whole benchmarks into ours.json, and its length curves into lengths.json."""
+    result, ours = last_result(run), read("ours") or {"models": {}}
+    recall = {}
+    for title, key in KEYS.items():
+        if f"{key}-i2t-top1" in result and result[f"{key}-num-pairs"] == result[f"{key}-num-expected"]:
+            recall[title] = [round(100 * result[f"{key}-{d}-top1"], 2) for d in ("i2t", "t2i")]
+    facts = {name: result.get(name) for name in ("model", "pretrained", "weights_sha256", "date", "device")}
+    if recall:
+        ours["models"][label] = {"recall": recall, **facts}
+        write("ours", ours)
+    if "lengths" in result:
+        _record_lengths(label, result["lengths"], facts)
+    if not recall and "lengths" not in result:
+        raise ValueError(f"{run}: neither a whole benchmark of {', '.join(KEYS)} nor --retrieval-lengths in its result")
+
+
+def record_demo(folder: Path) -> None:
+    """Takes a demo's summary and length curves in."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; run make demo first")
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    write("demo", {"source": "make demo; fractions", **summary})
+    for name, label in DEMO_RUNS.items():
+        result = last_result(folder / name)
+        if "lengths" in result:
+            _record_lengths(f"demo, {label}", result["lengths"], {"date": result["date"]})
+
+
+def _record_lengths(label: str, found: dict, facts: dict) -> None:
+    lengths = read("lengths") or {"runs": {}}
+    lengths["runs"][label] = {**found, **facts}
+    write("lengths", lengths)
+
+
+def draw_published() -> object:
+    """The paper's table as bars, our evaluations beside it."""
+    from matplotlib import pyplot
+
+    published, ours = read("published"), read("ours") or {"models": {}}
+    bars = {name: dict(zip(published["benchmarks"], rows)) for name, rows in published["models"].items()}
+    bars |= {f"{name} (ours)": own["recall"] for name, own in ours["models"].items()}
+    figure, panels = pyplot.subplots(2, 1, figsize=(10, 7), layout="constrained", sharex=True)
+    width = 0.85 / len(bars)
+    for axes, number, title in zip(panels, (0, 1), ("image to text", "text to image")):
+        for n, (name, recall) in enumerate(bars.items()):
+            places = [p + n * width for p, b in enumerate(published["benchmarks"]) if b in recall]
+            values = [recall[b][number] for b in published["benchmarks"] if b in recall]
+            hatch = "//" if name.endswith("(ours)") else None
+            axes.bar_label(axes.bar(places, values, width * 0.95, label=name, hatch=hatch), fmt="%.0f", fontsize=8)
+        axes.set(ylim=(0, 105), ylabel="R@1 in percent", title=title)
+        axes.set_xticks([p + 0.425 - width / 2 for p in range(len(published["benchmarks"]))], published["benchmarks"])
+        axes.grid(axis="y", alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    note = "as published" if not ours["models"] else "as published; hatched: measured by this project"
+    figure.suptitle(f"Long text-image retrieval, {note}")
+    return figure
+
+
+def draw_demo() -> object:
+    """The demo's comparison as bars."""
+    from matplotlib import pyplot
+
+    demo = read("demo")
+    names = {"long_i2t_top1": "long captions,\nI2T R@1", "long_t2i_top1": "long captions,\nT2I R@1"}
+    names["short_top1"] = "48 short prompts,\ntop-1"
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for n, (run, label) in enumerate(DEMO_RUNS.items()):
+        places = [p + 0.4 * n for p in range(len(names))]
+        axes.bar_label(
+            axes.bar(places, [100 * demo[run][k] for k in names], 0.38, label=f"trained on {label}"), fmt="%.1f"
+        )
+    axes.set_xticks([p + 0.2 for p in range(len(names))], names.values())
+    axes.set(ylabel="percent", ylim=(0, 105), title="Demo: 1,000 unseen scenes")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_lengths() -> object:
+    """R@1 by tokens of all recorded runs; None if there is none."""
+    from matplotlib import pyplot
+
+    lengths = read("lengths")
+    if not lengths:
+        return None
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for label, run in lengths["runs"].items():
+        for title, found in run["sets"].items():
+            curve = {int(n): 50 * (own["i2t"] + own["t2i"]) for n, own in found.get("tokens", {}).items()}
+            effective = run["effective_length"][title]
+            name = f"{label}, {title}" + ("" if effective is None else f" (effective length {effective:.0f})")
+            axes.plot(curve.keys(), curve.values(), marker="o", label=name)
+    axes.set(xlabel="tokens of each caption that are read", ylabel="R@1 in percent, mean of both directions")
+    axes.set(title="How much of a caption a model makes use of", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def main() -> int:
+    """Records what is asked for, draws everything recorded; returns 0, or 2 for a usage error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, metavar="RUN", help="folder of an evaluation to record")
+    parser.add_argument("--as", dest="label", metavar="LABEL", help="its name in figures (default: the folder's)")
+    parser.add_argument("--record-demo", type=Path, metavar="DIR", help="folder of a demo to record")
+    args = parser.parse_args()
+    try:
+        if args.record:
+            record(args.record, args.label or args.record.name)
+        if args.record_demo:
+            record_demo(args.record_demo)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    for name, draw in (("published", draw_published), ("demo", draw_demo), ("lengths", draw_lengths)):
+        figure = draw()
+        if figure is None:
+            print(f"figures/{name}.png: nothing recorded yet")
+        else:
+            figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None})
+            print(f"figures/{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"use strict";
+// The browser of queries. Everything that came with the data goes through textContent, never through HTML.
+(async () => {
+  const PAGE = 50;
+  const $ = (id) => document.getElementById(id);
+  const ends = JSON.parse($("ends").textContent);
+  const pictures = $("pictures").textContent;
+  const matches = Number($("content").dataset.matches);
+  const data = await unpack($("content").textContent);
+  const state = { set: 0, direction: "t2i", low: 1, high: Infinity, order: "set", search: "", found: [], page: 0, at: 0 };
+  const lower = data.texts.map(() => null);
+  let address;
+
+  async function unpack(text) {
+    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return JSON.parse(await new Response(stream).text());
+  }
+
+  function make(tag, properties = {}, ...children) {
+    const element = Object.assign(document.createElement(tag), properties);
+    element.append(...children);
+    return element;
+  }
+
+  const current = () => data.sets[state.set];
+  const imageOf = (set, caption) => set.owner[caption];
+  const captionsOf = (set, image) => {
+    if (!set.byImage) {
+      set.byImage = set.images.map(() => []);
+      set.owner.forEach((owner, caption) => set.byImage[owner].push(caption));
+    }
+    return set.byImage[image];
+  };
+  const textOf = (set, caption) => data.texts[set.texts[caption]];
+  const nameOf = (set, image) => data.names[set.images[image]];
+  const rankText = (rank) => `rank ${rank.toLocaleString("en")}${Number.isInteger(rank) ? "" : " (tied)"}`;
+
+  // An <img> of the thumbnail, cut out of the page's text when it is shown; or a box that says there is none.
+  function picture(set, image, alt) {
+    const number = set.images[image];
+    const start = number ? ends[number - 1] : 0;
+    if (ends[number] === start) return make("span", { className: "none", textContent: "no picture" });
+    const source = "data:image/webp;base64," + pictures.slice(start, ends[number]);
+    return make("img", { src: source, alt, loading: "lazy", decoding: "async" });
+  }
+
+  function holds(text, word) {
+    lower[text] ??= data.texts[text].toLowerCase();
+    return lower[text].includes(word);
+  }
+
+  function fits(set, query) {
+    const rank = set[state.direction].rank[query];
+    if (rank < state.low || rank > state.high) return false;
+    if (!state.search) return true;
+    const image = state.direction === "t2i" ? imageOf(set, query) : query;
+    if (nameOf(set, image).toLowerCase().includes(state.search)) return true;
+    const captions = state.direction === "t2i" ? [query] : captionsOf(set, image);
+    return captions.some((caption) => holds(set.texts[caption], state.search));
+  }
+
+  function find() {
+    const set = current();
+    const ranks = set[state.direction].rank;
+    state.found = [...ranks.keys()].filter((query) => fits(set, query));
+    if (state.order === "worst") state.found.sort((a, b) => ranks[b] - ranks[a] || a - b);
+    if (state.order === "best") state.found.sort((a, b) => ranks[a] - ranks[b] || a - b);
+    state.page = state.at = 0;
+    $("status").textContent = `${state.found.length.toLocaleString("en")} of ${ranks.length.toLocaleString("en")} queries`;
+    show();
+  }
+
+  function show() {
+    state.page = Math.floor(state.at / PAGE);
+    const set = current();
+    const first = state.page * PAGE;
+    const rows = state.found.slice(first, first + PAGE).map((query, k) => row(set, query, first + k));
+    $("list").replaceChildren(...rows);
+    const pages = Math.max(1, Math.ceil(state.found.length / PAGE));
+    $("page").textContent = `page ${state.page + 1} of ${pages}`;
+    $("previous").disabled = state.page === 0;
+    $("next").disabled = state.page >= pages - 1;
+    pick();
+  }
+
+  function row(set, query, at) {
+    const rank = set[state.direction].rank[query];
+    const image = state.direction === "t2i" ? imageOf(set, query) : query;
+    const words = state.direction === "t2i" ? textOf(set, query) : nameOf(set, image);
+    const button = make(
+      "button",
+      { type: "button", onclick: () => { state.at = at; pick(); } },
+      picture(set, image, ""),
+      make("span", { className: rank === 1 ? "good" : "bad", textContent: rank.toLocaleString("en") }),
+      make("span", { className: "words", textContent: words.slice(0, 160) || "(empty caption)" }),
+    );
+    button.setAttribute("aria-label", `${rankText(rank)}: ${words.slice(0, 80)}`);
+    return make("li", {}, button);
+  }
+
+  function pick() {
+    const set = current();
+    const buttons = [...$("list").querySelectorAll("button")];
+    buttons.forEach((button, k) => button.setAttribute("aria-current", String(state.page * PAGE + k === state.at)));
+    buttons[state.at - state.page * PAGE]?.scrollIntoView({ block: "nearest" });
+    const query = state.found[state.at];
+    if (query === undefined) {
+      $("detail").replaceChildren(make("p", { textContent: "No query fits." }));
+      return;
+    }
+    $("detail").replaceChildren(...(state.direction === "t2i" ? textQuery(set, query) : imageQuery(set, query)));
+    clearTimeout(address); // browsers allow a page few changes of its address in a row
+    address = setTimeout(() => history.replaceState(null, "", `#${state.set},${state.direction},${query}`), 200);
+  }
+
+  function cutNote(set, caption) {
+    const lost = data.lost[set.texts[caption]];
+    return lost > 0 ? [make("p", { className: "faint", textContent: `The model does not read its last ${lost} tokens.` })] : [];
+  }
+
+  function verdict(rank) {
+    return make("p", { className: rank === 1 ? "good" : "bad", textContent: `The right answer has ${rankText(rank)}.` });
+  }
+
+  function topOf(set, query, count) {
+    const k = Math.min(matches, count);
+    const side = set[state.direction];
+    return Array.from({ length: k }, (_, n) => [side.top[query * k + n], side.score[query * k + n] / 1000]);
+  }
+
+  function textQuery(set, query) {
+    const rank = set.t2i.rank[query];
+    const right = imageOf(set, query);
+    const found = topOf(set, query, set.images.length).map(([image, score], n) => {
+      const own = captionsOf(set, image);
+      return make(
+        "li",
+        { className: image === right ? "right" : "" },
+        picture(set, image, nameOf(set, image)),
+        make("div", { textContent: `${n + 1}. score ${score.toFixed(3)}${image === right ? ", right" : ""}` }),
+        make("details", {}, make("summary", { textContent: "its caption" }), ...own.map((c) => make("p", { textContent: textOf(set, c) }))),
+      );
+    });
+    return [
+      make("h3", { textContent: `Caption ${query + 1}` }),
+      make("p", { id: "query", textContent: textOf(set, query) }),
+      ...cutNote(set, query),
+      verdict(rank),
+      make("h3", { textContent: "Its image" }),
+      picture(set, right, nameOf(set, right)),
+      make("p", { className: "faint", textContent: nameOf(set, right) }),
+      make("h3", { textContent: "What the model found" }),
+      make("ol", { className: "matches pictures" }, ...found),
+    ];
+  }
+
+  function imageQuery(set, query) {
+    const rank = set.i2t.rank[query];
+    const found = topOf(set, query, set.texts.length).map(([caption, score], n) => {
+      const isRight = imageOf(set, caption) === query;
+      const other = imageOf(set, caption);
+      return make(
+        "li",
+        { className: isRight ? "right" : "" },
+        make("div", { textContent: `${n + 1}. score ${score.toFixed(3)}${isRight ? ", right" : ""}` }),
+        make("p", { textContent: textOf(set, caption) }),
+        ...(isRight ? [] : [make("details", {}, make("summary", { textContent: "its image" }), picture(set, other, nameOf(set, other)))]),
+      );
+    });
+    return [
+      make("h3", { textContent: `Image ${query + 1}: ${nameOf(set, query)}` }),
+      picture(set, query, nameOf(set, query)),
+      verdict(rank),
+      make("h3", { textContent: captionsOf(set, query).length > 1 ? "Its captions" : "Its caption" }),
+      ...captionsOf(set, query).flatMap((c) => [make("p", { textContent: textOf(set, c) }), ...cutNote(set, c)]),
+      make("h3", { textContent: "What the model found" }),
+      make("ol", { className: "matches" }, ...found),
+    ];
+  }
+
+  function move(at) {
+    if (!state.found.length) return;
+    state.at = Math.min(Math.max(at, 0), state.found.length - 1);
+    if (Math.floor(state.at / PAGE) === state.page) pick();
+    else show();
+  }
+
+  function number(text, otherwise) {
+    const value = parseFloat(text);
+    return Number.isFinite(value) ? value : otherwise;
+  }
+
+  function read() {
+    state.set = Number($("set").value);
+    state.direction = $("direction").value;
+    state.low = number($("low").value, 1);
+    state.high = number($("high").value, Infinity);
+    state.order = $("order").value;
+    state.search = $("search").value.trim().toLowerCase();
+    find();
+  }
+
+  const keys = {
+    j: () => move(state.at + 1),
+    k: () => move(state.at - 1),
+    n: () => move((state.page + 1) * PAGE < state.found.length ? (state.page + 1) * PAGE : state.at),
+    p: () => move(Math.max(0, state.page - 1) * PAGE),
+    d: () => { $("direction").value = state.direction === "t2i" ? "i2t" : "t2i"; read(); },
+    m: () => { $("low").value = state.low > 1 ? 1 : 1.1; read(); },
+    "/": () => $("search").focus(),
+  };
+  document.addEventListener("keydown", (event) => {
+    const typing = event.target.matches("input, select");
+    if (event.key === "Escape" && typing) event.target.blur();
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || !Object.hasOwn(keys, event.key)) return;
+    event.preventDefault();
+    keys[event.key]();
+  });
+
+  $("set").replaceChildren(...data.sets.map((set, n) => make("option", { value: String(n), textContent: set.title })));
+  let waiting;
+  $("controls").addEventListener("input", (event) => {
+    clearTimeout(waiting);
+    waiting = setTimeout(read, event.target.type === "search" ? 150 : 0);
+  });
+  $("controls").addEventListener("submit", (event) => event.preventDefault());
+  $("previous").addEventListener("click", keys.p);
+  $("next").addEventListener("click", keys.n);
+  for (const id of ["controls", "keys", "browser"]) $(id).hidden = false;
+
+  const asked = /^#(\d+),(t2i|i2t),(\d+)$/.exec(location.hash);
+  if (asked && data.sets[asked[1]]) {
+    $("set").value = asked[1];
+    $("direction").value = asked[2];
+  }
+  read();
+  if (asked) {
+    const at = state.found.indexOf(Number(asked[3]));
+    if (at >= 0) { state.at = at; show(); }
+  }
+})().catch((error) => {
+  document.getElementById("status").textContent = `The browser of queries could not start: ${error.message}`;
+});

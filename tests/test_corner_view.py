@@ -1,0 +1,94 @@
+"""Attention of the special tokens against the libraries' own attention, words against the caption, and the command."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import training
+from training import corner_view
+from training.model.attention import special_attention, words_of
+from training.model.corner import prefix_attention
+
+CAPTION = "An unbelievably reddish car stands here. Two dogs play on the left side."
+
+
+def make(name, **overrides):
+    torch.manual_seed(0)
+    model = training.create_model(name, pretrained_text=False, **overrides).eval()
+    return model, training.get_tokenizer(name, **overrides)
+
+
+def test_bert_attention_equals_transformers_eager_attention():
+    model, tokenizer = make("lotlip_tiny")
+    ids = tokenizer([CAPTION, "A dog."])
+    encoder, tower = model.text.transformer, model.text
+    seen = []
+    encoder.set_attn_implementation("eager")  # its attention modules return their weights
+    layer = encoder.encoder.layer[-1].attention.self
+    handle = layer.register_forward_hook(lambda _, args, output: seen.append(output[1]))
+    tower.all_features(ids)
+    handle.remove()
+    expected = seen[0].mean(dim=1)[:, :3]
+    encoder.set_attn_implementation("sdpa")
+    got = special_attention(tower, ids)
+    assert got.shape == (2, 3, 128) and torch.allclose(got, expected, atol=1e-6)
+    allowed = prefix_attention(ids != 0, 2)[:, :3]
+    assert (got[~allowed] == 0).all() and torch.allclose(got.sum(-1), torch.ones(2, 3))
+    assert not torch.allclose(special_attention(tower, ids, 0), got, atol=1e-3)
+
+
+def test_clip_attention_sees_the_text_and_itself_alone():
+    model, tokenizer = make("ViT-S-32-alt", num_corner_tokens=2)
+    ids = tokenizer([CAPTION, "A dog."])
+    got = special_attention(model.text, ids)
+    assert got.shape[:2] == (2, 3) and torch.allclose(got.sum(-1), torch.ones(2, 3), atol=1e-5)
+    end = (ids == tokenizer.tokenizer.eot_token_id).int().argmax(dim=1)
+    for caption, position in enumerate(end.tolist()):
+        for token, own in enumerate((position, position - 2, position - 1)):  # [EOT], then the corners before it
+            seen = set(got[caption, token].nonzero().flatten().tolist())
+            assert seen == {*range(position - 2), own}
+
+
+def test_words_are_those_of_the_caption():
+    expected = CAPTION.lower().replace(".", " .").split()
+    _, tokenizer = make("lotlip_tiny")
+    words = words_of(tokenizer, tokenizer([CAPTION])[0].tolist())
+    # The full stop between sentences has become a [SEP]; the pieces of a rare word are one word again.
+    assert [word for word, _ in words] == [w for n, w in enumerate(expected) if w != "." or n == len(expected) - 1]
+    assert any(len(positions) > 1 for _, positions in words)
+    _, tokenizer = make("ViT-S-32-alt", num_corner_tokens=2)
+    ids = tokenizer([CAPTION])[0].tolist()
+    words = words_of(tokenizer, ids)
+    assert [word for word, _ in words] == expected
+    positions = [p for _, own in words for p in own]
+    assert positions == list(range(1, ids.index(tokenizer.tokenizer.eot_token_id) - 2))
+
+
+def test_the_command_writes_a_figure_and_its_numbers(tmp_path, capsys):
+    argv = [CAPTION + " It costs $5 or $6.", "--model", "lotlip_tiny", "--out", str(tmp_path / "c.png")]
+    assert corner_view.main(argv) == 0
+    assert "UNTRAINED" in capsys.readouterr().out
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["tokens"] == ["[CLS]", "corner 0", "corner 1"] and len(found["words"]) == len(found["attention"][0])
+    for share, elsewhere in zip(found["attention"], found["elsewhere"]):
+        assert sum(share) + elsewhere == pytest.approx(1)
+    similarity = torch.tensor(found["similarity"])
+    assert torch.allclose(similarity.diag(), torch.ones(3)) and torch.equal(similarity, similarity.T)
+    assert Image.open(tmp_path / "c.png").width > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "ViT-S-32-alt"], "--num-corner-tokens 2"),
+        (["--model", "lotlip_tiny", "--layer", "9"], "--layer 9"),
+        (["--model", "lotlip_tiny", "--out", "x.jpeg"], "expected .png"),
+        (["--model", "lotlip_tinny"], "lotlip_tiny"),
+    ],
+)
+def test_usage_errors_exit_2(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        corner_view.main(["A dog.", *flags])
+    assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -1,0 +1,353 @@
+"""Benchmarks beyond the four published ones: readers on small sets in the exact layouts, recall, zero-shot."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dataloaders import prepare
+from dataloaders.docci import read_docci
+from dataloaders.imagenet import read_imagenet, read_imagenet_v2
+from dataloaders.images import load_rgb
+from dataloaders.karpathy import read_coco, read_flickr30k
+from dataloaders.own_pairs import read_shard_pairs, read_table_pairs
+from eval_files import (
+    five_captions,
+    write_coco,
+    write_docci,
+    write_flickr30k,
+    write_image,
+    write_imagenet,
+    write_imagenet_v2,
+    write_shard,
+    write_table,
+)
+from support import free_ports, read_results, run_command
+from training.main import main
+from training.metrics import count_ranks, summarise
+
+
+def evaluate(tmp_path, model, *flags, name="run"):
+    common = ["--model", model, "--logs", str(tmp_path / "logs"), "--name", name, "--workers", "0", "--device", "cpu"]
+    assert main([*map(str, flags), *common]) == 0
+    return read_results(tmp_path / "logs", name)
+
+
+def test_docci_whole_and_by_sentence(tmp_path):
+    whole, parts = read_docci(write_docci(tmp_path), sentences=True)
+    numbers = [0, 1, 2, 4, 5, 6]
+    assert [p.name for p in whole.image_paths] == [f"test_{n:05d}.jpg" for n in numbers]
+    assert whole.captions[1] == "View 1. It has 1 trees. A 3. 5 m pole stands left"  # the rule of the long benchmarks
+    assert parts.captions[:4] == ("View 0", "It has 0 trees", "A 3", "5 m pole stands left")
+    assert parts.image_of_caption == tuple(i for i in range(6) for _ in range(4))
+    assert whole.num_published == 5000 and all(p.is_file() for p in whole.image_paths)
+
+
+def test_coco_takes_five_captions_of_the_split_and_leaves_them_as_they_are(tmp_path):
+    got = read_coco(write_coco(tmp_path))
+    assert [p.name for p in got.image_paths] == [f"COCO_val2014_{n:012d}.jpg" for n in range(6)]
+    assert got.captions == tuple(text for n in range(6) for text in five_captions(n))
+    assert got.image_of_caption == tuple(n for n in range(6) for _ in range(5))
+    assert (got.key, got.num_published) == ("coco-retrieval", 25000)
+    val = read_coco(tmp_path, split="val")
+    assert (val.key, len(val.captions)) == ("coco-val-retrieval", 5) and val.image_paths[0].name.endswith("07.jpg")
+
+
+def test_coco_images_are_found_under_the_names_of_2017(tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / "images" / "val2014").rename(tmp_path / "train2017")
+    for path in (tmp_path / "train2017").iterdir():
+        path.rename(path.with_name(path.name.removeprefix("COCO_val2014_")))
+    assert [p.name for p in read_coco(tmp_path).image_paths] == [f"{n:012d}.jpg" for n in range(6)]
+
+
+def test_coco_val2017_is_another_benchmark(tmp_path):
+    rows = [
+        {"image_id": n, "id": 9 * k + n, "caption": text} for n in (7, 3) for k, text in enumerate(five_captions(n))
+    ]
+    images = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in (3, 7, 8)]  # 8 has no caption
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": rows}))
+    for n in (3, 7):
+        write_image(tmp_path / "images" / "val2017" / f"{n:012d}.jpg", n)
+    got = read_coco(tmp_path)
+    assert got.key == "coco-val2017-retrieval" and got.title == "COCO val2017"
+    assert got.captions == tuple(five_captions(3) + five_captions(7)) and all(p.is_file() for p in got.image_paths)
+
+
+def test_flickr30k_in_both_forms(tmp_path):
+    first = read_flickr30k(write_flickr30k(tmp_path))
+    assert first.captions == tuple(text for n in range(5) for text in five_captions(n)) and first.num_published == 5000
+    rows = [{"image": f"flickr30k-images/{n}.jpg", "caption": five_captions(n)} for n in range(5)]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    second = read_flickr30k(tmp_path, tmp_path / "list.json")
+    assert (second.image_paths, second.captions) == (first.image_paths, first.captions)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"images": [{"filename": "a.jpg", "split": "test"}]}, "'sentences'"),
+        (
+            {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "x"}]}]},
+            "no image of split 'test'",
+        ),
+        ([{"image": "a.jpg", "caption": "one text"}], "list of texts under 'caption'"),
+        ({"annotations": [{"image_id": 1, "caption": "x"}], "images": []}, "image_id 1"),
+        ({"rows": []}, "expected Karpathy's"),
+    ],
+)
+def test_broken_lists_of_captions_are_named(content, said, tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=said) as error:
+        read_flickr30k(tmp_path, tmp_path / "list.json")
+    assert "list.json" in str(error.value)
+
+
+def test_imagenet_classes_are_numbered_as_open_clip_names_them(tmp_path):
+    from open_clip import IMAGENET_CLASSNAMES
+
+    got = read_imagenet(write_imagenet(tmp_path / "val"))
+    assert got.labels == (0,) * 3 + (1,) * 3 + (999,) * 3
+    assert [IMAGENET_CLASSNAMES[label] for label in got.labels[::3]] == ["tench", "goldfish", "toilet paper"]
+    second = read_imagenet_v2(write_imagenet_v2(tmp_path / "v2"))
+    assert second.labels == (2, 10, 999) and [p.parent.name for p in second.image_paths] == ["2", "10", "999"]
+    with pytest.raises(ValueError, match="lie in one folder"):
+        read_imagenet(tmp_path / "val" / "n01440764")
+    with pytest.raises(ValueError, match="a number from 0 to 999"):
+        read_imagenet_v2(tmp_path / "val")
+
+
+def test_own_pairs_of_a_table(tmp_path):
+    got = read_table_pairs(write_table(tmp_path / "mine.csv"), "filepath", ["caption"], "raw")
+    assert (got.key, len(got.image_paths)) == ("mine-retrieval", 4) and all(p.is_file() for p in got.image_paths)
+    assert got.captions[3] == 'Line 1,\nwith "quotes" and 2.5 of 1' and got.image_of_caption == (0, 0, 1, 1, 2, 2, 3, 3)
+    long = read_table_pairs(tmp_path / "mine.csv", "filepath", ["caption"], "long")
+    assert long.captions[3] == 'Line 1,. with "quotes" and 2. 5 of 1'
+    with pytest.raises(ValueError, match="filepath, caption, note"):
+        read_table_pairs(tmp_path / "mine.csv", "image", ["caption"], "raw")
+    (tmp_path / "mine.csv").write_text("filepath,caption\na.jpg,x\nb.jpg,\n")
+    with pytest.raises(ValueError, match="row 2 lacks"):
+        read_table_pairs(tmp_path / "mine.csv", "filepath", ["caption"], "raw")
+
+
+def test_own_pairs_of_parquet_may_hold_lists(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {"filepath": ["a.jpg", "b.jpg"], "caption": [["one", "two"], ["three"]]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "p.parquet")
+    got = read_table_pairs(tmp_path / "p.parquet", "filepath", ["caption"], "raw")
+    assert got.captions == ("one", "two", "three") and got.image_of_caption == (0, 0, 1)
+
+
+def test_two_sets_of_one_name_exit_2(tmp_path, capsys):
+    table = write_table(tmp_path / "mine" / "mine.csv")
+    write_shard(tmp_path / "mine" / "000.tar")
+    argv = ["--retrieval-csv", str(table), "--retrieval-wds", str(tmp_path / "mine"), "--logs", str(tmp_path)]
+    assert main([*argv, "--device", "cpu"]) == 2
+    assert "two data sets are called mine" in capsys.readouterr().err
+
+
+def test_own_pairs_of_shards_are_read_in_place(tmp_path):
+    write_shard(tmp_path / "mine" / "000.tar")
+    got = read_shard_pairs(str(tmp_path / "mine" / "{000..000}.tar"), ["caption"], "raw")
+    assert got.captions == ("Text of 0.", "First of 1.", "Second.", "Text of 2.", "First of 3.", "Second.")
+    assert got.image_of_caption == (0, 1, 1, 2, 3, 3) and got.key == "mine-retrieval"
+    expected = load_rgb(write_image(tmp_path / "2.jpg", 2))
+    assert load_rgb(got.image_paths[2]).tobytes() == expected.tobytes()
+    with pytest.raises(FileNotFoundError, match="001.tar"):
+        read_shard_pairs(str(tmp_path / "mine" / "{000..001}.tar"), ["caption"], "raw")
+
+
+def multi_caption_features(num_images=40, dim=12, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.normal(size=(num_images, dim))
+    owner = np.repeat(np.arange(num_images), rng.integers(1, 7, num_images))
+    texts = images[owner] + 1.2 * rng.normal(size=(len(owner), dim))
+    unit = [torch.tensor(x / np.linalg.norm(x, axis=1, keepdims=True)).float() for x in (images, texts)]
+    return *unit, torch.tensor(owner)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_multi_caption_recall_by_brute_force(seed):
+    images, texts, owner = multi_caption_features(seed=seed)
+    i2t, t2i = count_ranks(images, texts, owner, block_size=7)
+    score = images.double().numpy() @ texts.double().numpy().T
+    for k in (1, 5, 10):
+        hits = [any(owner[j] == i for j in np.argsort(-row)[:k]) for i, row in enumerate(score)]
+        assert summarise(i2t)[f"top{k}"] == pytest.approx(np.mean(hits))
+        hits = [owner[j] in np.argsort(-column)[:k] for j, column in enumerate(score.T)]
+        assert summarise(t2i)[f"top{k}"] == pytest.approx(np.mean(hits))
+
+
+def test_multi_caption_recall_equals_clip_benchmark():
+    from clip_benchmark.metrics import zeroshot_retrieval
+
+    images, texts, owner = multi_caption_features(num_images=60, seed=7)
+    own_texts = [[j for j in range(len(owner)) if owner[j] == i] for i in range(len(images))]
+
+    class Recorded:  # clip_benchmark takes a model: this one looks its features up
+        def encode_image(self, numbers):
+            return images[numbers]
+
+        def encode_text(self, numbers):
+            return texts[numbers]
+
+    batches = [(torch.arange(s, s + 20), own_texts[s : s + 20]) for s in range(0, 60, 20)]
+    expected = zeroshot_retrieval.evaluate(
+        Recorded(), batches, torch.tensor, "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
+    i2t, t2i = count_ranks(images, texts, owner)
+    for k in (1, 5, 10):
+        assert summarise(t2i)[f"top{k}"] == pytest.approx(expected[f"image_retrieval_recall@{k}"])
+        assert summarise(i2t)[f"top{k}"] == pytest.approx(expected[f"text_retrieval_recall@{k}"])
+
+
+def test_all_from_the_command_line_and_in_two_processes(tmp_path, tiny_clip, capsys):
+    flags = ["--docci-retrieval", write_docci(tmp_path / "docci"), "--docci-sentences"]
+    flags += ["--coco-retrieval", write_coco(tmp_path / "coco")]
+    flags += ["--flickr30k-retrieval", write_flickr30k(tmp_path / "flickr")]
+    flags += ["--retrieval-csv", write_table(tmp_path / "t" / "mine.csv")]
+    write_shard(tmp_path / "w" / "000.tar")
+    flags += ["--retrieval-wds", tmp_path / "w", "--batch-size", 7]
+    record = evaluate(tmp_path, tiny_clip, *flags)
+    out = capsys.readouterr().out
+    assert "DOCCI sentences" in out and "30 of 25,000" in out and "8" in out
+    assert record["coco-retrieval-num-pairs"] == 30 and record["w-retrieval-num-pairs"] == 6
+    common = ["--model", tiny_clip, "--logs", str(tmp_path / "logs"), "--name", "two", "--workers", "0"]
+    done = run_command("training.main", [*map(str, flags), *common, "--device", "cpu"], num_processes=2)
+    assert done.returncode == 0, done.stderr
+    again = read_results(tmp_path / "logs", "two")
+    assert {k: v for k, v in again.items() if "retrieval-" in k} == {
+        k: v for k, v in record.items() if "retrieval-" in k
+    }
+
+
+def test_missing_images_of_several_captions_count_as_pairs(tmp_path, tiny_clip, capsys):
+    coco = write_coco(tmp_path / "coco")
+    (coco / "images" / "val2014" / "COCO_val2014_000000000002.jpg").unlink()
+    record = evaluate(tmp_path, tiny_clip, "--coco-retrieval", coco, "--allow-missing")
+    assert record["coco-retrieval-num-pairs"] == 25 and record["coco-retrieval-num-missing"] == 5
+    assert capsys.readouterr().out.count("000000000002.jpg") == 1
+
+
+def test_zero_shot_equals_open_clip(tmp_path, tiny_clip, capsys, monkeypatch):
+    import open_clip
+
+    templates = open_clip.OPENAI_IMAGENET_TEMPLATES[:1]  # all 80 would take minutes
+    monkeypatch.setattr("training.zero_shot.OPENAI_IMAGENET_TEMPLATES", templates)
+    val, v2 = write_imagenet(tmp_path / "val"), write_imagenet_v2(tmp_path / "v2")
+    record = evaluate(tmp_path, tiny_clip, "--imagenet-val", val, "--imagenet-v2", v2)
+    out = capsys.readouterr().out
+    assert "9 of 50,000" in out and "not comparable" in out
+    model, _, preprocess = open_clip.create_model_and_transforms(tiny_clip, load_weights=False)
+    model.load_state_dict(torch.load(tiny_clip.removeprefix("local-dir:") + "/open_clip_model.pt", weights_only=True))
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(tiny_clip)
+    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, open_clip.IMAGENET_CLASSNAMES, templates)
+    got = read_imagenet(val)
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(load_rgb(path)) for path in got.image_paths])
+        logits = model.encode_image(pixels, normalize=True) @ classifier
+    for k in (1, 5):
+        expected = (logits.topk(k).indices == torch.tensor(got.labels)[:, None]).any(dim=1).float().mean()
+        assert record[f"imagenet-zeroshot-val-top{k}"] == pytest.approx(float(expected))
+    assert record["imagenetv2-zeroshot-val-num-images"] == 3
+
+
+def test_processes_build_one_classifier(tmp_path, tiny_clip):
+    script = tmp_path / "build.py"
+    script.write_text(f"""
+import open_clip, torch
+import training
+from training.distributed import distributed
+from training.encode import ComputeOptions
+from training.model.factory import EncoderParts
+from training.zero_shot import build_classifier
+
+names, templates = open_clip.IMAGENET_CLASSNAMES[:25], open_clip.OPENAI_IMAGENET_TEMPLATES[:2]
+model = training.create_model({tiny_clip!r}).eval()
+tokenizer = training.get_tokenizer({tiny_clip!r})
+with distributed("cpu") as env:
+    parts = EncoderParts(model, None, tokenizer, None)
+    classifier = build_classifier(parts, names, templates, env, ComputeOptions())
+    expected = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
+    assert env.world_size == 2 and torch.equal(classifier, expected), (classifier - expected).abs().max()
+""")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_ports(1)[0])]
+    done = subprocess.run([sys.executable, *launch, str(script)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_short_benchmarks_are_evaluated_in_mid_training(tmp_path, scenes, monkeypatch):
+    import open_clip
+
+    monkeypatch.setattr("training.zero_shot.OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:1])
+    argv = [
+        "--model",
+        "lotlip_tiny",
+        "--train-data",
+        scenes / "train",
+        "--batch-size",
+        20,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+    ]
+    argv += [
+        "--imagenet-val",
+        write_imagenet(tmp_path / "val", 1),
+        "--logs",
+        tmp_path,
+        "--name",
+        "r",
+        "--device",
+        "cpu",
+    ]
+    assert main([str(word) for word in argv]) == 0
+    logged = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert read_results(tmp_path, "r")["imagenet-zeroshot-val-num-images"] == 3
+    assert [line["imagenet-zeroshot-val-top1"] for line in logged if "imagenet-zeroshot-val-top1" in line]
+
+
+def test_features_of_shards_are_cached_too(tmp_path, tiny_clip, monkeypatch):
+    write_shard(tmp_path / "w" / "000.tar")
+    flags = ["--retrieval-wds", tmp_path / "w", "--feature-cache", tmp_path / "cache"]
+    first = evaluate(tmp_path, tiny_clip, *flags)
+    monkeypatch.setattr("training.retrieval.encode_images", None)  # a second run must not encode
+    second = evaluate(tmp_path, tiny_clip, *flags)
+    assert {k: v for k, v in first.items() if "retrieval-" in k} == {
+        k: v for k, v in second.items() if "retrieval-" in k
+    }
+
+
+def test_label_ranks_by_brute_force():
+    from training.zero_shot import count_label_ranks
+
+    rng = np.random.default_rng(0)
+    features, classifier = torch.tensor(rng.normal(size=(50, 6))), torch.tensor(rng.normal(size=(6, 9)))
+    classifier[:, 4] = classifier[:, 3]  # two classes that nothing tells apart
+    labels = torch.tensor(rng.integers(0, 9, 50))
+    counts = count_label_ranks(features, classifier, labels, block_size=7)
+    score = (features @ classifier).numpy()
+    for i, label in enumerate(labels.tolist()):
+        own = score[i, label]
+        assert counts.better[i] == sum(score[i] > own + 1e-9)
+        assert counts.tied[i] == sum(abs(score[i] - own) <= 1e-9) - 1 == (label in (3, 4))
+
+
+def test_check_says_complete_or_what_is_missing(tmp_path, capsys):
+    flickr = write_flickr30k(tmp_path / "flickr")
+    assert prepare.main(["check", "flickr30k", str(flickr)]) == 1
+    assert "only 25 of 5,000 pairs listed" in capsys.readouterr().out
+    table = write_table(tmp_path / "t" / "mine.csv")
+    assert prepare.main(["check", "retrieval-csv", str(table), "--read-images"]) == 0
+    assert "mine: complete, 8 pairs" in capsys.readouterr().out
+    for benchmark, root in (("docci", write_docci(tmp_path / "d")), ("imagenet-val", write_imagenet(tmp_path / "v"))):
+        assert prepare.main(["check", benchmark, str(root)]) == 1
+        assert "all images are there, but only" in capsys.readouterr().out

@@ -1,0 +1,68 @@
+"""Figures come from what was recorded, and only from that."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A checkout's scripts and recorded results, without the pictures."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "figures.py", tmp_path / "scripts")
+    shutil.copytree(ROOT / "figures", tmp_path / "figures", ignore=shutil.ignore_patterns("*.png", "lengths.json"))
+    return tmp_path
+
+
+def draw(tree, *words):
+    done = subprocess.run([sys.executable, "scripts/figures.py", *words], cwd=tree, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_figures_are_drawn_from_the_records(tree):
+    code, out, err = draw(tree)
+    assert code == 0, err
+    assert "lengths.png: nothing recorded" in out and not (tree / "figures" / "lengths.png").exists()
+    assert Image.open(tree / "figures" / "published.png").width > 800
+    first = (tree / "figures" / "published.png").read_bytes()
+    assert draw(tree)[0] == 0 and (tree / "figures" / "published.png").read_bytes() == first
+
+
+def test_the_published_table_is_the_readmes(tree):
+    published = json.loads((tree / "figures" / "published.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    for name, rows in published["models"].items():
+        cells = " | ".join(f"{i2t:.2f} / {t2i:.2f}" for i2t, t2i in rows)
+        assert any(line.startswith(f"| {name} |") and cells in line for line in text.splitlines()), name
+
+
+def test_whole_benchmarks_and_lengths_are_recorded_partial_ones_are_not(tree):
+    def result(num_pairs):
+        numbers = {f"dci-retrieval-{d}-top1": 0.5 for d in ("i2t", "t2i")}
+        return numbers | {"dci-retrieval-num-pairs": num_pairs, "dci-retrieval-num-expected": 7805, "model": "x"}
+
+    run = tree / "logs" / "r" / "checkpoints"
+    run.mkdir(parents=True)
+    (run / "results.jsonl").write_text(json.dumps(result(7000)) + "\n")
+    code, _, err = draw(tree, "--record", "logs/r")
+    assert code == 2 and "neither a whole benchmark" in err
+    tokens = {str(n): {"i2t": n / 200, "t2i": n / 200} for n in (10, 20, 77)}
+    lengths = {
+        "context_length": 77,
+        "sets": {"DCI": {"tokens": tokens}},
+        "effective_length": {"DCI": 74.0, "all": 74.0},
+    }
+    (run / "results.jsonl").write_text(json.dumps(result(7805) | {"lengths": lengths}) + "\n")
+    code, out, err = draw(tree, "--record", "logs/r", "--as", "our B/16")
+    assert code == 0 and "figures/lengths.png\n" in out, err
+    assert json.loads((tree / "figures" / "ours.json").read_text())["models"]["our B/16"]["recall"] == {
+        "DCI": [50.0, 50.0]
+    }
+    assert draw(tree, "--record-demo", "nowhere")[0] == 2

@@ -1,0 +1,280 @@
+"""The report as a reader meets it: in a headless browser, from disk, with captions that try to be code."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval_files import write_coco, write_image
+from support import read_results
+from training.feature_files import read_features
+from training.main import main
+from training.report.matches import top_matches
+from training.report.thumbnails import make_thumbnails
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> $1_2 & co"
+NUM = 130
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """130 pairs with noisy features; caption 7 tries to be code, picture 3 is absent."""
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(NUM, 16)).astype(np.float32)
+    texts = images + rng.normal(size=(NUM, 16)).astype(np.float32)
+    captions = [EVIL if n == 7 else f"Caption {n} of a {'red' if n % 2 else 'blue'} thing." for n in range(NUM)]
+    for n in range(NUM):
+        if n != 3:
+            write_image(folder / "pics" / f"{n}.jpg", n)
+    arrays = {"image_features": images, "text_features": texts, "captions": captions}
+    paths = [f"pics/{n}.jpg" for n in range(NUM)]
+    np.savez(folder / "first.npz", **arrays, image_paths=paths, title="<b>First</b> $x_")
+    np.savez(folder / "second.npz", image_features=images[:20, :9], text_features=texts[:20, :9])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(features, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+    files = [str(features / f"{name}.npz") for name in ("first", "second")]
+    assert main(["--features", *files, "--report", "--logs", str(logs), "--name", "r", "--device", "cpu"]) == 0
+    return logs / "r" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not BROWSER:
+        pytest.skip("no Chromium here (Debian: apt install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, report):
+    """The report, opened from disk; the test fails on any error in it and on any request to a network."""
+    page = browser.new_page()
+    trouble = []
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or trouble.append(request.url))
+    page.goto(report.as_uri())
+    page.wait_for_selector("#list button")
+    yield page
+    page.close()
+    assert trouble == []
+
+
+def expected_ranks(features):
+    with np.load(features / "first.npz") as file:
+        image, text = (file[f"{kind}_features"].astype(np.float64) for kind in ("image", "text"))
+    score = (image / np.linalg.norm(image, axis=1)[:, None]) @ (text / np.linalg.norm(text, axis=1)[:, None]).T
+    own = np.diag(score)
+    return {"i2t": 1 + (score > own[:, None]).sum(1), "t2i": 1 + (score > own[None]).sum(0)}
+
+
+def wait_for_status(page, text):
+    page.wait_for_function("text => document.getElementById('status').textContent === text", arg=text)
+
+
+def test_table_and_list_show_the_ranks(page, features):
+    ranks = expected_ranks(features)
+    shown = page.locator("tbody tr").first.locator("td").all_inner_texts()
+    assert shown[0] == f"{NUM}" and shown[1] == f"{100 * (ranks['i2t'] == 1).mean():.2f}"
+    listed = page.locator("#list button > span:nth-child(2)").all_inner_texts()
+    assert listed == [str(rank) for rank in ranks["t2i"][:50]]
+    assert "page 1 of 3" in page.inner_text("#page")
+    page.click("#next")
+    assert page.locator("#list button > span:nth-child(2)").first.inner_text() == str(ranks["t2i"][50])
+
+
+def test_filters_by_rank_and_search(page, features):
+    ranks = expected_ranks(features)["t2i"]
+    page.fill("#low", "2")
+    wait_for_status(page, f"{(ranks > 1).sum()} of {NUM} queries")
+    page.fill("#high", "3")
+    wait_for_status(page, f"{((ranks > 1) & (ranks <= 3)).sum()} of {NUM} queries")
+    page.fill("#low", "1")
+    page.fill("#high", "")
+    page.fill("#search", "RED thing")
+    wait_for_status(page, f"{NUM // 2 - 1} of {NUM} queries")  # all odd ones but 7
+    page.fill("#search", "no such words")
+    wait_for_status(page, f"0 of {NUM} queries")
+    assert page.inner_text("#detail") == "No query fits."
+    page.fill("#search", "")
+    page.select_option("#order", "worst")
+    first = "worst => document.querySelector('#list button > span:nth-child(2)').textContent === worst"
+    page.wait_for_function(first, arg=str(ranks.max()))
+    listed = page.locator("#list button > span:nth-child(2)").all_inner_texts()
+    assert [int(rank) for rank in listed] == sorted(ranks, reverse=True)[:50]
+
+
+def test_what_the_model_found_in_both_directions(page, features):
+    work, images, texts = read_features([str(features / "first.npz")])
+    page.click("#list li:nth-child(5) button")
+    order = np.argsort(-(texts.features[4] @ images.features.T).numpy())[:10]
+    names = page.locator("#detail .matches li > img, #detail .matches li > .none").evaluate_all(
+        "all => all.map(e => e.alt || e.textContent)"
+    )
+    assert names == [f"{n}.jpg" if n != 3 else "no picture" for n in order]
+    page.select_option("#direction", "i2t")
+    page.click("#list li:nth-child(5) button")
+    order = np.argsort(-(images.features[4] @ texts.features.T).numpy())[:10]
+    assert page.locator("#detail .matches li > p").all_inner_texts() == [work.texts[n] for n in order]
+    rank = expected_ranks(features)["i2t"][4]
+    assert f"rank {rank}." in page.inner_text("#detail")
+
+
+def test_another_benchmark(page):
+    page.select_option("#set", label="second")
+    wait_for_status(page, "20 of 20 queries")
+    assert page.inner_text("#query") == "caption 0" and page.locator("#detail img").count() == 0
+    assert page.locator("#detail .none").count() == 1 + 10
+
+
+def test_pictures_load_when_shown(page):
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('#detail img')].every(e => e.complete && e.naturalWidth > 0)"
+    )
+    assert page.locator("#detail img").count() >= 10
+    assert page.evaluate("document.images.length") < 70  # of 129: those of one page of the list, and of one query
+    page.click("#list li:nth-child(4) button")
+    assert "no picture" in page.inner_text("#detail")
+
+
+def test_code_in_a_caption_stays_text(page):
+    page.click("#list li:nth-child(8) button")
+    assert page.inner_text("#query") == EVIL
+    page.select_option("#direction", "i2t")
+    page.click("#list li:nth-child(8) button")
+    assert EVIL in page.inner_text("#detail")
+    assert "<b>First</b> $x_" in page.inner_text("tbody th")
+    assert "taken" not in page.title() and page.locator("script").count() == 4
+
+
+def test_keyboard(page):
+    def chosen():
+        return page.locator("#list button[aria-current=true]").first.get_attribute("aria-label")
+
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    assert "Caption 2 " in chosen()
+    page.keyboard.press("k")
+    assert "Caption 1 " in chosen()
+    page.keyboard.press("n")
+    assert "Caption 50 " in chosen() and "page 2" in page.inner_text("#page")
+    page.keyboard.press("p")
+    assert "Caption 0 " in chosen()
+    page.keyboard.press("d")
+    assert "0.jpg" in chosen()
+    page.keyboard.press("/")
+    page.keyboard.type("jack")  # j and k are letters here
+    assert page.input_value("#search") == "jack"
+
+
+def test_a_link_leads_to_its_query(page, report):
+    page.goto("about:blank")
+    page.goto(report.as_uri() + "#0,i2t,77")
+    page.wait_for_selector("#list button")
+    assert "Image 78: 77.jpg" in page.inner_text("#detail")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (375, "light"), (375, "dark")])
+def test_accessible_on_a_desk_and_on_a_phone(page, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    for direction in ("t2i", "i2t"):
+        page.select_option("#direction", direction)
+        found = Axe().run(page).response["violations"]
+        assert [(v["id"], v["impact"], v["nodes"][0]["html"]) for v in found if v["impact"] != "minor"] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing runs off the side
+
+
+def test_ten_thousand_queries_do_not_freeze(browser, tmp_path):
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(10_000, 8)).astype(np.float32)
+    captions = [f"Number {n}. " + "many words of a long description " * 5 for n in range(10_000)]
+    np.savez(tmp_path / "many.npz", image_features=rows, text_features=rows, captions=captions)
+    argv = ["--features", str(tmp_path / "many.npz"), "--report", "--logs", str(tmp_path), "--name", "r"]
+    assert main([*argv, "--device", "cpu"]) == 0
+    page = browser.new_page()
+    page.goto((tmp_path / "r" / "report.html").as_uri())
+    page.wait_for_selector("#list button")
+    page.fill("#search", "number 9999.")
+    wait_for_status(page, "1 of 10,000 queries")
+    page.fill("#search", "")
+    wait_for_status(page, "10,000 of 10,000 queries")
+    for _ in range(3):
+        page.click("#next")
+    assert "page 4 of 200" in page.inner_text("#page")
+    assert page.evaluate("document.querySelectorAll('*').length") < 2000
+    page.click("#list li:nth-child(2) button")
+    page.wait_for_function("() => location.hash === '#0,t2i,151'")
+    page.close()
+
+
+def test_saved_features_give_the_same_numbers_and_page(tmp_path, tiny_clip):
+    common = ["--logs", str(tmp_path), "--device", "cpu", "--report"]
+    coco = ["--coco-retrieval", str(write_coco(tmp_path / "coco")), "--model", tiny_clip, "--workers", "0"]
+    assert main([*coco, *common, "--name", "one", "--save-features"]) == 0
+    saved = tmp_path / "one" / "features" / "coco-retrieval.npz"
+    assert main(["--features", str(saved), *common, "--name", "two"]) == 0
+    first, second = read_results(tmp_path, "one"), read_results(tmp_path, "two")
+    keys = [k for k in first if re.match(r"coco-retrieval-(i2t|t2i|truncated)", k)]
+    assert len(keys) > 10 and {k: first[k] for k in keys} == {k: second[k] for k in keys}
+    assert second["model"] is None and second["flags"]["features"] == [str(saved)]
+    parts = [re.findall(r'id="(?:content|pictures)".*?>(.*?)<', (tmp_path / n / "report.html").read_text()) for n in
+             ("one", "two")]  # fmt: skip
+    assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"image_features": np.ones((3, 4))}, "text_features: expected"),
+        ({"image_features": np.ones((3, 4)), "text_features": np.ones((3, 5))}, "different numbers of columns"),
+        ({"image_features": np.ones((3, 4)), "text_features": np.ones((4, 4))}, "no image_of_caption"),
+        ({"image_features": np.full((3, 4), np.nan), "text_features": np.ones((3, 4))}, "NaN"),
+        ({"image_features": np.ones((2, 4)), "text_features": np.ones((2, 4)), "captions": ["a"]}, "captions is of"),
+        ({"image_features": np.ones((2, 4)), "text_features": np.ones((2, 4)), "image_of_caption": [0, 2]}, "rows of"),
+        (
+            {"image_features": np.ones((2, 4)), "text_features": np.ones((2, 4)), "captions": np.array(["a", None])},
+            "str",
+        ),
+    ],
+)
+def test_features_that_do_not_fit_exit_2(arrays, said, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert main(["--features", str(tmp_path / "x.npz"), "--logs", str(tmp_path), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "x.npz" in err and err.count("error:") == 1
+
+
+def test_top_matches_by_brute_force():
+    rng = torch.Generator().manual_seed(0)
+    queries, candidates = (torch.nn.functional.normalize(torch.randn(n, 5, generator=rng), dim=1) for n in (23, 31))
+    top, score = top_matches(queries, candidates, 4, block_size=7)
+    expected = (queries.double() @ candidates.double().T).numpy()
+    assert np.array_equal(top.numpy(), np.argsort(-expected, axis=1)[:, :4])
+    assert np.allclose(score.numpy(), -np.sort(-expected, axis=1)[:, :4])
+    assert top_matches(queries, candidates[:2], 4)[0].shape == (23, 2)
+
+
+def test_thumbnails_keep_the_budget_and_survive_broken_files(tmp_path):
+    paths = [tmp_path / f"{n}.png" for n in range(20)]
+    for n, path in enumerate(paths):
+        Image.effect_noise((300, 200), 80 + n).convert("RGB").save(path)
+    paths[4].write_bytes(b"no picture")
+    large, small = make_thumbnails(paths, 10**6), make_thumbnails(paths, 12_000)
+    assert large[4] == small[4] == b"" and sum(map(len, small)) <= 12_000 < sum(map(len, large)) <= 10**6
+    assert json.dumps([len(p) for p in make_thumbnails(paths, 12_000)]) == json.dumps([len(p) for p in small])
