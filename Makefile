@@ -20,7 +20,8 @@ install-training:  ## Install the package and what evaluation and training need
 install-test:  ## Install that and what the tests need
 	@scripts/setup_env.sh test
 
-demo: install-test  ## Train a small LoTLIP and one on short captions only, compare them (minutes)
+demo:  ## Train a small LoTLIP and one on short captions only, compare them (minutes)
+	@scripts/setup_env.sh demo
 	$(PYTHON_IN_ENV) scripts/demo.py $(DEMO)
 
 figures: install-training  ## Draw figures/ anew from the recorded results in it

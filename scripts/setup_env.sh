@@ -2,7 +2,9 @@
 # Sets up the Python environment that `make` uses; quick when there is nothing to do.
 #
 #   scripts/setup_env.sh path              prints the environment's folder
-#   scripts/setup_env.sh training|test     installs what evaluation and training need | and what the tests need
+#   scripts/setup_env.sh training          installs what evaluation and training need
+#   scripts/setup_env.sh demo              and what the demo needs
+#   scripts/setup_env.sh test              and what the tests need
 #
 # The environment is the active virtualenv or conda environment (conda's base excepted), else .venv in the checkout,
 # made with the first of $PYTHON, python3, python3.13 .. python3.10 that is new enough.
@@ -46,8 +48,8 @@ level="${1:-training}"
 case "$level" in
     path) echo "$env"; exit ;;
     training) target="." ;;
-    test) target=".[test]" ;;
-    *) echo "usage: $0 path|training|test" >&2; exit 2 ;;
+    demo | test) target=".[test]" ;;
+    *) echo "usage: $0 path|training|demo|test" >&2; exit 2 ;;
 esac
 
 if [[ "$env" == "$PWD/.venv" ]] && ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -68,10 +70,22 @@ fi
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
 echo "setup: installing into $env (PyTorch is large: a few minutes the first time)" >&2
 "$python" -m pip install --quiet --disable-pip-version-check --editable "$target"
-# The report is tested in a browser; without one its tests are skipped.
-if [[ "$level" == test && "$(id -u)" == 0 ]] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+
+install_chromium() { # the report is tested in a browser; without one its tests are skipped
+    [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || return 0
     echo "setup: installing Debian's chromium for the tests of the report" >&2
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
         || echo "setup: no chromium to be had; the tests of the report in a browser will be skipped" >&2
+}
+
+install_img2dataset() { # wants an older webdataset than ours: an environment of its own
+    echo "setup: installing img2dataset for the tests of prepare download" >&2
+    { "$python" -m venv "$env/img2dataset" && "$env/img2dataset/bin/python" -m pip install --quiet img2dataset; } \
+        >/dev/null 2>&1 || echo "setup: no img2dataset to be had; the tests of prepare download will be skipped" >&2
+}
+
+if [[ "$level" == test ]]; then
+    command -v chromium >/dev/null || install_chromium
+    [[ -x "$env/img2dataset/bin/img2dataset" ]] || install_img2dataset
 fi
 echo "$wanted" >"$stamp"

@@ -23,10 +23,11 @@ from training.prepare.__main__ import main
 from training.prepare.download import failure_kind
 
 # img2dataset wants another webdataset than ours, so it may have to live in another environment: name it there.
+HERE = Path(sys.prefix)
 ENGINE = os.environ.get("IMG2DATASET") or shutil.which(
-    "img2dataset", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    "img2dataset", path=f"{HERE / 'img2dataset' / 'bin'}:{HERE / 'bin'}:{os.environ['PATH']}"
 )
-needs_engine = pytest.mark.skipif(not ENGINE, reason="no img2dataset here; name its command in $IMG2DATASET")
+needs_engine = pytest.mark.skipif(not ENGINE, reason="no img2dataset here; make test installs it")
 NUM_GOOD = 24
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
 SHORT = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
