@@ -52,6 +52,15 @@ def read_results(logs: Path, name: str) -> dict:
     return json.loads((logs / name / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
 
 
+def evaluate(folder: Path, model: str, *flags: object, name: str = "run") -> dict:
+    """Runs an evaluation in this process; returns its record."""
+    from training.main import main
+
+    common = ["--model", model, "--logs", str(folder / "logs"), "--name", name, "--workers", "0", "--device", "cpu"]
+    assert main([*map(str, flags), *common]) == 0
+    return read_results(folder / "logs", name)
+
+
 class LabReport(NamedTuple):
     """What became of trainings: exit codes by training and rank (negative: ended by that signal), and all they said."""
 

@@ -1,0 +1,124 @@
+"""Zero-shot classification: classes by number, open_clip's classifier and accuracy, from flags and in mid-training."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dataloaders.imagenet import read_imagenet, read_imagenet_v2
+from dataloaders.images import load_rgb
+from eval_files import write_imagenet, write_imagenet_v2
+from support import evaluate, free_ports, read_results
+from training.main import main
+
+
+def test_imagenet_classes_are_numbered_as_open_clip_names_them(tmp_path):
+    from open_clip import IMAGENET_CLASSNAMES
+
+    got = read_imagenet(write_imagenet(tmp_path / "val"))
+    assert got.labels == (0,) * 3 + (1,) * 3 + (999,) * 3
+    assert [IMAGENET_CLASSNAMES[label] for label in got.labels[::3]] == ["tench", "goldfish", "toilet paper"]
+    second = read_imagenet_v2(write_imagenet_v2(tmp_path / "v2"))
+    assert second.labels == (2, 10, 999) and [p.parent.name for p in second.image_paths] == ["2", "10", "999"]
+    with pytest.raises(ValueError, match="lie in one folder"):
+        read_imagenet(tmp_path / "val" / "n01440764")
+    with pytest.raises(ValueError, match="a number from 0 to 999"):
+        read_imagenet_v2(tmp_path / "val")
+
+
+def test_zero_shot_equals_open_clip(tmp_path, tiny_clip, capsys, monkeypatch):
+    import open_clip
+
+    templates = open_clip.OPENAI_IMAGENET_TEMPLATES[:1]  # all 80 would take minutes
+    monkeypatch.setattr("training.zero_shot.OPENAI_IMAGENET_TEMPLATES", templates)
+    val, v2 = write_imagenet(tmp_path / "val"), write_imagenet_v2(tmp_path / "v2")
+    record = evaluate(tmp_path, tiny_clip, "--imagenet-val", val, "--imagenet-v2", v2)
+    out = capsys.readouterr().out
+    assert "9 of 50,000" in out and "not comparable" in out
+    model, _, preprocess = open_clip.create_model_and_transforms(tiny_clip, load_weights=False)
+    model.load_state_dict(torch.load(tiny_clip.removeprefix("local-dir:") + "/open_clip_model.pt", weights_only=True))
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(tiny_clip)
+    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, open_clip.IMAGENET_CLASSNAMES, templates)
+    got = read_imagenet(val)
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(load_rgb(path)) for path in got.image_paths])
+        logits = model.encode_image(pixels, normalize=True) @ classifier
+    for k in (1, 5):
+        expected = (logits.topk(k).indices == torch.tensor(got.labels)[:, None]).any(dim=1).float().mean()
+        assert record[f"imagenet-zeroshot-val-top{k}"] == pytest.approx(float(expected))
+    assert record["imagenetv2-zeroshot-val-num-images"] == 3
+
+
+def test_processes_build_one_classifier(tmp_path, tiny_clip):
+    script = tmp_path / "build.py"
+    script.write_text(f"""
+import open_clip, torch
+import training
+from training.distributed import distributed
+from training.encode import ComputeOptions
+from training.model.factory import EncoderParts
+from training.zero_shot import build_classifier
+
+names, templates = open_clip.IMAGENET_CLASSNAMES[:25], open_clip.OPENAI_IMAGENET_TEMPLATES[:2]
+model = training.create_model({tiny_clip!r}).eval()
+tokenizer = training.get_tokenizer({tiny_clip!r})
+with distributed("cpu") as env:
+    parts = EncoderParts(model, None, tokenizer, None)
+    classifier = build_classifier(parts, names, templates, env, ComputeOptions())
+    expected = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
+    assert env.world_size == 2 and torch.equal(classifier, expected), (classifier - expected).abs().max()
+""")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_ports(1)[0])]
+    done = subprocess.run([sys.executable, *launch, str(script)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_short_benchmarks_are_evaluated_in_mid_training(tmp_path, scenes, monkeypatch):
+    import open_clip
+
+    monkeypatch.setattr("training.zero_shot.OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:1])
+    argv = [
+        "--model",
+        "lotlip_tiny",
+        "--train-data",
+        scenes / "train",
+        "--batch-size",
+        20,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+    ]
+    argv += [
+        "--imagenet-val",
+        write_imagenet(tmp_path / "val", 1),
+        "--logs",
+        tmp_path,
+        "--name",
+        "r",
+        "--device",
+        "cpu",
+    ]
+    assert main([str(word) for word in argv]) == 0
+    logged = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert read_results(tmp_path, "r")["imagenet-zeroshot-val-num-images"] == 3
+    assert [line["imagenet-zeroshot-val-top1"] for line in logged if "imagenet-zeroshot-val-top1" in line]
+
+
+def test_label_ranks_by_brute_force():
+    from training.zero_shot import count_label_ranks
+
+    rng = np.random.default_rng(0)
+    features, classifier = torch.tensor(rng.normal(size=(50, 6))), torch.tensor(rng.normal(size=(6, 9)))
+    classifier[:, 4] = classifier[:, 3]  # two classes that nothing tells apart
+    labels = torch.tensor(rng.integers(0, 9, 50))
+    counts = count_label_ranks(features, classifier, labels, block_size=7)
+    score = (features @ classifier).numpy()
+    for i, label in enumerate(labels.tolist()):
+        own = score[i, label]
+        assert counts.better[i] == sum(score[i] > own + 1e-9)
+        assert counts.tied[i] == sum(abs(score[i] - own) <= 1e-9) - 1 == (label in (3, 4))
