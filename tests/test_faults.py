@@ -4,7 +4,6 @@ import http.server
 import io
 import json
 import random
-import tarfile
 import threading
 import zlib
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from test_train_data import write_shard
 from torchvision.transforms.functional import pil_to_tensor
 
 from support import free_ports
@@ -66,16 +66,6 @@ BAD = {
     "pkl": ("pickled data", GOOD | {"pkl": b"."}),
     "npy": ("pickled data", GOOD | {"npy": array(np.array([{"a": 1}], dtype=object))}),
 }
-
-
-def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> str:
-    with tarfile.open(path, "w") as out:
-        for key, files in samples.items():
-            for suffix, content in files.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                out.addfile(member, io.BytesIO(content))
-    return str(path)
 
 
 def load(source, num_batches: int, batch_size: int) -> list:
