@@ -167,6 +167,16 @@ def test_going_on_after_a_stop_fetches_what_is_missing(downloaded, tmp_path, cap
 
 
 @needs_engine
+def test_the_same_images_give_the_same_shards_byte_for_byte(downloaded, tmp_path):
+    shutil.copytree(downloaded[0] / "tables", tmp_path / "tables")
+    assert main(download_words(tmp_path)) == 0
+    for shard in sorted((tmp_path / "shards").glob("*.tar")):
+        assert shard.read_bytes() == (downloaded[0] / "shards" / shard.name).read_bytes()
+        keys = [sample.key for sample in read_samples(str(shard))]
+        assert keys == sorted(keys)
+
+
+@needs_engine
 def test_what_comes_out_is_inspected_joined_and_trained_on(downloaded, tmp_path):
     base, _ = downloaded
     shards = str(base / "shards")

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from dataloaders.files import parallel_map
 from training.data.tar import index_shard
 from training.prepare.columns import KEY, RAW, URL
-from training.prepare.work import format_counts, load_json, write_json
+from training.prepare.order import order_shard
+from training.prepare.work import format_counts, load_json, progress, write_json
 
 STATE = ".download"
 # Fewer kinds than messages: addresses and numbers in them differ.
@@ -78,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
         if code:
             print(f"img2dataset ended with exit code {code}", file=sys.stderr)
     report = check(out, tables, args.samples_per_shard)
+    if not args.check_only:  # img2dataset writes in the order of arrival
+        whole = [out / name for name in report["sizes"]]
+        list(progress(map(order_shard, whole), len(whole), "ordering", "shard"))
     write_json(out / STATE / "report.json", report)
     write_json(out / "sizes.json", report.pop("sizes"))
     if args.summary:
