@@ -52,8 +52,10 @@ def distributed(device: str | None, timeout_minutes: float = 30.0) -> Iterator[D
     alarm = threading.Timer(60 * timeout_minutes, _end_alone, [timeout_minutes])
     alarm.daemon = True
     alarm.start()
-    info = init_distributed_device_so(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    alarm.cancel()
+    try:
+        info = init_distributed_device_so(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    finally:
+        alarm.cancel()
     last = torch.zeros(1, device=info["device"])
     try:
         yield DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))

@@ -144,10 +144,9 @@ def evaluate_retrieval(
     env: DistEnv,
     options: ComputeOptions,
     allow_broken: bool = False,
-    cache: str | None = None,
 ) -> list[dict[str, object]]:
     """Encodes and ranks every set; returns the records of `rank_sets`, raises as it and `encode_work`."""
-    images, texts = encode_work(parts, work, env, options, allow_broken, cache)
+    images, texts = encode_work(parts, work, env, options, allow_broken)
     return [ranked.record for ranked in rank_sets(work, images, texts, env)]
 
 

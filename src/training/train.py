@@ -180,12 +180,14 @@ def _build(
 
 def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
     """Raises ValueError if cached image features are not those of this model's tower."""
-    for flag, spec in (("--train-data", args.train_data), ("--val-data", args.val_data)):
-        info = feature_info(spec) if spec else None
-        if info and (different := info.differences(tower_info(core, args))):
+    specs = {"--train-data": args.train_data, "--val-data": args.val_data}
+    infos = {flag: info for flag, spec in specs.items() if spec and (info := feature_info(spec))}
+    own = tower_info(core, args) if infos else None  # hashes all weights of the tower: once
+    for flag, info in infos.items():
+        if different := info.differences(own):
             raise ValueError(
-                f"{flag} {spec}: features of another image tower ({', '.join(different)} differ): {info.model}'s, in "
-                f"{info.precision}; give the model and weights that --extract-image-features had"
+                f"{flag} {specs[flag]}: features of another image tower ({', '.join(different)} differ): "
+                f"{info.model}'s, in {info.precision}; give the model and weights that --extract-image-features had"
             )
 
 
