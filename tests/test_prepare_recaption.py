@@ -188,11 +188,13 @@ def test_answers_that_are_no_captions_are_counted():
         (["--caption", "a=short", "--vlm", "{here}/none"], "can't be loaded as a vision-language model"),
         (["--caption", "a=short", "--engine", "vllm"], "--engine vllm"),
         (["--caption", "a=short", "--tensor-parallel", "2"], "needs vLLM"),
+        (["--caption", "a=short", "--vllm-args", '{"seed": 1}'], "--vllm-args: needs vLLM"),
+        (["--caption", "a=short", "--vllm-args", "seed=1"], "expected a JSON object"),
     ],
 )
 def test_usage_errors(tmp_path, vlm, words, said, capsys):
     shards = write_set(tmp_path / "set")
     (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit) as stop:
-        run(shards, vlm, "--out", tmp_path / "new", *(word.format(here=tmp_path) for word in words))
+        run(shards, vlm, "--out", tmp_path / "new", *(word.replace("{here}", str(tmp_path)) for word in words))
     assert stop.value.code == 2 and said in capsys.readouterr().err

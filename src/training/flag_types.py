@@ -1,6 +1,8 @@
 """What a flag's words are read as. For argparse: each takes a text, and says what it expected if that is not it."""
 
 import argparse
+import json
+from typing import Any
 
 
 def _integer(text: str, minimum: int) -> int:
@@ -27,3 +29,14 @@ def positive_numbers(text: str) -> tuple[int, ...]:
 def names(text: str) -> tuple[str, ...]:
     """``a,b`` -> (a, b); empty text gives none."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """``{"a": 1}`` -> {"a": 1}."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object like '{{\"max_model_len\": 4096}}', found {text!r}")
+    return value

@@ -5,8 +5,8 @@ Both engines decode greedily, so that the same model gives the same captions.
 
 import importlib.util
 import os
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -35,14 +35,26 @@ class Generated(NamedTuple):
 
 
 class Engine(Protocol):
-    """What `recaption` needs of a model."""
+    """What `recaption` needs of a model.
+
+    Attributes:
+        batch_size: images it works well with at once.
+    """
+
+    batch_size: int
 
     def caption(self, images: Sequence[Image.Image], prompt: str) -> list[Generated]:
         """Answers the prompt for each RGB image."""
 
 
 def make_engine(
-    name: str, vlm: str, max_tokens: int, device: str | None, tensor_parallel: int, cache_dir: str | None
+    name: str,
+    vlm: str,
+    max_tokens: int,
+    device: str | None,
+    tensor_parallel: int,
+    cache_dir: str | None,
+    vllm_args: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Loads a model.
 
@@ -53,6 +65,7 @@ def make_engine(
         device: for transformers; None takes a GPU if there is one.
         tensor_parallel: GPUs that share one model, with vLLM.
         cache_dir: where downloads are kept.
+        vllm_args: more arguments of `vllm.LLM`.
 
     Raises:
         FileNotFoundError: no such model, or it is not one that reads images.
@@ -62,9 +75,11 @@ def make_engine(
     if name == "vllm" and not installed:
         raise ValueError("--engine vllm: not installed; pip install vllm, or take --engine transformers")
     if name == "vllm" or (name == "auto" and installed):
-        return VllmEngine(vlm, max_tokens, tensor_parallel, cache_dir)
+        return VllmEngine(vlm, max_tokens, tensor_parallel, cache_dir, vllm_args or {})
     if tensor_parallel > 1:
         raise ValueError(f"--tensor-parallel {tensor_parallel}: needs vLLM (pip install vllm)")
+    if vllm_args:
+        raise ValueError("--vllm-args: needs vLLM (pip install vllm, --engine vllm)")
     return TransformersEngine(vlm, max_tokens, device, cache_dir)
 
 
@@ -74,6 +89,10 @@ def own_device(device: str | None) -> torch.device:
         return torch.device(device or "cpu")
     rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class TransformersEngine:
@@ -89,6 +108,8 @@ class TransformersEngine:
         FileNotFoundError: no such model, or none that reads images.
     """
 
+    batch_size = 32
+
     def __init__(self, vlm: str, max_tokens: int, device: str | None, cache_dir: str | None):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -98,10 +119,9 @@ class TransformersEngine:
             self.processor = AutoProcessor.from_pretrained(vlm, cache_dir=cache_dir)
             model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=dtype, cache_dir=cache_dir)
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise FileNotFoundError(
-                f"--vlm {vlm}: can't be loaded as a vision-language model ({reason}); expected a folder or hub name "
-                f"with config.json, weights and processor"
+                f"--vlm {vlm}: can't be loaded as a vision-language model ({_first_line(error)}); expected a folder or "
+                f"hub name with config.json, weights and processor"
             ) from error
         self.model = model.to(self.device).eval()
         self.dtype, self.max_tokens = dtype, max_tokens
@@ -157,12 +177,17 @@ class VllmEngine:
         max_tokens: most tokens of a caption.
         tensor_parallel: GPUs that share the model.
         cache_dir: where downloads are kept.
+        vllm_args: more arguments of `vllm.LLM`; they go before what is set here.
 
     Raises:
         ValueError: started by torchrun, whose process group vLLM would take for its own.
     """
 
-    def __init__(self, vlm: str, max_tokens: int, tensor_parallel: int, cache_dir: str | None):
+    batch_size = 512  # vLLM makes its own batches out of these, 256 at a time by default
+
+    def __init__(
+        self, vlm: str, max_tokens: int, tensor_parallel: int, cache_dir: str | None, vllm_args: Mapping[str, Any]
+    ):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
                 "--engine vllm under torchrun: start one process per model with srun or a SLURM array instead, or by "
@@ -170,13 +195,16 @@ class VllmEngine:
             )
         from vllm import LLM, SamplingParams
 
-        self.llm = LLM(
-            model=vlm,
-            tensor_parallel_size=tensor_parallel,
-            limit_mm_per_prompt={"image": 1},
-            download_dir=cache_dir,
-            seed=0,
-        )
+        ours = {
+            "tensor_parallel_size": tensor_parallel,
+            "limit_mm_per_prompt": {"image": 1},
+            "download_dir": cache_dir,
+            "seed": 0,
+        }
+        try:
+            self.llm = LLM(model=vlm, **ours | dict(vllm_args))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"--vlm {vlm}: vLLM can't load it ({_first_line(error)}); see also --vllm-args") from error
         self.sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
 
     def caption(self, images: Sequence[Image.Image], prompt: str) -> list[Generated]:

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from training.flag_types import names, not_negative, positive, positive_numbers
+from training.flag_types import json_object, names, not_negative, positive, positive_numbers
 
 COMMANDS = {
     "tables": "clean published caption tables into Parquet parts",
@@ -217,7 +217,13 @@ def add_recaption_args(parser: argparse.ArgumentParser) -> None:
         "--engine", default="auto", choices=("auto", "vllm", "transformers"), help="auto: vLLM if it is installed"
     )
     parser.add_argument("--max-tokens", type=positive, default=256, metavar="N", help="of a caption (default: 256)")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images (default: 512 with vLLM, else 32)")
+    parser.add_argument(
+        "--vllm-args",
+        type=json_object,
+        metavar="JSON",
+        help="more arguments of vllm.LLM, e.g. '{\"max_model_len\": 4096, \"gpu_memory_utilization\": 0.8}'",
+    )
     parser.add_argument(
         "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share one model, with vLLM"
     )

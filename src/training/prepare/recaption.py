@@ -47,10 +47,13 @@ def run(args: argparse.Namespace) -> int:
     left = not_done(mine, mark, total)
     broken: dict[str, str] = {}
     if left:
-        engine = make_engine(args.engine, args.vlm, args.max_tokens, args.device, args.tensor_parallel, args.cache_dir)
+        engine = make_engine(
+            args.engine, args.vlm, args.max_tokens, args.device, args.tensor_parallel, args.cache_dir, args.vllm_args
+        )
+        batch_size = args.batch_size or engine.batch_size
         for place in progress(left, len(left), "captioning", "shard"):
             try:
-                add_counts(total, recaption_shard(place, engine, prompts, args.batch_size, mark))
+                add_counts(total, recaption_shard(place, engine, prompts, batch_size, mark))
             except (BrokenShardError, BrokenShardFile, OSError) as error:
                 broken[str(place.source)] = str(error)
     summary = {"shards": len(mine), "done_before": len(mine) - len(left), "broken_shards": broken, "prompts": prompts}
