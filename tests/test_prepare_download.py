@@ -234,6 +234,20 @@ def test_a_set_in_the_engines_form_is_checked_without_it(tmp_path, capsys):
     assert stop.value.code == 2 and "pip install img2dataset" in capsys.readouterr().err
 
 
+def test_spark_workers_get_the_engines_own_python(tmp_path, capfd):
+    """Else Spark takes whichever python3 comes first on PATH, which need not have img2dataset."""
+    tables, home = write_tables(tmp_path, "http://127.0.0.1:9"), tmp_path / "home"
+    assert main(["tables", *map(str, tables), "--out", str(tmp_path / "tables")]) == 0
+    home.mkdir()
+    (home / "python").touch()
+    command = home / "img2dataset"
+    command.write_text("#!/bin/sh\necho workers run $PYSPARK_PYTHON\nexit 3\n")
+    command.chmod(0o755)
+    words = ["download", str(tmp_path / "tables"), "--out", str(tmp_path / "shards"), "--distributor", "pyspark"]
+    assert main([*words, "--img2dataset", str(command)]) == 1
+    assert f"workers run {home / 'python'}" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("message", "kind"),
     [

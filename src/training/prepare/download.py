@@ -6,6 +6,7 @@ environment, and on a cluster it often does.
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         words[0] = _find_engine(words)
         write_json(out / STATE / "settings.json", settings)
         (out / "sizes.json").unlink(missing_ok=True)  # img2dataset takes every .json there for one of its own
-        code = subprocess.run(words, check=False).returncode
+        code = subprocess.run(words, check=False, env=_engine_environment(words[0])).returncode
         if code:
             print(f"img2dataset ended with exit code {code}", file=sys.stderr)
     report = check(out, tables, args.samples_per_shard)
@@ -141,6 +142,12 @@ def command_line(tables: Tables, args: argparse.Namespace) -> list[str]:
         values["save_additional_columns"] = json.dumps(others, separators=(",", ":"))
     words = shlex.split(args.img2dataset)
     return [*words, *(f"--{name}={value}" for name, value in values.items()), *args.engine_flag]
+
+
+def _engine_environment(command: str) -> dict[str, str]:
+    """Spark starts its workers with a Python of its own choice; they need the one that has img2dataset."""
+    beside = Path(command).parent / "python"
+    return ({"PYSPARK_PYTHON": str(beside.absolute())} if beside.exists() else {}) | dict(os.environ)
 
 
 def _find_engine(words: list[str]) -> str:

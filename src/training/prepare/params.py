@@ -222,7 +222,7 @@ def add_recaption_args(parser: argparse.ArgumentParser) -> None:
         "--vllm-args",
         type=json_object,
         metavar="JSON",
-        help="more arguments of vllm.LLM, e.g. '{\"max_model_len\": 4096, \"gpu_memory_utilization\": 0.8}'",
+        help='more arguments of vllm.LLM, e.g. \'{"max_model_len": 4096, "gpu_memory_utilization": 0.8}\'',
     )
     parser.add_argument(
         "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share one model, with vLLM"

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     rules = Rules(captions, not args.keep_cut_off, args.keep_without_long)
     out, settings = Path(args.out), _settings(tables, rules, args.rows_per_part)
     summary = load_json(out / "summary.json")
-    if isinstance(summary, dict):
+    complete = isinstance(summary, dict)
+    if complete:
         if summary.get("settings") != settings:
             raise ValueError(f"--out {out}: made from other tables or with other flags; take another folder")
         print(f"{out}: complete already")
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if args.summary:
         write_json(Path(args.summary), summary)
     print(describe(summary))
+    if complete:
+        return 0
     seconds = time.monotonic() - started
     print(f"{seconds:.1f} s, {summary['rows'] / seconds:,.0f} rows/s, memory at most {_peak_memory(args.workers)}")
     return 0
