@@ -18,6 +18,7 @@ from benchmarks.measure import (
     reference_captions,
 )
 from training.build import make_arranger
+from training.model.hf_encoders import encoder_layers
 from training.model.text_tower import CornerHFText
 
 NUM_CORNERS = 2
@@ -114,8 +115,12 @@ class _Holder:
 
 def _flops(tower: CornerHFText, lengths: torch.Tensor) -> float:
     """Of forward and backward over real tokens: 6 per weight and token in linear layers, 12 per layer, width and pair
-    of tokens in attention."""
-    config = tower.transformer.config
-    weights = sum(p.numel() for p in tower.transformer.encoder.parameters() if p.ndim == 2)
-    pairs = float(lengths.double().square().sum())
-    return 6 * weights * float(lengths.sum()) + 12 * config.num_hidden_layers * config.hidden_size * pairs
+    of tokens in attention; of the last layer only what [CLS] and the corners need."""
+    width, layers = tower.transformer.config.hidden_size, encoder_layers(tower.transformer)
+    tokens, pairs = float(lengths.sum()), float(lengths.double().square().sum())
+    read = (tower.num_corners + 1) * len(lengths)
+    weights = sum(p.numel() for p in layers[-1].parameters() if p.ndim == 2)
+    whole_layers = 6 * weights * tokens + 12 * width * pairs
+    keys_and_values = 2 * width * width
+    last_layer = 6 * (keys_and_values * tokens + (weights - keys_and_values) * read)
+    return (len(layers) - 1) * whole_layers + last_layer + 12 * width * (tower.num_corners + 1) * tokens

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from training.model.corner import features_of_captions, prefix_attention, suffix_attention
 from training.model.factory import create_model
-from training.model.hf_encoders import run_encoder
+from training.model.hf_encoders import first_states, run_encoder
 from training.model.text_tower import CornerHFText
 
 FAMILIES = {
@@ -92,6 +92,25 @@ def test_without_corners_it_is_the_hugging_face_model(family):
     with torch.no_grad():
         expected = pair(input_ids=ids, attention_mask=keep.long()).last_hidden_state
     torch.testing.assert_close(hidden_states(text, ids)[keep], expected[keep], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_corners", [0, 2])
+def test_a_last_layer_for_the_first_positions_alone_changes_nothing(family, num_corners):
+    """States and gradients as from a last layer over all positions."""
+    text = tower(family, num_corners, num_layers=3).double()
+    ids = random_ids(text)
+    whole = run_encoder(text.transformer, ids, prefix_attention(ids != text.pad_id, num_corners))[:, : num_corners + 1]
+    first = first_states(text.transformer, ids, prefix_attention(ids != text.pad_id, num_corners), num_corners + 1)
+    torch.testing.assert_close(first, whole, rtol=0, atol=1e-12)
+    gradients = []
+    for states in (whole, first):
+        text.zero_grad()
+        states.square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in text.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])

@@ -38,8 +38,8 @@ def special_attention(tower: nn.Module, ids: torch.Tensor, layer: int = -1) -> t
     if not -len(layers) <= layer < len(layers):
         raise ValueError(f"--layer {layer}: the text tower has {len(layers)} layers, from 0, or from the last with -1")
     inputs: list[torch.Tensor] = []
-    watched = layers[layer].ln_1 if isinstance(tower, CornerCLIPText) else layers[layer].attention.self.query
-    # The queries' linear layer, or the norm before it: what goes in, or comes out, is what attention works on.
+    watched = layers[layer].ln_1 if isinstance(tower, CornerCLIPText) else layers[layer].attention.self.key
+    # The keys' linear layer, or the norm before it: what goes in, or comes out, is what attention works on.
     handle = watched.register_forward_hook(
         lambda _, args, output: inputs.append(output if isinstance(tower, CornerCLIPText) else args[0])
     )

@@ -7,12 +7,13 @@ whose interface has stayed the same.
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from training.model.config import find_pretrained_folder
-from training.model.corner import additive_mask
+from training.model.corner import additive_mask, prefix_attention
 from training.model.packing import Row
-from training.model.row_attention import make_row_mask
+from training.model.row_attention import RowMask, make_row_mask, row_slots
 
 BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert")
 SUPPORTED = (*BERT_LIKE, "modernbert")
@@ -118,6 +119,73 @@ def run_encoder(encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) ->
     return encoder(input_ids=ids, attention_mask={"full_attention": full, "sliding_attention": sliding})[0]
 
 
+def first_states(encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor, num_first: int) -> torch.Tensor:
+    """As `run_encoder`, of the first positions alone.
+
+    BERT's last layer computes nothing but their queries and what comes of them: of the others it needs keys and values.
+    That spares a twelfth of 12 layers but for those two products.
+
+    Returns:
+        Last hidden states [batch, num_first, width].
+    """
+    if not _can_shorten_last_layer(encoder):
+        return run_encoder(encoder, ids, allowed)[:, :num_first]
+    hidden = encoder.embeddings(input_ids=ids)
+    mask = additive_mask(allowed, hidden.dtype)
+    hidden = _all_layers_but_last(encoder, hidden, mask)
+    return _last_layer(encoder, hidden[:, :num_first], hidden, mask[:, :, :num_first])
+
+
+def first_states_in_row(encoder: nn.Module, row: Row, num_corners: int, num_first: int) -> torch.Tensor:
+    """As `run_encoder_on_row`, of the first positions of each caption alone.
+
+    Returns:
+        Last hidden states [n, num_first, width].
+    """
+    slots, keep = row_slots(row)
+    if not _can_shorten_last_layer(encoder):
+        return run_encoder_on_row(encoder, row, num_corners)[0][slots[:, :num_first]]
+    hidden, mask = _start_row(encoder, row, num_corners)
+    hidden = _all_layers_but_last(encoder, hidden, mask)[0]  # [budget, width]
+    mask = additive_mask(prefix_attention(keep, num_corners)[:, :num_first], hidden.dtype)
+    return _last_layer(encoder, hidden[slots[:, :num_first]], hidden, mask, slots)
+
+
+def _can_shorten_last_layer(encoder: nn.Module) -> bool:
+    config = encoder.config
+    if config.model_type not in BERT_LIKE or getattr(config, "position_embedding_type", "absolute") != "absolute":
+        return False
+    # transformers 4 recomputes activations around its loop over the layers, 5 within each layer.
+    return not (encoder.training and getattr(encoder.encoder, "gradient_checkpointing", False))
+
+
+def _all_layers_but_last(encoder: nn.Module, hidden: torch.Tensor, mask: object) -> torch.Tensor:
+    for layer in encoder_layers(encoder)[:-1]:
+        hidden = layer(hidden, mask)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # transformers 4
+    return hidden
+
+
+def _last_layer(
+    encoder: nn.Module, read: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor, slots: torch.Tensor | None = None
+) -> torch.Tensor:
+    """BERT's last layer at the positions of `read` [n, k, width], which look at `hidden`: [n, seq_len, width], or
+    [budget, width] with `slots` [n, seq_len] that say where in it each one's tokens are; mask [n, 1, k, seq_len]."""
+    layer = encoder_layers(encoder)[-1]
+    attention = layer.attention.self
+
+    def by_head(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    key, value = attention.key(hidden), attention.value(hidden)
+    if slots is not None:
+        key, value = (rows.index_select(0, slots.flatten()).unflatten(0, slots.shape) for rows in (key, value))
+    dropout = attention.dropout.p if encoder.training else 0.0
+    query = by_head(attention.query(read))
+    seen = scaled_dot_product_attention(query, by_head(key), by_head(value), mask, dropout_p=dropout)
+    return layer.feed_forward_chunk(layer.attention.output(seen.transpose(1, 2).flatten(2), read))
+
+
 def run_encoder_on_row(encoder: nn.Module, row: Row, num_corners: int) -> torch.Tensor:
     """Runs an encoder of BERT's kin on captions that stand in one row, each under the corner rule.
 
@@ -129,12 +197,17 @@ def run_encoder_on_row(encoder: nn.Module, row: Row, num_corners: int) -> torch.
     Returns:
         Last hidden states [1, budget, width].
     """
+    hidden, mask = _start_row(encoder, row, num_corners)
+    return encoder.encoder(hidden, attention_mask=mask)[0]
+
+
+def _start_row(encoder: nn.Module, row: Row, num_corners: int) -> tuple[torch.Tensor, RowMask]:
+    """Returns the embedded row [1, budget, width] and what its attention needs."""
     config = encoder.config
     hidden = encoder.embeddings(input_ids=row.ids, position_ids=row.positions + position_offset(config))
     # FlexAttention knows no dropout of attention, and no backward pass on the CPU.
     has_dropout = encoder.training and config.attention_probs_dropout_prob > 0
-    mask = make_row_mask(row, num_corners, hidden.dtype, use_flex=hidden.is_cuda and not has_dropout)
-    return encoder.encoder(hidden, attention_mask=mask)[0]
+    return hidden, make_row_mask(row, num_corners, hidden.dtype, use_flex=hidden.is_cuda and not has_dropout)
 
 
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:

@@ -25,6 +25,8 @@ from training.model.hf_encoders import (
     POOLERS,
     build_encoder,
     encoder_layers,
+    first_states,
+    first_states_in_row,
     fit_context,
     position_offset,
     run_encoder,
@@ -105,8 +107,10 @@ class CornerHFText(_CornerTower):
 
     def all_features(self, ids: torch.Tensor) -> torch.Tensor:
         keep = ids != self.pad_id
-        hidden = run_encoder(self.transformer, ids, prefix_attention(keep, self.num_corners))
-        return self.proj(self._pool(hidden, keep))
+        allowed = prefix_attention(keep, self.num_corners)
+        if self._reads_all:
+            return self.proj(self._pool_all(run_encoder(self.transformer, ids, allowed), keep))
+        return self.proj(self._pool(first_states(self.transformer, ids, allowed, self.num_corners + 1)))
 
     def arranger(self, mode: str, device: torch.device, compiled: bool = False) -> CaptionArranger | None:
         """Returns what arranges captions for `packed_features`; None: they stay padded.
@@ -141,22 +145,29 @@ class CornerHFText(_CornerTower):
             parts = [self.all_features(ids) for ids in captions.buckets]
             return torch.cat(parts).index_select(0, captions.places)
         row = captions.row
-        hidden = run_encoder_on_row(self.transformer, row, self.num_corners)[0]  # [budget, width]
-        slots, keep = row_slots(row)
-        if self.pooler_type not in ("mean_pooler", "max_pooler"):  # the others need special tokens alone
-            slots, keep = slots[:, : self.num_corners + 1], keep[:, : self.num_corners + 1]
-        return self.proj(self._pool(hidden[slots], keep))
+        if self._reads_all:
+            slots, keep = row_slots(row)
+            hidden = run_encoder_on_row(self.transformer, row, self.num_corners)[0]  # [budget, width]
+            return self.proj(self._pool_all(hidden[slots], keep))
+        first = first_states_in_row(self.transformer, row, self.num_corners, self.num_corners + 1)
+        return self.proj(self._pool(first))
 
-    def _pool(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    @property
+    def _reads_all(self) -> bool:
+        """Whether the pooler needs every token's hidden state; the others need [CLS]'s and the corners' alone."""
+        return self.pooler_type in ("mean_pooler", "max_pooler")
+
+    def _pool_all(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """[batch, seq_len, width] -> [batch, m + 1, width]."""
-        special = hidden[:, : self.num_corners + 1]
+        pool = mean_without_corners if self.pooler_type == "mean_pooler" else max_without_corners
+        pooled = pool(hidden, keep, self.num_corners)
+        return torch.cat([pooled[:, None], hidden[:, 1 : self.num_corners + 1]], dim=1)
+
+    def _pool(self, special: torch.Tensor) -> torch.Tensor:
+        """[batch, m + 1, width], as long."""
         pooler = getattr(self.transformer, "pooler", None)
         if self.pooler_type == "cls_pooler" and pooler is not None:
             return pooler.activation(pooler.dense(special))
-        if self.pooler_type == "mean_pooler":
-            special = torch.cat([mean_without_corners(hidden, keep, self.num_corners)[:, None], special[:, 1:]], dim=1)
-        elif self.pooler_type == "max_pooler":
-            special = torch.cat([max_without_corners(hidden, keep, self.num_corners)[:, None], special[:, 1:]], dim=1)
         return special
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
