@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import random
+import signal
 import tarfile
 from pathlib import Path
 
@@ -59,6 +61,18 @@ def reader(seed: int = 0, epoch: int = 0, **rule) -> SampleReader:
 
 def batches(source, stretch: Stretch, workers: int, epoch: int = 0) -> list:
     return list(make_loader(source, reader(epoch=epoch), stretch, workers, pin=False))
+
+
+def test_workers_outlive_a_signal_from_their_first_moment_on(tmp_path):
+    """SLURM's SIGTERM may come while they start; each here gets one right after the fork, and torch's handler after."""
+    source, stretch = ShardSource(make_shards(tmp_path, [7, 5]), [7, 5], seed=0), Stretch(4, 3)
+    expected, is_on = batches(source, stretch, workers=0), [True]
+    os.register_at_fork(after_in_child=lambda: is_on and os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        got = batches(source, stretch, workers=2)
+    finally:
+        is_on.clear()
+    assert sorted(key for b in got for key in b.keys) == sorted(key for b in expected for key in b.keys)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

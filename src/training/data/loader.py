@@ -24,6 +24,7 @@ from training.data.sources import Source
 from training.data.tar import BrokenShardError, RawSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class TrainBatch(NamedTuple):
@@ -293,8 +294,20 @@ def to_device(batches: Iterator[TrainBatch], device: torch.device) -> Iterator[t
 
 def _outlive_signals(_: int) -> None:
     """SLURM signals every process of a job; a worker that ends by it would end training before it has saved."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+class _Loader(DataLoader):
+    """Workers are born with these signals held back: torch's own handler would end them before they can ignore any."""
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
@@ -312,7 +325,7 @@ def _as_it_is(batch: TrainBatch) -> TrainBatch:
 
 def make_loader(source: Source, reader: SampleReader, stretch: Stretch, num_workers: int, pin: bool) -> DataLoader:
     """Returns a loader of one epoch's `TrainBatch`es; their order does not depend on how fast workers are."""
-    return DataLoader(
+    return _Loader(
         TrainBatches(source, reader, stretch),
         batch_size=None,  # workers make whole batches
         collate_fn=_as_it_is,
