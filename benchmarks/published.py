@@ -6,13 +6,13 @@ the loss forms both logits matrices of every text feature; each benchmark is enc
 Source: LoTLIP (arXiv 2410.05249) and the behaviour of its published code; none of that code is used.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from dataloaders.images import load_rgb
+from dataloaders.pairs import RetrievalSet
 from training.model.corner import features_of_captions
+from training.model.factory import EncoderParts
 from training.model.hf_encoders import run_encoder
 from training.model.text_tower import CornerHFText
 
@@ -53,22 +53,17 @@ def loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torc
 
 @torch.no_grad()
 def evaluate_set(
-    model: torch.nn.Module,
-    preprocess: Callable,
-    tokenizer: Callable,
-    files: Sequence,
-    captions: Sequence[str],
-    batch_size: int,
-    device: torch.device,
+    parts: EncoderParts, pairs: RetrievalSet, batch_size: int, device: torch.device
 ) -> tuple[float, float]:
-    """R@1 image to text and text to image of one set of pairs, image i with caption i, by argmax."""
+    """R@1 image to text and text to image of one set, image i with caption i, by argmax."""
     images, texts = [], []
-    for start in range(0, len(files), batch_size):
+    for start in range(0, len(pairs.captions), batch_size):
         part = slice(start, start + batch_size)
-        pixels = torch.stack([preprocess(load_rgb(file)) for file in files[part]])
-        images.append(normalize(model.encode_image(pixels.to(device)).float(), dim=-1))
-        texts.append(normalize(model.encode_text(tokenizer(list(captions[part])).to(device)).float(), dim=-1))
+        pixels = torch.stack([parts.preprocess(load_rgb(file)) for file in pairs.image_paths[part]])
+        ids = parts.tokenizer(list(pairs.captions[part])).to(device)
+        images.append(normalize(parts.model.encode_image(pixels.to(device)).float(), dim=-1))
+        texts.append(normalize(text_features(parts.model.text, ids[:, None])[:, 0].float(), dim=-1))
     similarity = torch.cat(images) @ torch.cat(texts).T
-    own = torch.arange(len(files), device=device)
+    own = torch.arange(len(pairs.captions), device=device)
     hits = (similarity.argmax(1) == own), (similarity.argmax(0) == own)
     return tuple(float(hit.float().mean()) for hit in hits)

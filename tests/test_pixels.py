@@ -35,6 +35,19 @@ def test_normalising_bytes_on_the_device_is_the_same_bit_for_bit(kind, transform
     assert torch.equal(normalise_pixels(pixels[None], mean, std)[0], expected)
 
 
+def test_fast_decoding_for_evaluation_changes_pixels_by_little(transforms):
+    """A picture that is resized whole: 224 pixels out, decoded with at least 448."""
+    buffer = io.BytesIO()
+    load_rgb(PHOTO).save(buffer, "JPEG", quality=90)
+    whole = transforms["evaluation"]
+    at_least = pixels_needed(whole)
+    assert at_least == 2 * whole(Image.new("RGB", (9, 7))).shape[-1]
+    fast = load_rgb(io.BytesIO(buffer.getvalue()), at_least)
+    assert at_least <= min(fast.size) < 1500
+    pair = [without_normalisation(whole)(image).float() for image in (load_rgb(io.BytesIO(buffer.getvalue())), fast)]
+    assert 0 < float((pair[0] - pair[1]).abs().mean()) < 3.0  # a chart, sharper than photographs
+
+
 def test_a_transform_that_ends_otherwise_is_left_alone():
     from torchvision import transforms as tv
 

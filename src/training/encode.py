@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataloaders.images import BrokenImageError, load_rgb
+from training.data.augment import pixels_needed
 from training.data.loader import tokenise
 from training.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
 
@@ -26,16 +27,20 @@ class ComputeOptions:
     """How to run a tower.
 
     Attributes:
-        batch_size: items per step.
+        batch_size: images per step.
         workers: loader processes.
         precision: by open_clip's names.
         sort_texts: put captions of about the same length into a batch, and pad it to its longest only.
+        text_batch_size: captions per step; None takes `batch_size`.
+        fast_decode: decode large JPEGs at reduced size, see `pixels_needed`.
     """
 
     batch_size: int = 64
     workers: int = 4
     precision: str = "fp32"
     sort_texts: bool = True
+    text_batch_size: int | None = None
+    fast_decode: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,12 @@ class Batch(NamedTuple):
 
 
 class ImageBatches(Dataset):
-    """Item b: the pixels [n, 3, H, W] of the readable files among `batches[b]`."""
+    """Item b: the pixels [n, 3, H, W] of the readable files among `batches[b]`, decoded as `load_rgb` does."""
 
-    def __init__(self, paths: Sequence[Path], preprocess: Callable, batches: list[list[int]]):
-        self.paths, self.preprocess, self.batches = paths, preprocess, batches
+    def __init__(
+        self, paths: Sequence[Path], preprocess: Callable, batches: list[list[int]], at_least: int | None = None
+    ):
+        self.paths, self.preprocess, self.batches, self.at_least = paths, preprocess, batches, at_least
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -75,7 +82,7 @@ class ImageBatches(Dataset):
         pixels, positions, broken = [], [], {}
         for position in self.batches[number]:
             try:
-                pixels.append(self.preprocess(load_rgb(self.paths[position])))
+                pixels.append(self.preprocess(load_rgb(self.paths[position], self.at_least)))
                 positions.append(position)
             except BrokenImageError as error:
                 broken[position] = str(error)
@@ -122,7 +129,9 @@ def encode_images(
         BrokenImageError: on all ranks, naming the first unreadable file, unless allowed.
         FloatingPointError: the model returned NaN or infinity.
     """
-    dataset = ImageBatches(paths, preprocess, _own_batches(range(len(paths)), env, options))
+    at_least = pixels_needed(preprocess) if options.fast_decode else None
+    batches = _own_batches(range(len(paths)), env, options.batch_size)
+    dataset = ImageBatches(paths, preprocess, batches, at_least)
     return _encode(model.encode_image, dataset, len(paths), "image", env, options, allow_broken)
 
 
@@ -151,14 +160,14 @@ def encode_texts(
     if options.sort_texts:
         # Characters stand for tokens, which are not known yet. Longest first: what does not fit a device shows at once.
         order = sorted(order, key=lambda i: -len(texts[i]))
-    batches = _own_batches(order, env, options)
+    batches = _own_batches(order, env, options.text_batch_size or options.batch_size)
     dataset = TextBatches(texts, tokenizer, count_lost, batches, options.sort_texts)
     return _encode(model.encode_text, dataset, len(texts), "text", env, options)
 
 
-def _own_batches(order: Sequence[int], env: DistEnv, options: ComputeOptions) -> list[list[int]]:
-    starts = range(0, len(order), options.batch_size)
-    return [list(order[s : s + options.batch_size]) for s in starts[env.rank :: env.world_size]]
+def _own_batches(order: Sequence[int], env: DistEnv, batch_size: int) -> list[list[int]]:
+    starts = range(0, len(order), batch_size)
+    return [list(order[s : s + batch_size]) for s in starts[env.rank :: env.world_size]]
 
 
 def _encode(

@@ -118,7 +118,14 @@ def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
 
 
 def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork, env: DistEnv) -> Outcome:
-    options = ComputeOptions(args.batch_size, args.workers, args.precision, args.text_packing != "padded")
+    options = ComputeOptions(
+        args.batch_size,
+        args.workers,
+        args.precision,
+        args.text_packing != "padded",
+        args.text_batch_size,
+        args.fast_decode,
+    )
     images, texts, ranked, lengths = None, None, [], None
     questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)
     if work.sets:

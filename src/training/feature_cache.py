@@ -37,13 +37,14 @@ def text_key(text: str) -> bytes:
 
 
 def open_caches(
-    folder: str, parts: EncoderParts, precision: str, env: DistEnv
+    folder: str, parts: EncoderParts, precision: str, env: DistEnv, fast_decode: bool = False
 ) -> tuple["FeatureCache", "FeatureCache"]:
     """Returns the caches of a model's image tower and text tower."""
     image = {
         "tower": fingerprint(parts.model.visual),
         "reads": preprocessing_fingerprint(parts.preprocess),
         "precision": precision,
+        **({"fast_decode": True} if fast_decode else {}),
     }
     text = {
         "tower": fingerprint(parts.model, leave_out="visual."),

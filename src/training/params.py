@@ -146,6 +146,18 @@ def _add_compute_args(group: argparse._ArgumentGroup) -> None:
         help="images (in evaluation also captions) per step and process (default: %(default)s)",
     )
     group.add_argument(
+        "--text-batch-size",
+        type=positive,
+        metavar="N",
+        help="captions per step in an evaluation of its own (default: as --batch-size)",
+    )
+    group.add_argument(
+        "--fast-decode",
+        action="store_true",
+        help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size where that leaves twice the pixels that are needed; "
+        "nearly the same pixels. In training's own evaluations and for other formats without effect",
+    )
+    group.add_argument(
         "--workers",
         type=not_negative,
         default=4,

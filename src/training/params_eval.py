@@ -169,6 +169,8 @@ def validate_eval_args(args: argparse.Namespace) -> None:
         _validate_features_args(args)
     if args.feature_cache and args.train_data:
         raise ValueError("--feature-cache has no effect in training: weights change from one evaluation to the next")
+    if args.text_batch_size and args.train_data:
+        raise ValueError("--text-batch-size has no effect in training, where captions come with their images")
     if args.feature_cache and args.features:
         raise ValueError("--feature-cache has no effect with --features: nothing is encoded")
     insight = [flag for flag in INSIGHT_FLAGS if _value(args, flag)]

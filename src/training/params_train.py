@@ -56,11 +56,6 @@ def _add_data_args(group) -> None:
         metavar="V",
         help="with it: augmented views of each image; 0: one view as in evaluation (default: %(default)s)",
     )
-    group.add_argument(
-        "--fast-decode",
-        action="store_true",
-        help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size where the crop leaves twice the pixels it needs",
-    )
     group.add_argument("--strong-augment", action="store_true", help="crop 0.2-1, jitter, grey, blur, flip, two random")
     group.add_argument(
         "--aug-cfg", nargs="*", default=[], metavar="K=V", help="open_clip's augmentation, e.g. scale=0.4,1.0"

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import torch
 from open_clip import AugmentationCfg
+from PIL import Image
 from torchvision import transforms
 
 from dataloaders.images import to_rgb
@@ -78,9 +79,15 @@ def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
 
 
 def pixels_needed(transform: Callable) -> int | None:
-    """Returns how short an image's short side may be before a random crop notices: twice what the smallest crop needs.
+    """Returns how short an image's short side may be before a transform notices: twice what it makes of it.
 
-    None for a transform without open_clip's random crop.
+    With open_clip's random crop that is twice what the smallest crop needs; without randomness, twice the pixels that
+    come out. None for a transform with another random crop.
     """
-    crops = [s for s in getattr(transform, "transforms", []) if isinstance(s, transforms.RandomResizedCrop)]
-    return math.ceil(2 * max(crops[0].size) / math.sqrt(min(crops[0].scale))) if crops else None
+    steps = getattr(transform, "transforms", [])
+    crops = [s for s in steps if isinstance(s, transforms.RandomResizedCrop)]
+    if crops:
+        return math.ceil(2 * max(crops[0].size) / math.sqrt(min(crops[0].scale)))
+    if not steps or any("random" in type(step).__name__.lower() for step in steps):
+        return None
+    return 2 * max(transform(Image.new("RGB", (64, 64))).shape[-2:])
