@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 SHORT, LONG = 0, 1
-BLOCK_NUMBERS_CPU, BLOCK_NUMBERS_GPU = 2**20, 2**24
+BLOCK_NUMBERS_CPU, BLOCK_NUMBERS_GPU = 2**21, 2**24
 
 
 class _Blocks:

@@ -11,9 +11,33 @@ with the features, not with the square of the batch: see `contrast`.
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_gather as all_gather_with_grad
 
 from training.contrast import ContrastRule, contrast
+
+# torch 2.14 has given them new names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows in one tensor; each rank's gradient is the sum of all ranks' gradients of its rows."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, world_size: int) -> torch.Tensor:
+        everyone = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+        _all_gather(everyone, rows.contiguous())
+        return everyone
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradient.contiguous().unflatten(0, (dist.get_world_size(), -1))  # [world_size, batch, ..]
+        if dist.get_backend() == "nccl":
+            own = torch.empty_like(gradient[0])
+            _reduce_scatter(own, gradient.flatten(0, 1))
+            return own, None
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)  # older releases of gloo have no reduce-scatter
+        return gradient[dist.get_rank()], None
 
 
 def gather_rows(rows: torch.Tensor, world_size: int, with_grad: bool) -> torch.Tensor:
@@ -28,7 +52,7 @@ def gather_rows(rows: torch.Tensor, world_size: int, with_grad: bool) -> torch.T
     if world_size == 1:
         return rows
     if with_grad:
-        return torch.cat(all_gather_with_grad(rows.contiguous()))
+        return _Gather.apply(rows, world_size)
     everyone = [torch.empty_like(rows) for _ in range(world_size)]
     dist.all_gather(everyone, rows.detach().contiguous())
     everyone[dist.get_rank()] = rows
