@@ -116,7 +116,9 @@ def run(setting: Setting) -> list[Figure]:
         two = {"baseline": seconds["baseline"], "ours": seconds[side]}
         ratio = {"time_ratio": two["baseline"] / two["ours"]}
         figures.append(Figure(name, title + ", --fast-decode" * (side != "ours"), ratio, {"seconds": two, **facts}))
-    return figures + ([] if setting.on_gpu else [_over_processes(setting, size, sets, seconds["ours"])])
+    return figures + (
+        [] if setting.on_gpu or setting.quick else [_over_processes(setting, size, sets, seconds["ours"])]
+    )
 
 
 def check_recalls(sets: list[RetrievalSet], got: dict, expected: dict) -> None:

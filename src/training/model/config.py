@@ -145,6 +145,12 @@ def _timm_preprocessing(vision_cfg: dict) -> dict:
     return {"mean": list(trained.mean), "std": list(trained.std)} if trained else {}
 
 
+def not_found(cache_dir: str | None, error: Exception) -> str:
+    """Says where something was looked for in vain."""
+    here = f"not below --cache-dir {cache_dir}" if cache_dir else "--cache-dir is not given"
+    return f"{here}, and not from the hub ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
+
+
 def find_pretrained_folder(name: str, cache_dir: str | None) -> Path | None:
     """Looks for a pretrained part (``bert-base-uncased``, ``vit_base_patch16_224.augreg_in21k``) on this machine.
 

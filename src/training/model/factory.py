@@ -17,7 +17,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision.transforms import Compose
 
 from dataloaders.images import to_rgb
-from training.model.config import ModelSpec, find_pretrained_folder, resolve_model_config
+from training.model.config import ModelSpec, find_pretrained_folder, not_found, resolve_model_config
 from training.model.hf_encoders import encoder_config, load_pretrained_encoder
 from training.model.packing import CaptionArranger
 from training.model.source import WEIGHT_SUFFIXES, resolve_weights
@@ -183,10 +183,7 @@ def _start_image(model: LotlipCLIP, spec: ModelSpec, cache_dir: str | None) -> N
     try:
         trunk = timm.create_model(name, pretrained=True, num_classes=0, cache_dir=cache_dir)
     except Exception as error:  # urllib's, huggingface_hub's and timm's errors have no common base
-        raise FileNotFoundError(
-            f"pretrained image weights {name}: not below --cache-dir {cache_dir}, and not from the hub "
-            f"({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
-        ) from error
+        raise FileNotFoundError(f"pretrained image weights {name}: {not_found(cache_dir, error)}") from error
     model.visual.trunk.load_state_dict(trunk.state_dict())
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from training.model.config import find_pretrained_folder
+from training.model.config import find_pretrained_folder, not_found
 from training.model.corner import additive_mask, prefix_attention
 from training.model.packing import Row
 from training.model.row_attention import RowMask, make_row_mask, row_slots
@@ -38,8 +38,8 @@ def encoder_config(text_cfg: dict, cache_dir: str | None) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(folder or name, cache_dir=cache_dir)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"hf_model_name {name}: not below --cache-dir {cache_dir}, and not from the hub "
-                f"({str(error).splitlines()[0][:200]}); put its folder (config.json, tokenizer files) there"
+                f"hf_model_name {name}: {not_found(cache_dir, error)}; "
+                f"put its folder (config.json, tokenizer files) below --cache-dir DIR"
             ) from error
     if config.model_type not in SUPPORTED:
         raise ValueError(
@@ -227,7 +227,4 @@ def load_pretrained_encoder(name: str, with_pooler: bool, cache_dir: str | None)
         pooler = {"add_pooling_layer": with_pooler} if config.model_type in BERT_LIKE else {}
         return AutoModel.from_pretrained(folder or name, cache_dir=cache_dir, **pooler).state_dict()
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"pretrained text weights {name}: not below --cache-dir {cache_dir}, and not from the hub "
-            f"({str(error).splitlines()[0][:200]})"
-        ) from error
+        raise FileNotFoundError(f"pretrained text weights {name}: {not_found(cache_dir, error)}") from error

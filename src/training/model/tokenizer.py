@@ -12,7 +12,7 @@ from open_clip import SimpleTokenizer
 from open_clip.tokenizer import get_clean_fn
 from transformers import AutoTokenizer
 
-from training.model.config import ModelSpec, find_pretrained_folder
+from training.model.config import ModelSpec, find_pretrained_folder, not_found
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer_config.json")
 
@@ -84,8 +84,8 @@ class CornerHFTokenizer(_CornerTokenizer):
             self.tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"hf_tokenizer_name {source}: not below --cache-dir {cache_dir}, and not from the hub "
-                f"({str(error).splitlines()[0][:200]}); put its folder (tokenizer.json, ..) there"
+                f"hf_tokenizer_name {source}: {not_found(cache_dir, error)}; "
+                f"put its folder (tokenizer.json, ..) below --cache-dir DIR"
             ) from error
         self.context_length = context_length
         self.num_corners = num_corners
