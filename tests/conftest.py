@@ -21,6 +21,15 @@ TINY_CLIP = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
 
+# A file's tests stay in one process: with the longest files first, no process waits for another's at the end.
+LONGEST_FIRST = ("resume", "safety", "train_processes", "evaluate", "loss", "packing", "benchmarks", "corner")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first; else as collected."""
+    names = [f"test_{name}" for name in LONGEST_FIRST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
 
 @pytest.fixture(autouse=True)
 def no_log_handlers_left():

@@ -64,7 +64,7 @@ def shards(scenes, tmp_path_factory) -> Path:
 )
 def test_killed_at_random_moments_equals_uninterrupted(world_size, flags, shards, tmp_path):
     argv = [*TRAINING, *flags, "--train-data", str(shards), "--logs", str(tmp_path), "--resume", "latest", "--name"]
-    kills = random_kills(world_size + len(flags), 5, world_size)
+    kills = random_kills(world_size + len(flags), 4, world_size)
     assert run_lab([*argv, "quiet"], world_size, tmp_path / "samples").codes == [[0] * world_size]
     *killed, end = run_lab([*argv, "killed"], world_size, tmp_path / "samples-killed", kills).codes
     assert end == [0] * world_size
