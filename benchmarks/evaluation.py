@@ -7,8 +7,7 @@ are two scenes' long, so that most fill the context, as the published ones do.
 
 import io
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import training
 from benchmarks import published
 from benchmarks.measure import Figure, Setting, fastest
 from dataloaders.dci import read_dci
+from dataloaders.files import parallel_map
 from dataloaders.iiw import read_iiw
 from dataloaders.pairs import RetrievalSet
 from dataloaders.scenes import write_scenes
@@ -35,21 +35,14 @@ from training.retrieval import evaluate_retrieval, plan_retrieval
 PUBLISHED_SIZES = {"share4v": 10_000, "dci": 7805, "iiw": 612, "urban1k": 1000}
 
 
-@dataclass(frozen=True)
-class Size:
-    """A model, and a how-manieth part of the published sets it is given."""
-
-    model: str
-    scale: int
-
-
 def make_sets(folder: Path, scale: int, width: int) -> list[RetrievalSet]:
     """All five sets, a `scale`-th of their published sizes, for a model that takes pictures of `width` pixels."""
     roots = {}
     for seed, (name, size) in enumerate(PUBLISHED_SIZES.items()):
         roots[name] = folder / f"scenes_{name}"
         write_scenes(roots[name], num_train=0, num_test=max(8, size // scale), seed=seed)
-    _enlarge([path for root in roots.values() for path in root.rglob("photos/*.jpg")], 7 * width)
+    pictures = [path for root in roots.values() for path in root.rglob("photos/*.jpg")]
+    parallel_map(partial(_enlarge, width=7 * width), pictures)
     share4v = roots["share4v"] / "share4v"
     sizes = (PUBLISHED_SIZES["share4v"] // 10 // scale, PUBLISHED_SIZES["share4v"] // scale)
     sets = [
@@ -61,12 +54,7 @@ def make_sets(folder: Path, scale: int, width: int) -> list[RetrievalSet]:
     return [replace(s, captions=tuple(map(" ".join, zip(s.captions, s.captions[1:] + s.captions[:1])))) for s in sets]
 
 
-def _enlarge(paths: list[Path], width: int) -> None:
-    with ProcessPoolExecutor() as pool:
-        list(pool.map(partial(_enlarge_one, width=width), paths, chunksize=32))
-
-
-def _enlarge_one(path: Path, width: int) -> None:
+def _enlarge(path: Path, width: int) -> None:
     """Grain makes the file as large for its pixels as a photograph's."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB").resize((width, width), Image.Resampling.BICUBIC), dtype=np.float32)
@@ -85,10 +73,10 @@ def load_parts(name: str, device: torch.device) -> EncoderParts:
 
 def run(setting: Setting) -> list[Figure]:
     """One process, no loader processes: what is left is the work itself. Then the same over two processes."""
-    size = Size(*setting.pick(("lotlip_tiny", 200), ("lotlip_tiny", 20), ("lotlip_bert-ViT-B-16", 1)))
-    parts = load_parts(size.model, setting.device)
+    name, scale = setting.pick(("lotlip_tiny", 200), ("lotlip_tiny", 20), ("lotlip_bert-ViT-B-16", 1))
+    parts = load_parts(name, setting.device)
     width = parts.preprocess(Image.new("RGB", (9, 9))).shape[-1]
-    sets = make_sets(setting.folder, size.scale, width)
+    sets = make_sets(setting.folder, scale, width)
     work = plan_retrieval(sets, False)
     env = DistEnv(0, 1, setting.device)
     options = ComputeOptions(batch_size=64, workers=0)
@@ -106,19 +94,25 @@ def run(setting: Setting) -> list[Figure]:
     sides = {"baseline": baseline, "ours": ours, "fast decode": partial(ours, fast)}
     seconds = fastest(sides, setting)
     num_pairs = sum(len(s.captions) for s in sets)
-    title = f"evaluation of five sets, {num_pairs:,} pairs, pictures of {7 * width} pixels: {size.model}"
+    title = f"evaluation of five sets, {num_pairs:,} pairs, pictures of {7 * width} pixels: {name}"
     facts = {
         "pairs_per_s": {side: num_pairs / value for side, value in seconds.items()},
         "images_encoded": {"baseline": sum(len(s.image_paths) for s in sets), "ours": len(work.images.paths)},
     }
-    figures = []
-    for name, side in (("evaluation", "ours"), ("evaluation_fast_decode", "fast decode")):
-        two = {"baseline": seconds["baseline"], "ours": seconds[side]}
-        ratio = {"time_ratio": two["baseline"] / two["ours"]}
-        figures.append(Figure(name, title + ", --fast-decode" * (side != "ours"), ratio, {"seconds": two, **facts}))
-    return figures + (
-        [] if setting.on_gpu or setting.quick else [_over_processes(setting, size, sets, seconds["ours"])]
-    )
+    figures = [
+        _figure("evaluation", title, seconds["baseline"], seconds["ours"], facts),
+        _figure(
+            "evaluation_fast_decode", f"{title}, --fast-decode", seconds["baseline"], seconds["fast decode"], facts
+        ),
+    ]
+    if not setting.on_gpu and not setting.quick:
+        figures.append(_over_processes(setting, name, sets, seconds["ours"]))
+    return figures
+
+
+def _figure(name: str, title: str, baseline: float, ours: float, facts: dict[str, object]) -> Figure:
+    seconds = {"baseline": baseline, "ours": ours}
+    return Figure(name, title, {"time_ratio": baseline / ours}, {"seconds": seconds, **facts})
 
 
 def check_recalls(sets: list[RetrievalSet], got: dict, expected: dict) -> None:
@@ -128,25 +122,19 @@ def check_recalls(sets: list[RetrievalSet], got: dict, expected: dict) -> None:
             raise AssertionError(f"evaluation, {s.key}: R@1 {got[s.key]}, the baseline has {expected[s.key]}")
 
 
-def _over_processes(setting: Setting, size: Size, sets: list[RetrievalSet], alone: float) -> Figure:
+def _over_processes(setting: Setting, name: str, sets: list[RetrievalSet], alone: float) -> Figure:
     """Two processes of one thread each against this one (run with OMP_NUM_THREADS=1, or it has all cores)."""
-    found = setting.folder / "seconds"
-    mp.spawn(_one_of_two, (size, sets, setting.repeats, setting.folder), nprocs=2)
-    seconds = {"baseline": alone, "ours": float(found.read_text())}
-    threads = torch.get_num_threads()
-    return Figure(
-        "evaluation_processes",
-        f"the same over 2 processes of 1 thread, against one process of {threads}",
-        {"time_ratio": seconds["baseline"] / seconds["ours"]},
-        {"seconds": seconds, "processes": {"baseline": 1, "ours": 2}},
-    )
+    mp.spawn(_one_of_two, (name, sets, setting.repeats, setting.folder), nprocs=2)
+    together = float((setting.folder / "seconds").read_text())
+    title = f"the same over 2 processes of 1 thread, against one process of {torch.get_num_threads()}"
+    return _figure("evaluation_processes", title, alone, together, {"processes": {"baseline": 1, "ours": 2}})
 
 
-def _one_of_two(rank: int, size: Size, sets: list[RetrievalSet], repeats: int, folder: Path) -> None:
+def _one_of_two(rank: int, name: str, sets: list[RetrievalSet], repeats: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     device = torch.device("cpu")
-    parts, work, best = load_parts(size.model, device), plan_retrieval(sets, False), float("inf")
+    parts, work, best = load_parts(name, device), plan_retrieval(sets, False), float("inf")
     for turn in range(repeats + 1):  # the first warms up
         dist.barrier()
         start = time.perf_counter()

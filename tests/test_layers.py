@@ -9,7 +9,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 # Lowest first; a file may import from its own layer's lower neighbours and from any layer below.
 LAYERS = [
     {"dataloaders"},
-    {"training.data.captions", "training.flag_types"},
+    {"training.data.captions", "training.errors", "training.flag_types"},
     {
         "training.contrast",
         "training.params",

@@ -36,7 +36,7 @@ def test_normalising_bytes_on_the_device_is_the_same_bit_for_bit(kind, transform
 
 
 def test_fast_decoding_for_evaluation_changes_pixels_by_little(transforms):
-    """A picture that is resized whole: 224 pixels out, decoded with at least 448."""
+    """A picture that is resized whole is decoded with at least twice the pixels that come out."""
     buffer = io.BytesIO()
     load_rgb(PHOTO).save(buffer, "JPEG", quality=90)
     whole = transforms["evaluation"]

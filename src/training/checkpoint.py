@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from training.errors import first_line
+
 LATEST = "epoch_latest.pt"
 logger = logging.getLogger(__name__)
 
@@ -168,7 +170,7 @@ def load_checkpoint(path: Path) -> dict:
             raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever zipfile and torch say of a broken file
-        raise ValueError(f"--resume {path}: broken file ({str(error).splitlines()[0][:200]})") from error
+        raise ValueError(f"--resume {path}: broken file ({first_line(error)})") from error
     if not isinstance(content, dict) or not {"epoch", "state_dict", "optimizer"} <= set(content):
         raise ValueError(f"--resume {path}: not a training checkpoint; to start from weights use --pretrained")
     return content

@@ -7,10 +7,10 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from training.data.loader import STOP_SIGNALS
 from training.distributed import DistEnv
 
 EXIT_STOPPED = 75  # sysexits.h: try again later
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM preempts with the first, and warns with the second
 
 
 class StoppedError(RuntimeError):
@@ -38,7 +38,7 @@ class Control:
         self.previous: dict = {}
 
     def __enter__(self) -> "Control":
-        self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -24,20 +24,20 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, world_size: int) -> torch.Tensor:
+        ctx.world_size = world_size
         everyone = rows.new_empty(world_size * len(rows), *rows.shape[1:])
         _all_gather(everyone, rows.contiguous())
         return everyone
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gradient = gradient.contiguous().unflatten(0, (dist.get_world_size(), -1))  # [world_size, batch, ..]
         if dist.get_backend() == "nccl":
-            own = torch.empty_like(gradient[0])
-            _reduce_scatter(own, gradient.flatten(0, 1))
+            own = gradient.new_empty(len(gradient) // ctx.world_size, *gradient.shape[1:])
+            _reduce_scatter(own, gradient.contiguous())
             return own, None
-        gradient = gradient.clone()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)  # older releases of gloo have no reduce-scatter
-        return gradient[dist.get_rank()], None
+        return gradient.chunk(ctx.world_size)[dist.get_rank()], None
 
 
 def gather_rows(rows: torch.Tensor, world_size: int, with_grad: bool) -> torch.Tensor:
@@ -53,8 +53,7 @@ def gather_rows(rows: torch.Tensor, world_size: int, with_grad: bool) -> torch.T
         return rows
     if with_grad:
         return _Gather.apply(rows, world_size)
-    everyone = [torch.empty_like(rows) for _ in range(world_size)]
-    dist.all_gather(everyone, rows.detach().contiguous())
+    everyone = list(_Gather.apply(rows.detach(), world_size).chunk(world_size))
     everyone[dist.get_rank()] = rows
     return torch.cat(everyone)
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from training.data.faults import Totals
 from training.data.tar import BrokenShardError, RawSample
+from training.errors import first_line
 
 SUFFIX = ".features.parquet"
 INDEX = "features.json"
@@ -150,9 +151,7 @@ def count_features(path: str) -> int:
     try:
         return pq.read_metadata(path).num_rows
     except (pa.ArrowInvalid, OSError) as error:
-        raise BrokenShardError(
-            f"{path}: not a readable file of features ({str(error).splitlines()[0][:200]})"
-        ) from error
+        raise BrokenShardError(f"{path}: not a readable file of features ({first_line(error)})") from error
 
 
 def read_totals(paths: Sequence[str]) -> Totals:

@@ -24,7 +24,7 @@ from training.data.sources import Source
 from training.data.tar import BrokenShardError, RawSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM preempts with the first, and warns with the second
 
 
 class TrainBatch(NamedTuple):

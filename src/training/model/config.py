@@ -13,6 +13,8 @@ from pathlib import Path
 import open_clip
 import timm
 
+from training.errors import first_line
+
 LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 CONFIG_FILE = "open_clip_config.json"
@@ -133,8 +135,9 @@ def _download_config(repo: str, cache_dir: str | None) -> str:
     try:
         return open_clip.pretrained.download_pretrained_from_hf(repo, filename=CONFIG_FILE, cache_dir=cache_dir)
     except Exception as error:  # huggingface_hub's and open_clip's errors have no common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise FileNotFoundError(f"--model {HF_HUB}{repo}: no {CONFIG_FILE} from the hub ({reason})") from error
+        raise FileNotFoundError(
+            f"--model {HF_HUB}{repo}: no {CONFIG_FILE} from the hub ({first_line(error)})"
+        ) from error
 
 
 def _timm_preprocessing(vision_cfg: dict) -> dict:
@@ -148,7 +151,7 @@ def _timm_preprocessing(vision_cfg: dict) -> dict:
 def not_found(cache_dir: str | None, error: Exception) -> str:
     """Says where something was looked for in vain."""
     here = f"not below --cache-dir {cache_dir}" if cache_dir else "--cache-dir is not given"
-    return f"{here}, and not from the hub ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
+    return f"{here}, and not from the hub ({first_line(error)})"
 
 
 def find_pretrained_folder(name: str, cache_dir: str | None) -> Path | None:

@@ -9,21 +9,22 @@ Source: LoTLIP (arXiv 2410.05249), section 3.
 import torch
 
 
-def prefix_attention(keep: torch.Tensor, num_corners: int) -> torch.Tensor:
+def prefix_attention(keep: torch.Tensor, num_corners: int, num_queries: int | None = None) -> torch.Tensor:
     """Who may attend to whom where [CLS] and then the corners lead the caption (BERT and its kin).
 
     Args:
         keep: [batch, seq_len] bool, True for tokens, False for padding.
         num_corners: m; the corners are at positions 1..m.
+        num_queries: of the first positions alone; None takes all.
 
     Returns:
-        [batch, seq_len, seq_len] bool, entry (query, key). Text sees [CLS] and text; [CLS] sees itself and text;
+        [batch, num_queries, seq_len] bool, entry (query, key). Text sees [CLS] and text; [CLS] sees itself and text;
         corner i sees itself and text; nobody sees padding.
     """
     position = torch.arange(keep.shape[1], device=keep.device)
-    query, key = position[:, None], position[None, :]
+    query, key = position[:num_queries, None], position[None, :]
     is_corner = (position >= 1) & (position <= num_corners)
-    rule = ~is_corner[None, :] & ~(is_corner[:, None] & (key == 0)) | (query == key)
+    rule = ~is_corner[None, :] & ~(is_corner[:num_queries, None] & (key == 0)) | (query == key)
     return rule & keep[:, None, :]
 
 

@@ -147,7 +147,7 @@ def first_states_in_row(encoder: nn.Module, row: Row, num_corners: int, num_firs
         return run_encoder_on_row(encoder, row, num_corners)[0][slots[:, :num_first]]
     hidden, mask = _start_row(encoder, row, num_corners)
     hidden = _all_layers_but_last(encoder, hidden, mask)[0]  # [budget, width]
-    mask = additive_mask(prefix_attention(keep, num_corners)[:, :num_first], hidden.dtype)
+    mask = additive_mask(prefix_attention(keep, num_corners, num_first), hidden.dtype)
     return _last_layer(encoder, hidden[slots[:, :num_first]], hidden, mask, slots)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import open_clip
 
+from training.errors import first_line
 from training.model.config import HF_HUB, LOCAL_DIR, read_config_file, register_model_configs
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -43,7 +44,7 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
         return Path(open_clip.download_pretrained(tag, cache_dir=cache_dir))
     except Exception as error:  # urllib's, huggingface_hub's and open_clip's own errors have no common base
         raise FileNotFoundError(
-            f"--pretrained {pretrained} of --model {name}: download failed ({_first_line(error)}); check the network, "
+            f"--pretrained {pretrained} of --model {name}: download failed ({first_line(error)}); check the network, "
             f"or download it elsewhere and give the file"
         ) from error
 
@@ -77,7 +78,3 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

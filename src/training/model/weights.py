@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from training.errors import first_line
+
 _EMBEDDINGS = "text.transformer.embeddings."
 WORD_TABLES = (_EMBEDDINGS + "word_embeddings.weight", _EMBEDDINGS + "tok_embeddings.weight")
 POSITION_TABLES = ("text.positional_embedding", _EMBEDDINGS + "position_embeddings.weight")
@@ -44,8 +46,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: {UNSAFE_FILE}") from error
     except (RuntimeError, SafetensorError, EOFError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path}: broken weights file ({reason}); fetch it again") from error
+        raise ValueError(f"{path}: broken weights file ({first_line(error)}); fetch it again") from error
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from dataloaders.files import parallel_map
 from training.data.tar import index_shard
+from training.errors import first_line
 from training.prepare.columns import KEY, RAW, URL
 from training.prepare.order import order_shard
 from training.prepare.work import format_counts, load_json, progress, write_json
@@ -105,7 +106,7 @@ def read_tables(path: Path) -> Tables:
     try:
         metadata = [pq.read_metadata(file) for file in files]
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not Parquet ({str(error).splitlines()[0][:200]})") from error
+        raise ValueError(f"{path}: not Parquet ({first_line(error)})") from error
     names = metadata[0].schema.to_arrow_schema().names
     if URL not in names:
         raise ValueError(f"{files[0]}: no column {URL}, only {', '.join(names)}; run python -m training.prepare tables")

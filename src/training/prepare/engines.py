@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from PIL import Image
 
+from training.errors import first_line
+
 # What each is for is said in TRAIN_DATASETS.md; how the published captions were asked for is not published with them.
 PROMPTS = {
     "detailed": "Describe the image in detail.",
@@ -91,10 +93,6 @@ def own_device(device: str | None) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 class TransformersEngine:
     """Any model of `AutoModelForImageTextToText`: InstructBLIP, LLaVA, Qwen-VL, InternVL, ..
 
@@ -120,7 +118,7 @@ class TransformersEngine:
             model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=dtype, cache_dir=cache_dir)
         except (OSError, ValueError, KeyError) as error:
             raise FileNotFoundError(
-                f"--vlm {vlm}: can't be loaded as a vision-language model ({_first_line(error)}); expected a folder or "
+                f"--vlm {vlm}: can't be loaded as a vision-language model ({first_line(error)}); expected a folder or "
                 f"hub name with config.json, weights and processor"
             ) from error
         self.model = model.to(self.device).eval()
@@ -204,7 +202,7 @@ class VllmEngine:
         try:
             self.llm = LLM(model=vlm, **ours | dict(vllm_args))
         except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"--vlm {vlm}: vLLM can't load it ({_first_line(error)}); see also --vllm-args") from error
+            raise ValueError(f"--vlm {vlm}: vLLM can't load it ({first_line(error)}); see also --vllm-args") from error
         self.sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
 
     def caption(self, images: Sequence[Image.Image], prompt: str) -> list[Generated]:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from training.errors import first_line
 from training.prepare.chunk import url_hash
 from training.prepare.columns import KEY, URL
 from training.prepare.records import cell_text
@@ -79,7 +80,7 @@ def open_tables(names: Sequence[str], match: str, columns: Sequence[str] | None,
         try:
             schema = pq.read_schema(path)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0][:200]})") from error
+            raise ValueError(f"{path}: not a Parquet file ({first_line(error)})") from error
         lacking = [name for name in (match, *(columns or ())) if name not in schema.names]
         if lacking:
             raise ValueError(f"{path}: no column {lacking[0]}; it has {', '.join(schema.names)} (--match, --columns)")
@@ -140,8 +141,9 @@ def find_rows(tables: CaptionTables, values: set[str]) -> tuple[dict[str, int], 
             try:
                 taken.append(_take_rows(tables, number, rows, schema))
             except (pa.ArrowException, OSError) as error:
-                reason = str(error).splitlines()[0][:200]
-                raise OSError(f"{tables.paths[number]}: can't be read ({reason}); make or fetch it again") from error
+                raise OSError(
+                    f"{tables.paths[number]}: can't be read ({first_line(error)}); make or fetch it again"
+                ) from error
     table = pa.concat_tables(taken)
     found: dict[str, int] = {}
     for row, value in enumerate(table.column(tables.match).to_pylist()):

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tabulate import tabulate
 
+from training.errors import first_line
 from training.prepare.chunk import ROW_KINDS, Rules, Table, Task, clean_chunk, first_of_each, total_counts, write_part
 from training.prepare.columns import find_columns, output_captions
 from training.prepare.records import Chunk, CsvForm, CsvRecords, csv_chunks, parquet_chunks
@@ -150,7 +151,7 @@ def open_table(path: Path, args: argparse.Namespace) -> Table:
         try:
             header = list(pq.read_schema(path).names)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0][:200]})") from error
+            raise ValueError(f"{path}: not a Parquet file ({first_line(error)})") from error
     else:
         form = CsvForm(args.separator or ("\t" if path.suffix == ".tsv" else ","), not args.no_quotes)
         header, begin = CsvRecords(path, form).header()
