@@ -7,7 +7,7 @@ import torch
 from test_corner import tower
 from test_train import SMALL, losses, read_metrics
 
-from training.data.loader import tokenise
+from training.data.loader import trim_padding
 from training.main import main
 from training.model import hf_encoders
 from training.model.corner import prefix_attention
@@ -197,7 +197,7 @@ def test_clips_exclamation_marks_are_no_padding():
     texts = ["wow ! ! ! ! ! !!!?!?!?! ?!?", "one !! \U0001f600!"]
     whole = tokenizer(texts)
     rows = tokenizer(texts, padding=False)
-    ids, num_tokens = tokenise(tokenizer, texts, multiple=1)
+    ids, num_tokens = trim_padding(tokenizer, tokenizer(texts), multiple=1)
     assert num_tokens == sum(map(len, rows)) and ids.shape[1] == max(map(len, rows))
     assert torch.equal(ids, whole[:, : ids.shape[1]])
 
@@ -206,7 +206,6 @@ def test_captions_sorted_by_length_have_the_features_of_unsorted_ones():
     import training
     from training.distributed import DistEnv
     from training.encode import ComputeOptions, encode_texts
-    from training.model.truncation import count_lost_tokens
 
     torch.manual_seed(0)
     model = training.create_model("lotlip_tiny", pretrained_text=False).eval()
@@ -217,9 +216,7 @@ def test_captions_sorted_by_length_have_the_features_of_unsorted_ones():
     for is_sorted, seen in widths.items():
         hook = model.text.transformer.embeddings.register_forward_hook(lambda *call: seen.append(call[2].shape[:2]))
         options = ComputeOptions(batch_size=8, workers=0, sort_texts=is_sorted)
-        encoded[is_sorted] = encode_texts(
-            model, tokenizer, lambda t: count_lost_tokens(tokenizer, t), texts, DistEnv(0, 1, CPU), options
-        )
+        encoded[is_sorted] = encode_texts(model, tokenizer, texts, DistEnv(0, 1, CPU), options)
         hook.remove()
     torch.testing.assert_close(encoded[True].features, encoded[False].features, rtol=0, atol=1e-5)
     assert torch.equal(encoded[True].lost_tokens, encoded[False].lost_tokens)

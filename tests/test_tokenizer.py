@@ -84,6 +84,19 @@ def test_truncation_keeps_corners_and_the_end(source):
     assert tokenizer.count_lost_tokens([TEXT, ""]) == [len(full) - 10, 0]
 
 
+def test_long_texts_are_cut_as_transformers_cuts_them(source):
+    tokenizer = CornerHFTokenizer(source, 14, 2)
+    texts = ["", "two dogs", TEXT, TEXT * 30]
+    ids, lost = tokenizer.tokenise_and_count_lost(texts)
+    for text, row, num_lost in zip(texts, ids.tolist(), lost):
+        joined = "[SEP]".join(text.split(". ")) if tokenizer.separator else text
+        expected = tokenizer.tokenizer(" ".join(joined.split()), truncation=True, max_length=12).input_ids
+        row = [token for token in row if token != tokenizer.pad_id]
+        assert row[:1] + row[3:] == expected and row[1:3] == tokenizer.corner_ids
+        assert num_lost == tokenizer.count_lost_tokens([text])[0]
+    assert torch.equal(ids, tokenizer(texts)) and lost[:2] == [0, 0] and lost[3] > 100
+
+
 def test_one_text_many_texts_no_texts_and_the_list_stays_as_it_was(minilm_folder):
     tokenizer = CornerHFTokenizer(minilm_folder, 32, 2)
     texts = [TEXT, "", "  two\n dogs "]

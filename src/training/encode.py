@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from dataloaders.images import BrokenImageError, load_rgb
 from training.data.augment import pixels_needed
-from training.data.loader import tokenise
+from training.data.loader import trim_padding
 from training.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
+from training.model.truncation import tokenise_and_count_lost
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,23 @@ class TextBatches(Dataset):
     """Item b: the token ids [n, seq_len] of the captions in `batches[b]`; `trim` cuts padding where it can."""
 
     def __init__(
-        self, texts: Sequence[str], tokenizer: Callable, count_lost: Callable, batches: list[list[int]], trim: bool
+        self, texts: Sequence[str], tokenizer: Callable, batches: list[list[int]], trim: bool, count_lost: bool
     ):
-        self.texts, self.tokenizer, self.count_lost, self.batches = texts, tokenizer, count_lost, batches
-        self.trim = trim
+        self.texts, self.tokenizer, self.batches = texts, tokenizer, batches
+        self.trim, self.count_lost = trim, count_lost
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> Batch:
         texts = [self.texts[position] for position in self.batches[number]]
-        ids = tokenise(self.tokenizer, texts)[0] if self.trim else self.tokenizer(texts)
-        return Batch(self.batches[number], ids, {}, torch.tensor(self.count_lost(texts)))
+        if self.count_lost:
+            ids, lost = tokenise_and_count_lost(self.tokenizer, texts)
+        else:
+            ids, lost = self.tokenizer(texts), [0] * len(texts)
+        if self.trim:
+            ids = trim_padding(self.tokenizer, ids)[0]
+        return Batch(self.batches[number], ids, {}, torch.tensor(lost))
 
 
 def encode_images(
@@ -138,22 +144,23 @@ def encode_images(
 def encode_texts(
     model: torch.nn.Module,
     tokenizer: Callable,
-    count_lost: Callable[[list[str]], list[int]],
     texts: Sequence[str],
     env: DistEnv,
     options: ComputeOptions,
+    count_lost: bool = True,
 ) -> Encoding:
     """Encodes captions with `model.encode_text`; each rank does its share and gets all features.
 
     Args:
         model: any open_clip model on `env.device`, in eval mode.
         tokenizer: list of texts -> token ids [n, seq_len].
-        count_lost: list of texts -> number of tokens that the tokenizer cuts off each.
         texts: distinct captions.
         env: this process.
         options: batch size, workers, precision.
+        count_lost: count the tokens that the tokenizer cuts off.
 
     Raises:
+        TypeError: a tokenizer whose cut tokens can't be counted.
         FloatingPointError: the model returned NaN or infinity.
     """
     order = range(len(texts))
@@ -161,7 +168,7 @@ def encode_texts(
         # Characters stand for tokens, which are not known yet. Longest first: what does not fit a device shows at once.
         order = sorted(order, key=lambda i: -len(texts[i]))
     batches = _own_batches(order, env, options.text_batch_size or options.batch_size)
-    dataset = TextBatches(texts, tokenizer, count_lost, batches, options.sort_texts)
+    dataset = TextBatches(texts, tokenizer, batches, options.sort_texts, count_lost)
     return _encode(model.encode_text, dataset, len(texts), "text", env, options)
 
 

@@ -118,7 +118,7 @@ def analyse_lengths(
             found[r.pairs.title].setdefault(kind, {})[str(value)] = own
 
     def encode(changed: Sequence[str], through: Callable = tokenizer) -> Encoding:
-        return encode_texts(parts.model, through, _count_none, changed, env, options)
+        return encode_texts(parts.model, through, changed, env, options, count_lost=False)
 
     for length in token_lengths(tokenizer, questions.tokens) if questions.tokens else ():
         is_whole = length == tokenizer.context_length
@@ -133,10 +133,6 @@ def analyse_lengths(
             note("sensitivity", name, encode([change(text, seed) for text in work.texts]), True)
     result = {"context_length": tokenizer.context_length, "sets": found}
     return result | ({"effective_length": _effective_lengths(work, found)} if questions.tokens else {})
-
-
-def _count_none(texts: list[str]) -> list[int]:
-    return [0] * len(texts)
 
 
 def shuffle_sentences(text: str, seed: int) -> str:

@@ -6,7 +6,6 @@ Adding a benchmark: a reader in dataloaders/, a flag in params.py, a line in `re
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -25,7 +24,6 @@ from training.encode import ComputeOptions, Encoding, encode_images, encode_text
 from training.feature_cache import image_key, open_caches, text_key
 from training.metrics import RankCounts, count_ranks, summarise
 from training.model.factory import EncoderParts
-from training.model.truncation import count_lost_tokens
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ def encode_work(
         BrokenImageError: an unreadable image, unless allowed.
         FloatingPointError: the model returned NaN or infinity.
     """
-    paths, count_lost = work.images.paths, partial(count_lost_tokens, parts.tokenizer)
+    paths = work.images.paths
 
     def images_at(positions: Sequence[int]) -> Encoding:
         chosen = [paths[p] for p in positions]
@@ -183,7 +181,7 @@ def encode_work(
 
     def texts_at(positions: Sequence[int]) -> Encoding:
         chosen = [work.texts[p] for p in positions]
-        return encode_texts(parts.model, parts.tokenizer, count_lost, chosen, env, options)
+        return encode_texts(parts.model, parts.tokenizer, chosen, env, options)
 
     if not cache:
         return images_at(range(len(paths))), texts_at(range(len(work.texts)))

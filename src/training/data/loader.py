@@ -250,15 +250,19 @@ class TrainBatches(IterableDataset):
         return batch, len(keys) + len(faults)
 
 
-def tokenise(tokenizer: Callable, texts: list[str], multiple: int = 8) -> tuple[torch.Tensor, int]:
+def tokenise(tokenizer: Callable, texts: list[str]) -> tuple[torch.Tensor, int]:
+    """Token ids [n, length] of n texts, without the padding that all have; and the tokens that are not padding."""
+    return trim_padding(tokenizer, tokenizer(texts))
+
+
+def trim_padding(tokenizer: Callable, ids: torch.Tensor, multiple: int = 8) -> tuple[torch.Tensor, int]:
     """Token ids [n, length], cut after the longest text; and the number of tokens that are not padding.
 
     Args:
-        tokenizer: ours is cut; another one's rows may carry tokens at their end, and stay whole.
-        texts: n texts.
+        tokenizer: that made them; ours is cut, another one's rows may carry tokens at their end, and stay whole.
+        ids: [n, context_length].
         multiple: `length` is one of it, or the context length: this keeps the number of different shapes small.
     """
-    ids = tokenizer(texts)
     hugging_face = getattr(tokenizer, "tokenizer", None)
     pad_id = getattr(tokenizer, "pad_id", getattr(hugging_face, "pad_token_id", 0))
     lengths = (ids != pad_id).sum(dim=1)

@@ -22,6 +22,7 @@ class _CornerTokenizer:
 
     context_length: int
     num_corners: int
+    num_behind: int  # special and corner tokens behind the words
     pad_id: int
 
     def __call__(
@@ -38,25 +39,35 @@ class _CornerTokenizer:
             [n, context_length] int64, or without padding a list of n lists of ids.
         """
         length = context_length or self.context_length
-        rows = self._encode([texts] if isinstance(texts, str) else list(texts), length)
-        if not padding:
-            return rows
-        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
-        for row, target in zip(rows, ids):
-            target[: len(row)] = torch.tensor(row)
-        return ids
+        rows = [self._cut(row, length) for row in self._encode([texts] if isinstance(texts, str) else list(texts))]
+        return self._pad(rows, length) if padding else rows
+
+    def tokenise_and_count_lost(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
+        """Returns what a call returns, and what `count_lost_tokens` does, of one look at the texts."""
+        rows, length = self._encode(list(texts)), self.context_length
+        return self._pad([self._cut(row, length) for row in rows], length), [max(0, len(r) - length) for r in rows]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Returns the number of tokens of each text, special and corner tokens included, however many."""
-        return [len(row) for row in self._encode(list(texts), None)]
+        return [len(row) for row in self._encode(list(texts))]
 
     def count_lost_tokens(self, texts: Sequence[str]) -> list[int]:
         """Returns for each text the number of tokens that do not fit the context length; 0 if it fits."""
         return [max(0, length - self.context_length) for length in self.count_tokens(texts)]
 
-    def _encode(self, texts: list[str], length: int | None) -> list[list[int]]:
-        """Ids with special and corner tokens; at most `length` of them, the last special token kept."""
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids with special and corner tokens, however many."""
         raise NotImplementedError
+
+    def _cut(self, row: list[int], length: int) -> list[int]:
+        """Leaves out words at the end; the tokens behind them stay."""
+        return row if len(row) <= length else row[: length - self.num_behind] + row[-self.num_behind :]
+
+    def _pad(self, rows: list[list[int]], length: int) -> torch.Tensor:
+        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
+        for row, target in zip(rows, ids):
+            target[: len(row)] = torch.tensor(row)
+        return ids
 
 
 class CornerHFTokenizer(_CornerTokenizer):
@@ -89,6 +100,7 @@ class CornerHFTokenizer(_CornerTokenizer):
             ) from error
         self.context_length = context_length
         self.num_corners = num_corners
+        self.num_behind = 1
         names = [f"[Corner{i}]" for i in range(num_corners)]
         self.tokenizer.add_tokens(names, special_tokens=True)
         self.corner_ids = self.tokenizer.convert_tokens_to_ids(names)
@@ -97,14 +109,13 @@ class CornerHFTokenizer(_CornerTokenizer):
         self._clean = get_clean_fn("whitespace")  # ftfy, unescape HTML twice, strip, single spaces
         logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_not_about_length)
 
-    def _encode(self, texts: list[str], length: int | None) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         if self.separator:
             texts = [self.separator.join(text.split(". ")) for text in texts]
         texts = [self._clean(text) for text in texts]
-        limits = {"truncation": True, "max_length": length - self.num_corners} if length else {"truncation": False}
-        rows = self.tokenizer(texts, padding=False, return_attention_mask=False, **limits).input_ids
+        rows = self.tokenizer(texts, padding=False, truncation=False, return_attention_mask=False).input_ids
         return [row[:1] + self.corner_ids + row[1:] for row in rows]
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -128,14 +139,14 @@ class CornerCLIPTokenizer(_CornerTokenizer):
         self.tokenizer = SimpleTokenizer(context_length=context_length)
         self.context_length = context_length
         self.num_corners = num_corners
+        self.num_behind = num_corners + 1
         first = self.tokenizer.vocab_size
         self.corner_ids = list(range(first, first + num_corners))
         self.pad_id = 0
 
-    def _encode(self, texts: list[str], length: int | None) -> list[list[int]]:
-        num_words = None if length is None else length - self.num_corners - 2
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         start, end = [self.tokenizer.sot_token_id], [*self.corner_ids, self.tokenizer.eot_token_id]
-        return [start + self.tokenizer.encode(text)[:num_words] + end for text in texts]
+        return [start + self.tokenizer.encode(text) + end for text in texts]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Does nothing: open_clip brings CLIP's vocabulary."""

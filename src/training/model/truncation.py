@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from open_clip import SimpleTokenizer
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, basic_clean, canonicalize_text
 
@@ -38,3 +39,14 @@ def count_lost_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
         TypeError: as `count_tokens`.
     """
     return [max(0, length - tokenizer.context_length) for length in count_tokens(tokenizer, texts)]
+
+
+def tokenise_and_count_lost(tokenizer: Callable, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
+    """Returns token ids [n, context_length], and what `count_lost_tokens` does; ours takes one look at the texts.
+
+    Raises:
+        TypeError: as `count_tokens`.
+    """
+    if hasattr(tokenizer, "tokenise_and_count_lost"):
+        return tokenizer.tokenise_and_count_lost(texts)
+    return tokenizer(texts), count_lost_tokens(tokenizer, texts)
