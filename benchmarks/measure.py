@@ -1,11 +1,14 @@
 """What all figures share: sizes, timing in turns, peak memory, the caption lengths of the published data."""
 
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 CONTEXT_LENGTH, VOCABULARY, CLS, SEP = 128, 30522, 101, 102
@@ -122,6 +125,16 @@ def reference_captions(num_images: int, num_long: int, num_corners: int = 2, see
 
     short = draw(num_images, RAW_TOKENS, RAW_SPREAD, 8)
     return short, draw(num_images * num_long, LONG_TOKENS, LONG_SPREAD, 20).unflatten(0, (num_images, num_long))
+
+
+def as_photograph(picture: bytes, size: tuple[int, int]) -> bytes:
+    """Enlarges a picture to (width, height); grain makes the JPEG as large for its pixels as a photograph's."""
+    with Image.open(io.BytesIO(picture)) as image:
+        pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+    grain = np.random.default_rng(len(picture)).normal(0, 6, (size[1], size[0], 1)).astype(np.float32)
+    buffer = io.BytesIO()
+    Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def check_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

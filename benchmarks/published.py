@@ -1,13 +1,15 @@
 """The published scheme, written plainly by us: what ours is held against.
 
 Every caption is padded to the context length, masks are made sample by sample in Python, all captions run as one batch;
-the loss forms both logits matrices of every text feature; each benchmark is encoded by itself, in its own order.
+the loss forms both logits matrices of every text feature; each benchmark is encoded by itself, in its own order, with a
+tokenizer call per caption.
 
 Source: LoTLIP (arXiv 2410.05249) and the behaviour of its published code; none of that code is used.
 """
 
 import torch
 from torch.nn.functional import cross_entropy, normalize
+from torch.utils.data import DataLoader, Dataset
 
 from dataloaders.images import load_rgb
 from dataloaders.pairs import RetrievalSet
@@ -51,16 +53,28 @@ def loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torc
     return total
 
 
+class _Pairs(Dataset):
+    """Item i: pixels and token ids of pair i."""
+
+    def __init__(self, parts: EncoderParts, pairs: RetrievalSet):
+        self.preprocess, self.tokenizer, self.pairs = parts.preprocess, parts.tokenizer, pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs.captions)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = self.preprocess(load_rgb(self.pairs.image_paths[number]))
+        return pixels, self.tokenizer([self.pairs.captions[number]])[0]
+
+
 @torch.no_grad()
 def evaluate_set(
-    parts: EncoderParts, pairs: RetrievalSet, batch_size: int, device: torch.device
+    parts: EncoderParts, pairs: RetrievalSet, batch_size: int, workers: int, device: torch.device
 ) -> tuple[float, float]:
     """R@1 image to text and text to image of one set, image i with caption i, by argmax."""
     images, texts = [], []
-    for start in range(0, len(pairs.captions), batch_size):
-        part = slice(start, start + batch_size)
-        pixels = torch.stack([parts.preprocess(load_rgb(file)) for file in pairs.image_paths[part]])
-        ids = parts.tokenizer(list(pairs.captions[part])).to(device)
+    for pixels, ids in DataLoader(_Pairs(parts, pairs), batch_size, num_workers=workers):
+        ids = ids.to(device)
         images.append(normalize(parts.model.encode_image(pixels.to(device)).float(), dim=-1))
         texts.append(normalize(text_features(parts.model.text, ids[:, None])[:, 0].float(), dim=-1))
     similarity = torch.cat(images) @ torch.cat(texts).T

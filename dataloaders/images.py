@@ -1,5 +1,6 @@
 """Opening image files: every mode becomes RGB, every failure names its file."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image, dtype=np.float32)
         peak = 65535.0 if pixels.max(initial=0.0) > 255 else 255.0
         image = Image.fromarray((pixels.clip(0, peak) * (255.0 / peak)).round().astype(np.uint8))
+    if image.mode == "RGB":
+        image.load()
+        return image  # `convert` would copy it
     return image.convert("RGB")
 
 
-def load_rgb(path: str | Path | ShardMember, at_least: int | None = None) -> Image.Image:
+def load_rgb(path: str | Path | ShardMember | bytes, at_least: int | None = None) -> Image.Image:
     """Reads an image file completely.
 
     Args:
-        path: any format that Pillow reads.
+        path: a file in any format that Pillow reads, or its bytes.
         at_least: let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, as long as both sides keep so many pixels:
             several times faster for large pictures, and not quite the same pixels.
 
@@ -40,13 +44,18 @@ def load_rgb(path: str | Path | ShardMember, at_least: int | None = None) -> Ima
     Raises:
         BrokenImageError: the file is absent, truncated, no image, or too large to be one.
     """
+    name, file = path, path
+    if isinstance(path, ShardMember):
+        file = path.open()
+    elif isinstance(path, bytes):
+        name, file = "picture", io.BytesIO(path)
     try:
-        with Image.open(path.open() if isinstance(path, ShardMember) else path) as image:
+        with Image.open(file) as image:
             if at_least:
                 image.draft("RGB", (at_least, at_least))  # of JPEG alone
             return to_rgb(image)
     except Image.DecompressionBombError as error:
-        raise HugeImageError(f"{path}: {error}") from error
+        raise HugeImageError(f"{name}: {error}") from error
     # On broken chunks Pillow's readers raise anything: SyntaxError, IndexError, struct's own.
     except Exception as error:
-        raise BrokenImageError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+        raise BrokenImageError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error

@@ -20,6 +20,7 @@ from training.data import tar
 from training.data.captions import CaptionRule
 from training.data.faults import FAULT_KINDS
 from training.data.loader import SampleReader, make_loader
+from training.data.pictures import PictureReader
 from training.data.position import Stretch
 from training.data.sources import ResampledShards, ShardSource, count_samples
 from training.data.tar import BrokenShardError, index_shard, read_samples
@@ -70,7 +71,11 @@ BAD = {
 
 def load(source, num_batches: int, batch_size: int) -> list:
     reader = SampleReader(
-        lambda image: pil_to_tensor(image).float(), lambda texts: torch.ones(len(texts), 3).long(), CaptionRule(), 0, 0
+        PictureReader(lambda image: pil_to_tensor(image).float()),
+        lambda texts: torch.ones(len(texts), 3).long(),
+        CaptionRule(),
+        seed=0,
+        epoch=0,
     )
     return list(make_loader(source, reader, Stretch(batch_size, num_batches), num_workers=0, pin=False))
 

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from training.data.captions import CaptionRule
 from training.data.loader import NoUsableSampleError, SampleReader, make_loader
+from training.data.pictures import PictureReader
 from training.data.position import Stretch
 from training.data.sources import ResampledShards, ShardSource, count_samples, expand_sources
 from training.data.tables import read_table
@@ -56,7 +57,9 @@ def tokenizer(texts: list[str]) -> torch.Tensor:
 
 
 def reader(seed: int = 0, epoch: int = 0, **rule) -> SampleReader:
-    return SampleReader(lambda image: pil_to_tensor(image).float(), tokenizer, CaptionRule(**rule), seed, epoch)
+    return SampleReader(
+        PictureReader(lambda image: pil_to_tensor(image).float()), tokenizer, CaptionRule(**rule), seed, epoch
+    )
 
 
 def batches(source, stretch: Stretch, workers: int, epoch: int = 0) -> list:
@@ -234,7 +237,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(tmp_path):
     sample = next(read_samples(make_shards(tmp_path, [1])[0]))
 
     def noisy(seed: int, epoch: int) -> float:
-        noise = SampleReader(lambda image: torch.rand(1) + random.random(), tokenizer, CaptionRule(), seed, epoch)
+        pictures = PictureReader(lambda image: torch.rand(1) + random.random())
+        noise = SampleReader(pictures, tokenizer, CaptionRule(), seed, epoch)
         return float(noise(sample)[0])
 
     assert noisy(0, 0) == noisy(0, 0) and len({noisy(0, 0), noisy(0, 1), noisy(1, 0)}) == 3

@@ -16,9 +16,9 @@ from open_clip_train.precision import get_autocast
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataloaders.images import BrokenImageError, load_rgb
-from training.data.augment import pixels_needed
+from dataloaders.images import BrokenImageError
 from training.data.loader import trim_padding
+from training.data.pictures import PictureReader
 from training.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
 from training.model.truncation import tokenise_and_count_lost
 
@@ -33,7 +33,7 @@ class ComputeOptions:
         precision: by open_clip's names.
         sort_texts: put captions of about the same length into a batch, and pad it to its longest only.
         text_batch_size: captions per step; None takes `batch_size`.
-        fast_decode: decode large JPEGs at reduced size, see `pixels_needed`.
+        image_decoding: one of `pictures.MODES`.
     """
 
     batch_size: int = 64
@@ -41,7 +41,7 @@ class ComputeOptions:
     precision: str = "fp32"
     sort_texts: bool = True
     text_batch_size: int | None = None
-    fast_decode: bool = False
+    image_decoding: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,10 @@ class Batch(NamedTuple):
 
 
 class ImageBatches(Dataset):
-    """Item b: the pixels [n, 3, H, W] of the readable files among `batches[b]`, decoded as `load_rgb` does."""
+    """Item b: the pixels [n, 3, H, W] of the readable files among `batches[b]`."""
 
-    def __init__(
-        self, paths: Sequence[Path], preprocess: Callable, batches: list[list[int]], at_least: int | None = None
-    ):
-        self.paths, self.preprocess, self.batches, self.at_least = paths, preprocess, batches, at_least
+    def __init__(self, paths: Sequence[Path], pictures: PictureReader, batches: list[list[int]]):
+        self.paths, self.pictures, self.batches = paths, pictures, batches
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -83,7 +81,7 @@ class ImageBatches(Dataset):
         pixels, positions, broken = [], [], {}
         for position in self.batches[number]:
             try:
-                pixels.append(self.preprocess(load_rgb(self.paths[position], self.at_least)))
+                pixels.append(self.pictures(self.paths[position]))
                 positions.append(position)
             except BrokenImageError as error:
                 broken[position] = str(error)
@@ -135,9 +133,8 @@ def encode_images(
         BrokenImageError: on all ranks, naming the first unreadable file, unless allowed.
         FloatingPointError: the model returned NaN or infinity.
     """
-    at_least = pixels_needed(preprocess) if options.fast_decode else None
     batches = _own_batches(range(len(paths)), env, options.batch_size)
-    dataset = ImageBatches(paths, preprocess, batches, at_least)
+    dataset = ImageBatches(paths, PictureReader(preprocess, options.image_decoding), batches)
     return _encode(model.encode_image, dataset, len(paths), "image", env, options, allow_broken)
 
 

@@ -124,7 +124,7 @@ def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork,
         args.precision,
         args.text_packing != "padded",
         args.text_batch_size,
-        args.fast_decode,
+        args.image_decoding or "exact",
     )
     images, texts, ranked, lengths = None, None, [], None
     questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)

@@ -3,7 +3,7 @@
 import argparse
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from training.data.features import (
     write_index,
 )
 from training.data.loader import read_image, read_record, seed_augmentation
+from training.data.pictures import PictureReader
 from training.data.sources import Source
 from training.data.tar import BrokenShardError, Part, RawSample
 from training.distributed import DistEnv, agree, distributed, fail, raise_together, together
@@ -68,14 +69,14 @@ class ImageBatches(IterableDataset):
 
     Args:
         parts: (number, part) each.
-        transform: PIL image -> [3, H, W].
+        pictures: file -> [3, H, W].
         views: of each image.
         batch_size: samples.
         seed: of views.
     """
 
-    def __init__(self, parts: list[tuple[int, Part]], transform: Callable, views: int, batch_size: int, seed: int):
-        self.parts, self.transform, self.views, self.batch_size, self.seed = parts, transform, views, batch_size, seed
+    def __init__(self, parts: list[tuple[int, Part]], pictures: PictureReader, views: int, batch_size: int, seed: int):
+        self.parts, self.pictures, self.views, self.batch_size, self.seed = parts, pictures, views, batch_size, seed
         self.told: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[ImageBatch]:
@@ -113,15 +114,15 @@ class ImageBatches(IterableDataset):
         yield batch(is_last=True) if keys else self._no_images(number, part, faults)
 
     def _views(self, raw: RawSample) -> torch.Tensor:
-        image, views = read_image(raw), []
+        picture, views = read_image(raw, self.pictures.decode), []
         for view in range(self.views):
             seed_augmentation(f"{self.seed}/view {view}/{raw.source}/{raw.key}")
-            views.append(self.transform(image))
+            views.append(self.pictures.transform(picture))
         return torch.stack(views)
 
     def _no_images(self, number: int, part: Part, faults: list[str]) -> ImageBatch:
         """The end of a part whose last batch is empty."""
-        pixels = self.transform(Image.new("RGB", (8, 8)))[None, None].expand(0, self.views, -1, -1, -1)
+        pixels = self.pictures.whole(Image.new("RGB", (8, 8)))[None, None].expand(0, self.views, -1, -1, -1)
         return ImageBatch(number, part.name, pixels, [], [], faults, True)
 
 
@@ -152,6 +153,7 @@ def tower_info(model: torch.nn.Module, args: argparse.Namespace) -> FeatureInfo:
         views=args.feature_views,
         augmentation=augmentation if args.feature_views else "",
         precision=args.precision,
+        image_decoding=args.image_decoding or "fast",
     )
 
 
@@ -220,8 +222,9 @@ def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderPa
     todo = [(number, part) for number, part in enumerate(source.parts()) if not _file_of(args, number).is_file()]
     todo = todo[env.rank :: env.world_size]
     transform = parts.train_transform if args.feature_views else parts.preprocess
+    pictures = PictureReader(transform, args.image_decoding or "fast")
     loader = DataLoader(
-        ImageBatches(todo, transform, max(1, args.feature_views), args.batch_size, args.seed),
+        ImageBatches(todo, pictures, max(1, args.feature_views), args.batch_size, args.seed),
         batch_size=None,  # workers make whole batches
         num_workers=min(args.workers, len(todo)),
         pin_memory=env.device.type == "cuda",

@@ -21,7 +21,7 @@ from training.encode import Encoding
 from training.model.factory import EncoderParts
 from training.model.fingerprint import fingerprint, preprocessing_fingerprint, tokenizer_fingerprint
 
-FORMAT = 1  # of what is kept; a change makes old files unknown
+FORMAT = 2  # of what is kept; a change makes old files unknown
 NAME = "features.safetensors"
 
 
@@ -37,14 +37,14 @@ def text_key(text: str) -> bytes:
 
 
 def open_caches(
-    folder: str, parts: EncoderParts, precision: str, env: DistEnv, fast_decode: bool = False
+    folder: str, parts: EncoderParts, precision: str, env: DistEnv, image_decoding: str = "exact"
 ) -> tuple["FeatureCache", "FeatureCache"]:
     """Returns the caches of a model's image tower and text tower."""
     image = {
         "tower": fingerprint(parts.model.visual),
         "reads": preprocessing_fingerprint(parts.preprocess),
         "precision": precision,
-        **({"fast_decode": True} if fast_decode else {}),
+        "image_decoding": image_decoding,
     }
     text = {
         "tower": fingerprint(parts.model, leave_out="visual."),

@@ -185,7 +185,7 @@ def encode_work(
 
     if not cache:
         return images_at(range(len(paths))), texts_at(range(len(work.texts)))
-    image_cache, text_cache = open_caches(cache, parts, options.precision, env, options.fast_decode)
+    image_cache, text_cache = open_caches(cache, parts, options.precision, env, options.image_decoding)
     images = image_cache.encode([image_key(path) for path in paths], images_at)
     return images, text_cache.encode([text_key(text) for text in work.texts], texts_at)
 

@@ -110,7 +110,13 @@ def evaluate_benchmarks(
     Raises:
         BrokenImageError, FloatingPointError: as an evaluation of its own.
     """
-    options = ComputeOptions(args.batch_size, args.workers, args.precision, args.text_packing != "padded")
+    options = ComputeOptions(
+        args.batch_size,
+        args.workers,
+        args.precision,
+        args.text_packing != "padded",
+        image_decoding=args.image_decoding or "exact",
+    )
     records = evaluate_retrieval(parts, work, env, options, args.allow_missing) if work.sets else []
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
     if env.is_main:

@@ -1,13 +1,11 @@
 """Image augmentation by flag: open_clip's own, or the strong one of the published project."""
 
 import ast
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 import torch
 from open_clip import AugmentationCfg
-from PIL import Image
 from torchvision import transforms
 
 from dataloaders.images import to_rgb
@@ -76,18 +74,3 @@ def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
         mean, std: [3, 1, 1], of pixels in [0, 1].
     """
     return (pixels.float() / 255 - mean) / std
-
-
-def pixels_needed(transform: Callable) -> int | None:
-    """Returns how short an image's short side may be before a transform notices: twice what it makes of it.
-
-    With open_clip's random crop that is twice what the smallest crop needs; without randomness, twice the pixels that
-    come out. None for a transform with another random crop.
-    """
-    steps = getattr(transform, "transforms", [])
-    crops = [s for s in steps if isinstance(s, transforms.RandomResizedCrop)]
-    if crops:
-        return math.ceil(2 * max(crops[0].size) / math.sqrt(min(crops[0].scale)))
-    if not steps or any("random" in type(step).__name__.lower() for step in steps):
-        return None
-    return 2 * max(transform(Image.new("RGB", (64, 64))).shape[-2:])

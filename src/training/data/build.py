@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader
 
-from training.data.augment import pixels_needed, without_normalisation
+from training.data.augment import without_normalisation
 from training.data.captions import CaptionRule, captions_found
 from training.data.faults import BadSample
 from training.data.loader import SampleReader, make_loader, read_record
+from training.data.pictures import PictureReader
 from training.data.position import Stretch
 from training.data.sources import ResampledShards, ShardSource, Source, count_samples, expand_sources
 from training.data.tables import TableSource, read_table
@@ -108,9 +109,8 @@ def open_train_data(
     arrange: Callable | None = None,
 ) -> TrainData:
     """Puts a source together with what its samples are read through."""
-    at_least = pixels_needed(transform) if args.fast_decode else None
-    transform = without_normalisation(transform)
-    reader = SampleReader(transform, tokenizer, caption_rule(args), args.seed, 0, at_least, arrange)
+    pictures = PictureReader(without_normalisation(transform), args.image_decoding or "fast")
+    reader = SampleReader(pictures, tokenizer, caption_rule(args), args.seed, 0, arrange)
     return TrainData(source, reader, args.workers)
 
 

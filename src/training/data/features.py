@@ -37,6 +37,7 @@ class FeatureInfo:
         views: augmented views of each image; 0: one view as in evaluation.
         augmentation: of the views, for messages.
         precision: the tower's.
+        image_decoding: one of `pictures.MODES`.
     """
 
     model: str
@@ -45,6 +46,7 @@ class FeatureInfo:
     views: int
     augmentation: str
     precision: str
+    image_decoding: str = "exact"
 
     def differences(self, other: "FeatureInfo") -> list[str]:
         """Names what makes two sets of features no match for each other."""

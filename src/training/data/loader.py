@@ -1,6 +1,5 @@
 """From raw samples to batches: decode, augment, choose captions, tokenise; in the loader's worker processes."""
 
-import io
 import json
 import random
 import signal
@@ -13,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
 from training.data.faults import BadSample
+from training.data.pictures import PictureReader
 from training.data.position import Segment, Stretch, count_items, cut
 from training.data.sources import Source
 from training.data.tar import BrokenShardError, RawSample
@@ -74,21 +73,19 @@ class SampleReader:
     """Turns a raw sample into pixels and texts, as a function of seed, epoch and the sample's key.
 
     Attributes:
-        transform: PIL image -> [3, H, W].
+        pictures: file -> [3, H, W].
         tokenizer: texts -> ids; all of a batch's short captions at once, then all long ones.
         rule: which captions.
         seed: of augmentation and caption choice.
         epoch: likewise.
-        at_least: as of `load_rgb`.
         arrange: token ids of short and of long captions -> what the text tower takes; None leaves them padded.
     """
 
-    transform: Callable
+    pictures: PictureReader
     tokenizer: Callable
     rule: CaptionRule
     seed: int
     epoch: int
-    at_least: int | None = None
     arrange: Callable | None = None
 
     def __call__(self, raw: RawSample) -> tuple[torch.Tensor, list[str]]:
@@ -103,7 +100,7 @@ class SampleReader:
         if raw.features is not None:
             view = random.randrange(len(raw.features))
             return torch.from_numpy(raw.features[view].astype(np.float32)), texts
-        return self.transform(read_image(raw, self.at_least)), texts
+        return self.pictures.transform(read_image(raw, self.pictures.decode)), texts
 
 
 def read_record(raw: RawSample) -> dict:
@@ -129,13 +126,13 @@ def read_record(raw: RawSample) -> dict:
     return record
 
 
-def read_image(raw: RawSample, at_least: int | None = None) -> Image.Image:
-    """Returns a sample's picture, decoded as `load_rgb` does; raises BadSample."""
+def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
+    """Returns a sample's picture, as `decode` gives it; raises BadSample."""
     suffix = next((s for s in IMAGE_SUFFIXES if s in raw.files), None)
     if suffix is None and raw.image_path is None:
         raise BadSample("no image")
     try:
-        return load_rgb(raw.image_path if suffix is None else io.BytesIO(raw.files[suffix]), at_least)
+        return decode(raw.image_path if suffix is None else raw.files[suffix])
     except HugeImageError as error:
         raise BadSample("image too large") from error
     except BrokenImageError as error:
