@@ -1,18 +1,20 @@
 """Captions in buckets and in a row against the padded path: the same features, gradients and trainings."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
 from test_corner import tower
 from test_train import SMALL, losses, read_metrics
+from torch.nn.attention.flex_attention import flex_attention
 
 from training.data.loader import trim_padding
 from training.main import main
-from training.model import hf_encoders
+from training.model import row_attention
 from training.model.corner import prefix_attention
 from training.model.packing import CaptionArranger, bucket_bounds
-from training.model.row_attention import make_row_mask
+from training.model.row_attention import flex_fault, make_row_mask
 from training.model.tokenizer import CornerCLIPTokenizer
 from training.train_model import TrainModel
 
@@ -68,9 +70,7 @@ def test_flex_attention_gives_the_padded_features_and_gradients(num_corners, mon
     expected = gradients(text, padded)
     captions = text.arranger("flex", CPU)(short, long)
     assert len(captions.row.first_blocks) > 4
-    monkeypatch.setattr(
-        hf_encoders, "make_row_mask", lambda row, m, dtype, use_flex: make_row_mask(row, m, dtype, use_flex=True)
-    )
+    text.transformer.attends_by_flex = True
     # torch refuses to go backwards on a CPU, for want of a compiled kernel; uncompiled it can.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     features = text.packed_features(captions)
@@ -80,6 +80,41 @@ def test_flex_attention_gives_the_padded_features_and_gradients(num_corners, mon
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
+    """On a machine without a kernel for it, or with one that is wrong, attention runs caption by caption."""
+    assert flex_fault(CPU, num_heads=2, head_dim=16)  # no backward pass on the CPU
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    assert flex_fault(CPU, num_heads=2, head_dim=16) is None
+    right = row_attention._block_mask
+    monkeypatch.setattr(row_attention, "_block_mask", lambda row, num_corners: right(row, num_corners - 1))
+    assert "off by" in flex_fault(CPU, num_heads=2, head_dim=16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flex_attention_does_what_it_should_on_this_gpu():
+    assert flex_fault(torch.device("cuda"), num_heads=12, head_dim=64) is None
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@torch.no_grad()
+def test_compiled_flex_attention_meets_new_batches_without_compiling_anew():
+    """For the CPU, forwards: other numbers of captions, tokens, blocks; the second shape makes all shapes dynamic."""
+    compiled, stream = torch.compile(flex_attention), torch.Generator().manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for num in (9, 16, 20, 12, 31):
+        lengths = torch.randint(3, 129, (num,), generator=stream)
+        row = CaptionArranger("flex", 0)((torch.arange(128) < lengths[:, None]).long()).row
+        query, key, value = torch.randn(3, 1, 2, row.ids.shape[1], 16, generator=stream)
+        got = compiled(query, key, value, block_mask=make_row_mask(row, 2, torch.float32, True).blocks, scale=0.25)
+        expected = row_attention.attend(
+            None, query, key, value, make_row_mask(row, 2, torch.float32, False), scaling=0.25
+        )
+        used = int(lengths.sum())
+        torch.testing.assert_close(got.transpose(1, 2)[:, :used], expected[0][:, :used], rtol=0, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_the_block_mask_leaves_out_nothing_that_is_allowed():

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -139,13 +140,17 @@ def test_shards_csv_and_parquet_train_alike(logs, scenes, tmp_path):
 
 def test_a_locked_image_tower_stays_and_costs_no_state(logs, scenes):
     flags = ["--batch-size", "20", "--lock-image", "--save-frequency", "1"]
-    train(logs, "locked", scenes / "train", *flags, "--epochs", "2")
+    curve = losses(train(logs, "locked", scenes / "train", *flags, "--epochs", "2"))
     before, after = weights(logs, "locked", 1), weights(logs, "locked", 2)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any(name.startswith("visual.") for name in changed)
     content = torch.load(logs / "locked" / "checkpoints" / "epoch_2.pt", weights_only=True)
     num_states = len(content["optimizer"]["state"])
     assert num_states == sum(not name.startswith("visual.") and after[name].is_floating_point() for name in after)
+    if shutil.which("g++"):
+        compiled = train(logs, "compiled", scenes / "train", *flags, "--epochs", "2", "--torchcompile", "image")
+        assert losses(compiled) == pytest.approx(curve, rel=1e-4)
+        assert weights(logs, "compiled", 2).keys() == after.keys()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
             unlocked_layers=args.lock_text_unlocked_layers,
             freeze_layer_norm=args.lock_text_freeze_layer_norm or not is_hf,
         )
-    arrange = make_arranger(model, args.text_packing, device, args.torchcompile) if args.train_data else None
+    arrange = make_arranger(model, args.text_packing, device, args.torchcompile == "model") if args.train_data else None
     return EncoderParts(model.eval(), transform, tokenizer, train_transform, arrange)
 
 

@@ -116,7 +116,14 @@ def _add_optimization_args(group) -> None:
         "--accum-freq", type=positive, default=1, metavar="N", help="batches per step, as one (default: %(default)s)"
     )
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
-    group.add_argument("--torchcompile", action="store_true", help="compile the model")
+    group.add_argument(
+        "--torchcompile",
+        nargs="?",
+        const="model",
+        choices=("model", "image"),
+        metavar="WHAT",
+        help="compile the model, or the image tower alone, whose shapes never change (default: nothing, alone: model)",
+    )
 
 
 def _add_loss_args(group) -> None:

@@ -197,10 +197,12 @@ def _make_loss(args: argparse.Namespace, env: DistEnv) -> torch.nn.Module:
     return kind(*weights, args.local_loss, args.gather_with_grad, env.rank, env.world_size)
 
 
-def _wrap(core: torch.nn.Module, compiled: bool, env: DistEnv) -> torch.nn.Module:
+def _wrap(core: torch.nn.Module, compiled: str | None, env: DistEnv) -> torch.nn.Module:
     cfg = core.visual.preprocess_cfg
     model = TrainModel(core, cfg["mean"], cfg["std"])
-    if compiled:
+    if compiled == "image":
+        core.visual.compile()
+    elif compiled:
         model.compile()
     if env.world_size > 1:
         ids = [env.device.index] if env.device.type == "cuda" else None

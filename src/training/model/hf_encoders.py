@@ -205,9 +205,8 @@ def _start_row(encoder: nn.Module, row: Row, num_corners: int) -> tuple[torch.Te
     """Returns the embedded row [1, budget, width] and what its attention needs."""
     config = encoder.config
     hidden = encoder.embeddings(input_ids=row.ids, position_ids=row.positions + position_offset(config))
-    # FlexAttention knows no dropout of attention, and no backward pass on the CPU.
-    has_dropout = encoder.training and config.attention_probs_dropout_prob > 0
-    return hidden, make_row_mask(row, num_corners, hidden.dtype, use_flex=hidden.is_cuda and not has_dropout)
+    has_dropout = encoder.training and config.attention_probs_dropout_prob > 0  # which FlexAttention does not know
+    return hidden, make_row_mask(row, num_corners, hidden.dtype, encoder.attends_by_flex and not has_dropout)
 
 
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:

@@ -5,6 +5,7 @@ Two kernels for the same: FlexAttention, which skips what lies outside a caption
 layers, nearly all of a text tower's work, see no padding either way.
 """
 
+import logging
 from functools import cache
 from typing import NamedTuple
 
@@ -12,10 +13,13 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from training.errors import first_line
 from training.model.corner import additive_mask, prefix_attention
-from training.model.packing import ROW_BLOCK, Row
+from training.model.packing import ROW_BLOCK, CaptionArranger, Row
 
 NAME = "lotlip_rows"
+FLEX_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # of numbers about 1; fp32 may be TF32 on a GPU
+logger = logging.getLogger(__name__)
 
 
 class RowMask(NamedTuple):
@@ -141,11 +145,51 @@ def can_attend_in_rows(encoder: nn.Module) -> bool:
     return bool(getattr(encoder, "_supports_attention_backend", False))
 
 
-def let_attend_in_rows(encoder: nn.Module) -> None:
-    """Makes `attend` the encoder's attention, for good; without rows it is ``sdpa`` as before."""
+def let_attend_in_rows(encoder: nn.Module, device: torch.device) -> None:
+    """Makes `attend` the encoder's attention, for good; without rows it is ``sdpa`` as before.
+
+    On CUDA by FlexAttention, if that does there what it should (see `flex_fault`; a few seconds of compiling).
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     encoder.set_attn_implementation(NAME)
+    encoder.attends_by_flex = False
+    if device.type == "cuda":
+        heads = encoder.config.num_attention_heads
+        fault = flex_fault(device, heads, encoder.config.hidden_size // heads)
+        encoder.attends_by_flex = fault is None
+        if fault:
+            logger.warning(f"FlexAttention can't be used here ({fault}): attention runs caption by caption instead")
+
+
+def flex_fault(device: torch.device, num_heads: int, head_dim: int) -> str | None:
+    """Tries FlexAttention on a small row, forwards and backwards, against PyTorch's own attention.
+
+    Returns:
+        What is wrong with it; None if nothing is.
+    """
+    lengths = torch.tensor([3, 40, 128, 7, 90])
+    ids = (torch.arange(128) < lengths[:, None]).long()
+    stream = torch.Generator().manual_seed(0)
+    try:
+        row = CaptionArranger("flex", pad_id=0)(ids).to(device).row
+        for dtype, tolerance in FLEX_TOLERANCE.items():
+            shape = 4, 1, num_heads, row.ids.shape[1], head_dim
+            *inputs, weights = torch.randn(shape, generator=stream).to(device, dtype)
+            results = []
+            for use_flex in (True, False):
+                mask = make_row_mask(row, 2, dtype, use_flex)
+                rows = [tensor.clone().requires_grad_() for tensor in inputs]
+                out = attend(None, *rows, mask, scaling=head_dim**-0.5)[0]
+                used = int(lengths.sum())  # what the padding gets is nobody's business
+                grads = torch.autograd.grad((out * weights.transpose(1, 2))[:, :used].sum(), rows)
+                results.append(torch.cat([out.transpose(1, 2), *grads])[:, :, :used].float())
+            error = float((results[0] - results[1]).abs().max())
+            if not error <= tolerance * max(1.0, float(results[1].abs().max())):
+                return f"{dtype}: off by {error:.1e}"
+    except Exception as error:  # compilers raise anything
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None

@@ -134,7 +134,7 @@ class CornerHFText(_CornerTower):
                     f"--text-packing flex: needs transformers 5 and a text tower of {', '.join(BERT_LIKE)}, this one "
                     f"is {self.transformer.config.model_type}; take buckets"
                 )
-            let_attend_in_rows(self.transformer)
+            let_attend_in_rows(self.transformer, device)
         if device.type == "cuda":
             return CaptionArranger(mode, self.pad_id, BUCKET_COST_GPU, multiple=8)
         return CaptionArranger(mode, self.pad_id)
