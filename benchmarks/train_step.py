@@ -60,10 +60,12 @@ def run(setting: Setting) -> list[Figure]:
     models = {"baseline": copy.deepcopy(start), "ours": copy.deepcopy(start)}
     arrange = make_arranger(models["ours"], "auto", setting.device, compiled=False)
     autocast = partial(torch.autocast, "cuda", torch.bfloat16) if setting.on_gpu else nullcontext
+    ours = TrainModel(models["ours"])
     steppers = {
         "baseline": _stepper(_PublishedModel(models["baseline"]), models["baseline"], _published_loss, autocast, False),
-        "ours": _stepper(TrainModel(models["ours"]), models["ours"], LongCaptionLoss(), autocast, True),
+        "ours": _stepper(ours, models["ours"], LongCaptionLoss(), autocast, True),
     }
+    steppers["ours"].locked_images = ours.image_features
     padded = torch.cat([short[:, None], long], dim=1)
     inputs = {
         "baseline": lambda: (images, padded.to(setting.device)),

@@ -1,11 +1,14 @@
 """What tests share: where the reference files are, and ways to run the command line as a user does."""
 
 import json
+import multiprocessing as mp
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +48,58 @@ def run_command(
         launcher += ["torch.distributed.run", *ranks, "-m", "--"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(launcher + [module, *argv], capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def start_ranks(function: Callable, num_processes: int, *args: object) -> list[mp.Process]:
+    """Starts function(rank, *args) in processes; they are forked from one that has imported what trainings need, once
+    for all tests: to start Python and torch anew takes longer than most of what is tested."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["training.train", "training.evaluate"])
+    ranks = [context.Process(target=function, args=(rank, *args), daemon=False) for rank in range(num_processes)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def end_ranks(ranks: list[mp.Process], timeout: float = 240) -> list[int | None]:
+    """Returns exit codes; None for a process that was still there after `timeout` seconds, and is killed."""
+    deadline = time.monotonic() + timeout
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
+def run_ranks(argv: list[str], num_processes: int, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Runs ``python -m training.main ARGV`` as torchrun would, without torchrun: see `start_ranks`.
+
+    Returns:
+        The largest exit code, and what all ranks said.
+    """
+    port = free_ports(1)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        codes = end_ranks(start_ranks(_rank_of_main, num_processes, argv, num_processes, port, folder), timeout)
+        assert None not in codes, f"still running after {timeout} s: {codes}"
+        said = ["".join(p.read_text() for p in sorted(Path(folder).glob(f"*.{name}"))) for name in ("out", "err")]
+    return subprocess.CompletedProcess(argv, max(codes, key=abs), *said)
+
+
+def set_rank(rank: int, world_size: int, port: int) -> None:
+    """Sets what torchrun sets."""
+    os.environ |= {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
+def _rank_of_main(rank: int, argv: list[str], world_size: int, port: int, folder: str) -> None:
+    from training.main import main
+
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    if world_size > 1:
+        set_rank(rank, world_size, port)
+    sys.exit(main(argv))
 
 
 def read_results(logs: Path, name: str) -> dict:

@@ -1,5 +1,6 @@
 """The loss in blocks: exact gradients, the same for any block size and number of processes, memory without B x B."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from test_loss import unit
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from benchmarks.measure import Setting, peak_bytes
-from support import free_ports
+from support import end_ranks, free_ports, start_ranks
 from training.contrast import ContrastRule, contrast
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss
 
@@ -93,21 +94,24 @@ def worker(rank, port, results):
             loss = kind(0.8, 1.2, local, True, rank, 2, block_numbers=17)
             own = slice(4 * rank, 4 * rank + 4)
             # a locked image tower: only the texts have gradients
-            loss(images.detach()[own], texts[own], scale, bias).backward()
-            results[kind.__name__, local, rank] = texts.grad.numpy(), scale.grad.numpy()
+            for is_early in (False, True):
+                texts.grad = scale.grad = None
+                early = loss.gather_early(images.detach()[own, 0]) if is_early else None
+                loss(images.detach()[own], texts[own], scale, bias, early=early).backward()
+                results[kind.__name__, local, is_early, rank] = texts.grad.numpy(), scale.grad.numpy()
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_with_a_locked_image_tower_equal_one():
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, (free_ports(1)[0], results), nprocs=2)
+        assert end_ranks(start_ranks(worker, 2, free_ports(1)[0], results)) == [0, 0]
         results = dict(results)
     for kind in (LongCaptionLoss, LongCaptionSigLipLoss):
         images, texts, scale, bias = inputs(num=8, views=1)
         kind(0.8, 1.2)(images.detach(), texts, scale, bias).backward()
-        for local in (False, True):
-            parts = [results[kind.__name__, local, rank] for rank in (0, 1)]
+        for local, is_early in itertools.product((False, True), repeat=2):
+            parts = [results[kind.__name__, local, is_early, rank] for rank in (0, 1)]
             torch.testing.assert_close(torch.tensor(parts[0][0] + parts[1][0]) / 2, texts.grad, rtol=0, atol=1e-12)
             torch.testing.assert_close(torch.tensor(parts[0][1] + parts[1][1]) / 2, scale.grad, rtol=0, atol=1e-12)
 

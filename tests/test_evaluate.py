@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dataloaders.images import load_rgb
-from support import layout_flags, read_results, run_command
+from support import layout_flags, read_results, run_command, run_ranks
 from training.main import main
 
 
@@ -64,7 +64,7 @@ def test_two_and_three_processes_equal_one(layouts, tiny_clip, tmp_path):
     records = {}
     for n in (1, 2, 3):
         argv = layout_flags(layouts) + common(tmp_path, tiny_clip, f"n{n}") + ["--batch-size", "5"]
-        done = run_command("training.main", argv, num_processes=n)
+        done = run_ranks(argv, n)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("recall in percent") == 1
         record = read_results(tmp_path / "logs", f"n{n}")

@@ -14,7 +14,7 @@ from PIL import Image
 
 import training
 from dataloaders.images import load_rgb
-from support import read_results, run_command
+from support import read_results, run_ranks
 from training.data.features import read_features, read_index
 from training.data.sources import ShardSource, count_samples, expand_sources
 from training.data.tar import read_samples
@@ -117,7 +117,7 @@ def test_an_extraction_goes_on_where_it_stopped_on_any_number_of_processes(shard
     (out / "000001.features.parquet").unlink()
     before = (out / "000000.features.parquet").stat().st_mtime_ns
     argv = [*MODEL, "--train-data", str(shards), "--extract-image-features", str(out), "--workers", "1"]
-    done = run_command("training.main", argv, num_processes=2)
+    done = run_ranks(argv, 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (out / "000000.features.parquet").stat().st_mtime_ns == before
     for number in range(3):

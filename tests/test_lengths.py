@@ -10,7 +10,7 @@ from PIL import Image
 
 import training
 from dataloaders.captions import split_caption
-from support import read_results
+from support import read_results, run_ranks
 from training.lengths import cut_tokenizer, drop_sentence, effective_length, shuffle_sentences, token_lengths
 from training.main import main
 from training.params import parse_args
@@ -151,7 +151,6 @@ def test_flags_without_effect_exit_2(flags, said, capsys):
 
 
 def test_two_processes_find_the_same(data, tiny_clip, tmp_path):
-    from support import run_command
 
     argv = [
         "--urban1k-retrieval",
@@ -168,7 +167,7 @@ def test_two_processes_find_the_same(data, tiny_clip, tmp_path):
     argv += ["--retrieval-lengths", "10", "--retrieval-sensitivity", "--logs", str(tmp_path)]
     found = []
     for n in (1, 2):
-        done = run_command("training.main", [*argv, "--name", f"n{n}"], num_processes=n)
+        done = run_ranks([*argv, "--name", f"n{n}"], n)
         assert done.returncode == 0, done.stderr
         found.append(json.dumps(read_results(tmp_path, f"n{n}")["lengths"]))
     assert found[0] == found[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from support import REFERENCE, free_ports
+from support import REFERENCE, end_ranks, free_ports, start_ranks
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss
 
 SAVED = np.load(REFERENCE / "losses.npz")
@@ -99,7 +99,7 @@ def worker(rank, world_size, port, results):
 def test_several_processes_equal_one(world_size):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, (world_size, free_ports(1)[0], results), nprocs=world_size)
+        assert end_ranks(start_ranks(worker, world_size, world_size, free_ports(1)[0], results)) == [0] * world_size
         results = dict(results)
     for num_texts in (0, 4):
         image, text = unit(8, 12, seed=5), unit(8, *([num_texts] if num_texts else []), 12, seed=6)

@@ -110,3 +110,28 @@ def test_schedules(name):
     after = [0.2 * (1 + math.cos(math.pi * k / 10)) / 2 if name == "cosine" else 0.2 for k in range(10)]
     assert rates[4:] == pytest.approx(after)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1] / 2)
+
+
+def test_a_locked_image_tower_encodes_each_image_once():
+    """And what comes of the step is the same as with its images going through the model, twice."""
+    import training
+    from training.train_model import TrainModel
+
+    torch.manual_seed(0)
+    start = training.create_model("lotlip_tiny", pretrained_text=False).eval()
+    start.lock_image_tower()
+    stream = torch.Generator().manual_seed(1)
+    data = []
+    for _ in range(2):
+        ids = torch.randint(1000, 2000, (4, 2, 12), generator=stream)
+        data.append((torch.randn(4, 3, 64, 64, generator=stream), ids[:, 0], ids[:, 1:]))
+    norms, calls = [], []
+    for apart in (False, True):
+        core = copy.deepcopy(start)
+        model = TrainModel(core)
+        core.visual.register_forward_hook(lambda *call: calls.append(len(call[1][0])))
+        step = stepper(core, lr=0.1, locked_images=model.image_features if apart else None)
+        step.model = model
+        norms += [float(step(data)["grad_norm"])]
+    assert calls == [4] * 4 + [4] * 2
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)

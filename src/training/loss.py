@@ -4,8 +4,9 @@
     terms = loss(image_features, text_features, logit_scale, output_dict=True)
     sum(terms.values()).backward()
 
-Under several processes every rank passes its own part of the batch; all features travel in one gather. Memory grows
-with the features, not with the square of the batch: see `contrast`.
+Under several processes every rank passes its own part of the batch; all features travel in one gather, or those of a
+locked image tower before, while the text tower computes. Memory grows with the features, not with the square of the
+batch: see `contrast`.
 """
 
 import torch
@@ -58,6 +59,27 @@ def gather_rows(rows: torch.Tensor, world_size: int, with_grad: bool) -> torch.T
     return torch.cat(everyone)
 
 
+class EarlyGather:
+    """All ranks' rows, without a gradient, on their way while this rank computes something else.
+
+    Args:
+        rows: as many on every rank.
+        world_size: of all that gather.
+    """
+
+    def __init__(self, rows: torch.Tensor, world_size: int):
+        self.rows = rows.detach().contiguous()  # held until it has been sent
+        self.everyone = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+        self.work = _all_gather(self.everyone, self.rows, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """Returns all ranks' rows, in rank order; may be called again."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.everyone
+
+
 class _CaptionLoss(nn.Module):
     """What both losses share: views and captions as sets of features, the gather, the weights.
 
@@ -100,6 +122,7 @@ class _CaptionLoss(nn.Module):
         logit_scale: torch.Tensor,
         logit_bias: torch.Tensor | None = None,
         output_dict: bool = False,
+        early: EarlyGather | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Compares images and captions.
 
@@ -109,6 +132,7 @@ class _CaptionLoss(nn.Module):
             logit_scale: exponentiated.
             logit_bias: added to the logits (SigLIP).
             output_dict: return the terms instead of their sum.
+            early: what `gather_early` gave for these `image_features`.
 
         Returns:
             Their sum, or ``{"short_caption_loss", "long_caption_loss"}``; of a single caption
@@ -118,7 +142,7 @@ class _CaptionLoss(nn.Module):
         images = image_features if image_features.ndim == 3 else image_features[:, None]
         texts = text_features if text_features.ndim == 3 else text_features[:, None]
         num_views, num_texts = images.shape[1], texts.shape[1]
-        short, long = self._terms(images, texts, logit_scale, logit_bias)
+        short, long = self._terms(images, texts, logit_scale, logit_bias, early)
         if text_features.ndim == 2:
             terms = {"contrastive_loss": short}
         else:
@@ -128,14 +152,22 @@ class _CaptionLoss(nn.Module):
             }
         return terms if output_dict else sum(terms.values())
 
-    def _terms(self, images, texts, logit_scale, logit_bias) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather_early(self, image_features: torch.Tensor) -> EarlyGather | None:
+        """Begins to gather a locked tower's features [batch, dim]; `forward` waits for them. None on one process."""
+        return EarlyGather(image_features, self.world_size) if self.world_size > 1 else None
+
+    def _terms(self, images, texts, logit_scale, logit_bias, early) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of view 0 with text 0, and the sum of all views' with all other texts."""
         if self.world_size == 1:
             return contrast(images, texts, None, None, logit_scale, logit_bias, self._rule(0))
-        both = gather_rows(torch.cat([images, texts], dim=1), self.world_size, self.gather_with_grad)
-        all_images, all_texts = both.split([images.shape[1], texts.shape[1]], dim=1)
-        if not images.requires_grad:  # a locked tower's got one from the texts they travelled with
-            all_images = all_images.detach()
+        if early is not None:
+            all_texts = gather_rows(texts, self.world_size, self.gather_with_grad)
+            all_images = early.wait()[:, None]
+        else:
+            both = gather_rows(torch.cat([images, texts], dim=1), self.world_size, self.gather_with_grad)
+            all_images, all_texts = both.split([images.shape[1], texts.shape[1]], dim=1)
+            if not images.requires_grad:  # a locked tower's got one from the texts they travelled with
+                all_images = all_images.detach()
         if self.local_loss:
             rule = self._rule(self.rank * len(images))
             return contrast(images, texts, all_images, all_texts, logit_scale, logit_bias, rule)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ class Stepper:
     """What a step needs, apart from data.
 
     Attributes:
-        model: a `TrainModel`, perhaps compiled or under DDP; called as model(images, short_ids, long_ids).
+        model: a `TrainModel`, perhaps compiled or under DDP; called as model(images, short_ids, long_ids), or with
+            features [batch, dim] in place of images.
         core: the two-tower model inside it.
         loss: called with the model's output and ``output_dict=True``.
         optimizer: of `core`'s parameters.
@@ -25,6 +27,8 @@ class Stepper:
         scaler: of float16 gradients; None otherwise.
         max_norm: gradients are clipped to it; None leaves them.
         on_any_rank: flag on the device -> whether it is set on any rank.
+        locked_images: images -> features, of an image tower that is not trained: run once for each image, apart from
+            `model`, and gathered while the text tower computes. None where images go through `model`.
     """
 
     model: nn.Module
@@ -35,6 +39,7 @@ class Stepper:
     scaler: torch.amp.GradScaler | None = None
     max_norm: float | None = None
     on_any_rank: Callable[[torch.Tensor], torch.Tensor] = lambda flag: flag
+    locked_images: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, micro_batches: Sequence[tuple]) -> dict[str, torch.Tensor]:
         """Trains on micro-batches as on one batch of them all; leaves all as it was if loss or gradient is not finite.
@@ -47,10 +52,15 @@ class Stepper:
             on any rank), as tensors on the device: to read them is to wait.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        compare = partial(self.loss, output_dict=True)
+        if self.locked_images is not None:
+            features = self._encode_locked([images for images, *_ in micro_batches])
+            micro_batches = [(own, *texts) for own, (_, *texts) in zip(features, micro_batches)]
+            compare = partial(compare, early=self.loss.gather_early(torch.cat(features)))
         if len(micro_batches) == 1:
-            terms = self._forward_backward(self._forward(micro_batches[0]))
+            terms = self._forward_backward(self._forward(micro_batches[0]), compare)
         else:
-            terms = self._accumulate(micro_batches)
+            terms = self._accumulate(micro_batches, compare)
         total = sum(value.detach() for value in terms.values())
         grad_norm, skipped = self._update(total)
         with torch.no_grad():
@@ -59,19 +69,24 @@ class Stepper:
         scale = self.core.logit_scale.detach().exp().reshape(())
         return {"loss": total, **report, "grad_norm": grad_norm, "logit_scale": scale, "skipped_steps": skipped}
 
+    @torch.no_grad()
+    def _encode_locked(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        with self.autocast():
+            return [self.locked_images(batch).float() for batch in images]
+
     def _forward(self, batch: tuple) -> dict[str, torch.Tensor]:
         with self.autocast():
             return self.model(*batch)
 
-    def _forward_backward(self, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _forward_backward(self, output: dict[str, torch.Tensor], compare: Callable) -> dict[str, torch.Tensor]:
         # Logits in fp32: features of 16 bits would make near ties of different captions.
         output = {name: value.float() for name, value in output.items()}
-        terms = self.loss(**output, output_dict=True)
+        terms = compare(**output)
         total = sum(terms.values())
         (self.scaler.scale(total) if self.scaler else total).backward()
         return terms
 
-    def _accumulate(self, micro_batches: Sequence[tuple]) -> dict[str, torch.Tensor]:
+    def _accumulate(self, micro_batches: Sequence[tuple], compare: Callable) -> dict[str, torch.Tensor]:
         """Contrastive accumulation: features of all without a graph, then each again with one, among the others'.
 
         Source: GradCache (arXiv 2101.06983). The second pass draws the same dropout as the first.
@@ -93,7 +108,7 @@ class Stepper:
                     rows = [c[name] for c in cached]
                     rows[number] = output[name].float()
                     output[name] = torch.cat(rows)
-                terms = self._forward_backward(self._count_scalars_once(output, len(micro_batches)))
+                terms = self._forward_backward(self._count_scalars_once(output, len(micro_batches)), compare)
         _set_random_state(after)
         return terms
 

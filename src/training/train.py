@@ -159,8 +159,9 @@ def _build(
         start = start_from(restore(plan.resume, core, optimizer, scaler), plan.resume, division, env)
         if start.epoch >= args.epochs and env.is_main:
             logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
+    whole = _whole_model(core, args.torchcompile)
     stepper = Stepper(
-        model=_wrap(core, args.torchcompile, env),
+        model=_over_ranks(whole, env),
         core=core,
         loss=_make_loss(args, env),
         optimizer=optimizer,
@@ -168,6 +169,7 @@ def _build(
         scaler=scaler,
         max_norm=args.grad_clip_norm,
         on_any_rank=lambda flag: any_rank(flag, env),
+        locked_images=whole.image_features if whole.image_is_locked else None,
     )
     val = None
     if val_source:
@@ -197,17 +199,21 @@ def _make_loss(args: argparse.Namespace, env: DistEnv) -> torch.nn.Module:
     return kind(*weights, args.local_loss, args.gather_with_grad, env.rank, env.world_size)
 
 
-def _wrap(core: torch.nn.Module, compiled: str | None, env: DistEnv) -> torch.nn.Module:
+def _whole_model(core: torch.nn.Module, compiled: str | None) -> TrainModel:
     cfg = core.visual.preprocess_cfg
     model = TrainModel(core, cfg["mean"], cfg["std"])
-    if compiled == "image":
+    if compiled == "image" or (compiled and model.image_is_locked):  # a locked one runs apart from the rest
         core.visual.compile()
-    elif compiled:
+    if compiled == "model":
         model.compile()
-    if env.world_size > 1:
-        ids = [env.device.index] if env.device.type == "cuda" else None
-        # Each rank has the same buffers; torch has two names for leaving them alone.
-        names = inspect.signature(DistributedDataParallel).parameters
-        buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)
     return model
+
+
+def _over_ranks(model: TrainModel, env: DistEnv) -> torch.nn.Module:
+    if env.world_size == 1:
+        return model
+    ids = [env.device.index] if env.device.type == "cuda" else None
+    # Each rank has the same buffers; torch has two names for leaving them alone.
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)

@@ -55,12 +55,7 @@ class TrainModel(nn.Module):
             ``image_features`` [batch, dim]; ``text_features`` [batch, T, dim], or [batch, dim] if K = 0; both
             normalised; ``logit_scale`` exponentiated; ``logit_bias`` where the model has one.
         """
-        if images.ndim == 2:
-            image_features = normalize(images.float(), dim=-1)
-        else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
-                image_features = self.model.encode_image(self._pixels(images), normalize=True)
-        batch = len(images)
+        image_features, batch = self.image_features(images), len(images)
         if captions is not None:
             features = self.model.text.packed_features(captions)
             short, long = features[:batch], features[batch:]
@@ -79,6 +74,13 @@ class TrainModel(nn.Module):
         if getattr(self.model, "logit_bias", None) is not None:
             output["logit_bias"] = self.model.logit_bias
         return output
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised features [batch, dim] of images, or of features that are at hand; without a graph if locked."""
+        if images.ndim == 2:
+            return normalize(images.float(), dim=-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
+            return self.model.encode_image(self._pixels(images), normalize=True)
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         if images.dtype == torch.uint8:
