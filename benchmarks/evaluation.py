@@ -31,18 +31,18 @@ from training.encode import ComputeOptions
 from training.model.factory import EncoderParts
 from training.retrieval import evaluate_retrieval, plan_retrieval
 
-PICTURE_SIZE = (2250, 1500)
+PICTURE_SIZE = (2250, 1500)  # SA-1B's
 PUBLISHED_SIZES = {"share4v": 10_000, "dci": 7805, "iiw": 612, "urban1k": 1000}
 
 
-def make_sets(folder: Path, scale: int) -> list[RetrievalSet]:
-    """All five sets, a `scale`-th of their published sizes."""
+def make_sets(folder: Path, scale: int, size: tuple[int, int] = PICTURE_SIZE) -> list[RetrievalSet]:
+    """All five sets, a `scale`-th of their published sizes, with pictures of (width, height)."""
     roots = {}
     for seed, (name, size) in enumerate(PUBLISHED_SIZES.items()):
         roots[name] = folder / f"scenes_{name}"
         write_scenes(roots[name], num_train=0, num_test=max(8, size // scale), seed=seed)
     pictures = [path for root in roots.values() for path in root.rglob("photos/*.jpg")]
-    parallel_map(_enlarge, pictures)
+    parallel_map(partial(_enlarge, size=size), pictures)
     share4v = roots["share4v"] / "share4v"
     sizes = (PUBLISHED_SIZES["share4v"] // 10 // scale, PUBLISHED_SIZES["share4v"] // scale)
     sets = [
@@ -54,8 +54,8 @@ def make_sets(folder: Path, scale: int) -> list[RetrievalSet]:
     return [replace(s, captions=tuple(map(" ".join, zip(s.captions, s.captions[1:] + s.captions[:1])))) for s in sets]
 
 
-def _enlarge(path: Path) -> None:
-    path.write_bytes(as_photograph(path.read_bytes(), PICTURE_SIZE))
+def _enlarge(path: Path, size: tuple[int, int]) -> None:
+    path.write_bytes(as_photograph(path.read_bytes(), size))
 
 
 def load_parts(name: str, device: torch.device) -> EncoderParts:
@@ -70,7 +70,7 @@ def run(setting: Setting) -> list[Figure]:
     name, scale = setting.pick(("lotlip_tiny", 1000), ("lotlip_tiny", 50), ("lotlip_bert-ViT-B-16", 4))
     workers = (os.cpu_count() or 1) if setting.on_gpu else 0
     parts = load_parts(name, setting.device)
-    sets = make_sets(setting.folder, scale)
+    sets = make_sets(setting.folder, scale, (750, 500) if setting.quick else PICTURE_SIZE)
     work = plan_retrieval(sets, False)
     env = DistEnv(0, 1, setting.device)
     options = ComputeOptions(batch_size=64, workers=workers)

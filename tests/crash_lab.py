@@ -1,8 +1,8 @@
-"""Starts trainings as processes and kills them, for test_resume.py; run as ``python crash_lab.py '{..}'``.
+"""Starts trainings as processes and kills them: see `support.run_lab`.
 
-Imports everything once and forks each training from there: to start Python and torch anew takes longer than to train.
 The job: ``argv``, ``world_size``, ``ports``, ``samples`` (a folder) and ``kills``: [signal, seconds, rank] for a
-training each, after which one runs that nobody kills, unless ``last`` is false. A rank that was halted (SIGSTOP) is
+training each, after which one runs that nobody kills, unless ``last`` is false. Seconds count from the start, or with
+``once_training`` from when every rank has made a step. A rank that was halted (SIGSTOP) is
 killed when the others have ended. Prints exit codes, by training and rank.
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-import training.train  # noqa: F401  what every training needs, imported before they are forked
 from training.guard import StepGuard
 from training.main import main
 
@@ -67,9 +66,12 @@ def train_once(job: dict, port: int, kill: list | None) -> list[int]:
     pids = [start_rank(job, rank, port) for rank in range(job["world_size"])]
     codes: dict[int, int] = {}
     deadline = halted = None
+    is_training = False
     start = time.monotonic()
     while len(codes) < len(pids):
         now = time.monotonic()
+        if job["once_training"] and not is_training:
+            start, is_training = now, all(Path(job["samples"], f"rank{r}.jsonl").exists() for r in range(len(pids)))
         if kill and now - start >= kill[1]:
             if kill[2] not in codes:
                 # SLURM's signals reach the loader's workers, too.
@@ -94,9 +96,9 @@ def train_once(job: dict, port: int, kill: list | None) -> list[int]:
     return [codes[rank] for rank in range(len(pids))]
 
 
-if __name__ == "__main__":
+def run_job(job: dict) -> None:
+    """Runs all trainings of a job; prints their codes."""
     torch.set_num_threads(1)
-    work = json.loads(sys.argv[1])
-    kills = work["kills"] + [None] * work["last"]
-    all_codes = [train_once(work, work["ports"][i], kill) for i, kill in enumerate(kills)]
-    print(json.dumps(all_codes))
+    kills = job["kills"] + [None] * job["last"]
+    all_codes = [train_once(job, job["ports"][i], kill) for i, kill in enumerate(kills)]
+    print(json.dumps(all_codes), flush=True)

@@ -55,10 +55,15 @@ def start_ranks(function: Callable, num_processes: int, *args: object) -> list[m
     for all tests: to start Python and torch anew takes longer than most of what is tested."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["training.train", "training.evaluate"])
-    ranks = [context.Process(target=function, args=(rank, *args), daemon=False) for rank in range(num_processes)]
+    ranks = [context.Process(target=_begin, args=(function, rank, *args)) for rank in range(num_processes)]
     for rank in ranks:
         rank.start()
     return ranks
+
+
+def _begin(function: Callable, rank: int, *args: object) -> None:
+    mp.set_start_method(None, force=True)  # or its own children would come from a server that has imported nothing
+    function(rank, *args)
 
 
 def end_ranks(ranks: list[mp.Process], timeout: float = 240) -> list[int | None]:
@@ -95,11 +100,15 @@ def set_rank(rank: int, world_size: int, port: int) -> None:
 def _rank_of_main(rank: int, argv: list[str], world_size: int, port: int, folder: str) -> None:
     from training.main import main
 
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    _speak_to_files(rank, folder)
     if world_size > 1:
         set_rank(rank, world_size, port)
     sys.exit(main(argv))
+
+
+def _speak_to_files(rank: int, folder: str) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
 
 
 def read_results(logs: Path, name: str) -> dict:
@@ -123,16 +132,26 @@ class LabReport(NamedTuple):
     said: str
 
 
-def run_lab(argv: list[str], world_size: int, samples: Path, kills: Sequence = (), last: bool = True) -> LabReport:
+def run_lab(
+    argv: list[str],
+    world_size: int,
+    samples: Path,
+    kills: Sequence = (),
+    last: bool = True,
+    once_training: bool = False,
+) -> LabReport:
     """Runs one training after another, and kills all but the last: see crash_lab.py."""
     samples.mkdir(exist_ok=True)
     job = {"argv": argv, "world_size": world_size, "ports": free_ports(len(kills) + 1), "samples": str(samples)}
-    command = [sys.executable, str(Path(__file__).parent / "crash_lab.py")]
-    done = subprocess.run(
-        [*command, json.dumps(job | {"kills": list(kills), "last": last})],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return LabReport(json.loads(done.stdout.splitlines()[-1]), done.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        lab = start_ranks(_lab, 1, job | {"kills": list(kills), "last": last, "once_training": once_training}, folder)
+        codes, said = end_ranks(lab, 400), Path(folder, "0.err").read_text()
+        assert codes == [0], said[-3000:]
+        return LabReport(json.loads(Path(folder, "0.out").read_text().splitlines()[-1]), said)
+
+
+def _lab(rank: int, job: dict, folder: str) -> None:
+    from crash_lab import run_job
+
+    _speak_to_files(rank, folder)
+    run_job(job)

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -334,4 +335,6 @@ def make_loader(source: Source, reader: SampleReader, stretch: Stretch, num_work
         pin_memory=pin,
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=_outlive_signals,
+        # Python 3.14 starts processes from a server, which would not hand on what signals are held back.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )
