@@ -35,14 +35,14 @@ PICTURE_SIZE = (2250, 1500)  # SA-1B's
 PUBLISHED_SIZES = {"share4v": 10_000, "dci": 7805, "iiw": 612, "urban1k": 1000}
 
 
-def make_sets(folder: Path, scale: int, size: tuple[int, int] = PICTURE_SIZE) -> list[RetrievalSet]:
+def make_sets(folder: Path, scale: int, picture_size: tuple[int, int] = PICTURE_SIZE) -> list[RetrievalSet]:
     """All five sets, a `scale`-th of their published sizes, with pictures of (width, height)."""
     roots = {}
     for seed, (name, size) in enumerate(PUBLISHED_SIZES.items()):
         roots[name] = folder / f"scenes_{name}"
         write_scenes(roots[name], num_train=0, num_test=max(8, size // scale), seed=seed)
     pictures = [path for root in roots.values() for path in root.rglob("photos/*.jpg")]
-    parallel_map(partial(_enlarge, size=size), pictures)
+    parallel_map(partial(_enlarge, size=picture_size), pictures)
     share4v = roots["share4v"] / "share4v"
     sizes = (PUBLISHED_SIZES["share4v"] // 10 // scale, PUBLISHED_SIZES["share4v"] // scale)
     sets = [

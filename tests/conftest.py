@@ -22,7 +22,7 @@ TINY_CLIP = {
 }
 
 # A file's tests stay in one process: with the longest files first, no process waits for another's at the end.
-LONGEST_FIRST = ("resume", "safety", "train_processes", "evaluate", "loss", "packing", "benchmarks", "corner")
+LONGEST_FIRST = ("safety", "resume", "train_processes", "train", "packing", "prepare_download", "benchmarks", "faults")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
