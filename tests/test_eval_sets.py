@@ -215,6 +215,11 @@ def test_features_of_shards_are_cached_too(tmp_path, tiny_clip, monkeypatch):
     write_shard(tmp_path / "w" / "000.tar")
     flags = ["--retrieval-wds", tmp_path / "w", "--feature-cache", tmp_path / "cache"]
     first = evaluate(tmp_path, tiny_clip, *flags)
+    kept = len(list((tmp_path / "cache").iterdir()))
+    for mode in ("fast", "scaled"):  # other pixels are other features; captions stay
+        record = evaluate(tmp_path, tiny_clip, *flags, "--image-decoding", mode)
+        kept += 1
+        assert len(list((tmp_path / "cache").iterdir())) == kept and record["flags"]["image_decoding"] == mode
     monkeypatch.setattr("training.retrieval.encode_images", None)  # a second run must not encode
     second = evaluate(tmp_path, tiny_clip, *flags)
     assert {k: v for k, v in first.items() if "retrieval-" in k} == {
