@@ -9,6 +9,7 @@ from pathlib import Path
 from dataloaders.images import BrokenImageError
 from dataloaders.pairs import describe_missing
 from training.build import build_from_flags, check_precision
+from training.data.pictures import IN_EVALUATION
 from training.distributed import DistEnv, agree, distributed, fail, together
 from training.encode import ComputeOptions, Encoding
 from training.feature_files import read_features, write_features
@@ -124,7 +125,7 @@ def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork,
         args.precision,
         args.text_packing != "padded",
         args.text_batch_size,
-        args.image_decoding or "exact",
+        args.image_decoding or IN_EVALUATION,
     )
     images, texts, ranked, lengths = None, None, [], None
     questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)

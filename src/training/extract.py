@@ -31,7 +31,7 @@ from training.data.features import (
     write_index,
 )
 from training.data.loader import read_image, read_record, seed_augmentation
-from training.data.pictures import PictureReader
+from training.data.pictures import IN_TRAINING, PictureReader
 from training.data.sources import Source
 from training.data.tar import BrokenShardError, Part, RawSample
 from training.distributed import DistEnv, agree, distributed, fail, raise_together, together
@@ -153,7 +153,7 @@ def tower_info(model: torch.nn.Module, args: argparse.Namespace) -> FeatureInfo:
         views=args.feature_views,
         augmentation=augmentation if args.feature_views else "",
         precision=args.precision,
-        image_decoding=args.image_decoding or "fast",
+        image_decoding=args.image_decoding or IN_TRAINING,
     )
 
 
@@ -222,7 +222,7 @@ def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderPa
     todo = [(number, part) for number, part in enumerate(source.parts()) if not _file_of(args, number).is_file()]
     todo = todo[env.rank :: env.world_size]
     transform = parts.train_transform if args.feature_views else parts.preprocess
-    pictures = PictureReader(transform, args.image_decoding or "fast")
+    pictures = PictureReader(transform, args.image_decoding or IN_TRAINING)
     loader = DataLoader(
         ImageBatches(todo, pictures, max(1, args.feature_views), args.batch_size, args.seed),
         batch_size=None,  # workers make whole batches

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from training.data.build import TrainData
+from training.data.pictures import IN_EVALUATION
 from training.data.position import Stretch
 from training.distributed import DistEnv, sum_over_ranks
 from training.encode import ComputeOptions
@@ -115,7 +116,7 @@ def evaluate_benchmarks(
         args.workers,
         args.precision,
         args.text_packing != "padded",
-        image_decoding=args.image_decoding or "exact",
+        image_decoding=args.image_decoding or IN_EVALUATION,
     )
     records = evaluate_retrieval(parts, work, env, options, args.allow_missing) if work.sets else []
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)

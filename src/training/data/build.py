@@ -10,7 +10,7 @@ from training.data.augment import without_normalisation
 from training.data.captions import CaptionRule, captions_found
 from training.data.faults import BadSample
 from training.data.loader import SampleReader, make_loader, read_record
-from training.data.pictures import PictureReader
+from training.data.pictures import IN_TRAINING, PictureReader
 from training.data.position import Stretch
 from training.data.sources import ResampledShards, ShardSource, Source, count_samples, expand_sources
 from training.data.tables import TableSource, read_table
@@ -109,7 +109,7 @@ def open_train_data(
     arrange: Callable | None = None,
 ) -> TrainData:
     """Puts a source together with what its samples are read through."""
-    pictures = PictureReader(without_normalisation(transform), args.image_decoding or "fast")
+    pictures = PictureReader(without_normalisation(transform), args.image_decoding or IN_TRAINING)
     reader = SampleReader(pictures, tokenizer, caption_rule(args), args.seed, 0, arrange)
     return TrainData(source, reader, args.workers)
 

@@ -26,6 +26,7 @@ from dataloaders.files import ShardMember
 from dataloaders.images import load_rgb, to_rgb
 
 MODES = ("exact", "fast", "scaled")
+IN_EVALUATION, IN_TRAINING = "exact", "fast"  # where --image-decoding is not given
 Source = str | Path | ShardMember | bytes
 
 

@@ -4,7 +4,7 @@ Both are called as open_clip's are, ``tokenizer(texts) -> [n, context_length]``,
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ class _CornerTokenizer:
     def tokenise_and_count_lost(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
         """Returns what a call returns, and what `count_lost_tokens` does, of one look at the texts."""
         rows, length = self._encode(list(texts)), self.context_length
-        return self._pad([self._cut(row, length) for row in rows], length), [max(0, len(r) - length) for r in rows]
+        return self._pad([self._cut(row, length) for row in rows], length), self._lost(map(len, rows))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Returns the number of tokens of each text, special and corner tokens included, however many."""
@@ -53,7 +53,10 @@ class _CornerTokenizer:
 
     def count_lost_tokens(self, texts: Sequence[str]) -> list[int]:
         """Returns for each text the number of tokens that do not fit the context length; 0 if it fits."""
-        return [max(0, length - self.context_length) for length in self.count_tokens(texts)]
+        return self._lost(self.count_tokens(texts))
+
+    def _lost(self, lengths: Iterable[int]) -> list[int]:
+        return [max(0, length - self.context_length) for length in lengths]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Ids with special and corner tokens, however many."""
