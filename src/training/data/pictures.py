@@ -82,14 +82,17 @@ def decode_bytes(source: Source, at_least: int | None = None) -> torch.Tensor:
         BrokenImageError: as `load_rgb`.
     """
     try:
-        return _decode_jpeg(source, at_least)
-    except Exception:  # whatever it is, Pillow decides whether it is a fault, and names it
-        image = load_rgb(source, at_least)
+        return _decode(source, at_least)
+    except Exception:  # whatever it is, Pillow alone decides whether it is a fault, and names it
+        return _as_tensor(load_rgb(source, at_least))
+
+
+def _as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _decode_jpeg(source: Source, at_least: int | None) -> torch.Tensor:
-    """Raises some exception where it is no plain colour JPEG, or Pillow is to decode it at a reduced size."""
+def _decode(source: Source, at_least: int | None) -> torch.Tensor:
+    """By torchvision what is a plain colour JPEG, and not to be decoded at a reduced size."""
     if isinstance(source, ShardMember):
         source = source.open().getvalue()
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -98,7 +101,7 @@ def _decode_jpeg(source: Source, at_least: int | None) -> torch.Tensor:
         if at_least:
             image.draft("RGB", (at_least, at_least))
         if (image.format, image.mode, image.size) != ("JPEG", "RGB", size):
-            raise ValueError("not for torchvision")
+            return _as_tensor(to_rgb(image))
     return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
 
 
