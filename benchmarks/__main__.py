@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace, names: list[str], path: Path) -> int:
 
     from benchmarks.measure import Setting
     from benchmarks.report import draw, format_table, to_json
-    from training.distributed import check_device
+    from training.runtime.distributed import check_device
 
     check_device(args.device)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

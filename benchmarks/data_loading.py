@@ -10,13 +10,13 @@ import webdataset
 import training
 from benchmarks.measure import Figure, Setting, as_photograph, fastest
 from dataloaders.scenes import LONG_KEYS, write_scenes
-from training.build import make_arranger
 from training.data.augment import normalise_pixels, without_normalisation
 from training.data.captions import CaptionRule
+from training.data.images import PictureReader
 from training.data.loader import SampleReader, make_loader
-from training.data.pictures import PictureReader
 from training.data.position import Stretch
-from training.data.sources import ShardSource, count_samples
+from training.data.shards import ShardSource, count_samples
+from training.model.from_flags import make_arranger
 
 MODEL = "lotlip_tiny"
 SIZE, MODEL_WIDTH = (384, 384), 224  # pixels: about what img2dataset leaves of a picture, and what ViT-B takes

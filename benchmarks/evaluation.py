@@ -25,11 +25,11 @@ from dataloaders.pairs import RetrievalSet
 from dataloaders.scenes import write_scenes
 from dataloaders.share4v import read_share4v
 from dataloaders.urban1k import read_urban1k
-from training.data.pictures import MODES
-from training.distributed import DistEnv
-from training.encode import ComputeOptions
+from training.data.images import MODES
+from training.eval.encode import ComputeOptions
+from training.eval.retrieval import evaluate_retrieval, plan_retrieval
 from training.model.factory import EncoderParts
-from training.retrieval import evaluate_retrieval, plan_retrieval
+from training.runtime.distributed import DistEnv
 
 PICTURE_SIZE = (2250, 1500)  # SA-1B's
 PUBLISHED_SIZES = {"share4v": 10_000, "dci": 7805, "iiw": 612, "urban1k": 1000}

@@ -5,7 +5,7 @@ from torch.nn.functional import normalize
 
 from benchmarks import published
 from benchmarks.measure import Figure, Setting, check_close, fastest, peak_bytes
-from training.loss import LongCaptionLoss
+from training.loss.caption_loss import LongCaptionLoss
 
 
 def run(setting: Setting) -> list[Figure]:

@@ -7,12 +7,12 @@ import torch
 
 import training
 from benchmarks.measure import Figure, Setting, fastest, reference_captions
-from training.build import make_arranger
-from training.checkpoint import CheckpointWriter, load_checkpoint
-from training.loss import LongCaptionLoss
-from training.optim import parameter_groups
-from training.step import Stepper
-from training.train_model import TrainModel
+from training.loss.caption_loss import LongCaptionLoss
+from training.model.from_flags import make_arranger
+from training.model.train_model import TrainModel
+from training.train.checkpoint import CheckpointWriter, load_checkpoint
+from training.train.optim import parameter_groups
+from training.train.step import Stepper
 
 MINUTES = 10  # --save-every-minutes
 

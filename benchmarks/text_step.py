@@ -17,7 +17,7 @@ from benchmarks.measure import (
     peak_bytes,
     reference_captions,
 )
-from training.build import make_arranger
+from training.model.from_flags import make_arranger
 from training.model.hf_encoders import encoder_layers
 from training.model.text_tower import CornerHFText
 

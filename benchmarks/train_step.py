@@ -11,12 +11,12 @@ from torch.nn.functional import normalize
 import training
 from benchmarks import published
 from benchmarks.measure import Figure, Setting, check_close, fastest, peak_bytes, reference_captions
-from training.build import make_arranger
-from training.loss import LongCaptionLoss
+from training.loss.caption_loss import LongCaptionLoss
+from training.model.from_flags import make_arranger
 from training.model.text_tower import LotlipCLIP
-from training.optim import parameter_groups
-from training.step import Stepper
-from training.train_model import TrainModel
+from training.model.train_model import TrainModel
+from training.train.optim import parameter_groups
+from training.train.step import Stepper
 
 NUM_LONG = 1
 

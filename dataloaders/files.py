@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+
 T = TypeVar("T")
 R = TypeVar("R")
 NUM_THREADS = 32  # a network disk answers one small request in milliseconds; the waiting overlaps

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from training.guard import StepGuard
 from training.main import main
+from training.train.nonfinite import StepGuard
 
 PATIENCE = 60.0  # seconds that a rank may outlive another, or a signal
 

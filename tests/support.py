@@ -54,7 +54,7 @@ def start_ranks(function: Callable, num_processes: int, *args: object) -> list[m
     """Starts function(rank, *args) in processes; they are forked from one that has imported what trainings need, once
     for all tests: to start Python and torch anew takes longer than most of what is tested."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["training.train", "training.evaluate"])
+    context.set_forkserver_preload(["training.train.run", "training.eval.run"])
     ranks = [context.Process(target=_begin, args=(function, rank, *args)) for rank in range(num_processes)]
     for rank in ranks:
         rank.start()

@@ -12,7 +12,7 @@ from test_loss import unit
 from benchmarks import published
 from benchmarks.__main__ import FIGURES, main
 from benchmarks.measure import Setting, check_close, peak_bytes, reference_captions
-from training.loss import LongCaptionLoss
+from training.loss.caption_loss import LongCaptionLoss
 from training.model.corner import prefix_attention
 
 

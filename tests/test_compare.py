@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from eval_files import write_flickr30k
-from training import compare
+from training.eval import compare
+from training.eval.metrics import paired_bootstrap
 from training.main import main
-from training.metrics import paired_bootstrap
 
 
 def ranked_by(folder, name, noise, num=60, seed=0, captions=2):

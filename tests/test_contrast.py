@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from benchmarks.measure import Setting, peak_bytes
 from support import end_ranks, free_ports, start_ranks
-from training.contrast import ContrastRule, contrast
-from training.loss import LongCaptionLoss, LongCaptionSigLipLoss
+from training.loss.blockwise import ContrastRule, contrast
+from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 
 
 def plain_terms(kind, images, texts, scale, bias):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import training
-from training import corner_view
+from training.eval import corner_view
 from training.model.attention import special_attention, words_of
 from training.model.corner import prefix_attention
 from training.model.hf_encoders import run_encoder

@@ -22,8 +22,8 @@ from eval_files import (
     write_table,
 )
 from support import evaluate, read_results, run_command
+from training.eval.metrics import count_ranks, summarise
 from training.main import main
-from training.metrics import count_ranks, summarise
 
 
 def test_docci_whole_and_by_sentence(tmp_path):
@@ -220,7 +220,7 @@ def test_features_of_shards_are_cached_too(tmp_path, tiny_clip, monkeypatch):
         record = evaluate(tmp_path, tiny_clip, *flags, "--image-decoding", mode)
         kept += 1
         assert len(list((tmp_path / "cache").iterdir())) == kept and record["flags"]["image_decoding"] == mode
-    monkeypatch.setattr("training.retrieval.encode_images", None)  # a second run must not encode
+    monkeypatch.setattr("training.eval.retrieval.encode_images", None)  # a second run must not encode
     second = evaluate(tmp_path, tiny_clip, *flags)
     assert {k: v for k, v in first.items() if "retrieval-" in k} == {
         k: v for k, v in second.items() if "retrieval-" in k

@@ -19,10 +19,10 @@ from support import free_ports
 from training.data import tar
 from training.data.captions import CaptionRule
 from training.data.faults import FAULT_KINDS
+from training.data.images import PictureReader
 from training.data.loader import SampleReader, make_loader
-from training.data.pictures import PictureReader
 from training.data.position import Stretch
-from training.data.sources import ResampledShards, ShardSource, count_samples
+from training.data.shards import ResampledShards, ShardSource, count_samples
 from training.data.tar import BrokenShardError, index_shard, read_samples
 from training.main import main
 

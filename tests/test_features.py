@@ -16,7 +16,7 @@ import training
 from dataloaders.images import load_rgb
 from support import read_results, run_ranks
 from training.data.features import read_features, read_index
-from training.data.sources import ShardSource, count_samples, expand_sources
+from training.data.shards import ShardSource, count_samples, expand_sources
 from training.data.tar import read_samples
 from training.main import main
 

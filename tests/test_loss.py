@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing as mp
 
 from support import REFERENCE, end_ranks, free_ports, start_ranks
-from training.loss import LongCaptionLoss, LongCaptionSigLipLoss
+from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 
 SAVED = np.load(REFERENCE / "losses.npz")
 CASES = sorted({name.rsplit("/", 1)[0] for name in SAVED if name.endswith("/total")})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics import (
+from training.eval.metrics import (
     RankCounts,
     bootstrap_interval,
     count_ranks,

@@ -16,7 +16,7 @@ from training.model.corner import prefix_attention
 from training.model.packing import CaptionArranger, bucket_bounds
 from training.model.row_attention import flex_fault, make_row_mask
 from training.model.tokenizer import CornerCLIPTokenizer
-from training.train_model import TrainModel
+from training.model.train_model import TrainModel
 
 CPU = torch.device("cpu")
 
@@ -239,8 +239,8 @@ def test_clips_exclamation_marks_are_no_padding():
 
 def test_captions_sorted_by_length_have_the_features_of_unsorted_ones():
     import training
-    from training.distributed import DistEnv
-    from training.encode import ComputeOptions, encode_texts
+    from training.eval.encode import ComputeOptions, encode_texts
+    from training.runtime.distributed import DistEnv
 
     torch.manual_seed(0)
     model = training.create_model("lotlip_tiny", pretrained_text=False).eval()

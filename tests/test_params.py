@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training.params import build_parser, parse_args
+from training.flags.parser import build_parser, parse_args
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,9 +18,9 @@ from training.data.captions import CaptionRule, choose_captions
 from training.data.tar import read_samples
 from training.prepare import recaption
 from training.prepare.__main__ import main
-from training.prepare.clean import clean_caption
 from training.prepare.engines import Generated, TransformersEngine
 from training.prepare.recaption import judge
+from training.prepare.tables.clean import clean_caption
 
 PROMPT = "Describe this image in detail"
 MAX_TOKENS = 14

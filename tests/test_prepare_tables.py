@@ -17,9 +17,9 @@ import pytest
 
 from support import run_command
 from training.data.captions import CaptionRule, choose_captions
-from training.prepare import chunk, records
 from training.prepare.__main__ import main
-from training.prepare.clean import clean_caption, is_refusal, is_repetitive
+from training.prepare.tables import chunk, records
+from training.prepare.tables.clean import clean_caption, is_refusal, is_repetitive
 
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
 SHORT = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
@@ -90,7 +90,8 @@ def test_parts_are_the_same_bytes_however_often_a_run_is_stopped(tmp_path, monke
 
     # A stop at any place where something has just been written, again and again, until it comes through.
     real, num_stops = chunk.whole_file, 0
-    from training.prepare import tables, work
+    from training.prepare import work
+    from training.prepare.tables import run as tables
 
     for count in range(1, 200):
         left = [count]

@@ -11,10 +11,10 @@ from PIL import Image
 
 from eval_files import write_coco, write_image
 from support import read_results
-from training.feature_files import read_features
+from training.eval.npz import read_features
+from training.eval.report.matches import top_matches
+from training.eval.report.thumbnails import make_thumbnails
 from training.main import main
-from training.report.matches import top_matches
-from training.report.thumbnails import make_thumbnails
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> $1_2 & co"

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from support import run_lab, run_ranks
-from training.guard import StepGuard
 from training.main import main
-from training.step import Stepper
+from training.train.nonfinite import StepGuard
+from training.train.step import Stepper
 
 FLAGS = (
     "--model lotlip_tiny --workers 0 --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 4"

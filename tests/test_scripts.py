@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.params import parse_args
+from training.flags.parser import parse_args
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from training.loss import LongCaptionLoss
-from training.optim import make_schedule, parameter_groups
-from training.step import LOGIT_SCALE_MAX, Stepper
+from training.loss.caption_loss import LongCaptionLoss
+from training.train.optim import make_schedule, parameter_groups
+from training.train.step import LOGIT_SCALE_MAX, Stepper
 
 
 class Towers(nn.Module):
@@ -115,7 +115,7 @@ def test_schedules(name):
 def test_a_locked_image_tower_encodes_each_image_once():
     """And what comes of the step is the same as with its images going through the model, twice."""
     import training
-    from training.train_model import TrainModel
+    from training.model.train_model import TrainModel
 
     torch.manual_seed(0)
     start = training.create_model("lotlip_tiny", pretrained_text=False).eval()

@@ -16,10 +16,10 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from training.data.captions import CaptionRule
+from training.data.images import PictureReader
 from training.data.loader import NoUsableSampleError, SampleReader, make_loader
-from training.data.pictures import PictureReader
 from training.data.position import Stretch
-from training.data.sources import ResampledShards, ShardSource, count_samples, expand_sources
+from training.data.shards import ResampledShards, ShardSource, count_samples, expand_sources
 from training.data.tables import read_table
 from training.data.tar import BrokenShardError, index_shard, read_samples
 

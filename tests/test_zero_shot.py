@@ -31,7 +31,7 @@ def test_zero_shot_equals_open_clip(tmp_path, tiny_clip, capsys, monkeypatch):
     import open_clip
 
     templates = open_clip.OPENAI_IMAGENET_TEMPLATES[:1]  # all 80 would take minutes
-    monkeypatch.setattr("training.zero_shot.OPENAI_IMAGENET_TEMPLATES", templates)
+    monkeypatch.setattr("training.eval.zero_shot.OPENAI_IMAGENET_TEMPLATES", templates)
     val, v2 = write_imagenet(tmp_path / "val"), write_imagenet_v2(tmp_path / "v2")
     record = evaluate(tmp_path, tiny_clip, "--imagenet-val", val, "--imagenet-v2", v2)
     out = capsys.readouterr().out
@@ -55,10 +55,10 @@ def check_classifier(rank: int, name: str, port: int) -> None:
     import open_clip
 
     import training
-    from training.distributed import distributed
-    from training.encode import ComputeOptions
+    from training.eval.encode import ComputeOptions
+    from training.eval.zero_shot import build_classifier
     from training.model.factory import EncoderParts
-    from training.zero_shot import build_classifier
+    from training.runtime.distributed import distributed
 
     set_rank(rank, 2, port)
     names, templates = open_clip.IMAGENET_CLASSNAMES[:25], open_clip.OPENAI_IMAGENET_TEMPLATES[:2]
@@ -77,7 +77,7 @@ def test_processes_build_one_classifier(tiny_clip):
 def test_short_benchmarks_are_evaluated_in_mid_training(tmp_path, scenes, monkeypatch):
     import open_clip
 
-    monkeypatch.setattr("training.zero_shot.OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:1])
+    monkeypatch.setattr("training.eval.zero_shot.OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:1])
     argv = [
         "--model",
         "lotlip_tiny",
@@ -107,7 +107,7 @@ def test_short_benchmarks_are_evaluated_in_mid_training(tmp_path, scenes, monkey
 
 
 def test_label_ranks_by_brute_force():
-    from training.zero_shot import count_label_ranks
+    from training.eval.zero_shot import count_label_ranks
 
     rng = np.random.default_rng(0)
     features, classifier = torch.tensor(rng.normal(size=(50, 6))), torch.tensor(rng.normal(size=(6, 9)))

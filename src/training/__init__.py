@@ -1,22 +1,26 @@
 """LoTLIP: long text-image pre-training and retrieval on top of open_clip.
 
-An import adds our model names to open_clip's list; `create_model_and_transforms`, `create_model` and `get_tokenizer`
-are drop-in for open_clip's functions of the same names.
+`create_model_and_transforms`, `create_model` and `get_tokenizer` replace open_clip's functions of the same names.
+`register_model_configs` adds our model names to open_clip's own list. Everything is imported on first use.
 """
 
-import sys
+import importlib
 
-__all__ = ["create_model", "create_model_and_transforms", "get_tokenizer", "save_pretrained"]
+_HOMES = {
+    "create_model": "training.model.factory",
+    "create_model_and_transforms": "training.model.factory",
+    "get_tokenizer": "training.model.factory",
+    "register_model_configs": "training.model.config",
+    "save_pretrained": "training.model.saving",
+}
+__all__ = list(_HOMES)
 
 
-def __getattr__(name: str):
-    if name in __all__:
-        from training import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-# `python -m training.main --help` imports this package first, and must not wait seconds for open_clip.
-if sys.argv[:1] != ["-m"]:
-    from training.api import create_model, create_model_and_transforms, get_tokenizer, save_pretrained
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from training.params import parse_args
+from training.flags.parser import parse_args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,18 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from training.distributed import EXIT_LOST, check_device, fail, is_lost_rank
+    from training.runtime.distributed import EXIT_LOST, check_device, fail, is_lost_rank
 
     try:
         check_device(args.device)
     except ValueError as error:
         return fail(error, 2)
     if args.extract_image_features:
-        from training.extract import extract as work
+        from training.train.extract import extract as work
     elif args.train_data:
-        from training.train import train as work
+        from training.train.run import train as work
     else:
-        from training.evaluate import evaluate as work
+        from training.eval.run import evaluate as work
     try:
         return work(args)
     except RuntimeError as error:

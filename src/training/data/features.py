@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from training.data.faults import Totals
 from training.data.tar import BrokenShardError, RawSample
-from training.errors import first_line
+from training.runtime.messages import first_line
 
 SUFFIX = ".features.parquet"
 INDEX = "features.json"

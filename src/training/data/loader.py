@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
 from training.data.faults import BadSample
-from training.data.pictures import PictureReader
+from training.data.images import PictureReader
 from training.data.position import Segment, Stretch, count_items, cut
-from training.data.sources import Source
+from training.data.shards import Source
 from training.data.tar import BrokenShardError, RawSample
+from training.runtime.stop import STOP_SIGNALS
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM preempts with the first, and warns with the second
 
 
 class TrainBatch(NamedTuple):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+SHUFFLE_WINDOW = 1000  # samples of a stretch that are shuffled together
+
 
 class Segment(NamedTuple):
     """Items number `first` to `last` of what ``source.read(epoch, start, stop)`` yields."""

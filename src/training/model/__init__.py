@@ -1,0 +1,1 @@
+"""Models by name: config, towers, tokenizers, weights."""

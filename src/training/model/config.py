@@ -13,7 +13,7 @@ from pathlib import Path
 import open_clip
 import timm
 
-from training.errors import first_line
+from training.runtime.messages import first_line
 
 LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"

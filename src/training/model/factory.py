@@ -20,7 +20,7 @@ from dataloaders.images import to_rgb
 from training.model.config import ModelSpec, find_pretrained_folder, not_found, resolve_model_config
 from training.model.hf_encoders import encoder_config, load_pretrained_encoder
 from training.model.packing import CaptionArranger
-from training.model.source import WEIGHT_SUFFIXES, resolve_weights
+from training.model.resolve import WEIGHT_SUFFIXES, resolve_weights
 from training.model.text_tower import CornerCLIPText, CornerHFText, LotlipCLIP
 from training.model.tokenizer import create_tokenizer
 from training.model.weights import UNSAFE_FILE, load_pretrained_image, load_pretrained_text, load_weights

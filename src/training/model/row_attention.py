@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from training.errors import first_line
 from training.model.corner import additive_mask, prefix_attention
 from training.model.packing import ROW_BLOCK, CaptionArranger, Row
+from training.runtime.messages import first_line
 
 NAME = "lotlip_rows"
 FLEX_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # of numbers about 1; fp32 may be TF32 on a GPU

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from training.errors import first_line
+from training.runtime.messages import first_line
 
 _EMBEDDINGS = "text.transformer.embeddings."
 WORD_TABLES = (_EMBEDDINGS + "word_embeddings.weight", _EMBEDDINGS + "tok_embeddings.weight")

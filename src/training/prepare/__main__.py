@@ -8,7 +8,13 @@ from collections.abc import Sequence
 
 from training.prepare.params import build_parser
 
-MODULES = {"inspect": "inspect_shards"}
+MODULES = {
+    "tables": "tables.run",
+    "download": "download",
+    "join": "shards.join",
+    "recaption": "recaption",
+    "inspect": "inspect.run",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    module = MODULES.get(args.command, args.command)
-    return importlib.import_module(f"training.prepare.{module}").run(args)
+    return importlib.import_module(f"training.prepare.{MODULES[args.command]}").run(args)
 
 
 if __name__ == "__main__":

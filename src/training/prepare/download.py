@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 
 from dataloaders.files import parallel_map
 from training.data.tar import index_shard
-from training.errors import first_line
-from training.prepare.columns import KEY, RAW, URL
-from training.prepare.order import order_shard
+from training.prepare.shards.order import order_shard
+from training.prepare.tables.columns import KEY, RAW, URL
 from training.prepare.work import format_counts, load_json, progress, write_json
+from training.runtime.messages import first_line
 
 STATE = ".download"
 # Fewer kinds than messages: addresses and numbers in them differ.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from PIL import Image
 
-from training.errors import first_line
+from training.runtime.messages import first_line
 
 # What each is for is said in TRAIN_DATASETS.md; how the published captions were asked for is not published with them.
 PROMPTS = {

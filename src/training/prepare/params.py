@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from training.flag_types import json_object, names, not_negative, positive, positive_numbers
+from training.flags.types import json_object, names, not_negative, positive, positive_numbers
 
 COMMANDS = {
     "tables": "clean published caption tables into Parquet parts",

@@ -17,9 +17,8 @@ from PIL import Image
 from training.data.faults import FAULT_KINDS, BadSample
 from training.data.loader import read_image
 from training.data.tar import BrokenShardError, RawSample, read_samples
-from training.prepare.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.engines import PROMPTS, Engine, Generated, make_engine
-from training.prepare.shards import (
+from training.prepare.shards.files import (
     BrokenShardFile,
     Place,
     fingerprint,
@@ -30,6 +29,7 @@ from training.prepare.shards import (
     rewrite_shard,
     write_note,
 )
+from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.work import add_counts, format_counts, progress, whole_file
 
 STATE = ".recaption"

@@ -1,0 +1,163 @@
+"""From flags to data: opens what --train-data names, checks it, and says how long an epoch is."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch.utils.data import DataLoader
+
+from dataloaders.files import TABLE_SUFFIXES
+from training.data.augment import without_normalisation
+from training.data.captions import CaptionRule, captions_found
+from training.data.faults import BadSample
+from training.data.images import IN_TRAINING, PictureReader
+from training.data.loader import SampleReader, make_loader, read_record
+from training.data.position import Stretch
+from training.data.shards import ResampledShards, ShardSource, Source, count_samples, expand_sources
+from training.data.tables import TableSource, read_table
+from training.data.tar import BrokenShardError
+from training.runtime.distributed import DistEnv, agree, together
+
+NUM_LOOKED_AT = 100
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """A source with what its batches are made by.
+
+    Attributes:
+        source: the samples.
+        reader: sample -> pixels and texts, of epoch 0.
+        workers: loader processes.
+    """
+
+    source: Source
+    reader: SampleReader
+    workers: int
+
+    def loader(self, epoch: int, stretch: Stretch, pin: bool) -> DataLoader:
+        """Returns the batches of an epoch for one process."""
+        return make_loader(self.source, replace(self.reader, epoch=epoch), stretch, self.workers, pin)
+
+
+def caption_rule(args: argparse.Namespace) -> CaptionRule:
+    """Returns the rule that the flags describe."""
+    return CaptionRule(
+        raw_keys=args.raw_caption_keys,
+        short_keys=args.short_caption_keys,
+        long_keys=args.long_caption_keys,
+        num_long=args.num_long_captions,
+        captions=args.captions,
+        num_sentences=args.sub_caption_sentences,
+    )
+
+
+def open_source(
+    args: argparse.Namespace, flag: str, spec: str, rule: CaptionRule, env: DistEnv, resampled: bool = False
+) -> Source:
+    """Opens data on every rank; rank 0 looks for files, counts samples and checks captions.
+
+    Args:
+        args: flags about tables, order and factors.
+        flag: ``--train-data`` or ``--val-data``, for messages.
+        spec: what it names.
+        rule: captions to look for.
+        env: this process.
+        resampled: draw shards with replacement.
+
+    Raises:
+        FileNotFoundError, ValueError: on all ranks; names what is missing or does not fit.
+    """
+
+    def table() -> TableSource:
+        keys = (*rule.raw_keys, *rule.short_keys, *rule.long_keys)
+        separator = args.csv_separator if spec.endswith(".csv") else None
+        return read_table(spec, args.csv_img_key, keys, separator, args.seed)
+
+    def shards() -> Source:
+        if resampled:
+            sources = expand_sources(spec)
+            factors = _factors(args.train_data_upsampling_factors, len(sources))
+            urls = [url for shards in sources for url in shards]
+            weights = [factor for factor, shards in zip(factors, sources) for _ in shards]
+            return ResampledShards(urls, weights, args.train_num_samples, args.seed, args.shuffle_window)
+        urls = [url for shards in expand_sources(spec) for url in shards]
+        return ShardSource(urls, count_samples(urls), args.seed, args.shuffle_window)
+
+    def checked(open_: Callable[[], Source]) -> Source:
+        try:
+            source = open_()
+            _check_captions(source, rule, spec)
+        except (ValueError, OSError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{flag} {error}") from error
+        return source
+
+    if spec.endswith(TABLE_SUFFIXES):
+        # A table is not sent around: once rank 0 has found its own good, the others read theirs.
+        opened: list[Source] = []
+        agree(lambda: opened.append(checked(table)), env)
+        return together(lambda: opened[0] if opened else table(), env)
+    return agree(lambda: checked(shards), env)
+
+
+def open_train_data(
+    args: argparse.Namespace,
+    transform: Callable,
+    tokenizer: Callable,
+    source: Source,
+    arrange: Callable | None = None,
+) -> TrainData:
+    """Puts a source together with what its samples are read through."""
+    pictures = PictureReader(without_normalisation(transform), args.image_decoding or IN_TRAINING)
+    reader = SampleReader(pictures, tokenizer, caption_rule(args), args.seed, 0, arrange)
+    return TrainData(source, reader, args.workers)
+
+
+def _factors(text: str | None, num_sources: int) -> list[float]:
+    if not text:
+        return [1.0] * num_sources
+    try:
+        factors = [float(word) for word in text.split("::")]
+    except ValueError:
+        factors = []
+    if len(factors) != num_sources or min(factors) < 0 or not sum(factors):
+        raise ValueError(
+            f"--train-data-upsampling-factors {text}: expected {num_sources} numbers apart by ::, one for each source"
+        )
+    return factors
+
+
+def _check_captions(source: Source, rule: CaptionRule, spec: str) -> None:
+    """Looks at the first samples: keys that no sample has are a mistake in the flags, found out now.
+
+    Raises:
+        ValueError: no sample, none of them can be read, or none has the captions asked for.
+    """
+    if not source.num_samples:
+        raise ValueError(f"{spec}: no samples in it")
+    has_short = has_long = 0
+    keys, faults = set(), []
+    for raw in source.read(0, 0, min(NUM_LOOKED_AT, source.num_samples)):
+        try:
+            if isinstance(raw, BrokenShardError):
+                raise BadSample(str(raw))
+            record = read_record(raw)
+        except BadSample as error:
+            faults.append(str(error))
+            continue
+        keys |= set(record)
+        short, long = captions_found(record, rule)
+        has_short, has_long = has_short + short, has_long + long
+    if faults and not keys:
+        raise ValueError(f"{spec}: none of the first {len(faults)} samples can be read: {faults[0]}")
+    there = f"the first samples have {', '.join(sorted(keys)) or 'no captions'}"
+    wants_long = rule.captions != "raw" and rule.num_long > 0
+    if not has_short and not (wants_long and has_long):
+        asked = ", ".join((*rule.raw_keys, *rule.short_keys))
+        raise ValueError(f"{spec}: no short caption under {asked} (--raw-caption-keys); {there}")
+    if wants_long and not has_long:
+        raise ValueError(
+            f"{spec}: no long caption under {', '.join(rule.long_keys)} (--long-caption-keys); {there}. "
+            "To train on short captions alone, add --captions raw"
+        )

@@ -1,0 +1,242 @@
+"""Where training samples come from: tar shards here, tables in tables.py.
+
+A source lays the samples of an epoch out as one sequence of slots. A loader process takes a stretch of it, start to
+stop, so any number of processes sees every sample exactly once, however many shards there are. What is read from a
+stretch is a function of (seed, epoch, start, stop): the number of slots read is a position to go on from.
+"""
+
+import glob
+import itertools
+import logging
+import os
+import random
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import sha256
+from typing import Protocol
+
+from webdataset.shardlists import expand_urls
+
+from training.data.features import SUFFIX as FEATURES
+from training.data.features import count_features, feature_files, is_feature_folder, read_features
+from training.data.position import SHUFFLE_WINDOW
+from training.data.tar import BrokenShardError, Part, RawSample, index_shard, is_local, read_samples, read_sizes
+
+
+class Source(Protocol):
+    """What a loader process needs.
+
+    Attributes:
+        num_samples: in one epoch.
+    """
+
+    num_samples: int
+
+    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
+        """Yields what is in slots start..stop of the epoch, without the first `skip` that a call without it yields.
+
+        Each slot gives one item: a sample, or the reason why it can't be read.
+        """
+
+    def fingerprint(self) -> str:
+        """Returns the same text for sources of which `read` gives the same; a folder may have moved."""
+
+
+class ShardSource:
+    """Tar shards, each sample once an epoch.
+
+    The shards are shuffled anew each epoch; within a process's stretch, samples are shuffled among windows of
+    neighbours, so that starting in the middle costs one window, not the epoch.
+
+    Args:
+        urls: shards.
+        sizes: samples in each.
+        seed: of both shuffles.
+        window: samples shuffled together.
+    """
+
+    def __init__(self, urls: Sequence[str], sizes: Sequence[int], seed: int, window: int = SHUFFLE_WINDOW):
+        self.urls, self.sizes = list(urls), list(sizes)
+        self.seed, self.window = seed, window
+        self.num_samples = sum(sizes)
+
+    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
+        order = list(range(len(self.urls)))
+        random.Random(f"{self.seed}/{epoch}/shards").shuffle(order)
+        ends = list(itertools.accumulate(self.sizes[i] for i in order))
+        number, within = divmod(skip, self.window)
+        stream = self._in_order(order, ends, start + number * self.window, stop)
+        shuffled = shuffle_windows(stream, self.window, f"{self.seed}/{epoch}/{start}", number)
+        yield from itertools.islice(shuffled, within, None)
+
+    def parts(self) -> list[Part]:
+        """The shards."""
+        return [Part(os.path.basename(u), size, partial(read_shard, u)) for u, size in zip(self.urls, self.sizes)]
+
+    def fingerprint(self) -> str:
+        """As `Source.fingerprint`."""
+        return _fingerprint("shards", _names(self.urls), self.sizes, self.seed, self.window)
+
+    def _in_order(self, order, ends, start, stop) -> Iterator[RawSample | BrokenShardError]:
+        for place in range(bisect_right(ends, start), len(order)):
+            url, size = self.urls[order[place]], self.sizes[order[place]]
+            begin = ends[place] - size
+            if begin >= stop:
+                return
+            done, last = max(start - begin, 0), min(stop - begin, size)
+            fault = BrokenShardError(f"{url}: fewer samples than sizes.json counts")
+            try:
+                for sample in read_shard(url, done, last):
+                    yield sample
+                    done += 1
+            except BrokenShardError as error:
+                fault = error
+            yield from itertools.repeat(fault, last - done)
+
+
+class ResampledShards:
+    """Tar shards drawn with replacement, as often as their source's factor says; for shards of unknown size.
+
+    Args:
+        urls: shards.
+        factors: how often to draw each, relative to the others.
+        num_samples: what counts as an epoch.
+        seed, window: as of `ShardSource`.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], factors: Sequence[float], num_samples: int, seed: int, window: int = SHUFFLE_WINDOW
+    ):
+        self.urls, self.factors = list(urls), list(factors)
+        self.num_samples, self.seed, self.window = num_samples, seed, window
+
+    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
+        name = f"{self.seed}/{epoch}/{start}"
+        number, within = divmod(skip, self.window)
+        stream = self._drawn(random.Random(name), number * self.window)
+        shuffled = shuffle_windows(stream, self.window, name, number)
+        yield from itertools.islice(shuffled, within, stop - start - number * self.window)
+
+    def fingerprint(self) -> str:
+        """As `Source.fingerprint`."""
+        return _fingerprint("resampled", _names(self.urls), self.factors, self.num_samples, self.seed, self.window)
+
+    def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample | BrokenShardError]:
+        """Samples of one shard after another, without the first `skip`; whole local shards are not read for that."""
+        while True:
+            (url,) = rng.choices(self.urls, self.factors)
+            first, size = 0, _whole_size(url) if skip else None
+            if size is not None:
+                first = min(skip, size)
+                skip -= first
+                if first == size:
+                    continue
+            for item in _with_fault(read_shard(url, first)):
+                if skip:
+                    skip -= 1
+                else:
+                    yield item
+
+
+def read_shard(url: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
+    """Reads a tar shard, or a file of features: see `tar.read_samples`."""
+    return read_features(url, first, stop) if url.endswith(FEATURES) else read_samples(url, first, stop)
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    return [os.path.basename(url) for url in urls]
+
+
+def _fingerprint(*parts: object) -> str:
+    return sha256(repr(parts).encode()).hexdigest()
+
+
+def _whole_size(url: str) -> int | None:
+    """Samples of a local shard without faults; of any other only reading tells how many items it gives."""
+    try:
+        if url.endswith(FEATURES):
+            return count_features(url)
+        index = index_shard(url) if is_local(url) else None
+    except OSError:
+        return None
+    return len(index.offsets) if index and not index.fault else None
+
+
+def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample | BrokenShardError]:
+    """Ends with the reason where a shard breaks off."""
+    try:
+        yield from samples
+    except BrokenShardError as error:
+        yield error
+
+
+def shuffle_windows(stream: Iterator, window: int, name: str, first: int = 0) -> Iterator:
+    """Shuffles a stream among windows of `window` neighbours, the first of which has the number `first`.
+
+    How window k is shuffled depends on `name` and k alone.
+    """
+    for number in itertools.count(first):
+        samples = list(itertools.islice(stream, window))
+        if not samples:
+            return
+        random.Random(f"{name}/{number}").shuffle(samples)
+        yield from samples
+
+
+def expand_sources(spec: str) -> list[list[str]]:
+    """Expands the flag: sources apart by ``::``, each a folder (its ``*.tar``), a URL with braces, or a file.
+
+    A folder of image features stands for its files.
+
+    Raises:
+        FileNotFoundError, ValueError: a local shard or folder is not there, or a folder holds none.
+    """
+    sources = []
+    for part in spec.split("::"):
+        if is_feature_folder(part):
+            urls = feature_files(part)
+        elif os.path.isdir(part):
+            urls = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
+            if not urls:
+                raise ValueError(f"{part}: no *.tar in this folder")
+        else:
+            urls = [part] if part.startswith("pipe:") and "{" not in part else expand_urls(part)
+        sources.append(list(urls))
+    missing = [url for urls in sources for url in urls if is_local(url) and not os.path.isfile(url)]
+    if missing:
+        total = sum(map(len, sources))
+        shown = ", ".join(missing[:3]) + (", .." if len(missing) > 3 else "")
+        raise FileNotFoundError(f"{spec}: {len(missing):,} of {total:,} shards are missing: {shown}")
+    return sources
+
+
+def count_samples(urls: Sequence[str]) -> list[int]:
+    """Counts the samples of shards: from ``sizes.json`` beside them, else from the headers of local files.
+
+    A shard that breaks off counts as far as it goes, with a warning.
+
+    Raises:
+        ValueError: a remote shard that no sizes.json counts, or a local one that is no tar file.
+    """
+    if all(url.endswith(FEATURES) for url in urls):
+        return [count_features(url) for url in urls]
+    folders = {os.path.dirname(url) for url in urls if not url.startswith("pipe:")}
+    sizes = {folder: read_sizes(folder) for folder in folders}
+    known = [sizes.get(os.path.dirname(url), {}).get(os.path.basename(url)) for url in urls]
+    unknown = [url for url, size in zip(urls, known) if size is None]
+    remote = [url for url in unknown if not is_local(url)]
+    if remote:
+        raise ValueError(
+            f"{remote[0]}: number of samples unknown (of {len(remote):,} remote shards); put sizes.json "
+            f'({{"00000.tar": 10000, ..}}) beside them, or add --dataset-resampled and --train-num-samples'
+        )
+    with ThreadPoolExecutor(16) as pool:
+        counted = dict(zip(unknown, pool.map(index_shard, unknown)))
+    for index in counted.values():
+        if index.fault and not index.offsets:
+            raise ValueError(index.fault)
+        if index.fault:
+            logging.warning(f"{index.fault}; its {len(index.offsets):,} samples before that are used")
+    return [len(counted[url].offsets) if size is None else size for url, size in zip(urls, known)]

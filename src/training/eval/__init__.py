@@ -1,0 +1,1 @@
+"""Evaluation: benchmark -> encode -> rank -> report."""

@@ -1,0 +1,144 @@
+"""Puts evaluations side by side: differences in R@1 with paired bootstrap intervals, and which queries flipped.
+
+    python -m training.compare logs/first logs/second [logs/third ..] [--flips flips.csv] [--json compared.json]
+
+Every run is compared with the first one, on the benchmarks of which both ranked the same pairs.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
+    """Compares runs with the first of them.
+
+    Args:
+        runs: folders LOGS/NAME of evaluations.
+
+    Returns:
+        One record per benchmark, direction and run: ``benchmark``, ``direction``, ``run``, ``top1``, and for all runs
+        but the first ``difference``, ``low``, ``high`` (95% interval), ``p`` and the number of queries ``gained`` and
+        ``lost``; and notes on what could not be compared.
+
+    Raises:
+        FileNotFoundError, ValueError: a run without ranks, or no benchmark in common.
+    """
+    from training.eval.metrics import paired_bootstrap
+    from training.eval.report.ranks import read_ranks
+    from training.eval.results import DIRECTIONS
+
+    loaded = [read_ranks(run) for run in runs]
+    names = _names(runs)
+    records, notes = [], []
+    for key, first in loaded[0].items():
+        for name, other in zip(names[1:], loaded[1:]):
+            if key not in other:
+                notes.append(f"{first.title}: not evaluated in {name}")
+            elif other[key].digest != first.digest:
+                notes.append(f"{first.title}: {name} ranked other pairs than {names[0]}; not comparable")
+        same = [(n, o[key]) for n, o in zip(names, loaded) if key in o and o[key].digest == first.digest]
+        if len(same) < 2:
+            continue
+        for direction in DIRECTIONS:
+            before = first.top1[direction]
+            # Captions of one image are no independent draws: images are resampled, with all their captions.
+            clusters = first.owner if direction == "t2i" else None
+            for name, ranks in same:
+                after = ranks.top1[direction]
+                record = {"benchmark": first.title, "direction": direction, "run": name, "top1": float(after.mean())}
+                if ranks is not first:
+                    found = paired_bootstrap(before, after, clusters)
+                    flips = {"gained": int((after > before).sum()), "lost": int((after < before).sum())}
+                    record |= {**found._asdict(), **flips, "num_queries": len(after)}
+                records.append(record)
+    if not records:
+        raise ValueError("no benchmark was evaluated on the same pairs in two runs\n" + "\n".join(notes))
+    return records, notes
+
+
+def _names(runs: Sequence[str]) -> list[str]:
+    """Last part of each path where that tells them apart."""
+    short = [Path(run).resolve().name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run) for run in runs]
+
+
+def format_comparison(records: Sequence[dict[str, object]]) -> str:
+    """Returns the table for a terminal, in percent and points."""
+    from tabulate import tabulate
+
+    from training.eval.results import DIRECTIONS
+
+    rows, last = [], None
+    for r in records:
+        place = (r["benchmark"], DIRECTIONS[r["direction"]])
+        row = [*(place if place != last else ("", "")), r["run"], f"{100 * r['top1']:.2f}"]
+        last = place
+        if "p" in r:
+            star = " *" if r["p"] < 0.05 else ""
+            row += [f"{100 * r['difference']:+.2f}", f"{100 * r['low']:+.1f} to {100 * r['high']:+.1f}"]
+            row += [f"{r['p']:.4f}{star}", r["gained"], r["lost"]]
+        rows.append(row + [""] * (9 - len(row)))
+    headers = ["benchmark", "", "run", "R@1", "difference", "95% interval", "p", "gained", "lost"]
+    align = ["left"] * 3 + ["right"] * 3 + ["left", "right", "right"]
+    return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+
+
+def write_flips(runs: Sequence[str], path: Path) -> int:
+    """Writes a CSV of the queries of which the right answer comes first in some runs and not in others.
+
+    Returns:
+        Number of queries in it.
+    """
+    from training.eval.report.ranks import read_ranks
+    from training.eval.results import DIRECTIONS
+
+    loaded, rows = [read_ranks(run) for run in runs], []
+    for key, first in loaded[0].items():
+        if any(key not in other or other[key].digest != first.digest for other in loaded):
+            continue
+        for direction in DIRECTIONS:
+            ranks = [other[key].rank[direction] for other in loaded]
+            for query, own in enumerate(zip(*ranks)):
+                if len({rank == 1 for rank in own}) > 1:
+                    image = first.owner[query] if direction == "t2i" else query
+                    rows.append([first.title, direction, query + 1, first.images[image], *(f"{r:g}" for r in own)])
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        heading = ["benchmark", "direction", "query_number", "image", *(f"rank in {name}" for name in _names(runs))]
+        csv.writer(file).writerows([heading, *rows])
+    return len(rows)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of an evaluation, LOGS/NAME; two or more")
+    parser.add_argument("--flips", type=Path, metavar="FILE", help="CSV of the queries that flipped, with their ranks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the table's numbers, as fractions")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 for a usage error."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if len(args.runs) < 2:
+            raise ValueError("expected two runs or more")
+        records, notes = compare(args.runs)
+        num_flips = write_flips(args.runs, args.flips) if args.flips else 0
+        if args.json:
+            args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(format_comparison(records))
+    print("\n* p < 0.05, two-sided paired bootstrap over images; not corrected for several comparisons.")
+    for note in notes:
+        print(note)
+    if args.flips:
+        print(f"Queries that flipped: {num_flips:,}, listed in {args.flips}")
+    return 0

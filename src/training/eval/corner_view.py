@@ -1,0 +1,151 @@
+"""Shows what the corner tokens of a model see: attention over the words of a caption, and how alike the features are.
+
+    python -m training.corner_view "A red car. Two dogs run on the left." --model lotlip_bert-ViT-B-16 \\
+      --pretrained model.pt --out corners.png
+
+Writes the figure (.png, .svg or .pdf, by the suffix) and its numbers beside it (.json).
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+SUFFIXES = (".png", ".svg", ".pdf")
+LINE = 88  # characters of a caption in a line of the figure
+
+
+def view(args: argparse.Namespace) -> dict[str, object]:
+    """Runs a caption through a model.
+
+    Returns:
+        ``words``; ``tokens``: names of [CLS] (or [EOT]) and the corners; ``attention``: for each of them the share that
+        each word gets, pieces summed; ``elsewhere``: the share that special tokens get; ``similarity``: cosines of
+        their features, [m + 1, m + 1].
+
+    Raises:
+        ValueError, FileNotFoundError: as `factory.create_model`, or a model without corner tokens.
+    """
+    import torch
+
+    from training.model.attention import special_attention, words_of
+    from training.model.factory import create_model, get_tokenizer
+    from training.model.resolve import resolve_weights
+    from training.model.tokenizer import CornerHFTokenizer
+
+    resolve_weights(args.model, args.pretrained, args.cache_dir)  # a wrong name shows before anything is built
+    overrides = {"num_corner_tokens": args.num_corner_tokens, "context_length": args.context_length}
+    tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir, **overrides)
+    torch.manual_seed(0)
+    model = create_model(args.model, args.pretrained, cache_dir=args.cache_dir, **overrides).eval()
+    ids = tokenizer([args.caption])
+    attention = special_attention(getattr(model, "text", model), ids, args.layer)[0]  # [m + 1, seq_len]
+    words = words_of(tokenizer, ids[0].tolist())
+    if not words:
+        raise ValueError(f"caption {args.caption!r}: no word in it")
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(model.text.all_features(ids)[0], dim=-1)
+    first = "[CLS]" if isinstance(tokenizer, CornerHFTokenizer) else "[EOT]"
+    shares = [[float(row[positions].sum()) for _, positions in words] for row in attention]
+    return {
+        "model": args.model,
+        "pretrained": args.pretrained,
+        "layer": args.layer,
+        "words": [word for word, _ in words],
+        "tokens": [first, *(f"corner {n}" for n in range(len(attention) - 1))],
+        "attention": shares,
+        "elsewhere": [1 - sum(share) for share in shares],
+        "similarity": (features @ features.T).tolist(),
+    }
+
+
+def draw(found: dict[str, object]) -> object:
+    """Draws the caption once per token, words shaded by attention, and the similarity matrix; returns the figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tokens, lines = found["tokens"], _lines(found["words"])
+    height = 0.28 * (len(lines) + 1.4)
+    figure = pyplot.figure(figsize=(13, max(height * len(tokens), 2.6)), layout="constrained")
+    grid = figure.add_gridspec(len(tokens), 2, width_ratios=(LINE, 26))
+    for number, token in enumerate(tokens):
+        axes = figure.add_subplot(grid[number, 0])
+        axes.set(xlim=(0, LINE), ylim=(len(lines) + 0.2, -0.6), xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_title(f"{token}: {100 * found['elsewhere'][number]:.0f}% on special tokens", loc="left", fontsize=10)
+        _write_words(axes, lines, found["words"], found["attention"][number])
+    axes = figure.add_subplot(grid[:, 1])
+    axes.imshow(found["similarity"], vmin=-1, vmax=1, cmap="RdBu_r")
+    for i, row in enumerate(found["similarity"]):
+        for j, value in enumerate(row):
+            colour = "white" if abs(value) > 0.7 else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=45, ha="right")
+    axes.set_yticks(range(len(tokens)), tokens)
+    axes.set_title("cosine of their features", fontsize=10)
+    return figure
+
+
+def _lines(words: list[str]) -> list[list[tuple[int, int]]]:
+    """Breaks words into lines; each entry is (number of the word, column)."""
+    lines, column = [[]], 0
+    for number, word in enumerate(words):
+        if column and column + len(word) > LINE:
+            lines.append([])
+            column = 0
+        lines[-1].append((number, column))
+        column += len(word) + 1
+    return lines
+
+
+def _write_words(axes: object, lines: list[list[tuple[int, int]]], words: list[str], shares: list[float]) -> None:
+    from matplotlib.patches import Rectangle
+
+    peak = max(shares) or 1.0
+    for row, line in enumerate(lines):
+        for number, column in line:
+            strength = shares[number] / peak
+            box = Rectangle((column - 0.4, row - 0.45), len(words[number]) + 0.8, 0.9, color="#d95f02", lw=0)
+            box.set_alpha(0.85 * strength)
+            axes.add_patch(box)
+            text = words[number].replace("$", r"\$")
+            # Monospaced at this size, a character is about as wide as one unit of the axes.
+            axes.text(
+                column + len(words[number]) / 2, row, text, family="monospace", fontsize=8, ha="center", va="center"
+            )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.corner_view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("caption", metavar="CAPTION", help="a text, in quotes")
+    parser.add_argument("--model", default="lotlip_bert-ViT-B-16", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--pretrained", metavar="TAG|FILE", help="weights; without them the model is untrained")
+    parser.add_argument("--cache-dir", metavar="DIR", help="as in training.main")
+    parser.add_argument("--num-corner-tokens", type=int, metavar="M", help="as in training.main")
+    parser.add_argument("--context-length", type=int, metavar="L", help="as in training.main")
+    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="0 the first, -1 the last (default)")
+    parser.add_argument("--out", type=Path, default=Path("corners.png"), metavar="FILE", help="default: %(default)s")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 for a usage error."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.out.suffix not in SUFFIXES:
+            raise ValueError(f"--out {args.out}: expected {', '.join(SUFFIXES)}")
+        found = view(args)
+        draw(found).savefig(args.out, dpi=120)
+        args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if not args.pretrained and not args.model.startswith(("local-dir:", "hf-hub:")):
+        print(f"{args.model} is UNTRAINED: no --pretrained is given, so this shows nothing that was learned.")
+    print(f"Figure: {args.out}   Numbers: {args.out.with_suffix('.json')}")
+    return 0

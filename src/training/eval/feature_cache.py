@@ -1,0 +1,119 @@
+"""Features of an evaluation kept on disk: what a tower has encoded once, it is not asked for again.
+
+    DIR/TOWER/features.safetensors    [n, dim] float32, lost_tokens [n], key [n, 32] (SHA-256 of each item)
+
+TOWER is a hash of the tower's weights, of what its items pass through before and of the precision, so another model, or
+other preprocessing, never meets these features.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from training.eval.encode import Encoding
+from training.model.factory import EncoderParts
+from training.model.fingerprint import fingerprint, preprocessing_fingerprint, tokenizer_fingerprint
+from training.runtime.distributed import DistEnv, agree
+
+FORMAT = 2  # of what is kept; a change makes old files unknown
+NAME = "features.safetensors"
+
+
+def image_key(path: Path) -> bytes:
+    """Tells picture files apart: by place, size and time of change."""
+    status = path.stat()
+    return sha256(f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()).digest()
+
+
+def text_key(text: str) -> bytes:
+    """Tells captions apart."""
+    return sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def open_caches(
+    folder: str, parts: EncoderParts, precision: str, env: DistEnv, image_decoding: str = "exact"
+) -> tuple["FeatureCache", "FeatureCache"]:
+    """Returns the caches of a model's image tower and text tower."""
+    image = {
+        "tower": fingerprint(parts.model.visual),
+        "reads": preprocessing_fingerprint(parts.preprocess),
+        "precision": precision,
+        "image_decoding": image_decoding,
+    }
+    text = {
+        "tower": fingerprint(parts.model, leave_out="visual."),
+        "reads": tokenizer_fingerprint(parts.tokenizer),
+        "precision": precision,
+    }
+    return FeatureCache(folder, image, env), FeatureCache(folder, text, env)
+
+
+class FeatureCache:
+    """Keeps the features of one tower.
+
+    Args:
+        folder: ``--feature-cache``.
+        tower: everything that features depend on, beside the item: plain values.
+        env: rank 0 reads and writes; all ranks get the same.
+    """
+
+    def __init__(self, folder: str | Path, tower: dict, env: DistEnv):
+        described = json.dumps({"format": FORMAT, **tower}, sort_keys=True)
+        self.path = Path(folder) / sha256(described.encode()).hexdigest()[:32] / NAME
+        self.env = env
+
+    def encode(self, keys: Sequence[bytes], encode: Callable[[list[int]], Encoding]) -> Encoding:
+        """Returns the features of all items; encodes those that are not kept yet, and keeps them.
+
+        Args:
+            keys: one per item.
+            encode: positions of items -> their encoding, complete on every rank.
+        """
+        kept = agree(self._load, self.env)
+        row_of = {bytes(row): number for number, row in enumerate(kept["key"].numpy())}
+        missing = [position for position, key in enumerate(keys) if key not in row_of]
+        if not missing:
+            rows = torch.tensor([row_of[key] for key in keys], dtype=torch.int64)
+            return Encoding(kept["features"][rows], {}, kept["lost_tokens"][rows])
+        new = encode(missing)
+        whole = Encoding(
+            torch.zeros(len(keys), new.features.shape[1]),
+            {missing[position]: reason for position, reason in new.broken.items()},
+            torch.zeros(len(keys), dtype=torch.int64),
+        )
+        whole.features[missing], whole.lost_tokens[missing] = new.features, new.lost_tokens
+        known = [position for position, key in enumerate(keys) if key in row_of]
+        if known:
+            rows = torch.tensor([row_of[keys[position]] for position in known])
+            whole.features[known], whole.lost_tokens[known] = kept["features"][rows], kept["lost_tokens"][rows]
+        good = [position for position in missing if position not in whole.broken]
+        agree(lambda: self._save(kept, [keys[p] for p in good], whole, good), self.env)
+        return whole
+
+    def _load(self) -> dict[str, torch.Tensor]:
+        nothing = {"features": torch.zeros(0, 0), "lost_tokens": torch.zeros(0, dtype=torch.int64)}
+        nothing["key"] = torch.zeros(0, 32, dtype=torch.uint8)
+        if not self.path.is_file():
+            return nothing
+        try:
+            return load_file(self.path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"--feature-cache: {self.path} can't be read ({error}); remove it") from error
+
+    def _save(self, kept: dict[str, torch.Tensor], keys: list[bytes], new: Encoding, rows: list[int]) -> None:
+        if not rows:
+            return
+        own = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
+        content = {"features": new.features[rows], "lost_tokens": new.lost_tokens[rows], "key": own}
+        if len(kept["key"]):
+            content = {name: torch.cat([kept[name], value]) for name, value in content.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(content, temporary)
+        os.replace(temporary, self.path)

@@ -1,0 +1,126 @@
+"""The page: one HTML file that opens from disk, asks no network, and lets nothing but its own script run."""
+
+import base64
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from tabulate import tabulate
+
+from training.eval.encode import Encoding
+from training.eval.report.content import NUM_MATCHES, browser_content
+from training.eval.report.curves import KS, draw_recall, recall_curves
+from training.eval.report.thumbnails import make_thumbnails
+from training.eval.results import DIRECTIONS, format_pairs
+from training.eval.retrieval import RankedSet
+
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_BYTES = 19_500_000  # of the page: mail and chat programs take 20 MB
+MIN_THUMBNAIL_BYTES = 400
+
+
+def write_report(
+    path: Path,
+    heading: str,
+    facts: dict[str, str],
+    ranked: Sequence[RankedSet],
+    images: Encoding,
+    texts: Encoding,
+    image_paths: Sequence[Path],
+    zero_shot: Sequence[dict] = (),
+    figures: Sequence[tuple[str, str, str]] = (),
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Writes the report of one evaluation.
+
+    Args:
+        path: the file; its folder is there.
+        heading: the model, or where features came from.
+        facts: name -> value, shown below the heading.
+        ranked: benchmarks; at least one.
+        images, texts: features they were ranked by.
+        image_paths: the files behind the rows of `images`.
+        zero_shot: records of classification.
+        figures: more (title, description, SVG) to show below the recall curves.
+        device: where similarities are computed.
+    """
+    content = browser_content(ranked, images, texts, device)
+    rows = list(dict.fromkeys(row for r in ranked for row in r.image_rows))
+    compressed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
+    budget = max((MAX_BYTES * 3 // 4) - len(compressed) - 200_000, MIN_THUMBNAIL_BYTES * len(rows))
+    pictures = make_thumbnails([image_paths[row] for row in rows], budget)
+    # Padded to whole groups of 3 bytes, each picture is a slice of the base64 text.
+    padded = [picture + b"\0" * (-len(picture) % 3) for picture in pictures]
+    curves = recall_curves(ranked)
+    rows_of_numbers = [[c["title"], c["direction"], *(f"{100 * value:.1f}" for value in c["recall"])] for c in curves]
+    recall_text = tabulate(rows_of_numbers, headers=["recall at", "", *KS], disable_numparse=True)
+    shown = [("Recall at k", recall_text, draw_recall(curves)), *figures]
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            heading=heading,
+            facts=facts,
+            table=[_table_row(r.record) for r in ranked],
+            zero_shot=[_zero_shot_row(record) for record in zero_shot],
+            figures=[(title, text, base64.b64encode(svg.encode()).decode()) for title, text, svg in shown],
+            style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            ends=json.dumps(_ends(padded)),
+            pictures=base64.b64encode(b"".join(padded)).decode(),
+            content=base64.b64encode(compressed).decode(),
+            num_matches=NUM_MATCHES,
+        )
+    )
+    path.write_text(page, encoding="utf-8", newline="\n")
+    return path
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _ends(pictures: Sequence[bytes]) -> list[int]:
+    """Where each picture ends, in characters of base64."""
+    ends, total = [], 0
+    for picture in pictures:
+        total += len(picture) // 3 * 4
+        ends.append(total)
+    return ends
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return "{:.1f}-{:.1f}".format(*(100 * bound for bound in bounds))
+
+
+def _table_row(record: dict) -> dict[str, object]:
+    share = record["truncated_share"]
+    directions = []
+    for direction in DIRECTIONS:
+        result = record[direction]
+        directions += [_percent(result["top1"]), _interval(result["top1-ci95"])]
+        directions += [_percent(result["top5"]), _percent(result["top10"]), f"{result['median-rank']:.6g}"]
+    cut = "unknown" if share is None else f"{100 * share:.1f}%"
+    return {"title": record["title"], "pairs": format_pairs(record), "cells": [*directions, cut]}
+
+
+def _zero_shot_row(record: dict) -> list[str]:
+    numbers = [_percent(record["top1"]), _interval(record["top1-ci95"]), _percent(record["top5"])]
+    return [record["title"], format_pairs(record), *numbers]

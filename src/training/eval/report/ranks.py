@@ -1,0 +1,94 @@
+"""Ranks of every query of a run, kept small beside its results: what two runs are compared by."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.eval.metrics import expected_rank, hit_probability
+from training.eval.results import DIRECTIONS
+from training.eval.retrieval import RankedSet
+
+FILE = "ranks.npz"
+_META = "benchmarks"
+
+
+@dataclass(frozen=True)
+class QueryRanks:
+    """One benchmark of one run.
+
+    Attributes:
+        title: as in tables.
+        digest: of captions and of which image each belongs to: runs with the same one are of the same queries.
+        owner: [num_captions] int32, image of each caption.
+        images: [num_images], file names.
+        rank: direction -> [num_queries] float32, expected rank of the right answer.
+        top1: direction -> [num_queries] float32, 1 where it comes first, a share where it ties.
+    """
+
+    title: str
+    digest: str
+    owner: np.ndarray
+    images: np.ndarray
+    rank: dict[str, np.ndarray]
+    top1: dict[str, np.ndarray]
+
+
+def write_ranks(ranked: Sequence[RankedSet], path: Path) -> None:
+    """Writes the ranks of all benchmarks of a run, in place of those of an earlier evaluation."""
+    arrays, meta = {}, {}
+    for r in ranked:
+        key = str(r.record["key"])
+        meta[key] = {"title": r.pairs.title, "digest": _digest(r)}
+        arrays[f"{key}/owner"] = np.array(r.pairs.image_of_caption, dtype=np.int32)
+        arrays[f"{key}/images"] = np.array([path.name for path in r.pairs.image_paths])
+        for direction in DIRECTIONS:
+            counts = getattr(r, direction)
+            arrays[f"{key}/{direction}-rank"] = expected_rank(counts).to(torch.float32).numpy()
+            arrays[f"{key}/{direction}-top1"] = hit_probability(counts, 1).to(torch.float32).numpy()
+    np.savez_compressed(path, **{_META: np.array(json.dumps(meta))}, **arrays)
+
+
+def _digest(ranked: RankedSet) -> str:
+    content = json.dumps([ranked.pairs.captions, ranked.pairs.image_of_caption])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def read_ranks(run: str | Path) -> dict[str, QueryRanks]:
+    """Reads what an evaluation left.
+
+    Args:
+        run: LOGS/NAME, or the file itself.
+
+    Returns:
+        Key of each benchmark -> its ranks.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or another one.
+    """
+    path = Path(run) / FILE if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run}: no {FILE} there; evaluate the model with --logs and --name, then name that folder"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(str(arrays[_META]))
+        return {
+            key: QueryRanks(
+                own["title"],
+                own["digest"],
+                arrays[f"{key}/owner"],
+                arrays[f"{key}/images"],
+                {d: arrays[f"{key}/{d}-rank"] for d in DIRECTIONS},
+                {d: arrays[f"{key}/{d}-top1"] for d in DIRECTIONS},
+            )
+            for key, own in meta.items()
+        }
+    except Exception as error:  # zipfile's, numpy's and json's own errors have no common base
+        raise ValueError(f"{path}: not ranks of an evaluation ({type(error).__name__}: {error})") from error

@@ -1,0 +1,255 @@
+"""Long text-image retrieval: benchmarks -> features -> ranks -> numbers.
+
+Adding a benchmark: a reader in dataloaders/, a flag in params.py, a line in `read_benchmarks`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from dataloaders.dci import read_dci
+from dataloaders.docci import read_docci
+from dataloaders.iiw import read_iiw
+from dataloaders.imagenet import ClassificationSet, read_imagenet, read_imagenet_v2
+from dataloaders.images import BrokenImageError
+from dataloaders.karpathy import read_coco, read_flickr30k
+from dataloaders.own_pairs import read_shard_pairs, read_table_pairs
+from dataloaders.pairs import FoundImages, RetrievalSet, describe_missing, find_images
+from dataloaders.share4v import read_share4v
+from dataloaders.urban1k import read_urban1k
+from training.eval.encode import ComputeOptions, Encoding, encode_images, encode_texts
+from training.eval.feature_cache import image_key, open_caches, text_key
+from training.eval.metrics import RankCounts, count_ranks, summarise
+from training.model.factory import EncoderParts
+from training.runtime.distributed import DistEnv, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class RetrievalWork:
+    """Everything to encode, each image file and each caption once, and which set uses what.
+
+    Attributes:
+        sets: the benchmarks in the published order.
+        images: distinct image files, and per set the file of each image.
+        texts: distinct captions.
+        text_index: per set, for each caption its position in `texts`.
+        classification: zero-shot sets, which share nothing with the others.
+    """
+
+    sets: list[RetrievalSet]
+    images: FoundImages
+    texts: tuple[str, ...]
+    text_index: list[list[int]]
+    classification: tuple[ClassificationSet, ...] = ()
+
+
+def read_benchmarks(args: argparse.Namespace) -> list[RetrievalSet]:
+    """Reads every benchmark that the flags name, in the order of the published table."""
+    sets = []
+    if args.dci_retrieval:
+        sets.append(read_dci(args.dci_retrieval))
+    if args.iiw_retrieval:
+        sets.append(read_iiw(args.iiw_retrieval, args.iiw_anno))
+    if args.share4v_retrieval:
+        sets.extend(read_share4v(args.share4v_retrieval, args.share4v_anno, args.share4v_val_num))
+    if args.urban1k_retrieval:
+        sets.append(read_urban1k(args.urban1k_retrieval))
+    if args.docci_retrieval:
+        sets.extend(read_docci(args.docci_retrieval, args.docci_sentences))
+    if args.coco_retrieval:
+        sets.append(read_coco(args.coco_retrieval, args.coco_anno, args.karpathy_split))
+    if args.flickr30k_retrieval:
+        sets.append(read_flickr30k(args.flickr30k_retrieval, args.flickr30k_anno, args.karpathy_split))
+    keys, rule = args.retrieval_caption_keys, args.retrieval_caption_rule
+    if args.retrieval_csv:
+        sets.append(read_table_pairs(args.retrieval_csv, args.csv_img_key, keys, rule))
+    if args.retrieval_wds:
+        sets.append(read_shard_pairs(args.retrieval_wds, keys, rule))
+    return sets
+
+
+def plan_benchmarks(args: argparse.Namespace) -> RetrievalWork | None:
+    """Reads and checks everything that the flags name; None if that is nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: as the readers and `plan_retrieval`.
+    """
+    classification = []
+    if args.imagenet_val:
+        classification.append(read_imagenet(args.imagenet_val))
+    if args.imagenet_v2:
+        classification.append(read_imagenet_v2(args.imagenet_v2))
+    sets = read_benchmarks(args)
+    check_names(sets)
+    if not sets and not classification:
+        return None
+    return replace(plan_retrieval(sets, args.allow_missing), classification=tuple(classification))
+
+
+def check_names(sets: Sequence[RetrievalSet]) -> None:
+    """Raises ValueError if two sets would write their results under one name."""
+    keys = [s.key for s in sets]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"two data sets are called {key.removesuffix('-retrieval')}; rename one's file or folder")
+
+
+def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWork:
+    """Checks that all images are there and finds what the sets share.
+
+    Raises:
+        FileNotFoundError: images or annotations are missing and may not be; names the first ten per set.
+        ValueError: a set has no pair left.
+    """
+    sets, images = find_images(sets)
+    incomplete = [describe_missing(s) for s in sets if s.missing]
+    if incomplete and not allow_missing:
+        raise FileNotFoundError(
+            "\n".join(incomplete + ["Complete the data, or add --allow-missing to evaluate the rest."])
+        )
+    for s in sets:
+        if not s.captions:
+            detail = describe_missing(s) if s.missing else f"{s.title}: no pairs found; {s.source}"
+            raise ValueError(f"{s.title} is empty.\n{detail}")
+    texts = {text: position for position, text in enumerate(dict.fromkeys(c for s in sets for c in s.captions))}
+    return RetrievalWork(sets, images, tuple(texts), [[texts[c] for c in s.captions] for s in sets])
+
+
+@dataclass(frozen=True)
+class RankedSet:
+    """A benchmark and what came of it.
+
+    Attributes:
+        record: title, key, counts of pairs, truncation, and under ``i2t`` and ``t2i`` what `metrics.summarise` gives.
+        pairs: the set without the pairs whose image is broken.
+        image_rows, text_rows: where the features of its images and captions lie among the encoded ones.
+        i2t, t2i: per query, what stands between it and its right answer.
+    """
+
+    record: dict[str, object]
+    pairs: RetrievalSet
+    image_rows: list[int]
+    text_rows: list[int]
+    i2t: RankCounts
+    t2i: RankCounts
+
+
+def evaluate_retrieval(
+    parts: EncoderParts,
+    work: RetrievalWork,
+    env: DistEnv,
+    options: ComputeOptions,
+    allow_broken: bool = False,
+) -> list[dict[str, object]]:
+    """Encodes and ranks every set; returns the records of `rank_sets`, raises as it and `encode_work`."""
+    images, texts = encode_work(parts, work, env, options, allow_broken)
+    return [ranked.record for ranked in rank_sets(work, images, texts, env)]
+
+
+def encode_work(
+    parts: EncoderParts,
+    work: RetrievalWork,
+    env: DistEnv,
+    options: ComputeOptions,
+    allow_broken: bool = False,
+    cache: str | None = None,
+) -> tuple[Encoding, Encoding]:
+    """Encodes every distinct image and caption once, over all ranks.
+
+    Args:
+        parts: model and what it reads through.
+        work: of `plan_retrieval`.
+        env: this process.
+        options: batch size, workers, precision.
+        allow_broken: leave unreadable images out instead of raising.
+        cache: folder of features that were encoded earlier, and of those that are encoded now.
+
+    Returns:
+        Features of `work.images.paths` and of `work.texts`.
+
+    Raises:
+        BrokenImageError: an unreadable image, unless allowed.
+        FloatingPointError: the model returned NaN or infinity.
+    """
+    paths = work.images.paths
+
+    def images_at(positions: Sequence[int]) -> Encoding:
+        chosen = [paths[p] for p in positions]
+        return encode_images(parts.model, parts.preprocess, chosen, env, options, allow_broken)
+
+    def texts_at(positions: Sequence[int]) -> Encoding:
+        chosen = [work.texts[p] for p in positions]
+        return encode_texts(parts.model, parts.tokenizer, chosen, env, options)
+
+    if not cache:
+        return images_at(range(len(paths))), texts_at(range(len(work.texts)))
+    image_cache, text_cache = open_caches(cache, parts, options.precision, env, options.image_decoding)
+    images = image_cache.encode([image_key(path) for path in paths], images_at)
+    return images, text_cache.encode([text_key(text) for text in work.texts], texts_at)
+
+
+def rank_sets(
+    work: RetrievalWork, images: Encoding, texts: Encoding, env: DistEnv, block_size: int = 4096
+) -> list[RankedSet]:
+    """Ranks every set.
+
+    Args:
+        work: sets and where their items lie among the encoded ones.
+        images: features of `work.images.paths`; sets lose the pairs whose image is broken.
+        texts: features of `work.texts`.
+        env: each rank counts its share of the blocks; all get the same result.
+        block_size: rows of the similarity matrix that are held at a time.
+
+    Raises:
+        BrokenImageError: not one readable image is left in a set.
+    """
+    ranked = []
+    for number, whole in enumerate(work.sets):
+        files = work.images.index[number]
+        broken = {i: images.broken[file] for i, file in enumerate(files) if file in images.broken}
+        kept = whole.without_images(broken)
+        if not kept.captions:
+            raise BrokenImageError(f"{kept.title}: no readable image is left.\n{describe_missing(kept)}")
+        own_images = [file for i, file in enumerate(files) if i not in broken]
+        own_texts = [t for t, i in zip(work.text_index[number], whole.image_of_caption) if i not in broken]
+        counts = count_ranks(
+            images.features[own_images],
+            texts.features[own_texts],
+            torch.tensor(kept.image_of_caption),
+            device=env.device,
+            block_size=block_size,
+            rank=env.rank,
+            world_size=env.world_size,
+        )
+        i2t, t2i = (_sum_counts(c, env) for c in counts)
+        record = {
+            "title": kept.title,
+            "key": kept.key,
+            "num_images": len(kept.image_paths),
+            "num_pairs": len(kept.captions),
+            "num_expected": max(kept.num_published or 0, len(kept.captions) + len(kept.missing)),
+            "num_broken": len(kept.missing) - len(whole.missing),
+            "num_missing": len(whole.missing),
+            **_truncation(texts.lost_tokens[own_texts]),
+            "i2t": summarise(i2t),
+            "t2i": summarise(t2i),
+        }
+        ranked.append(RankedSet(record, kept, own_images, own_texts, i2t, t2i))
+    return ranked
+
+
+def _sum_counts(counts: RankCounts, env: DistEnv) -> RankCounts:
+    return RankCounts(sum_over_ranks(counts.better, env), sum_over_ranks(counts.tied, env), counts.right)
+
+
+def _truncation(lost_tokens: torch.Tensor) -> dict[str, float | None]:
+    """Share of captions that were cut, and the mean number of tokens that a cut caption lost; None if unknown."""
+    if (lost_tokens < 0).any():
+        return {"truncated_share": None, "truncated_mean_tokens_lost": None}
+    cut = lost_tokens[lost_tokens > 0].double()
+    return {
+        "truncated_share": len(cut) / len(lost_tokens),
+        "truncated_mean_tokens_lost": float(cut.mean()) if len(cut) else 0.0,
+    }

@@ -1,0 +1,218 @@
+"""One evaluation, top to bottom: check, build, encode, rank, report."""
+
+import argparse
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataloaders.images import BrokenImageError
+from dataloaders.pairs import describe_missing
+from training.data.images import IN_EVALUATION
+from training.eval.encode import ComputeOptions, Encoding
+from training.eval.lengths import LengthQuestions, analyse_lengths, token_lengths
+from training.eval.npz import read_features, write_features
+from training.eval.report.ranks import FILE, write_ranks
+from training.eval.results import (
+    flatten_zero_shot,
+    format_markdown,
+    format_pairs,
+    format_table,
+    format_zero_shot,
+    label_of,
+    run_name,
+    write_results,
+)
+from training.eval.retrieval import RankedSet, RetrievalWork, encode_work, plan_benchmarks, rank_sets
+from training.eval.zero_shot import evaluate_zero_shot
+from training.model.factory import EncoderParts
+from training.model.from_flags import build_from_flags, check_precision
+from training.model.resolve import file_sha256, resolve_weights
+from training.runtime.distributed import DistEnv, agree, distributed, fail, together
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rank 0 found out before any model is built; the same on every rank.
+
+    Attributes:
+        work: benchmarks; None where they come as features.
+        weights_sha256: of the weights file, if there is one.
+        folder: of this run, LOGS/NAME.
+    """
+
+    work: RetrievalWork | None
+    weights_sha256: str | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured, and what it was measured on."""
+
+    work: RetrievalWork
+    images: Encoding | None
+    texts: Encoding | None
+    ranked: list[RankedSet]
+    zero_shot: list[dict[str, object]]
+    lengths: dict[str, object] | None = None
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluates every benchmark that the flags name; rank 0 prints the table and writes results.jsonl.
+
+    Returns:
+        Exit code: 0; 1 if an image can't be read or the model gives NaN; 2 if flags, files or weights are not what
+        they should be.
+    """
+    start = time.monotonic()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    with distributed(args.device, args.timeout_minutes) as env:
+        try:
+            plan = agree(lambda: _check(args, env), env)
+            if args.features:
+                work, *features = together(lambda: read_features(args.features), env)
+            else:
+                parts = together(lambda: _build(args, env), env)
+        except (ValueError, OSError) as error:
+            return fail(error, 2, env)
+        try:
+            if args.features:
+                outcome = Outcome(work, *features, rank_sets(work, *features, env), [])
+            else:
+                outcome = _measure(args, parts, plan.work, env)
+        except (BrokenImageError, FloatingPointError) as error:
+            return fail(error, 1, env)
+        except ValueError as error:  # the cache
+            return fail(error, 2, env)
+        if env.is_main:
+            _report(args, plan, outcome, env, time.monotonic() - start)
+    return 0
+
+
+def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
+    """Everything that can be wrong with the command, found out before a model is built. Rank 0 only.
+
+    Raises:
+        ValueError, FileNotFoundError: the message says what is wrong and what to do.
+    """
+    check_precision(args.precision, env.device)
+    work = weights = None
+    if not args.features:
+        work = plan_benchmarks(args)
+        weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
+        if weights is None:
+            logging.warning(f"{args.model} is UNTRAINED: no --pretrained is given, so its numbers are those of chance.")
+    name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))
+    folder = Path(args.logs) / name
+    # A full or read-only disk shows now, not after an hour of encoding.
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return Plan(work, file_sha256(weights) if weights else None, folder)
+
+
+def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
+    parts = build_from_flags(args, env.device)
+    if args.retrieval_lengths:
+        token_lengths(parts.tokenizer, args.retrieval_lengths)  # before an hour of encoding
+    return parts
+
+
+def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork, env: DistEnv) -> Outcome:
+    options = ComputeOptions(
+        args.batch_size,
+        args.workers,
+        args.precision,
+        args.text_packing != "padded",
+        args.text_batch_size,
+        args.image_decoding or IN_EVALUATION,
+    )
+    images, texts, ranked, lengths = None, None, [], None
+    questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)
+    if work.sets:
+        images, texts = encode_work(parts, work, env, options, args.allow_missing, args.feature_cache)
+        ranked = rank_sets(work, images, texts, env)
+        if questions:
+            lengths = analyse_lengths(parts, work, images, texts, questions, env, options, args.seed)
+    zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
+    return Outcome(work, images, texts, ranked, zero_shot, lengths)
+
+
+def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
+    """Prints the tables and writes the run's files. Rank 0 only."""
+    records = [r.record for r in outcome.ranked]
+    extra = {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)}
+    extra |= flatten_zero_shot(outcome.zero_shot) | ({"lengths": outcome.lengths} if outcome.lengths else {})
+    path = write_results(records, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
+    label = label_of(args)
+    if records:
+        print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
+        print(format_table(records))
+    if outcome.zero_shot:
+        print(f"\n{label}, {args.precision}: accuracy in percent, open_clip's class names and templates\n")
+        print(format_zero_shot(outcome.zero_shot))
+    _print_what_is_missing(outcome)
+    if records:
+        print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(records, label)}")
+    if outcome.lengths:
+        _show_lengths(plan, outcome)
+    print(f"\nResults: {path}")
+    if outcome.ranked:
+        write_ranks(outcome.ranked, plan.folder / FILE)
+    if args.save_features:
+        for ranked in outcome.ranked:
+            write_features(ranked, outcome.images, outcome.texts, plan.folder / "features")
+        print(f"Features: {plan.folder / 'features'}")
+    if args.report:
+        print(f"Report: {_write_page(args, plan, outcome, label, env)}")
+
+
+def _show_lengths(plan: Plan, outcome: Outcome) -> None:
+    from training.eval.report.lengths_view import draw_lengths, format_lengths, write_cut_captions
+
+    print(f"\nHow much of a caption counts (percent; both directions):\n\n{format_lengths(outcome.lengths)}")
+    if any({"tokens", "sentences"} & found.keys() for found in outcome.lengths["sets"].values()):
+        figure = draw_lengths(outcome.lengths)
+        figure.savefig(plan.folder / "lengths.png", dpi=120)
+        print(f"Curves: {plan.folder / 'lengths.png'}")
+    path = plan.folder / "cut_captions.csv"
+    number = write_cut_captions(outcome.ranked, outcome.texts.lost_tokens.tolist(), path)
+    print(f"Captions that the model cuts: {number:,}, listed in {path}")
+
+
+def _print_what_is_missing(outcome: Outcome) -> None:
+    missing = {s.key: describe_missing(s) for s in outcome.work.sets if s.missing}
+    for record in [*(r.record for r in outcome.ranked), *outcome.zero_shot]:
+        if record["num_pairs"] != record["num_expected"]:
+            left_out = ""
+            if record["num_missing"] or record["num_broken"]:
+                left_out = f" ({record['num_missing']:,} missing, {record['num_broken']:,} unreadable)"
+            unit = "images" if "top1" in record else "pairs"
+            counts = f"{format_pairs(record)} {unit}{left_out}"
+            print(f"\n{record['title']}: {counts}; not comparable with the full benchmark.")
+            if record["key"] in missing:
+                print(missing[record["key"]])
+
+
+def _write_page(args: argparse.Namespace, plan: Plan, outcome: Outcome, label: str, env: DistEnv) -> Path:
+    from training.eval.report.curves import to_svg  # matplotlib and templates only where they are wanted
+    from training.eval.report.lengths_view import draw_lengths, format_lengths
+    from training.eval.report.page import write_report
+
+    figures = []
+    if outcome.lengths and (args.retrieval_lengths or args.retrieval_sentences):
+        figures.append(("How much of a caption counts", format_lengths(outcome.lengths), draw_lengths(outcome.lengths)))
+
+    facts = {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}
+    return write_report(
+        plan.folder / "report.html",
+        label,
+        {} if args.features else facts,
+        outcome.ranked,
+        outcome.images,
+        outcome.texts,
+        outcome.work.images.paths,
+        outcome.zero_shot,
+        [(title, text, to_svg(figure)) for title, text, figure in figures],
+        env.device,
+    )

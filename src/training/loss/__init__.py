@@ -1,0 +1,5 @@
+"""Losses between images and several captions each; usable without the rest of the project."""
+
+from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
+
+__all__ = ["LongCaptionLoss", "LongCaptionSigLipLoss"]

@@ -1,0 +1,1 @@
+"""`prepare inspect`: what a shard set holds, as numbers and as pages."""

@@ -1,0 +1,150 @@
+"""Counts of a shard set as a table, as JSON, as a picture, and as a page of samples to look at."""
+
+import base64
+import html
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from training.prepare.inspect.counts import MAX_TOKENS, Counts
+from training.prepare.work import format_counts, whole_file
+
+QUANTILES = (0.05, 0.5, 0.95)
+_STYLE = (
+    "body{font:15px/1.4 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
+    "article{display:flex;gap:1em;border-top:1px solid #ccc;padding:1em 0}"
+    "img{max-width:224px;align-self:flex-start}dt{color:#666;font-size:13px}dd{margin:0 0 .6em;white-space:pre-wrap}"
+)
+
+
+def summarise(counts: Counts, context_lengths: list[int]) -> dict:
+    """Returns what is worth knowing, ready for JSON.
+
+    Args:
+        counts: of the whole set.
+        context_lengths: for each, the share of captions that are longer is told.
+    """
+    captions = {}
+    for key in sorted(counts.captions, key=lambda k: (-counts.captions[k], k)):
+        histogram = counts.lengths[key]
+        number, lengths = int(histogram.sum()), np.arange(len(histogram))
+        captions[key] = {
+            "samples": number,
+            "refused": counts.refused[key],
+            "mean_tokens": round(float((histogram * lengths).sum() / number), 2),
+            "token_quantiles": {str(q): _quantile(histogram, q) for q in (*QUANTILES, 1.0)},
+            "truncated_share": {str(n): round(float(histogram[n + 1 :].sum() / number), 6) for n in context_lengths},
+            "token_histogram": {str(n): int(histogram[n]) for n in np.flatnonzero(histogram)},
+        }
+    return {
+        "samples": counts.samples,
+        "usable": counts.samples
+        - sum(counts.bad.values())
+        + counts.bad["broken shard"]
+        + counts.bad["unreachable shard"],
+        "bad": dict(sorted(counts.bad.items())),
+        "with_short_caption": counts.with_short,
+        "with_long_caption": counts.with_long,
+        "captions": captions,
+        "longest_counted": MAX_TOKENS,
+        "image_width": _of_sizes(counts.widths),
+        "image_height": _of_sizes(counts.heights),
+        "duplicates": {name: _num_repeated(arrays) for name, arrays in sorted(counts.hashes.items())},
+    }
+
+
+def _quantile(histogram: np.ndarray, q: float) -> int:
+    return int(np.searchsorted(np.cumsum(histogram), q * histogram.sum()))
+
+
+def _of_sizes(sizes: Counter) -> dict[str, float]:
+    if not sizes:
+        return {}
+    histogram = np.zeros(max(sizes) + 1, dtype=np.int64)
+    for size, number in sizes.items():
+        histogram[size] = number
+    quantiles = {f"quantile_{q}": _quantile(histogram, q) for q in QUANTILES}
+    return {"min": min(sizes), **quantiles, "max": max(sizes)}
+
+
+def _num_repeated(arrays: list[np.ndarray]) -> int:
+    """How many come again after a first."""
+    values = np.concatenate(arrays) if arrays else np.zeros(0)
+    return int(len(values) - len(np.unique(values)))
+
+
+def describe(report: dict) -> str:
+    """The table for a terminal."""
+    lines = [f"{report['samples']:,} samples in {report['shards']:,} shards, {report['usable']:,} usable"]
+    lines.append(f"bad: {format_counts(report['bad'])}")
+    lines.append(f"duplicates: {format_counts({f'by {k}': n for k, n in report['duplicates'].items()})}")
+    if report["image_width"]:
+        sizes = [" .. ".join(f"{v:,}" for v in report[name].values()) for name in ("image_width", "image_height")]
+        lines.append(f"image width {sizes[0]}, height {sizes[1]} (least, 5%, 50%, 95%, most)")
+    contexts = list(next(iter(report["captions"].values()))["truncated_share"]) if report["captions"] else []
+    rows = []
+    for key, c in report["captions"].items():
+        quantiles = " / ".join(f"{n:,}" for n in c["token_quantiles"].values())
+        shares = [f"{100 * share:.1f}%" for share in c["truncated_share"].values()]
+        rows.append([key, f"{c['samples']:,}", f"{c['refused']:,}", f"{c['mean_tokens']:.1f}", quantiles, *shares])
+    headers = [
+        "caption",
+        "samples",
+        "refused",
+        "tokens\nmean",
+        "\n5 / 50 / 95 / 100%",
+        *(f"cut at\n{n}" for n in contexts),
+    ]
+    right = ["left"] + ["right"] * (len(headers) - 1)
+    if rows:
+        lines.append(tabulate(rows, headers, colalign=right, disable_numparse=True))
+    return "\n".join(lines)
+
+
+def write_png(path: Path, counts: Counts, context_lengths: list[int]) -> None:
+    """Draws the token lengths of all captions, and image sizes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    end = 16
+    for key in sorted(counts.lengths):
+        histogram = counts.lengths[key]
+        end = max(end, _quantile(histogram, 0.995))
+        left.step(np.arange(len(histogram)), histogram / histogram.sum(), where="mid", label=key, linewidth=1)
+    for length in context_lengths:
+        if length <= end:
+            left.axvline(length, color="grey", linestyle=":", linewidth=1)
+            left.annotate(str(length), (length, left.get_ylim()[1]), fontsize=8, ha="right", va="top", rotation=90)
+    left.set(xlim=(0, end), xlabel="tokens", ylabel="share of captions", title="Caption lengths")
+    if counts.lengths:
+        left.legend(fontsize=8)
+    for name, sizes in (("width", counts.widths), ("height", counts.heights)):
+        if sizes:
+            values, weights = zip(*sorted(sizes.items()))
+            right.hist(values, bins=40, weights=weights, histtype="step", label=name)
+    right.set(xlabel="pixels", ylabel="images", title="Image sizes")
+    if counts.widths:
+        right.legend(fontsize=8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
+def write_html(path: Path, picked: list[tuple], title: str) -> None:
+    """Writes a page of samples; whatever comes from the data is escaped."""
+    title = html.escape(title)
+    lines = ["<!DOCTYPE html>", f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>']
+    lines += [f"<style>{_STYLE}</style></head><body>", f"<h1>{len(picked)} samples of {title}</h1>"]
+    for _, shard, key, captions, image in picked:
+        picture = base64.b64encode(image).decode() if image else ""
+        shown = f'<img alt="" src="data:image/jpeg;base64,{picture}">' if picture else "<p>broken image</p>"
+        texts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(text)}</dd>" for k, text in captions.items())
+        lines.append(f"<article>{shown}<dl><dt>{html.escape(f'{shard}/{key}')}</dt>{texts}</dl></article>")
+    lines.append("</body></html>")
+    with whole_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")

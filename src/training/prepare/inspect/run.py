@@ -1,0 +1,176 @@
+"""`prepare inspect`: what is in a shard set, counted with the tokenizer that training will use.
+
+Shards are counted in processes, and the counts added up: the result depends neither on their number nor on the order.
+"""
+
+import argparse
+import heapq
+import io
+import os
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
+from training.data.faults import BadSample
+from training.data.loader import IMAGE_SUFFIXES, read_image, read_record
+from training.data.shards import expand_sources
+from training.data.tar import BrokenShardError, RawSample, index_shard, is_local, read_samples
+from training.model.factory import get_tokenizer
+from training.model.truncation import count_tokens
+from training.prepare.inspect.counts import MAX_TOKENS, Counts
+from training.prepare.inspect.report import describe, summarise, write_html, write_png
+from training.prepare.tables.chunk import url_hash
+from training.prepare.tables.clean import is_refusal
+from training.prepare.tables.columns import SHORT_NAMES
+from training.prepare.tables.records import cell_text
+from training.prepare.work import my_share, processes, progress, spread, write_json
+
+KNOWN_KEYS = tuple(dict.fromkeys((*RAW_KEYS, *LONG_KEYS, *SHORT_NAMES.values())))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to count.
+
+    Attributes:
+        url: the shard.
+        model: whose tokenizer counts.
+        cache_dir: where its files are.
+        num_picked: samples to show at most.
+        seed: of their choice.
+        keys: caption keys; empty: the known ones, and others that end in ``caption`` or ``captions``.
+        read_images: decode every image completely.
+    """
+
+    url: str
+    model: str
+    cache_dir: str | None
+    num_picked: int
+    seed: int
+    keys: tuple[str, ...]
+    read_images: bool
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns 0, or 1 if shards can't be read to their end."""
+    urls = [url for source in expand_sources(args.shards) for url in source]
+    urls = my_share(urls, args.shard_range, {})
+    tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir)
+    lengths = sorted({*args.context_lengths, tokenizer.context_length})
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    tasks = [
+        Task(url, args.model, args.cache_dir, args.show, args.seed, args.caption_keys or (), args.read_images)
+        for url in urls
+    ]
+    total, by_shard = Counts(), {}
+    with processes(args.workers) as pool:
+        for url, counts in progress(spread(_count_shard, tasks, pool), len(tasks), "counting", "shard"):
+            total.add(counts, args.show)
+            by_shard[url] = counts.samples, sum(counts.bad[kind] for kind in ("broken shard", "unreachable shard"))
+    broken = [url for url in urls if by_shard[url][1]]
+    report = {"shards": len(urls), "broken_shards": broken} | summarise(total, lengths)
+    report |= {"model": args.model, "context_length": tokenizer.context_length}
+    write_json(out / "inspect.json", report)
+    write_png(out / "inspect.png", total, lengths)
+    write_html(out / "samples.html", total.picked, args.shards)
+    print(describe(report))
+    print(f"{out}: inspect.json, inspect.png, samples.html ({len(total.picked)} samples)")
+    return 1 if broken else 0
+
+
+@cache
+def _tokenizer(model: str, cache_dir: str | None):
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are many already
+    return get_tokenizer(model, cache_dir=cache_dir)
+
+
+def _count_shard(task: Task) -> tuple[str, Counts]:
+    counts = Counts()
+    texts: dict[str, list[str]] = {}
+    hashes: dict[str, list[int]] = {"key": [], "url": [], "image": []}
+    try:
+        for sample in read_samples(task.url):
+            counts.samples += 1
+            try:
+                record, image = _look_at(sample, task)
+            except BadSample as error:
+                counts.bad[str(error)] += 1
+                continue
+            found = _captions(record, task.keys)
+            for key, text in found.items():
+                texts.setdefault(key, []).append(text)
+            counts.with_short += any(key in found for key in RAW_KEYS)
+            counts.with_long += any(key in found for key in LONG_KEYS)
+            if not found:
+                counts.bad["no caption"] += 1
+            _note(counts, hashes, sample, record, image)
+            _pick(counts, sample, found, task)
+        if is_local(task.url) and index_shard(task.url).fault:
+            raise BrokenShardError  # a shard cut within a header just ends, for who reads it
+    except BrokenShardError as error:
+        counts.bad[error.kind] += 1
+    tokenizer = _tokenizer(task.model, task.cache_dir)
+    for key, those in texts.items():
+        counts.captions[key] = len(those)
+        counts.refused[key] = sum(map(is_refusal, those)) if key not in RAW_KEYS else 0
+        numbers = count_tokens(tokenizer, [text[:MAX_CHARACTERS] for text in those])
+        counts.lengths[key] = np.bincount(np.minimum(numbers, MAX_TOKENS), minlength=MAX_TOKENS + 1)
+    counts.hashes = {name: [np.array(values, dtype=np.uint64)] for name, values in hashes.items()}
+    return task.url, counts
+
+
+def _look_at(sample: RawSample, task: Task) -> tuple[dict, tuple[int, int]]:
+    """Returns (record, image size); raises BadSample with training's kinds of fault."""
+    record = read_record(sample)
+    suffix = next((s for s in IMAGE_SUFFIXES if s in sample.files), None)
+    if suffix is None or task.read_images:
+        return record, read_image(sample).size
+    try:
+        with Image.open(io.BytesIO(sample.files[suffix])) as image:
+            return record, image.size
+    except Image.DecompressionBombError as error:
+        raise BadSample("image too large") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample("broken image") from error
+
+
+def _captions(record: dict, keys: tuple[str, ...]) -> dict[str, str]:
+    wanted = keys or [k for k in record if k in KNOWN_KEYS or k.endswith(("caption", "captions"))]
+    texts = {key: (cell_text(record.get(key)) or "").strip() for key in wanted}
+    return {key: text for key, text in texts.items() if text}
+
+
+def _note(counts: Counts, hashes: dict[str, list[int]], sample: RawSample, record: dict, size: tuple[int, int]) -> None:
+    counts.widths[size[0]] += 1
+    counts.heights[size[1]] += 1
+    hashes["key"].append(url_hash(sample.key))
+    if isinstance(record.get("url"), str):
+        hashes["url"].append(url_hash(record["url"]))
+    content = next(sample.files[s] for s in IMAGE_SUFFIXES if s in sample.files)
+    hashes["image"].append(int.from_bytes(blake2b(content, digest_size=8).digest(), "big"))
+
+
+def _pick(counts: Counts, sample: RawSample, found: dict[str, str], task: Task) -> None:
+    """Keeps the samples whose names come first in an order that the seed draws."""
+    order = url_hash(f"{task.seed}/{sample.source}/{sample.key}")
+    if len(counts.picked) == task.num_picked and (not task.num_picked or order >= counts.picked[-1][0]):
+        return
+    counts.picked.append((order, sample.source, sample.key, found, _thumbnail(sample)))
+    counts.picked = heapq.nsmallest(task.num_picked, counts.picked, key=lambda p: p[0])
+
+
+def _thumbnail(sample: RawSample) -> bytes | None:
+    try:
+        image = read_image(sample)
+    except BadSample:
+        return None  # its header was fine
+    image.thumbnail((224, 224))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()

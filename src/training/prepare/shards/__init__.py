@@ -1,0 +1,1 @@
+"""`prepare join`, and reading and writing shards for all commands."""

@@ -1,0 +1,139 @@
+"""`prepare join`: captions of tables into the JSON files of shards that are there.
+
+A pass reads the URLs (or keys) of some shards, looks their rows up in the tables, and writes the shards anew, several
+at a time. A note beside each written shard says that it is done, so that the same command goes on from there.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from training.data.tar import BrokenShardError
+from training.prepare.shards.files import (
+    BrokenShardFile,
+    JsonSample,
+    Place,
+    fingerprint,
+    finish,
+    my_places,
+    not_done,
+    read_json_samples,
+    rewrite_shard,
+    write_note,
+)
+from training.prepare.shards.match import CaptionTables, find_rows, make_index, open_tables
+from training.prepare.work import add_counts, format_counts, processes, progress, spread
+
+STATE = ".join"
+KINDS = ("samples", "matched", "unmatched", "nothing to match by", "broken JSON", "JSON not an object", "captions")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns 0, or 1 if shards can't be read."""
+    everything, mine = my_places(args, args.shards, "--shards", STATE)
+    match = args.match or _guess_match([place.source for place in everything])
+    tables = open_tables(args.tables, match, args.columns, everything[0].state / "index")
+    mark = fingerprint(tables.describe() | {"keep": args.keep_existing})
+    total: dict = dict.fromkeys(KINDS, 0)
+    left = not_done(mine, mark, total)
+    broken: dict[str, str] = {}
+    with processes(args.workers) as pool:
+        if left:
+            jobs = [(tables, number) for number in range(len(tables.paths))]
+            for _ in progress(spread(make_index, jobs, pool), len(jobs), "indexing", "table"):
+                pass
+        work = _jobs(left, tables, mark, args, pool, broken)
+        for place, counts, fault in progress(spread(_write, work, pool), len(left), "joining", "shard"):
+            add_counts(total, counts)
+            if fault:
+                broken[str(place.source)] = fault
+    summary = {"shards": len(mine), "done_before": len(mine) - len(left), "broken_shards": broken} | total
+    summary |= {"match": match, "columns": list(tables.columns), "table_rows": tables.num_rows}
+    lines = [
+        f"{total['samples']:,} samples by {match}: {format_counts({k: total[k] for k in KINDS[1:-1]})}",
+        f"{total['captions']:,} captions written from {tables.num_rows:,} rows",
+    ]
+    return finish(args, everything, summary, lines)
+
+
+def _guess_match(shards: list[Path]) -> str:
+    """``url`` if the first shard that can be read has such a key, else ``key``."""
+    for path in shards:
+        try:
+            samples = read_json_samples(path)
+        except (BrokenShardFile, OSError):
+            continue
+        return "url" if any(isinstance(s.record.get("url"), str) for s in samples[:100]) else "key"
+    return "key"
+
+
+def sample_values(sample: JsonSample, match: str) -> list[str]:
+    """What may stand for a sample in a table's match column; the first that is found there counts."""
+    value = sample.record.get(match)
+    values = [value.strip()] if isinstance(value, str) and value.strip() else []
+    return values if match == "url" else [sample.key, sample.key.rpartition("/")[2], *values]
+
+
+def _read(job: tuple[Place, str]) -> tuple[Place, list[list[str]] | None, list[str | None], str | None]:
+    """Returns (place, per sample its values, per sample what is wrong with it, why the shard can't be read)."""
+    place, match = job
+    try:
+        samples = read_json_samples(place.source)
+    except (BrokenShardFile, BrokenShardError, OSError) as error:
+        return place, None, [], str(error)
+    return place, [[] if s.fault else sample_values(s, match) for s in samples], [s.fault for s in samples], None
+
+
+def _jobs(left: list[Place], tables: CaptionTables, mark: str, args, pool, broken: dict[str, str]) -> Iterator[tuple]:
+    """Yields what `_write` needs for each shard, looking rows up for `--samples-per-pass` samples at once."""
+    held: list[tuple] = []
+
+    def found() -> Iterator[tuple]:
+        rows, table = find_rows(tables, {v for _, samples, _ in held for values in samples for v in values})
+        for place, samples, faults in held:
+            chosen = [next((rows[v] for v in values if v in rows), None) for values in samples]
+            captions = table.take(pa.array([row for row in chosen if row is not None], pa.int64()))
+            kinds = [_kind(f, values, row) for f, values, row in zip(faults, samples, chosen)]
+            yield place, kinds, captions.combine_chunks(), mark, args.keep_existing
+        held.clear()
+
+    # A few at a time, so that a pass does not grow by more than the shards being read.
+    for start in range(0, len(left), args.workers):
+        some = [(place, tables.match) for place in left[start : start + args.workers]]
+        for place, samples, faults, fault in sorted(spread(_read, some, pool), key=lambda r: str(r[0].source)):
+            if fault:
+                broken[str(place.source)] = fault
+            else:
+                held.append((place, samples, faults))
+        if sum(len(samples) for _, samples, _ in held) >= args.samples_per_pass:
+            yield from found()
+    yield from found()
+
+
+def _kind(fault: str | None, values: list[str], row: int | None) -> str:
+    if fault:
+        return fault
+    if not values:
+        return "nothing to match by"
+    return "unmatched" if row is None else "matched"
+
+
+def _write(job: tuple) -> tuple[Place, dict, str | None]:
+    """Writes one shard; returns (place, counts, why it can't be done)."""
+    place, kinds, captions, mark, keep_existing = job
+    rows = iter(captions.to_pylist())
+    matched = [next(rows) if kind == "matched" else {} for kind in kinds]
+    additions = [{name: text for name, text in row.items() if text} for row in matched]
+    counts = {"samples": len(kinds)} | {kind: kinds.count(kind) for kind in set(kinds)}
+    try:
+        if keep_existing:
+            there = [sample.record for sample in read_json_samples(place.source)]
+            additions = [{k: v for k, v in new.items() if not old.get(k)} for new, old in zip(additions, there)]
+        rewrite_shard(place.source, place.target, additions)
+    except (BrokenShardFile, OSError) as error:
+        return place, {}, str(error)
+    counts["captions"] = sum(map(len, additions))
+    write_note(place, mark, counts)
+    return place, counts, None

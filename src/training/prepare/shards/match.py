@@ -1,0 +1,184 @@
+"""Finds the rows of large caption tables that belong to given samples.
+
+Beside the shards that are written lies one array of hashes per table, made once: a pass over it finds which rows are
+wanted, and only row groups with such rows are read.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training.prepare.tables.chunk import url_hash
+from training.prepare.tables.columns import KEY, URL
+from training.prepare.tables.records import cell_text
+from training.prepare.work import whole_file
+from training.runtime.messages import first_line
+
+# Never captions: what samples have beside them already.
+NOT_CAPTIONS = (URL, KEY, "status", "error_message", "exif", "sha256", "md5", "url_hash")
+
+
+@dataclass(frozen=True)
+class CaptionTables:
+    """Parquet tables, in their order.
+
+    Attributes:
+        paths: the files.
+        match: the column that says which sample a row belongs to.
+        columns: captions to take.
+        index: folder for the hashes.
+    """
+
+    paths: tuple[Path, ...]
+    match: str
+    columns: tuple[str, ...]
+    index: Path
+
+    def describe(self) -> dict:
+        """What the result depends on."""
+        files = [[path.name, path.stat().st_size] for path in self.paths]
+        return {"tables": files, "match": self.match, "columns": list(self.columns)}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all tables."""
+        return sum(pq.read_metadata(path).num_rows for path in self.paths)
+
+
+def open_tables(names: Sequence[str], match: str, columns: Sequence[str] | None, index: Path) -> CaptionTables:
+    """Opens caption tables.
+
+    Args:
+        names: Parquet files, or folders of them.
+        match: column to match by.
+        columns: captions to take; None takes all columns of text.
+        index: folder for the hashes.
+
+    Raises:
+        FileNotFoundError, ValueError: not there, no Parquet, or without these columns.
+    """
+    paths: list[Path] = []
+    for name in names:
+        path = Path(name)
+        inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{name}: no *.parquet in this folder")
+        if not path.exists():
+            raise FileNotFoundError(f"{name}: no such file")
+        if inside[0].suffix != ".parquet":
+            raise ValueError(
+                f"{name}: expected .parquet; make it so: python -m training.prepare tables {name} --out DIR"
+            )
+        paths += inside
+    found: list[str] = []
+    for path in paths:
+        try:
+            schema = pq.read_schema(path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a Parquet file ({first_line(error)})") from error
+        lacking = [name for name in (match, *(columns or ())) if name not in schema.names]
+        if lacking:
+            raise ValueError(f"{path}: no column {lacking[0]}; it has {', '.join(schema.names)} (--match, --columns)")
+        found += [field.name for field in schema if _is_text(field.type) and field.name not in (*NOT_CAPTIONS, match)]
+    chosen = tuple(columns or dict.fromkeys(found))
+    if not chosen:
+        raise ValueError(f"{paths[0]}: no columns of text beside {match}; name them with --columns")
+    return CaptionTables(tuple(paths), match, chosen, index)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def make_index(job: tuple[CaptionTables, int]) -> None:
+    """Writes the hashes of one table's rows, unless they are there."""
+    tables, number = job
+    target = _index_file(tables, number)
+    if target.exists():
+        return
+    with pq.ParquetFile(tables.paths[number]) as file:
+        hashes = np.zeros(file.metadata.num_rows, dtype=np.uint64)
+        row = 0
+        for batch in file.iter_batches(10_000, columns=[tables.match], use_threads=False):
+            for value in batch.column(0).to_pylist():
+                hashes[row] = url_hash(value.strip()) if isinstance(value, str) else 0
+                row += 1
+    with whole_file(target) as path, open(path, "wb") as file:
+        np.save(file, hashes)
+
+
+def _index_file(tables: CaptionTables, number: int) -> Path:
+    path = tables.paths[number]
+    where = url_hash(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {tables.match}")
+    return tables.index / f"{path.stem}-{where:016x}.npy"
+
+
+def find_rows(tables: CaptionTables, values: set[str]) -> tuple[dict[str, int], pa.Table]:
+    """Finds the rows with given values in the match column.
+
+    Args:
+        tables: with their index made.
+        values: URLs or keys.
+
+    Returns:
+        (value -> row of the table, the rows' captions). Of several rows with one value the first counts.
+    """
+    wanted = np.unique(np.array([url_hash(value) for value in values], dtype=np.uint64))
+    schema = pa.schema([(name, pa.large_string()) for name in (tables.match, *tables.columns)])
+    taken = [schema.empty_table()]
+    for number in range(len(tables.paths)):
+        hashes = np.load(_index_file(tables, number))
+        place = np.minimum(np.searchsorted(wanted, hashes), max(len(wanted) - 1, 0))
+        rows = np.flatnonzero(wanted[place] == hashes) if len(wanted) else np.zeros(0, dtype=np.int64)
+        if len(rows):
+            try:
+                taken.append(_take_rows(tables, number, rows, schema))
+            except (pa.ArrowException, OSError) as error:
+                raise OSError(
+                    f"{tables.paths[number]}: can't be read ({first_line(error)}); make or fetch it again"
+                ) from error
+    table = pa.concat_tables(taken)
+    found: dict[str, int] = {}
+    for row, value in enumerate(table.column(tables.match).to_pylist()):
+        if value in values:  # two values may share a hash
+            found.setdefault(value, row)
+    logging.debug(f"{len(values):,} values asked for, {len(found):,} found")
+    return found, table.select(list(tables.columns))
+
+
+def _take_rows(tables: CaptionTables, number: int, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
+    """Reads some rows of one table, one row group after another."""
+    parts = []
+    with pq.ParquetFile(tables.paths[number]) as file:
+        names = [name for name in schema.names if name in file.schema_arrow.names]
+        start = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            inside = rows[(rows >= start) & (rows < start + size)] - start
+            start += size
+            if len(inside):
+                part = file.read_row_group(group, columns=names).take(pa.array(inside))
+                parts.append(_as_text(part, schema, tables.match))
+    return pa.concat_tables(parts)
+
+
+def _as_text(table: pa.Table, schema: pa.Schema, match: str) -> pa.Table:
+    """The same columns everywhere; lists of sentences become texts."""
+    columns = []
+    for name in schema.names:
+        if name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, pa.large_string()))
+        elif pa.types.is_nested(table.schema.field(name).type):
+            columns.append(pa.array([cell_text(v) for v in table.column(name).to_pylist()], pa.large_string()))
+        else:
+            columns.append(table.column(name).cast(pa.large_string()))
+    made = pa.table(columns, schema=schema)
+    stripped = pa.array([(v or "").strip() for v in made.column(match).to_pylist()], pa.large_string())
+    return made.set_column(0, match, stripped)

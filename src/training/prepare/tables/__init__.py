@@ -1,0 +1,1 @@
+"""`prepare tables`: published caption tables to clean Parquet files."""

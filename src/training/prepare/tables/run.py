@@ -1,0 +1,246 @@
+"""`prepare tables`: published caption tables to clean Parquet parts with the same columns everywhere.
+
+A table is cut into chunks of rows. Worker processes clean a chunk each; duplicates are then found by hashes of the
+URLs over all chunks, in their order; and each chunk's remaining rows become one part. Nothing here grows with the
+number of rows but 9 bytes of hashes and marks on disk and a byte in memory each, and whatever is whole on disk is not
+made again.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tabulate import tabulate
+
+from training.prepare.tables.chunk import (
+    ROW_KINDS,
+    Rules,
+    Table,
+    Task,
+    clean_chunk,
+    first_of_each,
+    total_counts,
+    write_part,
+)
+from training.prepare.tables.columns import find_columns, output_captions
+from training.prepare.tables.records import Chunk, CsvForm, CsvRecords, csv_chunks, parquet_chunks
+from training.prepare.work import (
+    format_counts,
+    load_json,
+    processes,
+    progress,
+    remove_leftovers,
+    spread,
+    whole_file,
+    write_json,
+)
+from training.runtime.messages import first_line
+
+SUFFIXES = (".csv", ".tsv", ".parquet")
+VERSION = 1  # of the cleaning; parts of another one are not mixed with these
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns 0."""
+    started = time.monotonic()
+    tables = [open_table(path, args) for path in expand_inputs(args.tables)]
+    captions = tuple(output_captions([table.columns for table in tables]))
+    rules = Rules(captions, not args.keep_cut_off, args.keep_without_long)
+    out, settings = Path(args.out), _settings(tables, rules, args.rows_per_part)
+    summary = load_json(out / "summary.json")
+    complete = isinstance(summary, dict)
+    if complete:
+        if summary.get("settings") != settings:
+            raise ValueError(f"--out {out}: made from other tables or with other flags; take another folder")
+        print(f"{out}: complete already")
+        shutil.rmtree(out / ".work", ignore_errors=True)
+    else:
+        summary = _make(tables, rules, args, settings)
+    if args.summary:
+        write_json(Path(args.summary), summary)
+    print(describe(summary))
+    if complete:
+        return 0
+    seconds = time.monotonic() - started
+    print(f"{seconds:.1f} s, {summary['rows'] / seconds:,.0f} rows/s, memory at most {_peak_memory(args.workers)}")
+    return 0
+
+
+def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings: dict) -> dict:
+    out = Path(args.out)
+    work = out / ".work"
+    known = load_json(work / "settings.json")
+    if known is None and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {out}: holds something else; take a folder that is empty or not there")
+    if known not in (None, settings):
+        raise ValueError(f"--out {out}: begun from other tables or with other flags; take another folder, or remove it")
+    write_json(work / "settings.json", settings)
+    for folder in (out, work):
+        remove_leftovers(folder)
+    tasks: list[Task] = []
+    total_bytes = sum(table.path.stat().st_size for table in tables)
+
+    def all_tasks() -> Iterator[Task]:
+        for number, table in enumerate(tables):
+            for task in table_tasks(table, number, rules, args.rows_per_part, work):
+                tasks.append(task)
+                yield task
+
+    with processes(args.workers) as pool:
+        results = {}
+        with progress(None, total_bytes, "cleaning", "B", scaled=True) as bar:
+            for base, size, result in spread(_clean, all_tasks(), pool):
+                results[base] = result
+                bar.update(size)
+        # Rows that others of their URL come before.
+        keep, duplicates = first_of_each([task.file("npy") for task in tasks])
+        jobs = [(task.file("parquet"), out / f"{task.base.name}.parquet", mask) for task, mask in zip(tasks, keep)]
+        kept = sum(progress(spread(write_part, jobs, pool), len(jobs), "writing", "part"))
+    counts = total_counts([results[task.base] for task in tasks])
+    assert kept + duplicates["duplicates"] == counts["kept"]
+    summary = counts | {"kept": kept} | duplicates | {"parts": sum(bool(mask.any()) for mask in keep)}
+    summary |= {"settings": settings}
+    write_json(out / "summary.json", summary)
+    shutil.rmtree(work)
+    return summary
+
+
+def _clean(task: Task) -> tuple[Path, int, dict]:
+    """Returns (name of the results, bytes of the table, counts)."""
+    size = task.chunk.end - task.chunk.begin
+    if task.table.form is None:
+        with pq.ParquetFile(task.table.path) as file:
+            share = size / max(file.num_row_groups, 1)
+        size = int(task.table.path.stat().st_size * share)
+    return task.base, size, clean_chunk(task)
+
+
+def expand_inputs(names: list[str]) -> list[Path]:
+    """Returns the tables that are named, those of folders in the order of their names.
+
+    Raises:
+        FileNotFoundError, ValueError: not there, of an unknown kind, or named twice.
+    """
+    paths = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+            if not inside:
+                raise ValueError(f"{name}: no {', '.join(SUFFIXES)} in this folder")
+            paths += inside
+            continue
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: no such file")
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{name}: expected a {', '.join(SUFFIXES)} file; unpack archives first")
+        paths.append(path)
+    twice = [path for path in paths if paths.count(path) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: named twice")
+    return paths
+
+
+def open_table(path: Path, args: argparse.Namespace) -> Table:
+    """Reads a table's header and finds its columns.
+
+    Raises:
+        ValueError: not a table, or columns are not found.
+    """
+    form, begin = None, 0
+    if path.suffix == ".parquet":
+        try:
+            header = list(pq.read_schema(path).names)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a Parquet file ({first_line(error)})") from error
+    else:
+        form = CsvForm(args.separator or ("\t" if path.suffix == ".tsv" else ","), not args.no_quotes)
+        header, begin = CsvRecords(path, form).header()
+    columns = find_columns(
+        str(path), header, args.url_column, args.key_column, args.raw_column, args.long_columns, args.short_columns
+    )
+    return Table(path, form, tuple(header), begin, columns)
+
+
+def table_tasks(table: Table, number: int, rules: Rules, num_rows: int, work: Path) -> Iterator[Task]:
+    """Cuts a table into tasks; where it was cut is kept on disk, so that going on needs no second search."""
+    draft = Task(table, Chunk(0, 0), rules, work)
+    journal = work / f"{number:03d}.chunks"
+    known = _read_journal(journal)
+    for place, chunk in enumerate(known):
+        yield replace(draft, chunk=chunk, base=work / f"part-{number:03d}-{place:06d}")
+    begin = known[-1].end if known else table.begin
+    if table.form is None:
+        with pq.ParquetFile(table.path) as file:
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        more = list(parquet_chunks(sizes, num_rows))[len(known) :]
+    else:
+        more = csv_chunks(CsvRecords(table.path, table.form, len(table.header)), begin, num_rows)
+    with open(journal, "a", encoding="utf-8") as file:
+        for place, chunk in enumerate(more, start=len(known)):
+            file.write(json.dumps(chunk) + "\n")
+            file.flush()
+            yield replace(draft, chunk=chunk, base=work / f"part-{number:03d}-{place:06d}")
+
+
+def _read_journal(path: Path) -> list[Chunk]:
+    """Chunks found so far; a last line that was cut is taken off the file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(whole), encoding="utf-8")
+    return [Chunk(*json.loads(line)) for line in whole]
+
+
+def _settings(tables: list[Table], rules: Rules, rows_per_part: int) -> dict:
+    """What the parts depend on."""
+    return {
+        "version": VERSION,
+        "tables": [
+            {
+                "name": table.path.name,
+                "bytes": table.path.stat().st_size,
+                "form": table.form and list(table.form),
+                "url": table.columns.url,
+                "key": table.columns.key,
+                "captions": table.columns.captions,
+            }
+            for table in tables
+        ],
+        "captions": list(rules.captions),
+        "trim": rules.trim,
+        "keep_without_long": rules.keep_without_long,
+        "rows_per_part": rows_per_part,
+    }
+
+
+def describe(summary: dict) -> str:
+    """The counts for a terminal."""
+    dropped = {name: summary[name] for name in ROW_KINDS[2:]}
+    lines = [f"{summary['kept']:,} of {summary['rows']:,} rows kept in {summary['parts']:,} parts"]
+    lines.append(f"dropped rows: {format_counts(dropped)}")
+    rows = [[name, *counts.values()] for name, counts in summary["captions"].items()]
+    headers = ["captions", *(kind.replace("_", "-") for kind in next(iter(summary["captions"].values())))]
+    return "\n".join([*lines, tabulate(rows, headers, intfmt=",")])
+
+
+def _peak_memory(workers: int) -> str:
+    """Of this process and, if there are any, of all workers, had each been as large as the largest."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    own, child = (
+        resource.getrusage(who).ru_maxrss * unit / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    if workers == 1:
+        return f"{own:,.0f} MB"
+    return f"{own + workers * child:,.0f} MB ({own:,.0f} and {workers} x {child:,.0f})"

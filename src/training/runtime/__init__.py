@@ -1,0 +1,1 @@
+"""The process, not the problem: ranks, signals, the watchdog, logs, files."""

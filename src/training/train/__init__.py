@@ -1,0 +1,1 @@
+"""Training: batch -> forward -> loss -> update, with checkpoints, resuming and validation."""

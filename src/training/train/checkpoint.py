@@ -1,0 +1,176 @@
+"""Training checkpoints: written whole or not at all, off training's path, and loaded by evaluation as they are."""
+
+import logging
+import os
+import re
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from training.runtime.messages import first_line
+
+LATEST = "epoch_latest.pt"
+logger = logging.getLogger(__name__)
+
+
+def write_atomically(content: dict, path: Path) -> Path:
+    """Saves to a temporary file, flushes it to the disk and renames it: `path` is always whole."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename, too
+        finally:
+            os.close(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk shall not stay full
+        raise
+    return path
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written."""
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time in a thread, from a copy in memory; training goes on meanwhile.
+
+    A failure (a full disk, ..) is logged, and what was there before stays; only `finish` raises it.
+
+    Args:
+        folder: LOGS/NAME/checkpoints.
+        last_good: what training began from, if anything.
+    """
+
+    def __init__(self, folder: Path, last_good: Path | None = None):
+        self.folder, self.last_good = folder, last_good
+        self.thread: threading.Thread | None = None
+        self.error: SaveError | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the last copy is still being written; another one would double the memory."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def submit(self, content: dict, names: list[str], afterwards: Callable[[], None] | None = None) -> None:
+        """Copies the content, then writes it under each name; waits first if the writer is busy.
+
+        Args:
+            content: plain tensors and numbers, as `load_checkpoint` wants them.
+            names: files in the folder.
+            afterwards: run in the thread once all are written.
+        """
+        if self.thread is not None:
+            self.thread.join()
+        copy = copy_to_cpu(content)
+        self.thread = threading.Thread(target=self._write, args=(copy, names, afterwards), name="checkpoint writer")
+        self.thread.start()
+
+    def _write(self, content: dict, names: list[str], afterwards: Callable[[], None] | None) -> None:
+        path = None
+        try:
+            for name in names:
+                path = self.folder / name
+                self.last_good = write_atomically(content, path)
+                logger.info(f"saved {path}")
+            if afterwards:
+                afterwards()
+            self.error = None
+        except (OSError, RuntimeError) as error:  # torch's zip writer wraps the system's errors
+            self.error = SaveError(f"could not save {path}: {' '.join(str(error).split())[:300]}")
+            logger.error(f"{self.error}; the last good checkpoint is {self.last_good or 'none'}; training goes on")
+
+    def finish(self) -> None:
+        """Waits for the writer; raises SaveError if the last checkpoint could not be written."""
+        if self.thread is not None:
+            self.thread.join()
+        if self.error:
+            raise self.error
+
+
+def copy_to_cpu(content: object) -> object:
+    """A copy of nested dicts, lists and tuples whose tensors nobody else changes."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: copy_to_cpu(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(copy_to_cpu(value) for value in content)
+    return content
+
+
+def saved_checkpoints(folder: Path, kind: str) -> list[Path]:
+    """The folder's ``epoch_N.pt`` or ``step_N.pt``, oldest first."""
+    return sorted((p for p in folder.glob(f"{kind}_*.pt") if re.fullmatch(rf"{kind}_\d+\.pt", p.name)), key=_age)
+
+
+def _age(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def remove_old_checkpoints(folder: Path, keep_steps: int, only_last_epoch: bool) -> None:
+    """Removes all ``step_N.pt`` but the last few and, if asked, all ``epoch_N.pt`` but the last."""
+    steps = saved_checkpoints(folder, "step")
+    old = steps[: max(0, len(steps) - keep_steps)]
+    for path in old + (saved_checkpoints(folder, "epoch")[:-1] if only_last_epoch else []):
+        path.unlink()
+
+
+def named_checkpoint(path: str) -> Path:
+    """Returns the file of ``--resume FILE``.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is broken, or no training checkpoint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--resume {path}: no such file; name a checkpoint, or 'latest'")
+    load_checkpoint(Path(path))
+    return Path(path)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest whole checkpoint in a folder, for ``--resume latest``; names broken ones in warnings.
+
+    Returns:
+        None where nothing whole has been saved yet: training starts from the beginning.
+    """
+    for left_over in folder.glob("*.tmp"):  # of a run that was killed while saving
+        logger.warning(f"removed {left_over}: a checkpoint whose writing was interrupted")
+        left_over.unlink()
+    candidates = [*saved_checkpoints(folder, "epoch"), *saved_checkpoints(folder, "step")]
+    candidates += [folder / LATEST] if (folder / LATEST).is_file() else []
+    for path in sorted(candidates, key=_age, reverse=True):
+        try:
+            load_checkpoint(path)
+            return path
+        except ValueError as error:
+            logger.warning(f"skipped a checkpoint: {error}")
+    return None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint without running code from it.
+
+    Raises:
+        ValueError: broken, or not a training checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself compares no checksums
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zipfile and torch say of a broken file
+        raise ValueError(f"--resume {path}: broken file ({first_line(error)})") from error
+    if not isinstance(content, dict) or not {"epoch", "state_dict", "optimizer"} <= set(content):
+        raise ValueError(f"--resume {path}: not a training checkpoint; to start from weights use --pretrained")
+    return content

@@ -1,0 +1,270 @@
+"""Image features of a locked tower, once and for all: images -> pixels -> tower -> files that training reads."""
+
+import argparse
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from open_clip import get_input_dtype
+from open_clip_train.precision import get_autocast
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from training.data.augment import parse_augmentation
+from training.data.faults import BadSample, Totals
+from training.data.features import (
+    SUFFIX,
+    FeatureInfo,
+    feature_info,
+    is_feature_folder,
+    read_index,
+    read_totals,
+    write_features,
+    write_index,
+)
+from training.data.images import IN_TRAINING, PictureReader
+from training.data.loader import read_image, read_record, seed_augmentation
+from training.data.open import caption_rule, open_source
+from training.data.shards import Source
+from training.data.tar import BrokenShardError, Part, RawSample
+from training.model.factory import EncoderParts
+from training.model.fingerprint import fingerprint
+from training.model.from_flags import build_from_flags, check_precision
+from training.model.resolve import resolve_weights
+from training.runtime.distributed import DistEnv, agree, distributed, fail, raise_together, together
+from training.runtime.tracking import log_to
+from training.train.step_log import EXAMPLES_PER_KIND
+
+logger = logging.getLogger(__name__)
+
+
+class ImageBatch(NamedTuple):
+    """Some samples of a part, in order.
+
+    Attributes:
+        number, source: of the part.
+        pixels: [n, views, 3, H, W].
+        keys, records: of these samples.
+        faults: kinds, of the samples passed over since the last batch.
+        is_last: of the part.
+    """
+
+    number: int
+    source: str
+    pixels: torch.Tensor
+    keys: list[str]
+    records: list[dict]
+    faults: list[str]
+    is_last: bool
+
+
+class ImageBatches(IterableDataset):
+    """Reads whole parts, a worker each; what is random in a view depends on seed and sample alone.
+
+    Args:
+        parts: (number, part) each.
+        pictures: file -> [3, H, W].
+        views: of each image.
+        batch_size: samples.
+        seed: of views.
+    """
+
+    def __init__(self, parts: list[tuple[int, Part]], pictures: PictureReader, views: int, batch_size: int, seed: int):
+        self.parts, self.pictures, self.views, self.batch_size, self.seed = parts, pictures, views, batch_size, seed
+        self.told: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        info = get_worker_info()
+        for number, part in self.parts[info.id :: info.num_workers] if info else self.parts:
+            yield from self._read(number, part)
+
+    def _read(self, number: int, part: Part) -> Iterator[ImageBatch]:
+        pixels, keys, records, faults = [], [], [], []
+        num_seen = 0
+
+        def batch(is_last: bool) -> ImageBatch:
+            return ImageBatch(number, part.name, torch.stack(pixels), keys, records, faults, is_last)
+
+        try:
+            for raw in part.read():
+                if len(keys) == self.batch_size:
+                    yield batch(is_last=False)
+                    pixels, keys, records, faults = [], [], [], []
+                num_seen += 1
+                try:
+                    record, views = read_record(raw), self._views(raw)
+                except BadSample as error:
+                    faults.append(str(error))
+                    self.told[str(error)] += 1
+                    if self.told[str(error)] <= EXAMPLES_PER_KIND:
+                        logger.warning(f"skipped sample, {error}: {raw.source}/{raw.key}")
+                    continue
+                pixels.append(views)
+                keys.append(raw.key)
+                records.append(record)
+        except BrokenShardError as error:
+            logger.warning(f"used as far as it goes: {error}")
+            faults += [error.kind] * max(1, part.size - num_seen)
+        yield batch(is_last=True) if keys else self._no_images(number, part, faults)
+
+    def _views(self, raw: RawSample) -> torch.Tensor:
+        picture, views = read_image(raw, self.pictures.decode), []
+        for view in range(self.views):
+            seed_augmentation(f"{self.seed}/view {view}/{raw.source}/{raw.key}")
+            views.append(self.pictures.transform(picture))
+        return torch.stack(views)
+
+    def _no_images(self, number: int, part: Part, faults: list[str]) -> ImageBatch:
+        """The end of a part whose last batch is empty."""
+        pixels = self.pictures.whole(Image.new("RGB", (8, 8)))[None, None].expand(0, self.views, -1, -1, -1)
+        return ImageBatch(number, part.name, pixels, [], [], faults, True)
+
+
+@dataclass
+class OpenPart:
+    """What has been encoded of a part so far."""
+
+    keys: list[str] = field(default_factory=list)
+    records: list[dict] = field(default_factory=list)
+    features: list[np.ndarray] = field(default_factory=list)
+    totals: Totals = field(default_factory=Totals)
+
+    def add(self, batch: ImageBatch, features: np.ndarray) -> None:
+        """Takes a batch and its features."""
+        self.keys += batch.keys
+        self.records += batch.records
+        self.features.append(features)
+        self.totals.add(Totals(len(batch.keys) + len(batch.faults), Counter(batch.faults)))
+
+
+def tower_info(model: torch.nn.Module, args: argparse.Namespace) -> FeatureInfo:
+    """Says whose features the image tower of a model gives."""
+    augmentation = "strong" if args.strong_augment else " ".join(args.aug_cfg)
+    return FeatureInfo(
+        model=args.model,
+        tower=fingerprint(model.visual),
+        preprocessing=_plain(model.visual.preprocess_cfg),
+        views=args.feature_views,
+        augmentation=augmentation if args.feature_views else "",
+        precision=args.precision,
+        image_decoding=args.image_decoding or IN_TRAINING,
+    )
+
+
+def _plain(config: dict) -> dict:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def extract(args: argparse.Namespace) -> int:
+    """Writes the features of every image in ``--train-data`` to ``--extract-image-features``.
+
+    Files that are there already are left alone: an extraction that was interrupted goes on.
+
+    Returns:
+        Exit code: 0; 2 if flags, files or weights are not what they should be.
+    """
+    with distributed(args.device, args.timeout_minutes) as env:
+        log_to(None)
+        if env.is_main:
+            logging.getLogger("training").setLevel(logging.INFO)
+        try:
+            agree(lambda: _check(args, env), env)
+            source = open_source(args, "--train-data", args.train_data, caption_rule(args), env)
+            parts = together(lambda: build_from_flags(args, env.device), env)
+            info = together(lambda: tower_info(parts.model, args), env)
+            agree(lambda: _begin(args, source, info), env)
+        except (ValueError, OSError) as error:
+            return fail(error, 2, env)
+        error = None
+        try:
+            _encode_own_parts(args, source, parts, env)
+        except Exception as caught:  # the others must hear of it before they wait for this rank
+            error = caught
+        raise_together(error, env)
+        if env.is_main:
+            _finish(args, source, info)
+    return 0
+
+
+def _check(args: argparse.Namespace, env: DistEnv) -> None:
+    check_precision(args.precision, env.device)
+    parse_augmentation(args.aug_cfg)
+    resolve_weights(args.model, args.pretrained, args.cache_dir)
+    if feature_info(args.train_data):
+        raise ValueError(f"--train-data {args.train_data}: these are image features already")
+
+
+def _begin(args: argparse.Namespace, source: Source, info: FeatureInfo) -> None:
+    """Makes the folder, or checks that what is there is part of the same work. Rank 0 only."""
+    folder, names = Path(args.extract_image_features), [part.name for part in source.parts()]
+    if is_feature_folder(str(folder)):
+        earlier, sources, _ = read_index(folder)
+        if earlier != info or sources != names:
+            raise ValueError(f"--extract-image-features {folder}: holds other features; take another folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--extract-image-features {folder}: is not empty; take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_index(folder, info, names, counts=None)
+
+
+def _file_of(args: argparse.Namespace, number: int) -> Path:
+    return Path(args.extract_image_features) / f"{number:06d}{SUFFIX}"
+
+
+def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderParts, env: DistEnv) -> None:
+    """Encodes every world_size-th part that is not there yet."""
+    todo = [(number, part) for number, part in enumerate(source.parts()) if not _file_of(args, number).is_file()]
+    todo = todo[env.rank :: env.world_size]
+    transform = parts.train_transform if args.feature_views else parts.preprocess
+    pictures = PictureReader(transform, args.image_decoding or IN_TRAINING)
+    loader = DataLoader(
+        ImageBatches(todo, pictures, max(1, args.feature_views), args.batch_size, args.seed),
+        batch_size=None,  # workers make whole batches
+        num_workers=min(args.workers, len(todo)),
+        pin_memory=env.device.type == "cuda",
+    )
+    started = {number: OpenPart() for number, _ in todo}
+    total = sum(part.size for _, part in todo)
+    with tqdm(desc="extract", total=total, unit="image", delay=2, disable=not env.is_main) as bar:
+        for batch in loader:
+            part = started[batch.number]
+            part.add(batch, _encode(parts.model, batch.pixels, args.precision, env.device))
+            bar.update(len(batch.keys))
+            if batch.is_last:
+                write_features(
+                    _file_of(args, batch.number),
+                    batch.source,
+                    part.keys,
+                    part.records,
+                    np.concatenate(part.features),
+                    part.totals,
+                )
+                del started[batch.number]
+
+
+@torch.no_grad()
+def _encode(model: torch.nn.Module, pixels: torch.Tensor, precision: str, device: torch.device) -> np.ndarray:
+    """[n, views, 3, H, W] -> normalised features [n, views, dim] float16."""
+    flat = pixels.flatten(0, 1).to(device, get_input_dtype(precision), non_blocking=True)
+    with get_autocast(precision, device_type=device.type)():
+        features = model.encode_image(flat)
+    features = torch.nn.functional.normalize(features.float(), dim=-1)
+    if not features.isfinite().all():
+        raise FloatingPointError(f"the image tower returned NaN or infinity in {precision}; try --precision fp32")
+    return features.half().cpu().numpy().reshape(*pixels.shape[:2], -1)
+
+
+def _finish(args: argparse.Namespace, source: Source, info: FeatureInfo) -> None:
+    names = [part.name for part in source.parts()]
+    totals = read_totals([str(_file_of(args, number)) for number in range(len(names))])
+    write_index(Path(args.extract_image_features), info, names, totals.to_dict())
+    logger.info(
+        f"{totals.describe()}; features: {args.extract_image_features}. To train on them: --train-data "
+        f"{args.extract_image_features} --model {args.model} --lock-image"
+    )

@@ -1,0 +1,222 @@
+"""The loop of a training: epochs of steps, with evaluations and checkpoints in between; it can be left at any step."""
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from training.data.loader import TrainBatch, to_device
+from training.data.open import TrainData
+from training.eval.retrieval import RetrievalWork
+from training.model.factory import EncoderParts
+from training.runtime.distributed import DistEnv, agree
+from training.runtime.stop import Control, StoppedError
+from training.runtime.tracking import Tracker
+from training.runtime.watchdog import Watchdog
+from training.train.checkpoint import LATEST, CheckpointWriter, remove_old_checkpoints
+from training.train.nonfinite import StepGuard
+from training.train.resume import Division, Progress, get_random_state, set_random_state
+from training.train.step import Stepper
+from training.train.step_log import StepLog
+from training.train.validate import ValidationSet, evaluate_benchmarks, validate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rank 0 found out before data are opened and a model is built; the same on every rank."""
+
+    name: str
+    folder: Path
+    resume: Path | None
+    work: RetrievalWork | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that an epoch needs.
+
+    Attributes:
+        train, val: data.
+        parts: model, transforms and tokenizer.
+        stepper: model, loss and optimizer of a step.
+        schedule: step -> learning rate.
+        division: how an epoch is divided.
+        start: where to begin.
+    """
+
+    train: TrainData
+    val: ValidationSet | None
+    parts: EncoderParts
+    stepper: Stepper
+    schedule: Callable[[int], float]
+    division: Division
+    start: Progress
+
+
+class Trainer:
+    """Takes a run from its start to the last epoch's end.
+
+    Args:
+        args: flags.
+        plan: name, folder and benchmarks.
+        run: data, model and where to begin.
+        tracker: of rank 0; None elsewhere.
+        env: this process.
+    """
+
+    def __init__(self, args: argparse.Namespace, plan: Plan, run: Run, tracker: Tracker | None, env: DistEnv):
+        self.args, self.plan, self.built, self.tracker, self.env = args, plan, run, tracker, env
+        self.progress = run.start
+        self.folder = plan.folder / "checkpoints"
+        self.writer = CheckpointWriter(self.folder, plan.resume)  # rank 0's is the one that writes
+        self.control = Control(env, args.save_every_steps, args.save_every_minutes)
+        self.watchdog = Watchdog(env, 60 * args.timeout_minutes)
+        self.guard = StepGuard(plan.folder, env.rank, args.max_skipped_steps, lambda: self.writer.last_good)
+        per_epoch = run.division.steps_per_epoch
+        self.log = StepLog(
+            env, tracker, run.start.totals, args.log_every_n_steps, per_epoch * args.epochs, per_epoch,
+            args.max_bad_samples,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Trains.
+
+        Raises:
+            StoppedError: a signal came to some rank; where training is has been saved.
+            SaveError: at the end the last checkpoint could not be written.
+            FloatingPointError: loss or gradient was not finite too many times in a row, or an evaluation gave NaN.
+            TooManyBadSamplesError: as it says.
+            BrokenImageError: of a benchmark.
+            NoUsableSampleError: this rank's loader found nothing; the other ranks do not know.
+        """
+        with self.control, self.watchdog:
+            self._introduce()
+            while self.progress.epoch < self.args.epochs:
+                try:
+                    self._train_epoch()
+                except StoppedError:
+                    agree(self.writer.finish, self.env)  # all leave together: whoever ends first may take others along
+                    raise
+                self._end_epoch()
+            agree(self.writer.finish, self.env)
+        if self.env.is_main:
+            logger.info(f"done: {self.plan.folder}; {self.progress.totals.describe()}")
+
+    def _introduce(self) -> None:
+        args, run, env = self.args, self.built, self.env
+        if not env.is_main:
+            return
+        trained = sum(p.numel() for group in run.stepper.optimizer.param_groups for p in group["params"])
+        everything = sum(p.numel() for p in run.parts.model.parameters())
+        per_step = args.batch_size * args.accum_freq * env.world_size
+        logger.info(
+            f"{args.model}: {trained / 1e6:,.1f}M of {everything / 1e6:,.1f}M parameters are trained on "
+            f"{env.world_size} x {env.device.type}; an epoch is {run.division.steps_per_epoch:,} steps of "
+            f"{per_step:,} samples, of {run.train.source.num_samples:,} there are"
+        )
+
+    def _train_epoch(self) -> None:
+        """Steps through what is left of the running epoch; as many steps on every rank."""
+        args, run, env, progress = self.args, self.built, self.env, self.progress
+        # Dropout differs from rank to rank.
+        torch.manual_seed(args.seed * 1_000_003 + progress.epoch * env.world_size + env.rank)
+        run.stepper.model.train()
+        batches = iter(run.train.loader(progress.epoch, progress.stretch, pin=env.device.type == "cuda"))
+        if progress.random_state:  # to begin with a loader draws a number, too
+            set_random_state(progress.random_state)
+            progress.random_state = None
+        num_steps = (progress.stretch.num_batches - progress.num_done) // args.accum_freq
+        with self.log.epoch(progress.step):
+            on_device = to_device(batches, env.device)
+            for _ in range(num_steps):
+                self._take_step(on_device)
+        self.guard.finish()
+
+    def _take_step(self, batches: Iterator[tuple[TrainBatch, tuple]]) -> None:
+        args, run, step = self.args, self.built, self.progress.step + 1
+        self.watchdog.at(step, "waiting for data")
+        micro_batches, inputs = [], []
+        for _ in range(args.accum_freq):
+            with self.log.waiting():
+                batch, on_device = next(batches)
+            self.log.add_batch(batch)
+            micro_batches.append(batch)
+            inputs.append(on_device)
+        self.watchdog.at(step, "taking a step")
+        # After an epoch's last step `_end_epoch` saves.
+        is_last = self.progress.num_done + args.accum_freq >= self.progress.stretch.num_batches
+        self.control.start(step, can_save=not (self.writer.is_busy or is_last))
+        lr = run.schedule(step - 1)
+        report = run.stepper(inputs)
+        self.progress.advance([batch.position for batch in micro_batches])
+        self.log.add_step(step, report, lr)
+        self.guard.add(step, report["skipped_steps"], [key for batch in micro_batches for key in batch.keys])
+        stop, save = self.control.finish()
+        if stop or save:
+            self._save([f"step_{step}.pt"])
+        if stop:
+            raise StoppedError(f"stopped after step {step:,} by a signal")
+
+    def _end_epoch(self) -> None:
+        """Evaluates and saves what is due after an epoch, and moves on to the next."""
+        args, done = self.args, self.progress.epoch + 1
+        is_last = done == args.epochs
+
+        def due(frequency: int) -> bool:
+            return frequency > 0 and (done % frequency == 0 or is_last)
+
+        validates = self.built.val is not None and due(args.val_frequency)
+        retrieves = self.plan.work is not None and due(args.zeroshot_frequency)
+        is_saving = bool(args.save_every_steps or args.save_every_minutes)
+        if (validates or retrieves) and is_saving:
+            self._save([f"step_{self.progress.step}.pt"])  # a long evaluation shall not cost what was before it
+        self._evaluate(done, validates, retrieves)
+        self.progress = self.progress.next_epoch(self.built.division, self.env)
+        names = [f"epoch_{done}.pt"] if due(args.save_frequency) or is_last else []
+        names += [LATEST] if args.save_most_recent else []
+        if names:
+            self._save(names)
+
+    def _evaluate(self, done: int, validates: bool, retrieves: bool) -> None:
+        run, env = self.built, self.env
+        self.watchdog.at(self.progress.step, "evaluating")
+        run.stepper.model.eval()
+        metrics = {}
+        if validates:
+            model = getattr(run.stepper.model, "module", run.stepper.model)
+            result = validate(run.val, model, run.stepper.loss, run.stepper.autocast, env)
+            metrics |= {f"val/{name}": value for name, value in result.items()}
+            if env.is_main:
+                shown = ", ".join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v:,}" for n, v in result.items())
+                logger.info(f"validation after epoch {done}: {shown}")
+        if retrieves:
+            totals = {"train_samples": self.progress.totals.to_dict()}
+            metrics |= evaluate_benchmarks(run.parts, self.plan.work, self.args, self.folder, done, env, totals)
+        if self.tracker and metrics:
+            self.tracker.log(self.progress.step, metrics)
+
+    def _save(self, names: list[str]) -> None:
+        """Hands all ranks' state to the writer; training goes on as soon as it is copied."""
+        self.watchdog.at(self.progress.step, "saving")
+        self.control.saved()
+        own = {"used": list(self.progress.used), "random_state": get_random_state(), "totals": self.log.pending()}
+        everyone = self.control.gather(own)
+        if not self.env.is_main:
+            return
+        stepper = self.built.stepper
+        content = {
+            **self.progress.to_content(everyone, self.built.division, self.env),
+            "name": self.plan.name,
+            "state_dict": stepper.core.state_dict(),
+            "optimizer": stepper.optimizer.state_dict(),
+            "scaler": stepper.scaler.state_dict() if stepper.scaler else None,
+        }
+        args = self.args
+        keep_steps = 0 if self.progress.epoch == args.epochs else args.keep_checkpoints
+        only_last = args.delete_previous_checkpoint
+        self.writer.submit(content, names, lambda: remove_old_checkpoints(self.folder, keep_steps, only_last))

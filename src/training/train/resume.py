@@ -1,0 +1,193 @@
+"""What a checkpoint holds beside weights, and how a training goes on from it: exactly, or on other processes."""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from training.data.faults import Totals
+from training.data.position import EpochPosition, Stretch, count_items
+from training.runtime.distributed import DistEnv
+from training.train.checkpoint import load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How this run divides an epoch.
+
+    Attributes:
+        steps_per_epoch: optimizer steps of a whole epoch.
+        batch_size: of one process and micro-batch.
+        accum_freq: micro-batches per step.
+        num_workers: parts that a process's share is read in.
+        data: fingerprint of the data, their order and the seed.
+    """
+
+    steps_per_epoch: int
+    batch_size: int
+    accum_freq: int
+    num_workers: int
+    data: str
+
+    def whole_epoch(self, env: DistEnv) -> Stretch:
+        """This process's part of an epoch from its beginning."""
+        return Stretch(self.batch_size, self.steps_per_epoch * self.accum_freq, env.rank, env.world_size)
+
+
+@dataclass
+class Progress:
+    """Where a training is, on one process; the loop moves it on.
+
+    Attributes:
+        epoch: whole epochs done.
+        step: optimizer steps done, over all epochs.
+        stretch: this process's part of the running epoch.
+        num_done: micro-batches done of it.
+        used: per worker, slots used up for them.
+        totals: samples of all ranks since the start, up to the last line of the log.
+        random_state: to start from in mid-epoch; None starts the epoch's own.
+    """
+
+    epoch: int
+    step: int
+    stretch: Stretch
+    num_done: int
+    used: list[int]
+    totals: Totals = field(default_factory=Totals)
+    random_state: dict | None = None
+
+    @classmethod
+    def at_epoch(cls, epoch: int, division: Division, env: DistEnv, totals: Totals | None = None) -> "Progress":
+        """The beginning of an epoch."""
+        step, used = epoch * division.steps_per_epoch, [0] * division.num_workers
+        return cls(epoch, step, division.whole_epoch(env), 0, used, totals or Totals())
+
+    def next_epoch(self, division: Division, env: DistEnv) -> "Progress":
+        """The beginning of the epoch after this one."""
+        return self.at_epoch(self.epoch + 1, division, env, self.totals)
+
+    def advance(self, positions: Sequence[tuple[int, int]]) -> None:
+        """Counts a step, from the `TrainBatch.position` of its micro-batches."""
+        self.step += 1
+        self.num_done += len(positions)
+        for worker, num_slots in positions:
+            self.used[worker] = num_slots
+
+    def to_content(self, everyone: Sequence[dict], division: Division, env: DistEnv) -> dict:
+        """What a checkpoint keeps of it.
+
+        Args:
+            everyone: of each rank ``used``, ``random_state`` and ``totals``, samples since the last line of the log.
+            division: of this run.
+            env: this process.
+        """
+        totals = Totals.from_dict(self.totals.to_dict())
+        for state in everyone:
+            totals.add(Totals.from_dict(state["totals"]))
+        content = {"epoch": self.epoch, "step": self.step, "totals": totals.to_dict()}
+        if self.step == self.epoch * division.steps_per_epoch and not self.num_done:
+            return content | {"position": None}
+        used = tuple(tuple(state["used"]) for state in everyone)
+        stretch = self.stretch
+        position = EpochPosition(
+            env.world_size, division.num_workers, stretch.batch_size, stretch.num_batches, self.num_done, used,
+            stretch.left,
+        )  # fmt: skip
+        return content | {
+            "position": position.to_dict(),
+            "accum_freq": division.accum_freq,
+            "data": division.data,
+            "random_states": [state["random_state"] for state in everyone],
+        }
+
+
+def start_from(content: dict, path: object, division: Division, env: DistEnv) -> Progress:
+    """Returns where a checkpoint's training goes on.
+
+    In mid-epoch, the same number of processes and workers with the same batches go on in the same order. Others divide
+    what is left of the epoch anew: the same samples, in another order.
+
+    Args:
+        content: of `load_checkpoint`.
+        path: its file, for messages.
+        division: of this run.
+        env: this process.
+
+    Raises:
+        ValueError: in the middle of an epoch of other data, or of another order.
+    """
+    totals = Totals.from_dict(content["totals"]) if "totals" in content else Totals()
+    if not content.get("position"):  # others' checkpoints know epochs alone
+        return Progress.at_epoch(content["epoch"], division, env, totals)
+    if content["data"] != division.data:
+        raise ValueError(
+            f"--resume {path}: in the middle of an epoch of other data or another order; give the same --train-data, "
+            "--train-num-samples, --seed and --shuffle-window, or go on from an epoch_N.pt"
+        )
+    position, epoch = EpochPosition.from_dict(content["position"]), content["epoch"]
+    same_step = content["accum_freq"] == division.accum_freq
+    if same_step and position.same_division(env.world_size, division.num_workers, division.batch_size):
+        used = list(position.used[env.rank])
+        random_state = content["random_states"][env.rank]
+        stretch = position.stretch(env.rank)
+        return Progress(epoch, content["step"], stretch, position.num_done, used, totals, random_state)
+    left = position.unused()
+    per_step = division.batch_size * division.accum_freq * env.world_size
+    num_steps = count_items(left) // per_step
+    if env.is_main:
+        logger.warning(
+            f"{path} was saved by {position.world_size} processes x {position.num_workers} workers with batches of "
+            f"{position.batch_size} x {content['accum_freq']}: the {count_items(left):,} samples left of epoch "
+            f"{epoch + 1} come in another order, in {num_steps:,} steps of {per_step:,}; "
+            f"{count_items(left) - num_steps * per_step:,} of them fill no step and are left out"
+        )
+    stretch = Stretch(division.batch_size, num_steps * division.accum_freq, env.rank, env.world_size, left=left)
+    step = (epoch + 1) * division.steps_per_epoch - num_steps
+    return Progress(epoch, step, stretch, 0, [0] * division.num_workers, totals)
+
+
+def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object) -> dict:
+    """Puts a checkpoint's state into model, optimizer and scaler; returns its content.
+
+    Raises:
+        ValueError: broken, or of another model.
+    """
+    content = load_checkpoint(path)
+    try:
+        core.load_state_dict(content["state_dict"])
+        optimizer.load_state_dict(content["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--resume {path}: of another model or other locked parts than the flags ({reason})"
+        ) from error
+    if scaler and content.get("scaler"):
+        scaler.load_state_dict(content["scaler"])
+    return content
+
+
+def get_random_state() -> dict:
+    """All random streams of this process, as plain numbers and tensors."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Takes back what `get_random_state` gave, perhaps by way of a file."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

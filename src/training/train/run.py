@@ -1,0 +1,219 @@
+"""One training, top to bottom: check, open data, build, resume; then the epochs of trainer.py."""
+
+import argparse
+import inspect
+import json
+import logging
+from pathlib import Path
+
+import torch
+from open_clip_train.precision import get_autocast
+from torch.nn.parallel import DistributedDataParallel
+
+from dataloaders.images import BrokenImageError
+from training.data.augment import parse_augmentation
+from training.data.faults import TooManyBadSamplesError
+from training.data.features import feature_info
+from training.data.loader import NoUsableSampleError
+from training.data.open import caption_rule, open_source, open_train_data
+from training.data.shards import Source
+from training.eval.results import run_name
+from training.eval.retrieval import plan_benchmarks
+from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
+from training.model.from_flags import build_from_flags, check_precision
+from training.model.resolve import resolve_weights
+from training.model.train_model import TrainModel
+from training.runtime.distributed import DistEnv, agree, any_rank, distributed, fail, set_timeout, together
+from training.runtime.stop import EXIT_STOPPED, StoppedError
+from training.runtime.tracking import Tracker, check_reporters, log_to
+from training.train.checkpoint import SaveError, named_checkpoint, newest_checkpoint, saved_checkpoints
+from training.train.extract import tower_info
+from training.train.loop import Plan, Run, Trainer
+from training.train.optim import make_schedule, parameter_groups
+from training.train.resume import Division, Progress, restore, start_from
+from training.train.step import Stepper
+from training.train.validate import ValidationSet
+
+logger = logging.getLogger(__name__)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains as the flags say.
+
+    Returns:
+        Exit code: 0; 1 if data or numbers give out in mid-training; 2 if flags, files or weights are not what they
+        should be; 75 if a signal stopped training, to be gone on with by ``--resume latest``.
+    """
+    with distributed(args.device, args.timeout_minutes) as env:
+        set_timeout(env, args.timeout_minutes)
+        try:
+            plan = agree(lambda: _check(args, env), env)
+            if not env.is_main:
+                log_to(None)
+            source, val_source = _open_sources(args, env)
+            steps_per_epoch = _count_steps(args, source, env)
+            run = together(lambda: _build(args, plan, source, val_source, steps_per_epoch, env), env)
+        except (ValueError, OSError) as error:
+            return fail(error, 2, env)
+        tracker = None
+        if env.is_main:
+            tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), run.start.step)
+        try:
+            Trainer(args, plan, run, tracker, env).run()
+        except StoppedError as stop:
+            if env.is_main:
+                logger.info(f"{stop}; go on with --name {plan.name} --resume latest")
+            return EXIT_STOPPED
+        except (BrokenImageError, FloatingPointError, TooManyBadSamplesError, SaveError) as error:  # on all ranks alike
+            return fail(error, 1, env)
+        except (NoUsableSampleError, OSError) as error:  # on this rank alone: leave without waiting for the others
+            raise SystemExit(fail(RuntimeError(f"rank {env.rank}: {error}"), 1)) from error
+        finally:
+            if tracker:
+                tracker.close()
+    return 0
+
+
+def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
+    """Everything that can be wrong with the command, apart from data and weights. Rank 0 only; opens its log.
+
+    Raises:
+        ValueError, FileNotFoundError: the message says what is wrong and what to do.
+    """
+    check_precision(args.precision, env.device)
+    check_reporters(args.report_to)
+    parse_augmentation(args.aug_cfg)
+    work = plan_benchmarks(args)
+    resolve_weights(args.model, args.pretrained, args.cache_dir)
+    for flag, spec in (("--train-data", args.train_data), ("--val-data", args.val_data)):
+        if spec and feature_info(spec) and (not args.lock_image or args.lock_image_unlocked_groups):
+            raise ValueError(f"{flag} {spec}: features of a locked image tower; add --lock-image, and unlock no group")
+    name = args.name or run_name(args.model)
+    folder = Path(args.logs) / name
+    checkpoints = folder / "checkpoints"
+    resume = named_checkpoint(args.resume) if args.resume not in (None, "latest") else None
+    if not args.resume and (saved_checkpoints(checkpoints, "epoch") or saved_checkpoints(checkpoints, "step")):
+        raise ValueError(f"--name {name}: {checkpoints} holds checkpoints; add --resume latest, or take another name")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    log_to(folder)
+    if args.resume == "latest":
+        resume = newest_checkpoint(checkpoints)
+        logger.info(f"--resume latest: {resume or f'nothing saved in {checkpoints}, starting from the beginning'}")
+    (folder / "params.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    return Plan(name, folder, resume, work)
+
+
+def _open_sources(args: argparse.Namespace, env: DistEnv) -> tuple[Source, Source | None]:
+    rule = caption_rule(args)
+    source = open_source(args, "--train-data", args.train_data, rule, env, args.dataset_resampled)
+    val = open_source(args, "--val-data", args.val_data, rule, env) if args.val_data else None
+    return source, val
+
+
+def _count_steps(args: argparse.Namespace, source: Source, env: DistEnv) -> int:
+    """Optimizer steps of an epoch; the samples left over after the last whole one are other ones each epoch."""
+    num_samples = args.train_num_samples or source.num_samples
+    if num_samples > source.num_samples:
+        raise ValueError(
+            f"--train-num-samples {num_samples}: there are {source.num_samples:,} samples; leave it out, "
+            "or add --dataset-resampled"
+        )
+    samples_per_step = args.batch_size * args.accum_freq * env.world_size
+    if samples_per_step > num_samples:
+        raise ValueError(
+            f"--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x {env.world_size} processes: a step "
+            f"takes {samples_per_step:,} samples, an epoch has {num_samples:,}; lower --batch-size"
+        )
+    return num_samples // samples_per_step
+
+
+def _build(
+    args: argparse.Namespace, plan: Plan, source: Source, val_source: Source | None, steps_per_epoch: int, env: DistEnv
+) -> Run:
+    """Builds all that is needed, and puts a checkpoint's state into it."""
+    parts = build_from_flags(args, env.device)
+    core = parts.model
+    if hasattr(core, "text_decoder"):
+        raise ValueError(f"--model {args.model}: CoCa's captioning is not trained here; take a two-tower model")
+    if not any(p.requires_grad for name, p in core.named_parameters() if not name.startswith("logit_")):
+        raise ValueError("--lock-image and --lock-text leave nothing to train; unlock some layers or a tower")
+    _check_features(args, core)
+    if args.grad_checkpointing:
+        core.set_grad_checkpointing()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr),
+        betas=(args.beta1, args.beta2),
+        eps=args.eps,
+        fused=True,
+    )
+    scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
+    division = Division(
+        steps_per_epoch,
+        args.batch_size,
+        args.accum_freq,
+        max(1, args.workers),
+        f"{source.fingerprint()}, {args.train_num_samples or source.num_samples} samples an epoch",
+    )
+    start = Progress.at_epoch(0, division, env)
+    if plan.resume:
+        start = start_from(restore(plan.resume, core, optimizer, scaler), plan.resume, division, env)
+        if start.epoch >= args.epochs and env.is_main:
+            logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
+    whole = _whole_model(core, args.torchcompile)
+    stepper = Stepper(
+        model=_over_ranks(whole, env),
+        core=core,
+        loss=_make_loss(args, env),
+        optimizer=optimizer,
+        autocast=get_autocast(args.precision, device_type=env.device.type),
+        scaler=scaler,
+        max_norm=args.grad_clip_norm,
+        on_any_rank=lambda flag: any_rank(flag, env),
+        locked_images=whole.image_features if whole.image_is_locked else None,
+    )
+    val = None
+    if val_source:
+        val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
+        val = ValidationSet.of(val_data, args.batch_size, env)
+    schedule = make_schedule(optimizer, args.lr_scheduler, args.lr, args.warmup, steps_per_epoch * args.epochs)
+    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
+    return Run(data, val, parts, stepper, schedule, division, start)
+
+
+def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
+    """Raises ValueError if cached image features are not those of this model's tower."""
+    specs = {"--train-data": args.train_data, "--val-data": args.val_data}
+    infos = {flag: info for flag, spec in specs.items() if spec and (info := feature_info(spec))}
+    own = tower_info(core, args) if infos else None  # hashes all weights of the tower: once
+    for flag, info in infos.items():
+        if different := info.differences(own):
+            raise ValueError(
+                f"{flag} {specs[flag]}: features of another image tower ({', '.join(different)} differ): "
+                f"{info.model}'s, in {info.precision}; give the model and weights that --extract-image-features had"
+            )
+
+
+def _make_loss(args: argparse.Namespace, env: DistEnv) -> torch.nn.Module:
+    kind = LongCaptionSigLipLoss if args.siglip else LongCaptionLoss
+    weights = args.short_loss_weight, args.long_loss_weight
+    return kind(*weights, args.local_loss, args.gather_with_grad, env.rank, env.world_size)
+
+
+def _whole_model(core: torch.nn.Module, compiled: str | None) -> TrainModel:
+    cfg = core.visual.preprocess_cfg
+    model = TrainModel(core, cfg["mean"], cfg["std"])
+    if compiled == "image" or (compiled and model.image_is_locked):  # a locked one runs apart from the rest
+        core.visual.compile()
+    if compiled == "model":
+        model.compile()
+    return model
+
+
+def _over_ranks(model: TrainModel, env: DistEnv) -> torch.nn.Module:
+    if env.world_size == 1:
+        return model
+    ids = [env.device.index] if env.device.type == "cuda" else None
+    # Each rank has the same buffers; torch has two names for leaving them alone.
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)

@@ -1,0 +1,185 @@
+"""What is said of training every few steps: loss, speed, waiting, padding, skipped samples, time left."""
+
+import logging
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from training.data.faults import FAULT_KINDS, TooManyBadSamplesError, Totals
+from training.data.loader import TrainBatch
+from training.runtime.distributed import DistEnv, sum_over_ranks
+from training.runtime.tracking import Tracker
+
+EXAMPLES_PER_KIND = 3
+FEW_SAMPLES = 1000  # fewer say little of the share of bad ones
+logger = logging.getLogger(__name__)
+
+
+class StepLog:
+    """Collects numbers on every rank, sums them over ranks every `every` steps, writes them on rank 0.
+
+    Loss terms stay on the device between two lines, so that no step waits for them.
+
+    Args:
+        env: this process.
+        tracker: of rank 0; None elsewhere.
+        totals: samples of all ranks since the start; kept up to date from line to line.
+        every: steps from line to line.
+        total_steps: of the whole training.
+        steps_per_epoch: to say which epoch it is.
+        max_bad_samples: share of bad samples that is put up with.
+    """
+
+    def __init__(
+        self,
+        env: DistEnv,
+        tracker: Tracker | None,
+        totals: Totals,
+        every: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        max_bad_samples: float = 1.0,
+    ):
+        self.env, self.tracker, self.totals, self.every = env, tracker, totals, every
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.max_bad_samples = max_bad_samples
+        self.own = Totals()  # this rank's, since the last line
+        self.told: Counter[str] = Counter()
+        self.bar: tqdm | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.start = time.monotonic()
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps = self.samples = self.tokens = self.slots = 0
+        self.waited = 0.0
+
+    def pending(self) -> dict:
+        """What this rank has read since the last line, as `Totals.to_dict`."""
+        return self.own.to_dict()
+
+    @contextmanager
+    def epoch(self, first_step: int) -> Iterator[None]:
+        """Shows a bar on a terminal, and counts no time between epochs."""
+        self._reset()
+        with tqdm(
+            desc="train",
+            total=self.total_steps,
+            initial=first_step,
+            unit="step",
+            disable=not (self.env.is_main and sys.stderr.isatty()),
+            leave=False,
+        ) as self.bar:
+            yield
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times the wait for a batch."""
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    def add_batch(self, batch: TrainBatch) -> None:
+        """Counts a batch of this process; tells of the first faults of each kind."""
+        self.samples += len(batch.keys)
+        self.tokens += batch.num_tokens
+        self.slots += batch.num_slots
+        self.own.add(Totals(len(batch.keys) + len(batch.faults), Counter(kind for kind, _ in batch.faults)))
+        for kind, name in batch.faults:
+            self.told[kind] += 1
+            if self.told[kind] <= EXAMPLES_PER_KIND:
+                more = "; further ones are counted only" if self.told[kind] == EXAMPLES_PER_KIND else ""
+                logger.warning(f"skipped sample, {kind}: {name}{more}")
+
+    def add_step(self, step: int, report: dict[str, torch.Tensor], lr: float) -> None:
+        """Takes a step's numbers (`step` counts those done); every few steps, and at the last, says them.
+
+        Raises:
+            TooManyBadSamplesError: on all ranks alike.
+        """
+        skipped = report["skipped_steps"]
+        for name, value in report.items():
+            # What is not finite is counted, and left out of the means.
+            value = value if name == "skipped_steps" else torch.where(skipped > 0, 0.0, value.float())
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.steps += 1
+        self.bar.update()
+        if step % self.every == 0 or step % self.steps_per_epoch == 0:
+            self._say(step, lr)
+            self._reset()
+            self._check_totals()
+
+    def _say(self, step: int, lr: float) -> None:
+        metrics = self._reduce()
+        seconds = time.monotonic() - self.start
+        left = (self.total_steps - step) * seconds / self.steps
+        metrics |= {
+            "epoch": step / self.steps_per_epoch,
+            "lr": lr,
+            "samples_per_s": self.samples / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "data_wait_share": self.waited / seconds,
+            "padding_share": 1 - self.tokens / max(self.slots, 1),
+            "skipped": self.totals.num_bad,
+            "skipped_by_kind": dict(self.totals.faults),
+            "eta_s": round(left, 1),
+        }
+        if self.tracker:
+            self.tracker.log(step, {f"train/{name}": value for name, value in metrics.items()})
+            logger.info(self._line(step, metrics))
+
+    def _reduce(self) -> dict[str, float]:
+        """Means of the report's entries over steps and ranks; adds all ranks' samples to the totals."""
+        # The one place where training waits for the device.
+        own = torch.stack([value.float() for value in self.sums.values()]).cpu().double()
+        counts = [self.own.num_seen, *(self.own.faults[kind] for kind in FAULT_KINDS)]
+        total = sum_over_ranks(torch.cat([own, torch.tensor(counts, dtype=torch.float64)]), self.env)
+        num_seen, *faults = map(int, total[len(own) :].tolist())
+        self.totals.add(Totals(num_seen, Counter({kind: n for kind, n in zip(FAULT_KINDS, faults) if n})))
+        self.own.clear()
+        means = dict(zip(self.sums, (total[: len(own)] / self.env.world_size).tolist()))
+        num_skipped = means.pop("skipped_steps")
+        taken = self.steps - num_skipped
+        means = {name: value / taken if taken else math.nan for name, value in means.items()}
+        return means | {"skipped_steps": round(num_skipped)}
+
+    def _check_totals(self) -> None:
+        totals = self.totals
+        if totals.num_seen >= FEW_SAMPLES and totals.num_bad > self.max_bad_samples * totals.num_seen:
+            raise TooManyBadSamplesError(
+                f"{totals.describe()}: more than --max-bad-samples {self.max_bad_samples:g}. The first of each kind "
+                "are named above; mend the data, or raise the limit"
+            )
+
+    def _line(self, step: int, m: dict) -> str:
+        terms = ", ".join(f"{name.removesuffix('_loss')} {m[name]:.4f}" for name in m if name.endswith("_loss"))
+        per = "GPU" if self.env.device.type == "cuda" else "process"
+        parts = [
+            f"epoch {m['epoch']:.2f} step {step:,}/{self.total_steps:,}",
+            f"loss {m['loss']:.4f} ({terms})",
+            f"lr {m['lr']:.3g}",
+            f"logit scale {m['logit_scale']:.2f}",
+            f"grad norm {m['grad_norm']:.3g}",
+            f"{m['samples_per_s']:,.0f} samples/s, {m['tokens_per_s']:,.0f} tokens/s per {per}",
+            f"data wait {m['data_wait_share']:.0%}",
+            f"padding {m['padding_share']:.0%}",
+            f"ETA {format_eta(m['eta_s'])}",
+        ]
+        if m["skipped"]:
+            parts.insert(-1, self.totals.describe())
+        if m["skipped_steps"]:
+            parts.insert(-1, f"{m['skipped_steps']:,} steps skipped, not finite")
+        return " | ".join(parts)
+
+
+def format_eta(seconds: float) -> str:
+    """``3725`` -> ``1:02:05``."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
