@@ -37,7 +37,7 @@ runpy.run_module("training.prepare", run_name="__main__", alter_sys=False)
 
 def test_every_flag_has_help_and_is_read():
     read = set()
-    for path in (ROOT / "src" / "training" / "prepare").glob("*.py"):
+    for path in (ROOT / "src" / "training" / "prepare").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
                 read.add(node.attr)
