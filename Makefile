@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves and may be run again at any time.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help install install-training install-test demo figures test lint
+.PHONY: help install install-training install-test demo figures gpu-check peers test lint
 
 # For targets that have run setup_env.sh. Quoted: a checkout's path may hold spaces.
 PYTHON_IN_ENV = "$$(scripts/setup_env.sh path)/bin/python"
@@ -26,6 +26,12 @@ demo:  ## Train a small LoTLIP and one on short captions only, compare them (min
 
 figures: install-training  ## Draw figures/ anew from the recorded results in it
 	$(PYTHON_IN_ENV) scripts/figures.py
+
+gpu-check: install-test  ## Measure on one NVIDIA GPU within nine minutes (CPU=1: the same steps, shrunken)
+	$(PYTHON_IN_ENV) -m benchmarks.gpu_check $(if $(CPU),--cpu --out logs)
+
+peers: install-test  ## Time our commands beside open_clip's trainer and CLIP_benchmark
+	$(PYTHON_IN_ENV) -m benchmarks.peers
 
 test: install-test  ## Run all tests (CPU; GPU tests run where there is one)
 	$(PYTHON_IN_ENV) -m pytest

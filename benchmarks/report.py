@@ -64,8 +64,10 @@ def draw(figures: Sequence[Figure], path: Path) -> None:
         for name in RATIOS
         if name in f.ratios
     ]
-    chart, axes = pyplot.subplots(figsize=(8, 1 + 0.35 * len(bars)))
+    if not bars:  # figures without a ratio
+        return
     labels, values, shades = zip(*bars)
+    chart, axes = pyplot.subplots(figsize=(8, 1 + 0.35 * len(bars)))
     drawn = axes.barh(labels, values, color=shades)
     axes.bar_label(drawn, fmt="%.2f", padding=3)
     axes.axvline(1, color="black", linewidth=0.8)

@@ -9,30 +9,54 @@ import torch
 from test_corner import random_ids, tower
 from test_loss import unit
 
-from benchmarks import published
+from benchmarks import gpu_check, published
 from benchmarks.__main__ import FIGURES, main
 from benchmarks.measure import Setting, check_close, peak_bytes, reference_captions
 from training.loss.caption_loss import LongCaptionLoss
 from training.model.corner import prefix_attention
 
 
-def test_a_quick_run_writes_all_figures(tmp_path, capsys):
-    assert main(["--quick", "--json", str(tmp_path / "new" / "b.json"), "--device", "cpu"]) == 0
-    content = json.loads((tmp_path / "new" / "b.json").read_text())
-    assert set(FIGURES) < set(content)
+def test_all_figures_of_the_gpu_check_work_shrunken_on_a_cpu(tmp_path, capsys):
+    assert gpu_check.main(["--cpu", "--skip-tests", "--out", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    assert {step["outcome"] for step in written["steps"].values()} == {"done"}
+    assert written["environment"]["torch"] == torch.__version__
+    content = written["figures"]
+    assert set(gpu_check.FIGURES) < set(content)
+    assert content["precision"]["recall_at_1"]["fp32"] > 0.3  # far from chance, so agreement means something
+    assert content["precision"]["largest_difference"] < 0.1
+    assert content["loss_large"]["memory_ratio"] > 4
     for name, keys in {
         "text_step": ("token_ratio", "time_ratio", "memory_ratio"),
         "loss": ("memory_ratio", "time_ratio"),
-        **dict.fromkeys(("train_step", "evaluation", "data_loading", "saving"), ("time_ratio",)),
+        **dict.fromkeys(("train_step", "evaluation"), ("time_ratio",)),
     }.items():
         assert all(content[name][key] > 0 for key in keys), name
     # counts, which no busy machine moves
     assert content["text_step"]["token_ratio"] > 1.7 and content["text_step_3_long"]["token_ratio"] > 1.3
     assert content["text_step"]["padding_share"] < 0.05
     assert content["evaluation"]["images_encoded"]["ours"] < content["evaluation"]["images_encoded"]["baseline"]
-    assert (tmp_path / "new" / "b.png").stat().st_size > 1000
-    shown = capsys.readouterr().out
-    assert "tokens/image" in shown and "batch 4,096" in shown
+    assert "batch 4,096" in content["loss"]["title"]
+    assert (tmp_path / "gpu-cpu.png").stat().st_size > 1000
+    assert "target (H100)" in capsys.readouterr().out
+
+
+def test_a_step_that_the_time_limit_cuts_short_is_recorded(tmp_path, capsys):
+    assert gpu_check.main(["--cpu", "--skip-tests", "--out", str(tmp_path), "--limit-s", "0.01"]) == 1
+    steps = json.loads((tmp_path / "gpu-cpu.json").read_text())["steps"]
+    assert set(steps) == set(gpu_check.FIGURES)
+    assert all(step["outcome"] == "cut short by the time limit" for step in steps.values())
+
+
+def test_a_quick_run_writes_its_figures(tmp_path, capsys):
+    rest = [name for name in FIGURES if name not in gpu_check.FIGURES]
+    path = tmp_path / "new" / "b.json"
+    assert main(["--quick", "--json", str(path), "--device", "cpu", "--only", ",".join(rest)]) == 0
+    content = json.loads(path.read_text())
+    assert set(rest) < set(content)
+    assert all(content[name]["time_ratio"] > 0 for name in ("data_loading", "saving"))
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert "tokens/image" in capsys.readouterr().out
 
 
 @torch.no_grad()

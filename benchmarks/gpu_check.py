@@ -1,0 +1,166 @@
+"""What a GPU gives, in one command: environment, GPU tests, and every figure at full size, within nine minutes.
+
+    make gpu-check              on one NVIDIA GPU: writes figures/gpu-NAME.json and .png
+    make gpu-check CPU=1        the same steps, shrunken, on the CPU: shows that they work
+
+Each step is a process of its own, so one that fails or runs out of memory costs only its own figure. The JSON file is
+written after every step; a step that the time limit cuts short is recorded as such.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+FIGURES = ("train_step", "text_step", "loss", "loss_large", "precision", "evaluation")
+TARGETS = {  # of one H100 or H200
+    "train_step.time_ratio": 2.5,
+    "train_step_cached.time_ratio": 6.0,
+    "text_step.flop_utilisation": 0.45,
+}
+LIMIT_S = 540
+PACKAGES = ("open_clip_torch", "transformers", "timm", "numpy", "Pillow")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, 1 if a step failed, 2 where there is no GPU and the CPU was not asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cpu", action="store_true", help="run everything shrunken on the CPU")
+    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S, metavar="S", help="default: %(default)s seconds")
+    parser.add_argument("--skip-tests", action="store_true", help="leave out pytest -m gpu")
+    args = parser.parse_args(argv)
+    if not args.cpu and not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device here; on a machine without one: make gpu-check CPU=1")
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = "cpu" if args.cpu else "cuda"
+    name = "cpu" if args.cpu else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    path, deadline = args.out / f"gpu-{name}.json", time.monotonic() + args.limit_s
+    content = {"environment": describe_environment(), "steps": {}, "figures": {}}
+    if not args.skip_tests:
+        content["steps"]["pytest -m gpu"] = _run_tests(deadline)
+        _write(path, content)
+    for figure in FIGURES:
+        content["steps"][figure], found = _run_figure(figure, device, deadline)
+        content["figures"] |= found
+        _write(path, content)
+        print(f"{figure}: {content['steps'][figure]['outcome']}", flush=True)
+    print(tabulate(compare_with_targets(content["figures"]), headers="keys", tablefmt="github"))
+    _draw(content["figures"], path.with_suffix(".png"))
+    print(f"\nNumbers: {path}   Figure: {path.with_suffix('.png')}")
+    return int(any(step["outcome"] != "done" for step in content["steps"].values()))
+
+
+def describe_environment() -> dict[str, object]:
+    """Returns the card, driver, versions and precision settings that figures depend on."""
+    content: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        **{package: version(package) for package in PACKAGES},
+    }
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        content |= {
+            "card": card.name,
+            "memory_gib": round(card.total_memory / 2**30, 1),
+            "capability": f"{card.major}.{card.minor}",
+            "cuda": torch.version.cuda,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        }
+    return content
+
+
+def _run_tests(deadline: float) -> dict[str, object]:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-p", "no:cacheprovider"]
+    code, text, seconds = _run(command, deadline)
+    last = text.strip().splitlines()[-1] if text.strip() else ""
+    # pytest ends with 5 where no test was selected; tests that need a GPU are skipped without one.
+    return {"outcome": "done" if code == 0 else _outcome(code), "summary": last, "seconds": round(seconds, 1)}
+
+
+def _run_figure(figure: str, device: str, deadline: float) -> tuple[dict[str, object], dict[str, object]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "figure.json")
+        command = [sys.executable, "-m", "benchmarks", "--only", figure, "--json", str(path), "--device", device]
+        code, text, seconds = _run(command + (["--quick"] if device == "cpu" else []), deadline)
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    found.pop("machine", None)
+    step: dict[str, object] = {"outcome": _outcome(code), "seconds": round(seconds, 1)}
+    if code:
+        step["output"] = text[-1500:]
+    return step, found
+
+
+def _run(command: list[str], deadline: float) -> tuple[int | None, str, float]:
+    """Returns (exit code, or None if the time limit came first; what was printed; seconds)."""
+    start = time.monotonic()
+    left = deadline - start
+    if left <= 0:
+        return None, "not started: the time limit had passed", 0.0
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        return done.returncode, done.stdout + done.stderr, time.monotonic() - start
+    except subprocess.TimeoutExpired as expired:
+        return None, str(expired), time.monotonic() - start
+
+
+def _outcome(code: int | None) -> str:
+    return "cut short by the time limit" if code is None else "done" if code == 0 else f"failed with exit code {code}"
+
+
+def compare_with_targets(figures: dict) -> list[dict[str, object]]:
+    """Returns one row per ratio or utilisation: measured, and the target for one H100 or H200 where there is one."""
+    rows = []
+    for name, figure in figures.items():
+        for key, value in figure.items():
+            if key.endswith("_ratio") or key in ("flop_utilisation", "largest_difference"):
+                target = TARGETS.get(f"{name}.{key}", "")
+                rows.append({"figure": name, "number": key, "measured": round(value, 3), "target (H100)": target})
+    return rows
+
+
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _draw(figures: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in compare_with_targets(figures) if r["number"] != "largest_difference"]
+    if not rows:
+        return
+    chart, axes = pyplot.subplots(figsize=(8, 1 + 0.35 * len(rows)))
+    bars = axes.barh([f"{r['figure']}: {r['number']}" for r in rows], [r["measured"] for r in rows])
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    for place, row in enumerate(rows):
+        if row["target (H100)"]:
+            axes.plot(row["target (H100)"], place, marker="|", color="black", markersize=16)
+    axes.set_xscale("log")
+    axes.set_xlabel("ratio to the published scheme, or share of the matrix rate; black mark: target")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    chart.tight_layout()
+    chart.savefig(path, dpi=120)
+    pyplot.close(chart)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
