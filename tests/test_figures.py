@@ -1,5 +1,6 @@
 """Figures come from what was recorded, and only from that."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -7,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from training.model.corner import prefix_attention
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,3 +70,16 @@ def test_whole_benchmarks_and_lengths_are_recorded_partial_ones_are_not(tree):
         "DCI": [50.0, 50.0]
     }
     assert draw(tree, "--record-demo", "nowhere")[0] == 2
+
+
+def test_the_method_figure_shows_the_attention_that_the_model_computes(tmp_path):
+    spec = importlib.util.spec_from_file_location("method_figure", ROOT / "scripts" / "method_figure.py")
+    figure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figure)
+    drawn = [[figure.may_attend(q, k) for k in range(len(figure.TOKENS))] for q in range(len(figure.TOKENS))]
+    keep = torch.ones(1, len(figure.TOKENS), dtype=torch.bool)
+    assert drawn == prefix_attention(keep, figure.NUM_CORNERS)[0].tolist()
+    outs = [tmp_path / "first.svg", tmp_path / "second.svg"]
+    for out in outs:
+        subprocess.run([sys.executable, ROOT / "scripts" / "method_figure.py", out], check=True)
+    assert outs[0].read_bytes() == outs[1].read_bytes()
