@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from training.runtime.distributed import EXIT_LOST, check_device, fail, is_lost_rank
+    from training.runtime.distributed import EXIT_LOST, check_device, check_launch, fail, is_lost_rank
 
     try:
         check_device(args.device)
+        check_launch()
     except ValueError as error:
         return fail(error, 2)
     if args.extract_image_features:

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,6 +72,41 @@ def _end_alone(minutes: float) -> None:
     who = f"rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '?')}"
     print(f"python -m training.main: error: {who} has not met the others in {minutes:g} minutes", file=sys.stderr)
     os._exit(EXIT_LOST)
+
+
+def check_launch(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Finds out whether the other processes that the environment announces will come, before anyone waits for them.
+
+    A process that was started by hand inside a job of several tasks runs alone: ``WORLD_SIZE`` is set to 1, and a
+    warning is printed.
+
+    Args:
+        environ: what torchrun, srun or a batch script set; changed for a process that runs alone.
+
+    Raises:
+        ValueError: several processes were started, but the address where they meet is missing.
+    """
+    name = "WORLD_SIZE" if "WORLD_SIZE" in environ else "SLURM_NTASKS"
+    number = environ.get(name, "1")
+    if not number.isdecimal():
+        raise ValueError(f"{name}={number}: expected the number of processes; unset it to run one")
+    by_torchrun = name == "WORLD_SIZE" and "RANK" in environ
+    by_srun = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 or int(environ.get("SLURM_PROCID") or 0) > 0
+    if int(number) <= 1:
+        return
+    if not by_torchrun and not by_srun:
+        print(
+            f"WARNING: {name}={number}, but this process was started alone: it runs as one process. Start {number} "
+            "with torchrun --nproc_per_node N -m -- training.main .., or with srun and MASTER_ADDR, MASTER_PORT set.",
+            file=sys.stderr,  # logging is not set up yet
+        )
+        environ["WORLD_SIZE"] = "1"
+    elif "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
+        raise ValueError(
+            f"{name}={number}, but MASTER_ADDR or MASTER_PORT is not set, so the processes cannot meet. In a SLURM "
+            'script put before srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+            "MASTER_PORT=29500; elsewhere start them with torchrun; for one process: unset WORLD_SIZE RANK"
+        )
 
 
 def check_device(device: str | None) -> None:
