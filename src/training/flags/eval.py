@@ -1,9 +1,9 @@
 """Flags of evaluation: benchmarks, and what is written about them. Imports nothing heavy."""
 
 import argparse
-import os
 
-from training.flags.types import names, positive_numbers
+from training.flags.effects import ALWAYS, EVALUATION, MODEL, Condition, Effects
+from training.flags.types import Switch, names, positive_numbers
 
 RETRIEVAL_FLAGS = (
     "--dci-retrieval",
@@ -24,22 +24,62 @@ INSIGHT_FLAGS = (
     "--retrieval-sensitivity",
     "--save-features",
 )
-# Flag -> the flag without which it says nothing.
-_NEEDS = {
-    "share4v_anno": "share4v_retrieval",
-    "iiw_anno": "iiw_retrieval",
-    "docci_sentences": "docci_retrieval",
-    "coco_anno": "coco_retrieval",
-    "flickr30k_anno": "flickr30k_retrieval",
-}
 
 
-def add_eval_args(parser: argparse.ArgumentParser) -> None:
-    """Adds evaluation's groups of flags."""
+def _needs(flag: str) -> Condition:
+    """Condition of a flag that says how to read another one's data."""
+    name = flag[2:].replace("-", "_")
+    return Condition(f"without {flag}; add it or leave both", lambda args: getattr(args, name), refused=True)
+
+
+def has_retrieval(args: argparse.Namespace) -> bool:
+    """Tells whether any retrieval benchmark is asked for."""
+    return any(_value(args, flag) for flag in RETRIEVAL_FLAGS)
+
+
+_OWN_PAIRS = Condition(
+    "without --retrieval-csv or --retrieval-wds", lambda args: args.retrieval_csv or args.retrieval_wds
+)
+_MODEL_NEEDED = Condition("on --features, which come without a model; leave out", MODEL.holds, refused=True)
+_RETRIEVAL = Condition(
+    "without a retrieval benchmark; name one", lambda args: has_retrieval(args) or args.features, refused=True
+)
+_NO_FEATURES = Condition("with --features: nothing is encoded", MODEL.holds, refused=True)
+_FIXED_WEIGHTS = Condition(
+    "in training: weights change from one evaluation to the next", EVALUATION.holds, refused=True
+)
+
+EFFECTS: Effects = (
+    (ALWAYS, " ".join((*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS))),
+    (EVALUATION, " ".join(INSIGHT_FLAGS)),
+    (_MODEL_NEEDED, " ".join(flag for flag in INSIGHT_FLAGS if flag != "--report")),
+    (_RETRIEVAL, " ".join(INSIGHT_FLAGS)),
+    (EVALUATION, "--features"),
+    (_FIXED_WEIGHTS, "--feature-cache"),
+    (_NO_FEATURES, "--feature-cache"),
+    (_needs("--share4v-retrieval"), "--share4v-anno --share4v-val-num"),
+    (_needs("--iiw-retrieval"), "--iiw-anno"),
+    (_needs("--docci-retrieval"), "--docci-sentences"),
+    (_needs("--coco-retrieval"), "--coco-anno"),
+    (_needs("--flickr30k-retrieval"), "--flickr30k-anno"),
+    (
+        Condition(
+            "without --coco-retrieval or --flickr30k-retrieval", lambda a: a.coco_retrieval or a.flickr30k_retrieval
+        ),
+        "--karpathy-split",
+    ),
+    (_OWN_PAIRS, "--retrieval-caption-keys --retrieval-caption-rule"),
+    (Condition("without a benchmark", lambda args: has_benchmark(args)), "--allow-missing"),
+)
+
+
+def add_eval_args(parser: argparse.ArgumentParser, everything: bool) -> None:
+    """Adds evaluation's groups of flags; `everything`: also those that few evaluations need."""
     _add_long_args(parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)"))
     _add_short_args(parser.add_argument_group("short captions and zero-shot classification"))
     _add_own_args(parser.add_argument_group("your own pairs and features"))
-    _add_insight_args(parser.add_argument_group("insight (evaluation only)"))
+    if everything:
+        _add_insight_args(parser.add_argument_group("insight (evaluation only)"))
 
 
 def _add_long_args(group: argparse._ArgumentGroup) -> None:
@@ -61,7 +101,7 @@ def _add_long_args(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--urban1k-retrieval", metavar="DIR", help="Urban1k: folder with image/ and caption/")
     group.add_argument("--docci-retrieval", metavar="DIR", help="DOCCI's test split: folder with its .jsonlines")
-    group.add_argument("--docci-sentences", action="store_true", help="DOCCI also with each sentence as a caption")
+    group.add_argument("--docci-sentences", action=Switch, help="DOCCI also with each sentence as a caption")
     group.add_argument(
         "--feature-cache",
         metavar="DIR",
@@ -69,7 +109,7 @@ def _add_long_args(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--allow-missing",
-        action="store_true",
+        action=Switch,
         help="evaluate the pairs whose images are there and readable; every result then gives the count",
     )
 
@@ -114,7 +154,7 @@ def _add_own_args(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_insight_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--report", action="store_true", help="write LOGS/NAME/report.html, to look at every query")
+    group.add_argument("--report", action=Switch, help="write LOGS/NAME/report.html, to look at every query")
     group.add_argument(
         "--retrieval-lengths",
         type=positive_numbers,
@@ -126,9 +166,9 @@ def _add_insight_args(group: argparse._ArgumentGroup) -> None:
         "--retrieval-sentences", type=positive_numbers, default=(), metavar="N,N", help="R@1 with their first sentences"
     )
     group.add_argument(
-        "--retrieval-sensitivity", action="store_true", help="R@1 with sentences shuffled, and with one dropped"
+        "--retrieval-sensitivity", action=Switch, help="R@1 with sentences shuffled, and with one dropped"
     )
-    group.add_argument("--save-features", action="store_true", help="write LOGS/NAME/features/KEY.npz, for --features")
+    group.add_argument("--save-features", action=Switch, help="write LOGS/NAME/features/KEY.npz, for --features")
 
 
 def has_benchmark(args: argparse.Namespace) -> bool:
@@ -138,17 +178,6 @@ def has_benchmark(args: argparse.Namespace) -> bool:
 
 def _value(args: argparse.Namespace, flag: str) -> object:
     return getattr(args, flag[2:].replace("-", "_"))
-
-
-def _validate_features_args(args: argparse.Namespace) -> None:
-    others = [
-        flag for flag in (*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data", "--pretrained") if _value(args, flag)
-    ]
-    if others:
-        raise ValueError(f"--features brings images and captions already encoded: leave out {', '.join(others)}")
-    without_model = [flag for flag in INSIGHT_FLAGS if _value(args, flag) and flag != "--report"]
-    if without_model:
-        raise ValueError(f"{', '.join(without_model)}: no effect on --features, which come without a model; leave out")
 
 
 def validate_eval_args(args: argparse.Namespace) -> None:
@@ -162,21 +191,8 @@ def validate_eval_args(args: argparse.Namespace) -> None:
             "--share4v-retrieval needs --share4v-anno FILE, the list of captions; "
             "python -m dataloaders.prepare share4v makes it (see EVAL_DATASETS.md)"
         )
-    for flag, needs in _NEEDS.items():
-        if getattr(args, flag) and not getattr(args, needs):
-            raise ValueError(f"--{flag} has no effect without --{needs}; add it or leave both".replace("_", "-"))
     if args.features:
-        _validate_features_args(args)
-    if args.feature_cache and args.train_data:
-        raise ValueError("--feature-cache has no effect in training: weights change from one evaluation to the next")
-    if args.text_batch_size and args.train_data:
-        raise ValueError("--text-batch-size has no effect in training, where captions come with their images")
-    if args.feature_cache and args.features:
-        raise ValueError("--feature-cache has no effect with --features: nothing is encoded")
-    insight = [flag for flag in INSIGHT_FLAGS if _value(args, flag)]
-    if args.train_data and insight:
-        raise ValueError(f"{', '.join(insight)}: no effect in training; evaluate a checkpoint")
-    if insight and not any(_value(args, flag) for flag in (*RETRIEVAL_FLAGS, "--features")):
-        raise ValueError(f"{', '.join(insight)}: no effect without a retrieval benchmark; name one")
-    if os.path.exists(args.logs) and not os.path.isdir(args.logs):
-        raise ValueError(f"--logs {args.logs}: is a file, expected a folder")
+        flags = (*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data", "--pretrained")
+        others = [flag for flag in flags if _value(args, flag)]
+        if others:
+            raise ValueError(f"--features brings images and captions already encoded: leave out {', '.join(others)}")

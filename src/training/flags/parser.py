@@ -1,39 +1,95 @@
-"""Flags: one parser in groups, one check before any work. Imports nothing heavy, so that --help answers at once."""
+"""The command line: one parser in groups, files of flags, one check before any work.
+
+Nothing here imports torch, so that --help and usage errors answer at once.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from training.flags.eval import RETRIEVAL_FLAGS, ZERO_SHOT_FLAGS, add_eval_args, has_benchmark, validate_eval_args
-from training.flags.train import add_train_args, validate_train_args
-from training.flags.types import not_negative, positive
+from training.flags import eval as evaluation
+from training.flags import model, train
+from training.flags.config import config_words, format_config
+from training.flags.effects import Effects, describe_idle, idle_flags
+from training.flags.types import Switch
 
-PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
+EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *evaluation.EFFECTS)
 
 DESCRIPTION = """\
 Train on short and long captions, or evaluate long text-image retrieval for any open_clip, LoTLIP or Long-CLIP model.
 
-  python -m training.main --train-data 'DATA/{00000..00575}.tar' --model lotlip_bert-ViT-B-16 --lock-image ..
+  python -m training.main --config scripts/recipes/lotlip-cc3m.yaml --train-data 'DATA/{00000..00575}.tar'
   python -m training.main --urban1k-retrieval DATA/Urban1k --model ViT-B-16 --pretrained openai
   torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval DATA/dci --iiw-retrieval DATA/iiw ..
 """
+EPILOG = """\
+Flags may be written with - or _ between words. A switch --x that a --config file turns on is turned off by --no-x.
+Exit codes: 0 done, 1 failed on its data, 2 usage error, 70 another process has ended or does not respond,
+75 stopped by a signal after saving (70, 75: continue with --resume latest), 130 Ctrl-C.
+"""
+
+
+class UsageError(ValueError):
+    """The command line is wrong; the message says what and why."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors can be caught."""
+
+    def error(self, message: str) -> None:
+        """Raises UsageError in place of argparse's exit."""
+        raise UsageError(message)
+
+    @property
+    def actions(self) -> dict[str, argparse.Action]:
+        """Flag -> its action."""
+        return dict(self._option_string_actions)  # argparse has no public name for it
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the one form of a switch that changes its default."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not isinstance(action, Switch):
+            return super()._format_action_invocation(action)
+        return ", ".join(action.negatives if action.default else action.option_strings[: len(action.negatives)])
+
+
+class _Help(argparse.Action):
+    """Prints help and ends; `const` says whether to show every flag."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: bool, help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        build_parser(everything=self.const).print_help()
+        parser.exit()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line; the result is read-only from here on.
 
+    Flags without an effect are reported in one line each, by rank 0.
+
     Args:
         argv: words after the program's name; `sys.argv[1:]` if None. Flags are accepted with `-` or `_` between words.
 
     Raises:
-        SystemExit: code 2 with one clear line for a usage error, 0 after --help.
+        SystemExit: code 2 with one clear line for a usage error, 0 after --help and --print-config.
     """
     parser = build_parser()
     words = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
-    args = parser.parse_args(words)
     try:
-        validate_args(args)
+        files, _ = _config_parser().parse_known_args(words)
+        args = parser.parse_args([*config_words(files.config, parser.actions, parser.parse_args), *words])
+        if args.print_config:
+            print(format_config(args, parser.actions), end="")
+            parser.exit()
+        for line in validate_args(args):
+            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+                print(f"{parser.prog}: warning: {line}", file=sys.stderr)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return args
@@ -47,171 +103,72 @@ def _with_hyphens(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser with all groups of flags."""
-    parser = argparse.ArgumentParser(
+def build_parser(everything: bool = True) -> Parser:
+    """Returns the parser.
+
+    Args:
+        everything: False leaves out the flags that few runs need, for a short --help.
+    """
+    parser = Parser(
         prog="python -m training.main",
+        usage="%(prog)s [--FLAG VALUE ..]",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
-        epilog="Flags may be written with - or _ between words.\n"
-        "Exit codes: 0 done, 1 failed on its data, 2 usage error, 70 another process has ended or does not "
-        "move, 75 stopped by a signal and saved (70, 75: go on with --resume latest), 130 Ctrl-C.",
+        add_help=False,
+        epilog=EPILOG,
     )
-    _add_model_args(parser.add_argument_group("model"))
-    _add_lock_args(parser.add_argument_group("which parts of the model are trained"))
-    add_eval_args(parser)
-    add_train_args(parser)
-    _add_compute_args(parser.add_argument_group("compute"))
-    _add_output_args(parser.add_argument_group("output"))
+    group = parser.add_argument_group("help and files of flags")
+    group.add_argument("--help", "-h", action=_Help, const=False, help="show the flags that most runs need, and exit")
+    group.add_argument("--help-all", action=_Help, const=True, help="show all flags and exit")
+    _add_config_args(group)
+    model.add_model_args(parser, everything)
+    evaluation.add_eval_args(parser, everything)
+    train.add_train_args(parser, everything)
+    model.add_compute_args(parser, everything)
     return parser
 
 
-def _add_model_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model",
-        default="ViT-B-32",
-        metavar="NAME",
-        help="a name of open_clip or one of ours (lotlip_bert-ViT-B-16, long_clip-ViT-B-16, ..), local-dir:FOLDER or "
-        "hf-hub:ORG/REPO (default: %(default)s)",
-    )
-    group.add_argument(
-        "--pretrained",
-        default=None,
-        metavar="TAG|FILE",
-        help="open_clip's tag (openai, laion2b_s34b_b88k, ..) or weights, .pt or .safetensors; "
-        "without it the model is untrained",
-    )
-    group.add_argument(
-        "--cache-dir",
-        default=None,
-        metavar="DIR",
-        help="where downloaded weights and tokenizers are kept and looked up first",
-    )
-    group.add_argument(
-        "--precision",
-        default="fp32",
-        choices=PRECISIONS,
-        metavar="P",
-        help="%(choices)s (default: %(default)s; on CPU: fp32, bf16, amp_bf16)",
-    )
-    group.add_argument(
-        "--num-corner-tokens",
-        type=not_negative,
-        default=None,
-        metavar="M",
-        help="corner tokens in the text tower (default: the model's)",
-    )
-    group.add_argument(
-        "--context-length",
-        type=positive,
-        default=None,
-        metavar="L",
-        help="tokens that the text tower reads (default: the model's); a longer one stretches pretrained positions",
-    )
-    group.add_argument(
-        "--pretrained-image",
-        action="store_true",
-        help="without --pretrained: start the image tower from the weights its config names, in --cache-dir or the hub",
-    )
-    group.add_argument(
-        "--pretrained-text",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="the same for the text tower (default: in training, where its config names weights)",
-    )
+def _config_parser() -> Parser:
+    parser = Parser(add_help=False, allow_abbrev=False)
+    _add_config_args(parser)
+    return parser
 
 
-def _add_lock_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--lock-image", action="store_true", help="freeze the image tower (LiT)")
+def _add_config_args(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--lock-image-unlocked-groups", type=not_negative, default=0, metavar="N", help="but for its last N groups"
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="read flags from YAML files (scripts/recipes/*.yaml); later files override earlier ones, the command line "
+        "overrides all",
     )
-    group.add_argument("--lock-image-freeze-bn-stats", action="store_true", help="and its batch-norm statistics")
-    group.add_argument("--lock-text", action="store_true", help="freeze the text tower")
-    group.add_argument(
-        "--lock-text-unlocked-layers", type=not_negative, default=0, metavar="N", help="but for its last N layers"
-    )
-    group.add_argument(
-        "--lock-text-freeze-layer-norm", action="store_true", help="and its layer norms (in CLIP's own tower: always)"
-    )
+    group.add_argument("--print-config", action=Switch, help="print all flags of this command as such a file, and exit")
 
 
-def _add_compute_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--batch-size",
-        type=positive,
-        default=64,
-        metavar="N",
-        help="images (in evaluation also captions) per step and process (default: %(default)s)",
-    )
-    group.add_argument(
-        "--text-batch-size",
-        type=positive,
-        metavar="N",
-        help="captions per step in an evaluation of its own (default: as --batch-size)",
-    )
-    group.add_argument(
-        "--image-decoding",
-        choices=("exact", "fast", "scaled"),
-        metavar="D",
-        help="exact: by Pillow, the published pixels; fast: the same but for one level here and there, three times "
-        "faster for large JPEGs; scaled: large JPEGs besides at 1/2, 1/4 or 1/8 of their size where that leaves twice "
-        "the pixels needed (default: exact in evaluation, fast in training)",
-    )
-    group.add_argument(
-        "--workers",
-        type=not_negative,
-        default=4,
-        metavar="N",
-        help="loader processes per process; 0 loads in line (default: %(default)s)",
-    )
-    group.add_argument(
-        "--text-packing",
-        default="auto",
-        choices=("auto", "padded", "buckets", "flex"),
-        metavar="P",
-        help="captions of a step: padded; in buckets by length; flex: all in one row without padding; auto: flex on "
-        "CUDA, else buckets, where the text tower can (BERT and its kin). Evaluation sorts captions by length and pads "
-        "each batch to its longest, but for padded (default: %(default)s)",
-    )
-    group.add_argument(
-        "--device", default=None, metavar="DEV", help="cuda, cpu, mps, .. (default: cuda if there is one)"
-    )
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random weights, order and augmentation (default: %(default)s)"
-    )
-
-
-def _add_output_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--logs", default="logs", metavar="DIR", help="folder of all runs (default: ./%(default)s)")
-    group.add_argument(
-        "--name", default=None, metavar="NAME", help="this run's folder below it (default: time, model and precision)"
-    )
-
-
-def validate_args(args: argparse.Namespace) -> None:
+def validate_args(args: argparse.Namespace) -> list[str]:
     """Checks combinations of flags and the paths that need no reading.
+
+    Returns:
+        One line for each group of flags without an effect.
 
     Raises:
         ValueError: the message names the flag, what was found and what to do.
     """
-    validate_train_args(args)
-    validate_eval_args(args)
-    if not has_benchmark(args) and not args.train_data and not args.features:
-        flags = (*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--features")
+    train.validate_train_args(args)
+    evaluation.validate_eval_args(args)
+    if not evaluation.has_benchmark(args) and not args.train_data and not args.features:
+        flags = (*evaluation.RETRIEVAL_FLAGS, *evaluation.ZERO_SHOT_FLAGS, "--features")
         raise ValueError(f"nothing to do: name --train-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}")
-    if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
-        raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} brings its own weights")
-    if args.pretrained and (args.pretrained_image or args.pretrained_text):
-        raise ValueError(
-            f"--pretrained {args.pretrained} brings both towers: leave out --pretrained-image and --pretrained-text"
-        )
-    if (args.lock_image_unlocked_groups or args.lock_image_freeze_bn_stats) and not args.lock_image:
-        raise ValueError("--lock-image-unlocked-groups and --lock-image-freeze-bn-stats need --lock-image")
-    if (args.lock_text_unlocked_layers or args.lock_text_freeze_layer_norm) and not args.lock_text:
-        raise ValueError("--lock-text-unlocked-layers and --lock-text-freeze-layer-norm need --lock-text")
-    if args.context_length is not None and args.context_length < (args.num_corner_tokens or 0) + 3:
-        raise ValueError(f"--context-length {args.context_length}: no room for text beside the special tokens")
-    if args.name and (os.sep in args.name or args.name in (".", "..")):
-        raise ValueError(f"--name {args.name}: expected one folder name; use --logs for the folder above it")
+    model.validate_model_args(args)
+    idle = idle_flags(args, _defaults(), EFFECTS)
+    for condition, flags in idle.items():
+        if condition.refused:
+            raise ValueError(describe_idle(condition, flags))
+    return [describe_idle(condition, flags) for condition, flags in idle.items()]
+
+
+def _defaults() -> dict[str, object]:
+    return vars(build_parser().parse_args([]))

@@ -1,0 +1,119 @@
+"""--config: flags in YAML files. They are turned into words for the parser, so each is checked like a typed flag."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from training.flags.types import Switch
+
+_ON = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def config_words(paths: list[str], actions: Mapping[str, argparse.Action], check: Callable) -> list[str]:
+    """Reads configuration files, later ones over earlier ones.
+
+    A file is one YAML mapping of flags to values; ``_`` and ``-`` are the same. A switch takes true or false; a flag of
+    several values takes a list, or a mapping for KEY=VALUE pairs. The key ``config`` names files that are read first,
+    relative to the file itself.
+
+    Args:
+        paths: in order.
+        actions: flag -> its action in the parser.
+        check: called with the words of one flag; raises ValueError if they are wrong.
+
+    Returns:
+        The words that say the same on the command line.
+
+    Raises:
+        ValueError: names file, line and key.
+    """
+    words: dict[str, list[str]] = {}  # by the flag's destination
+    for path in paths:
+        _read(Path(path), actions, check, words, ())
+    return [word for flag in words.values() for word in flag]
+
+
+def _read(path: Path, actions: Mapping, check: Callable, words: dict[str, list[str]], above: tuple[Path, ...]) -> None:
+    import yaml  # only those who use files wait for it
+
+    if path.resolve() in above:
+        raise ValueError(f"--config {path}: includes itself")
+    try:
+        with open(path, encoding="utf-8") as file:
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from error
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--config {path}: expected lines of the form FLAG: VALUE")
+    seen: set[str] = set()
+    own: dict[str, list[str]] = {}
+    included: list[str] = []
+    for key, value in root.value:
+        place = f"--config {path}, line {key.start_mark.line + 1}: {key.value}"
+        name = str(key.value).replace("_", "-")
+        if name in seen:
+            raise ValueError(f"{place}: given twice in this file")
+        seen.add(name)
+        plain = _plain(value, place)
+        if name == "config":
+            included = plain if isinstance(plain, list) else [plain]
+            continue
+        action = actions.get(f"--{name}")
+        if action is None or action.dest in (argparse.SUPPRESS, "print_config"):
+            raise ValueError(f"{place}: unknown flag")
+        flag = _words(f"--{name}", action, plain, place)
+        try:
+            check(flag)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        own[action.dest] = flag
+    for other in included:
+        _read(path.parent / other, actions, check, words, (*above, path.resolve()))
+    words |= own
+
+
+def _plain(node, place: str) -> str | list[str]:
+    """A value as text or as a list of texts; KEY=VALUE for a mapping. YAML's types are left to the parser."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    items = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        raise ValueError(f"{place}: expected a value, a list or a mapping of values")
+    if isinstance(node, yaml.SequenceNode):
+        return [item.value for item in items]
+    return [f"{key.value}={value.value}" for key, value in node.value]
+
+
+def _words(flag: str, action: argparse.Action, value: str | list[str], place: str) -> list[str]:
+    if isinstance(action, Switch):
+        if not isinstance(value, str) or value.lower() not in _ON:
+            raise ValueError(f"{place}: expected true or false")
+        return [action.option_strings[0] if _ON[value.lower()] else action.negatives[0]]
+    if action.nargs == "?" and value in ("true", ""):
+        return [flag]
+    if action.nargs in ("*", "+"):
+        if value == []:
+            return []
+        return [flag, *([value] if isinstance(value, str) else value)]
+    return [f"{flag}={value if isinstance(value, str) else ','.join(value)}"]
+
+
+def format_config(args: argparse.Namespace, actions: Mapping[str, argparse.Action]) -> str:
+    """All flags that have a value, in the form that --config reads."""
+    import yaml
+
+    values = {}
+    for action in dict.fromkeys(actions.values()):
+        value = getattr(args, action.dest, None)
+        nothing_by_default = value in (None, [], ()) and not action.default
+        if nothing_by_default or action.dest in (argparse.SUPPRESS, "config", "print_config"):
+            continue
+        name = action.option_strings[0][2:]
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        values[name] = value
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)

@@ -1,0 +1,194 @@
+"""Flags of training data: where samples are, how images are augmented, which captions a step sees."""
+
+import argparse
+import os
+
+from dataloaders.files import TABLE_SUFFIXES
+from training.data.captions import LONG_KEYS, RAW_KEYS
+from training.data.position import SHUFFLE_WINDOW
+from training.flags.effects import TRAINING, TRAINING_MEANT, Condition
+from training.flags.types import Switch, names, not_negative, positive
+
+_TABLE = Condition(
+    "without a table (.csv, .tsv or .parquet)",
+    lambda args: any(
+        path and path.endswith(TABLE_SUFFIXES) for path in (args.train_data, args.val_data, args.retrieval_csv)
+    ),
+)
+_SHARDS = Condition("on a table, whose rows are all shuffled", lambda args: not _is_table(args.train_data))
+_LONG = Condition("with --captions raw", lambda args: args.captions != "raw")
+
+EFFECTS = (
+    (TRAINING_MEANT, "--val-data --extract-image-features"),
+    (_TABLE, "--csv-img-key --csv-separator"),
+    (TRAINING, "--train-data --train-num-samples --dataset-resampled --train-data-upsampling-factors --csv-separator"),
+    (TRAINING, "--shuffle-window --feature-views --strong-augment --aug-cfg --num-long-captions --captions"),
+    (TRAINING, "--sub-caption-sentences --raw-caption-keys --short-caption-keys --long-caption-keys"),
+    (_SHARDS, "--shuffle-window"),
+    (_LONG, "--num-long-captions --sub-caption-sentences --long-caption-keys"),
+)
+
+
+def _is_table(spec: str | None) -> bool:
+    return bool(spec) and spec.endswith(TABLE_SUFFIXES)
+
+
+def add_data_args(parser: argparse.ArgumentParser, everything: bool) -> None:
+    """Adds the groups about training data; `everything`: also the flags that few runs need."""
+    group = parser.add_argument_group("training data")
+    _add_common_data_args(group)
+    if everything:
+        _add_more_data_args(group)
+        _add_augmentation_args(parser.add_argument_group("augmentation and image features"))
+    group = parser.add_argument_group("captions of a training sample")
+    _add_common_caption_args(group)
+    if everything:
+        _add_more_caption_args(group)
+
+
+def _add_common_data_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--train-data",
+        metavar="DATA",
+        help="train on this: tar shards ('data/{00000..00575}.tar', a folder, URLs; several sources are separated by "
+        "::), or a .csv, .tsv or .parquet table",
+    )
+    group.add_argument(
+        "--val-data", metavar="DATA", help="measure loss and R@1 on this data during training; form as --train-data"
+    )
+    group.add_argument(
+        "--train-num-samples", type=positive, metavar="N", help="samples per epoch (default: all of --train-data)"
+    )
+    group.add_argument(
+        "--csv-img-key", default="filepath", metavar="COL", help="image column of a table (default: %(default)s)"
+    )
+
+
+def _add_more_data_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--csv-separator", metavar="C", help="column separator of a .csv table (default: a comma; in .tsv a tab)"
+    )
+    group.add_argument(
+        "--dataset-resampled",
+        action=Switch,
+        help="draw shards with replacement instead of once per epoch; needs --train-num-samples",
+    )
+    group.add_argument(
+        "--train-data-upsampling-factors",
+        metavar="F::F",
+        help="with --dataset-resampled: how often to draw from each source of --train-data, relative to the others",
+    )
+    group.add_argument(
+        "--shuffle-window",
+        type=positive,
+        default=SHUFFLE_WINDOW,
+        metavar="N",
+        help="number of samples of shards that a loader process shuffles together (default: %(default)s)",
+    )
+
+
+def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--strong-augment",
+        action=Switch,
+        help="augment images by crop 0.2-1, colour jitter, grey, blur, flip and two random operations "
+        "(default: open_clip's crop 0.9-1)",
+    )
+    group.add_argument(
+        "--aug-cfg",
+        nargs="*",
+        default=[],
+        metavar="K=V",
+        help="settings of open_clip's augmentation, such as scale=0.4,1.0",
+    )
+    group.add_argument(
+        "--extract-image-features",
+        metavar="DIR",
+        help="do not train: write the image tower's features of --train-data to DIR, which --train-data then accepts",
+    )
+    group.add_argument(
+        "--feature-views",
+        type=not_negative,
+        default=0,
+        metavar="V",
+        help="with --extract-image-features: augmented views of each image; 0: one view, preprocessed as in evaluation "
+        "(default: %(default)s)",
+    )
+
+
+def _add_common_caption_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--num-long-captions",
+        type=not_negative,
+        default=3,
+        metavar="K",
+        help="long captions of a sample per step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--raw-caption-keys",
+        type=names,
+        default=",".join(RAW_KEYS),
+        metavar="K,K",
+        help="columns or JSON keys of the short caption; the first that a sample has is used (default: %(default)s)",
+    )
+    group.add_argument(
+        "--long-caption-keys",
+        type=names,
+        default=",".join(LONG_KEYS),
+        metavar="K,K",
+        help="columns or JSON keys of long captions; all that a sample has are used (default: %(default)s)",
+    )
+
+
+def _add_more_caption_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--captions",
+        default="both",
+        choices=("both", "raw", "long"),
+        help="both: the short caption and K long ones; raw: the short one alone; long: K long ones, the first in the "
+        "place of the short one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--sub-caption-sentences",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="use N consecutive sentences of each long caption; 0 uses all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--short-caption-keys",
+        type=names,
+        default="",
+        metavar="K,K",
+        help="further short captions; each step draws one of these and the raw caption",
+    )
+
+
+def validate_data_args(args: argparse.Namespace) -> None:
+    """Checks the flags of this file; called in training only.
+
+    Raises:
+        ValueError: the message names the flag, what was found and what to do.
+    """
+    if args.feature_views and not args.extract_image_features:
+        raise ValueError("--feature-views needs --extract-image-features")
+    if args.extract_image_features and (args.dataset_resampled or args.resume):
+        raise ValueError(
+            "--extract-image-features reads every sample once and resumes by itself: leave out --dataset-resampled "
+            "and --resume"
+        )
+    if args.train_data_upsampling_factors and not args.dataset_resampled:
+        raise ValueError("--train-data-upsampling-factors needs --dataset-resampled: without it each sample comes once")
+    if args.dataset_resampled and not args.train_num_samples:
+        raise ValueError("--dataset-resampled needs --train-num-samples: drawing with replacement has no end")
+    if _is_table(args.train_data) and args.dataset_resampled:
+        raise ValueError("--dataset-resampled is for shards; each row of a table comes once per epoch")
+    if args.captions == "long" and not args.num_long_captions:
+        raise ValueError("--captions long needs --num-long-captions of at least 1")
+    if args.strong_augment and args.aug_cfg:
+        raise ValueError("--strong-augment and --aug-cfg exclude each other")
+    for word in args.aug_cfg:
+        if "=" not in word:
+            raise ValueError(f"--aug-cfg {word}: expected KEY=VALUE")
+    if args.csv_separator and not os.path.splitext(args.train_data)[1] == ".csv":
+        raise ValueError(f"--csv-separator has no effect on --train-data {args.train_data}")

@@ -1,0 +1,65 @@
+"""Which flags have an effect when: every flag is declared under the conditions that it needs.
+
+Each file of flags has a table ``EFFECTS`` of (condition, flags). A flag that differs from its default while one of its
+conditions does not hold is reported once: as a warning, or as a usage error if the condition says so.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When some flags have an effect.
+
+    Attributes:
+        otherwise: completes "--flag: no effect ..", such as "without --train-data".
+        holds: flags -> whether they have an effect.
+        refused: stop with a usage error instead of a warning.
+    """
+
+    otherwise: str
+    holds: Callable[[argparse.Namespace], object]
+    refused: bool = False
+
+
+Effects = tuple[tuple[Condition, str], ...]
+
+ALWAYS = Condition("", lambda args: True)
+TRAINING = Condition("without --train-data", lambda args: args.train_data)
+TRAINING_MEANT = Condition("without --train-data", lambda args: args.train_data, refused=True)
+STEPS = Condition("with --extract-image-features, which does not train", lambda args: not args.extract_image_features)
+EVALUATION = Condition("in training; evaluate a checkpoint", lambda args: not args.train_data, refused=True)
+MODEL = Condition("with --features, which come without a model", lambda args: not args.features)
+
+
+def idle_flags(
+    args: argparse.Namespace, defaults: Mapping[str, object], effects: Iterable[tuple[Condition, str]]
+) -> dict[Condition, list[str]]:
+    """Finds the flags that were given and have no effect.
+
+    Args:
+        args: all flags.
+        defaults: by the flags' names in `args`.
+        effects: the tables of all files of flags; of several rows that name a flag, all must hold.
+
+    Returns:
+        The first condition that does not hold -> its flags.
+    """
+    idle: dict[Condition, list[str]] = {}
+    reported: set[str] = set()
+    for condition, flags in effects:
+        if condition.holds(args):
+            continue
+        for flag in flags.split():
+            name = flag[2:].replace("-", "_")
+            if flag not in reported and getattr(args, name) != defaults[name]:
+                idle.setdefault(condition, []).append(flag)
+                reported.add(flag)
+    return idle
+
+
+def describe_idle(condition: Condition, flags: list[str]) -> str:
+    """One line about flags without an effect."""
+    return f"{', '.join(flags)}: no effect {condition.otherwise}"

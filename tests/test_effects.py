@@ -1,0 +1,103 @@
+"""A flag without effect is reported, once, over all flags of the parser; one with an effect never is."""
+
+import argparse
+import ast
+from pathlib import Path
+
+import pytest
+
+from training.flags.effects import ALWAYS, idle_flags
+from training.flags.parser import EFFECTS, build_parser, parse_args
+from training.flags.types import Switch
+
+ROOT = Path(__file__).parents[1]
+PARSER = build_parser()
+ACTIONS = [a for a in dict.fromkeys(PARSER.actions.values()) if a.dest not in (argparse.SUPPRESS, "config")]
+EVALUATION, TRAINING = ["--dci-retrieval", "D"], ["--train-data", "d.tar"]
+COMMANDS = [
+    EVALUATION,
+    TRAINING,
+    ["--features", "x.npz"],
+    ["--train-data", "t.csv", "--val-data", "v.csv", "--urban1k-retrieval", "U"],
+    [*TRAINING, "--extract-image-features", "D"],
+    [*TRAINING, "--save-every-minutes", "0"],
+    [*TRAINING, "--save-frequency", "0"],
+    [*TRAINING, "--captions", "raw"],
+    ["--retrieval-csv", "p.csv", "--iiw-retrieval", "D", "--docci-retrieval", "D", "--share4v-retrieval", "D"],
+    ["--coco-retrieval", "D", "--flickr30k-retrieval", "D"],
+]
+
+
+def words(action: argparse.Action) -> list[str]:
+    """A flag with a value that is not its default."""
+    if isinstance(action, Switch):
+        return [action.negatives[0] if action.default else action.option_strings[0]]
+    choices = [choice for choice in action.choices or () if choice != action.default]
+    for value in (*choices[:1], "7", "a=1", "x"):
+        try:
+            given = getattr(PARSER.parse_args([action.option_strings[0], value]), action.dest)
+        except ValueError:
+            continue
+        if given != action.default:
+            return [action.option_strings[0], value]
+    raise AssertionError(f"no value for {action.option_strings[0]}")
+
+
+def reports(argv: list[str]) -> list[str]:
+    """All flags of a command that are reported."""
+    idle = idle_flags(PARSER.parse_args(argv), vars(PARSER.parse_args([])), EFFECTS)
+    return [flag for flags in idle.values() for flag in flags]
+
+
+def test_every_flag_is_declared_and_every_declaration_is_a_flag():
+    declared = {flag for _, flags in EFFECTS for flag in flags.split()}
+    own = {"--print-config"}
+    assert declared | own == {action.option_strings[0] for action in ACTIONS}
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.option_strings[0])
+def test_a_flag_is_reported_where_it_has_no_effect_and_only_there(action):
+    flag = action.option_strings[0]
+    found = [reports([*command, *words(action)]) for command in COMMANDS]
+    assert all(flags.count(flag) <= 1 for flags in found)
+    with_effect = [flag not in flags for flags in found]
+    conditions = [condition for condition, flags in EFFECTS if flag in flags.split()]
+    assert any(with_effect)
+    # --train-data is what makes a command a training: where it is given, it has its effect.
+    assert all(with_effect) == (not conditions or conditions == [ALWAYS] or flag == "--train-data")
+
+
+def readers() -> dict[str, set[str]]:
+    """Flag's name -> files that read it, but for those that only check it."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "src" / "training").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+                if path.parent.name not in ("flags", "prepare"):
+                    found.setdefault(node.attr, set()).add(str(path.relative_to(ROOT / "src" / "training")))
+    return found
+
+
+def test_declarations_agree_with_the_code_that_reads_the_flags():
+    places = readers()
+    checked = 0
+    for action in ACTIONS:
+        flag, files = action.option_strings[0], places.get(action.dest, set())
+        if files and all(file.startswith("train/") for file in files) and flag != "--train-data":
+            assert flag in reports([*EVALUATION, *words(action)]), f"{flag} is read by {files} only"
+            checked += 1
+        if files == {"eval/run.py"}:
+            assert flag in reports([*TRAINING, *words(action)]), f"{flag} is read by {files} only"
+            checked += 1
+    assert checked > 25
+
+
+def test_the_report_is_one_line_on_rank_0(monkeypatch, capsys):
+    argv = [*EVALUATION, "--warmup", "10", "--lr", "1e-3", "--epochs", "10"]
+    parse_args(argv)
+    assert capsys.readouterr().err == (
+        "python -m training.main: warning: --lr, --warmup: no effect without --train-data\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    parse_args(argv)
+    assert capsys.readouterr().err == ""
