@@ -23,6 +23,8 @@ COMMANDS = [
     [*TRAINING, "--save-every-minutes", "0"],
     [*TRAINING, "--save-frequency", "0"],
     [*TRAINING, "--captions", "raw"],
+    [*TRAINING, "--text-views", "long"],
+    [*TRAINING, "--text-views", "short, sentences*2"],
     ["--retrieval-csv", "p.csv", "--iiw-retrieval", "D", "--docci-retrieval", "D", "--share4v-retrieval", "D"],
     ["--coco-retrieval", "D", "--flickr30k-retrieval", "D"],
 ]
@@ -33,7 +35,7 @@ def words(action: argparse.Action) -> list[str]:
     if isinstance(action, Switch):
         return [action.negatives[0] if action.default else action.option_strings[0]]
     choices = [choice for choice in action.choices or () if choice != action.default]
-    for value in (*choices[:1], "7", "a=1", "x"):
+    for value in (*choices[:1], "7", "a=1", "raw"):
         try:
             given = getattr(PARSER.parse_args([action.option_strings[0], value]), action.dest)
         except ValueError:

@@ -4,7 +4,7 @@ import json
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,6 +19,7 @@ from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
 from training.data.faults import BadSample
 from training.data.images import PictureReader
+from training.data.padding import front_shares, pad_in_front
 from training.data.position import Segment, Stretch, count_items, cut
 from training.data.shards import Source
 from training.data.tar import BrokenShardError, RawSample
@@ -236,11 +237,13 @@ class TrainBatches(IterableDataset):
             pixels.append(content[0])
             texts.append(content[1])
             keys.append(name)
-        short, num_short = tokenise(self.reader.tokenizer, [t[0] for t in texts])
+        fronts = front_shares(f"{self.reader.seed}/{self.reader.epoch}", keys, self.reader.rule)
+        short, num_short = tokenise(self.reader.tokenizer, [t[0] for t in texts], [f[0] for f in fronts])
         num_long = len(texts[0]) - 1
         long, num_tokens = torch.zeros(len(texts) * num_long, 1, dtype=torch.int64), 0
         if num_long:
-            long, num_tokens = tokenise(self.reader.tokenizer, [text for t in texts for text in t[1:]])
+            long_texts, long_fronts = ([text for t in rows for text in t[1:]] for rows in (texts, fronts))
+            long, num_tokens = tokenise(self.reader.tokenizer, long_texts, long_fronts)
         long = long.unflatten(0, (len(texts), num_long))
         batch = TrainBatch(torch.stack(pixels), short, long, num_short + num_tokens, keys, faults, (0, 0))
         if self.reader.arrange:
@@ -248,9 +251,16 @@ class TrainBatches(IterableDataset):
         return batch, len(keys) + len(faults)
 
 
-def tokenise(tokenizer: Callable, texts: list[str]) -> tuple[torch.Tensor, int]:
-    """Token ids [n, length] of n texts, without the padding that all have; and the tokens that are not padding."""
-    return trim_padding(tokenizer, tokenizer(texts))
+def tokenise(tokenizer: Callable, texts: list[str], fronts: Sequence[float] = ()) -> tuple[torch.Tensor, int]:
+    """Token ids [n, length] of n texts, without the padding that all have; and the tokens that are not padding.
+
+    Args:
+        tokenizer: of the model.
+        texts: n.
+        fronts: see `pad_in_front`.
+    """
+    ids = tokenizer(texts)
+    return trim_padding(tokenizer, pad_in_front(ids, fronts) if any(fronts) else ids)
 
 
 def trim_padding(tokenizer: Callable, ids: torch.Tensor, multiple: int = 8) -> tuple[torch.Tensor, int]:

@@ -12,6 +12,7 @@ from training.data.captions import CaptionRule, captions_found
 from training.data.faults import BadSample
 from training.data.images import IN_TRAINING, PictureReader
 from training.data.loader import SampleReader, make_loader, read_record
+from training.data.padding import check_front_padding
 from training.data.position import Stretch
 from training.data.shards import ResampledShards, ShardSource, Source, count_samples, expand_sources
 from training.data.tables import TableSource, read_table
@@ -49,6 +50,7 @@ def caption_rule(args: argparse.Namespace) -> CaptionRule:
         num_long=args.num_long_captions,
         captions=args.captions,
         num_sentences=args.sub_caption_sentences,
+        views=args.text_views,
     )
 
 
@@ -110,7 +112,10 @@ def open_train_data(
 ) -> TrainData:
     """Puts a source together with what its samples are read through."""
     pictures = PictureReader(without_normalisation(transform), args.image_decoding or IN_TRAINING)
-    reader = SampleReader(pictures, tokenizer, caption_rule(args), args.seed, 0, arrange)
+    rule = caption_rule(args)
+    if any(entry.front for entry in rule.entries):
+        check_front_padding(tokenizer)
+    reader = SampleReader(pictures, tokenizer, rule, args.seed, 0, arrange)
     return TrainData(source, reader, args.workers)
 
 
@@ -152,7 +157,7 @@ def _check_captions(source: Source, rule: CaptionRule, spec: str) -> None:
     if faults and not keys:
         raise ValueError(f"{spec}: none of the first {len(faults)} samples can be read: {faults[0]}")
     there = f"the first samples have {', '.join(sorted(keys)) or 'no captions'}"
-    wants_long = rule.captions != "raw" and rule.num_long > 0
+    wants_long = rule.num_long_used > 0
     if not has_short and not (wants_long and has_long):
         asked = ", ".join((*rule.raw_keys, *rule.short_keys))
         raise ValueError(f"{spec}: no short caption under {asked} (--raw-caption-keys); {there}")

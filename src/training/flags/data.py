@@ -6,6 +6,7 @@ import os
 from dataloaders.files import TABLE_SUFFIXES
 from training.data.captions import LONG_KEYS, RAW_KEYS
 from training.data.position import SHUFFLE_WINDOW
+from training.data.views import Entry, parse_views, views_by_flags
 from training.flags.effects import TRAINING, TRAINING_MEANT, Condition
 from training.flags.types import Switch, names, not_negative, positive
 
@@ -16,7 +17,9 @@ _TABLE = Condition(
     ),
 )
 _SHARDS = Condition("on a table, whose rows are all shuffled", lambda args: not _is_table(args.train_data))
-_LONG = Condition("with --captions raw", lambda args: args.captions != "raw")
+_LONG = Condition("without a text from long captions; see --text-views", lambda args: _reads(args, "long"))
+_SHORT = Condition("without a text from short captions; see --text-views", lambda args: _reads(args, "short"))
+_BY_FLAGS = Condition("with --text-views; leave out one or the other", lambda args: not args.text_views, refused=True)
 
 EFFECTS = (
     (TRAINING_MEANT, "--val-data --extract-image-features"),
@@ -25,8 +28,34 @@ EFFECTS = (
     (TRAINING, "--shuffle-window --feature-views --strong-augment --aug-cfg --num-long-captions --captions"),
     (TRAINING, "--sub-caption-sentences --raw-caption-keys --short-caption-keys --long-caption-keys"),
     (_SHARDS, "--shuffle-window"),
+    (TRAINING, "--text-views"),
+    (_BY_FLAGS, "--num-long-captions --captions --sub-caption-sentences"),
     (_LONG, "--num-long-captions --sub-caption-sentences --long-caption-keys"),
+    (_SHORT, "--short-caption-keys"),
 )
+
+
+def caption_entries(args: argparse.Namespace) -> tuple[Entry, ...]:
+    """The texts of a sample, as --text-views or the flags that stand for it say."""
+    by_flags = views_by_flags(args.captions, args.num_long_captions, args.sub_caption_sentences)
+    return parse_views(args.text_views or by_flags)
+
+
+def _reads(args: argparse.Namespace, kind: str) -> bool:
+    views = [view for entry in caption_entries(args) for view in entry.views]
+    return any(view.uses_long if kind == "long" else view.name == kind or view.pool == kind for view in views) or any(
+        view.name == "sentences" and view.pool == "all" for view in views
+    )
+
+
+def text_views(text: str) -> str:
+    """Checks a list of views; returns it. Empty text leaves the list to other flags."""
+    try:
+        if text.strip():
+            parse_views(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text.strip()
 
 
 def _is_table(spec: str | None) -> bool:
@@ -117,6 +146,14 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_common_caption_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--text-views",
+        type=text_views,
+        default="",
+        metavar="LIST",
+        help="texts of a sample per step, such as 'raw, long*3' (LoTLIP) or 'sentences(1..3)*8' (FLAIR); see "
+        "docs/training.md (default: --captions, --num-long-captions and --sub-caption-sentences say)",
+    )
     group.add_argument(
         "--num-long-captions",
         type=not_negative,

@@ -18,7 +18,7 @@ _MID_EPOCH = Condition(
 _WHOLE_EPOCHS = Condition("with --save-frequency 0, which never saves epoch_N.pt", lambda args: args.save_frequency)
 _SEVERAL = Condition(
     "with a single caption per sample, whose loss is not weighted",
-    lambda args: args.captions != "raw" and args.num_long_captions + (args.captions == "both") > 1,
+    lambda args: sum(entry.count for entry in data.caption_entries(args)) > 1,
 )
 _OPTIMIZATION = (
     "--epochs --lr --image-lr --text-lr --wd --beta1 --beta2 --eps --warmup --lr-scheduler --grad-clip-norm "

@@ -21,11 +21,19 @@ class TrainModel(nn.Module):
     Args:
         model: a `LotlipCLIP`, or any model of open_clip's (whose captions give one feature each).
         mean, std: per channel, to normalise images with that come as bytes.
+        corners: for each text of a sample, whether it gives all its m + 1 features, not [CLS] alone; None: all but the
+            first text do.
     """
 
-    def __init__(self, model: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)):
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        corners: Sequence[bool] | None = None,
+    ):
         super().__init__()
-        self.model = model
+        self.model, self.corners = model, corners
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.image_is_locked = not any(p.requires_grad for p in model.visual.parameters())
@@ -62,10 +70,11 @@ class TrainModel(nn.Module):
         else:
             short = self._text_features(short_ids)
             long = self._text_features(long_ids.flatten(0, 1)) if long_ids.shape[1] else short[:0]
-        if len(long):  # [CLS] alone of the short ones, of each long one all m + 1
-            text_features = torch.cat([short[:, :1], long.unflatten(0, (batch, -1)).flatten(1, 2)], dim=1)
-        else:
-            text_features = short[:, 0]
+        corners = self.corners or (False, *[True] * (len(long) // batch))
+        texts = [short[:, None], long.unflatten(0, (batch, -1))] if len(long) else [short[:, None]]
+        text_features = torch.cat(_features_wanted(texts, corners), dim=1)
+        if text_features.shape[1] == 1:
+            text_features = text_features[:, 0]
         output = {
             "image_features": image_features,
             "text_features": normalize(text_features, dim=-1),
@@ -93,3 +102,18 @@ class TrainModel(nn.Module):
         if isinstance(self.model, LotlipCLIP):
             return self.model.text.all_features(ids)
         return self.model.encode_text(ids)[:, None]
+
+
+def _features_wanted(texts: list[torch.Tensor], corners: Sequence[bool]) -> list[torch.Tensor]:
+    """[batch, K, m + 1, dim] of all texts in order -> [batch, k, dim], neighbouring texts of the same kind as one."""
+    parts, start = [], 0
+    for features in texts:
+        own = corners[start : start + features.shape[1]]
+        start += len(own)
+        if all(own):
+            parts.append(features.flatten(1, 2))
+        elif not any(own):
+            parts.append(features[:, :, 0])
+        else:
+            parts += [features[:, i] if wanted else features[:, i, :1] for i, wanted in enumerate(own)]
+    return parts

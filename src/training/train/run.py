@@ -159,7 +159,7 @@ def _build(
         start = start_from(restore(plan.resume, core, optimizer, scaler), plan.resume, division, env)
         if start.epoch >= args.epochs and env.is_main:
             logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
-    whole = _whole_model(core, args.torchcompile)
+    whole = _whole_model(core, args.torchcompile, [entry.corners for entry in caption_rule(args).texts])
     stepper = Stepper(
         model=_over_ranks(whole, env),
         core=core,
@@ -195,13 +195,16 @@ def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
 
 def _make_loss(args: argparse.Namespace, env: DistEnv) -> torch.nn.Module:
     kind = LongCaptionSigLipLoss if args.siglip else LongCaptionLoss
-    weights = args.short_loss_weight, args.long_loss_weight
+    first, *others = [entry.weight for entry in caption_rule(args).texts]
+    if len(set(others)) > 1:
+        raise ValueError("--text-views: weight= has to be the same for all texts but the first")
+    weights = args.short_loss_weight * first, args.long_loss_weight * (others or [1.0])[0]
     return kind(*weights, args.local_loss, args.gather_with_grad, env.rank, env.world_size)
 
 
-def _whole_model(core: torch.nn.Module, compiled: str | None) -> TrainModel:
+def _whole_model(core: torch.nn.Module, compiled: str | None, corners: list[bool]) -> TrainModel:
     cfg = core.visual.preprocess_cfg
-    model = TrainModel(core, cfg["mean"], cfg["std"])
+    model = TrainModel(core, cfg["mean"], cfg["std"], corners)
     if compiled == "image" or (compiled and model.image_is_locked):  # a locked one runs apart from the rest
         core.visual.compile()
     if compiled == "model":

@@ -1,0 +1,161 @@
+"""--text-views: the list of texts that a training step sees of a sample, such as "raw, long*3".
+
+The list is separated by commas. An entry is a view, or several views separated by |, of which one is drawn; then *COUNT
+for so many texts. Views:
+
+    raw, short, long        a caption, by --raw-caption-keys, --short-caption-keys, --long-caption-keys
+    first-sentence          of a long caption: what is before its first ". "
+    long-without-first      the rest of it
+    sentences(1..3)         1 to 3 sentences; without numbers 1 to all
+
+In parentheses, separated by commas: of=raw|short|long|long-without-first|all (sentences: where they are from), ordered
+or any (neighbouring sentences, or any in any order; else one of both is drawn), distinct (no sentence twice in the
+entry); share=X (how often a view is drawn among those separated by |); weight=X (of its loss), corners=yes|no (whether
+its corner tokens have a loss), pad=front (padding also in front of the text).
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+NAMES = ("raw", "short", "long", "first-sentence", "long-without-first", "sentences")
+POOLS = ("raw", "short", "long", "long-without-first", "all")
+_ENTRY_END = re.compile(r",(?![^()]*\))")
+_VIEW = re.compile(r"([a-z-]+)\s*(?:\(([^()]*)\))?")
+_NUMBERS = re.compile(r"(?:n=)?(\d+)(?:\.\.(\d+|all))?")
+
+
+@dataclass(frozen=True)
+class View:
+    """One text of a sample.
+
+    Attributes:
+        name: one of `NAMES`.
+        least, most: sentences; a `most` of None takes up to all there are.
+        pool: whose sentences, one of `POOLS`.
+        order: ``ordered``, ``any``, or ``either``: one of both, drawn for each text.
+        distinct: texts of an entry do not share a sentence, as long as there are enough.
+        share: of the draws among an entry's views.
+    """
+
+    name: str
+    least: int = 1
+    most: int | None = None
+    pool: str = "all"
+    order: str = "either"
+    distinct: bool = False
+    share: float = 1.0
+
+    @property
+    def uses_long(self) -> bool:
+        """Whether it takes a long caption."""
+        return self.name in ("long", "first-sentence", "long-without-first") or (
+            self.name == "sentences" and self.pool in ("long", "long-without-first")
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the list.
+
+    Attributes:
+        name: as declared; names its loss in the log.
+        views: one of them is drawn for each text.
+        count: texts.
+        weight: of the loss of each of its text features, relative to other entries.
+        corners: whether corner tokens give features to the loss, beside [CLS].
+        front: pad texts in front, too.
+    """
+
+    name: str
+    views: tuple[View, ...]
+    count: int = 1
+    weight: float = 1.0
+    corners: bool = True
+    front: bool = False
+
+
+def parse_views(text: str) -> tuple[Entry, ...]:
+    """Reads a list of views; the module's docstring describes it.
+
+    Raises:
+        ValueError: names the entry, what was found and what is expected.
+    """
+    entries = tuple(_entry(part.strip()) for part in _ENTRY_END.split(text))
+    names = [entry.name for entry in entries]
+    numbered = [
+        f"{name}-{names[:i].count(name) + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)
+    ]
+    return tuple(replace(entry, name=name) for entry, name in zip(entries, numbered))
+
+
+def views_by_flags(captions: str, num_long: int, num_sentences: int) -> str:
+    """The list that ``--captions``, ``--num-long-captions`` and ``--sub-caption-sentences`` stand for."""
+    long = f"sentences({num_sentences}, ordered, of=long" if num_sentences else "long("
+    if captions == "raw" or (captions == "both" and not num_long):
+        return "short"
+    if captions == "both":
+        return f"short, {long})*{num_long}"
+    first = f"{long}{', ' if num_sentences else ''}corners=no)"
+    return first if num_long < 2 else f"{first}, {long})*{num_long - 1}"
+
+
+def _entry(text: str) -> Entry:
+    body, star, count = text.partition("*")
+    if star and not (count.strip().isdecimal() and int(count)):
+        raise ValueError(f"{text!r}: expected a number of texts of at least 1 after *")
+    views, options = [], {}
+    for part in body.split("|"):
+        match = _VIEW.fullmatch(part.strip())
+        if not match or match[1] not in NAMES:
+            raise ValueError(f"{part.strip()!r}: expected one of {', '.join(NAMES)}")
+        view, more = _view(match[1], [word.strip() for word in (match[2] or "").split(",") if word.strip()])
+        views.append(view)
+        options |= more
+    if len(views) == 1 and views[0].share != 1:
+        raise ValueError(f"{text!r}: share= needs several views, separated by |")
+    if not any(view.share for view in views):
+        raise ValueError(f"{text!r}: expected a share above 0")
+    corners = options.pop("corners", any(view.name not in ("raw", "short", "first-sentence") for view in views))
+    name = "-or-".join(view.name for view in views)
+    return Entry(name, tuple(views), int(count) if star else 1, corners=corners, **options)
+
+
+def _view(name: str, words: list[str]) -> tuple[View, dict[str, object]]:
+    """A view, and what its words say about the entry."""
+    view, options = View(name), {}
+    for word in words:
+        key, _, value = word.partition("=")
+        numbers = _NUMBERS.fullmatch(word)
+        if key in ("share", "weight") and (number := _number(value)) is not None:
+            if key == "share":
+                view = replace(view, share=number)
+            else:
+                options["weight"] = number
+        elif key == "corners" and value in ("yes", "no"):
+            options["corners"] = value == "yes"
+        elif word in ("pad=front", "pad=behind"):
+            options["front"] = value == "front"
+        elif name == "sentences" and numbers:
+            most = numbers[2] or numbers[1]
+            view = replace(view, least=int(numbers[1]), most=None if most == "all" else int(most))
+        elif name == "sentences" and word in ("ordered", "any"):
+            view = replace(view, order=word)
+        elif name == "sentences" and word == "distinct":
+            view = replace(view, distinct=True)
+        elif name == "sentences" and key == "of" and value in POOLS:
+            view = replace(view, pool=value)
+        else:
+            raise ValueError(f"{name}({word}): not understood; see docs/training.md, caption views")
+    if view.least < 1 or (view.most is not None and view.most < view.least):
+        raise ValueError(f"{name}({view.least}..{view.most}): expected 1 <= first <= last")
+    if view.distinct and view.least != view.most:
+        raise ValueError(f"{name}(distinct): needs one number of sentences, such as sentences(1, distinct)*6")
+    return view, options
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 <= number < float("inf") else None
