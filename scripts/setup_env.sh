@@ -72,14 +72,16 @@ echo "setup: installing into $env (PyTorch is large: a few minutes the first tim
 "$python" -m pip install --quiet --disable-pip-version-check --editable "$target"
 
 install_chromium() { # the report is tested in a browser; without one its tests are skipped
+    [[ -z "${SKIP_CHROMIUM:-}" ]] || return 0
     [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || return 0
-    echo "setup: installing Debian's chromium for the tests of the report" >&2
+    echo "setup: apt-get install chromium, system-wide, as root: the report is tested in a browser. To go without:" \
+        "SKIP_CHROMIUM=1 make test" >&2
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
         || echo "setup: no chromium to be had; the tests of the report in a browser will be skipped" >&2
 }
 
 install_img2dataset() { # wants an older webdataset than ours: an environment of its own
-    echo "setup: installing img2dataset for the tests of prepare download" >&2
+    echo "setup: installing img2dataset into $env/img2dataset for the tests of prepare download" >&2
     { "$python" -m venv "$env/img2dataset" && "$env/img2dataset/bin/python" -m pip install --quiet img2dataset; } \
         >/dev/null 2>&1 || echo "setup: no img2dataset to be had; the tests of prepare download will be skipped" >&2
 }

@@ -1,6 +1,9 @@
 """Imports point one way: a file imports ours only from files that do not, in turn, lead back to it."""
 
 import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +54,34 @@ def test_imports_point_down():
         for other in imports_of(path, known):
             mine, its = folder_of(module), folder_of(other)
             assert mine == its or floor_of[its] < floor_of[mine], f"{module} imports {other}, which is not below it"
+
+
+# Imported where they are asked for, and named by a message where they are not installed.
+OPTIONAL = {"wandb", "vllm"}
+
+
+def declared(*files: str) -> set[str]:
+    lines = [line.strip() for file in files for line in (ROOT / file).read_text().splitlines()]
+    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in lines if line and not line.startswith("#")}
+    return {name.lower().replace("_", "-") for name in names}
+
+
+def test_every_package_that_is_imported_is_declared():
+    own = {"training", "dataloaders", "benchmarks"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    distributions = packages_distributions()
+    installed = [path for path in modules().values() if "benchmarks" not in path.relative_to(ROOT).parts]
+    others = [path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    sources = {"requirements-training.txt": installed, "requirements-test.txt": others}
+    needed = set()
+    for file, paths in sources.items():
+        needed |= declared(file)
+        for path in paths:
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+                for name in {name.split(".")[0] for name in names} - own - OPTIONAL - set(sys.stdlib_module_names):
+                    packages = {package.lower().replace("_", "-") for package in distributions.get(name, [name])}
+                    assert packages & needed, f"{path} imports {name}, which {file} does not declare"
 
 
 def test_no_import_cycles():

@@ -241,5 +241,8 @@ def _forward(tower: Callable, inputs: torch.Tensor, env: DistEnv, options: Compu
     # Normalised in fp32 even where the tower runs in 16 bits: that rounding would cost R@1.
     features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
     if not features.isfinite().all():
-        raise FloatingPointError(f"the model returned NaN or infinity in {options.precision}; try --precision fp32")
+        remedy = "try --precision fp32"
+        if options.precision == "fp32":
+            remedy = "no flag mends that: the weights are broken, or their training diverged"
+        raise FloatingPointError(f"the model returned NaN or infinity in {options.precision}; {remedy}")
     return features

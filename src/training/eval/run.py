@@ -103,7 +103,7 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
         work = plan_benchmarks(args)
         weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
         if weights is None:
-            logging.warning(f"{args.model} is UNTRAINED: no --pretrained is given, so its numbers are those of chance.")
+            logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its numbers are those of chance.")
     name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))
     folder = Path(args.logs) / name
     # A full or read-only disk shows now, not after an hour of encoding.

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from training.flags.effects import ALWAYS, MODEL, TRAINING, Condition
 from training.flags.types import Switch, not_negative, positive
@@ -19,6 +21,16 @@ EFFECTS = (
     (MODEL, "--model --pretrained --cache-dir --precision --num-corner-tokens --context-length"),
     (MODEL, "--pretrained-image --pretrained-text --image-decoding --text-packing"),
 )
+
+
+class _ModelConfig(argparse.Action):
+    """``--model-config FILE`` is another spelling of ``--model config:FILE``."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        namespace.model = f"config:{values}"
 
 
 def add_model_args(parser: argparse.ArgumentParser, everything: bool) -> None:
@@ -48,6 +60,12 @@ def _add_common_model_args(group: argparse._ArgumentGroup) -> None:
         "or hf-hub:ORG/REPO (default: %(default)s)",
     )
     group.add_argument(
+        "--model-config",
+        action=_ModelConfig,
+        metavar="FILE",
+        help="in place of --model: an architecture of your own, a JSON file in the form of open_clip's model configs",
+    )
+    group.add_argument(
         "--pretrained",
         default=None,
         metavar="TAG|FILE",
@@ -69,8 +87,12 @@ def _add_common_model_args(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--pretrained-image",
-        action=Switch,
-        help="start the image tower from the weights that its config names; excludes --pretrained",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="start the image tower from the timm weights that its config names, or from those of a file or folder; "
+        "excludes --pretrained",
     )
 
 
@@ -201,6 +223,8 @@ def validate_model_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--pretrained {args.pretrained} brings both towers: leave out --pretrained-image and --pretrained-text"
         )
+    if isinstance(args.pretrained_image, str) and not os.path.exists(args.pretrained_image):
+        raise ValueError(f"--pretrained-image {args.pretrained_image}: no such file or folder")
     if (args.lock_image_unlocked_groups or args.lock_image_freeze_bn_stats) and not args.lock_image:
         raise ValueError("--lock-image-unlocked-groups and --lock-image-freeze-bn-stats need --lock-image")
     if (args.lock_text_unlocked_layers or args.lock_text_freeze_layer_norm) and not args.lock_text:

@@ -15,7 +15,7 @@ import timm
 
 from training.runtime.messages import first_line
 
-LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
+LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 CONFIG_FILE = "open_clip_config.json"
 # Pretrained text models that come as a package of PyPI: usable where no hub can be reached.
@@ -49,6 +49,11 @@ class ModelSpec:
     is_ours: bool
 
     @property
+    def is_built_in(self) -> bool:
+        """Whether open_clip knows the model by its name."""
+        return ":" not in self.name
+
+    @property
     def text_cfg(self) -> dict:
         return self.model_cfg["text_cfg"]
 
@@ -73,7 +78,7 @@ def resolve_model_config(
     """Finds a model's config.
 
     Args:
-        name: a name of `open_clip.list_models()`, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
+        name: a name of `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/REPO`` or ``config:FILE.json``.
         num_corner_tokens, context_length: overrides; None keeps the config's.
         cache_dir: where downloads are kept.
 
@@ -87,8 +92,8 @@ def resolve_model_config(
         folder = Path(_download_config(name.removeprefix(HF_HUB), cache_dir)).parent
     elif name.startswith(LOCAL_DIR):
         folder = Path(name.removeprefix(LOCAL_DIR))
-    if folder:
-        content = read_config_file(folder)
+    if folder or name.startswith(CONFIG):
+        content = read_config_file(folder / CONFIG_FILE if folder else Path(name.removeprefix(CONFIG)))
         model_cfg, preprocess_cfg = content["model_cfg"], content.get("preprocess_cfg", {})
     else:
         model_cfg = open_clip.get_model_config(name.replace("/", "-"))
@@ -111,21 +116,26 @@ def resolve_model_config(
     return ModelSpec(name, base_name, model_cfg, preprocess_cfg, folder, is_ours)
 
 
-def read_config_file(folder: Path) -> dict:
-    """Reads FOLDER/open_clip_config.json.
+def read_config_file(path: Path) -> dict:
+    """Reads ``open_clip_config.json`` of a folder, or any file in its form or in that of open_clip's model configs.
+
+    Returns:
+        ``model_cfg``, and perhaps ``preprocess_cfg``.
 
     Raises:
-        FileNotFoundError, ValueError: not there, broken, or without ``model_cfg``.
+        FileNotFoundError, ValueError: not there, broken, or without a model's config.
     """
-    path = folder / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"--model {LOCAL_DIR}{folder}: no {CONFIG_FILE} there")
+        flag = f"--model {LOCAL_DIR}{path.parent}" if path.name == CONFIG_FILE else f"--model-config {path}"
+        raise FileNotFoundError(f"{flag}: no {path.name} there")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: broken JSON ({error})") from error
-    model_cfg = content.get("model_cfg") if isinstance(content, dict) else None
     needed = {"embed_dim", "vision_cfg", "text_cfg"}
+    if isinstance(content, dict) and needed <= set(content):
+        content = {"model_cfg": content, "preprocess_cfg": content.pop("preprocess_cfg", {})}
+    model_cfg = content.get("model_cfg") if isinstance(content, dict) else None
     if not isinstance(model_cfg, dict) or not needed <= set(model_cfg):
         raise ValueError(f"{path}: expected the key 'model_cfg' with {', '.join(sorted(needed))}")
     return content

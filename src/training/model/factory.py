@@ -5,7 +5,6 @@ place of the other, weights. Everything else open_clip builds by itself, bit for
 """
 
 import logging
-import pickle
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision.transforms import Compose
 
 from dataloaders.images import to_rgb
-from training.model.config import ModelSpec, find_pretrained_folder, not_found, resolve_model_config
+from training.model.config import CONFIG_FILE, ModelSpec, find_pretrained_folder, not_found, resolve_model_config
 from training.model.hf_encoders import encoder_config, load_pretrained_encoder
 from training.model.packing import CaptionArranger
-from training.model.resolve import WEIGHT_SUFFIXES, resolve_weights
+from training.model.resolve import WEIGHT_SUFFIXES, find_weights, resolve_weights
 from training.model.text_tower import CornerCLIPText, CornerHFText, LotlipCLIP
 from training.model.tokenizer import create_tokenizer
-from training.model.weights import UNSAFE_FILE, load_pretrained_image, load_pretrained_text, load_weights
+from training.model.weights import load_pretrained_image, load_pretrained_text, load_weights
+from training.model.weights_file import is_torchscript, read_state_dict
 
 # Stands in for the Hugging Face tower while open_clip builds the rest, so that nothing large is built twice.
 _PLACEHOLDER = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
@@ -40,21 +40,21 @@ def create_model(
     *,
     num_corner_tokens: int | None = None,
     context_length: int | None = None,
-    pretrained_image: bool = False,
+    pretrained_image: bool | str = False,
     pretrained_text: bool = True,
     **kwargs,
 ) -> torch.nn.Module:
     """Builds a model; as `open_clip.create_model`, which it calls for every model that is not ours.
 
     Args:
-        model_name: a name of `open_clip.list_models()`, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
-        pretrained: open_clip's tag or a weights file; see `weights.read_state_dict`.
+        model_name: as `config.resolve_model_config`.
+        pretrained: open_clip's tag or a weights file; see `weights_file.read_state_dict`.
         precision: fp32, bf16, fp16, pure_bf16, pure_fp16, amp, .. as open_clip.
         device: where the model goes.
         cache_dir: pretrained parts are looked up in its folders first; downloads are kept there.
         num_corner_tokens, context_length: instead of the config's. A longer context stretches pretrained positions.
         pretrained_image, pretrained_text: without `pretrained`, start the towers from the weights that their config
-            names (``timm_model_name``, ``hf_model_name``).
+            names (``timm_model_name``, ``hf_model_name``); an image tower of timm's also from a file or folder.
         **kwargs: open_clip's other arguments (``force_image_size``, ``output_dict``, ..).
 
     Raises:
@@ -65,41 +65,47 @@ def create_model(
         model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
     )
     weights = resolve_weights(model_name, pretrained, cache_dir) if kwargs.pop("load_weights", True) else None
-    stock = {"precision": precision, "device": device, "cache_dir": cache_dir, **kwargs}
-    if not spec.is_ours:
-        stock |= {"pretrained_image": pretrained_image, "pretrained_text": pretrained_text}
-        return _create_stock(spec, pretrained, weights, stock)
-    model = _create_two_towers(spec, precision, cache_dir, kwargs)
+    if weights and not spec.model_cfg.get("quick_gelu") and _had_quick_gelu(spec, pretrained, weights):
+        logging.warning(f"{pretrained} was trained with QuickGELU, which --model {spec.name} lacks: it is switched on")
+        spec.model_cfg["quick_gelu"] = kwargs["force_quick_gelu"] = True
+    if spec.is_ours:
+        model = _create_two_towers(spec, precision, cache_dir, kwargs)
+    else:
+        stock = {"precision": precision, "cache_dir": cache_dir, "pretrained_text": pretrained_text, **kwargs}
+        model = _create_stock(spec, pretrained, weights is not None, stock)
     if weights:
         load_weights(model, weights)
     else:
-        if pretrained_text and spec.text_cfg.get("hf_model_name"):
+        if spec.is_ours and pretrained_text and spec.text_cfg.get("hf_model_name"):
             _start_text(model, spec, cache_dir)
-        if pretrained_image and "timm_model_name" in spec.model_cfg["vision_cfg"]:
-            _start_image(model, spec, cache_dir)
+        if pretrained_image:
+            _start_image(model, spec, cache_dir, pretrained_image)
     return model.to(device)
 
 
-def _create_stock(spec: ModelSpec, pretrained: str | None, weights: Path | None, stock: dict) -> torch.nn.Module:
-    """A model that is open_clip's alone."""
-    try:
-        if not spec.folder:
-            return open_clip.create_model(spec.name, pretrained=pretrained, load_weights=weights is not None, **stock)
-        # Of a folder open_clip overlooks .pt files, and goes on with random weights.
+def _create_stock(spec: ModelSpec, pretrained: str | None, loads_weights: bool, stock: dict) -> torch.nn.Module:
+    """A model that is open_clip's alone, with random weights."""
+    # A tag also says how pictures are preprocessed. With weights to come, nobody needs those of single towers.
+    stock["pretrained_text"] &= not loads_weights
+    if spec.is_built_in or spec.folder:
         with _quiet():
-            stock["pretrained_text"] &= not weights
-            model = open_clip.create_model(spec.base_name, load_weights=False, **stock)
-        if weights:
-            open_clip.load_checkpoint(model, str(weights))
-        return model
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{weights}: {UNSAFE_FILE}") from error
-    except RuntimeError as error:
-        if "state_dict" not in str(error):
-            raise
-        lines = str(error).splitlines()
-        shown = [line[:300] for line in lines[:6]] + ([f"  .. {len(lines) - 6} lines more"] if len(lines) > 6 else [])
-        raise ValueError(f"{weights} does not fit --model {spec.name}: " + "\n".join(shown)) from error
+            return open_clip.create_model(spec.base_name, pretrained=pretrained, load_weights=False, **stock)
+    if "multimodal_cfg" in spec.model_cfg:
+        raise ValueError(
+            f"--model {spec.name}: a CoCa config goes into FOLDER/{CONFIG_FILE}, for --model local-dir:FOLDER"
+        )
+    custom = spec.model_cfg.get("custom_text", False) or "hf_model_name" in spec.text_cfg
+    stock["force_custom_text"] = stock.get("force_custom_text", False) or custom
+    config = {key: value for key, value in spec.model_cfg.items() if key != "custom_text"}
+    stock["force_preprocess_cfg"] = spec.preprocess_cfg | (stock.get("force_preprocess_cfg") or {})
+    with _quiet():
+        return open_clip.create_model(_ANY_NAME, load_weights=False, **config, **stock)
+
+
+def _had_quick_gelu(spec: ModelSpec, pretrained: str | None, weights: Path) -> bool:
+    """Whether weights were trained with another activation than open_clip's default: OpenAI's, and tags that say so."""
+    tag = open_clip.get_pretrained_cfg(spec.name.replace("/", "-"), pretrained) if pretrained else {}
+    return tag.get("quick_gelu", False) if tag else is_torchscript(weights)
 
 
 @contextmanager
@@ -169,22 +175,25 @@ def _start_text(model: LotlipCLIP, spec: ModelSpec, cache_dir: str | None) -> No
     load_pretrained_text(model.text, state, name)
 
 
-def _start_image(model: LotlipCLIP, spec: ModelSpec, cache_dir: str | None) -> None:
-    name = spec.model_cfg["vision_cfg"]["timm_model_name"]
-    folder = find_pretrained_folder(name, cache_dir)
-    if folder:
-        files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-        if not files:
-            raise FileNotFoundError(f"{folder}: no weights there ({', '.join(WEIGHT_SUFFIXES)})")
-        load_pretrained_image(model.visual.trunk, min(files, key=lambda p: WEIGHT_SUFFIXES.index(p.suffix)))
+def _start_image(model: torch.nn.Module, spec: ModelSpec, cache_dir: str | None, source: bool | str) -> None:
+    """Loads the image tower's trunk from a file or folder, or, for True, from the weights that its config names."""
+    name = spec.model_cfg["vision_cfg"].get("timm_model_name")
+    if name is None:
+        raise ValueError(f"--pretrained-image: the image tower of --model {spec.name} is not one of timm's")
+    found = Path(source) if isinstance(source, str) else find_pretrained_folder(name, cache_dir)
+    if found:
+        file = find_weights(found) if found.is_dir() else found
+        if not file:
+            raise FileNotFoundError(f"{found}: no weights there ({', '.join(WEIGHT_SUFFIXES)})")
+        load_pretrained_image(model.visual.trunk, read_state_dict(file), str(file))
         return
     import timm
 
     try:
-        trunk = timm.create_model(name, pretrained=True, num_classes=0, cache_dir=cache_dir)
+        trunk = timm.create_model(name, pretrained=True, cache_dir=cache_dir)
     except Exception as error:  # urllib's, huggingface_hub's and timm's errors have no common base
         raise FileNotFoundError(f"pretrained image weights {name}: {not_found(cache_dir, error)}") from error
-    model.visual.trunk.load_state_dict(trunk.state_dict())
+    load_pretrained_image(model.visual.trunk, trunk.state_dict(), name)
 
 
 def create_model_and_transforms(

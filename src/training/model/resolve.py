@@ -6,7 +6,14 @@ from pathlib import Path
 
 import open_clip
 
-from training.model.config import HF_HUB, LOCAL_DIR, read_config_file, register_model_configs
+from training.model.config import (
+    CONFIG,
+    CONFIG_FILE,
+    HF_HUB,
+    LOCAL_DIR,
+    read_config_file,
+    register_model_configs,
+)
 from training.runtime.messages import first_line
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -16,7 +23,7 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
     """Finds the weights file that open_clip will load, downloading it if need be.
 
     Args:
-        name: open_clip's model name, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
+        name: as `config.resolve_model_config`.
         pretrained: open_clip's tag or a weights file; None for an untrained model.
         cache_dir: where downloads are kept and looked up first.
 
@@ -31,11 +38,18 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
         return _weights_in_folder(Path(name.removeprefix(LOCAL_DIR)))
     if name.startswith(HF_HUB):
         return Path(open_clip.pretrained.download_pretrained_from_hf(name.removeprefix(HF_HUB), cache_dir=cache_dir))
-    check_model_name(name)
+    if name.startswith(CONFIG):
+        read_config_file(Path(name.removeprefix(CONFIG)))
+    else:
+        check_model_name(name)
     if pretrained is None:
         return None
     if Path(pretrained).is_file():
         return Path(pretrained)
+    if Path(pretrained).is_dir():
+        raise ValueError(f"--pretrained {pretrained}: {_about_folder(Path(pretrained))}")
+    if name.startswith(CONFIG):
+        raise ValueError(f"--pretrained {pretrained}: no such file (a --model-config has no tags)")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
         known = ", ".join(open_clip.pretrained.list_pretrained_tags_by_model(name)) or "none"
@@ -61,14 +75,32 @@ def check_model_name(name: str) -> None:
         )
 
 
-def _weights_in_folder(folder: Path) -> Path:
-    read_config_file(folder)
+def _weights_in_folder(folder: Path) -> Path | None:
+    read_config_file(folder / CONFIG_FILE)
+    return find_weights(folder)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """Returns a folder's weights file by open_clip's own preference; None if there is none."""
     files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-    # open_clip's own preference: safetensors first, its own file names first.
+    # Safetensors first, open_clip's own file names first.
     files.sort(key=lambda p: (WEIGHT_SUFFIXES.index(p.suffix), not p.name.startswith("open_clip")))
-    if not files:
-        raise FileNotFoundError(f"--model {LOCAL_DIR}{folder}: no weights there ({', '.join(WEIGHT_SUFFIXES)})")
-    return files[0]
+    return files[0] if files else None
+
+
+def _about_folder(folder: Path) -> str:
+    """What a folder in place of a weights file may be, and what to do."""
+    names = {path.name for path in folder.iterdir()}
+    if any(name.endswith(".distcp") for name in names):
+        return (
+            "a folder of PyTorch's distributed checkpoints; make one file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pt"
+        )
+    if "zero_to_fp32.py" in names or any(name.startswith("zero_pp_rank") for name in names):
+        return f"a DeepSpeed checkpoint; make one file of it: cd {folder} && python zero_to_fp32.py . weights.pt"
+    if CONFIG_FILE in names:
+        return f"a folder with a config of its own; give it as --model {LOCAL_DIR}{folder}"
+    return "a folder; give the weights file in it"
 
 
 def file_sha256(path: Path) -> str:

@@ -1,86 +1,58 @@
-"""From a weights file to a model: read safely, converted, stretched to a longer context, loaded strictly.
+"""From a weights file to a model: converted, stretched to a longer context, loaded strictly.
 
-Read are published LoTLIP files, training checkpoints, open_clip's and OpenAI's CLIP weights, Long-CLIP's `.pt`, and
-safetensors of any of them.
+One loader serves our models and open_clip's. It takes published LoTLIP files, training checkpoints, open_clip's and
+OpenAI's CLIP weights and those of Long-CLIP's family.
 """
 
 import logging
-import pickle
+import math
+import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from open_clip.convert import convert_state_dict as convert_foreign_names
+from open_clip.convert import load_big_vision_weights
+from open_clip.model import resize_pos_embed
 from torch import nn
 
+from training.model.weights_file import is_big_vision, read_state_dict
 from training.runtime.messages import first_line
 
 _EMBEDDINGS = "text.transformer.embeddings."
 WORD_TABLES = (_EMBEDDINGS + "word_embeddings.weight", _EMBEDDINGS + "tok_embeddings.weight")
 POSITION_TABLES = ("text.positional_embedding", _EMBEDDINGS + "position_embeddings.weight")
 CORNER_TABLE = "text.corner_embedding.weight"
-UNSAFE_FILE = (
-    "not a file of plain tensors, and nothing else is loaded (it could run code); "
-    "convert it to safetensors where you trust it"
-)
 NUM_KEPT_POSITIONS = 20  # CLIP's first 20 positions are well trained, the rest hardly: Long-CLIP, arXiv 2403.15378
-_NOT_WEIGHTS = (_EMBEDDINGS + "position_ids", "input_resolution", "context_length", "vocab_size")
-
-
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a weights file without running code from it.
-
-    Args:
-        path: safetensors, or a `.pt`/`.pth`/`.bin` file of plain tensors: a bare state dict, or a checkpoint with one
-            under ``state_dict``. Prefixes of DDP and torch.compile are taken off.
-
-    Raises:
-        ValueError: the file is broken, holds more than plain tensors, or no weights.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: {UNSAFE_FILE}") from error
-    except (RuntimeError, SafetensorError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: broken weights file ({first_line(error)}); fetch it again") from error
-    if isinstance(content, dict):
-        content = content.get("state_dict", content)
-    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path}: no weights in it; expected a state dict, or a checkpoint with 'state_dict'")
-    return {_without_prefix(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-
-
-def _without_prefix(key: str) -> str:
-    for prefix in ("module.", "_orig_mod.", "module."):
-        key = key.removeprefix(prefix)
-    return key
+_NOT_WEIGHTS = (_EMBEDDINGS + "position_ids", "text.input_resolution", "text.context_length", "text.vocab_size")
 
 
 def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Brings weights of other makes into the form of a `LotlipCLIP` model; unknown keys stay for the strict load.
+    """Brings weights of other makes into the names and shapes of a model; unknown keys stay for the strict load.
 
-    - text keys at top level (OpenAI, Long-CLIP, open_clip's `CLIP`) move below ``text.``;
-    - Long-CLIP's two position tables become one: rows 0..19 of the first, the rest of the second;
-    - a position table that is shorter than the model's is stretched.
+    - MobileCLIP's own names become open_clip's;
+    - text keys move below ``text.`` or to top level, as the model has them;
+    - Long-CLIP's two position tables become one: rows 0..19 of the first, the rest of the second. Further heads in
+      such a file (HiMo-CLIP, DeBias-CLIP) are named in a warning and left out;
+    - a position table that is shorter than the model's is stretched, one of another image size is interpolated;
+    - a logit_bias that the model does not have is left out, one that the file does not have stays untrained.
+
+    Args:
+        state: of `weights_file.read_state_dict`; not changed.
+        model: a `LotlipCLIP`, or any model of open_clip's.
     """
-    state = {
-        key if key.startswith(("visual.", "text.", "logit_")) else f"text.{key}": value
-        for key, value in state.items()
-        if key not in _NOT_WEIGHTS
-    }
+    state = {_below_text(key): value for key, value in convert_foreign_names(model, state).items()}
+    names = {_below_text(key): key for key in model.state_dict()}
+    own = {short: model.state_dict()[key] for short, key in names.items()}
+    state = {key: value for key, value in state.items() if key in own or key not in _NOT_WEIGHTS}
     tail = state.pop("text.positional_embedding_res", None)
     if tail is not None:
         head = state["text.positional_embedding"]
         state["text.positional_embedding"] = torch.cat([head[:NUM_KEPT_POSITIONS], tail[NUM_KEPT_POSITIONS:]])
-    own = model.state_dict()
-    for key in POSITION_TABLES:
-        if key in state and key in own and len(state[key]) < len(own[key]):
-            logging.warning(f"text positions stretched: {len(state[key])} to {len(own[key])}; not trained yet")
-            state[key] = stretch_positions(state[key], len(own[key]), NUM_KEPT_POSITIONS + model.text.position_offset)
+        extra = sorted(state.keys() - own.keys())
+        if extra and own.keys() <= state.keys() | {"logit_bias", CORNER_TABLE}:
+            logging.warning(f"{len(extra)} tensors beside the two towers are left out: {', '.join(extra[:8])}")
+            state = {key: value for key, value in state.items() if key in own}
+    _fit_positions(state, own, model)
     for key in ("logit_scale", "logit_bias"):  # [] and [1] are both in use
         if key in state and key in own and state[key].numel() == own[key].numel():
             state[key] = state[key].reshape(own[key].shape)
@@ -90,7 +62,27 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
     elif "logit_bias" in state and "logit_bias" not in own:
         logging.warning("logit_bias, which a pairwise sigmoid was trained with, is left out: it changes no ranking")
         del state["logit_bias"]
-    return state
+    return {names.get(key, key): value for key, value in state.items()}
+
+
+def _below_text(key: str) -> str:
+    """A text key of OpenAI's, Long-CLIP's and open_clip's `CLIP` as `CustomTextCLIP` has it."""
+    return key if key.startswith(("visual.", "text.", "logit_")) else f"text.{key}"
+
+
+def _fit_positions(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Lengthens position tables, in place."""
+    for key in POSITION_TABLES:
+        if key in state and key in own and len(state[key]) < len(own[key]):
+            logging.warning(f"text positions stretched: {len(state[key])} to {len(own[key])}; not trained yet")
+            offset = getattr(getattr(model, "text", None), "position_offset", 0)
+            state[key] = stretch_positions(state[key], len(own[key]), NUM_KEPT_POSITIONS + offset)
+    key = "visual.positional_embedding"
+    if key in state and key in own and state[key].shape != own[key].shape and state[key].ndim == 2:
+        rows, width = state[key].shape
+        if width == own[key].shape[1] and math.isqrt(rows - 1) ** 2 == rows - 1:
+            logging.warning(f"image positions interpolated: {rows - 1} to {len(own[key]) - 1}; not trained yet")
+            resize_pos_embed(state, model)
 
 
 def stretch_positions(table: torch.Tensor, num_rows: int, num_kept: int = NUM_KEPT_POSITIONS) -> torch.Tensor:
@@ -114,15 +106,19 @@ def stretch_positions(table: torch.Tensor, num_rows: int, num_kept: int = NUM_KE
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a file into one of our models, strictly.
+    """Loads a file into a model, strictly.
 
     Args:
-        model: a `LotlipCLIP`.
-        path: see `read_state_dict`.
+        model: a `LotlipCLIP`, or any model of open_clip's.
+        path: see `weights_file.read_state_dict`; for open_clip's SigLIP models also big_vision's NumPy archive.
 
     Raises:
-        ValueError: keys are missing, unexpected or of another shape; the message names them and the likely reason.
+        ValueError: the file can't be read, or keys are missing, unexpected or of another shape; the message names
+            them and the likely reason.
     """
+    if is_big_vision(path) and _is_siglip(model):
+        _load_big_vision(model, path)
+        return
     state = convert_state_dict(read_state_dict(path), model)
     own = model.state_dict()
     if CORNER_TABLE in own and CORNER_TABLE not in state and "text.positional_embedding" in state:
@@ -138,6 +134,19 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         lines += _listed("other shape", [f"{k}: {shapes[k][0]} in the file, not {shapes[k][1]}" for k in reshaped])
         raise ValueError("\n".join(lines))
     model.load_state_dict(state, strict=True)
+
+
+def _is_siglip(model: nn.Module) -> bool:
+    return hasattr(getattr(model.visual, "trunk", None), "attn_pool") and hasattr(model, "text")
+
+
+def _load_big_vision(model: nn.Module, path: str | Path) -> None:
+    try:
+        load_big_vision_weights(model, str(path))
+    except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path}: big_vision's weights of another model ({first_line(error)}); check --model"
+        ) from error
 
 
 def _listed(title: str, items: list[str], num_shown: int = 4) -> list[str]:
@@ -179,15 +188,46 @@ def load_pretrained_text(text: nn.Module, state: dict[str, torch.Tensor], name: 
     _load_all(encoder, state, f"pretrained text weights {name}")
 
 
-def load_pretrained_image(trunk: nn.Module, path: str | Path) -> None:
-    """Loads a timm weights file into an image tower's trunk; the classifier in the file is left out.
+def load_pretrained_image(trunk: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+    """Loads timm weights into an image tower's trunk; the classifier among them is left out.
+
+    Args:
+        trunk: of any timm model.
+        state: name -> tensor, as timm's own files have them.
+        name: for messages.
 
     Raises:
         ValueError: weights of another architecture.
     """
     own = trunk.state_dict()
-    state = {k: v for k, v in read_state_dict(path).items() if k in own or not k.startswith(("head.", "fc_norm."))}
-    _load_all(trunk, state, f"pretrained image weights {path}")
+    # timm's own converter, which also fits position tables to another image size.
+    convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+    classifier = trunk.pretrained_cfg.get("classifier") or ()
+    heads = ("head", "fc", "classifier", *([classifier] if isinstance(classifier, str) else classifier))
+    state = {k: v for k, v in state.items() if k in own or not k.startswith(heads)}
+    try:
+        state = convert(state, trunk) if convert else state
+    except (RuntimeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{name}: not weights of {type(trunk).__name__} ({first_line(error)})") from error
+    if not own.keys() & state.keys():
+        state = _renamed_in_order(state, own, name)
+    _load_all(trunk, state, f"pretrained image weights {name}")
+
+
+def _renamed_in_order(
+    state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], name: str
+) -> dict[str, torch.Tensor]:
+    """Gives weights of the same architecture in other software their names here, or returns them as they are.
+
+    Both list the layers in the order of computation. The last part of each name (weight, running_mean, ..) and each
+    shape must agree; a classifier may follow.
+    """
+    theirs = list(state.items())[: len(own)]
+    kind = [(key.rpartition(".")[2], value.shape) for key, value in own.items()]
+    if len(state) - len(own) in (0, 2) and [(key.rpartition(".")[2], value.shape) for key, value in theirs] == kind:
+        logging.warning(f"{name}: other names ({theirs[0][0]}, ..); its {len(own)} tensors fit the tower in order")
+        return {key: value for key, (_, value) in zip(own, theirs)}
+    return state
 
 
 def _load_all(module: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:

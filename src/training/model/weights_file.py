@@ -1,0 +1,269 @@
+"""Reads weights files of any make as plain tensors, without running code from them.
+
+A file is recognised by its content. What cannot be read is refused by one message that names the format found and how
+to convert it.
+"""
+
+import argparse
+import json
+import logging
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from training.runtime.messages import first_line
+
+INDEX_SUFFIX = ".safetensors.index.json"  # of weights that transformers has split over several files
+_TRIED = "safetensors, PyTorch (zip and legacy), TorchScript, big_vision's NumPy archive"
+_UNPACK = "unpack it and give the weights file inside"
+_FORMATS = (  # what a file begins with, what it is, what to do
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights themselves", "fetch them with: git lfs pull"),
+    (b"\x89HDF", "an HDF5 file (Keras)", "load it in its own software and save the tensors as safetensors"),
+    (b"GGUF", "a GGUF file (llama.cpp)", "take the safetensors that it was made from"),
+    (b"\x93NUMPY", "a single NumPy array", "save a dict of tensors as safetensors"),
+    (b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (b"\xfd7zXZ", "an xz archive", _UNPACK),
+    (b"BZh", "a bzip2 archive", _UNPACK),
+    (b"7z\xbc\xaf", "a 7z archive", _UNPACK),
+    (b"(\xb5/\xfd", "a zstd archive", _UNPACK),
+)
+_WEB_PAGE = "a web page, as download services send in place of a file"
+# Where checkpoints keep the weights. Averaged weights (EMA) come first, as in timm: they are what was evaluated.
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model", "module")
+_WRAPPING_MODULES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch.compile, FSDP
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads a weights file without running code from it.
+
+    Args:
+        path: safetensors (one file, or the ``.index.json`` of several); a PyTorch file of plain tensors: a bare state
+            dict, or a checkpoint that holds one; a TorchScript archive (OpenAI's), whose tensors are read as data.
+
+    Returns:
+        Name -> tensor on the CPU. Prefixes of DDP, FSDP, torch.compile and Lightning are taken off.
+
+    Raises:
+        ValueError: the file is broken, holds more than plain tensors, or no weights.
+    """
+    path = Path(path)
+    content = _read(path)
+    while isinstance(content, dict):
+        found = [key for key in _WRAPPERS if isinstance(content.get(key), dict)]
+        if not found:
+            break
+        if found[0] in _AVERAGED and len(found) > 1:
+            logging.warning(f"{path}: its averaged weights are read ({found[0]}), not {found[1]}")
+        content = content[found[0]]
+    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise ValueError(
+            f"{path}: no weights in it, but {_describe(content)}; expected a state dict (name -> tensor), or a "
+            f"checkpoint with one under {', '.join(_WRAPPERS[-4:])}"
+        )
+    return _without_prefixes(tensors)
+
+
+def is_big_vision(path: str | Path) -> bool:
+    """Whether a file is a NumPy archive of big_vision's SigLIP, whatever its name."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return all(name.endswith(".npy") for name in names) and any("img/" in name for name in names)
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a TorchScript archive, as OpenAI's CLIP weights are."""
+    return zipfile.is_zipfile(path) and _kind_of_zip(Path(path)) == "TorchScript"
+
+
+def _describe(content: object) -> str:
+    if isinstance(content, dict):
+        keys = ", ".join(str(key)[:40] for key in list(content)[:5])
+        return f"a dict with {keys}" if keys else "an empty dict"
+    if isinstance(content, (list, tuple)):
+        return f"a {type(content).__name__} of {len(content):,}"
+    return f"a {type(content).__name__}"
+
+
+def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Takes off what wrappers put before and between the names."""
+    if any(key.startswith("module.") for key in state):
+        state.pop("n_averaged", None)  # torch's AveragedModel
+    state = {".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES): v for key, v in state.items()}
+    state = {key.removeprefix("module."): v for key, v in state.items()}
+    for prefix in ("model.", "clip."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): v for key, v in state.items()}
+    return state
+
+
+def _read(path: Path) -> object:
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_index(path)
+    if problem := _unusable(path, head):
+        raise ValueError(f"{path}: {problem}")
+    is_zip = head[:4] == b"PK\x03\x04"
+    try:
+        if is_zip and (kind := _kind_of_zip(path)) != "PyTorch":
+            if kind == "TorchScript":
+                return _read_torchscript(path)
+            raise ValueError(f"{path}: {kind}")
+        if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 28):
+            return load_file(path)
+        if not is_zip and head[:1] != b"\x80":
+            raise ValueError(
+                f"{path}: unknown format, begins with {head[:8]!r}; tried as {_TRIED}; convert it to safetensors"
+            )
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # many trainers keep their flags beside the weights
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: {_unsafe(error)}") from error
+    except (
+        RuntimeError,
+        SafetensorError,
+        EOFError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise ValueError(f"{path}: broken weights file ({first_line(error)}); fetch it again") from error
+
+
+def _unsafe(error: Exception) -> str:
+    found = re.search(r"(?:GLOBAL|global) `?([a-z_]\w*\.[\w.]+)", str(error))
+    return (
+        f"not a file of plain tensors ({found[1] if found else 'a pickle'} is in it), and nothing else is loaded, "
+        "as it could run code; where you trust it, convert it: safetensors.torch.save_file(model.state_dict(), "
+        "'model.safetensors')"
+    )
+
+
+def _unusable(path: Path, head: bytes) -> str | None:
+    """What a file is that cannot hold weights for us, and what to do; None if it may."""
+    if not head:
+        return "an empty file (0 bytes); fetch it again"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        return f"{_WEB_PAGE}; open the link in a browser, and fetch the file again"
+    for start, what, remedy in _FORMATS:
+        if head.startswith(start):
+            return f"{what}; {remedy}"
+    if head[257:262] == b"ustar":
+        return f"a tar archive; {_UNPACK}"
+    if path.suffix == ".onnx":
+        return "an ONNX graph; take the PyTorch weights that it was exported from"
+    if path.suffix == ".msgpack":
+        return "Flax weights; in transformers: from_pretrained(.., from_flax=True).save_pretrained(FOLDER)"
+    if re.match(rb"\s*[{\[]", head):
+        return "a JSON text; give the weights file (.safetensors, .pt), or a folder with --model local-dir: or hf:"
+    return None
+
+
+def _kind_of_zip(path: Path) -> str:
+    """``PyTorch``, ``TorchScript``, or a message about another zip."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    ends = {name.partition("/")[2] for name in names}
+    if "data.pkl" in ends:
+        return "TorchScript" if "constants.pkl" in ends else "PyTorch"
+    if names and all(name.endswith(".npy") for name in names):
+        if any("img/" in name for name in names):
+            return (
+                "big_vision's NumPy archive, which only open_clip's SigLIP models read: give --model ViT-B-16-SigLIP "
+                "or one of its kin, without --num-corner-tokens and --context-length"
+            )
+        return "a NumPy archive (.npz); save its arrays as safetensors under the names of a state dict"
+    return f"a zip archive of {len(names)} files ({', '.join(names[:3])}); {_UNPACK}"
+
+
+def _read_index(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not an index of safetensors ('weight_map' is missing or broken)") from error
+    state = {}
+    for name in files:
+        part = path.parent / Path(name).name
+        if not part.is_file():
+            raise ValueError(f"{path}: {part.name}, one of {len(files)} parts, is not there; fetch it")
+        state |= _read(part)
+    return state
+
+
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "BoolStorage": torch.bool,
+}
+
+
+class _Module:
+    """Stands for any module of a TorchScript archive: holds attributes, has no code."""
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads a TorchScript archive's modules as holders of tensors; every name but those here is refused."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self.archive, self.root = archive, root
+        self.storages: dict[str, torch.Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> type | Callable:
+        if module.startswith("__torch__"):
+            return type(name, (_Module,), {})
+        if module == "torch" and name in _STORAGES:
+            return type(name, (), {"dtype": _STORAGES[name]})
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle":  # lists of plain values, and tags of types
+            return lambda value, *_: value
+        raise pickle.UnpicklingError(f"global {module}.{name}")
+
+    def persistent_load(self, pid: tuple) -> torch.Tensor:
+        _, kind, key, _, size = pid
+        if key not in self.storages:
+            data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+            self.storages[key] = torch.frombuffer(data, dtype=kind.dtype) if data else torch.empty(0, dtype=kind.dtype)
+        return self.storages[key]
+
+
+def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a TorchScript archive; its code is not looked at."""
+    with zipfile.ZipFile(path) as archive:
+        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
+        module = _TensorUnpickler(archive, root).load()
+    state: dict[str, torch.Tensor] = {}
+    waiting = [("", module)]
+    seen = set()
+    while waiting:
+        name, holder = waiting.pop()
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        for key, value in vars(holder).items():
+            if isinstance(value, torch.Tensor):
+                state[name + key] = value
+            elif isinstance(value, _Module):
+                waiting.append((f"{name}{key}.", value))
+    return state
