@@ -72,7 +72,7 @@ def test_every_package_that_is_imported_is_declared():
     installed = [path for path in modules().values() if "benchmarks" not in path.relative_to(ROOT).parts]
     others = [path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     sources = {"requirements-training.txt": installed, "requirements-test.txt": others}
-    needed = set()
+    needed, missing = set(), []
     for file, paths in sources.items():
         needed |= declared(file)
         for path in paths:
@@ -81,7 +81,8 @@ def test_every_package_that_is_imported_is_declared():
                 names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
                 for name in {name.split(".")[0] for name in names} - own - OPTIONAL - set(sys.stdlib_module_names):
                     packages = {package.lower().replace("_", "-") for package in distributions.get(name, [name])}
-                    assert packages & needed, f"{path} imports {name}, which {file} does not declare"
+                    missing += [] if packages & needed else [f"{path} imports {name}, not declared in {file}"]
+    assert not missing
 
 
 def test_no_import_cycles():
