@@ -10,6 +10,7 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 # Pre-training on 100M images, those 30M + LAION (49M) + COYO (24M) (P): 32 GPUs, 16,384 pairs a step (O).
+# Flags: scripts/recipes/lotlip-100m.yaml.
 # Set the three variables, then from the checkout: sbatch scripts/slurm_100m.sh
 set -euo pipefail
 DATA="${DATA:-/path/to/shards}"    # holds cc3m/, cc12m/, yfcc15m/, laion/ and coyo/, each with its *.tar
@@ -18,4 +19,4 @@ LOGS="${LOGS:-logs}"               # seen by all nodes; results: LOGS/lotlip-100
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 source scripts/slurm_launch.sh
-launch --name lotlip-100m --train-data "$DATA/cc3m::$DATA/cc12m::$DATA/yfcc15m::$DATA/laion::$DATA/coyo" "$@"
+launch --config "$PWD/scripts/recipes/lotlip-100m.yaml" --train-data "$DATA/cc3m::$DATA/cc12m::$DATA/yfcc15m::$DATA/laion::$DATA/coyo" "$@"

@@ -10,6 +10,7 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 # Pre-training on 30M images, CC3M + CC12M + YFCC15M (P): 16 GPUs, 8,192 pairs a step (O).
+# Flags: scripts/recipes/lotlip-30m.yaml.
 # Set the three variables, then from the checkout: sbatch scripts/slurm_30m.sh
 set -euo pipefail
 DATA="${DATA:-/path/to/shards}"    # holds cc3m/, cc12m/ and yfcc15m/, each with its *.tar
@@ -18,4 +19,4 @@ LOGS="${LOGS:-logs}"               # seen by all nodes; results: LOGS/lotlip-30m
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 source scripts/slurm_launch.sh
-launch --name lotlip-30m --train-data "$DATA/cc3m::$DATA/cc12m::$DATA/yfcc15m" "$@"
+launch --config "$PWD/scripts/recipes/lotlip-30m.yaml" --train-data "$DATA/cc3m::$DATA/cc12m::$DATA/yfcc15m" "$@"

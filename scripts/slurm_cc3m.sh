@@ -10,6 +10,7 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 # Pre-training on CC3M's 2.8M images: 8 GPUs, 4,096 pairs a step (O).
+# Flags: scripts/recipes/lotlip-cc3m.yaml.
 # Set the three variables, then from the checkout: sbatch scripts/slurm_cc3m.sh
 set -euo pipefail
 DATA="${DATA:-/path/to/shards}"    # holds *.tar
@@ -18,4 +19,4 @@ LOGS="${LOGS:-logs}"               # seen by all nodes; results: LOGS/lotlip-cc3
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 source scripts/slurm_launch.sh
-launch --name lotlip-cc3m --train-data "$DATA" "$@"
+launch --config "$PWD/scripts/recipes/lotlip-cc3m.yaml" --train-data "$DATA" "$@"

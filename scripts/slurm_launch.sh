@@ -10,12 +10,11 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1        # a rank that is gone ends the o
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 MAX_RESTARTS="${MAX_RESTARTS:-10}"              # after a lost process; after a signal there is no limit
 
-launch() { # flags of training.main: what belongs to the scale
-    source scripts/recipe.sh
+launch() { # flags of training.main, a recipe among them
     local code=0
     # A process that has saved may end before the others: it must not take them along at once.
-    srun --kill-on-bad-exit=0 --wait=120 "$PYTHON" -m training.main "${RECIPE[@]}" \
-        --cache-dir "$CACHE" --logs "$LOGS" --batch-size 512 --epochs 10 "$@" || code=$?
+    srun --kill-on-bad-exit=0 --wait=120 "$PYTHON" -m training.main \
+        --cache-dir "$CACHE" --logs "$LOGS" "$@" || code=$?
     # 75: stopped by a signal and saved; 138: SIGUSR1 before training began; 70: a process ended or did not move.
     # (scancel ends this shell as well: a job that its owner ends stays ended.)
     if ((code == 75 || code == 138)) || { ((code == 70)) && ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); }; then

@@ -1,11 +1,13 @@
 """The launch scripts hand over commands that our own parser accepts."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from training.data.views import parse_views
 from training.flags.parser import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,7 @@ def test_pretraining_scripts(script, launched):
     args = parse_args(words)
     scale, num_sources = SCRIPTS[script]
     assert args.name == f"lotlip-{scale}" and len(args.train_data.split("::")) == num_sources
-    assert args.lock_image and args.pretrained_image and args.num_long_captions == 3 and args.batch_size == 7
+    assert args.lock_image and args.pretrained_image and args.text_views == "raw, long*3" and args.batch_size == 7
     if script.startswith("slurm"):
         assert where == "at node7:30001"
 
@@ -63,3 +65,12 @@ def test_finetuning_script(launched):
 def test_a_stopped_job_is_queued_again(code, restarts, queued, launched):
     _, words = launched("slurm_30m.sh", SRUN_CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
     assert (words[-1] == "scontrol requeue 90001") == queued
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "scripts" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_read_without_a_warning_and_say_where_each_line_is_from(recipe, capsys):
+    args = parse_args(["--train-data", "d.tar", "--config", str(recipe), "--name", "own"])
+    assert parse_views(args.text_views) and args.lr and capsys.readouterr().err == ""
+    for line in recipe.read_text().splitlines():
+        if line and not line.startswith(("#", " ", "name:", "config:")):
+            assert re.search(r"  # [PILNO?](  |$)", line), line

@@ -12,14 +12,14 @@ from dataloaders.images import to_rgb
 
 
 def parse_augmentation(words: Sequence[str]) -> dict[str, object]:
-    """Reads ``--aug-cfg``: ``scale=0.4,1.0`` -> {"scale": (0.4, 1.0)}.
+    """Reads ``--aug-cfg``: ``scale=0.4,1.0`` -> {"scale": (0.4, 1.0)}; ``none`` -> {}.
 
     Raises:
         ValueError: a name that open_clip's AugmentationCfg does not have, or a value that is no Python literal.
     """
     known = [field.name for field in fields(AugmentationCfg)]
     config = {}
-    for word in words:
+    for word in words if list(words) != ["none"] else ():
         name, _, value = word.partition("=")
         if name not in known:
             raise ValueError(f"--aug-cfg {word}: expected one of {', '.join(known)}")

@@ -128,7 +128,7 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
         nargs="*",
         default=[],
         metavar="K=V",
-        help="settings of open_clip's augmentation, such as scale=0.4,1.0",
+        help="settings of open_clip's augmentation, such as scale=0.4,1.0; none: preprocess images as in evaluation",
     )
     group.add_argument(
         "--extract-image-features",
@@ -225,7 +225,7 @@ def validate_data_args(args: argparse.Namespace) -> None:
     if args.strong_augment and args.aug_cfg:
         raise ValueError("--strong-augment and --aug-cfg exclude each other")
     for word in args.aug_cfg:
-        if "=" not in word:
-            raise ValueError(f"--aug-cfg {word}: expected KEY=VALUE")
+        if "=" not in word and args.aug_cfg != ["none"]:
+            raise ValueError(f"--aug-cfg {word}: expected KEY=VALUE, or none alone")
     if args.csv_separator and not os.path.splitext(args.train_data)[1] == ".csv":
         raise ValueError(f"--csv-separator has no effect on --train-data {args.train_data}")

@@ -46,6 +46,8 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
         **(_SIGLIP if args.siglip else {}),
         **overrides,
     )
+    if args.aug_cfg == ["none"]:
+        train_transform = transform
     if args.strong_augment:
         cfg = model.visual.preprocess_cfg
         train_transform = strong_augmentation(cfg["size"], cfg["mean"], cfg["std"])
