@@ -73,4 +73,4 @@ def test_recipes_are_read_without_a_warning_and_say_where_each_line_is_from(reci
     assert parse_views(args.text_views) and args.lr and capsys.readouterr().err == ""
     for line in recipe.read_text().splitlines():
         if line and not line.startswith(("#", " ", "name:", "config:")):
-            assert re.search(r"  # [PILNO?](  |$)", line), line
+            assert re.search(r" # [PILNO?](  |$)", line), line

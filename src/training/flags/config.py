@@ -93,8 +93,8 @@ def _words(flag: str, action: argparse.Action, value: str | list[str], place: st
         if not isinstance(value, str) or value.lower() not in _ON:
             raise ValueError(f"{place}: expected true or false")
         return [action.option_strings[0] if _ON[value.lower()] else action.negatives[0]]
-    if action.nargs == "?" and value in ("true", ""):
-        return [flag]
+    if action.nargs == "?" and str(value).lower() in _ON:
+        return [flag] if _ON[value.lower()] else []
     if action.nargs in ("*", "+"):
         if value == []:
             return []
