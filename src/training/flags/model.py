@@ -56,8 +56,8 @@ def _add_common_model_args(group: argparse._ArgumentGroup) -> None:
         "--model",
         default="ViT-B-32",
         metavar="NAME",
-        help="model of open_clip or of this project (lotlip_bert-ViT-B-16, long_clip-ViT-B-16, ..), local-dir:FOLDER "
-        "or hf-hub:ORG/REPO (default: %(default)s)",
+        help="model of open_clip or of this project (lotlip_bert-ViT-B-16, long_clip-ViT-B-16, ..), local-dir:FOLDER, "
+        "hf-hub:ORG/REPO, or hf:FOLDER and hf:ORG/REPO for transformers' CLIP and SigLIP (default: %(default)s)",
     )
     group.add_argument(
         "--model-config",

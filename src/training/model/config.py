@@ -13,6 +13,7 @@ from pathlib import Path
 import open_clip
 import timm
 
+from training.model.transformers_clip import HF, find_folder, read_config
 from training.runtime.messages import first_line
 
 LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
@@ -54,6 +55,11 @@ class ModelSpec:
         return ":" not in self.name
 
     @property
+    def is_transformers(self) -> bool:
+        """Whether `folder` is one of transformers'."""
+        return self.name.startswith(HF)
+
+    @property
     def text_cfg(self) -> dict:
         return self.model_cfg["text_cfg"]
 
@@ -78,7 +84,8 @@ def resolve_model_config(
     """Finds a model's config.
 
     Args:
-        name: a name of `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/REPO`` or ``config:FILE.json``.
+        name: a name of `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/REPO``,
+            ``config:FILE.json``, or ``hf:FOLDER`` and ``hf:ORG/REPO`` for transformers' CLIP and SigLIP.
         num_corner_tokens, context_length: overrides; None keeps the config's.
         cache_dir: where downloads are kept.
 
@@ -92,7 +99,10 @@ def resolve_model_config(
         folder = Path(_download_config(name.removeprefix(HF_HUB), cache_dir)).parent
     elif name.startswith(LOCAL_DIR):
         folder = Path(name.removeprefix(LOCAL_DIR))
-    if folder or name.startswith(CONFIG):
+    if name.startswith(HF):
+        folder = find_folder(name, cache_dir)
+        model_cfg, preprocess_cfg = read_config(folder)
+    elif folder or name.startswith(CONFIG):
         content = read_config_file(folder / CONFIG_FILE if folder else Path(name.removeprefix(CONFIG)))
         model_cfg, preprocess_cfg = content["model_cfg"], content.get("preprocess_cfg", {})
     else:
@@ -110,6 +120,8 @@ def resolve_model_config(
     is_ours = "num_corner_token" in text_cfg
     if is_ours and not preprocess_cfg:
         preprocess_cfg = _timm_preprocessing(model_cfg["vision_cfg"])
+    if is_ours and name.startswith(HF) and text_cfg["vocab_size"] != 49408:
+        raise ValueError(f"--model {name}: corner tokens and other context lengths need CLIP's own vocabulary")
     if is_ours and "multimodal_cfg" in model_cfg:
         raise ValueError(f"--model {name}: CoCa models can't take corner tokens or another context length")
     base_name = f"{LOCAL_DIR}{folder}" if folder else name

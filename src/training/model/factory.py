@@ -22,6 +22,7 @@ from training.model.packing import CaptionArranger
 from training.model.resolve import WEIGHT_SUFFIXES, find_weights, resolve_weights
 from training.model.text_tower import CornerCLIPText, CornerHFText, LotlipCLIP
 from training.model.tokenizer import create_tokenizer
+from training.model.transformers_clip import HF, FolderTokenizer, adapt_transform
 from training.model.weights import load_pretrained_image, load_pretrained_text, load_weights
 from training.model.weights_file import is_torchscript, read_state_dict
 
@@ -87,7 +88,7 @@ def _create_stock(spec: ModelSpec, pretrained: str | None, loads_weights: bool, 
     """A model that is open_clip's alone, with random weights."""
     # A tag also says how pictures are preprocessed. With weights to come, nobody needs those of single towers.
     stock["pretrained_text"] &= not loads_weights
-    if spec.is_built_in or spec.folder:
+    if spec.is_built_in or (spec.folder and not spec.is_transformers):
         with _quiet():
             return open_clip.create_model(spec.base_name, pretrained=pretrained, load_weights=False, **stock)
     if "multimodal_cfg" in spec.model_cfg:
@@ -203,9 +204,12 @@ def create_model_and_transforms(
     model = create_model(model_name, pretrained, *args, **kwargs)
     cfg = PreprocessCfg(**model.visual.preprocess_cfg)
     transforms = image_transform_v2(cfg, is_train=True, aug_cfg=aug_cfg), image_transform_v2(cfg, is_train=False)
-    if isinstance(model, LotlipCLIP) and isinstance(model.text, CornerHFText):
-        # LoTLIP's pictures are RGB before they are resized, CLIP's afterwards: alpha channels tell the difference.
+    if model_name.startswith(HF) or (isinstance(model, LotlipCLIP) and isinstance(model.text, CornerHFText)):
+        # LoTLIP's images and transformers' are RGB before they are resized, open_clip's afterwards: alpha channels
+        # tell the difference.
         transforms = tuple(Compose([to_rgb, *transform.transforms]) for transform in transforms)
+    if model_name.startswith(HF):
+        transforms = tuple(adapt_transform(transform) for transform in transforms)
     return model, *transforms
 
 
@@ -223,6 +227,15 @@ def get_tokenizer(
     )
     if spec.is_ours:
         return create_tokenizer(spec, cache_dir)
+    if spec.is_transformers:
+        return FolderTokenizer(spec.folder, context_length or spec.context_length)
+    if not spec.is_built_in and not spec.folder:  # a config file: open_clip reads tokenizers by name or folder only
+        name = spec.text_cfg.get("hf_tokenizer_name")
+        length = context_length or spec.context_length
+        kwargs = spec.text_cfg.get("tokenizer_kwargs", {}) | kwargs
+        if name:
+            return open_clip.tokenizer.HFTokenizer(name, context_length=length, cache_dir=cache_dir, **kwargs)
+        return open_clip.SimpleTokenizer(context_length=length, **kwargs)
     return open_clip.get_tokenizer(model_name, context_length=context_length, cache_dir=cache_dir, **kwargs)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import open_clip
 
+from training.model import transformers_clip
 from training.model.config import (
     CONFIG,
     CONFIG_FILE,
@@ -14,6 +15,7 @@ from training.model.config import (
     read_config_file,
     register_model_configs,
 )
+from training.model.transformers_clip import HF, find_folder, read_config
 from training.runtime.messages import first_line
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -38,7 +40,12 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
         return _weights_in_folder(Path(name.removeprefix(LOCAL_DIR)))
     if name.startswith(HF_HUB):
         return Path(open_clip.pretrained.download_pretrained_from_hf(name.removeprefix(HF_HUB), cache_dir=cache_dir))
-    if name.startswith(CONFIG):
+    if name.startswith(HF):
+        folder = find_folder(name, cache_dir)
+        read_config(folder)
+        if pretrained is None:
+            return transformers_clip.find_weights(folder)
+    elif name.startswith(CONFIG):
         read_config_file(Path(name.removeprefix(CONFIG)))
     else:
         check_model_name(name)
@@ -48,8 +55,8 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
         return Path(pretrained)
     if Path(pretrained).is_dir():
         raise ValueError(f"--pretrained {pretrained}: {_about_folder(Path(pretrained))}")
-    if name.startswith(CONFIG):
-        raise ValueError(f"--pretrained {pretrained}: no such file (a --model-config has no tags)")
+    if ":" in name:
+        raise ValueError(f"--pretrained {pretrained}: no such file, and --model {name} has no tags")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
         known = ", ".join(open_clip.pretrained.list_pretrained_tags_by_model(name)) or "none"

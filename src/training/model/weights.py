@@ -15,6 +15,7 @@ from open_clip.convert import load_big_vision_weights
 from open_clip.model import resize_pos_embed
 from torch import nn
 
+from training.model.transformers_names import is_transformers, to_open_clip
 from training.model.weights_file import is_big_vision, read_state_dict
 from training.runtime.messages import first_line
 
@@ -29,7 +30,7 @@ _NOT_WEIGHTS = (_EMBEDDINGS + "position_ids", "text.input_resolution", "text.con
 def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Brings weights of other makes into the names and shapes of a model; unknown keys stay for the strict load.
 
-    - MobileCLIP's own names become open_clip's;
+    - MobileCLIP's own names and transformers' become open_clip's;
     - text keys move below ``text.`` or to top level, as the model has them;
     - Long-CLIP's two position tables become one: rows 0..19 of the first, the rest of the second. Further heads in
       such a file (HiMo-CLIP, DeBias-CLIP) are named in a warning and left out;
@@ -40,6 +41,7 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
         state: of `weights_file.read_state_dict`; not changed.
         model: a `LotlipCLIP`, or any model of open_clip's.
     """
+    state = to_open_clip(state) if is_transformers(state) else state
     state = {_below_text(key): value for key, value in convert_foreign_names(model, state).items()}
     names = {_below_text(key): key for key in model.state_dict()}
     own = {short: model.state_dict()[key] for short, key in names.items()}

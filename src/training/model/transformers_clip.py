@@ -1,0 +1,260 @@
+"""CLIP and SigLIP of transformers in open_clip's form: config, tokenizer and preprocessing.
+
+The conversion is exact, so that training, corner tokens and export work as for open_clip's own models. No remote code
+is run.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from training.runtime.messages import first_line
+
+HF = "hf:"
+FAMILIES = ("clip", "siglip")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+def find_folder(name: str, cache_dir: str | None = None) -> Path:
+    """Returns the folder of ``hf:FOLDER`` or ``hf:ORG/REPO``, downloaded if need be.
+
+    Raises:
+        FileNotFoundError: no such folder, nor a repository that can be reached.
+    """
+    source = name.removeprefix(HF)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    try:
+        folder = Path(snapshot_download(source, cache_dir=cache_dir, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        if not any((folder / file).is_file() for file in _WEIGHTS):
+            snapshot_download(source, cache_dir=cache_dir, allow_patterns=["pytorch_model.bin"])
+        return folder
+    except Exception as error:  # huggingface_hub's errors have no common base
+        raise FileNotFoundError(
+            f"--model {name}: no such folder, and not from the hub ({first_line(error)}); download it elsewhere "
+            "and give its folder"
+        ) from error
+
+
+def find_weights(folder: Path) -> Path | None:
+    """Returns the weights file of a folder of transformers', None if there is none."""
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+
+
+def read_config(folder: Path) -> tuple[dict, dict]:
+    """Reads a folder's ``config.json`` and ``preprocessor_config.json``.
+
+    Returns:
+        model_cfg and preprocess_cfg in open_clip's form.
+
+    Raises:
+        FileNotFoundError, ValueError: no config, or one of a model that has no exact counterpart.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--model {HF}{folder}: no config.json there")
+    kind = _json(path).get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(_refusal(folder, kind, _json(path)))
+    from transformers import CLIPConfig, SiglipConfig
+
+    config = (CLIPConfig if kind == "clip" else SiglipConfig).from_pretrained(folder)
+    text, vision = config.text_config, config.vision_config
+    text_cfg = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        "mlp_ratio": _ratio(text),
+        "norm_kwargs": {"eps": text.layer_norm_eps},
+    }
+    quick = {text.hidden_act == "quick_gelu", vision.hidden_act == "quick_gelu"}
+    if len(quick) > 1:
+        raise ValueError(f"{path}: two towers with different activations have no counterpart in open_clip")
+    if kind == "clip":
+        model_cfg = {"embed_dim": config.projection_dim, "quick_gelu": quick == {True}, "text_cfg": text_cfg}
+        model_cfg["vision_cfg"] = _clip_vision(vision)
+        if text.eos_token_id not in (2, text.vocab_size - 1):  # 2 stands for OpenAI's rule: the largest id
+            text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    else:
+        text_cfg |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+        model_cfg = {"embed_dim": vision.hidden_size, "custom_text": True, "init_logit_bias": -10, "text_cfg": text_cfg}
+        name = _register_siglip(vision)
+        model_cfg["vision_cfg"] = {
+            "image_size": vision.image_size,
+            "timm_model_name": name,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        }
+    if act := _act_kwargs(text.hidden_act, path):
+        text_cfg["act_kwargs"] = act
+    return model_cfg, _read_preprocessing(folder, kind, vision.image_size)
+
+
+def _refusal(folder: Path, kind: str | None, content: dict) -> str:
+    reason = f"--model {HF}{folder}: model_type {kind} is not converted, only {' and '.join(FAMILIES)}"
+    if kind == "siglip2":
+        return f"{reason}; take one of SigLIP 2's checkpoints of a fixed resolution, whose model_type is siglip"
+    if "auto_map" in content:
+        return (
+            f"{reason}, and code that comes with a model is never run; compute its features in its own software, "
+            "and give them with --features"
+        )
+    return f"{reason}; open_clip's own format goes with --model local-dir:"
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _ratio(config: object) -> float:
+    """mlp_ratio, such that int(width x ratio) is the hidden width."""
+    ratio = config.intermediate_size / config.hidden_size
+    exact = int(config.hidden_size * ratio) == config.intermediate_size
+    return ratio if exact else (config.intermediate_size + 0.5) / config.hidden_size
+
+
+def _act_kwargs(name: str, path: Path) -> dict | None:
+    if name not in ("gelu", "quick_gelu", "gelu_pytorch_tanh", "gelu_new"):
+        raise ValueError(f"{path}: hidden_act {name} has no counterpart in open_clip")
+    return {"approximate": "tanh"} if name in ("gelu_pytorch_tanh", "gelu_new") else None
+
+
+def _clip_vision(vision: object) -> dict:
+    cfg = {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "width": vision.hidden_size,
+        "layers": vision.num_hidden_layers,
+        "head_width": vision.hidden_size // vision.num_attention_heads,
+        "mlp_ratio": _ratio(vision),
+        "norm_kwargs": {"eps": vision.layer_norm_eps},
+    }
+    if act := _act_kwargs(vision.hidden_act, Path("config.json")):
+        cfg["act_kwargs"] = act
+    return cfg
+
+
+def _register_siglip(vision: object) -> str:
+    """Makes timm know an image tower of exactly this config; returns its name."""
+    sizes = (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
+    sizes += (vision.num_attention_heads, vision.intermediate_size)
+    name = f"hf_siglip_{'_'.join(map(str, sizes))}_{vision.hidden_act}_{vision.layer_norm_eps:g}".replace("-", "m")
+    name = name.replace(".", "p")
+    if timm.is_model(name):
+        return name
+    act = _act_kwargs(vision.hidden_act, Path("config.json"))
+    settings = {
+        "img_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "embed_dim": vision.hidden_size,
+        "depth": vision.num_hidden_layers,
+        "num_heads": vision.num_attention_heads,
+        "mlp_ratio": _ratio(vision),
+        "norm_layer": partial(nn.LayerNorm, eps=vision.layer_norm_eps),
+        "act_layer": partial(nn.GELU, **act) if act else nn.GELU,
+        "class_token": False,
+    }
+
+    def build(pretrained: bool = False, global_pool: str = "map", num_classes: int = 0, **_: object) -> nn.Module:
+        trunk = timm.models.VisionTransformer(**settings, global_pool=global_pool, num_classes=num_classes)
+        trunk.pretrained_cfg = trunk.default_cfg = {"input_size": (3, vision.image_size, vision.image_size)}
+        return trunk
+
+    build.__name__ = name
+    timm.models.register_model(build)
+    return name
+
+
+def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
+    """preprocess_cfg; what a folder does not say is the family's default."""
+    clip = kind == "clip"
+    found = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            content = _json(folder / name)
+            found |= content.get("image_processor", content)
+    size = found.get("size", image_size)
+    edge = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+    crops = found.get("do_center_crop", clip)
+    crop = found.get("crop_size", edge)
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    if edge != image_size or (crops and crop != edge):
+        raise ValueError(
+            f"{folder}: images are resized to {edge} and cropped to {crop}, the tower takes {image_size}; one size for "
+            "all three is supported"
+        )
+    return {
+        "size": image_size,
+        "mean": found.get("image_mean", [0.48145466, 0.4578275, 0.40821073] if clip else [0.5] * 3),
+        "std": found.get("image_std", [0.26862954, 0.26130258, 0.27577711] if clip else [0.5] * 3),
+        "interpolation": {2: "bilinear", 3: "bicubic"}.get(found.get("resample", 3), "bicubic"),
+        "resize_mode": "shortest" if crops else "squash",
+    }
+
+
+class CenterCrop(transforms.CenterCrop):
+    """transformers' crop, which rounds its offset down where torchvision rounds to the nearest."""
+
+    def forward(self, img: object) -> object:
+        """Crops a PIL image, or a tensor [.., H, W]."""
+        _, height, width = functional.get_dimensions(img)
+        rows, columns = self.size
+        return functional.crop(img, (height - rows) // 2, (width - columns) // 2, rows, columns)
+
+
+def adapt_transform(transform: transforms.Compose) -> transforms.Compose:
+    """open_clip's preprocessing with transformers' crop."""
+    steps = transform.transforms
+    return transforms.Compose([CenterCrop(s.size) if type(s) is transforms.CenterCrop else s for s in steps])
+
+
+class FolderTokenizer:
+    """The tokenizer of a folder of transformers', called as open_clip's are.
+
+    Args:
+        folder: with tokenizer files.
+        context_length: rows are cut and padded to it.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer.
+    """
+
+    def __init__(self, folder: Path, context_length: int):
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as error:
+            raise FileNotFoundError(f"--model {HF}{folder}: no tokenizer there ({first_line(error)})") from error
+        self.context_length = context_length
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> torch.Tensor:
+        """Returns ids [n, context_length]."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        length = context_length or self.context_length
+        options = {"padding": "max_length", "truncation": True, "max_length": length}
+        return torch.tensor(self.tokenizer(texts, **options).input_ids, dtype=torch.int64).reshape(len(texts), length)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Returns the number of tokens of each text, special tokens included, however many."""
+        return [len(row) for row in self.tokenizer(list(texts), verbose=False).input_ids] if texts else []
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files."""
+        self.tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,120 @@
+"""Names and shapes of transformers' CLIP and SigLIP weights against open_clip's. The tables serve both directions."""
+
+from collections.abc import Sequence
+
+import torch
+
+_QKV = ("q", "k", "v")
+# transformers' name -> open_clip's; linear maps under _TRANSPOSED are stored [in, out] by open_clip.
+_TEXT = (
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+)
+_CLIP = (
+    *_TEXT,
+    ("text_projection.weight", "text_projection"),
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    ("visual_projection.weight", "visual.proj"),
+)
+_TRANSPOSED = ("text_projection", "visual.proj")
+_SIGLIP = (
+    *_TEXT,
+    ("text_model.head.", "text_projection."),
+    ("vision_model.embeddings.patch_embedding.", "visual.trunk.patch_embed.proj."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.trunk.pos_embed"),
+    ("vision_model.post_layernorm.", "visual.trunk.norm."),
+    ("vision_model.encoder.layers.", "visual.trunk.blocks."),
+    ("vision_model.head.probe", "visual.trunk.attn_pool.latent"),
+    ("vision_model.head.attention.in_proj_", "visual.trunk.attn_pool.in_proj_"),
+    ("vision_model.head.attention.out_proj.", "visual.trunk.attn_pool.proj."),
+    ("vision_model.head.layernorm.", "visual.trunk.attn_pool.norm."),
+    ("vision_model.head.mlp.", "visual.trunk.attn_pool.mlp."),
+)
+_LAYER = (  # transformers, open_clip, timm
+    ("self_attn.out_proj.", "attn.out_proj.", "attn.proj."),
+    ("self_attn.qkv.", "attn.in_proj_", "attn.qkv."),
+    ("layer_norm1.", "ln_1.", "norm1."),
+    ("layer_norm2.", "ln_2.", "norm2."),
+    ("mlp.fc1.", "mlp.c_fc.", "mlp.fc1."),
+    ("mlp.fc2.", "mlp.c_proj.", "mlp.fc2."),
+)
+
+
+def is_transformers(state: dict[str, torch.Tensor]) -> bool:
+    """Whether weights have the names of transformers' CLIP or SigLIP."""
+    return any(key.startswith(("text_model.", "vision_model.")) for key in state)
+
+
+def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames transformers' weights to open_clip's; unknown names stay.
+
+    Args:
+        state: of `CLIPModel` or `SiglipModel`; not changed.
+    """
+    siglip = "vision_model.head.probe" in state
+    state = {key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")}
+    for key in [key for key in state if ".self_attn.q_proj." in key]:
+        parts = [state.pop(key.replace("q_proj", f"{part}_proj")) for part in _QKV]
+        state[key.replace("q_proj", "qkv")] = torch.cat(parts)
+    result = {}
+    for key, value in state.items():
+        name = _renamed(key, _SIGLIP if siglip else _CLIP, forward=True)
+        result[name] = value.T.contiguous() if name in _TRANSPOSED else value
+    if siglip:
+        _convert_pooling(result)
+    return result
+
+
+def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames the weights of an open_clip model with CLIP's own towers to those of transformers' `CLIPModel`.
+
+    Args:
+        state: text keys at top level or below ``text.``; not changed.
+    """
+    result = {}
+    for key, value in state.items():
+        key = key.removeprefix("text.")
+        name = _renamed(key, _CLIP, forward=False)
+        value = value.T.contiguous() if key in _TRANSPOSED else value
+        if ".self_attn.qkv." in name:
+            for part, rows in zip(_QKV, value.chunk(3)):
+                result[name.replace("qkv", f"{part}_proj")] = rows.contiguous()
+        else:
+            result[name] = value
+    return result
+
+
+def _renamed(key: str, table: Sequence[tuple[str, str]], forward: bool) -> str:
+    for theirs, ours in table:
+        old, new = (theirs, ours) if forward else (ours, theirs)
+        if not key.startswith(old):
+            continue
+        rest = key[len(old) :]
+        if theirs.endswith("layers."):
+            number, _, rest = rest.partition(".")
+            column = 2 if "trunk" in ours else 1
+            for names in _LAYER:
+                inner_old, inner_new = (names[0], names[column]) if forward else (names[column], names[0])
+                if rest.startswith(inner_old):
+                    rest = inner_new + rest[len(inner_old) :]
+                    break
+            return f"{new}{number}.{rest}"
+        return new + rest
+    return key
+
+
+def _convert_pooling(state: dict[str, torch.Tensor]) -> None:
+    """Gives SigLIP's attention pooling timm's form: one map for the queries, one for keys and values."""
+    state["visual.trunk.pos_embed"] = state["visual.trunk.pos_embed"][None]
+    for kind in ("weight", "bias"):
+        rows = state.pop(f"visual.trunk.attn_pool.in_proj_{kind}")
+        width = len(rows) // 3
+        state[f"visual.trunk.attn_pool.q.{kind}"] = rows[:width]
+        state[f"visual.trunk.attn_pool.kv.{kind}"] = rows[width:]
