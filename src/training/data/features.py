@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from training.data.faults import Totals
 from training.data.tar import BrokenShardError, RawSample
+from training.runtime.files import whole_file
 from training.runtime.messages import first_line
 
 SUFFIX = ".features.parquet"
@@ -61,9 +62,8 @@ def is_feature_folder(path: str) -> bool:
 def write_index(folder: Path, info: FeatureInfo, sources: Sequence[str], counts: dict | None) -> None:
     """Writes FOLDER/features.json; without `counts` it says that files are still lacking."""
     content = {"info": asdict(info), "sources": list(sources), "counts": counts}
-    temporary = folder / f"{INDEX}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, folder / INDEX)
+    with whole_file(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_index(folder: str | Path) -> tuple[FeatureInfo, list[str], dict | None]:
@@ -138,10 +138,9 @@ def write_features(
     ).replace_schema_metadata(
         {"source": source, "views": str(views), "dim": str(dim), "totals": json.dumps(totals.to_dict())}
     )
-    temporary = path.with_suffix(".tmp")
     compression = {"key": "zstd", "record": "zstd", "features.list.element": "none"}
-    pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression=compression, use_dictionary=False)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression=compression, use_dictionary=False)
 
 
 def count_features(path: str) -> int:

@@ -7,7 +7,6 @@ other preprocessing, never meets these features.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +19,7 @@ from training.eval.encode import Encoding
 from training.model.factory import EncoderParts
 from training.model.fingerprint import fingerprint, preprocessing_fingerprint, tokenizer_fingerprint
 from training.runtime.distributed import DistEnv, agree
+from training.runtime.files import whole_file
 
 FORMAT = 2  # of what is kept; a change makes old files unknown
 NAME = "features.safetensors"
@@ -113,7 +113,5 @@ class FeatureCache:
         content = {"features": new.features[rows], "lost_tokens": new.lost_tokens[rows], "key": own}
         if len(kept["key"]):
             content = {name: torch.cat([kept[name], value]) for name, value in content.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(content, temporary)
-        os.replace(temporary, self.path)
+        with whole_file(self.path) as temporary:
+            save_file(content, temporary)

@@ -259,5 +259,8 @@ def validate_train_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-bad-samples {args.max_bad_samples:g}: expected a fraction from 0 to 1")
     if not args.timeout_minutes > 0:
         raise ValueError(f"--timeout-minutes {args.timeout_minutes:g}: expected a positive number")
-    if args.precision in ("fp16", "pure_fp16"):
-        raise ValueError(f"--precision {args.precision}: weights of 16 bits do not train; take amp or amp_bf16")
+    if args.precision in ("bf16", "pure_bf16", "fp16", "pure_fp16") and not args.extract_image_features:
+        raise ValueError(
+            f"--precision {args.precision}: weights of 16 bits lose small updates; take amp or amp_bf16, which keep "
+            "weights in 32 bits"
+        )

@@ -30,7 +30,8 @@ from training.prepare.shards.files import (
     write_note,
 )
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
-from training.prepare.work import add_counts, format_counts, progress, whole_file
+from training.prepare.work import add_counts, format_counts, progress
+from training.runtime.files import whole_file
 
 STATE = ".recaption"
 SAMPLE_KINDS = ("samples", *FAULT_KINDS)

@@ -11,26 +11,13 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
-from uuid import uuid4
 
 from tqdm import tqdm
 
+from training.runtime.files import whole_file
+
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a name to write under; the file gets its own name once it is complete and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")  # jobs of an array may write the same file
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:

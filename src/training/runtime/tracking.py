@@ -4,6 +4,9 @@ import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
+
+from training.runtime.files import whole_file
 
 LOG_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 
@@ -44,7 +47,8 @@ class Tracker:
         self.writer, self.run = None, None
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            with whole_file(self.path) as temporary:  # a kill here must not lose the curve
+                temporary.write_text("".join(line + "\n" for line in lines))
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -52,7 +56,9 @@ class Tracker:
         if "wandb" in report_to:
             import wandb
 
-            self.run = wandb.init(project="lotlip", name=name, config=flags, dir=str(folder), resume="allow", id=name)
+            self.run = wandb.init(
+                project="lotlip", name=name, config=flags, dir=str(folder), resume="allow", id=run_id(folder)
+            )
 
     def log(self, step: int, metrics: dict[str, object]) -> None:
         """Writes numbers that belong to a step."""
@@ -74,6 +80,15 @@ class Tracker:
             self.writer.close()
         if self.run:
             self.run.finish()
+
+
+def run_id(folder: Path) -> str:
+    """Returns a run's id for W&B: the same after every resume, and another one for a run of the same name elsewhere."""
+    path = folder / "wandb_id.txt"
+    if not path.is_file():
+        with whole_file(path) as temporary:
+            temporary.write_text(uuid4().hex)
+    return path.read_text().strip()
 
 
 def _step_of(line: str) -> float:

@@ -1,7 +1,7 @@
 """Training checkpoints: written whole or not at all, off training's path, and loaded by evaluation as they are."""
 
 import logging
-import os
+import math
 import re
 import threading
 import zipfile
@@ -10,30 +10,11 @@ from pathlib import Path
 
 import torch
 
+from training.runtime.files import whole_file
 from training.runtime.messages import first_line
 
 LATEST = "epoch_latest.pt"
 logger = logging.getLogger(__name__)
-
-
-def write_atomically(content: dict, path: Path) -> Path:
-    """Saves to a temporary file, flushes it to the disk and renames it: `path` is always whole."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename, too
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk shall not stay full
-        raise
-    return path
 
 
 class SaveError(OSError):
@@ -79,7 +60,9 @@ class CheckpointWriter:
         try:
             for name in names:
                 path = self.folder / name
-                self.last_good = write_atomically(content, path)
+                with whole_file(path) as temporary, open(temporary, "wb") as file:
+                    torch.save(content, file)
+                self.last_good = path
                 logger.info(f"saved {path}")
             if afterwards:
                 afterwards()
@@ -108,19 +91,33 @@ def copy_to_cpu(content: object) -> object:
 
 
 def saved_checkpoints(folder: Path, kind: str) -> list[Path]:
-    """The folder's ``epoch_N.pt`` or ``step_N.pt``, oldest first."""
-    return sorted((p for p in folder.glob(f"{kind}_*.pt") if re.fullmatch(rf"{kind}_\d+\.pt", p.name)), key=_age)
+    """Returns the folder's ``epoch_N.pt`` or ``step_N.pt``, the one with the fewest steps first, broken ones last.
+
+    Copying and downloading change the times of files, so these say nothing.
+    """
+    return sorted((p for p in folder.glob(f"{kind}_*.pt") if re.fullmatch(rf"{kind}_\d+\.pt", p.name)), key=_progress)
 
 
-def _age(path: Path) -> int:
-    return path.stat().st_mtime_ns
+def _progress(path: Path) -> tuple[float, float]:
+    """Returns (whole epochs, steps) that a checkpoint says it has done; infinity if it can't be read."""
+    try:
+        # Memory-mapped: the tensors are not read.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return content["epoch"], content.get("step", 0)
+    except Exception:  # whatever torch says of a broken file; `load_checkpoint` says it to the user
+        return math.inf, math.inf
 
 
 def remove_old_checkpoints(folder: Path, keep_steps: int, only_last_epoch: bool) -> None:
-    """Removes all ``step_N.pt`` but the last few and, if asked, all ``epoch_N.pt`` but the last."""
-    steps = saved_checkpoints(folder, "step")
-    old = steps[: max(0, len(steps) - keep_steps)]
-    for path in old + (saved_checkpoints(folder, "epoch")[:-1] if only_last_epoch else []):
+    """Removes all ``step_N.pt`` but those with the most steps and, if asked, all ``epoch_N.pt`` but the last.
+
+    Broken files neither count nor are removed.
+    """
+    steps, epochs = (
+        [path for path in saved_checkpoints(folder, kind) if _progress(path)[0] < math.inf]
+        for kind in ("step", "epoch")
+    )
+    for path in steps[: max(0, len(steps) - keep_steps)] + (epochs[:-1] if only_last_epoch else []):
         path.unlink()
 
 
@@ -138,7 +135,7 @@ def named_checkpoint(path: str) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest whole checkpoint in a folder, for ``--resume latest``; names broken ones in warnings.
+    """Returns the whole checkpoint with the most steps, for ``--resume latest``; names broken ones in warnings.
 
     Returns:
         None where nothing whole has been saved yet: training starts from the beginning.
@@ -148,7 +145,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         left_over.unlink()
     candidates = [*saved_checkpoints(folder, "epoch"), *saved_checkpoints(folder, "step")]
     candidates += [folder / LATEST] if (folder / LATEST).is_file() else []
-    for path in sorted(candidates, key=_age, reverse=True):
+    for path in sorted(candidates, key=_progress, reverse=True):
         try:
             load_checkpoint(path)
             return path

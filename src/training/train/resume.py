@@ -1,9 +1,11 @@
 """What a checkpoint holds beside weights, and how a training goes on from it: exactly, or on other processes."""
 
+import json
 import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -154,13 +156,19 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
 def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object) -> dict:
     """Puts a checkpoint's state into model, optimizer and scaler; returns its content.
 
+    The optimizer keeps the options that it was built with (weight decay, betas, rates, ..): what the command line says
+    wins over the file.
+
     Raises:
         ValueError: broken, or of another model.
     """
     content = load_checkpoint(path)
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
         core.load_state_dict(content["state_dict"])
         optimizer.load_state_dict(content["optimizer"])
+        for group, own in zip(optimizer.param_groups, options):
+            group.update(own)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -169,6 +177,25 @@ def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimize
     if scaler and content.get("scaler"):
         scaler.load_state_dict(content["scaler"])
     return content
+
+
+def changed_flags(path: Path, flags: dict[str, object]) -> dict[str, tuple[object, object]]:
+    """Compares flags with those of the run that saved a checkpoint.
+
+    Args:
+        path: LOGS/NAME/checkpoints/FILE; the run's flags lie in LOGS/NAME/params.json.
+        flags: of this run, by name.
+
+    Returns:
+        Flag -> (then, now) for every flag that differs, ``--resume`` itself left out; empty if there is no such file.
+    """
+    try:
+        then = json.loads((path.parent.parent / "params.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    now = json.loads(json.dumps(flags))  # tuples are lists in the file
+    changed = {name for name in set(then) | set(now) if then.get(name) != now.get(name)} - {"resume"}
+    return {f"--{name.replace('_', '-')}": (then.get(name), now.get(name)) for name in sorted(changed)}
 
 
 def get_random_state() -> dict:

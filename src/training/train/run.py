@@ -24,13 +24,14 @@ from training.model.from_flags import build_from_flags, check_precision
 from training.model.resolve import resolve_weights
 from training.model.train_model import TrainModel
 from training.runtime.distributed import DistEnv, agree, any_rank, distributed, fail, set_timeout, together
+from training.runtime.files import whole_file
 from training.runtime.stop import EXIT_STOPPED, StoppedError
 from training.runtime.tracking import Tracker, check_reporters, log_to
 from training.train.checkpoint import SaveError, named_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
 from training.train.loop import Plan, Run, Trainer
 from training.train.optim import make_schedule, parameter_groups
-from training.train.resume import Division, Progress, restore, start_from
+from training.train.resume import Division, Progress, changed_flags, restore, start_from
 from training.train.step import Stepper
 from training.train.validate import ValidationSet
 
@@ -50,6 +51,7 @@ def train(args: argparse.Namespace) -> int:
             plan = agree(lambda: _check(args, env), env)
             if not env.is_main:
                 log_to(None)
+            _set_arithmetic(env)
             source, val_source = _open_sources(args, env)
             steps_per_epoch = _count_steps(args, source, env)
             run = together(lambda: _build(args, plan, source, val_source, steps_per_epoch, env), env)
@@ -99,7 +101,11 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     if args.resume == "latest":
         resume = newest_checkpoint(checkpoints)
         logger.info(f"--resume latest: {resume or f'nothing saved in {checkpoints}, starting from the beginning'}")
-    (folder / "params.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    if resume and (changed := changed_flags(resume, vars(args))):
+        shown = ", ".join(f"{flag} {then} -> {now}" for flag, (then, now) in changed.items())
+        logger.info(f"--resume {resume}: flags that differ from that run's: {shown}")
+    with whole_file(folder / "params.json") as path:
+        path.write_text(json.dumps(vars(args), indent=1) + "\n")
     return Plan(name, folder, resume, work)
 
 
@@ -175,9 +181,28 @@ def _build(
     if val_source:
         val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
         val = ValidationSet.of(val_data, args.batch_size, env)
+    if env.is_main:
+        _check_warmup(args.warmup, steps_per_epoch * args.epochs, args.lr)
     schedule = make_schedule(optimizer, args.lr_scheduler, args.lr, args.warmup, steps_per_epoch * args.epochs)
     data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
     return Run(data, val, parts, stepper, schedule, division, start)
+
+
+def _check_warmup(warmup: int, num_steps: int, lr: float) -> None:
+    if warmup >= num_steps:
+        logger.warning(
+            f"--warmup {warmup}: the run has {num_steps:,} steps, so the learning rate never reaches --lr {lr:g}; "
+            f"a tenth of the steps is usual (--warmup {num_steps // 10})"
+        )
+
+
+def _set_arithmetic(env: DistEnv) -> None:
+    """Lets CUDA multiply fp32 matrices in TF32, as open_clip's trainer does, and logs it."""
+    if env.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        if env.is_main:
+            logger.info("matrix products in fp32 use TF32 (10 bits of mantissa) during training")
 
 
 def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from tabulate import tabulate
 
 from training.prepare.inspect.counts import MAX_TOKENS, Counts
-from training.prepare.work import format_counts, whole_file
+from training.prepare.work import format_counts
+from training.runtime.files import whole_file
 
 QUANTILES = (0.05, 0.5, 0.95)
 _STYLE = (

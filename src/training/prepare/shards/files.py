@@ -19,7 +19,8 @@ from webdataset.tariterators import base_plus_ext
 
 from training.data.shards import expand_sources
 from training.data.tar import index_shard, is_local
-from training.prepare.work import add_counts, load_json, my_share, whole_file, write_json
+from training.prepare.work import add_counts, load_json, my_share, write_json
+from training.runtime.files import whole_file
 
 BROKEN_JSON, NO_OBJECT = "broken JSON", "JSON not an object"
 

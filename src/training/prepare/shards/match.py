@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from training.prepare.tables.chunk import url_hash
 from training.prepare.tables.columns import KEY, URL
 from training.prepare.tables.records import cell_text
-from training.prepare.work import whole_file
+from training.runtime.files import whole_file
 from training.runtime.messages import first_line
 
 # Never captions: what samples have beside them already.

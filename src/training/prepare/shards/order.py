@@ -5,7 +5,7 @@ from pathlib import Path
 
 from webdataset.tariterators import base_plus_ext
 
-from training.prepare.work import whole_file
+from training.runtime.files import whole_file
 
 
 def order_shard(path: Path) -> bool:

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from training.prepare.tables.clean import Cleaned, clean_caption
 from training.prepare.tables.columns import KEY, RAW, URL, Columns
 from training.prepare.tables.records import Chunk, CsvForm, CsvRecords, cell_text
-from training.prepare.work import add_counts, load_json, whole_file, write_json
+from training.prepare.work import add_counts, load_json, write_json
+from training.runtime.files import whole_file
 
 ROW_GROUP = 4_000  # rows that a worker holds at once: 25 MB of dicts and Arrow
 ROW_KINDS = ("rows", "kept", "duplicates", "empty", "refused", "malformed")
