@@ -7,6 +7,8 @@ import open_clip.tokenizer
 import open_clip_train.distributed
 import open_clip_train.precision
 import pytest
+import torch
+from test_corner import clip_ids, clip_model, random_ids, tower
 
 BORROWED = [
     (open_clip.create_model_and_transforms, ["model_name", "pretrained", "precision", "device", "cache_dir"]),
@@ -40,3 +42,112 @@ def test_tokenizers_have_what_truncation_counts_need():
     assert tokenizer.context_length == 77 and tokenizer.encode("a dog") == [320, 1929]
     for name in ("HFTokenizer", "SigLipTokenizer", "basic_clean", "canonicalize_text"):
         assert hasattr(open_clip.tokenizer, name)
+
+
+TOWERS = {"bert": lambda: tower(num_layers=3), "modernbert": lambda: tower("modernbert", num_layers=3)}
+TOWERS |= {"clip": lambda: clip_model(2).text, "clip without corners": lambda: clip_model(0).text}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_text_towers_take_what_open_clip_3_and_4_call_on_them(kind):
+    text = TOWERS[kind]()
+    assert text.output_dim and text.context_length and text.vocab_size
+    for arguments in ((1, True), (1, True, True)):
+        text.lock(*arguments)
+    text.lock(unlocked_layers=0, freeze_layer_norm=True, pooler_in_head=False)
+    for enable in (True, False):
+        text.set_grad_checkpointing(enable)
+        text.set_grad_checkpointing(enable, impl="inline")
+    model = open_clip.CustomTextCLIP.__new__(open_clip.CustomTextCLIP)
+    torch.nn.Module.__init__(model)
+    model.visual, model.text = torch.nn.Identity(), text
+    expected = {"text.positional_embedding"} if "clip" in kind else set()
+    assert model.no_weight_decay() == expected
+    model.lock_text_tower(1, True)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize("pooler_in_head", [True, False])
+def test_layer_groups_hold_every_parameter_once_in_the_order_of_computation(kind, pooler_in_head):
+    text = TOWERS[kind]()
+    groups = text.layer_groups(pooler_in_head=pooler_in_head)
+    names = [name for name, _ in groups]
+    middle = [name for name in names if name.startswith("layer.")]
+    pooler = ["pooler"] if kind == "bert" and not pooler_in_head else []
+    assert names == ["embeddings", *middle, *pooler, "proj"] and middle == [f"layer.{i}" for i in range(len(middle))]
+    members = [
+        parameter
+        for _, parts in groups
+        for part in parts
+        for parameter in ([part] if isinstance(part, torch.nn.Parameter) else part.parameters())
+    ]
+    assert sorted(map(id, members)) == sorted(map(id, text.parameters()))
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize("unlocked", [0, 1, 2])
+def test_lock_frees_the_last_layers_as_open_clip_does(kind, unlocked):
+    text = TOWERS[kind]()
+    text.lock(unlocked)
+    trained = {name.split(".")[0] for name, parameter in text.named_parameters() if parameter.requires_grad}
+    layers = {
+        int(
+            name.split("layers." if "layers." in name else "layer." if "layer." in name else "resblocks.")[1].split(
+                "."
+            )[0]
+        )
+        for name, parameter in text.named_parameters()
+        if parameter.requires_grad and any(word in name for word in ("layer.", "layers.", "resblocks."))
+    }
+    if "clip" in kind:  # the projection is the last group
+        assert trained == ({"text_projection"} if unlocked == 1 else set() if not unlocked else trained)
+        assert layers == (set() if unlocked < 2 else {len(text.transformer.resblocks) - 1})
+    else:
+        assert "proj" in trained and layers == set(range(3 - unlocked, 3))
+
+
+def test_frozen_parts_of_a_text_tower_have_no_dropout():
+    from transformers import BertConfig
+
+    from training.model.text_tower import CornerHFText
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = CornerHFText(BertConfig(vocab_size=50, **sizes), 16, 2, 24)
+    ids = random_ids(text)
+    for unlocked, freeze_layer_norm in ((0, True), (0, False)):
+        text.train()
+        text.requires_grad_(True).train()
+        assert not torch.equal(text(ids), text(ids))  # dropout is on
+        text.lock(unlocked, freeze_layer_norm)
+        assert torch.equal(text(ids), text(ids))
+        text.train()
+        assert torch.equal(text(ids), text(ids))
+    text.requires_grad_(True)
+    text.lock(1)
+    modes = [layer.training for layer in text.transformer.encoder.layer]
+    assert modes == [False, True] and not text.transformer.embeddings.training and text.transformer.pooler.training
+
+
+def test_batch_norms_of_a_partly_locked_image_tower_keep_their_mode():
+    from training.model.locking import rest_frozen
+
+    tower = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Dropout(), torch.nn.Linear(4, 4)
+    )
+    stem = torch.nn.Sequential(*tower[:3])
+    stem.requires_grad_(False)
+    rest_frozen(torch.nn.Sequential(stem, tower[3]).train())
+    assert [module.training for module in tower] == [False, True, False, True]
+
+
+def test_the_causal_tower_without_corners_attends_through_one_mask():
+    """A mask for each caption and head would be gigabytes at a training batch."""
+    text = clip_model(0).text
+    masks = []
+    for block in text.transformer.resblocks:
+        block.attn.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True
+        )
+    text(clip_ids(0))
+    assert masks and all(mask.shape == (20, 20) for mask in masks)

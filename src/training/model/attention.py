@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from training.model.clip_tower import CornerCLIPText
 from training.model.corner import additive_mask, prefix_attention, rows_before_end, suffix_attention
 from training.model.hf_encoders import BERT_LIKE, encoder_layers
-from training.model.text_tower import CornerCLIPText, CornerHFText
+from training.model.text_tower import CornerHFText
 from training.model.tokenizer import CornerCLIPTokenizer, CornerHFTokenizer
 
 

@@ -16,11 +16,12 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision.transforms import Compose
 
 from dataloaders.images import to_rgb
+from training.model.clip_tower import CornerCLIPText
 from training.model.config import CONFIG_FILE, ModelSpec, find_pretrained_folder, not_found, resolve_model_config
 from training.model.hf_encoders import encoder_config, load_pretrained_encoder
 from training.model.packing import CaptionArranger
 from training.model.resolve import WEIGHT_SUFFIXES, find_weights, resolve_weights
-from training.model.text_tower import CornerCLIPText, CornerHFText, LotlipCLIP
+from training.model.text_tower import CornerHFText, LotlipCLIP
 from training.model.tokenizer import create_tokenizer
 from training.model.transformers_clip import HF, FolderTokenizer, adapt_transform
 from training.model.weights import load_pretrained_image, load_pretrained_text, load_weights
@@ -143,7 +144,7 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
             **kwargs,
         )
     if is_hf:
-        model.text = CornerHFText(
+        text = CornerHFText(
             tower_config,
             spec.model_cfg["embed_dim"],
             num_corners,
@@ -152,11 +153,9 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
             text_cfg.get("hf_pooler_type"),
         ).to(_CASTS.get(precision, torch.float32))
     else:
-        model.text = CornerCLIPText(model.text, num_corners)
-    model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
-    model.__class__ = LotlipCLIP
-    model.lotlip_config = {"model_cfg": spec.model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
-    return model
+        text = CornerCLIPText(model.text, num_corners)
+    config = {"model_cfg": spec.model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
+    return LotlipCLIP(model, text, config)
 
 
 def _vision_cfg(spec: ModelSpec, kwargs: dict) -> dict:

@@ -1,24 +1,14 @@
-"""Text towers with corner tokens: a Hugging Face encoder (LoTLIP), or open_clip's own causal transformer (CLIP).
+"""The text tower of LoTLIP, a Hugging Face encoder with corner tokens, and the two-tower model around it."""
 
-Both take token ids [batch, seq_len] and return [batch, dim], or [batch, num_captions, seq_len] and return
-[batch, T, dim] with T = 1 + (num_captions - 1)(m + 1): see `corner.features_of_captions`.
-"""
+from collections.abc import Sequence
 
 import open_clip
 import torch
-from open_clip.transformer import lock_text_tower
 from torch import nn
 from transformers import PretrainedConfig
 
-from training.model.corner import (
-    additive_mask,
-    features_of_captions,
-    max_without_corners,
-    mean_without_corners,
-    prefix_attention,
-    rows_before_end,
-    suffix_attention,
-)
+from training.model.corner import max_without_corners, mean_without_corners, prefix_attention
+from training.model.corner_tower import CornerTower
 from training.model.hf_encoders import (
     BERT_LIKE,
     DEFAULT_POOLER,
@@ -36,30 +26,7 @@ from training.model.packing import BUCKET_COST_GPU, CaptionArranger, Captions
 from training.model.row_attention import can_attend_in_rows, let_attend_in_rows, row_slots
 
 
-class _CornerTower(nn.Module):
-    """What both towers share: from the features of single captions to those of a batch."""
-
-    num_corners: int
-
-    def all_features(self, ids: torch.Tensor) -> torch.Tensor:
-        """[batch, seq_len] -> [batch, m + 1, dim]: the pooled token's feature, then one per corner, not normalised."""
-        raise NotImplementedError
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Features, not normalised.
-
-        Args:
-            ids: [batch, seq_len], or [batch, num_captions, seq_len] with the short caption first.
-
-        Returns:
-            [batch, dim], or [batch, T, dim].
-        """
-        if ids.ndim == 2:
-            return self.all_features(ids)[:, 0]
-        return features_of_captions(self.all_features(ids.flatten(0, 1)), ids.shape[0])
-
-
-class CornerHFText(_CornerTower):
+class CornerHFText(CornerTower):
     """A bidirectional Hugging Face encoder with corner tokens at positions 1..m.
 
     State-dict names are the published ones: ``transformer.*`` (the encoder's own), ``proj.*``.
@@ -170,21 +137,52 @@ class CornerHFText(_CornerTower):
             return pooler.activation(pooler.dense(special))
         return special
 
-    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freezes the encoder but for its last layers; the projection stays free (as open_clip does)."""
-        parts = [self.transformer.embeddings, *encoder_layers(self.transformer)]
-        locked = parts[:-unlocked_layers] if unlocked_layers else [self.transformer]
-        for part in locked:
-            for name, parameter in part.named_parameters():
-                is_norm = "norm" in name.lower()
-                parameter.requires_grad = is_norm and not freeze_layer_norm
+    def layer_groups(self, pooler_in_head: bool = True) -> list[tuple[str, Sequence[nn.Module]]]:
+        """Returns all parts with parameters as (name, modules), from the input to the output.
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the encoder's activations in the backward pass instead of keeping them."""
+        Args:
+            pooler_in_head: BERT's pooler belongs to the projection; False makes it a group of its own.
+        """
+        layers = [(f"layer.{i}", [layer]) for i, layer in enumerate(encoder_layers(self.transformer))]
+        if hasattr(self.transformer, "final_norm"):  # ModernBERT
+            layers[-1][1].append(self.transformer.final_norm)
+        pooler = getattr(self.transformer, "pooler", None)
+        head = [("proj", [self.proj])]
+        if pooler is not None:
+            head = [("proj", [pooler, self.proj])] if pooler_in_head else [("pooler", [pooler]), *head]
+        return [("embeddings", [self.transformer.embeddings]), *layers, *head]
+
+    def lock(
+        self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = False, **_: object
+    ) -> None:
+        """Freezes the encoder but for its last layers; the projection stays trainable, as in open_clip.
+
+        Args:
+            unlocked_layers: number of last layers that stay trainable, and BERT's pooler with them.
+            freeze_layer_norm: freeze the layer norms of frozen layers, too.
+            pooler_in_head: keep BERT's pooler trainable even if no layer is (open_clip 4's argument).
+        """
+        groups = self.layer_groups(pooler_in_head=pooler_in_head or unlocked_layers > 0)
+        frozen = groups[: len(groups) - 1 - unlocked_layers]
+        for parameters in (part.named_parameters() for _, parts in frozen for part in parts):
+            for name, parameter in parameters:
+                parameter.requires_grad = "norm" in name.lower() and not freeze_layer_norm
+        self.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", **_: object) -> None:
+        """Recomputes the encoder's activations in the backward pass instead of keeping them.
+
+        Args:
+            enable: switch it on or off.
+            impl: open_clip 4's argument; transformers has one way only.
+        """
+        encoder = self.transformer
+        # Late releases of transformers 5 have a new name for it, and warn of the old one.
+        word = "activation" if hasattr(encoder, "activation_checkpointing_enable") else "gradient"
         if enable:
-            self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            getattr(encoder, f"{word}_checkpointing_enable")({"use_reentrant": False})
         else:
-            self.transformer.gradient_checkpointing_disable()
+            getattr(encoder, f"{word}_checkpointing_disable")()
 
 
 def _projection(proj_type: str | None, width: int, output_dim: int) -> nn.Module:
@@ -199,84 +197,19 @@ def _projection(proj_type: str | None, width: int, output_dim: int) -> nn.Module
     raise ValueError(f"hf_proj_type {proj_type}: expected linear or mlp, or none where both widths are {output_dim}")
 
 
-class CornerCLIPText(_CornerTower):
-    """open_clip's causal text transformer with corner tokens right before [EOT].
-
-    CLIP's ids and pretrained embeddings stay as they are; corner ids come after them and have a table of their own,
-    ``corner_embedding``. With m = 0 it equals the transformer it was made from.
+class LotlipCLIP(open_clip.CustomTextCLIP):
+    """open_clip's two-tower model with one of our text towers as `text`.
 
     Args:
-        tower: an open_clip `TextTransformer` as CLIP has it; its parts are taken over under their names.
-        num_corners: m.
-
-    Raises:
-        ValueError: a tower that is not causal or does not pool the end token.
-    """
-
-    def __init__(self, tower: nn.Module, num_corners: int):
-        super().__init__()
-        if tower.pool_type != "argmax" or tower.attn_mask is None or tower.cls_emb is not None:
-            raise ValueError("corner tokens need a causal text tower that pools [EOT], as CLIP's; this one is another")
-        self.num_corners = num_corners
-        self.context_length = tower.context_length
-        self.output_dim = tower.output_dim
-        self.heads = tower.heads
-        self.base_vocab_size = tower.vocab_size
-        self.end_id = tower.vocab_size - 1
-        self.vocab_size = tower.vocab_size + num_corners
-        self.position_offset = 0
-        self.token_embedding = tower.token_embedding
-        self.positional_embedding = tower.positional_embedding
-        self.transformer = tower.transformer
-        self.ln_final = tower.ln_final
-        self.text_projection = tower.text_projection
-        if num_corners:
-            weight = tower.token_embedding.weight
-            self.corner_embedding = nn.Embedding(num_corners, weight.shape[1], dtype=weight.dtype)
-            nn.init.normal_(self.corner_embedding.weight, std=0.02)
-
-    def all_features(self, ids: torch.Tensor) -> torch.Tensor:
-        dtype = self.transformer.get_cast_dtype()
-        end = (ids == self.end_id).int().argmax(dim=-1)  # [batch]
-        hidden = (self._embed(ids) + self.positional_embedding[: ids.shape[1]]).to(dtype)
-        mask = additive_mask(suffix_attention(end, ids.shape[1], self.num_corners), dtype)
-        # torch's attention wants one mask per head: [batch x heads, seq_len, seq_len].
-        mask = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
-        hidden = self.ln_final(self.transformer(hidden, attn_mask=mask))
-        pooled = rows_before_end(hidden, end, self.num_corners)
-        if isinstance(self.text_projection, nn.Linear):
-            return self.text_projection(pooled)
-        return pooled if self.text_projection is None else pooled @ self.text_projection
-
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        if not self.num_corners:
-            return self.token_embedding(ids)
-        corner = (ids - self.base_vocab_size).clamp(min=0)
-        words = self.token_embedding(ids.clamp(max=self.base_vocab_size - 1))
-        return torch.where((ids >= self.base_vocab_size)[..., None], self.corner_embedding(corner), words)
-
-    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freezes the tower but for its last layers, as open_clip does; the corners go with the word embedding."""
-        if not freeze_layer_norm:
-            raise ValueError("--lock-text-freeze-layer-norm: open_clip's own text tower has no such choice")
-        lock_text_tower(self, unlocked_layers)
-        if self.num_corners:
-            self.corner_embedding.requires_grad_(self.token_embedding.weight.requires_grad)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the layers' activations in the backward pass instead of keeping them."""
-        self.transformer.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that an optimizer should not decay."""
-        return {"positional_embedding"}
-
-
-class LotlipCLIP(open_clip.CustomTextCLIP):
-    """open_clip's two-tower model with one of the towers above as `text`. Made by `factory.create_model`.
-
-    Attributes:
+        stock: open_clip's model, whose image tower, temperature and settings are taken over.
+        text: `CornerHFText` or `CornerCLIPText`.
         lotlip_config: what `saving.save_pretrained` writes to ``open_clip_config.json``.
     """
 
-    lotlip_config: dict
+    def __init__(self, stock: open_clip.CustomTextCLIP, text: CornerTower, lotlip_config: dict):
+        nn.Module.__init__(self)
+        self.output_dict = stock.output_dict
+        self.visual, self.text = stock.visual, text
+        self.context_length, self.vocab_size = text.context_length, text.vocab_size
+        self.logit_scale, self.logit_bias = stock.logit_scale, stock.logit_bias
+        self.lotlip_config = lotlip_config

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from training.data.augment import normalise_pixels
+from training.model.locking import rest_frozen
 from training.model.packing import Captions
 from training.model.text_tower import LotlipCLIP
 
@@ -14,9 +15,9 @@ from training.model.text_tower import LotlipCLIP
 class TrainModel(nn.Module):
     """Both towers under one `forward`.
 
-    A locked image tower runs in eval mode and without a graph. Short and long captions go through the text tower
-    together if they come arranged (see `packing`); else apart, each padded to the longest of its own kind: a short one
-    beside long ones would be mostly padding.
+    A locked image tower runs in eval mode and without a graph; frozen parts of other towers run in eval mode. Short and
+    long captions go through the text tower together if they come arranged (see `packing`); else apart, each padded to
+    the longest of its own kind: a short one beside long ones would be mostly padding.
 
     Args:
         model: a `LotlipCLIP`, or any model of open_clip's (whose captions give one feature each).
@@ -40,6 +41,7 @@ class TrainModel(nn.Module):
 
     def train(self, mode: bool = True) -> "TrainModel":
         super().train(mode)
+        rest_frozen(self)
         if self.image_is_locked:
             self.model.visual.eval()
         return self

@@ -1,0 +1,117 @@
+"""CLIP's causal text tower with corner tokens right before [EOT]."""
+
+from collections.abc import Sequence
+
+import torch
+from open_clip.transformer import lock_text_tower
+from torch import nn
+
+from training.model.corner import additive_mask, rows_before_end, suffix_attention
+from training.model.corner_tower import CornerTower
+
+
+class CornerCLIPText(CornerTower):
+    """open_clip's causal text transformer with corner tokens right before [EOT].
+
+    CLIP's ids and pretrained embeddings stay as they are; corner ids come after them and have a table of their own,
+    ``corner_embedding``. With m = 0 it equals the transformer it was made from.
+
+    Args:
+        tower: an open_clip `TextTransformer` as CLIP has it; its parts are taken over under their names.
+        num_corners: m.
+
+    Raises:
+        ValueError: a tower that is not causal or does not pool the end token.
+    """
+
+    def __init__(self, tower: nn.Module, num_corners: int):
+        super().__init__()
+        if tower.pool_type != "argmax" or tower.attn_mask is None or tower.cls_emb is not None:
+            raise ValueError("corner tokens need a causal text tower that pools [EOT], as CLIP's; this one is another")
+        self.num_corners = num_corners
+        self.context_length = tower.context_length
+        self.output_dim = tower.output_dim
+        self.heads = tower.heads
+        self.base_vocab_size = tower.vocab_size
+        self.end_id = tower.vocab_size - 1
+        self.vocab_size = tower.vocab_size + num_corners
+        self.position_offset = 0
+        self.token_embedding = tower.token_embedding
+        self.positional_embedding = tower.positional_embedding
+        self.transformer = tower.transformer
+        self.ln_final = tower.ln_final
+        self.text_projection = tower.text_projection
+        self.register_buffer("attn_mask", tower.attn_mask, persistent=False)  # [context_length, context_length]
+        if num_corners:
+            weight = tower.token_embedding.weight
+            self.corner_embedding = nn.Embedding(num_corners, weight.shape[1], dtype=weight.dtype)
+            nn.init.normal_(self.corner_embedding.weight, std=0.02)
+
+    def all_features(self, ids: torch.Tensor) -> torch.Tensor:
+        dtype = self.transformer.get_cast_dtype()
+        end = (ids == self.end_id).int().argmax(dim=-1)  # [batch]
+        hidden = (self._embed(ids) + self.positional_embedding[: ids.shape[1]]).to(dtype)
+        if self.num_corners:
+            mask = additive_mask(suffix_attention(end, ids.shape[1], self.num_corners), dtype)
+            # torch's attention takes one mask per head: [batch x heads, seq_len, seq_len].
+            mask = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
+        else:  # the causal order alone: one mask for all captions and heads
+            mask = self.attn_mask[: ids.shape[1], : ids.shape[1]]
+        hidden = self.ln_final(self.transformer(hidden, attn_mask=mask))
+        pooled = rows_before_end(hidden, end, self.num_corners)
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(pooled)
+        return pooled if self.text_projection is None else pooled @ self.text_projection
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        if not self.num_corners:
+            return self.token_embedding(ids)
+        corner = (ids - self.base_vocab_size).clamp(min=0)
+        words = self.token_embedding(ids.clamp(max=self.base_vocab_size - 1))
+        return torch.where((ids >= self.base_vocab_size)[..., None], self.corner_embedding(corner), words)
+
+    def layer_groups(self, pooler_in_head: bool = True) -> list[tuple[str, Sequence[nn.Module | nn.Parameter]]]:
+        """Returns all parts with parameters as (name, modules and parameters), from the input to the output.
+
+        Args:
+            pooler_in_head: open_clip 4's argument; this tower has no pooler.
+        """
+        corners = [self.corner_embedding] if self.num_corners else []
+        layers = [(f"layer.{i}", [block]) for i, block in enumerate(self.transformer.resblocks)]
+        layers[-1][1].append(self.ln_final)
+        head = [("proj", [self.text_projection])] if self.text_projection is not None else []
+        return [("embeddings", [self.token_embedding, self.positional_embedding, *corners]), *layers, *head]
+
+    def lock(
+        self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = False, **_: object
+    ) -> None:
+        """Freezes the tower but for its last groups, as open_clip does: the projection is the last group.
+
+        Args:
+            unlocked_layers: number of last groups that stay trainable.
+            freeze_layer_norm: has to be True: this tower treats layer norms as other weights.
+            pooler_in_head: open_clip 4's argument; this tower has no pooler.
+
+        Raises:
+            ValueError: `freeze_layer_norm` is False.
+        """
+        if not freeze_layer_norm:
+            raise ValueError("--lock-text-freeze-layer-norm: open_clip's own text tower has no such choice")
+        lock_text_tower(self, unlocked_layers)
+        if self.num_corners:
+            self.corner_embedding.requires_grad_(self.token_embedding.weight.requires_grad)
+        self.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", **_: object) -> None:
+        """Recomputes the layers' activations in the backward pass instead of keeping them.
+
+        Args:
+            enable: switch it on or off.
+            impl: open_clip 4's argument; open_clip 3's transformer has one way only.
+        """
+        self.transformer.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that timm's optimizers and open_clip 4 do not decay; open_clip 3's trainer decays them,
+        and so does ours."""
+        return {"positional_embedding"}
