@@ -134,3 +134,31 @@ def test_right_duplicates_share_the_first_place():
     # Two right and three wrong candidates with one score: 2 of 5 for the first place.
     assert hit_probability(counts, 1).item() == pytest.approx(2 / 5)
     assert hit_probability(counts, 4).item() == pytest.approx(1.0)
+
+
+def test_intervals_of_both_directions_cover_the_truth_as_often_as_they_say():
+    # COCO's shape: 1,000 images of unequal difficulty with five captions each; the truth is the mean of the Beta, 0.6.
+    rng, trials, covered = np.random.default_rng(0), 600, {"i2t": 0, "t2i": 0, "captions as independent": 0}
+    images = torch.arange(1000).repeat_interleave(5)
+    for trial in range(trials):
+        difficulty = rng.beta(0.6, 0.4, 1000)
+        by_image = torch.from_numpy((rng.random(1000) < difficulty).astype(float))
+        by_caption = torch.from_numpy((rng.random((1000, 5)) < difficulty[:, None]).astype(float).flatten())
+        for name, values, clusters in (
+            ("i2t", by_image, None),
+            ("t2i", by_caption, images),
+            ("captions as independent", by_caption, None),
+        ):
+            low, high = bootstrap_interval(values, clusters, num_resamples=1000, seed=trial)
+            covered[name] += low <= 0.6 <= high
+    share = {name: number / trials for name, number in covered.items()}
+    assert 0.93 <= share["i2t"] <= 0.97 and 0.93 <= share["t2i"] <= 0.97, share
+    assert share["captions as independent"] < 0.85, share  # what the clusters are for
+
+
+def test_copies_of_a_caption_do_not_narrow_an_interval():
+    """Five copies of each caption carry no more information than one: the interval must not shrink."""
+    once = RankCounts(torch.arange(40) % 2, torch.zeros(40, dtype=torch.int64), torch.ones(40, dtype=torch.int64))
+    copies = RankCounts(*(t.repeat_interleave(5) for t in (once.better, once.tied, once.right)))
+    owner = torch.arange(40).repeat_interleave(5)
+    assert summarise(copies, clusters=owner)["top1-ci95"] == summarise(once)["top1-ci95"]

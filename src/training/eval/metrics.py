@@ -131,17 +131,40 @@ def expected_rank(counts: RankCounts) -> torch.Tensor:
     return 1.0 + counts.better + counts.tied / (counts.right + 1.0)
 
 
-def bootstrap_interval(values: torch.Tensor, *, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: torch.Tensor, clusters: torch.Tensor | None = None, *, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """Returns the 95% percentile-bootstrap interval of the mean over queries.
 
-    Resampling N queries is a multinomial draw over their distinct values, of which recall has two unless there are
-    ties: so this costs the same for a thousand queries as for a million.
+    Args:
+        values: [num_queries], e.g. the probability of a hit.
+        clusters: [num_queries] int64; the queries of a cluster are drawn together. Captions of one image are such a
+            cluster: treated as independent, they would make the interval too narrow. None: every query alone.
+        num_resamples: number of bootstrap draws.
+        seed: of the draws.
     """
-    distinct, counts = np.unique(values.numpy().round(12), return_counts=True)
-    total = int(counts.sum())
-    draws = np.random.default_rng(seed).multinomial(total, counts / total, size=num_resamples)
-    low, high = np.percentile(draws @ distinct / total, [2.5, 97.5])
+    clusters = np.arange(len(values)) if clusters is None else clusters.numpy()
+    means = _resampled_means(values.numpy(), clusters, num_resamples, seed)
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _resampled_means(values: np.ndarray, clusters: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+    """Draws clusters with replacement and returns the mean of their values per draw [num_resamples].
+
+    Clusters with the same sum and size are alike, so a draw is multinomial over the distinct pairs of sum and size.
+    Without ties there are only a few, and a million queries cost as much as a thousand.
+    """
+    totals = np.stack([np.bincount(clusters, values), np.bincount(clusters)], axis=1).round(9)
+    totals = totals[totals[:, 1] > 0]
+    kinds, counts = np.unique(totals, axis=0, return_counts=True)
+    rng, num_clusters = np.random.default_rng(seed), int(counts.sum())
+    means = []
+    for start in range(0, num_resamples, 500):  # in parts: with many ties there are many kinds
+        draws = rng.multinomial(num_clusters, counts / num_clusters, size=min(500, num_resamples - start))
+        sums = draws @ kinds
+        means.append(sums[:, 0] / sums[:, 1])
+    return np.concatenate(means)
 
 
 class PairedDifference(NamedTuple):
@@ -171,29 +194,31 @@ def paired_bootstrap(
     """
     change = second.astype(np.float64) - first.astype(np.float64)
     clusters = np.arange(len(change)) if clusters is None else clusters
-    # As in bootstrap_interval: clusters with the same sum and size are alike, and a draw is multinomial over kinds.
-    totals = np.stack([np.bincount(clusters, change), np.bincount(clusters)], axis=1).round(9)
-    kinds, counts = np.unique(totals, axis=0, return_counts=True)
-    rng, num_clusters = np.random.default_rng(seed), int(counts.sum())
-    means = []
-    for start in range(0, num_resamples, 500):  # at a time: kinds may be many
-        draws = rng.multinomial(num_clusters, counts / num_clusters, size=min(500, num_resamples - start))
-        sums = draws @ kinds
-        means.append(sums[:, 0] / sums[:, 1])
-    means = np.concatenate(means)
+    means = _resampled_means(change, clusters, num_resamples, seed)
     low, high = np.percentile(means, [2.5, 97.5])
     beyond = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2.0 * (beyond + 1) / (num_resamples + 1))
     return PairedDifference(float(change.mean()), float(low), float(high), float(p))
 
 
-def summarise(counts: RankCounts, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float | list[float]]:
-    """Returns ``top1, top5, top10`` (fractions), ``top1-ci95`` [low, high], ``mean-rank`` and ``median-rank``."""
+def summarise(
+    counts: RankCounts, ks: Sequence[int] = (1, 5, 10), clusters: torch.Tensor | None = None
+) -> dict[str, float | list[float]]:
+    """Returns recall and ranks over all queries.
+
+    Args:
+        counts: of each query.
+        ks: recall is reported at each of them.
+        clusters: as in `bootstrap_interval`; for caption queries, the image of each caption.
+
+    Returns:
+        ``top1, top5, top10`` (fractions), ``top1-ci95`` [low, high], ``mean-rank`` and ``median-rank``.
+    """
     hits = {k: hit_probability(counts, k) for k in ks}
     ranks = expected_rank(counts)
     return {
         **{f"top{k}": float(hit.mean()) for k, hit in hits.items()},
-        "top1-ci95": list(bootstrap_interval(hits[ks[0]])),
+        "top1-ci95": list(bootstrap_interval(hits[ks[0]], clusters)),
         "mean-rank": float(ranks.mean()),
         "median-rank": float(np.median(ranks.numpy())),
     }

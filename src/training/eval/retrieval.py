@@ -234,7 +234,7 @@ def rank_sets(
             "num_missing": len(whole.missing),
             **_truncation(texts.lost_tokens[own_texts]),
             "i2t": summarise(i2t),
-            "t2i": summarise(t2i),
+            "t2i": summarise(t2i, clusters=torch.tensor(kept.image_of_caption)),
         }
         ranked.append(RankedSet(record, kept, own_images, own_texts, i2t, t2i))
     return ranked
