@@ -19,6 +19,7 @@ from benchmarks.measure import (
 )
 from training.model.from_flags import make_arranger
 from training.model.hf_encoders import encoder_layers
+from training.model.text_encoder import text_encoder
 from training.model.text_tower import CornerHFText
 
 NUM_CORNERS = 2
@@ -42,7 +43,7 @@ def make_tower(setting: Setting) -> CornerHFText:
 
 def packed(tower: CornerHFText, captions: object, num_images: int) -> torch.Tensor:
     """[batch, T, dim] of arranged captions, as `TrainModel` puts them together."""
-    features = tower.packed_features(captions)
+    features = text_encoder(tower).packed_features(captions)
     short, long = features[:num_images], features[num_images:].unflatten(0, (num_images, -1))
     return torch.cat([short[:, :1], long.flatten(1, 2)], dim=1)
 
@@ -58,7 +59,7 @@ def _figure(name: str, num_long: int, tower: CornerHFText, rate: float, setting:
     num_images = setting.pick(16, 32, 1024)
     short, long = reference_captions(num_images, num_long, NUM_CORNERS)
     together = torch.cat([short[:, None], long], dim=1).to(setting.device)
-    arrange = make_arranger(_Holder(tower), "auto", setting.device, compiled=False)
+    arrange = make_arranger(tower, "auto", setting.device, compiled=False)
     captions = arrange(short, long)
     autocast = torch.autocast("cuda", torch.bfloat16) if setting.on_gpu else nullcontext()
     weights = torch.randn(num_images, 1 + num_long * (NUM_CORNERS + 1), tower.output_dim, device=setting.device)
@@ -106,11 +107,6 @@ def _figure(name: str, num_long: int, tower: CornerHFText, rate: float, setting:
             "flop_utilisation": flops / seconds["ours"] / rate,
         },
     )
-
-
-class _Holder:
-    def __init__(self, text: CornerHFText):
-        self.text = text
 
 
 def _flops(tower: CornerHFText, lengths: torch.Tensor) -> float:

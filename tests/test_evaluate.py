@@ -118,15 +118,16 @@ def test_a_broken_image_is_named_or_counted(layouts, tiny_clip, tmp_path, capsys
 def test_shared_images_and_captions_are_encoded_once(scenes, tiny_clip, monkeypatch, tmp_path, capsys):
     import open_clip
 
-    counted = {"image": 0, "text": 0}
-    for kind in counted:
-        original = getattr(open_clip.CLIP, f"encode_{kind}")
+    from training.model.text_encoder import TextEncoder
 
-        def counting(self, batch, *args, _kind=kind, _original=original, **kwargs):
+    counted = {"image": 0, "text": 0}
+    for kind, owner, method in (("image", open_clip.CLIP, "encode_image"), ("text", TextEncoder, "__call__")):
+
+        def counting(self, batch, *args, _kind=kind, _original=getattr(owner, method), **kwargs):
             counted[_kind] += len(batch)
             return _original(self, batch, *args, **kwargs)
 
-        monkeypatch.setattr(open_clip.CLIP, f"encode_{kind}", counting)
+        monkeypatch.setattr(owner, method, counting)
     flags = [f"--dci-retrieval={scenes / 'dci'}", f"--iiw-retrieval={scenes / 'iiw'}"]
     flags += [f"--share4v-retrieval={scenes / 'share4v'}", f"--share4v-anno={scenes / 'share4v' / 'anno.json'}"]
     flags += ["--share4v-val-num=10,25", f"--urban1k-retrieval={scenes / 'urban1k'}"]

@@ -13,8 +13,10 @@ from training.data.loader import trim_padding
 from training.main import main
 from training.model import row_attention
 from training.model.corner import prefix_attention
+from training.model.from_flags import make_arranger
 from training.model.packing import CaptionArranger, bucket_bounds
 from training.model.row_attention import flex_fault, make_row_mask
+from training.model.text_encoder import text_encoder
 from training.model.tokenizer import CornerCLIPTokenizer
 from training.model.train_model import TrainModel
 
@@ -52,7 +54,7 @@ def test_features_and_gradients_equal_the_padded_ones(mode, family, pooler):
         short, long = batch(text)
         padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
         expected = gradients(text, padded)
-        features = text.packed_features(text.arranger(mode, CPU)(short, long))
+        features = text_encoder(text).packed_features(make_arranger(text, mode, CPU, False)(short, long))
         torch.testing.assert_close(features, padded, rtol=0, atol=tolerance)
         got = gradients(text, features)
         assert got.keys() == expected.keys()
@@ -68,12 +70,12 @@ def test_flex_attention_gives_the_padded_features_and_gradients(num_corners, mon
     short, long = batch(text, num=15)
     padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
     expected = gradients(text, padded)
-    captions = text.arranger("flex", CPU)(short, long)
+    captions = make_arranger(text, "flex", CPU, False)(short, long)
     assert len(captions.row.first_blocks) > 4
     text.transformer.attends_by_flex = True
     # torch refuses to go backwards on a CPU, for want of a compiled kernel; uncompiled it can.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    features = text.packed_features(captions)
+    features = text_encoder(text).packed_features(captions)
     torch.testing.assert_close(features, padded, rtol=0, atol=1e-5)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     got = gradients(text, features)
@@ -120,7 +122,7 @@ def test_compiled_flex_attention_meets_new_batches_without_compiling_anew():
 def test_the_block_mask_leaves_out_nothing_that_is_allowed():
     text = tower()
     short, long = batch(text, num=40)
-    row = text.arranger("flex", CPU)(short, long).row
+    row = make_arranger(text, "flex", CPU, False)(short, long).row
     mask = make_row_mask(row, 2, torch.float32, use_flex=True).blocks
     size = row.ids.shape[1]
     allowed = torch.zeros(size, size, dtype=torch.bool)
@@ -193,7 +195,7 @@ def test_the_training_model_puts_features_where_they_belong(mode, num_long):
     images = torch.randn(6, 3, 64, 64)
     whole = TrainModel(model)
     expected = whole(images, short, long)
-    got = whole(images, None, None, model.text.arranger(mode, CPU)(short, long))
+    got = whole(images, None, None, make_arranger(model, mode, CPU, False)(short, long))
     assert got["text_features"].shape == expected["text_features"].shape
     torch.testing.assert_close(got["text_features"], expected["text_features"], rtol=0, atol=1e-5)
 
@@ -219,12 +221,13 @@ def test_trainings_are_alike_and_say_what_is_padding(scenes, tmp_path):
 
 def test_what_a_tower_cant_do_is_said(scenes, tmp_path, tiny_clip, capsys):
     flags = ["--train-data", str(scenes / "train"), "--batch-size", "8", "--logs", str(tmp_path)]
-    assert main(["--model", tiny_clip, *flags, "--text-packing", "buckets"]) == 2
-    assert "--text-packing buckets: this model's text tower has one form only" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--text-packing flex: needs .* modernbert; take buckets"):
-        tower("modernbert").arranger("flex", CPU)
-    assert tower().arranger("auto", CPU).mode == "buckets" and tower().arranger("auto", CPU, compiled=True) is None
-    assert tower().arranger("auto", torch.device("cuda")).mode == "flex"
+    assert main(["--model", tiny_clip, *flags, "--text-packing", "flex"]) == 2
+    assert "--text-packing flex: needs transformers 5 and a text tower of ours" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--text-packing flex: needs .* bert, roberta, .*buckets"):
+        make_arranger(tower("modernbert"), "flex", CPU, False)
+    assert make_arranger(tower(), "auto", CPU, False).mode == "buckets"
+    assert make_arranger(tower(), "auto", CPU, compiled=True) is None
+    assert make_arranger(tower(), "auto", torch.device("cuda"), False).mode == "flex"
 
 
 def test_clips_exclamation_marks_are_no_padding():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dataloaders.images import BrokenImageError
 from training.data.images import PictureReader
-from training.data.loader import trim_padding
+from training.model.text_encoder import cut_padding, text_encoder
 from training.model.truncation import tokenise_and_count_lost
 from training.runtime.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
 
@@ -89,13 +89,13 @@ class ImageBatches(Dataset):
 
 
 class TextBatches(Dataset):
-    """Item b: the token ids [n, seq_len] of the captions in `batches[b]`; `trim` cuts padding where it can."""
+    """Item b: the token ids [n, seq_len] of the captions in `batches[b]`; padding of `pad_id` is cut off."""
 
     def __init__(
-        self, texts: Sequence[str], tokenizer: Callable, batches: list[list[int]], trim: bool, count_lost: bool
+        self, texts: Sequence[str], tokenizer: Callable, batches: list[list[int]], pad_id: int | None, count_lost: bool
     ):
         self.texts, self.tokenizer, self.batches = texts, tokenizer, batches
-        self.trim, self.count_lost = trim, count_lost
+        self.pad_id, self.count_lost = pad_id, count_lost
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -106,9 +106,7 @@ class TextBatches(Dataset):
             ids, lost = tokenise_and_count_lost(self.tokenizer, texts)
         else:
             ids, lost = self.tokenizer(texts), [0] * len(texts)
-        if self.trim:
-            ids = trim_padding(self.tokenizer, ids)[0]
-        return Batch(self.batches[number], ids, {}, torch.tensor(lost))
+        return Batch(self.batches[number], cut_padding(ids, self.pad_id), {}, torch.tensor(lost))
 
 
 def encode_images(
@@ -146,7 +144,7 @@ def encode_texts(
     options: ComputeOptions,
     count_lost: bool = True,
 ) -> Encoding:
-    """Encodes captions with `model.encode_text`; each rank does its share and gets all features.
+    """Encodes captions, without their padding where the text tower ignores it; each rank does its share and gets all.
 
     Args:
         model: any open_clip model on `env.device`, in eval mode.
@@ -165,8 +163,10 @@ def encode_texts(
         # Characters stand for tokens, which are not known yet. Longest first: what does not fit a device shows at once.
         order = sorted(order, key=lambda i: -len(texts[i]))
     batches = _own_batches(order, env, options.text_batch_size or options.batch_size)
-    dataset = TextBatches(texts, tokenizer, batches, options.sort_texts, count_lost)
-    return _encode(model.encode_text, dataset, len(texts), "text", env, options)
+    encoder = text_encoder(model)
+    pad_id = encoder.pad_id if options.sort_texts else None
+    dataset = TextBatches(texts, tokenizer, batches, pad_id, count_lost)
+    return _encode(encoder if options.sort_texts else model.encode_text, dataset, len(texts), "text", env, options)
 
 
 def _own_batches(order: Sequence[int], env: DistEnv, batch_size: int) -> list[list[int]]:

@@ -9,6 +9,8 @@ from torch import nn
 from training.model.corner import additive_mask, rows_before_end, suffix_attention
 from training.model.corner_tower import CornerTower
 
+CLIP_PAD_ID = 0
+
 
 class CornerCLIPText(CornerTower):
     """open_clip's causal text transformer with corner tokens right before [EOT].
@@ -36,6 +38,7 @@ class CornerCLIPText(CornerTower):
         self.end_id = tower.vocab_size - 1
         self.vocab_size = tower.vocab_size + num_corners
         self.position_offset = 0
+        self.pad_id = CLIP_PAD_ID
         self.token_embedding = tower.token_embedding
         self.positional_embedding = tower.positional_embedding
         self.transformer = tower.transformer
@@ -59,9 +62,7 @@ class CornerCLIPText(CornerTower):
             mask = self.attn_mask[: ids.shape[1], : ids.shape[1]]
         hidden = self.ln_final(self.transformer(hidden, attn_mask=mask))
         pooled = rows_before_end(hidden, end, self.num_corners)
-        if isinstance(self.text_projection, nn.Linear):
-            return self.text_projection(pooled)
-        return pooled if self.text_projection is None else pooled @ self.text_projection
+        return project(pooled, self.text_projection)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         if not self.num_corners:
@@ -115,3 +116,10 @@ class CornerCLIPText(CornerTower):
         """Names of parameters that timm's optimizers and open_clip 4 do not decay; open_clip 3's trainer decays them,
         and so does ours."""
         return {"positional_embedding"}
+
+
+def project(features: torch.Tensor, projection: nn.Module | torch.Tensor | None) -> torch.Tensor:
+    """Applies a projection in one of the forms that open_clip's text transformer has."""
+    if projection is None:
+        return features
+    return projection(features) if isinstance(projection, nn.Linear) else features @ projection

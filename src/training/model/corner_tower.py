@@ -17,6 +17,7 @@ class CornerTower(nn.Module):
     num_corners: int
     context_length: int
     vocab_size: int
+    pad_id: int
 
     def train(self, mode: bool = True) -> "CornerTower":
         """As `nn.Module.train`; frozen parts stay in evaluation mode, so that their dropout stays off."""

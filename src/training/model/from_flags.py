@@ -7,7 +7,10 @@ import torch
 
 from training.data.augment import parse_augmentation, strong_augmentation
 from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
-from training.model.packing import MODES, CaptionArranger
+from training.model.hf_encoders import BERT_LIKE
+from training.model.packing import BUCKET_COST_GPU, CaptionArranger
+from training.model.row_attention import let_attend_in_rows
+from training.model.text_encoder import text_encoder
 from training.model.text_tower import CornerHFText
 
 CPU_PRECISIONS = ("fp32", "bf16", "pure_bf16", "amp_bf16", "amp_bfloat16")
@@ -69,12 +72,31 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
 def make_arranger(model: torch.nn.Module, mode: str, device: torch.device, compiled: bool) -> CaptionArranger | None:
     """Returns how ``--text-packing`` arranges a batch's captions for a model; None leaves them padded.
 
+    Args:
+        model: one of ours or of open_clip's, or a text tower of ours.
+        mode: ``auto``, or one of `packing.MODES`.
+        device: where the model runs.
+        compiled: the model is compiled and new shapes are expensive: ``auto`` takes no buckets.
+
     Raises:
         ValueError: the model's text tower can't take what is asked for by name.
     """
-    tower = getattr(model, "text", None)
-    if isinstance(tower, CornerHFText):
-        return tower.arranger(mode, device, compiled)
-    if mode in MODES[1:]:
-        raise ValueError(f"--text-packing {mode}: this model's text tower has one form only; take auto or padded")
-    return None
+    pad_id = text_encoder(model).pad_id
+    text = getattr(model, "text", model)
+    in_rows = isinstance(text, CornerHFText) and text.attends_in_rows
+    if mode == "auto":
+        mode = "flex" if device.type == "cuda" and in_rows else "padded" if compiled or pad_id is None else "buckets"
+    if mode == "padded":
+        return None
+    if pad_id is None:
+        raise ValueError(f"--text-packing {mode}: this model's text tower reads padding; take auto or padded")
+    if mode == "flex":
+        if not in_rows:
+            raise ValueError(
+                f"--text-packing flex: needs transformers 5 and a text tower of ours of {', '.join(BERT_LIKE)}; "
+                "take auto or buckets"
+            )
+        let_attend_in_rows(text.transformer, device)
+    if device.type == "cuda":
+        return CaptionArranger(mode, pad_id, BUCKET_COST_GPU, multiple=8)
+    return CaptionArranger(mode, pad_id)

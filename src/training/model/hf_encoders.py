@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from training.model.config import find_pretrained_folder, not_found
 from training.model.corner import additive_mask, prefix_attention
 from training.model.packing import Row
-from training.model.row_attention import RowMask, make_row_mask, row_slots
+from training.model.row_attention import RowMask, make_row_mask, row_places, row_slots
 
 BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert")
 SUPPORTED = (*BERT_LIKE, "modernbert")
@@ -204,7 +204,8 @@ def run_encoder_on_row(encoder: nn.Module, row: Row, num_corners: int) -> torch.
 def _start_row(encoder: nn.Module, row: Row, num_corners: int) -> tuple[torch.Tensor, RowMask]:
     """Returns the embedded row [1, budget, width] and what its attention needs."""
     config = encoder.config
-    hidden = encoder.embeddings(input_ids=row.ids, position_ids=row.positions + position_offset(config))
+    positions = row.positions if config.model_type == "bert" else row_places(row)[None]  # RoBERTa counts no padding
+    hidden = encoder.embeddings(input_ids=row.ids, position_ids=positions + position_offset(config))
     has_dropout = encoder.training and config.attention_probs_dropout_prob > 0  # which FlexAttention does not know
     return hidden, make_row_mask(row, num_corners, hidden.dtype, encoder.attends_by_flex and not has_dropout)
 

@@ -21,10 +21,10 @@ class Row(NamedTuple):
 
     Attributes:
         ids: [1, budget] int64.
-        positions: [1, budget] int64, from 0 in each caption; 0 in the padding.
+        positions: [1, budget] int64, place of each token in its caption; 0 in the padding.
         captions: [budget] int64, number of the caption; every token of padding has a number of its own.
         starts: [n] int64, where each caption's first token is.
-        lengths: [n] int64.
+        lengths: [n] int64, tokens of each caption.
         first_blocks, last_blocks: [budget / ROW_BLOCK] int64; blocks that a block's captions reach to.
         longest: tokens of the longest caption, or more.
     """
@@ -62,6 +62,15 @@ class Captions(NamedTuple):
 
         row = None if self.row is None else Row(*map(move, self.row))
         return Captions(tuple(map(move, self.buckets)), move(self.places), row, self.num_slots)
+
+
+def caption_lengths(ids: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Number of tokens of each caption up to its last one [n], of ids [n, seq_len] padded behind.
+
+    Not the number of tokens that are no padding: padding's id may occur within a caption (CLIP's is an exclamation
+    mark, and BERT's tokenizer takes ``[PAD]`` in a text literally), and padding may stand in front of a text.
+    """
+    return ((ids != pad_id) * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(dim=1)
 
 
 def bucket_bounds(lengths: Sequence[int], cost: int) -> list[int]:
@@ -112,12 +121,12 @@ class CaptionArranger:
             All captions, those of a group after those of the one before.
         """
         groups = [ids.flatten(0, -2) for ids in groups if ids.shape[-2]]
-        lengths = torch.cat([(ids != self.pad_id).sum(dim=1) for ids in groups])
         if self.mode == "flex":
-            return self._row(groups, lengths)
-        return self._buckets(groups, lengths)
+            return self._row(groups)
+        return self._buckets(groups)
 
-    def _buckets(self, groups: list[torch.Tensor], lengths: torch.Tensor) -> Captions:
+    def _buckets(self, groups: list[torch.Tensor]) -> Captions:
+        lengths = torch.cat([caption_lengths(ids, self.pad_id) for ids in groups]).clamp(min=1)
         longest = max(ids.shape[1] for ids in groups)
         ids = torch.full((len(lengths), longest), self.pad_id)
         for part, rows in zip(ids.split([len(rows) for rows in groups]), groups):
@@ -130,7 +139,9 @@ class CaptionArranger:
         )
         return Captions(buckets, order.argsort(), None, sum(bucket.numel() for bucket in buckets))
 
-    def _row(self, groups: list[torch.Tensor], lengths: torch.Tensor) -> Captions:
+    def _row(self, groups: list[torch.Tensor]) -> Captions:
+        # Padding's id within a caption is left out, as nobody attends to it; the tokens keep their positions.
+        lengths = torch.cat([(ids != self.pad_id).sum(dim=1) for ids in groups])
         total, longest = int(lengths.sum()), max(ids.shape[1] for ids in groups)
         budget = token_budget(total, sum(ids.numel() for ids in groups))
         starts = lengths.cumsum(0) - lengths
@@ -140,7 +151,7 @@ class CaptionArranger:
         captions = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         captions = torch.cat([captions, len(lengths) + index[total:]])
         positions = torch.zeros(budget, dtype=torch.int64)
-        positions[:total] = index[:total] - starts[captions[:total]]
+        positions[:total] = torch.cat([(rows != self.pad_id).nonzero()[:, 1] for rows in groups])
         blocks = index.unflatten(0, (-1, ROW_BLOCK))
         first = torch.cat([starts[captions[:total]], index[total:]])
         last = torch.cat([(starts + lengths - 1)[captions[:total]], index[total:]])

@@ -45,6 +45,12 @@ def row_slots(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     return (row.starts[:, None] + position).clamp(max=row.ids.shape[1] - 1), keep
 
 
+def row_places(row: Row) -> torch.Tensor:
+    """For each token of a row, the number of tokens before it in its caption [budget]; below `longest` in padding."""
+    captions = row.captions.clamp(max=len(row.starts) - 1)
+    return (torch.arange(len(captions), device=captions.device) - row.starts[captions]).clamp(max=row.longest - 1)
+
+
 def make_row_mask(row: Row, num_corners: int, dtype: torch.dtype, use_flex: bool) -> RowMask:
     """Prepares a row's attention.
 
@@ -58,7 +64,7 @@ def make_row_mask(row: Row, num_corners: int, dtype: torch.dtype, use_flex: bool
         return RowMask(_block_mask(row, num_corners), None, None, None)
     slots, keep = row_slots(row)
     num_captions = len(row.starts)
-    home = row.captions.clamp(max=num_captions - 1) * row.longest + row.positions[0]
+    home = row.captions.clamp(max=num_captions - 1) * row.longest + row_places(row)
     return RowMask(None, slots, home, additive_mask(prefix_attention(keep, num_corners), dtype))
 
 
@@ -148,7 +154,8 @@ def can_attend_in_rows(encoder: nn.Module) -> bool:
 def let_attend_in_rows(encoder: nn.Module, device: torch.device) -> None:
     """Makes `attend` the encoder's attention, for good; without rows it is ``sdpa`` as before.
 
-    On CUDA by FlexAttention, if that does there what it should (see `flex_fault`; a few seconds of compiling).
+    On CUDA it runs as FlexAttention, which knows no attention dropout, if that passes `flex_fault`. The check compiles
+    for some seconds, so it is left out where training has attention dropout.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -157,7 +164,7 @@ def let_attend_in_rows(encoder: nn.Module, device: torch.device) -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     encoder.set_attn_implementation(NAME)
     encoder.attends_by_flex = False
-    if device.type == "cuda":
+    if device.type == "cuda" and not encoder.config.attention_probs_dropout_prob:
         heads = encoder.config.num_attention_heads
         fault = flex_fault(device, heads, encoder.config.hidden_size // heads)
         encoder.attends_by_flex = fault is None
@@ -186,7 +193,7 @@ def flex_fault(device: torch.device, num_heads: int, head_dim: int) -> str | Non
                 out = attend(None, *rows, mask, scaling=head_dim**-0.5)[0]
                 used = int(lengths.sum())  # what the padding gets is nobody's business
                 grads = torch.autograd.grad((out * weights.transpose(1, 2))[:, :used].sum(), rows)
-                results.append(torch.cat([out.transpose(1, 2), *grads])[:, :, :used].float())
+                results.append(torch.cat([out.detach().transpose(1, 2), *grads])[:, :, :used].float())
             error = float((results[0] - results[1]).abs().max())
             if not error <= tolerance * max(1.0, float(results[1].abs().max())):
                 return f"{dtype}: off by {error:.1e}"

@@ -22,8 +22,8 @@ from training.model.hf_encoders import (
     run_encoder,
     run_encoder_on_row,
 )
-from training.model.packing import BUCKET_COST_GPU, CaptionArranger, Captions
-from training.model.row_attention import can_attend_in_rows, let_attend_in_rows, row_slots
+from training.model.packing import Row
+from training.model.row_attention import can_attend_in_rows, row_slots
 
 
 class CornerHFText(CornerTower):
@@ -79,39 +79,13 @@ class CornerHFText(CornerTower):
             return self.proj(self._pool_all(run_encoder(self.transformer, ids, allowed), keep))
         return self.proj(self._pool(first_states(self.transformer, ids, allowed, self.num_corners + 1)))
 
-    def arranger(self, mode: str, device: torch.device, compiled: bool = False) -> CaptionArranger | None:
-        """Returns what arranges captions for `packed_features`; None: they stay padded.
+    @property
+    def attends_in_rows(self) -> bool:
+        """Whether captions may stand one after another in a row (``--text-packing flex``)."""
+        return self.transformer.config.model_type in BERT_LIKE and can_attend_in_rows(self.transformer)
 
-        Args:
-            mode: ``auto``, or one of `packing.MODES`.
-            device: where the tower runs.
-            compiled: the tower is compiled, so that new shapes are dear: ``auto`` takes no buckets.
-
-        Raises:
-            ValueError: ``flex`` with an encoder that has no attention in rows.
-        """
-        in_rows = self.transformer.config.model_type in BERT_LIKE and can_attend_in_rows(self.transformer)
-        if mode == "auto":
-            mode = "flex" if device.type == "cuda" and in_rows else "padded" if compiled else "buckets"
-        if mode == "padded":
-            return None
-        if mode == "flex":
-            if not in_rows:
-                raise ValueError(
-                    f"--text-packing flex: needs transformers 5 and a text tower of {', '.join(BERT_LIKE)}, this one "
-                    f"is {self.transformer.config.model_type}; take buckets"
-                )
-            let_attend_in_rows(self.transformer, device)
-        if device.type == "cuda":
-            return CaptionArranger(mode, self.pad_id, BUCKET_COST_GPU, multiple=8)
-        return CaptionArranger(mode, self.pad_id)
-
-    def packed_features(self, captions: Captions) -> torch.Tensor:
-        """Features of captions that `packing.CaptionArranger` has arranged, as `all_features` gives them."""
-        if captions.row is None:
-            parts = [self.all_features(ids) for ids in captions.buckets]
-            return torch.cat(parts).index_select(0, captions.places)
-        row = captions.row
+    def row_features(self, row: Row) -> torch.Tensor:
+        """Features of captions that `packing.CaptionArranger` has put in a row, as `all_features` gives them."""
         if self._reads_all:
             slots, keep = row_slots(row)
             hidden = run_encoder_on_row(self.transformer, row, self.num_corners)[0]  # [budget, width]

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from training.data.augment import normalise_pixels
 from training.model.locking import rest_frozen
 from training.model.packing import Captions
-from training.model.text_tower import LotlipCLIP
+from training.model.text_encoder import text_encoder
 
 
 class TrainModel(nn.Module):
@@ -35,6 +35,7 @@ class TrainModel(nn.Module):
     ):
         super().__init__()
         self.model, self.corners = model, corners
+        self.text = text_encoder(model)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.image_is_locked = not any(p.requires_grad for p in model.visual.parameters())
@@ -67,11 +68,11 @@ class TrainModel(nn.Module):
         """
         image_features, batch = self.image_features(images), len(images)
         if captions is not None:
-            features = self.model.text.packed_features(captions)
+            features = self.text.packed_features(captions)
             short, long = features[:batch], features[batch:]
         else:
-            short = self._text_features(short_ids)
-            long = self._text_features(long_ids.flatten(0, 1)) if long_ids.shape[1] else short[:0]
+            short = self.text.features(short_ids)
+            long = self.text.features(long_ids.flatten(0, 1)) if long_ids.shape[1] else short[:0]
         corners = self.corners or (False, *[True] * (len(long) // batch))
         texts = [short[:, None], long.unflatten(0, (batch, -1))] if len(long) else [short[:, None]]
         text_features = torch.cat(_features_wanted(texts, corners), dim=1)
@@ -98,12 +99,6 @@ class TrainModel(nn.Module):
             images = normalise_pixels(images, self.mean, self.std)
         images = images.to(next(self.model.visual.parameters()).dtype)
         return images.to(memory_format=torch.channels_last) if images.is_cuda else images
-
-    def _text_features(self, ids: torch.Tensor) -> torch.Tensor:
-        """[n, length] -> [n, m + 1, dim], not normalised."""
-        if isinstance(self.model, LotlipCLIP):
-            return self.model.text.all_features(ids)
-        return self.model.encode_text(ids)[:, None]
 
 
 def _features_wanted(texts: list[torch.Tensor], corners: Sequence[bool]) -> list[torch.Tensor]:

@@ -1,0 +1,145 @@
+"""Stock models without their padding: features, gradients and trainings as open_clip's own forward pass gives them."""
+
+import open_clip
+import pytest
+import torch
+from open_clip.hf_model import HFTextEncoder
+from test_corner import clip_model, random_ids, tower
+from test_packing import CPU
+from test_train import losses, read_metrics
+from transformers import AutoConfig
+
+from training.eval.encode import ComputeOptions, encode_texts
+from training.main import main
+from training.model.from_flags import make_arranger
+from training.model.text_encoder import text_encoder
+from training.model.train_model import TrainModel
+from training.runtime.distributed import DistEnv
+
+VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+CAUSAL = {
+    "CLIP": (open_clip.CLIP, {}),
+    "custom text": (open_clip.CustomTextCLIP, {}),
+    "end by id": (open_clip.CustomTextCLIP, {"pool_type": "eos", "eos_id": 49407, "proj_bias": True}),
+}
+TEXTS = ["a dog", "! ! !! a red cube, and ! beside it !", "birds " * 30, "x " * 100, ""]
+
+
+def stock(kind, **more):
+    torch.manual_seed(0)
+    model_class, options = CAUSAL[kind] if kind in CAUSAL else (open_clip.CustomTextCLIP, {})
+    model = model_class(16, VISION, TEXT | options | more).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "token" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def hugging_face(family, pooler):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model(family, vocab_size=50, max_position_embeddings=90, **sizes)
+    model = stock("CLIP")
+    model.text = HFTextEncoder("", 16, config, pooler, "linear")
+    model.encode_text = lambda ids: model.text(ids)
+    return model.eval()
+
+
+def check_equal(model, ids):
+    """Of packed captions against whole rows; all gradients relative to the largest."""
+    results = []
+    weights = torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(1))
+    captions = make_arranger(model, "auto", CPU, compiled=False)(ids)
+    assert captions.num_slots < ids.numel() / 1.5
+    for encode in (lambda: model.encode_text(ids), lambda: text_encoder(model).packed_features(captions)[:, 0]):
+        model.zero_grad()
+        features = encode()
+        (features * weights).sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((features.detach(), grads))
+    (expected, grads), (got, got_grads) = results
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert got_grads.keys() == grads.keys() and grads
+    largest = max(float(grad.abs().max()) for grad in grads.values())
+    for name, grad in grads.items():
+        torch.testing.assert_close(got_grads[name], grad, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_causal_towers_give_the_same_without_padding(kind):
+    check_equal(stock(kind), open_clip.SimpleTokenizer(context_length=77)(TEXTS))
+
+
+@pytest.mark.parametrize(("family", "pooler"), [("bert", "cls_pooler"), ("roberta", "mean_pooler")])
+def test_hugging_face_towers_give_the_same_without_padding(family, pooler):
+    model = hugging_face(family, pooler)
+    ids = torch.randint(4, 50, (6, 77), generator=torch.Generator().manual_seed(0))
+    for row, length in zip(ids, (3, 77, 20, 21, 5, 9)):
+        row[length:] = model.text.config.pad_token_id
+    check_equal(model, ids)
+
+
+def test_towers_that_read_padding_get_it():
+    siglip = stock("siglip", no_causal_mask=True, pool_type="last", proj_bias=True)
+    encoder = text_encoder(siglip)
+    ids = open_clip.SimpleTokenizer(context_length=77)(TEXTS)
+    assert encoder.pad_id is None and make_arranger(siglip, "auto", CPU, False) is None
+    assert torch.equal(encoder(ids), siglip.encode_text(ids))
+    with pytest.raises(ValueError, match="--text-packing buckets: this model's text tower reads padding"):
+        make_arranger(siglip, "buckets", CPU, False)
+    for more in ({"pool_type": "eos", "eos_id": 0}, {"pool_type": "last"}, {"embed_cls": True}):
+        assert text_encoder(stock("custom text", **more)).pad_id is None
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("mode", ["buckets", "flex"])
+def test_paddings_id_within_a_caption_changes_nothing(family, mode):
+    """A tokenizer takes "[PAD]" in a text literally: in the middle, at the end, several."""
+    text = tower(family, num_layers=3)
+    ids = random_ids(text, num_rows=5)
+    for row, places in enumerate(([5], [10], [9, 10], [4, 6, 7])):
+        ids[row, places] = text.pad_id
+    padded = text.all_features(ids)
+    packed = text_encoder(text).packed_features(make_arranger(text, mode, CPU, False)(ids))
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_corners", [0, 2])
+def test_clips_tower_with_corner_tokens_is_packed_too(num_corners):
+    from training.model.tokenizer import CornerCLIPTokenizer
+
+    model = clip_model(num_corners)
+    ids = CornerCLIPTokenizer(20, num_corners)(TEXTS)
+    arrange = make_arranger(model, "auto", CPU, False)
+    captions = arrange(ids[:, None][:, 0], ids[:, None])
+    both = text_encoder(model).packed_features(captions)
+    expected = model.text.all_features(ids)
+    for part in both.split(len(TEXTS)):
+        torch.testing.assert_close(part, expected, rtol=0, atol=1e-5)
+    output = TrainModel(model)(torch.randn(5, 3, 224, 224), None, None, captions)
+    assert output["text_features"].shape == (5, 2 + num_corners, 256)
+
+
+def test_training_a_stock_model_computes_little_padding(scenes, tmp_path, tiny_clip):
+    curves, padding = {}, {}
+    for mode in ("padded", "auto"):
+        argv = ["--model", tiny_clip, "--train-data", str(scenes / "train"), "--captions", "raw", "--workers", "0"]
+        argv += ["--batch-size", "20", "--epochs", "1", "--lr", "1e-3", "--warmup", "0", "--log-every-n-steps", "1"]
+        assert main([*argv, "--logs", str(tmp_path), "--name", mode, "--text-packing", mode]) == 0
+        lines = [line for line in read_metrics(tmp_path, mode) if "train/loss" in line]
+        curves[mode], padding[mode] = losses(lines), lines[0]["train/padding_share"]
+    assert curves["auto"] == pytest.approx(curves["padded"], rel=1e-4)
+    assert padding["auto"] < 0.15 < 0.6 < padding["padded"]
+
+
+def test_evaluating_a_stock_model_computes_little_padding():
+    model, tokenizer = stock("CLIP"), open_clip.SimpleTokenizer(context_length=77)
+    widths = []
+    hook = model.transformer.register_forward_hook(lambda *call: widths.append(call[2].shape[1]))
+    options = ComputeOptions(batch_size=1, workers=0)
+    encoded = encode_texts(model, tokenizer, TEXTS, DistEnv(0, 1, CPU), options).features
+    hook.remove()
+    assert max(widths) == 77 and sorted(widths)[0] == 8
+    expected = torch.nn.functional.normalize(model.encode_text(tokenizer(TEXTS)), dim=-1)
+    torch.testing.assert_close(encoded, expected.detach(), rtol=0, atol=1e-5)
