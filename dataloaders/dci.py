@@ -10,6 +10,7 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption
 from dataloaders.files import parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
+from dataloaders.registry import Benchmark
 
 NUM_PAIRS = 7805
 FLAG = "--dci-retrieval"
@@ -59,3 +60,10 @@ def find_dci_base(root: str | Path) -> Path:
     raise FileNotFoundError(
         f"{FLAG} {root}: neither densely_captioned_images/splits.json nor splits.json is there; {SOURCE}"
     )
+
+
+BENCHMARKS = (
+    Benchmark(
+        "dci", FLAG, "DCI: folder with densely_captioned_images/", lambda args: [read_dci(args.dci_retrieval)], order=10
+    ),
+)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption, split_caption
 from dataloaders.files import read_json_lines, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
+from dataloaders.registry import Benchmark, Option
 
 NUM_PAIRS = 5000
 FLAG = "--docci-retrieval"
@@ -47,3 +48,15 @@ def read_docci(root: str | Path, sentences: bool = False) -> list[RetrievalSet]:
             several_captions_per_image("docci-sentences-retrieval", title, parts, num_published=number, source=SOURCE)
         )
     return sets
+
+
+BENCHMARKS = (
+    Benchmark(
+        "docci",
+        FLAG,
+        "DOCCI's test split: folder with its .jsonlines",
+        lambda args: read_docci(args.docci_retrieval, args.docci_sentences),
+        order=50,
+        options=(Option("--docci-sentences", "DOCCI also with each sentence as a caption", default=False),),
+    ),
+)

@@ -10,6 +10,7 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption
 from dataloaders.files import read_json_lines, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
+from dataloaders.registry import Benchmark, Option
 
 NUM_PAIRS = 612
 FLAG = "--iiw-retrieval"
@@ -51,3 +52,19 @@ def read_iiw_subset(annotations: str | Path, subset: str) -> list[tuple[str, str
         name = name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg"
         rows.append((name, text_field(row, "IIW", where)))
     return rows
+
+
+ANNOTATIONS = Option(
+    "--iiw-anno", "folder with DOCCI_Test/, IIW-400/, DCI_Test/data.jsonl (default: the IIW folder)", metavar="DIR"
+)
+
+BENCHMARKS = (
+    Benchmark(
+        "iiw",
+        FLAG,
+        "ImageInWords: folder with docci/, docci_aar/, dci/",
+        lambda args: [read_iiw(args.iiw_retrieval, args.iiw_anno)],
+        order=20,
+        options=(ANNOTATIONS,),
+    ),
+)

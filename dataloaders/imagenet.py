@@ -5,37 +5,17 @@ V2/0/*.jpeg             one folder per class, named by its number (0 .. 999)
 """
 
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from dataloaders.files import natural_key, parallel_map, require_dir
+from dataloaders.pairs import ClassificationSet
+from dataloaders.registry import Benchmark
 
 NUM_CLASSES = 1000
 NUM_VAL, NUM_V2 = 50_000, 10_000
 V2_FOLDERS = ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency")
 SUFFIXES = (".jpeg", ".jpg", ".png")
-
-
-@dataclass(frozen=True)
-class ClassificationSet:
-    """Images and the number of each one's class.
-
-    Attributes:
-        key: prefix of the result keys, e.g. ``imagenet-zeroshot-val`` (open_clip's).
-        title: heading in tables.
-        image_paths: one file per image.
-        labels: for each image its class, 0 .. 999 in ImageNet's usual order.
-        num_published: number of images of the full set.
-        source: how to get what is missing.
-    """
-
-    key: str
-    title: str
-    image_paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-    num_published: int
-    source: str
 
 
 def read_imagenet(root: str | Path) -> ClassificationSet:
@@ -90,3 +70,25 @@ def _wordnet_ids() -> list[str]:
     timm = find_spec("timm")  # found, not imported: that would load PyTorch
     path = Path(timm.submodule_search_locations[0]) / "data" / "_info" / "imagenet_synsets.txt"
     return path.read_text(encoding="ascii").split()
+
+
+BENCHMARKS = (
+    Benchmark(
+        "imagenet-val",
+        "--imagenet-val",
+        "ImageNet-1k: folder with a folder per class (n01440764)",
+        lambda args: [read_imagenet(args.imagenet_val)],
+        group="short",
+        order=30,
+        classification=True,
+    ),
+    Benchmark(
+        "imagenet-v2",
+        "--imagenet-v2",
+        "ImageNet-v2: folder with numbered folders",
+        lambda args: [read_imagenet_v2(args.imagenet_v2)],
+        group="short",
+        order=40,
+        classification=True,
+    ),
+)

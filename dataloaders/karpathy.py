@@ -6,12 +6,15 @@ or    [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": [five texts
 or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}      COCO's captions_val2017.json
 """
 
+import argparse
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.files import first_present, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
+from dataloaders.registry import Benchmark, Option
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
 SPLITS = ("test", "val")
@@ -170,3 +173,32 @@ def _candidates(which: _Benchmark, root: Path, name: str) -> list[Path]:
     if number:  # the release of 2017 has the same pictures under shorter names
         names |= dict.fromkeys(f"{folder}/{number[1]}" for folder in ("val2017", "train2017"))
     return [root / folder / n for n in names for folder in which.folders]
+
+
+SPLIT = Option("--karpathy-split", "of COCO and Flickr30k (default: %(default)s)", default="test", choices=SPLITS)
+
+
+def _declare(which: _Benchmark, order: int, read: Callable[[argparse.Namespace], RetrievalSet]) -> Benchmark:
+    annotations = Option(
+        f"--{which.key}-anno",
+        f"dataset_{which.key}.json (default: looked for in DIR)",
+        metavar="FILE",
+        aliases=("--anno",),
+    )
+    return Benchmark(
+        which.key,
+        which.flag,
+        f"{which.title}: folder with images and captions",
+        lambda args: [read(args)],
+        group="short",
+        order=order,
+        options=(annotations, SPLIT),
+    )
+
+
+BENCHMARKS = (
+    _declare(COCO, 10, lambda args: read_coco(args.coco_retrieval, args.coco_anno, args.karpathy_split)),
+    _declare(
+        FLICKR30K, 20, lambda args: read_flickr30k(args.flickr30k_retrieval, args.flickr30k_anno, args.karpathy_split)
+    ),
+)

@@ -17,6 +17,8 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption
 from dataloaders.files import ShardMember
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
+from dataloaders.registry import Benchmark, Option
+from dataloaders.values import names
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_RULES = ("raw", "long")
@@ -153,3 +155,54 @@ def _as_set(name: str, pairs: Iterable[tuple], rule: str) -> RetrievalSet:
     apply = normalise_caption if rule == "long" else str
     pairs = [(image, [apply(text) for text in captions]) for image, captions in pairs]
     return several_captions_per_image(f"{name}-retrieval", name, pairs, source="your own pairs")
+
+
+CAPTION_KEYS = Option(
+    "--retrieval-caption-keys",
+    "their captions: columns of the table, keys in a shard's .json (default: caption)",
+    metavar="KEYS",
+    default=("caption",),
+    type=names,
+    aliases=("--caption-keys",),
+)
+CAPTION_RULE = Option(
+    "--retrieval-caption-rule",
+    "captions as they are, or split and joined as in the long benchmarks (default: %(default)s)",
+    default="raw",
+    choices=CAPTION_RULES,
+)
+IMAGE_KEY = Option(
+    "--csv-img-key",
+    "image column (default: %(default)s)",
+    metavar="COL",
+    default="filepath",
+    aliases=("--image-key",),
+    of_training=True,
+)
+
+BENCHMARKS = (
+    Benchmark(
+        "retrieval-csv",
+        "--retrieval-csv",
+        "table of pairs, .csv, .tsv or .parquet (--csv-img-key)",
+        lambda args: [
+            read_table_pairs(
+                args.retrieval_csv, args.csv_img_key, args.retrieval_caption_keys, args.retrieval_caption_rule
+            )
+        ],
+        group="own",
+        metavar="FILE",
+        order=10,
+        options=(IMAGE_KEY, CAPTION_KEYS, CAPTION_RULE),
+    ),
+    Benchmark(
+        "retrieval-wds",
+        "--retrieval-wds",
+        "local tar shards of pairs: '{000..004}.tar' or a folder",
+        lambda args: [read_shard_pairs(args.retrieval_wds, args.retrieval_caption_keys, args.retrieval_caption_rule)],
+        group="own",
+        metavar="TARS",
+        order=20,
+        options=(CAPTION_KEYS, CAPTION_RULE),
+    ),
+)

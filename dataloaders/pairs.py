@@ -72,6 +72,27 @@ def several_captions_per_image(
 
 
 @dataclass(frozen=True)
+class ClassificationSet:
+    """Images and the number of each one's class.
+
+    Attributes:
+        key: prefix of the result keys, e.g. ``imagenet-zeroshot-val`` (open_clip's).
+        title: heading in tables.
+        image_paths: one file per image.
+        labels: for each image its class, 0 .. 999 in ImageNet's usual order.
+        num_published: number of images of the full set.
+        source: how to get what is missing.
+    """
+
+    key: str
+    title: str
+    image_paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    num_published: int
+    source: str
+
+
+@dataclass(frozen=True)
 class FoundImages:
     """Distinct image files behind several sets, and who uses which.
 

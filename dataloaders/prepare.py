@@ -12,34 +12,15 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from dataloaders.dci import read_dci
-from dataloaders.docci import read_docci
 from dataloaders.files import parallel_map, require_dir
-from dataloaders.iiw import SUBSETS, read_iiw, read_iiw_subset
-from dataloaders.imagenet import ClassificationSet, read_imagenet, read_imagenet_v2
+from dataloaders.iiw import SUBSETS, read_iiw_subset
 from dataloaders.images import BrokenImageError, load_rgb
-from dataloaders.karpathy import SPLITS, read_coco, read_flickr30k
-from dataloaders.own_pairs import read_shard_pairs, read_table_pairs
-from dataloaders.pairs import RetrievalSet, describe_missing, find_images, one_caption_per_image
-from dataloaders.share4v import SOURCE, read_items, read_share4v
-from dataloaders.urban1k import read_urban1k
-
-READERS = {
-    "dci": lambda args: [read_dci(args.root)],
-    "iiw": lambda args: [read_iiw(args.root, args.iiw_anno)],
-    "share4v": lambda args: _read_share4v(args),
-    "urban1k": lambda args: [read_urban1k(args.root)],
-    "docci": lambda args: read_docci(args.root),
-    "coco": lambda args: [read_coco(args.root, args.anno, args.karpathy_split)],
-    "flickr30k": lambda args: [read_flickr30k(args.root, args.anno, args.karpathy_split)],
-    "imagenet-val": lambda args: [_as_pairs(read_imagenet(args.root))],
-    "imagenet-v2": lambda args: [_as_pairs(read_imagenet_v2(args.root))],
-    "retrieval-csv": lambda args: [read_table_pairs(args.root, args.image_key, args.caption_keys.split(","), "raw")],
-    "retrieval-wds": lambda args: [read_shard_pairs(args.root, args.caption_keys.split(","), "raw")],
-}
+from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images, one_caption_per_image
+from dataloaders.registry import benchmarks, destination, options_of
+from dataloaders.share4v import SOURCE, read_items
 
 
 def prepare_share4v(captions: Path, out: Path, num: int) -> str:
@@ -175,11 +156,19 @@ def _why_unreadable(path: Path) -> str | None:
     return None
 
 
-def _read_share4v(args: argparse.Namespace) -> list[RetrievalSet]:
-    if not args.share4v_anno:
-        raise ValueError("check share4v needs --share4v-anno FILE, the list of captions")
-    listed = min(args.num, len(read_items(args.share4v_anno)))
-    return [replace(s, num_published=args.num) for s in read_share4v(args.root, args.share4v_anno, [listed])]
+def read_for_check(args: argparse.Namespace) -> list[RetrievalSet]:
+    """Reads the benchmark that ``check`` names; classification sets become pairs.
+
+    Raises:
+        ValueError, FileNotFoundError: as the benchmark's reader, or a flag that it needs is missing.
+    """
+    benchmark = next(b for b in benchmarks() if b.name == args.benchmark)
+    for flag, what in benchmark.requires:
+        if not getattr(args, destination(flag)):
+            raise ValueError(f"check {benchmark.name} needs {flag}, {what}")
+    setattr(args, destination(benchmark.flag), args.root)
+    sets = (benchmark.check or benchmark.read)(args)
+    return [_as_pairs(s) if benchmark.classification else s for s in sets]
 
 
 def _as_pairs(s: ClassificationSet) -> RetrievalSet:
@@ -209,17 +198,40 @@ def build_parser() -> argparse.ArgumentParser:
     iiw.add_argument("--dci", required=True, metavar="DIR", help="DCI's folder, with the photos below it")
     iiw.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
     check = commands.add_parser("check", help="say complete, or what is missing")
-    check.add_argument("benchmark", choices=READERS, metavar="BENCHMARK", help=", ".join(READERS))
+    known = [b.name for b in benchmarks()]
+    check.add_argument("benchmark", choices=known, metavar="BENCHMARK", help=", ".join(known))
     check.add_argument("root", metavar="ROOT", help="the folder given to the benchmark's flag")
-    check.add_argument("--iiw-anno", metavar="DIR", help="as in training.main")
-    check.add_argument("--share4v-anno", type=Path, metavar="FILE", help="as in training.main")
-    check.add_argument("--num", type=int, default=10000, metavar="N", help="ShareGPT4V pairs (default: %(default)s)")
-    check.add_argument("--anno", metavar="FILE", help="list of captions of COCO or Flickr30k, as --coco-anno")
-    check.add_argument("--karpathy-split", default="test", choices=SPLITS, help="as in training.main")
-    check.add_argument("--image-key", default="filepath", metavar="COL", help="of a table, as --csv-img-key")
-    check.add_argument("--caption-keys", default="caption", metavar="KEYS", help="as --retrieval-caption-keys")
+    _add_options(check)
     check.add_argument("--read-images", action="store_true", help="decode every image as well (minutes)")
     return parser
+
+
+def _add_options(check: argparse.ArgumentParser) -> None:
+    """Adds the options of all benchmarks, named as in training.main."""
+    aliases: dict[str, list[str]] = {}
+    for option in options_of(benchmarks()):
+        switch = {"action": "store_true"} if option.is_switch else {}
+        check.add_argument(option.flag, **option.keywords, **switch)
+        for alias in option.aliases:
+            aliases.setdefault(alias, []).append(option.flag)
+    for alias, flags in aliases.items():
+        check.add_argument(alias, action=_Alias, flags=flags, help=f"the same as {' or '.join(flags)}")
+
+
+class _Alias(argparse.Action):
+    """A flag that sets others: whichever of them the benchmark reads."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, flags: Sequence[str], help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, metavar="X", help=help)
+        self.flags = flags
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: str, name: str = ""):
+        for flag in self.flags:
+            parse = parser._option_string_actions[flag].type
+            try:
+                setattr(namespace, destination(flag), parse(value) if parse else value)
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentError(self, str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             annotations = require_dir(args.annotations, "--annotations")
             report, complete = prepare_iiw(args.out, annotations, roots, args.copy)
         else:
-            report, complete = check_benchmark(READERS[args.benchmark](args), args.read_images)
+            report, complete = check_benchmark(read_for_check(args), args.read_images)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(report)

@@ -4,12 +4,16 @@ ANNO.json  [{"image": "sam/images/sa_1.jpg", "conversations": [{"from": "human",
 ROOT/..    SA-1B images, in any tree
 """
 
+import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from dataloaders.captions import normalise_caption
 from dataloaders.files import file_identity, parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
+from dataloaders.registry import Benchmark, Option
+from dataloaders.values import positive_numbers
 
 FLAG = "--share4v-retrieval"
 ANNO_FLAG = "--share4v-anno"
@@ -94,3 +98,39 @@ def resolve_images(root: Path, names: list[str]) -> list[Path]:
                 f"remove one, or arrange the tree as the list names it"
             )
     return [Path(found[p.name][0]) if p.name in found else p for p in by_path]
+
+
+def _check(args: argparse.Namespace) -> list[RetrievalSet]:
+    """Reads as many pairs as the list has: `check` then counts what is lacking."""
+    wanted = max(args.share4v_val_num)
+    listed = min(wanted, len(read_items(args.share4v_anno)))
+    return [replace(s, num_published=wanted) for s in read_share4v(args.share4v_retrieval, args.share4v_anno, [listed])]
+
+
+BENCHMARKS = (
+    Benchmark(
+        "share4v",
+        FLAG,
+        "ShareGPT4V: folder with SA-1B images, in any tree",
+        lambda args: read_share4v(args.share4v_retrieval, args.share4v_anno, args.share4v_val_num),
+        order=30,
+        options=(
+            Option(ANNO_FLAG, "its list of captions (dataloaders.prepare share4v)", metavar="FILE"),
+            Option(
+                "--share4v-val-num",
+                "sizes to evaluate, from the start of the list (default: 1000,10000)",
+                metavar="N,N",
+                default=(1000, 10000),
+                type=positive_numbers,
+                aliases=("--num",),
+            ),
+        ),
+        requires=(
+            (
+                ANNO_FLAG,
+                "the list of captions; python -m dataloaders.prepare share4v makes it (see EVAL_DATASETS.md)",
+            ),
+        ),
+        check=_check,
+    ),
+)

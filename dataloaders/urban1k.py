@@ -9,6 +9,7 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption
 from dataloaders.files import natural_key, parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
+from dataloaders.registry import Benchmark
 
 NUM_PAIRS = 1000
 FLAG = "--urban1k-retrieval"
@@ -61,3 +62,14 @@ def _read_annotations(base: Path) -> list[tuple[Path, str]]:
         image, caption = text_field(row, "image", where), text_field(row, "caption", where)
         pairs.append((base / "images" / image, normalise_caption(caption.split("\n", 1)[0])))
     return sorted(pairs, key=lambda pair: natural_key(pair[0].stem))
+
+
+BENCHMARKS = (
+    Benchmark(
+        "urban1k",
+        FLAG,
+        "Urban1k: folder with image/ and caption/",
+        lambda args: [read_urban1k(args.urban1k_retrieval)],
+        order=40,
+    ),
+)

@@ -74,7 +74,8 @@ runpy.run_module("{module}", run_name="__main__")
 
 def test_every_flag_has_help_and_a_reader():
     read = {"config", "print_config"}  # by the parser itself
-    for path in (ROOT / "src" / "training").rglob("*.py"):
+    benchmarks = (ROOT / "dataloaders").glob("*.py")
+    for path in [*(ROOT / "src" / "training").rglob("*.py"), *benchmarks]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
                 # Checking a flag is not using it.

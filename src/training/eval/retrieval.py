@@ -1,6 +1,6 @@
 """Long text-image retrieval: benchmarks -> features -> ranks -> numbers.
 
-Adding a benchmark: a reader in dataloaders/, a flag in params.py, a line in `read_benchmarks`.
+Benchmarks come from `dataloaders.registry`: a new one is one file in dataloaders/.
 """
 
 import argparse
@@ -9,16 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dataloaders.dci import read_dci
-from dataloaders.docci import read_docci
-from dataloaders.iiw import read_iiw
-from dataloaders.imagenet import ClassificationSet, read_imagenet, read_imagenet_v2
 from dataloaders.images import BrokenImageError
-from dataloaders.karpathy import read_coco, read_flickr30k
-from dataloaders.own_pairs import read_shard_pairs, read_table_pairs
-from dataloaders.pairs import FoundImages, RetrievalSet, describe_missing, find_images
-from dataloaders.share4v import read_share4v
-from dataloaders.urban1k import read_urban1k
+from dataloaders.pairs import ClassificationSet, FoundImages, RetrievalSet, describe_missing, find_images
+from dataloaders.registry import benchmarks, destination
 from training.eval.encode import ComputeOptions, Encoding, encode_images, encode_texts
 from training.eval.feature_cache import image_key, open_caches, text_key
 from training.eval.metrics import RankCounts, count_ranks, summarise
@@ -45,29 +38,13 @@ class RetrievalWork:
     classification: tuple[ClassificationSet, ...] = ()
 
 
-def read_benchmarks(args: argparse.Namespace) -> list[RetrievalSet]:
+def read_benchmarks(args: argparse.Namespace) -> tuple[list[RetrievalSet], tuple[ClassificationSet, ...]]:
     """Reads every benchmark that the flags name, in the order of the published table."""
-    sets = []
-    if args.dci_retrieval:
-        sets.append(read_dci(args.dci_retrieval))
-    if args.iiw_retrieval:
-        sets.append(read_iiw(args.iiw_retrieval, args.iiw_anno))
-    if args.share4v_retrieval:
-        sets.extend(read_share4v(args.share4v_retrieval, args.share4v_anno, args.share4v_val_num))
-    if args.urban1k_retrieval:
-        sets.append(read_urban1k(args.urban1k_retrieval))
-    if args.docci_retrieval:
-        sets.extend(read_docci(args.docci_retrieval, args.docci_sentences))
-    if args.coco_retrieval:
-        sets.append(read_coco(args.coco_retrieval, args.coco_anno, args.karpathy_split))
-    if args.flickr30k_retrieval:
-        sets.append(read_flickr30k(args.flickr30k_retrieval, args.flickr30k_anno, args.karpathy_split))
-    keys, rule = args.retrieval_caption_keys, args.retrieval_caption_rule
-    if args.retrieval_csv:
-        sets.append(read_table_pairs(args.retrieval_csv, args.csv_img_key, keys, rule))
-    if args.retrieval_wds:
-        sets.append(read_shard_pairs(args.retrieval_wds, keys, rule))
-    return sets
+    sets, classification = [], []
+    for benchmark in benchmarks():
+        if getattr(args, destination(benchmark.flag)):
+            (classification if benchmark.classification else sets).extend(benchmark.read(args))
+    return sets, tuple(classification)
 
 
 def plan_benchmarks(args: argparse.Namespace) -> RetrievalWork | None:
@@ -76,16 +53,11 @@ def plan_benchmarks(args: argparse.Namespace) -> RetrievalWork | None:
     Raises:
         FileNotFoundError, ValueError: as the readers and `plan_retrieval`.
     """
-    classification = []
-    if args.imagenet_val:
-        classification.append(read_imagenet(args.imagenet_val))
-    if args.imagenet_v2:
-        classification.append(read_imagenet_v2(args.imagenet_v2))
-    sets = read_benchmarks(args)
+    sets, classification = read_benchmarks(args)
     check_names(sets)
     if not sets and not classification:
         return None
-    return replace(plan_retrieval(sets, args.allow_missing), classification=tuple(classification))
+    return replace(plan_retrieval(sets, args.allow_missing), classification=classification)
 
 
 def check_names(sets: Sequence[RetrievalSet]) -> None:

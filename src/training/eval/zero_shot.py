@@ -4,8 +4,8 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier
 from open_clip_train.precision import get_autocast
 
-from dataloaders.imagenet import ClassificationSet
 from dataloaders.images import BrokenImageError
+from dataloaders.pairs import ClassificationSet
 from training.eval.encode import ComputeOptions, encode_images
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.model.factory import EncoderParts

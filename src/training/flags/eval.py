@@ -2,21 +2,12 @@
 
 import argparse
 
+from dataloaders.registry import benchmarks, options_of
 from training.flags.effects import ALWAYS, EVALUATION, MODEL, Condition, Effects
-from training.flags.types import Switch, names, positive_numbers
+from training.flags.types import Switch, positive_numbers
 
-RETRIEVAL_FLAGS = (
-    "--dci-retrieval",
-    "--iiw-retrieval",
-    "--share4v-retrieval",
-    "--urban1k-retrieval",
-    "--docci-retrieval",
-    "--coco-retrieval",
-    "--flickr30k-retrieval",
-    "--retrieval-csv",
-    "--retrieval-wds",
-)
-ZERO_SHOT_FLAGS = ("--imagenet-val", "--imagenet-v2")
+RETRIEVAL_FLAGS = tuple(b.flag for b in benchmarks() if not b.classification)
+ZERO_SHOT_FLAGS = tuple(b.flag for b in benchmarks() if b.classification)
 INSIGHT_FLAGS = (
     "--report",
     "--retrieval-lengths",
@@ -26,10 +17,13 @@ INSIGHT_FLAGS = (
 )
 
 
-def _needs(flag: str) -> Condition:
-    """Condition of a flag that says how to read another one's data."""
-    name = flag[2:].replace("-", "_")
-    return Condition(f"without {flag}; add it or leave both", lambda args: getattr(args, name), refused=True)
+def _needs(flags: list[str]) -> Condition:
+    """Condition of an option that says how to read the data of these flags."""
+    alone = len(flags) == 1  # nothing else could have been meant: refused
+    advice = "; add it or leave both" if alone else ""
+    return Condition(
+        f"without {' or '.join(flags)}{advice}", lambda args: any(_value(args, flag) for flag in flags), refused=alone
+    )
 
 
 def has_retrieval(args: argparse.Namespace) -> bool:
@@ -37,9 +31,6 @@ def has_retrieval(args: argparse.Namespace) -> bool:
     return any(_value(args, flag) for flag in RETRIEVAL_FLAGS)
 
 
-_OWN_PAIRS = Condition(
-    "without --retrieval-csv or --retrieval-wds", lambda args: args.retrieval_csv or args.retrieval_wds
-)
 _MODEL_NEEDED = Condition("on --features, which come without a model; leave out", MODEL.holds, refused=True)
 _RETRIEVAL = Condition(
     "without a retrieval benchmark; name one", lambda args: has_retrieval(args) or args.features, refused=True
@@ -57,51 +48,37 @@ EFFECTS: Effects = (
     (EVALUATION, "--features"),
     (_FIXED_WEIGHTS, "--feature-cache"),
     (_NO_FEATURES, "--feature-cache"),
-    (_needs("--share4v-retrieval"), "--share4v-anno --share4v-val-num"),
-    (_needs("--iiw-retrieval"), "--iiw-anno"),
-    (_needs("--docci-retrieval"), "--docci-sentences"),
-    (_needs("--coco-retrieval"), "--coco-anno"),
-    (_needs("--flickr30k-retrieval"), "--flickr30k-anno"),
-    (
-        Condition(
-            "without --coco-retrieval or --flickr30k-retrieval", lambda a: a.coco_retrieval or a.flickr30k_retrieval
-        ),
-        "--karpathy-split",
-    ),
-    (_OWN_PAIRS, "--retrieval-caption-keys --retrieval-caption-rule"),
+    *((_needs(flags), o.flag) for o, flags in options_of(benchmarks()).items() if not o.of_training),
     (Condition("without a benchmark", lambda args: has_benchmark(args)), "--allow-missing"),
 )
 
 
 def add_eval_args(parser: argparse.ArgumentParser, everything: bool) -> None:
     """Adds evaluation's groups of flags; `everything`: also those that few evaluations need."""
-    _add_long_args(parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)"))
-    _add_short_args(parser.add_argument_group("short captions and zero-shot classification"))
-    _add_own_args(parser.add_argument_group("your own pairs and features"))
+    group = parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)")
+    _add_benchmarks(group, "long")
+    _add_reading_args(group)
+    _add_benchmarks(parser.add_argument_group("short captions and zero-shot classification"), "short")
+    group = parser.add_argument_group("your own pairs and features")
+    _add_benchmarks(group, "own")
+    _add_features_args(group)
     if everything:
         _add_insight_args(parser.add_argument_group("insight (evaluation only)"))
 
 
-def _add_long_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--dci-retrieval", metavar="DIR", help="DCI: folder with densely_captioned_images/")
-    group.add_argument("--iiw-retrieval", metavar="DIR", help="ImageInWords: folder with docci/, docci_aar/, dci/")
-    group.add_argument(
-        "--iiw-anno",
-        metavar="DIR",
-        help="folder with DOCCI_Test/, IIW-400/, DCI_Test/data.jsonl (default: the IIW folder)",
-    )
-    group.add_argument("--share4v-retrieval", metavar="DIR", help="ShareGPT4V: folder with SA-1B images, in any tree")
-    group.add_argument("--share4v-anno", metavar="FILE", help="its list of captions (dataloaders.prepare share4v)")
-    group.add_argument(
-        "--share4v-val-num",
-        type=positive_numbers,
-        default=(1000, 10000),
-        metavar="N,N",
-        help="sizes to evaluate, from the start of the list (default: 1000,10000)",
-    )
-    group.add_argument("--urban1k-retrieval", metavar="DIR", help="Urban1k: folder with image/ and caption/")
-    group.add_argument("--docci-retrieval", metavar="DIR", help="DOCCI's test split: folder with its .jsonlines")
-    group.add_argument("--docci-sentences", action=Switch, help="DOCCI also with each sentence as a caption")
+def _add_benchmarks(group: argparse._ArgumentGroup, name: str) -> None:
+    """Adds the flags of the benchmarks of one group, each option after the last benchmark that has it."""
+    chosen = [b for b in benchmarks() if b.group == name]
+    owners = options_of(chosen)
+    for benchmark in chosen:
+        group.add_argument(benchmark.flag, metavar=benchmark.metavar, help=benchmark.help)
+        for option in benchmark.options:
+            if not option.of_training and owners[option][-1] == benchmark.flag:
+                switch = {"action": Switch} if option.is_switch else {}
+                group.add_argument(option.flag, **option.keywords, **switch)
+
+
+def _add_reading_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--feature-cache",
         metavar="DIR",
@@ -114,36 +91,7 @@ def _add_long_args(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_short_args(group: argparse._ArgumentGroup) -> None:
-    for key, title in (("coco", "COCO"), ("flickr30k", "Flickr30k")):
-        group.add_argument(f"--{key}-retrieval", metavar="DIR", help=f"{title}: folder with images and captions")
-        group.add_argument(f"--{key}-anno", metavar="FILE", help=f"dataset_{key}.json (default: looked for in DIR)")
-    group.add_argument(
-        "--karpathy-split", default="test", choices=("test", "val"), help="of COCO and Flickr30k (default: %(default)s)"
-    )
-    group.add_argument("--imagenet-val", metavar="DIR", help="ImageNet-1k: folder with a folder per class (n01440764)")
-    group.add_argument("--imagenet-v2", metavar="DIR", help="ImageNet-v2: folder with numbered folders")
-
-
-def _add_own_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--retrieval-csv", metavar="FILE", help="table of pairs, .csv, .tsv or .parquet (--csv-img-key)")
-    group.add_argument(
-        "--retrieval-wds", metavar="TARS", help="local tar shards of pairs: '{000..004}.tar' or a folder"
-    )
-    group.add_argument(
-        "--retrieval-caption-keys",
-        type=names,
-        default=("caption",),
-        metavar="KEYS",
-        help="their captions: columns of the table, keys in a shard's .json (default: caption)",
-    )
-    group.add_argument(
-        "--retrieval-caption-rule",
-        default="raw",
-        choices=("raw", "long"),
-        help="captions as they are, or split and joined as in the long benchmarks (default: %(default)s)",
-    )
-
+def _add_features_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--features",
         nargs="+",
@@ -186,11 +134,10 @@ def validate_eval_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the message names the flag, what was found and what to do.
     """
-    if args.share4v_retrieval and not args.share4v_anno:
-        raise ValueError(
-            "--share4v-retrieval needs --share4v-anno FILE, the list of captions; "
-            "python -m dataloaders.prepare share4v makes it (see EVAL_DATASETS.md)"
-        )
+    for benchmark in benchmarks():
+        for flag, what in benchmark.requires:
+            if _value(args, benchmark.flag) and not _value(args, flag):
+                raise ValueError(f"{benchmark.flag} needs {flag}, {what}")
     if args.features:
         flags = (*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data", "--pretrained")
         others = [flag for flag in flags if _value(args, flag)]

@@ -3,8 +3,11 @@
 import argparse
 import json
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 from typing import Any
+
+from dataloaders.values import names, positive_numbers, whole_number
+
+__all__ = ["Switch", "json_object", "names", "not_negative", "positive", "positive_numbers"]
 
 
 class Switch(argparse.Action):
@@ -18,35 +21,14 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, option_string not in self.negatives)
 
 
-def _integer(text: str, minimum: int) -> int:
-    try:
-        number = Decimal(text)
-        whole = number.is_finite() and number == int(number)
-    except InvalidOperation:
-        whole = False
-    if not whole or number < minimum:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, found {text!r}")
-    return int(number)
-
-
 def positive(text: str) -> int:
     """``12`` -> 12; ``4e8`` -> 400000000."""
-    return _integer(text, 1)
+    return whole_number(text, 1)
 
 
 def not_negative(text: str) -> int:
     """``0`` -> 0."""
-    return _integer(text, 0)
-
-
-def positive_numbers(text: str) -> tuple[int, ...]:
-    """``1000,10000`` -> (1000, 10000)."""
-    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
-
-
-def names(text: str) -> tuple[str, ...]:
-    """``a,b`` -> (a, b); empty text gives none."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    return whole_number(text, 0)
 
 
 def json_object(text: str) -> dict[str, Any]:

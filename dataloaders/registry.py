@@ -1,0 +1,125 @@
+"""The registry of benchmarks. Each file in this folder that assigns ``BENCHMARKS`` is found here, and nowhere else.
+
+`training.main`, `dataloaders.prepare check`, evaluation, training and the report take everything they need to know of a
+benchmark from its declaration, so a new benchmark is one new file.
+"""
+
+import argparse
+import functools
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dataloaders
+from dataloaders.pairs import ClassificationSet, RetrievalSet
+
+GROUPS = ("long", "short", "own")
+_DECLARES = re.compile(r"^BENCHMARKS\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A further flag of a benchmark; benchmarks that share a flag name the same object.
+
+    Attributes:
+        flag: its name, such as ``--iiw-anno``.
+        help: its line in --help.
+        metavar: what stands for the value; None for a switch, which has no value, or with `choices`.
+        default: its value where it is not given.
+        type: text -> value.
+        choices: allowed values.
+        aliases: further names in ``prepare check``.
+        of_training: training declares this flag in `training.main`; only ``prepare check`` needs it added.
+    """
+
+    flag: str
+    help: str
+    metavar: str | None = None
+    default: object = None
+    type: Callable[[str], object] | None = None
+    choices: tuple[str, ...] | None = None
+    aliases: tuple[str, ...] = ()
+    of_training: bool = False
+
+    @property
+    def is_switch(self) -> bool:
+        """Tells whether it is given without a value."""
+        return self.metavar is None and self.choices is None
+
+    @property
+    def keywords(self) -> dict[str, object]:
+        """What `argparse.add_argument` takes beside the name; for a switch, `action` is missing."""
+        if self.is_switch:
+            return {"help": self.help}
+        keywords = {"default": self.default, "type": self.type, "choices": self.choices, "help": self.help}
+        return {name: value for name, value in keywords.items() if value is not None} | (
+            {"metavar": self.metavar} if self.metavar else {}
+        )
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The declaration of a benchmark.
+
+    Attributes:
+        name: its name in ``prepare check``.
+        flag: the flag of `training.main` that gives its folder.
+        help: the flag's line in --help.
+        read: all flags -> its sets. The flag's value is under the flag's own name.
+        group: one of `GROUPS`, the heading in --help.
+        metavar: what stands for the flag's value.
+        order: place in tables; those of one number are sorted by name.
+        options: further flags.
+        classification: `read` returns classification sets.
+        requires: flags of `options` without which it can't be read -> what to do.
+        check: as `read`, for ``prepare check``, where that reads something else.
+    """
+
+    name: str
+    flag: str
+    help: str
+    read: Callable[[argparse.Namespace], Sequence[RetrievalSet | ClassificationSet]]
+    group: str = "long"
+    metavar: str = "DIR"
+    order: int = 100
+    options: tuple[Option, ...] = ()
+    classification: bool = False
+    requires: tuple[tuple[str, str], ...] = ()
+    check: Callable[[argparse.Namespace], Sequence[RetrievalSet | ClassificationSet]] | None = None
+
+
+def destination(flag: str) -> str:
+    """``--iiw-anno`` -> ``iiw_anno``, the flag's name in a namespace."""
+    return flag[2:].replace("-", "_")
+
+
+@functools.cache
+def benchmarks() -> tuple[Benchmark, ...]:
+    """Imports every file of this package that declares benchmarks; returns them in the order of tables.
+
+    Raises:
+        ValueError: two benchmarks have one name or one flag, or a group is unknown.
+    """
+    found: list[Benchmark] = []
+    for folder in dataloaders.__path__:
+        for path in sorted(Path(folder).glob("*.py")):
+            # Other files of the folder import libraries that --help has no time for.
+            if _DECLARES.search(path.read_text(encoding="utf-8")):
+                found += importlib.import_module(f"dataloaders.{path.stem}").BENCHMARKS
+    for benchmark in found:
+        if sum(other.name == benchmark.name or other.flag == benchmark.flag for other in found) > 1:
+            raise ValueError(f"two benchmarks are called {benchmark.name} or have the flag {benchmark.flag}")
+        if benchmark.group not in GROUPS:
+            raise ValueError(f"benchmark {benchmark.name}: its group is {benchmark.group!r}, expected one of {GROUPS}")
+    return tuple(sorted(found, key=lambda b: (GROUPS.index(b.group), b.order, b.name)))
+
+
+def options_of(chosen: Sequence[Benchmark]) -> dict[Option, list[str]]:
+    """Returns the options of benchmarks, each once -> the flags of the benchmarks that have it."""
+    owners: dict[Option, list[str]] = {}
+    for benchmark in chosen:
+        for option in benchmark.options:
+            owners.setdefault(option, []).append(benchmark.flag)
+    return owners
