@@ -132,13 +132,13 @@ def _add_loss_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--local-loss",
         action=Switch,
-        help="each process compares its own rows with the whole batch: the same gradients for less memory",
+        help="no effect, for open_clip's launch lines: each process always compares its own rows with the whole batch",
     )
     group.add_argument(
         "--gather-with-grad",
         action=Switch,
         default=True,
-        help="without it: no gradients through features of other processes, so gradients are 1/processes as large",
+        help="no effect, for open_clip's launch lines: gradients always flow through the gathered features",
     )
 
 
@@ -247,8 +247,6 @@ def validate_train_args(args: argparse.Namespace) -> None:
         )
     if args.resume == "latest" and not args.name:
         raise ValueError("--resume latest needs --name, the run to continue")
-    if args.local_loss and not args.gather_with_grad:
-        raise ValueError("--local-loss needs --gather-with-grad: without it the other ranks' gradients are lost")
     for name in ("lr", "image_lr", "text_lr", "grad_clip_norm"):
         value = getattr(args, name)
         if value is not None and not value > 0:

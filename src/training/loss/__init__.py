@@ -1,5 +1,6 @@
 """Losses between images and several captions each; usable without the rest of the project."""
 
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
+from training.loss.terms import LossTerm
 
-__all__ = ["LongCaptionLoss", "LongCaptionSigLipLoss"]
+__all__ = ["LongCaptionLoss", "LongCaptionSigLipLoss", "LossTerm"]

@@ -6,14 +6,18 @@
 
 Under several processes every rank passes its own part of the batch; all features travel in one gather, or those of a
 locked image tower before, while the text tower computes. Memory grows with the features, not with the square of the
-batch: see `contrast`.
+batch: see `blockwise`.
 """
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from training.loss.blockwise import ContrastRule, contrast
+from training.loss.terms import NORMALISATIONS, LossTerm, reduce_features
 
 # torch 2.14 has given them new names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -41,22 +45,14 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(ctx.world_size)[dist.get_rank()], None
 
 
-def gather_rows(rows: torch.Tensor, world_size: int, with_grad: bool) -> torch.Tensor:
-    """Joins all ranks' rows, in rank order: [batch, ..] -> [world_size x batch, ..].
+def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Joins all ranks' rows, in rank order: [batch, ..] -> [world_size x batch, ..]; gradients flow back to each rank.
 
     Args:
         rows: as many on every rank.
         world_size: 1 returns `rows` themselves.
-        with_grad: let gradients flow back to the ranks that the rows came from; otherwise only this rank's own rows, in
-            their place among the others, carry a gradient.
     """
-    if world_size == 1:
-        return rows
-    if with_grad:
-        return _Gather.apply(rows, world_size)
-    everyone = list(_Gather.apply(rows.detach(), world_size).chunk(world_size))
-    everyone[dist.get_rank()] = rows
-    return torch.cat(everyone)
+    return rows if world_size == 1 else _Gather.apply(rows, world_size)
 
 
 class EarlyGather:
@@ -81,19 +77,24 @@ class EarlyGather:
 
 
 class _CaptionLoss(nn.Module):
-    """What both losses share: views and captions as sets of features, the gather, the weights.
+    """What both losses share: views and captions as sets of features, the gather, the terms.
+
+    Each rank compares its own rows with all ranks' rows, and gradients flow through the gather: gradients that DDP
+    averages equal those of one process on the whole batch.
 
     Args:
-        short_weight: of the term of text feature 0, the short caption (published as `--clip_lossweight`).
-        long_weight: of the terms of all other text features (`--declip_lossweight`).
-        local_loss: each rank compares its own rows with everybody's, instead of everybody's with everybody's: the same
-            gradients, less memory. Needs `gather_with_grad`.
-        gather_with_grad: gradients equal to one process on the whole batch. Without it they are 1 / world_size of that.
+        short_weight: weight of text feature 0, the short caption's (published as `--clip_lossweight`).
+        long_weight: weight of all other text features (published as `--declip_lossweight`).
+        local_loss, gather_with_grad: no effect; open_clip's `ClipLoss` takes them, too.
         rank, world_size: this process among those that share a batch.
         block_numbers: logits that are held at a time; None takes the device's default. Sums differ in rounding alone.
+        terms: in place of the two that the weights stand for.
+        label_smoothing: share of the target that goes to all rows of the batch alike.
+        normalisation: ``published``: a term is the sum of its texts' losses over the number of all text features;
+            ``per-term``: the mean over its own, so that no term gets lighter as texts are added to another one.
 
     Raises:
-        ValueError: `local_loss` without `gather_with_grad`, whose gradients would be wrong, not only smaller.
+        ValueError: label smoothing of a sigmoid loss, an unknown normalisation, or two terms of one name.
     """
 
     kind: str
@@ -102,18 +103,31 @@ class _CaptionLoss(nn.Module):
         self,
         short_weight: float = 1.0,
         long_weight: float = 1.0,
-        local_loss: bool = False,
+        local_loss: bool = True,
         gather_with_grad: bool = True,
         rank: int = 0,
         world_size: int = 1,
         block_numbers: int | None = None,
+        *,
+        terms: Sequence[LossTerm] | None = None,
+        label_smoothing: float = 0.0,
+        normalisation: str = "published",
     ):
         super().__init__()
-        if local_loss and not gather_with_grad and world_size > 1:
-            raise ValueError("--local-loss needs --gather-with-grad: without it the other ranks' gradients are lost")
-        self.short_weight, self.long_weight = short_weight, long_weight
-        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
+        if label_smoothing and self.kind == "sigmoid":
+            raise ValueError("label smoothing is defined for the softmax loss only")
+        if normalisation not in NORMALISATIONS:
+            raise ValueError(f"normalisation {normalisation}: expected one of {', '.join(NORMALISATIONS)}")
+        default = (
+            LossTerm("short_caption_loss", (0,), short_weight),
+            LossTerm("long_caption_loss", None, long_weight),
+        )
+        self.terms = tuple(terms or default)
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"terms {', '.join(names)}: expected different names")
         self.rank, self.world_size, self.block_numbers = rank, world_size, block_numbers
+        self.label_smoothing, self.normalisation = label_smoothing, normalisation
 
     def forward(
         self,
@@ -135,46 +149,72 @@ class _CaptionLoss(nn.Module):
             early: what `gather_early` gave for these `image_features`.
 
         Returns:
-            Their sum, or ``{"short_caption_loss", "long_caption_loss"}``; of a single caption
-            ``{"contrastive_loss"}``, not weighted. Of several views the short term takes the first, the long term the
-            mean over all.
+            Their sum, or the terms by name; of a single caption [batch, dim] ``{"contrastive_loss"}``, not weighted.
+            Of several views a term of text 0 alone takes the first, the others the mean over all.
         """
         images = image_features if image_features.ndim == 3 else image_features[:, None]
         texts = text_features if text_features.ndim == 3 else text_features[:, None]
-        num_views, num_texts = images.shape[1], texts.shape[1]
-        short, long = self._terms(images, texts, logit_scale, logit_bias, early)
-        if text_features.ndim == 2:
-            terms = {"contrastive_loss": short}
-        else:
-            terms = {
-                "short_caption_loss": self.short_weight * short / num_texts,
-                "long_caption_loss": self.long_weight * long / (num_texts * num_views),
-            }
-        return terms if output_dict else sum(terms.values())
+        terms = self.terms if text_features.ndim == 3 else (LossTerm("contrastive_loss", (0,)),)
+        num_texts = texts.shape[1]
+        images, texts, compared = self._forms(images, texts, terms)
+        pairs = tuple((k, view, text) for k, pairs in enumerate(compared) for view, text in pairs)
+        sums = self._contrast(images, texts, logit_scale, logit_bias, early, pairs)
+        results = {}
+        for term, own, value in zip(terms, compared, sums):
+            num_own = len({text for _, text in own}) if self.normalisation == "per-term" else num_texts
+            results[term.name] = term.weight * value / (max(num_own, 1) * max(len({view for view, _ in own}), 1))
+        return results if output_dict else sum(results.values())
+
+    @staticmethod
+    def _forms(images, texts, terms) -> tuple[torch.Tensor, torch.Tensor, list[list[tuple[int, int]]]]:
+        """Adds reduced forms behind images and texts; returns both, and the (view, text) pairs of each term."""
+        all_images, all_texts, compared = list(images.unbind(1)), list(texts.unbind(1)), []
+        used: set[int] = set()
+        num_views = len(all_images)
+        for term in terms:
+            columns = term.columns(texts.shape[1])
+            views = range(1 if columns == [0] else num_views)
+            if term.image_components is not None:
+                all_images.append(reduce_features(all_images[0], term.image_components))
+                views = [len(all_images) - 1]
+            if term.text_variance is not None:
+                forms = [reduce_features(all_texts[text], variance=term.text_variance) for text in columns]
+            else:  # a text of an earlier term, too, is compared as a copy: `contrast` keeps gradients by text
+                forms = [all_texts[text] for text in columns if text in used]
+            if forms:
+                kept = [] if term.text_variance is not None else [text for text in columns if text not in used]
+                columns = [*kept, *range(len(all_texts), len(all_texts) + len(forms))]
+                all_texts += forms
+            used |= set(columns)
+            compared.append([(view, text) for view in views for text in columns])
+        if len(all_images) > num_views:
+            images = torch.stack(all_images, dim=1)
+        if len(all_texts) > texts.shape[1]:
+            texts = torch.stack(all_texts, dim=1)
+        return images, texts, compared
 
     def gather_early(self, image_features: torch.Tensor) -> EarlyGather | None:
-        """Begins to gather a locked tower's features [batch, dim]; `forward` waits for them. None on one process."""
-        return EarlyGather(image_features, self.world_size) if self.world_size > 1 else None
+        """Begins to gather a locked tower's features [batch, dim]; `forward` waits for them. None on one process, or
+        where a term needs other forms of them, too."""
+        if self.world_size == 1 or any(term.image_components is not None for term in self.terms):
+            return None
+        return EarlyGather(image_features, self.world_size)
 
-    def _terms(self, images, texts, logit_scale, logit_bias, early) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of view 0 with text 0, and the sum of all views' with all other texts."""
+    def _contrast(self, images, texts, logit_scale, logit_bias, early, pairs) -> torch.Tensor:
+        """The terms [K], not weighted."""
+        rule = ContrastRule(self.kind, 0, self.block_numbers, self.label_smoothing, pairs)
         if self.world_size == 1:
-            return contrast(images, texts, None, None, logit_scale, logit_bias, self._rule(0))
+            return contrast(images, texts, None, None, logit_scale, logit_bias, rule)
         if early is not None:
-            all_texts = gather_rows(texts, self.world_size, self.gather_with_grad)
+            all_texts = gather_rows(texts, self.world_size)
             all_images = early.wait()[:, None]
         else:
-            both = gather_rows(torch.cat([images, texts], dim=1), self.world_size, self.gather_with_grad)
+            both = gather_rows(torch.cat([images, texts], dim=1), self.world_size)
             all_images, all_texts = both.split([images.shape[1], texts.shape[1]], dim=1)
             if not images.requires_grad:  # a locked tower's got one from the texts they travelled with
                 all_images = all_images.detach()
-        if self.local_loss:
-            rule = self._rule(self.rank * len(images))
-            return contrast(images, texts, all_images, all_texts, logit_scale, logit_bias, rule)
-        return contrast(all_images, all_texts, None, None, logit_scale, logit_bias, self._rule(0))
-
-    def _rule(self, first: int) -> ContrastRule:
-        return ContrastRule(self.kind, first, self.block_numbers)
+        rule = replace(rule, first=self.rank * len(images))
+        return contrast(images, texts, all_images, all_texts, logit_scale, logit_bias, rule)
 
 
 class LongCaptionLoss(_CaptionLoss):

@@ -1,0 +1,138 @@
+"""Terms, label smoothing and reduced features against plain implementations of the published formulas."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_loss import unit
+from torch.nn.functional import cross_entropy
+
+from support import end_ranks, free_ports, start_ranks
+from training.loss import LongCaptionLoss, LongCaptionSigLipLoss, LossTerm
+from training.loss.terms import reduce_features
+
+LONG_CLIP = (LossTerm("long_loss", (1,)), LossTerm("short_loss", (0,), image_components=3))
+SCALE = 9.0
+
+
+def plain_reduction(features, components):
+    """Long-CLIP's: by a singular value decomposition that autograd differentiates."""
+    mean = features.mean(0)
+    _, _, directions = torch.linalg.svd(features - mean, full_matrices=False)
+    return (features - mean) @ directions[:components].T @ directions[:components] + mean
+
+
+def plain_pair(images, texts, smoothing=0.0):
+    target = torch.arange(len(images))
+    logits = SCALE * images @ texts.T
+    return sum(cross_entropy(x, target, label_smoothing=smoothing) for x in (logits, logits.T)) / 2
+
+
+def long_clip(images, texts):
+    short, long = texts[:, 0], texts[:, 1]
+    return plain_pair(images, long, 0.1), plain_pair(plain_reduction(images, 3), short, 0.1)
+
+
+def batch(num=10, num_texts=2):
+    return [unit(num, 6, seed=0).requires_grad_(), unit(num, num_texts, 6, seed=1).requires_grad_()]
+
+
+def check_equal(got, expected, got_inputs, inputs):
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    for ours, plain in zip(torch.autograd.grad(got, got_inputs), torch.autograd.grad(expected, inputs)):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("block_numbers", [1, 35, None])
+def test_long_clips_loss(block_numbers):
+    """Both captions, smoothed, the short one against reduced images; value and gradients."""
+    inputs, own = batch(), batch()
+    loss = LongCaptionLoss(block_numbers=block_numbers, terms=LONG_CLIP, label_smoothing=0.1, normalisation="per-term")
+    terms = loss(*own, torch.tensor(SCALE, dtype=torch.float64), output_dict=True)
+    assert list(terms) == ["long_loss", "short_loss"]
+    for value, plain in zip(terms.values(), long_clip(*inputs)):
+        torch.testing.assert_close(value, plain, rtol=0, atol=1e-10)
+    check_equal(sum(terms.values()), sum(long_clip(*inputs)), own, inputs)
+
+
+def test_himo_clips_loss():
+    def plain(images, texts):
+        squares = torch.linalg.svdvals(texts[:, 0] - texts[:, 0].mean(0)).square()
+        enough = [k for k in range(1, 7) if squares[:k].sum() >= 0.8 * squares.sum()][0]
+        assert 1 < enough < 6
+        return plain_pair(images, texts[:, 0], 0.1) + plain_pair(images, plain_reduction(texts[:, 0], enough), 0.1)
+
+    inputs, own = batch(), batch()
+    terms = (LossTerm("whole_loss", (0,)), LossTerm("component_loss", (0,), text_variance=0.8))
+    loss = LongCaptionLoss(terms=terms, label_smoothing=0.1, normalisation="per-term")
+    check_equal(loss(*own, torch.tensor(SCALE, dtype=torch.float64)), plain(*inputs), own, inputs)
+
+
+def test_reduction_of_a_small_batch_is_the_identity_and_of_equal_directions_finite():
+    rows = unit(4, 6, seed=2)
+    assert torch.equal(reduce_features(rows, 3), rows)
+    # Two directions of the same variance within the chosen ones: a plain decomposition's gradient is infinite there.
+    square = torch.tensor([[2.0, 0, 0], [-2, 0, 0], [0, 2, 0], [0, -2, 0], [0, 0, 1], [0, 0, -1]]).requires_grad_()
+    reduce_features(square, 2).square().sum().backward()
+    assert square.grad.isfinite().all()
+    rows = unit(8, 5, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: reduce_features(x, 2), rows)
+
+
+def test_weights_and_normalisations():
+    images, texts = batch(num_texts=4)
+    scale = torch.tensor(SCALE, dtype=torch.float64)
+    single = [plain_pair(images, texts[:, t]) for t in range(4)]
+    terms = (LossTerm("raw_loss", (0,), 0.5), LossTerm("long_loss", (1, 2), 2.0), LossTerm("first_loss", (3,)))
+    published = LongCaptionLoss(terms=terms)(images, texts, scale, output_dict=True)
+    own = LongCaptionLoss(terms=terms, normalisation="per-term")(images, texts, scale, output_dict=True)
+    sums = {"raw_loss": 0.5 * single[0], "long_loss": 2 * (single[1] + single[2]), "first_loss": single[3]}
+    for name, total in sums.items():
+        torch.testing.assert_close(published[name], total / 4)
+        torch.testing.assert_close(own[name], total / (2 if name == "long_loss" else 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"normalisation": "none"}, "normalisation none: expected one of published, per-term"),
+        ({"terms": (LossTerm("a_loss", (0,)), LossTerm("a_loss", (1,)))}, "a_loss, a_loss: expected different names"),
+    ],
+)
+def test_what_cant_be_is_said(options, said):
+    with pytest.raises(ValueError, match=said):
+        LongCaptionLoss(**options)
+    with pytest.raises(ValueError, match="label smoothing is defined for the softmax loss only"):
+        LongCaptionSigLipLoss(label_smoothing=0.1)
+
+
+def worker(rank, port, results):
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    images, texts = batch()
+    own = slice(5 * rank, 5 * rank + 5)
+    loss = LongCaptionLoss(terms=LONG_CLIP, label_smoothing=0.1, normalisation="per-term", rank=rank, world_size=2)
+    total = loss(images[own], texts[own], torch.tensor(SCALE, dtype=torch.float64))
+    total.backward()
+    results[rank] = float(total), images.grad.numpy(), texts.grad.numpy()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_reduce_each_its_own_batch():
+    """As Long-CLIP: components of the local batch, then everybody's rows are compared."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        assert end_ranks(start_ranks(worker, 2, free_ports(1)[0], results)) == [0, 0]
+        (first, *grads), (second, *other_grads) = results[0], results[1]
+    images, texts = batch()
+    reduced = torch.cat([plain_reduction(part, 3) for part in images.split(5)])
+    total = plain_pair(images, texts[:, 1], 0.1) + plain_pair(reduced, texts[:, 0], 0.1)
+    assert (first + second) / 2 == pytest.approx(float(total.detach()), abs=1e-10)
+    for ours, more, plain in zip(grads, other_grads, torch.autograd.grad(total, (images, texts))):
+        torch.testing.assert_close(torch.tensor(ours + more) / 2, plain, rtol=0, atol=1e-9)
+
+
+def test_terms_may_share_texts():
+    inputs, own = batch(num_texts=3), batch(num_texts=3)
+    terms = (LossTerm("all_loss", (0, 1, 2)), LossTerm("first_loss", (0,), 3.0), LossTerm("last_loss", (2, 1)))
+    total = LongCaptionLoss(terms=terms)(*own, torch.tensor(SCALE, dtype=torch.float64))
+    single = [plain_pair(inputs[0], inputs[1][:, t]) for t in range(3)]
+    check_equal(total, (4 * single[0] + 2 * single[1] + 2 * single[2]) / 3, own, inputs)
