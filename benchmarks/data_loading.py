@@ -13,8 +13,9 @@ from dataloaders.scenes import LONG_KEYS, write_scenes
 from training.data.augment import normalise_pixels, without_normalisation
 from training.data.captions import CaptionRule
 from training.data.images import PictureReader
-from training.data.loader import SampleReader, make_loader
-from training.data.position import Stretch
+from training.data.loader import make_loader
+from training.data.position import Share
+from training.data.reader import SampleReader
 from training.data.shards import ShardSource, count_samples
 from training.model.from_flags import make_arranger
 
@@ -35,11 +36,13 @@ def run(setting: Setting) -> list[Figure]:
     arrange = make_arranger(model, "auto", setting.device, compiled=False)
     reader = SampleReader(pictures, tokenizer, CaptionRule(), seed=0, epoch=0, arrange=arrange)
     source = ShardSource(urls, count_samples(urls), 0, 1000)
-    stretch = Stretch(batch_size, num // batch_size, 0, 1)
+    share = Share(batch_size, num // batch_size, 0, 1)
 
     def ours() -> list[torch.Tensor]:
-        loader = make_loader(source, reader, stretch, 0, pin=False)
-        return [normalise_pixels(batch.images, mean, std) for batch in loader]  # in training the device does that
+        loader = make_loader(source, reader, share, 0, pin=False)
+        return [
+            normalise_pixels(batch.inputs["image"], mean, std) for batch in loader
+        ]  # in training the device does that
 
     def baseline() -> list[torch.Tensor]:
         batches, pixels, ids = [], [], []

@@ -63,7 +63,7 @@ def run(setting: Setting) -> list[Figure]:
     ]
 
 
-def _training(name: str, num_images: int, setting: Setting) -> tuple[Stepper, tuple]:
+def _training(name: str, num_images: int, setting: Setting) -> tuple[Stepper, dict[str, object]]:
     torch.manual_seed(0)
     model = training.create_model(name, pretrained_text=False, device=setting.device)
     arrange = make_arranger(model, "auto", setting.device, compiled=False)
@@ -72,7 +72,7 @@ def _training(name: str, num_images: int, setting: Setting) -> tuple[Stepper, tu
     size = size if isinstance(size, int) else size[0]
     images = torch.randn(num_images, 3, size, size, device=setting.device)
     captions = arrange(*reference_captions(num_images, 1, model.text.num_corners)).to(setting.device)
-    return Stepper(TrainModel(model), model, LongCaptionLoss(), optimizer), (images, None, None, captions)
+    return Stepper(TrainModel(model), model, LongCaptionLoss(), optimizer), {"image": images, "packed_text": captions}
 
 
 def _check(folder: Path) -> None:

@@ -28,12 +28,12 @@ class _PublishedModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            image_features = self.model.encode_image(images, normalize=True)
+            image_features = self.model.encode_image(image, normalize=True)
         return {
             "image_features": image_features,
-            "text_features": normalize(published.text_features(self.model.text, ids), dim=-1),
+            "text_features": normalize(published.text_features(self.model.text, text), dim=-1),
             "logit_scale": self.model.logit_scale.exp(),
         }
 
@@ -65,11 +65,11 @@ def run(setting: Setting) -> list[Figure]:
         "baseline": _stepper(_PublishedModel(models["baseline"]), models["baseline"], _published_loss, autocast, False),
         "ours": _stepper(ours, models["ours"], LongCaptionLoss(), autocast, True),
     }
-    steppers["ours"].locked_images = ours.image_features
+    steppers["ours"].locked_images = ours.encode_images
     padded = torch.cat([short[:, None], long], dim=1)
     inputs = {
-        "baseline": lambda: (images, padded.to(setting.device)),
-        "ours": lambda: (images, None, None, arrange(short, long).to(setting.device)),
+        "baseline": lambda: {"image": images, "text": padded.to(setting.device)},
+        "ours": lambda: {"image": images, "packed_text": arrange(short, long).to(setting.device)},
     }
     sides = {side: partial(_step, steppers[side], inputs[side]) for side in steppers}
     losses = {side: work()["loss"] for side, work in sides.items()}

@@ -20,8 +20,9 @@ from training.data import tar
 from training.data.captions import CaptionRule
 from training.data.faults import FAULT_KINDS
 from training.data.images import PictureReader
-from training.data.loader import SampleReader, make_loader
-from training.data.position import Stretch
+from training.data.loader import make_loader
+from training.data.position import Share
+from training.data.reader import SampleReader
 from training.data.shards import ResampledShards, ShardSource, count_samples
 from training.data.tar import BrokenShardError, index_shard, read_samples
 from training.main import main
@@ -77,7 +78,7 @@ def load(source, num_batches: int, batch_size: int) -> list:
         seed=0,
         epoch=0,
     )
-    return list(make_loader(source, reader, Stretch(batch_size, num_batches), num_workers=0, pin=False))
+    return list(make_loader(source, reader, Share(batch_size, num_batches), num_workers=0, pin=False))
 
 
 def test_each_kind_is_counted_exactly_and_the_run_finishes(tmp_path):
@@ -153,9 +154,9 @@ def test_hundreds_of_mutated_samples(tmp_path):
         samples[f"m{number:03d}"] = files
     source = ShardSource([write_shard(tmp_path / "0.tar", samples)], [len(samples)], seed=0)
     made = load(source, 1, len(samples) // 3)
-    kinds = Counter(kind for kind, _ in made[0].faults)
+    kinds = Counter(kind for kind, _ in made[0].bad_samples)
     assert set(kinds) <= set(FAULT_KINDS) and len(kinds) >= 3 and kinds.total() > 200
-    assert made[0].images.isfinite().all()
+    assert made[0].inputs["image"].isfinite().all()
 
 
 def test_mutated_shards_give_samples_or_reasons(tmp_path, monkeypatch):
@@ -211,10 +212,10 @@ def test_an_unreachable_shard_is_a_fault_for_each_of_its_samples(tmp_path, monke
     here = write_shard(tmp_path / "0.tar", {f"{n}": GOOD for n in range(8)})
     source = ShardSource([here, f"http://localhost:{free_ports(1)[0]}/1.tar"], [8, 4], seed=0)
     batch = load(source, 1, 12)[0]
-    kinds = Counter(kind for kind, _ in batch.faults)
+    kinds = Counter(kind for kind, _ in batch.bad_samples)
     # Its 4 slots, and some of them again where places were filled from the start.
     assert len(batch.keys) == 12 and set(kinds) == {"unreachable shard"} and 4 <= kinds["unreachable shard"] <= 8
-    assert all("localhost" in name for _, name in batch.faults)
+    assert all("localhost" in name for _, name in batch.bad_samples)
 
 
 def test_a_shard_that_is_gone_since_it_was_counted_is_unreachable(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from test_corner import tower
 from test_train import SMALL, losses, read_metrics
 from torch.nn.attention.flex_attention import flex_attention
 
-from training.data.loader import trim_padding
+from training.data.reader import trim_padding
 from training.main import main
 from training.model import row_attention
 from training.model.corner import prefix_attention
@@ -194,8 +194,8 @@ def test_the_training_model_puts_features_where_they_belong(mode, num_long):
     long = long[:, :num_long]
     images = torch.randn(6, 3, 64, 64)
     whole = TrainModel(model)
-    expected = whole(images, short, long)
-    got = whole(images, None, None, make_arranger(model, mode, CPU, False)(short, long))
+    expected = whole(images, short, long if num_long else None)
+    got = whole(images, packed_text=make_arranger(model, mode, CPU, False)(short, long))
     assert got["text_features"].shape == expected["text_features"].shape
     torch.testing.assert_close(got["text_features"], expected["text_features"], rtol=0, atol=1e-5)
 

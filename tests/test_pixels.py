@@ -14,7 +14,7 @@ from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from support import REFERENCE
 from training.data.augment import normalise_pixels, strong_augmentation, without_normalisation
 from training.data.images import MODES, PictureReader, decode_bytes, pixels_needed
-from training.data.loader import seed_augmentation
+from training.data.reader import seed_augmentation
 
 PHOTO = REFERENCE / "preprocess" / "preprocess_images" / "rgb_2250x1500.png"
 

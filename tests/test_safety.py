@@ -155,7 +155,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
         model = Model()
         fused = {"fused": True} if optimizer is torch.optim.AdamW else {}
         step = Stepper(model, model, Loss(), optimizer(model.parameters(), lr=0.1, weight_decay=0.1, **fused))
-        skipped = [float(step([(torch.full((2, 3), x),)])["skipped_steps"]) for x in inputs]
+        skipped = [float(step([{"x": torch.full((2, 3), x)}])["skipped_steps"]) for x in inputs]
         return [p.detach().tolist() for p in model.parameters()], skipped
 
     clean, _ = weights_after(1.0, 2.0, 3.0)

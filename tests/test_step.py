@@ -22,19 +22,22 @@ class Towers(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(7.0)))
         self.double()
 
-    def forward(self, images, short, long):
-        texts = torch.cat([self.text(short)[:, None], self.text(long)], dim=1)
+    def forward(self, image, text, long_text):
+        texts = torch.cat([self.text(text)[:, None], self.text(long_text)], dim=1)
         return {
-            "image_features": normalize(self.dropout(self.image(images)), dim=-1),
+            "image_features": normalize(self.dropout(self.image(image)), dim=-1),
             "text_features": normalize(self.dropout(texts), dim=-1),
             "logit_scale": self.logit_scale.exp(),
         }
 
 
-def batches(count: int, size: int = 4) -> list[tuple]:
+def batches(count: int, size: int = 4) -> list[dict]:
     stream = torch.Generator().manual_seed(3)
-    shapes = ((size, 6), (size, 5), (size, 2, 5))
-    return [tuple(torch.randn(shape, generator=stream, dtype=torch.float64) for shape in shapes) for _ in range(count)]
+    shapes = {"image": (size, 6), "text": (size, 5), "long_text": (size, 2, 5)}
+    return [
+        {name: torch.randn(shape, generator=stream, dtype=torch.float64) for name, shape in shapes.items()}
+        for _ in range(count)
+    ]
 
 
 def stepper(model: nn.Module, lr: float = 0.1, **options) -> Stepper:
@@ -49,7 +52,7 @@ def test_accumulation_with_dropout_equals_one_graph_over_all_micro_batches():
     data = batches(3)
 
     torch.manual_seed(1)
-    outputs = [expected(*batch) for batch in data]
+    outputs = [expected(**batch) for batch in data]
     joined = {name: torch.cat([o[name] for o in outputs]) for name in ("image_features", "text_features")}
     loss = LongCaptionLoss(0.7, 1.3)(**joined, logit_scale=expected.logit_scale.exp())
     loss.backward()
@@ -124,13 +127,14 @@ def test_a_locked_image_tower_encodes_each_image_once():
     data = []
     for _ in range(2):
         ids = torch.randint(1000, 2000, (4, 2, 12), generator=stream)
-        data.append((torch.randn(4, 3, 64, 64, generator=stream), ids[:, 0], ids[:, 1:]))
+        images = torch.randn(4, 3, 64, 64, generator=stream)
+        data.append({"image": images, "text": ids[:, 0], "long_text": ids[:, 1:]})
     norms, calls = [], []
     for apart in (False, True):
         core = copy.deepcopy(start)
         model = TrainModel(core)
         core.visual.register_forward_hook(lambda *call: calls.append(len(call[1][0])))
-        step = stepper(core, lr=0.1, locked_images=model.image_features if apart else None)
+        step = stepper(core, lr=0.1, locked_images=model.encode_images if apart else None)
         step.model = model
         norms += [float(step(data)["grad_norm"])]
     assert calls == [4] * 4 + [4] * 2

@@ -117,7 +117,7 @@ def test_clips_tower_with_corner_tokens_is_packed_too(num_corners):
     expected = model.text.all_features(ids)
     for part in both.split(len(TEXTS)):
         torch.testing.assert_close(part, expected, rtol=0, atol=1e-5)
-    output = TrainModel(model)(torch.randn(5, 3, 224, 224), None, None, captions)
+    output = TrainModel(model)(torch.randn(5, 3, 224, 224), packed_text=captions)
     assert output["text_features"].shape == (5, 2 + num_corners, 256)
 
 

@@ -17,8 +17,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from training.data.captions import CaptionRule
 from training.data.images import PictureReader
-from training.data.loader import NoUsableSampleError, SampleReader, make_loader
-from training.data.position import Stretch
+from training.data.loader import NoUsableSampleError, make_loader
+from training.data.position import Share
+from training.data.reader import SampleReader
 from training.data.shards import ResampledShards, ShardSource, count_samples, expand_sources
 from training.data.tables import read_table
 from training.data.tar import BrokenShardError, index_shard, read_samples
@@ -62,17 +63,17 @@ def reader(seed: int = 0, epoch: int = 0, **rule) -> SampleReader:
     )
 
 
-def batches(source, stretch: Stretch, workers: int, epoch: int = 0) -> list:
-    return list(make_loader(source, reader(epoch=epoch), stretch, workers, pin=False))
+def batches(source, share: Share, workers: int, epoch: int = 0) -> list:
+    return list(make_loader(source, reader(epoch=epoch), share, workers, pin=False))
 
 
 def test_workers_outlive_a_signal_from_their_first_moment_on(tmp_path):
     """SLURM's SIGTERM may come while they start; each here gets one right after the fork, and torch's handler after."""
-    source, stretch = ShardSource(make_shards(tmp_path, [7, 5]), [7, 5], seed=0), Stretch(4, 3)
-    expected, is_on = batches(source, stretch, workers=0), [True]
+    source, share = ShardSource(make_shards(tmp_path, [7, 5]), [7, 5], seed=0), Share(4, 3)
+    expected, is_on = batches(source, share, workers=0), [True]
     os.register_at_fork(after_in_child=lambda: is_on and os.kill(os.getpid(), signal.SIGTERM))
     try:
-        got = batches(source, stretch, workers=2)
+        got = batches(source, share, workers=2)
     finally:
         is_on.clear()
     assert sorted(key for b in got for key in b.keys) == sorted(key for b in expected for key in b.keys)
@@ -99,9 +100,10 @@ def test_an_epoch_sees_every_sample_once_however_it_is_divided(tmp_path, world_s
     source = ShardSource(urls, count_samples(urls), seed=1, window=5)
     seen = []
     for rank in range(world_size):
-        stretch = Stretch(2, 24 // world_size // 2, rank, world_size)
-        for batch in batches(source, stretch, workers):
-            assert batch.images.shape == (2, 3, 8, 8) and batch.long_ids.shape == (2, 3, 1) and not batch.faults
+        share = Share(2, 24 // world_size // 2, rank, world_size)
+        for batch in batches(source, share, workers):
+            assert batch.inputs["image"].shape == (2, 3, 8, 8) and batch.inputs["long_text"].shape == (2, 3, 1)
+            assert not batch.bad_samples
             seen += batch.keys
     assert len(seen) == 24 and len(set(seen)) == 24
 
@@ -134,12 +136,12 @@ def sources(folder: Path) -> dict:
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_a_loader_goes_on_exactly_where_another_stopped(tmp_path, kind, workers):
     source = sources(tmp_path)[kind]
-    whole = batches(source, Stretch(2, 11), workers, epoch=1)
+    whole = batches(source, Share(2, 11), workers, epoch=1)
     for num_done in (1, 4, 5, 10):
         used = dict.fromkeys(range(max(workers, 1)), 0) | dict(b.position for b in whole[:num_done])
-        rest = batches(source, Stretch(2, 11, num_done=num_done, used_slots=tuple(used.values())), workers, epoch=1)
+        rest = batches(source, Share(2, 11, batches_done=num_done, slots_done=tuple(used.values())), workers, epoch=1)
         assert [b.keys for b in rest] == [b.keys for b in whole[num_done:]]
-        assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[num_done:]))
+        assert all(torch.equal(a.inputs["image"], b.inputs["image"]) for a, b in zip(rest, whole[num_done:]))
 
 
 def test_resampling_follows_the_factors(tmp_path):
@@ -163,10 +165,10 @@ FAULTS = {
 def test_bad_samples_are_counted_by_kind_and_their_places_filled(tmp_path, workers):
     samples = {f"{n:04d}": good(n) for n in range(20)} | {f"bad{i}": files for i, files in enumerate(FAULTS.values())}
     url = write_shard(tmp_path / "0.tar", samples)
-    made = batches(ShardSource([url], [26], seed=0), Stretch(2, 13), workers)
-    faults = [fault for batch in made for fault in batch.faults]
+    made = batches(ShardSource([url], [26], seed=0), Share(2, 13), workers)
+    faults = [fault for batch in made for fault in batch.bad_samples]
     assert len(made) == 13 and all(len(b.keys) == 2 for b in made)
-    # Places are filled from the start of a worker's own stretch, so some faults may be met there again.
+    # Places are filled from the start of a worker's own share, so some faults may be met there again.
     assert set(faults) == {(kind, f"0.tar/bad{i}") for i, kind in enumerate(FAULTS)}
     assert {key for b in made for key in b.keys} <= {f"0.tar/{n:04d}" for n in range(20)}
 
@@ -188,7 +190,7 @@ def test_a_shard_that_breaks_off_is_used_as_far_as_it_goes(tmp_path, caplog):
 def test_nothing_usable_ends_the_loader_with_an_error(tmp_path):
     url = write_shard(tmp_path / "0.tar", {"a": FAULTS["broken JSON"], "b": FAULTS["no image"]})
     with pytest.raises(NoUsableSampleError, match="no usable sample in slots 0 to 2"):
-        batches(ShardSource([url], [2], seed=0), Stretch(1, 2), workers=0)
+        batches(ShardSource([url], [2], seed=0), Share(1, 2), workers=0)
 
 
 def test_sizes_json_is_taken_for_remote_shards(tmp_path):
@@ -239,6 +241,6 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(tmp_path):
     def noisy(seed: int, epoch: int) -> float:
         pictures = PictureReader(lambda image: torch.rand(1) + random.random())
         noise = SampleReader(pictures, tokenizer, CaptionRule(), seed, epoch)
-        return float(noise(sample)[0])
+        return float(noise(sample).inputs["image"])
 
     assert noisy(0, 0) == noisy(0, 0) and len({noisy(0, 0), noisy(0, 1), noisy(1, 0)}) == 3

@@ -196,5 +196,5 @@ def test_corners_give_features_where_the_list_says_so():
     each = [torch.nn.functional.normalize(model.text.all_features(ids[:, k]), dim=-1) for k in range(4)]
     for corners in ((False, True, True, True), (True, False, True, False), (False, False, False, False)):
         expected = torch.cat([text if own else text[:, :1] for text, own in zip(each, corners)], dim=1)
-        output = TrainModel(model, corners=corners)(images, ids[:, 0], ids[:, 1:])
+        output = TrainModel(model, corners=corners)(None, ids[:, 0], ids[:, 1:], image_features=images)
         torch.testing.assert_close(output["text_features"], expected)

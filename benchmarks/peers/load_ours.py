@@ -10,7 +10,7 @@ import torch
 
 import training
 from training.data.open import caption_rule, open_source, open_train_data
-from training.data.position import Stretch
+from training.data.position import Share
 from training.flags.parser import parse_args
 from training.runtime.distributed import DistEnv
 
@@ -22,9 +22,9 @@ def main(shards: str, name: str, batch_size: str, num_samples: str, workers: str
     source = open_source(args, "--train-data", shards, caption_rule(args), DistEnv(0, 1, torch.device("cpu")))
     _, transform, _ = training.create_model_and_transforms(name)
     data = open_train_data(args, transform, training.get_tokenizer(name), source)
-    stretch = Stretch(args.batch_size, int(num_samples) // args.batch_size)
+    share = Share(args.batch_size, int(num_samples) // args.batch_size)
     count, start = 0, 0.0
-    for batch in data.loader(0, stretch, pin=False):
+    for batch in data.loader(0, share, pin=False):
         count += len(batch.keys) if start else 0
         start = start or time.perf_counter()
     print(count / (time.perf_counter() - start))

@@ -11,9 +11,10 @@ from training.data.augment import without_normalisation
 from training.data.captions import CaptionRule, captions_found
 from training.data.faults import BadSample
 from training.data.images import IN_TRAINING, PictureReader
-from training.data.loader import SampleReader, make_loader, read_record
+from training.data.loader import make_loader
 from training.data.padding import check_front_padding
-from training.data.position import Stretch
+from training.data.position import Share
+from training.data.reader import SampleReader, read_record
 from training.data.shards import ResampledShards, ShardSource, Source, count_samples, expand_sources
 from training.data.tables import TableSource, read_table
 from training.data.tar import BrokenShardError
@@ -36,9 +37,9 @@ class TrainData:
     reader: SampleReader
     workers: int
 
-    def loader(self, epoch: int, stretch: Stretch, pin: bool) -> DataLoader:
+    def loader(self, epoch: int, share: Share, pin: bool) -> DataLoader:
         """Returns the batches of an epoch for one process."""
-        return make_loader(self.source, replace(self.reader, epoch=epoch), stretch, self.workers, pin)
+        return make_loader(self.source, replace(self.reader, epoch=epoch), share, self.workers, pin)
 
 
 def caption_rule(args: argparse.Namespace) -> CaptionRule:

@@ -54,11 +54,11 @@ class Captions(NamedTuple):
     row: Row | None
     num_slots: int
 
-    def to(self, device: torch.device) -> "Captions":
+    def to(self, device: torch.device, non_blocking: bool = True) -> "Captions":
         """The same on a device."""
 
         def move(value: object) -> object:
-            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
 
         row = None if self.row is None else Row(*map(move, self.row))
         return Captions(tuple(map(move, self.buckets)), move(self.places), row, self.num_slots)

@@ -49,30 +49,33 @@ class TrainModel(nn.Module):
 
     def forward(
         self,
-        images: torch.Tensor,
-        short_ids: torch.Tensor | None,
-        long_ids: torch.Tensor | None,
-        captions: Captions | None = None,
+        image: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        long_text: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        packed_text: Captions | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Encodes a batch.
+        """Encodes a batch; takes one form of the images, and one of the captions.
 
         Args:
-            images: [batch, 3, H, W], normalised or uint8; or features of the locked tower [batch, dim].
-            short_ids: [batch, length].
-            long_ids: [batch, K, length], K >= 0.
-            captions: in place of both, arranged: all short ones, then all long ones.
+            image: [batch, 3, H, W], normalised or uint8.
+            text: [batch, length], the short captions.
+            long_text: [batch, K, length], if there are long captions.
+            image_features: [batch, dim] of the locked tower, instead of `image`.
+            packed_text: all short captions, then all long ones, instead of `text` and `long_text`.
 
         Returns:
             ``image_features`` [batch, dim]; ``text_features`` [batch, T, dim], or [batch, dim] if K = 0; both
             normalised; ``logit_scale`` exponentiated; ``logit_bias`` where the model has one.
         """
-        image_features, batch = self.image_features(images), len(images)
-        if captions is not None:
-            features = self.text.packed_features(captions)
+        image_features = self.encode_images(image, image_features)
+        batch = len(image_features)
+        if packed_text is not None:
+            features = self.text.packed_features(packed_text)
             short, long = features[:batch], features[batch:]
         else:
-            short = self.text.features(short_ids)
-            long = self.text.features(long_ids.flatten(0, 1)) if long_ids.shape[1] else short[:0]
+            short = self.text.features(text)
+            long = short[:0] if long_text is None else self.text.features(long_text.flatten(0, 1))
         corners = self.corners or (False, *[True] * (len(long) // batch))
         texts = [short[:, None], long.unflatten(0, (batch, -1))] if len(long) else [short[:, None]]
         text_features = torch.cat(_features_wanted(texts, corners), dim=1)
@@ -87,12 +90,14 @@ class TrainModel(nn.Module):
             output["logit_bias"] = self.model.logit_bias
         return output
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised features [batch, dim] of images, or of features that are at hand; without a graph if locked."""
-        if images.ndim == 2:
-            return normalize(images.float(), dim=-1)
+    def encode_images(
+        self, image: torch.Tensor | None = None, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns normalised features [batch, dim] of images, or of their cached features; no graph if locked."""
+        if image_features is not None:
+            return normalize(image_features.float(), dim=-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
-            return self.model.encode_image(self._pixels(images), normalize=True)
+            return self.model.encode_image(self._pixels(image), normalize=True)
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         if images.dtype == torch.uint8:

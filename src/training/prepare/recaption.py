@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from training.data.faults import FAULT_KINDS, BadSample
-from training.data.loader import read_image
+from training.data.reader import read_image
 from training.data.tar import BrokenShardError, RawSample, read_samples
 from training.prepare.engines import PROMPTS, Engine, Generated, make_engine
 from training.prepare.shards.files import (

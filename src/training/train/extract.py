@@ -29,8 +29,8 @@ from training.data.features import (
     write_index,
 )
 from training.data.images import IN_TRAINING, PictureReader
-from training.data.loader import read_image, read_record, seed_augmentation
 from training.data.open import caption_rule, open_source
+from training.data.reader import read_image, read_record, seed_augmentation
 from training.data.shards import Source
 from training.data.tar import BrokenShardError, Part, RawSample
 from training.model.factory import EncoderParts

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from training.data.loader import TrainBatch, to_device
+from training.data.batch import TrainBatch, to_device
 from training.data.open import TrainData
 from training.eval.retrieval import RetrievalWork
 from training.model.factory import EncoderParts
@@ -126,18 +126,18 @@ class Trainer:
         # Dropout differs from rank to rank.
         torch.manual_seed(args.seed * 1_000_003 + progress.epoch * env.world_size + env.rank)
         run.stepper.model.train()
-        batches = iter(run.train.loader(progress.epoch, progress.stretch, pin=env.device.type == "cuda"))
+        batches = iter(run.train.loader(progress.epoch, progress.share, pin=env.device.type == "cuda"))
         if progress.random_state:  # to begin with a loader draws a number, too
             set_random_state(progress.random_state)
             progress.random_state = None
-        num_steps = (progress.stretch.num_batches - progress.num_done) // args.accum_freq
+        num_steps = (progress.share.num_batches - progress.batches_done) // args.accum_freq
         with self.log.epoch(progress.step):
             on_device = to_device(batches, env.device)
             for _ in range(num_steps):
                 self._take_step(on_device)
         self.guard.finish()
 
-    def _take_step(self, batches: Iterator[tuple[TrainBatch, tuple]]) -> None:
+    def _take_step(self, batches: Iterator[tuple[TrainBatch, dict[str, object]]]) -> None:
         args, run, step = self.args, self.built, self.progress.step + 1
         self.watchdog.at(step, "waiting for data")
         micro_batches, inputs = [], []
@@ -149,7 +149,7 @@ class Trainer:
             inputs.append(on_device)
         self.watchdog.at(step, "taking a step")
         # After an epoch's last step `_end_epoch` saves.
-        is_last = self.progress.num_done + args.accum_freq >= self.progress.stretch.num_batches
+        is_last = self.progress.batches_done + args.accum_freq >= self.progress.share.num_batches
         self.control.start(step, can_save=not (self.writer.is_busy or is_last))
         lr = run.schedule(step - 1)
         report = run.stepper(inputs)
@@ -204,7 +204,11 @@ class Trainer:
         """Hands all ranks' state to the writer; training goes on as soon as it is copied."""
         self.watchdog.at(self.progress.step, "saving")
         self.control.saved()
-        own = {"used": list(self.progress.used), "random_state": get_random_state(), "totals": self.log.pending()}
+        own = {
+            "slots_done": list(self.progress.slots_done),
+            "random_state": get_random_state(),
+            "totals": self.log.pending(),
+        }
         everyone = self.control.gather(own)
         if not self.env.is_main:
             return

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from training.data.faults import Totals
-from training.data.position import EpochPosition, Stretch, count_items
+from training.data.position import EpochPosition, Share, count_slots
 from training.runtime.distributed import DistEnv
 from training.train.checkpoint import load_checkpoint
 
@@ -36,9 +36,9 @@ class Division:
     num_workers: int
     data: str
 
-    def whole_epoch(self, env: DistEnv) -> Stretch:
+    def whole_epoch(self, env: DistEnv) -> Share:
         """This process's part of an epoch from its beginning."""
-        return Stretch(self.batch_size, self.steps_per_epoch * self.accum_freq, env.rank, env.world_size)
+        return Share(self.batch_size, self.steps_per_epoch * self.accum_freq, env.rank, env.world_size)
 
 
 @dataclass
@@ -48,26 +48,26 @@ class Progress:
     Attributes:
         epoch: whole epochs done.
         step: optimizer steps done, over all epochs.
-        stretch: this process's part of the running epoch.
-        num_done: micro-batches done of it.
-        used: per worker, slots used up for them.
+        share: this process's part of the running epoch.
+        batches_done: micro-batches done of it.
+        slots_done: per worker, slots that were read for them.
         totals: samples of all ranks since the start, up to the last line of the log.
         random_state: to start from in mid-epoch; None starts the epoch's own.
     """
 
     epoch: int
     step: int
-    stretch: Stretch
-    num_done: int
-    used: list[int]
+    share: Share
+    batches_done: int
+    slots_done: list[int]
     totals: Totals = field(default_factory=Totals)
     random_state: dict | None = None
 
     @classmethod
     def at_epoch(cls, epoch: int, division: Division, env: DistEnv, totals: Totals | None = None) -> "Progress":
         """The beginning of an epoch."""
-        step, used = epoch * division.steps_per_epoch, [0] * division.num_workers
-        return cls(epoch, step, division.whole_epoch(env), 0, used, totals or Totals())
+        step, slots_done = epoch * division.steps_per_epoch, [0] * division.num_workers
+        return cls(epoch, step, division.whole_epoch(env), 0, slots_done, totals or Totals())
 
     def next_epoch(self, division: Division, env: DistEnv) -> "Progress":
         """The beginning of the epoch after this one."""
@@ -76,15 +76,15 @@ class Progress:
     def advance(self, positions: Sequence[tuple[int, int]]) -> None:
         """Counts a step, from the `TrainBatch.position` of its micro-batches."""
         self.step += 1
-        self.num_done += len(positions)
+        self.batches_done += len(positions)
         for worker, num_slots in positions:
-            self.used[worker] = num_slots
+            self.slots_done[worker] = num_slots
 
     def to_content(self, everyone: Sequence[dict], division: Division, env: DistEnv) -> dict:
         """What a checkpoint keeps of it.
 
         Args:
-            everyone: of each rank ``used``, ``random_state`` and ``totals``, samples since the last line of the log.
+            everyone: of each rank ``slots_done``, ``random_state``, and ``totals`` since the last line of the log.
             division: of this run.
             env: this process.
         """
@@ -92,13 +92,13 @@ class Progress:
         for state in everyone:
             totals.add(Totals.from_dict(state["totals"]))
         content = {"epoch": self.epoch, "step": self.step, "totals": totals.to_dict()}
-        if self.step == self.epoch * division.steps_per_epoch and not self.num_done:
+        if self.step == self.epoch * division.steps_per_epoch and not self.batches_done:
             return content | {"position": None}
-        used = tuple(tuple(state["used"]) for state in everyone)
-        stretch = self.stretch
+        slots_done = tuple(tuple(state["slots_done"]) for state in everyone)
+        share = self.share
         position = EpochPosition(
-            env.world_size, division.num_workers, stretch.batch_size, stretch.num_batches, self.num_done, used,
-            stretch.left,
+            env.world_size, division.num_workers, share.batch_size, share.num_batches, self.batches_done, slots_done,
+            share.left,
         )  # fmt: skip
         return content | {
             "position": position.to_dict(),
@@ -134,23 +134,23 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
     position, epoch = EpochPosition.from_dict(content["position"]), content["epoch"]
     same_step = content["accum_freq"] == division.accum_freq
     if same_step and position.same_division(env.world_size, division.num_workers, division.batch_size):
-        used = list(position.used[env.rank])
+        slots_done = list(position.slots_done[env.rank])
         random_state = content["random_states"][env.rank]
-        stretch = position.stretch(env.rank)
-        return Progress(epoch, content["step"], stretch, position.num_done, used, totals, random_state)
-    left = position.unused()
+        share = position.share(env.rank)
+        return Progress(epoch, content["step"], share, position.batches_done, slots_done, totals, random_state)
+    left = position.unread()
     per_step = division.batch_size * division.accum_freq * env.world_size
-    num_steps = count_items(left) // per_step
+    num_steps = count_slots(left) // per_step
     if env.is_main:
         logger.warning(
             f"{path} was saved by {position.world_size} processes x {position.num_workers} workers with batches of "
-            f"{position.batch_size} x {content['accum_freq']}: the {count_items(left):,} samples left of epoch "
+            f"{position.batch_size} x {content['accum_freq']}: the {count_slots(left):,} samples left of epoch "
             f"{epoch + 1} come in another order, in {num_steps:,} steps of {per_step:,}; "
-            f"{count_items(left) - num_steps * per_step:,} of them fill no step and are left out"
+            f"{count_slots(left) - num_steps * per_step:,} of them fill no step and are left out"
         )
-    stretch = Stretch(division.batch_size, num_steps * division.accum_freq, env.rank, env.world_size, left=left)
+    share = Share(division.batch_size, num_steps * division.accum_freq, env.rank, env.world_size, left=left)
     step = (epoch + 1) * division.steps_per_epoch - num_steps
-    return Progress(epoch, step, stretch, 0, [0] * division.num_workers, totals)
+    return Progress(epoch, step, share, 0, [0] * division.num_workers, totals)
 
 
 def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object) -> dict:

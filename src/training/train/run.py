@@ -175,7 +175,7 @@ def _build(
         scaler=scaler,
         max_norm=args.grad_clip_norm,
         on_any_rank=lambda flag: any_rank(flag, env),
-        locked_images=whole.image_features if whole.image_is_locked else None,
+        locked_images=whole.encode_images if whole.image_is_locked else None,
     )
     val = None
     if val_source:

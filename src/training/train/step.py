@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 LOGIT_SCALE_MAX = math.log(100)
+IMAGE_INPUTS = ("image", "image_features")
 ROW_WISE = ("image_features", "text_features")
 
 
@@ -18,8 +19,7 @@ class Stepper:
     """What a step needs, apart from data.
 
     Attributes:
-        model: a `TrainModel`, perhaps compiled or under DDP; called as model(images, short_ids, long_ids), or with
-            features [batch, dim] in place of images.
+        model: a `TrainModel`, perhaps compiled or under DDP; called with a batch's inputs by name.
         core: the two-tower model inside it.
         loss: called with the model's output and ``output_dict=True``.
         optimizer: of `core`'s parameters.
@@ -27,8 +27,9 @@ class Stepper:
         scaler: of float16 gradients; None otherwise.
         max_norm: gradients are clipped to it; None leaves them.
         on_any_rank: flag on the device -> whether it is set on any rank.
-        locked_images: images -> features, of an image tower that is not trained: run once for each image, apart from
-            `model`, and gathered while the text tower computes. None where images go through `model`.
+        locked_images: ``image`` or ``image_features`` -> normalised features, of an image tower that is not trained. It
+            runs once for each image, apart from `model`; the features are gathered while the text tower computes. None
+            where images go through `model`.
     """
 
     model: nn.Module
@@ -39,13 +40,13 @@ class Stepper:
     scaler: torch.amp.GradScaler | None = None
     max_norm: float | None = None
     on_any_rank: Callable[[torch.Tensor], torch.Tensor] = lambda flag: flag
-    locked_images: Callable[[torch.Tensor], torch.Tensor] | None = None
+    locked_images: Callable[..., torch.Tensor] | None = None
 
-    def __call__(self, micro_batches: Sequence[tuple]) -> dict[str, torch.Tensor]:
+    def __call__(self, micro_batches: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
         """Trains on micro-batches as on one batch of them all; leaves all as it was if loss or gradient is not finite.
 
         Args:
-            micro_batches: inputs of the model each, on its device.
+            micro_batches: inputs of the model by name (see `data.batch`), on its device.
 
         Returns:
             Loss terms, ``loss``, ``grad_norm``, ``logit_scale`` and ``skipped_steps`` (1: loss or gradient not finite,
@@ -54,8 +55,11 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         compare = partial(self.loss, output_dict=True)
         if self.locked_images is not None:
-            features = self._encode_locked([images for images, *_ in micro_batches])
-            micro_batches = [(own, *texts) for own, (_, *texts) in zip(features, micro_batches)]
+            features = self._encode_locked(micro_batches)
+            micro_batches = [
+                {"image_features": own} | {name: value for name, value in batch.items() if name not in IMAGE_INPUTS}
+                for own, batch in zip(features, micro_batches)
+            ]
             compare = partial(compare, early=self.loss.gather_early(torch.cat(features)))
         if len(micro_batches) == 1:
             terms = self._forward_backward(self._forward(micro_batches[0]), compare)
@@ -70,13 +74,14 @@ class Stepper:
         return {"loss": total, **report, "grad_norm": grad_norm, "logit_scale": scale, "skipped_steps": skipped}
 
     @torch.no_grad()
-    def _encode_locked(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _encode_locked(self, micro_batches: Sequence[dict[str, object]]) -> list[torch.Tensor]:
+        images = [{name: batch[name] for name in IMAGE_INPUTS if name in batch} for batch in micro_batches]
         with self.autocast():
-            return [self.locked_images(batch).float() for batch in images]
+            return [self.locked_images(**own).float() for own in images]
 
-    def _forward(self, batch: tuple) -> dict[str, torch.Tensor]:
+    def _forward(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
         with self.autocast():
-            return self.model(*batch)
+            return self.model(**batch)
 
     def _forward_backward(self, output: dict[str, torch.Tensor], compare: Callable) -> dict[str, torch.Tensor]:
         # Logits in fp32: features of 16 bits would make near ties of different captions.
@@ -86,7 +91,7 @@ class Stepper:
         (self.scaler.scale(total) if self.scaler else total).backward()
         return terms
 
-    def _accumulate(self, micro_batches: Sequence[tuple], compare: Callable) -> dict[str, torch.Tensor]:
+    def _accumulate(self, micro_batches: Sequence[dict[str, object]], compare: Callable) -> dict[str, torch.Tensor]:
         """Contrastive accumulation: features of all without a graph, then each again with one, among the others'.
 
         Source: GradCache (arXiv 2101.06983). The second pass draws the same dropout as the first.

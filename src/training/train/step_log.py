@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
+from training.data.batch import TrainBatch
 from training.data.faults import FAULT_KINDS, TooManyBadSamplesError, Totals
-from training.data.loader import TrainBatch
 from training.runtime.distributed import DistEnv, sum_over_ranks
 from training.runtime.tracking import Tracker
 
@@ -90,8 +90,8 @@ class StepLog:
         self.samples += len(batch.keys)
         self.tokens += batch.num_tokens
         self.slots += batch.num_slots
-        self.own.add(Totals(len(batch.keys) + len(batch.faults), Counter(kind for kind, _ in batch.faults)))
-        for kind, name in batch.faults:
+        self.own.add(Totals(len(batch.keys) + len(batch.bad_samples), Counter(kind for kind, _ in batch.bad_samples)))
+        for kind, name in batch.bad_samples:
             self.told[kind] += 1
             if self.told[kind] <= EXAMPLES_PER_KIND:
                 more = "; further ones are counted only" if self.told[kind] == EXAMPLES_PER_KIND else ""

@@ -10,7 +10,7 @@ import torch
 
 from training.data.images import IN_EVALUATION
 from training.data.open import TrainData
-from training.data.position import Stretch
+from training.data.position import Share
 from training.eval.encode import ComputeOptions
 from training.eval.metrics import count_ranks, summarise
 from training.eval.results import flatten, flatten_zero_shot, format_table, format_zero_shot, write_results
@@ -28,11 +28,11 @@ class ValidationSet:
 
     Attributes:
         data: its samples, with the captions that epoch 0 chooses.
-        stretch: this rank's part: whole batches, as many on every rank.
+        share: this rank's part: whole batches, as many on every rank.
     """
 
     data: TrainData
-    stretch: Stretch
+    share: Share
 
     @classmethod
     def of(cls, data: TrainData, batch_size: int, env: DistEnv) -> "ValidationSet":
@@ -45,7 +45,7 @@ class ValidationSet:
         num_used = num_batches * batch_size * env.world_size
         if env.is_main and num_used != num_samples:
             logger.warning(f"--val-data: {num_used:,} of {num_samples:,} samples are used, in whole batches")
-        return cls(data, Stretch(batch_size, num_batches, env.rank, env.world_size))
+        return cls(data, Share(batch_size, num_batches, env.rank, env.world_size))
 
 
 @torch.no_grad()
@@ -66,15 +66,15 @@ def validate(
         (``short_i2t_top1``, ..) and with the first long one (``long_i2t_top1``, ..).
     """
     terms, images, texts, num_faults = [], [], [], 0
-    for batch in val.data.loader(0, val.stretch, pin=env.device.type == "cuda"):
+    for batch in val.data.loader(0, val.share, pin=env.device.type == "cuda"):
         with autocast():
-            output = {name: value.float() for name, value in model(*batch.inputs(env.device)).items()}
+            output = {name: value.float() for name, value in model(**batch.inputs_on(env.device)).items()}
         terms.append(loss(**output, output_dict=True))
         text = output["text_features"]
         text = text if text.ndim == 3 else text[:, None]
         images.append(output["image_features"].cpu())
         texts.append(text[:, :2].cpu())
-        num_faults += len(batch.faults)
+        num_faults += len(batch.bad_samples)
     means = torch.tensor([[float(v) for v in t.values()] for t in terms], dtype=torch.float64).mean(dim=0)
     means = sum_over_ranks(means, env) / env.world_size
     result = dict(zip(terms[0], means.tolist()))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
 from training.data.faults import BadSample
-from training.data.loader import IMAGE_SUFFIXES, read_image, read_record
+from training.data.reader import IMAGE_SUFFIXES, read_image, read_record
 from training.data.shards import expand_sources
 from training.data.tar import BrokenShardError, RawSample, index_shard, is_local, read_samples
 from training.model.factory import get_tokenizer

@@ -1,0 +1,180 @@
+"""From a raw sample to pixels and texts: decode, augment, choose captions; a function of seed, epoch and key."""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
+from training.data.captions import CaptionRule, NoCaptionError, choose_captions
+from training.data.faults import BadSample
+from training.data.images import PictureReader
+from training.data.padding import pad_in_front
+from training.data.tar import RawSample
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+class Sample(NamedTuple):
+    """One row of a batch before it is tokenised.
+
+    Attributes:
+        inputs: ``image`` [3, H, W], or the cached ``image_features`` [dim].
+        texts: as many as the caption rule says, the short caption first.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Turns a raw sample into pixels and texts; what is random depends on seed, epoch and the sample's key alone.
+
+    Attributes:
+        pictures: file -> [3, H, W].
+        tokenizer: texts -> ids.
+        rule: which captions to choose.
+        seed: of augmentation and caption choice.
+        epoch: likewise.
+        arrange: (short ids [batch, L], long ids [batch, K, L]) -> packed captions; None leaves them padded.
+    """
+
+    pictures: PictureReader
+    tokenizer: Callable
+    rule: CaptionRule
+    seed: int
+    epoch: int
+    arrange: Callable | None = None
+
+    def __call__(self, raw: RawSample) -> Sample:
+        """Decodes, augments and chooses captions.
+
+        Raises:
+            BadSample: the sample can't be used.
+        """
+        seed_augmentation(f"{self.seed}/{self.epoch}/{raw.source}/{raw.key}")
+        try:
+            texts = choose_captions(read_record(raw), self.rule, random)
+        except NoCaptionError as error:
+            raise BadSample(str(error)) from error
+        if not all(map(_is_unicode, texts)):
+            raise BadSample("text not UTF-8")
+        if raw.features is not None:
+            view = random.randrange(len(raw.features))
+            return Sample({"image_features": torch.from_numpy(raw.features[view].astype(np.float32))}, texts)
+        return Sample({"image": self.pictures.transform(read_image(raw, self.pictures.decode))}, texts)
+
+
+def read_record(raw: RawSample) -> dict:
+    """Returns the captions of a sample by key, with whatever else lies beside them.
+
+    Raises:
+        BadSample: broken JSON, or text that is not UTF-8.
+    """
+    if raw.fault:
+        raise BadSample(raw.fault)
+    record = dict(raw.record)
+    if "json" in raw.files:
+        try:
+            content = json.loads(raw.files["json"])
+        except UnicodeDecodeError as error:
+            raise BadSample("text not UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise BadSample("broken JSON") from error
+        if not isinstance(content, dict):
+            raise BadSample("JSON not an object")
+        record |= content
+    if "txt" in raw.files:
+        try:
+            record.setdefault("txt", raw.files["txt"].decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise BadSample("text not UTF-8") from error
+    return record
+
+
+def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
+    """Returns a sample's image as `decode` gives it.
+
+    Raises:
+        BadSample: no image, or one that can't be decoded.
+    """
+    suffix = next((s for s in IMAGE_SUFFIXES if s in raw.files), None)
+    if suffix is None and raw.image_path is None:
+        raise BadSample("no image")
+    try:
+        return decode(raw.image_path if suffix is None else raw.files[suffix])
+    except HugeImageError as error:
+        raise BadSample("image too large") from error
+    except BrokenImageError as error:
+        raise BadSample("broken image") from error
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def seed_augmentation(name: str) -> None:
+    """Seeds every random stream that image transforms draw from; those of GPUs are left alone."""
+    number = int.from_bytes(sha256(name.encode()).digest()[:8], "big")
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.default_generator.manual_seed(number % 2**63)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restores the process's random streams afterwards: without workers, loading must not disturb dropout."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+def tokenise(tokenizer: Callable, texts: list[str], fronts: Sequence[float] = ()) -> tuple[torch.Tensor, int]:
+    """Tokenises n texts.
+
+    Args:
+        tokenizer: of the model.
+        texts: n.
+        fronts: share of each text's free places that is padded in front, see `padding.pad_in_front`.
+
+    Returns:
+        Token ids [n, length], cut after the longest text, and the number of tokens that are not padding.
+    """
+    ids = tokenizer(texts)
+    return trim_padding(tokenizer, pad_in_front(ids, fronts) if any(fronts) else ids)
+
+
+def trim_padding(tokenizer: Callable, ids: torch.Tensor, multiple: int = 8) -> tuple[torch.Tensor, int]:
+    """Cuts off the padding that all texts share.
+
+    Args:
+        tokenizer: made the ids. Only our own are cut; rows of others may carry tokens at their end.
+        ids: [n, context_length].
+        multiple: `length` is a multiple of it, or the context length, which keeps the number of shapes small.
+
+    Returns:
+        Ids [n, length], and the number of tokens that are not padding.
+    """
+    hugging_face = getattr(tokenizer, "tokenizer", None)
+    pad_id = getattr(tokenizer, "pad_id", getattr(hugging_face, "pad_token_id", 0))
+    lengths = (ids != pad_id).sum(dim=1)
+    if hasattr(tokenizer, "pad_id"):
+        # CLIP's padding is also the id of an exclamation mark, so the last token decides.
+        lengths = ((ids != pad_id) * torch.arange(1, ids.shape[1] + 1)).amax(dim=1)
+        longest = int(lengths.max())
+        ids = ids[:, : min(ids.shape[1], -(-longest // multiple) * multiple)].contiguous()
+    return ids, int(lengths.sum())
