@@ -217,7 +217,8 @@ def validate_model_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the message names the flag, what was found and what to do.
     """
-    if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
+    brings_weights = args.model.startswith(("local-dir:", "hf-hub:"))
+    if args.pretrained and brings_weights and not os.path.isfile(args.pretrained):
         raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} brings its own weights")
     if args.pretrained and (args.pretrained_image or args.pretrained_text):
         raise ValueError(

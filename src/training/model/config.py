@@ -13,7 +13,7 @@ from pathlib import Path
 import open_clip
 import timm
 
-from training.model.transformers_clip import HF, find_folder, read_config
+from training.model.transformers_clip import CLIP_VOCABULARY, HF, find_folder, read_config
 from training.runtime.messages import first_line
 
 LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
@@ -120,7 +120,7 @@ def resolve_model_config(
     is_ours = "num_corner_token" in text_cfg
     if is_ours and not preprocess_cfg:
         preprocess_cfg = _timm_preprocessing(model_cfg["vision_cfg"])
-    if is_ours and name.startswith(HF) and text_cfg["vocab_size"] != 49408:
+    if is_ours and name.startswith(HF) and text_cfg["vocab_size"] != CLIP_VOCABULARY:
         raise ValueError(f"--model {name}: corner tokens and other context lengths need CLIP's own vocabulary")
     if is_ours and "multimodal_cfg" in model_cfg:
         raise ValueError(f"--model {name}: CoCa models can't take corner tokens or another context length")

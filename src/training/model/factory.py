@@ -82,6 +82,8 @@ def create_model(
             _start_text(model, spec, cache_dir)
         if pretrained_image:
             _start_image(model, spec, cache_dir, pretrained_image)
+    # What `saving.save_pretrained` writes to open_clip_config.json.
+    model.lotlip_config = {"model_cfg": spec.model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
     return model.to(device)
 
 
@@ -154,8 +156,7 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
         ).to(_CASTS.get(precision, torch.float32))
     else:
         text = CornerCLIPText(model.text, num_corners)
-    config = {"model_cfg": spec.model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
-    return LotlipCLIP(model, text, config)
+    return LotlipCLIP(model, text)
 
 
 def _vision_cfg(spec: ModelSpec, kwargs: dict) -> dict:

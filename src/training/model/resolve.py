@@ -36,7 +36,7 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
         ValueError: unknown model, or neither a tag of it nor a file.
         FileNotFoundError: folder, config or file not there, or the download failed.
     """
-    if name.startswith(LOCAL_DIR):
+    if name.startswith(LOCAL_DIR) and not (pretrained and Path(pretrained).is_file()):
         return _weights_in_folder(Path(name.removeprefix(LOCAL_DIR)))
     if name.startswith(HF_HUB):
         return Path(open_clip.pretrained.download_pretrained_from_hf(name.removeprefix(HF_HUB), cache_dir=cache_dir))
@@ -45,6 +45,8 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
         read_config(folder)
         if pretrained is None:
             return transformers_clip.find_weights(folder)
+    elif name.startswith(LOCAL_DIR):
+        read_config_file(Path(name.removeprefix(LOCAL_DIR)) / CONFIG_FILE)
     elif name.startswith(CONFIG):
         read_config_file(Path(name.removeprefix(CONFIG)))
     else:

@@ -1,4 +1,4 @@
-"""Saving a model of ours as a folder that ``local-dir:`` loads, and that may be pushed to the hub as it is."""
+"""Saving a model as a folder that ``local-dir:`` loads, and that may be pushed to the hub as it is."""
 
 import json
 from collections.abc import Callable
@@ -6,15 +6,17 @@ from copy import deepcopy
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import nn
 
 from training.model.config import CONFIG_FILE
-from training.model.text_tower import CornerHFText, LotlipCLIP
+from training.model.text_tower import CornerHFText
+from training.model.transformers_clip import CLIP_VOCABULARY, FolderTokenizer, nearest_timm_name
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _NOT_ARCHITECTURE = ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type")
 
 
-def save_pretrained(model: LotlipCLIP, folder: str | Path, tokenizer: Callable | None = None) -> Path:
+def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Callable | None = None) -> Path:
     """Writes config, weights and tokenizer.
 
     Args:
@@ -23,20 +25,29 @@ def save_pretrained(model: LotlipCLIP, folder: str | Path, tokenizer: Callable |
         tokenizer: of `factory.get_tokenizer`; without it the folder's user needs the one that the config names.
 
     Returns:
-        The folder. ``create_model("local-dir:FOLDER")`` gives the same model, bit for bit.
+        The folder. ``create_model("local-dir:FOLDER")`` gives the same model, bit for bit; that of a SigLIP by ``hf:``
+        gets the nearest of timm's image towers, whose activation differs a little.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = deepcopy(model.lotlip_config)
-    if isinstance(model.text, CornerHFText):
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if isinstance(getattr(model, "text", None), CornerHFText):
         # Spelled out, so that nobody needs the hub to know the encoder's size.
         encoder = model.text.transformer.config
         fields = {k: v for k, v in encoder.to_diff_dict().items() if k not in _NOT_ARCHITECTURE}
         fields["vocab_size"] = encoder.vocab_size - model.text.num_corners
-        config["model_cfg"]["text_cfg"]["hf_config"] = {"model_type": encoder.model_type, **fields}
+        text_cfg["hf_config"] = {"model_type": encoder.model_type, **fields}
+    if getattr(model, "logit_bias", None) is not None:  # without this entry open_clip builds a model that has none
+        config["model_cfg"].setdefault("init_logit_bias", float(model.logit_bias.detach()))
+    vision_cfg = config["model_cfg"]["vision_cfg"]
+    if timm_name := vision_cfg.get("timm_model_name"):
+        vision_cfg["timm_model_name"] = nearest_timm_name(timm_name)
+    if isinstance(tokenizer, FolderTokenizer) and text_cfg.get("vocab_size") != CLIP_VOCABULARY:
+        text_cfg["hf_tokenizer_name"] = "."  # open_clip looks into the folder itself
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file({name: tensor.clone() for name, tensor in state.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
-    if tokenizer is not None:
+    if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     return folder

@@ -177,13 +177,11 @@ class LotlipCLIP(open_clip.CustomTextCLIP):
     Args:
         stock: open_clip's model, whose image tower, temperature and settings are taken over.
         text: `CornerHFText` or `CornerCLIPText`.
-        lotlip_config: what `saving.save_pretrained` writes to ``open_clip_config.json``.
     """
 
-    def __init__(self, stock: open_clip.CustomTextCLIP, text: CornerTower, lotlip_config: dict):
+    def __init__(self, stock: open_clip.CustomTextCLIP, text: CornerTower):
         nn.Module.__init__(self)
         self.output_dict = stock.output_dict
         self.visual, self.text = stock.visual, text
         self.context_length, self.vocab_size = text.context_length, text.vocab_size
         self.logit_scale, self.logit_bias = stock.logit_scale, stock.logit_bias
-        self.lotlip_config = lotlip_config

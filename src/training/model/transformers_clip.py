@@ -19,6 +19,8 @@ from training.runtime.messages import first_line
 
 HF = "hf:"
 FAMILIES = ("clip", "siglip")
+CLIP_VOCABULARY = 49408
+_REGISTERED = "hf_siglip_"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
@@ -154,7 +156,7 @@ def _register_siglip(vision: object) -> str:
     """Makes timm know an image tower of exactly this config; returns its name."""
     sizes = (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
     sizes += (vision.num_attention_heads, vision.intermediate_size)
-    name = f"hf_siglip_{'_'.join(map(str, sizes))}_{vision.hidden_act}_{vision.layer_norm_eps:g}".replace("-", "m")
+    name = f"{_REGISTERED}{'_'.join(map(str, sizes))}_{vision.hidden_act}_{vision.layer_norm_eps:g}".replace("-", "m")
     name = name.replace(".", "p")
     if timm.is_model(name):
         return name
@@ -179,6 +181,23 @@ def _register_siglip(vision: object) -> str:
     build.__name__ = name
     timm.models.register_model(build)
     return name
+
+
+def nearest_timm_name(name: str) -> str:
+    """Returns the image tower of timm's own that has the sizes of one registered here; other names as they are.
+
+    Raises:
+        ValueError: timm has none of these sizes.
+    """
+    if not name.startswith(_REGISTERED):
+        return name
+    image_size, patch, width, depth = name.removeprefix(_REGISTERED).split("_")[:4]
+    kinds = {("768", "12"): "base", ("1024", "24"): "large", ("1152", "27"): "so400m", ("1536", "40"): "giantopt"}
+    kind = kinds.get((width, depth))
+    nearest = f"vit_{kind}_patch{patch}_siglip_{image_size}"
+    if kind is None or not timm.is_model(nearest):
+        raise ValueError(f"timm has no SigLIP image tower of width {width}, {depth} layers and {image_size} pixels")
+    return nearest
 
 
 def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:

@@ -1,0 +1,88 @@
+"""The model card of an exported model, made from its run."""
+
+from pathlib import Path
+
+import yaml
+
+from training.export.source import Source
+
+_RECIPE = (
+    ("train_data", "training data"),
+    ("captions", "captions"),
+    ("num_long_captions", "long captions per image"),
+    ("epochs", "epochs"),
+    ("batch_size", "batch size per process"),
+    ("accum_freq", "batches per step"),
+    ("lr", "learning rate"),
+    ("wd", "weight decay"),
+    ("warmup", "warm-up steps"),
+    ("lock_image", "image tower locked"),
+    ("siglip", "pairwise sigmoid loss"),
+    ("precision", "precision"),
+    ("seed", "seed"),
+)
+_LIBRARY = {"open_clip": "open_clip", "transformers": "transformers", "onnx": "onnx"}
+_USE = {
+    "open_clip": """import training  # open_clip itself does for models without corner tokens
+model, _, preprocess = training.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = training.get_tokenizer("local-dir:FOLDER")
+""",
+    "transformers": """from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor
+model = AutoModel.from_pretrained("FOLDER"{code}).eval()
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{code})
+processor = CLIPImageProcessor.from_pretrained("FOLDER")
+ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+text = model.get_text_features(input_ids=ids)
+image = model.get_image_features(**processor(images, return_tensors="pt"))
+""",
+    "onnx": """import onnxruntime, tokenizers
+tokenizer = tokenizers.Tokenizer.from_file("FOLDER/tokenizer.json")
+tokenizer.enable_truncation({length})
+text = onnxruntime.InferenceSession("FOLDER/text.onnx").run(None, {{"input_ids": [tokenizer.encode(caption).ids]}})
+image = onnxruntime.InferenceSession("FOLDER/image.onnx").run(None, {{"pixel_values": pixels}})
+# pixels: [n, 3, {size}, {size}], RGB in 0..1, less {mean}, divided by {std}
+""",
+}
+
+
+def write_card(source: Source, folder: Path, to: str, licence: str, largest: dict[str, float]) -> None:
+    """Writes ``README.md``: what the model is, how it was trained, what it reached, how it is used.
+
+    What the run does not say is written as missing.
+    """
+    model_cfg, preprocess = source.config["model_cfg"], source.config["preprocess_cfg"]
+    head = {"license": licence, "library_name": _LIBRARY[to], "pipeline_tag": "zero-shot-image-classification"}
+    text = model_cfg["text_cfg"]
+    facts = {
+        "length": source.tokenizer.context_length,
+        "size": source.model.visual.image_size[0],
+        "mean": tuple(round(value, 4) for value in preprocess["mean"]),
+        "std": tuple(round(value, 4) for value in preprocess["std"]),
+        "code": ", trust_remote_code=True" if (folder / "modeling_lotlip.py").is_file() else "",
+    }
+    lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", f"# {source.name}", ""]
+    lines += [
+        f"A dual encoder for images of {facts['size']} pixels and captions of up to {facts['length']} tokens, with "
+        f"features of {model_cfg['embed_dim']} numbers, {text.get('num_corner_token') or 0} corner tokens.",
+        "",
+        "## Training",
+        "",
+    ]
+    rows = [(title, source.flags[key]) for key, title in _RECIPE if source.flags.get(key) not in (None, [], False)]
+    lines += _table(("setting", "value"), rows) if rows else ["The recipe is not known: the export had no run."]
+    lines += ["", "## Results", ""]
+    scores = [
+        (key.removesuffix("-i2t-top1"), f"{100 * value:.2f}", f"{100 * source.results[key.replace('i2t', 't2i')]:.2f}")
+        for key, value in source.results.items()
+        if key.endswith("-i2t-top1")
+    ]
+    lines += _table(("R@1 in percent", "I2T", "T2I"), scores) if scores else ["Not evaluated in this run."]
+    lines += ["", "## Use", "", "```python", _USE[to].format(**facts).strip(), "```", ""]
+    worst = ", ".join(f"{kind} {value:.1e}" for kind, value in largest.items())
+    lines += [f"Checked: the largest difference of normalised features to the original is {worst} (32 samples).", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
+    table = [head, ("---",) * len(head), *rows]
+    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in table]

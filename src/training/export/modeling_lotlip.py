@@ -1,0 +1,142 @@
+"""LoTLIP for transformers, in one file: AutoModel.from_pretrained(FOLDER, trust_remote_code=True).
+
+    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
+    tokenizer, processor = AutoTokenizer.from_pretrained(FOLDER), CLIPImageProcessor.from_pretrained(FOLDER)
+    ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
+    text, image = model.get_text_features(ids), model.get_image_features(**processor(images, return_tensors="pt"))
+
+The text tower is a BERT with m corner tokens after [CLS], which the tokenizer puts in. They read the text and nobody
+reads them; the first feature of a caption is [CLS]'s. The image tower is CLIP's or one of timm's (pip install timm).
+"""
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+
+class LotlipConfig(PretrainedConfig):
+    """Sizes of both towers.
+
+    Args:
+        text_config: of the BERT.
+        vision_config: of a CLIP image tower, with vision_pool (``tok``: class token, ``avg``: mean of patches), or
+        timm_model_name, timm_pool: of a timm one; `vision_projection` says whether a linear map follows.
+        num_corner_tokens: m.
+        pooler: ``cls_pooler`` (BERT's dense + tanh) or ``cls_last_hidden_state_pooler``.
+        text_projection: ``linear``, ``mlp`` or None.
+        projection_dim: of the features.
+    """
+
+    model_type = "lotlip"
+
+    def __init__(
+        self,
+        text_config: dict | None = None,
+        vision_config: dict | None = None,
+        vision_pool: str = "tok",
+        timm_model_name: str | None = None,
+        timm_pool: str = "",
+        vision_projection: bool = False,
+        image_size: int = 224,
+        num_corner_tokens: int = 0,
+        pooler: str = "cls_pooler",
+        text_projection: str | None = "linear",
+        projection_dim: int = 512,
+        **kwargs,
+    ):
+        self.text_config, self.vision_config = text_config or {"model_type": "bert"}, vision_config
+        self.vision_pool = vision_pool
+        self.timm_model_name, self.timm_pool, self.vision_projection = timm_model_name, timm_pool, vision_projection
+        self.image_size, self.num_corner_tokens, self.pooler = image_size, num_corner_tokens, pooler
+        self.text_projection, self.projection_dim = text_projection, projection_dim
+        super().__init__(**kwargs)
+
+
+class LotlipModel(PreTrainedModel):
+    """Both towers; features are not normalised, as those of transformers' CLIPModel."""
+
+    config_class = LotlipConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: LotlipConfig):
+        super().__init__(config)
+        fields = dict(config.text_config)
+        text = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        has_pooler = config.pooler == "cls_pooler"
+        self.text_model = AutoModel.from_config(text, add_pooling_layer=has_pooler, attn_implementation="sdpa")
+        width, dim = text.hidden_size, config.projection_dim
+        if config.text_projection == "linear":
+            self.text_projection = nn.Linear(width, dim, bias=False)
+        elif config.text_projection == "mlp":
+            middle = (width + dim) // 2
+            layers = nn.Linear(width, middle, bias=False), nn.GELU(), nn.Linear(middle, dim, bias=False)
+            self.text_projection = nn.Sequential(*layers)
+        else:
+            self.text_projection = nn.Identity()
+        if config.vision_config:
+            self.vision_model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config.vision_config))
+        else:
+            import timm
+
+            self.vision_model = timm.create_model(config.timm_model_name, num_classes=0, global_pool=config.timm_pool)
+            width = self.vision_model.num_features
+            self.visual_projection = nn.Linear(width, dim, bias=False) if config.vision_projection else nn.Identity()
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def get_text_features(self, input_ids: torch.Tensor, all_features: bool = False) -> torch.Tensor:
+        """Features of captions.
+
+        Args:
+            input_ids: [batch, seq_len] of the tokenizer in this folder.
+            all_features: those of the corner tokens, too.
+
+        Returns:
+            [batch, dim], or [batch, m + 1, dim] with [CLS]'s first.
+        """
+        text, corners = self.text_model, self.config.num_corner_tokens
+        offset = text.config.pad_token_id + 1 if text.config.model_type in ("roberta", "xlm-roberta") else 0
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = text.embeddings(
+            input_ids=input_ids,
+            token_type_ids=torch.zeros_like(input_ids),
+            position_ids=(position + offset)[None].expand_as(input_ids),
+        )
+        is_corner = (position >= 1) & (position <= corners)
+        rule = ~is_corner[None, :] & ~(is_corner[:, None] & (position == 0)) | (position[:, None] == position)
+        allowed = rule & (input_ids != text.config.pad_token_id)[:, None, :]
+        mask = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)[:, None]
+        special = text.encoder(hidden, attention_mask=mask)[0][:, : corners + 1]
+        if self.config.pooler == "cls_pooler":
+            special = torch.tanh(text.pooler.dense(special))
+        features = self.text_projection(special)
+        return features if all_features else features[:, 0]
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[batch, 3, H, W] of the processor in this folder -> [batch, dim]."""
+        if self.config.vision_config:
+            tower = self.vision_model.vision_model
+            hidden = tower.post_layernorm(tower(pixel_values=pixel_values).last_hidden_state)
+            pooled = hidden[:, 0] if self.config.vision_pool == "tok" else hidden[:, 1:].mean(dim=1)
+            return self.vision_model.visual_projection(pooled)
+        return self.visual_projection(self.vision_model(pixel_values))
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> ModelOutput:
+        """Normalised features and ``logits_per_image`` [images, texts]."""
+        text = nn.functional.normalize(self.get_text_features(input_ids), dim=-1)
+        image = nn.functional.normalize(self.get_image_features(pixel_values), dim=-1)
+        logits = self.logit_scale.exp() * image @ text.T
+        return ModelOutput(logits_per_image=logits, text_embeds=text, image_embeds=image)

@@ -1,0 +1,33 @@
+"""A folder for open_clip's ``local-dir:`` and ``hf-hub:``, which this project loads, too."""
+
+from pathlib import Path
+
+import open_clip
+import torch
+
+from training.export.source import Source, check_samples
+from training.model.factory import create_model_and_transforms, get_tokenizer
+from training.model.saving import save_pretrained
+from training.model.text_tower import LotlipCLIP
+
+
+def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
+    """Writes the folder; returns what its loader makes of the samples, normalised.
+
+    The loader is open_clip's; a model with a text tower of this project is loaded by `training.create_model`.
+    """
+    save_pretrained(source.model, folder, source.tokenizer)
+    name = f"local-dir:{folder}"
+    if isinstance(source.model, LotlipCLIP):
+        model, _, preprocess = create_model_and_transforms(name)
+        tokenizer = get_tokenizer(name)
+    else:
+        model, _, preprocess = open_clip.create_model_and_transforms(name)
+        tokenizer = open_clip.get_tokenizer(name)
+    images, texts = check_samples()
+    model.eval()
+    with torch.no_grad():
+        return {
+            "image": model.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True),
+            "text": model.encode_text(tokenizer(texts), normalize=True),
+        }

@@ -1,0 +1,108 @@
+"""What is exported: the model of a run, of a weights file or of a folder, on the CPU in fp32."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dataloaders.scene_drawing import draw_scene, make_scene
+from training.model.config import CONFIG_FILE, LOCAL_DIR
+from training.model.factory import create_model_and_transforms, get_tokenizer
+from training.model.transformers_clip import HF
+from training.model.weights_file import read_state_dict
+from training.train.checkpoint import newest_checkpoint
+
+NUM_CHECKED = 32
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export.
+
+    Attributes:
+        model: in eval mode.
+        preprocess: PIL image -> [3, H, W].
+        tokenizer: texts -> ids [n, context_length].
+        name: of the run, file or folder.
+        weights: the file that was read, None for a folder.
+        flags: of the run; empty without one.
+        results: of the run's last evaluation; empty without one.
+    """
+
+    model: torch.nn.Module
+    preprocess: Callable
+    tokenizer: Callable
+    name: str
+    weights: Path | None
+    flags: dict
+    results: dict
+
+    @property
+    def config(self) -> dict:
+        """``model_cfg`` and ``preprocess_cfg`` in open_clip's form."""
+        return self.model.lotlip_config
+
+
+def load_source(path: str, args: argparse.Namespace) -> Source:
+    """Loads what is to be exported.
+
+    Args:
+        path: a run's folder (its newest checkpoint is taken), a checkpoint or other weights file, or a folder of
+            open_clip's or transformers'.
+        args: ``model``, ``num_corner_tokens``, ``context_length`` and ``cache_dir``, which a run brings itself.
+
+    Raises:
+        ValueError, FileNotFoundError: the message says what is missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such run, file or folder")
+    if path.is_dir() and not (path / "params.json").is_file():
+        if not any((path / name).is_file() for name in (CONFIG_FILE, "config.json")):
+            raise ValueError(f"{path}: neither a run (params.json), nor a folder with {CONFIG_FILE} or config.json")
+        name = f"{LOCAL_DIR if (path / CONFIG_FILE).is_file() else HF}{path}"
+        return _load(name, None, path.name, {}, {}, args)
+    run = path if path.is_dir() else path.parent.parent
+    flags = json.loads((run / "params.json").read_text()) if (run / "params.json").is_file() else {}
+    weights = newest_checkpoint(run / "checkpoints") if path.is_dir() else path
+    if weights is None:
+        raise FileNotFoundError(f"{run / 'checkpoints'}: no checkpoint there")
+    name = args.model or flags.get("model")
+    if not name:
+        raise ValueError(f"{path}: not in a run's folder (no params.json); name its architecture with --model")
+    results = run / "checkpoints" / "results.jsonl"
+    last = results.read_text(encoding="utf-8").splitlines()[-1:] if results.is_file() else []
+    return _load(name, weights, run.name if flags else path.stem, flags, json.loads(last[0]) if last else {}, args)
+
+
+def _load(name: str, weights: Path | None, title: str, flags: dict, results: dict, args: argparse.Namespace) -> Source:
+    overrides = {
+        key: getattr(args, key) if getattr(args, key) is not None else flags.get(key)
+        for key in ("num_corner_tokens", "context_length", "cache_dir")
+    }
+    extra = {}
+    if weights and "logit_bias" in read_state_dict(weights):
+        extra["init_logit_bias"] = 0.0  # makes room for it
+    pretrained = str(weights) if weights else None
+    model, _, preprocess = create_model_and_transforms(name, pretrained, **overrides, **extra)
+    tokenizer = get_tokenizer(name, **overrides)
+    return Source(model.eval(), preprocess, tokenizer, title, weights, flags, results)
+
+
+def check_samples(count: int = NUM_CHECKED) -> tuple[list[Image.Image], list[str]]:
+    """Returns drawn images and their long captions, the same each time."""
+    scenes = [make_scene(0, "test", number) for number in range(count)]
+    return [draw_scene(scene) for scene in scenes], [" ".join(scene.long_caption(0)) for scene in scenes]
+
+
+@torch.no_grad()
+def own_features(source: Source) -> dict[str, torch.Tensor]:
+    """Returns the model's own features of the samples, normalised, under ``image`` and ``text``."""
+    images, texts = check_samples()
+    pixels = torch.stack([source.preprocess(image) for image in images])
+    image = source.model.encode_image(pixels, normalize=True)
+    return {"image": image, "text": source.model.encode_text(source.tokenizer(texts), normalize=True)}

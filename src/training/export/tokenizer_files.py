@@ -1,0 +1,78 @@
+"""A model's tokenizer as transformers' files, ``tokenizer.json`` among them: the same ids without this project.
+
+Corner tokens are put in by the tokenizer's template, and BERT's [SEP] between sentences by its normaliser. What
+remains ours is the cleaning of text before: broken encodings (ftfy) and HTML entities.
+"""
+
+from pathlib import Path
+
+import open_clip
+from tokenizers import AddedToken, Tokenizer, normalizers, processors
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from training.export.source import Source
+from training.model.tokenizer import CornerCLIPTokenizer, CornerHFTokenizer
+from training.model.transformers_clip import FolderTokenizer
+
+_ENDS = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's names, transformers'
+
+
+def write_tokenizer(source: Source, folder: Path) -> PreTrainedTokenizerBase:
+    """Writes the tokenizer and returns it as transformers loads it.
+
+    Raises:
+        ValueError: a tokenizer of another kind.
+    """
+    tokenizer = source.tokenizer
+    length = tokenizer.context_length
+    if isinstance(tokenizer, FolderTokenizer):
+        result = tokenizer.tokenizer
+        result.model_max_length = length
+    elif isinstance(tokenizer, (open_clip.SimpleTokenizer, CornerCLIPTokenizer)):
+        result = _clip(tokenizer, length)
+    elif isinstance(tokenizer, CornerHFTokenizer):
+        result = _with_corners(tokenizer, length)
+    else:
+        raise ValueError(
+            f"the tokenizer of this model, a {type(tokenizer).__name__}, has no counterpart in transformers"
+        )
+    result.save_pretrained(folder)
+    return type(result).from_pretrained(folder)
+
+
+def _clip(tokenizer: open_clip.SimpleTokenizer | CornerCLIPTokenizer, length: int) -> PreTrainedTokenizerBase:
+    own = getattr(tokenizer, "tokenizer", tokenizer)
+    merges = [pair for pair, _ in sorted(own.bpe_ranks.items(), key=lambda item: item[1])]
+    vocabulary = {_ENDS.get(word, word): number for word, number in own.encoder.items()}
+    result = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+    corners = [f"[Corner{number}]" for number in range(getattr(tokenizer, "num_corners", 0))]
+    if not corners:
+        return result
+    result.add_tokens(corners, special_tokens=True)
+    start, end = _ENDS.values()
+    backend = result.backend_tokenizer
+    tokens = [(word, backend.token_to_id(word)) for word in (start, *corners, end)]
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join([start, "$A", *corners, end]), special_tokens=tokens
+    )
+    # The end's id is looked for by the tower, so that padding must be another.
+    names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "!", "model_max_length": length}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def _with_corners(tokenizer: CornerHFTokenizer, length: int) -> PreTrainedTokenizerBase:
+    hugging_face = tokenizer.tokenizer
+    backend = Tokenizer.from_str(hugging_face.backend_tokenizer.to_str())
+    start, end = (hugging_face.cls_token or hugging_face.bos_token), (hugging_face.sep_token or hugging_face.eos_token)
+    corners = [f"[Corner{number}]" for number in range(tokenizer.num_corners)]
+    if tokenizer.separator:
+        # Normalised like the text, or it would be looked for before the sentences are joined by it.
+        backend.add_special_tokens([AddedToken(tokenizer.separator, normalized=True, special=True)])
+        join = normalizers.Replace(". ", tokenizer.separator)
+        backend.normalizer = normalizers.Sequence([join, *([backend.normalizer] if backend.normalizer else [])])
+    tokens = [(word, backend.token_to_id(word)) for word in (start, *corners, end)]
+    single = " ".join([start, *corners, "$A", end])
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+    names = {"cls_token": start, "sep_token": end, "pad_token": hugging_face.pad_token}
+    names |= {"unk_token": hugging_face.unk_token, "mask_token": hugging_face.mask_token, "model_max_length": length}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v is not None})
