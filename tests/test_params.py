@@ -12,6 +12,7 @@ import pytest
 from training.flags.parser import build_parser, parse_args
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("benchmarks/*.md"))]
 
 
 def test_hyphens_and_underscores_are_the_same():
@@ -95,8 +96,28 @@ def test_help_is_shorter_than_help_all():
 
 def test_flags_in_the_documents_exist():
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
-    for name in ("README.md", "EVAL_DATASETS.md", "TRAIN_DATASETS.md"):
-        text = (ROOT / name).read_text()
+    for path in DOCUMENTS:
+        text = path.read_text()
         for command in re.findall(r"python -m training\.main((?:.|\\\n)*?)(?:\n\n|`)", text):
             for flag in re.findall(r"--[a-z0-9_-]+", command):
-                assert flag.replace("_", "-") in known, f"{name}: {flag}"
+                assert flag.replace("_", "-") in known, f"{path}: {flag}"
+
+
+def test_links_and_anchors_in_the_documents_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+            if re.match(r"https?://", target):
+                continue
+            file, _, anchor = target.partition("#")
+            there = (path.parent / file) if file else path
+            assert there.exists(), f"{path}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+                anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in anchors, f"{path}: {target}"
+
+
+def test_no_document_scrolls_sideways():
+    for path in DOCUMENTS:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 160, f"{path}:{number}"
