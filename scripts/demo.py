@@ -34,7 +34,7 @@ FLAGS = {"lotlip": ["--num-long-captions", "1"], "short_only": ["--captions", "r
 SCHEDULE = ["--train-num-samples", "3840", "--batch-size", "96", "--epochs", "11"]
 OPTIMIZER = ["--lr", "1.2e-3", "--warmup", "20", "--wd", "0.05", "--short-loss-weight", "1.5"]
 # Places are in the captions: pictures stay whole.
-WHOLE = ["--aug-cfg", "scale=1.0,1.0", "ratio=1.0,1.0"]
+WHOLE = ["--aug-cfg", "scale=1.0,1.0"]
 OFTEN = ["--log-every-n-steps", "10", "--zeroshot-frequency", "2", "--save-frequency", "0"]
 BENCHMARK = "urban1k-retrieval"
 LENGTHS = "10,20,40,77,128"

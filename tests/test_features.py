@@ -22,7 +22,7 @@ from training.main import main
 
 MODEL = ["--model", "lotlip_tiny", "--workers", "0"]
 TRAINING = "--lock-image --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 8".split()
-WHOLE = ["--aug-cfg", "scale=1.0,1.0", "ratio=1.0,1.0"]
+WHOLE = ["--aug-cfg", "scale=1.0,1.0"]
 
 
 def extract(data: Path, out: Path, *flags: str) -> int:

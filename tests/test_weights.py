@@ -183,7 +183,7 @@ def test_16_bit_features_are_within_two_percent(precision):
             assert float((got.float() - expected).norm() / expected.norm()) < 2e-2
         with torch.autocast("cpu", torch.bfloat16):
             got = full.text.all_features(ids)
-    expected = full.text.all_features(ids)
+        expected = full.text.all_features(ids)
     assert float((got.float() - expected).norm() / expected.norm()) < 2e-2
 
 
