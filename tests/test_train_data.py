@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -149,6 +150,27 @@ def test_resampling_follows_the_factors(tmp_path):
     source = ResampledShards(urls, [9, 1], num_samples=5000, seed=0)
     first = sum(s.source == "000.tar" for s in source.read(0, 0, 5000))
     assert 0.85 < first / 5000 < 0.95
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 1), (1, 4), (2, 4)])
+@pytest.mark.parametrize("sizes", [(), (200, 200, 200, 200)])
+def test_resampling_draws_every_sample_equally_often(tmp_path, world_size, workers, sizes):
+    urls = []
+    for shard in range(4):
+        urls.append(str(tmp_path / f"{shard}.tar"))
+        with tarfile.open(urls[-1], "w") as file:
+            for number in range(200):
+                member = tarfile.TarInfo(f"{number:03d}.txt")
+                member.size = 1
+                file.addfile(member, io.BytesIO(b"x"))
+    source, counts = ResampledShards(urls, [1] * 4, num_samples=160, seed=0, window=50, sizes=sizes), Counter()
+    share = 160 // world_size // workers
+    for epoch in range(200):
+        for part in range(world_size * workers):
+            counts.update((s.source, s.key) for s in source.read(epoch, part * share, (part + 1) * share))
+    assert counts.total() == 32_000 and len(counts) == 800  # uniform draws miss one in 10^15 runs
+    by_position = Counter(int(key) // 50 for _, key in counts.elements())
+    assert all(n == pytest.approx(8000, rel=0.2) for n in by_position.values()), by_position
 
 
 FAULTS = {

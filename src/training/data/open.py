@@ -1,6 +1,7 @@
 """From flags to data: opens what --train-data names, checks it, and says how long an epoch is."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,20 @@ from training.data.loader import make_loader
 from training.data.padding import check_front_padding
 from training.data.position import Share
 from training.data.reader import SampleReader, read_record
-from training.data.shards import ResampledShards, ShardSource, Source, count_samples, expand_sources
+from training.data.shards import (
+    ResampledShards,
+    ShardSource,
+    Source,
+    count_samples,
+    expand_sources,
+    known_sizes,
+)
 from training.data.tables import TableSource, read_table
-from training.data.tar import BrokenShardError
+from training.data.tar import BrokenShardError, is_local
 from training.runtime.distributed import DistEnv, agree, together
 
 NUM_LOOKED_AT = 100
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,14 @@ def open_source(
             factors = _factors(args.train_data_upsampling_factors, len(sources))
             urls = [url for shards in sources for url in shards]
             weights = [factor for factor, shards in zip(factors, sources) for _ in shards]
-            return ResampledShards(urls, weights, args.train_num_samples, args.seed, args.shuffle_window)
+            sizes = known_sizes(urls)
+            unknown = [url for url, size in zip(urls, sizes) if size is None and not is_local(url)]
+            if unknown:
+                logger.warning(
+                    f"{flag} {unknown[0]}: {len(unknown):,} shards of unknown size are always read from their "
+                    "beginning, so their first samples are seen more often; put sizes.json beside them"
+                )
+            return ResampledShards(urls, weights, args.train_num_samples, args.seed, args.shuffle_window, sizes)
         urls = [url for shards in expand_sources(spec) for url in shards]
         return ShardSource(urls, count_samples(urls), args.seed, args.shuffle_window)
 

@@ -13,7 +13,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
 
@@ -85,32 +85,35 @@ class ShardSource:
             begin = ends[place] - size
             if begin >= stop:
                 return
-            done, last = max(start - begin, 0), min(stop - begin, size)
-            fault = BrokenShardError(f"{url}: fewer samples than sizes.json counts")
-            try:
-                for sample in read_shard(url, done, last):
-                    yield sample
-                    done += 1
-            except BrokenShardError as error:
-                fault = error
-            yield from itertools.repeat(fault, last - done)
+            yield from read_exactly(url, max(start - begin, 0), min(stop - begin, size))
 
 
 class ResampledShards:
-    """Tar shards drawn with replacement, as often as their source's factor says; for shards of unknown size.
+    """Tar shards drawn with replacement, as often as their source's factor says.
+
+    A draw reads a whole shard from a random sample on, and then the samples before that one. So every sample is equally
+    likely, however short the share of a process is. A shard of unknown size can only be read from its beginning.
 
     Args:
         urls: shards.
         factors: how often to draw each, relative to the others.
         num_samples: what counts as an epoch.
         seed, window: as of `ShardSource`.
+        sizes: samples in each, None where that is unknown; local shards are then indexed when they are drawn.
     """
 
     def __init__(
-        self, urls: Sequence[str], factors: Sequence[float], num_samples: int, seed: int, window: int = SHUFFLE_WINDOW
+        self,
+        urls: Sequence[str],
+        factors: Sequence[float],
+        num_samples: int,
+        seed: int,
+        window: int = SHUFFLE_WINDOW,
+        sizes: Sequence[int | None] = (),
     ):
         self.urls, self.factors = list(urls), list(factors)
         self.num_samples, self.seed, self.window = num_samples, seed, window
+        self.sizes = dict(zip(self.urls, sizes))
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
         name = f"{self.seed}/{epoch}/{start}"
@@ -121,23 +124,61 @@ class ResampledShards:
 
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
-        return _fingerprint("resampled", _names(self.urls), self.factors, self.num_samples, self.seed, self.window)
+        return _fingerprint("resampled 2", _names(self.urls), self.factors, self.num_samples, self.seed, self.window)
 
     def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample | BrokenShardError]:
-        """Samples of one shard after another, without the first `skip`; whole local shards are not read for that."""
+        """Yields what one draw after another gives, without the first `skip` items, which are not read if sizes are
+        known."""
         while True:
             (url,) = rng.choices(self.urls, self.factors)
-            first, size = 0, _whole_size(url) if skip else None
-            if size is not None:
-                first = min(skip, size)
-                skip -= first
-                if first == size:
-                    continue
-            for item in _with_fault(read_shard(url, first)):
-                if skip:
-                    skip -= 1
-                else:
-                    yield item
+            size, fault = self._extent(url)
+            first = rng.randrange(size) if size else 0
+            if size is None:
+                for item in _with_fault(read_shard(url)):
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield item
+                continue
+            num_items = size + bool(fault)
+            if skip >= num_items:
+                skip -= num_items
+                continue
+            yield from read_exactly(url, min(first + skip, size), size)
+            yield from read_exactly(url, max(first + skip - size, 0), first)
+            if fault:
+                yield BrokenShardError(fault)
+            skip = 0
+
+    def _extent(self, url: str) -> tuple[int | None, str | None]:
+        """Returns (number of readable samples, None if unknown; why a local shard breaks off after them)."""
+        size, fault = (self.sizes[url], None) if self.sizes.get(url) is not None else _local_extent(url)
+        return size, f"{url}: no sample in it" if size == 0 and not fault else fault
+
+
+@lru_cache(maxsize=10_000)
+def _local_extent(url: str) -> tuple[int | None, str | None]:
+    try:
+        if url.endswith(FEATURES):
+            return count_features(url), None
+        if is_local(url):
+            index = index_shard(url)
+            return len(index.offsets), index.fault
+    except OSError as error:
+        return 0, f"{url}: {error}"
+    return None, None
+
+
+def read_exactly(url: str, first: int, stop: int) -> Iterator[RawSample | BrokenShardError]:
+    """Yields stop - first items of a shard; where it breaks off or is shorter, the reason in place of each sample."""
+    fault = BrokenShardError(f"{url}: fewer samples than sizes.json counts")
+    try:
+        for sample in read_shard(url, first, stop):
+            yield sample
+            first += 1
+    except BrokenShardError as error:
+        fault = error
+    yield from itertools.repeat(fault, stop - first)
 
 
 def read_shard(url: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
@@ -151,17 +192,6 @@ def _names(urls: Sequence[str]) -> list[str]:
 
 def _fingerprint(*parts: object) -> str:
     return sha256(repr(parts).encode()).hexdigest()
-
-
-def _whole_size(url: str) -> int | None:
-    """Samples of a local shard without faults; of any other only reading tells how many items it gives."""
-    try:
-        if url.endswith(FEATURES):
-            return count_features(url)
-        index = index_shard(url) if is_local(url) else None
-    except OSError:
-        return None
-    return len(index.offsets) if index and not index.fault else None
 
 
 def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample | BrokenShardError]:
@@ -212,6 +242,13 @@ def expand_sources(spec: str) -> list[list[str]]:
     return sources
 
 
+def known_sizes(urls: Sequence[str]) -> list[int | None]:
+    """Returns what ``sizes.json`` beside each shard says, None where it says nothing."""
+    folders = {os.path.dirname(url) for url in urls if not url.startswith("pipe:")}
+    sizes = {folder: read_sizes(folder) for folder in folders}
+    return [sizes.get(os.path.dirname(url), {}).get(os.path.basename(url)) for url in urls]
+
+
 def count_samples(urls: Sequence[str]) -> list[int]:
     """Counts the samples of shards: from ``sizes.json`` beside them, else from the headers of local files.
 
@@ -222,9 +259,7 @@ def count_samples(urls: Sequence[str]) -> list[int]:
     """
     if all(url.endswith(FEATURES) for url in urls):
         return [count_features(url) for url in urls]
-    folders = {os.path.dirname(url) for url in urls if not url.startswith("pipe:")}
-    sizes = {folder: read_sizes(folder) for folder in folders}
-    known = [sizes.get(os.path.dirname(url), {}).get(os.path.basename(url)) for url in urls]
+    known = known_sizes(urls)
     unknown = [url for url, size in zip(urls, known) if size is None]
     remote = [url for url in unknown if not is_local(url)]
     if remote:
