@@ -136,3 +136,22 @@ def test_terms_may_share_texts():
     total = LongCaptionLoss(terms=terms)(*own, torch.tensor(SCALE, dtype=torch.float64))
     single = [plain_pair(inputs[0], inputs[1][:, t]) for t in range(3)]
     check_equal(total, (4 * single[0] + 2 * single[1] + 2 * single[2]) / 3, own, inputs)
+
+
+def test_flags_of_long_clips_recipe(scenes, tmp_path):
+    """Terms carry the declared names, and a locked logit scale keeps the value of --logit-scale."""
+    from test_train import read_metrics
+
+    from training.main import main
+
+    argv = ["--model", "lotlip_tiny", "--train-data", str(scenes / "train"), "--batch-size", "20", "--epochs", "1"]
+    argv += ["--warmup", "0", "--workers", "0", "--log-every-n-steps", "1", "--logs", str(tmp_path), "--name", "run"]
+    argv += ["--text-views", "short, long(weight=0.5)", "--label-smoothing", "0.1", "--loss-normalisation", "per-term"]
+    assert main([*argv, "--short-image-components", "8", "--logit-scale", "50", "--lock-logit-scale"]) == 0
+    lines = [line for line in read_metrics(tmp_path, "run") if "train/loss" in line]
+    assert [line["train/logit_scale"] for line in lines] == pytest.approx([50.0, 50.0], rel=1e-5)
+    for line in lines:
+        assert line["train/loss"] == pytest.approx(line["train/short_loss"] + line["train/long_loss"], rel=1e-5)
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--label-smoothing", "1"])
+    assert stop.value.code == 2

@@ -24,7 +24,10 @@ _OPTIMIZATION = (
     "--epochs --lr --image-lr --text-lr --wd --beta1 --beta2 --eps --warmup --lr-scheduler --grad-clip-norm "
     "--accum-freq --grad-checkpointing --torchcompile"
 )
-_LOSS = "--short-loss-weight --long-loss-weight --local-loss --gather-with-grad"
+_LOSS = (
+    "--short-loss-weight --long-loss-weight --local-loss --gather-with-grad --label-smoothing --loss-normalisation "
+    "--short-image-components --logit-scale --lock-logit-scale"
+)
 _LOGGING = (
     "--log-every-n-steps --save-frequency --save-most-recent --delete-previous-checkpoint --zeroshot-frequency "
     "--val-frequency"
@@ -41,7 +44,7 @@ EFFECTS: Effects = (
     (_BENCHMARK, "--zeroshot-frequency"),
     (_MID_EPOCH, "--keep-checkpoints"),
     (_WHOLE_EPOCHS, "--delete-previous-checkpoint"),
-    (_SEVERAL, "--short-loss-weight --long-loss-weight"),
+    (_SEVERAL, "--short-loss-weight --long-loss-weight --loss-normalisation --short-image-components"),
 )
 
 
@@ -128,6 +131,35 @@ def _add_loss_args(group: argparse._ArgumentGroup) -> None:
         metavar="W",
         help="weight of the loss of the long captions (default: %(default)s)",
     )
+    group.add_argument(
+        "--label-smoothing",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of each target that goes to the whole batch alike (default: %(default)s; Long-CLIP: 0.1)",
+    )
+    group.add_argument(
+        "--loss-normalisation",
+        choices=("published", "per-term"),
+        default="published",
+        metavar="HOW",
+        help="published: divide every term by the number of all text features, as LoTLIP does; per-term: by the number "
+        "of its own, as Long-CLIP does (default: %(default)s)",
+    )
+    group.add_argument(
+        "--short-image-components",
+        type=int,
+        metavar="K",
+        help="compare short captions with the K principal components of the images of a process's batch "
+        "(default: with the images; Long-CLIP: 32)",
+    )
+    group.add_argument(
+        "--logit-scale",
+        type=float,
+        metavar="X",
+        help="value that the logit scale (1 / temperature) starts with (default: the model's; Long-CLIP: 100)",
+    )
+    group.add_argument("--lock-logit-scale", action=Switch, help="do not train the logit scale")
     group.add_argument("--siglip", action=Switch, help="SigLIP's pairwise sigmoid loss instead of cross-entropy")
     group.add_argument(
         "--local-loss",
@@ -247,6 +279,12 @@ def validate_train_args(args: argparse.Namespace) -> None:
         )
     if args.resume == "latest" and not args.name:
         raise ValueError("--resume latest needs --name, the run to continue")
+    if not 0 <= args.label_smoothing < 1:
+        raise ValueError(f"--label-smoothing {args.label_smoothing:g}: expected a share from 0 to below 1")
+    if args.short_image_components is not None and args.short_image_components < 1:
+        raise ValueError(f"--short-image-components {args.short_image_components}: expected at least 1")
+    if args.logit_scale is not None and not 1 <= args.logit_scale <= 100:
+        raise ValueError(f"--logit-scale {args.logit_scale:g}: expected 1 to 100, where training keeps it")
     for name in ("lr", "image_lr", "text_lr", "grad_clip_norm"):
         value = getattr(args, name)
         if value is not None and not value > 0:

@@ -65,6 +65,10 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
             unlocked_layers=args.lock_text_unlocked_layers,
             freeze_layer_norm=args.lock_text_freeze_layer_norm or not is_hf,
         )
+    if args.train_data and args.logit_scale is not None:
+        torch.nn.init.constant_(model.logit_scale, math.log(args.logit_scale))
+    if args.train_data and args.lock_logit_scale:
+        model.logit_scale.requires_grad_(False)
     arrange = make_arranger(model, args.text_packing, device, args.torchcompile == "model") if args.train_data else None
     return EncoderParts(model.eval(), transform, tokenizer, train_transform, arrange)
 

@@ -19,7 +19,6 @@ from training.data.open import caption_rule, open_source, open_train_data
 from training.data.shards import Source
 from training.eval.results import run_name
 from training.eval.retrieval import plan_benchmarks
-from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 from training.model.from_flags import build_from_flags, check_precision
 from training.model.resolve import resolve_weights
 from training.model.train_model import TrainModel
@@ -30,6 +29,7 @@ from training.runtime.tracking import Tracker, check_reporters, log_to
 from training.train.checkpoint import SaveError, named_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
 from training.train.loop import Plan, Run, Trainer
+from training.train.losses import make_loss
 from training.train.optim import make_schedule, parameter_groups
 from training.train.resume import Division, Progress, changed_flags, restore, start_from
 from training.train.step import Stepper
@@ -169,7 +169,7 @@ def _build(
     stepper = Stepper(
         model=_over_ranks(whole, env),
         core=core,
-        loss=_make_loss(args, env),
+        loss=make_loss(args, getattr(getattr(core, "text", None), "num_corners", 0), env),
         optimizer=optimizer,
         autocast=get_autocast(args.precision, device_type=env.device.type),
         scaler=scaler,
@@ -216,15 +216,6 @@ def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
                 f"{flag} {specs[flag]}: features of another image tower ({', '.join(different)} differ): "
                 f"{info.model}'s, in {info.precision}; give the model and weights that --extract-image-features had"
             )
-
-
-def _make_loss(args: argparse.Namespace, env: DistEnv) -> torch.nn.Module:
-    kind = LongCaptionSigLipLoss if args.siglip else LongCaptionLoss
-    first, *others = [entry.weight for entry in caption_rule(args).texts]
-    if len(set(others)) > 1:
-        raise ValueError("--text-views: weight= has to be the same for all texts but the first")
-    weights = args.short_loss_weight * first, args.long_loss_weight * (others or [1.0])[0]
-    return kind(*weights, args.local_loss, args.gather_with_grad, env.rank, env.world_size)
 
 
 def _whole_model(core: torch.nn.Module, compiled: str | None, corners: list[bool]) -> TrainModel:
