@@ -5,11 +5,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from training.data.permutation import permuted
 from training.data.tar import Part, RawSample
 
 ROWS_PER_PART = 10_000
@@ -33,8 +33,7 @@ class TableSource:
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
         """As `sources.Source.read`."""
-        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.num_samples)
-        return self._rows(map(int, order[start + skip : stop]))
+        return self._rows(permuted(self.num_samples, f"{self.seed}/{epoch}/rows", start + skip, stop))
 
     def _rows(self, numbers: Iterable[int]) -> Iterator[RawSample]:
         for row in numbers:
@@ -51,7 +50,7 @@ class TableSource:
     def fingerprint(self) -> str:
         """As `sources.Source.fingerprint`."""
         ends = [self.paths[row].as_py() for row in (0, -1)] if self.num_samples else []
-        return f"table of {self.num_samples} rows, {ends}, seed {self.seed}"
+        return f"table 2 of {self.num_samples} rows, {ends}, seed {self.seed}"
 
 
 def read_table(
