@@ -24,7 +24,7 @@ def test_all_figures_of_the_gpu_check_work_shrunken_on_a_cpu(tmp_path, capsys):
     content = written["figures"]
     assert set(gpu_check.FIGURES) < set(content)
     assert content["precision"]["recall_at_1"]["fp32"] > 0.3  # far from chance, so agreement means something
-    assert content["precision"]["largest_difference"] < 0.1
+    assert content["precision"]["largest_difference"] <= 0.04  # 5 of 128 captions
     assert content["loss_large"]["memory_ratio"] > 4
     for name, keys in {
         "text_step": ("token_ratio", "time_ratio", "memory_ratio"),

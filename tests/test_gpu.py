@@ -1,0 +1,133 @@
+"""What differs on a GPU: collectives, attention in rows, the fp16 scaler, copies to the device, 16-bit evaluation.
+
+Each test runs on the CPU, too, so that its code is known to work where there is no GPU: ``pytest -m gpu`` selects the
+GPU's variants, ``pytest tests/test_gpu.py -k cpu`` the others.
+"""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_packing import batch, gradients
+from test_step import Towers, batches
+
+from benchmarks import precision
+from benchmarks.measure import Setting
+from training.data.batch import TrainBatch, to_device
+from training.loss.caption_loss import EarlyGather, LongCaptionLoss, _Gather
+from training.model.factory import create_model
+from training.model.from_flags import make_arranger
+from training.model.packing import CaptionArranger
+from training.model.row_attention import flex_fault
+from training.model.text_encoder import text_encoder
+from training.train.step import Stepper
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def group_of_one(device, tmp_path):
+    """This process as a group: gloo on the CPU, NCCL on a GPU."""
+    options = {"device_id": torch.device("cuda", 0)} if device.type == "cuda" else {}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1, **options)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_gather_of_features_on_one_process_changes_nothing(device, group_of_one):
+    rows = torch.randn(5, 3, device=device, requires_grad=True)
+    weights = torch.randn(5, 3, device=device)
+    everyone = _Gather.apply(rows, 1)
+    (everyone * weights).sum().backward()
+    torch.testing.assert_close(everyone, rows, rtol=0, atol=0)
+    torch.testing.assert_close(rows.grad, weights, rtol=0, atol=0)
+    torch.testing.assert_close(EarlyGather(rows, 1).wait(), rows.detach(), rtol=0, atol=0)
+
+
+def test_captions_in_a_row_have_the_padded_features_and_gradients(device):
+    """On a GPU by compiled FlexAttention; on the CPU caption by caption."""
+    torch.manual_seed(0)
+    text = create_model("lotlip_tiny", pretrained_text=False).text.eval()
+    captions = batch(text, num=15)
+    text = text.to(device)
+    short, long = (ids.to(device) for ids in captions)
+    padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
+    expected = gradients(text, padded)
+    row = make_arranger(text, "flex", device, False)(*captions).to(device)
+    assert text.transformer.attends_by_flex == (device.type == "cuda")
+    features = text_encoder(text).packed_features(row)
+    tolerance = 2e-2 if device.type == "cuda" else 1e-5  # a GPU's fp32 products may be TF32
+    got = gradients(text, features)
+    assert got.keys() == expected.keys()
+    torch.testing.assert_close(features, padded, rtol=0, atol=tolerance * float(padded.detach().abs().max()))
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=tolerance * largest, msg=name)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_flex_attention_passes_its_check_at_the_published_size():
+    assert flex_fault(torch.device("cuda"), num_heads=12, head_dim=64) is None
+
+
+def test_the_fp16_scaler_trains_as_fp32_does_and_skips_an_overflow(device):
+    start = Towers().float().eval().to(device)
+    inputs = {name: value.float().to(device) for name, value in batches(1)[0].items()}
+    steppers = {}
+    for name in ("fp32", "fp16"):
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {}
+        if name == "fp16":
+            scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
+            options = {"autocast": partial(torch.autocast, device.type, torch.float16), "scaler": scaler}
+        steppers[name] = Stepper(model, model, LongCaptionLoss(), optimizer, **options)
+    for stepper in steppers.values():
+        assert not stepper([inputs])["skipped_steps"]
+    before = copy.deepcopy(steppers["fp16"].core.state_dict())
+    for name, value in steppers["fp32"].core.state_dict().items():
+        assert not torch.equal(value, start.state_dict()[name])
+        torch.testing.assert_close(before[name], value, rtol=0, atol=2e-3)
+    overflow = inputs | {"image": inputs["image"] * 1e6}  # beyond fp16's 65,504
+    assert steppers["fp16"]([overflow])["skipped_steps"]
+    for name, value in steppers["fp16"].core.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_copies_to_the_device_are_whole_and_in_order(device):
+    """Batches change hands while the device computes; a copy that is read too early or overwritten shows."""
+    text, stream = create_model("lotlip_tiny", pretrained_text=False).text, torch.Generator().manual_seed(0)
+    arrange = CaptionArranger("buckets", text.pad_id)
+    sent = []
+    for number in range(6):
+        image = torch.randint(256, (8, 3, 224, 224), generator=stream, dtype=torch.uint8)
+        inputs = {"image": image.pin_memory() if device.type == "cuda" else image}
+        sent.append(TrainBatch(inputs | {"packed_text": arrange(*batch(text))}, 0, 0, [f"{number}"], [], (0, number)))
+    sums = []
+    for want, (got, inputs) in zip(sent, to_device(iter(sent), device), strict=True):
+        assert got is want and inputs["image"].device.type == device.type
+        assert inputs["packed_text"].num_slots == want.inputs["packed_text"].num_slots
+        work = torch.randn(1024, 1024, device=device)
+        for _ in range(3):
+            work = work @ work / 1024
+        sums.append(inputs["image"].long().sum())
+    assert [int(s) for s in sums] == [int(b.inputs["image"].long().sum()) for b in sent]
+
+
+def test_16_bit_evaluation_finds_nearly_the_captions_that_fp32_finds(device):
+    """128 captions of an untrained tower, whose margins are smaller than a trained one's."""
+    facts = precision.run(Setting(device, True, Path()))[0].facts
+    assert set(facts["recall_at_1"]) == {"fp32", "bf16"} | ({"fp16"} if device.type == "cuda" else set())
+    assert facts["recall_at_1"]["fp32"] > 0.5
+    assert facts["largest_difference"] <= 0.04
