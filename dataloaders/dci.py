@@ -10,18 +10,23 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption
 from dataloaders.files import parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark
+from dataloaders.registry import Benchmark, chosen_protocols
 
 NUM_PAIRS = 7805
 FLAG = "--dci-retrieval"
+PROTOCOLS = ("dci/short+extra", "dci/extra-lower")
 SOURCE = "see DCI in EVAL_DATASETS.md: annotations from the DCI release, photos from SA-1B's archive sa_000138"
 
 
-def read_dci(root: str | Path) -> RetrievalSet:
-    """Reads DCI: all splits one after another, caption = short caption, newline, extra caption.
+def read_dci(root: str | Path, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
+    """Reads DCI: all splits one after another.
+
+    Protocols: ``dci/short+extra`` (LoTLIP, FLAIR) takes the short caption, a newline and the extra caption by the long
+    rule; ``dci/extra-lower`` (FG-CLIP) takes the extra caption alone, in lower case and not split.
 
     Args:
         root: the folder that holds `densely_captioned_images`, or that folder itself.
+        protocol: one of `PROTOCOLS`.
 
     Raises:
         FileNotFoundError, ValueError: `splits.json` or an annotation is absent, broken or of another shape.
@@ -31,24 +36,27 @@ def read_dci(root: str | Path) -> RetrievalSet:
     if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
         raise ValueError(f"{base / 'splits.json'}: expected lists of annotation files under train, valid and test")
     paths = [base / "annotations" / str(name) for names in splits.values() for name in names]
-    rows = parallel_map(_read_annotation, paths)
+    rows = parallel_map(lambda path: _read_annotation(path, protocol), paths)
+    suffix = "" if protocol == PROTOCOLS[0] else protocol.removeprefix("dci/")
     return one_caption_per_image(
-        "dci-retrieval",
-        "DCI",
+        f"dci-{suffix}-retrieval" if suffix else "dci-retrieval",
+        f"DCI {suffix}".strip(),
         [(base / "photos" / row[0], row[1]) for row in rows if row],
         num_published=NUM_PAIRS,
         missing=tuple(f"{path}: no such annotation" for path, row in zip(paths, rows) if not row),
         source=SOURCE,
+        protocol=protocol,
     )
 
 
-def _read_annotation(path: Path) -> tuple[str, str] | None:
-    """Returns (photo's file name, normalised caption), or None if there is no such file."""
+def _read_annotation(path: Path, protocol: str) -> tuple[str, str] | None:
+    """Returns (photo's file name, caption), or None if there is no such file."""
     if not path.is_file():
         return None
     row = read_json(path)
-    caption = text_field(row, "short_caption", path) + "\n" + text_field(row, "extra_caption", path)
-    return text_field(row, "image", path), normalise_caption(caption)
+    short, extra = text_field(row, "short_caption", path), text_field(row, "extra_caption", path)
+    caption = extra.lower() if protocol == "dci/extra-lower" else normalise_caption(f"{short}\n{extra}")
+    return text_field(row, "image", path), caption
 
 
 def find_dci_base(root: str | Path) -> Path:
@@ -64,6 +72,11 @@ def find_dci_base(root: str | Path) -> Path:
 
 BENCHMARKS = (
     Benchmark(
-        "dci", FLAG, "DCI: folder with densely_captioned_images/", lambda args: [read_dci(args.dci_retrieval)], order=10
+        "dci",
+        FLAG,
+        "DCI: folder with densely_captioned_images/",
+        lambda args: [read_dci(args.dci_retrieval, protocol) for protocol in chosen_protocols(args, PROTOCOLS)],
+        order=10,
+        protocols=PROTOCOLS,
     ),
 )

@@ -4,15 +4,17 @@ DOCCI/images/test_00000.jpg
 DOCCI/docci_descriptions.jsonlines  {"example_id", "split", "image_file": "test_00000.jpg", "description": ..}
 """
 
+import argparse
 from pathlib import Path
 
 from dataloaders.captions import normalise_caption, split_caption
 from dataloaders.files import read_json_lines, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
-from dataloaders.registry import Benchmark, Option
+from dataloaders.registry import Benchmark, Option, chosen_protocols
 
 NUM_PAIRS = 5000
 FLAG = "--docci-retrieval"
+PROTOCOLS = ("docci/test", "docci/sentences")
 ANNOTATIONS = "docci_descriptions.jsonlines"
 SOURCE = f"see DOCCI in EVAL_DATASETS.md: {ANNOTATIONS} and docci_images.tar.gz"
 
@@ -39,15 +41,27 @@ def read_docci(root: str | Path, sentences: bool = False) -> list[RetrievalSet]:
     if not rows:
         raise ValueError(f"{path}: no row of split 'test'; {SOURCE}")
     whole = [(image, normalise_caption(text)) for image, text in rows]
-    sets = [one_caption_per_image("docci-retrieval", "DOCCI", whole, num_published=NUM_PAIRS, source=SOURCE)]
+    sets = [
+        one_caption_per_image(
+            "docci-retrieval", "DOCCI", whole, num_published=NUM_PAIRS, source=SOURCE, protocol=PROTOCOLS[0]
+        )
+    ]
     if sentences:
         parts = [(image, own) for image, text in rows if (own := split_caption(text))]
         title, complete = "DOCCI sentences", len(rows) == NUM_PAIRS
         number = sum(len(own) for _, own in parts) if complete else None
         sets.append(
-            several_captions_per_image("docci-sentences-retrieval", title, parts, num_published=number, source=SOURCE)
+            several_captions_per_image(
+                "docci-sentences-retrieval", title, parts, num_published=number, source=SOURCE, protocol=PROTOCOLS[1]
+            )
         )
     return sets
+
+
+def _read_chosen(args: argparse.Namespace) -> list[RetrievalSet]:
+    chosen = chosen_protocols(args, PROTOCOLS)
+    whole_and_parts = read_docci(args.docci_retrieval, args.docci_sentences or PROTOCOLS[1] in chosen)
+    return [s for s in whole_and_parts if s.protocol in chosen or args.docci_sentences]
 
 
 BENCHMARKS = (
@@ -55,7 +69,8 @@ BENCHMARKS = (
         "docci",
         FLAG,
         "DOCCI's test split: folder with its .jsonlines",
-        lambda args: read_docci(args.docci_retrieval, args.docci_sentences),
+        _read_chosen,
+        protocols=PROTOCOLS,
         order=50,
         options=(Option("--docci-sentences", "DOCCI also with each sentence as a caption", default=False),),
     ),

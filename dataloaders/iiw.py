@@ -7,35 +7,54 @@ IIW/dci/*.jpg        IIW/DCI_Test/data.jsonl     {"IIW": caption, "image": "sa_1
 
 from pathlib import Path
 
-from dataloaders.captions import normalise_caption
+from dataloaders.captions import normalise_caption, split_caption
 from dataloaders.files import read_json_lines, require_dir, text_field
-from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, Option
+from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
+from dataloaders.registry import Benchmark, Option, chosen_protocols
 
 NUM_PAIRS = 612
 FLAG = "--iiw-retrieval"
+PROTOCOLS = ("iiw/612", "iiw/sentences")
 SOURCE = "python -m dataloaders.prepare iiw; see IIW in EVAL_DATASETS.md"
 # Subset of google/imageinwords -> image folder, in the published order.
 SUBSETS = {"DOCCI_Test": "docci", "IIW-400": "docci_aar", "DCI_Test": "dci"}
 
 
-def read_iiw(root: str | Path, annotations: str | Path | None = None) -> RetrievalSet:
+def read_iiw(root: str | Path, annotations: str | Path | None = None, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
     """Reads IIW: DOCCI_Test, IIW-400, DCI_Test in this order, field `IIW`.
+
+    Protocols: ``iiw/612`` takes whole captions; in ``iiw/sentences`` (FLAIR's fine-grained set) every sentence is a
+    caption of its own.
 
     Args:
         root: folder with the image folders `docci`, `docci_aar` and `dci`.
         annotations: folder with `DOCCI_Test/data.jsonl` and so on; the root itself if None.
+        protocol: one of `PROTOCOLS`.
 
     Raises:
         FileNotFoundError, ValueError: an annotation file is absent, broken or of another shape.
     """
     root = require_dir(root, FLAG)
     pairs = [
-        (root / folder / image, normalise_caption(caption))
+        (root / folder / image, caption)
         for subset, folder in SUBSETS.items()
         for image, caption in read_iiw_subset(annotations or root, subset)
     ]
-    return one_caption_per_image("iiw-retrieval", "IIW", pairs, num_published=NUM_PAIRS, source=SOURCE)
+    if protocol == "iiw/sentences":
+        rows = [(image, own) for image, caption in pairs if (own := split_caption(caption))]
+        number = sum(len(own) for _, own in rows) if len(pairs) == NUM_PAIRS else None
+        return several_captions_per_image(
+            "iiw-sentences-retrieval",
+            "IIW sentences",
+            rows,
+            num_published=number,
+            source=SOURCE,
+            protocol=protocol,
+        )
+    pairs = [(image, normalise_caption(caption)) for image, caption in pairs]
+    return one_caption_per_image(
+        "iiw-retrieval", "IIW", pairs, num_published=NUM_PAIRS, source=SOURCE, protocol=protocol
+    )
 
 
 def read_iiw_subset(annotations: str | Path, subset: str) -> list[tuple[str, str]]:
@@ -63,7 +82,10 @@ BENCHMARKS = (
         "iiw",
         FLAG,
         "ImageInWords: folder with docci/, docci_aar/, dci/",
-        lambda args: [read_iiw(args.iiw_retrieval, args.iiw_anno)],
+        lambda args: [
+            read_iiw(args.iiw_retrieval, args.iiw_anno, protocol) for protocol in chosen_protocols(args, PROTOCOLS)
+        ],
+        protocols=PROTOCOLS,
         order=20,
         options=(ANNOTATIONS,),
     ),

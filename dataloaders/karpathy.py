@@ -14,15 +14,16 @@ from pathlib import Path
 
 from dataloaders.files import first_present, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option
+from dataloaders.registry import Benchmark, Option, chosen_protocols
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
 SPLITS = ("test", "val")
+VAL2017 = "coco/val2017"
 
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """What differs between the two: names, where files usually lie, and the number of images per split."""
+    """What differs between the two: names, where files usually lie, and per split its number of images and protocol."""
 
     key: str
     title: str
@@ -30,6 +31,7 @@ class _Benchmark:
     annotations: tuple[str, ...]
     folders: tuple[str, ...]
     num_images: dict[str, int]
+    protocols: dict[str, str]
     source: str
 
 
@@ -40,6 +42,7 @@ COCO = _Benchmark(
     ("dataset_coco.json", "annotations/dataset_coco.json", "annotations/captions_val2017.json"),
     ("", "images"),
     {"test": 5000, "val": 5000},
+    {"test": "coco/karpathy", "val": "coco/karpathy-val"},
     "see COCO in EVAL_DATASETS.md: Karpathy's dataset_coco.json and val2014.zip",
 )
 FLICKR30K = _Benchmark(
@@ -48,7 +51,8 @@ FLICKR30K = _Benchmark(
     "--flickr30k-retrieval",
     ("dataset_flickr30k.json", "annotations/dataset_flickr30k.json", "flickr30k_test.json"),
     ("flickr30k-images", "flickr30k_images", "images", "Images", ""),
-    {"test": 1000, "val": 1014},
+    {"test": 1000, "val": 1014, "all": 31014},
+    {"test": "flickr30k/test", "val": "flickr30k/val", "all": "flickr30k/all"},
     "see Flickr30k in EVAL_DATASETS.md: Karpathy's dataset_flickr30k.json and the images of the Illinois group",
 )
 
@@ -64,7 +68,7 @@ def read_flickr30k(root: str | Path, annotations: str | Path | None = None, spli
     Args:
         root: folder with the images, in one of the usual trees.
         annotations: the list of captions; looked for below the root if None.
-        split: ``test`` or ``val`` of Karpathy's; a list without splits is taken whole.
+        split: ``test`` or ``val`` of Karpathy's, or ``all`` of Flickr30k; a list without splits is taken whole.
 
     Raises:
         FileNotFoundError, ValueError: no list, a broken one, or none of that split.
@@ -77,8 +81,10 @@ def _read(which: _Benchmark, root: str | Path, annotations: str | Path | None, s
     path = _find_annotations(which, root, annotations)
     content = read_json(path)
     key, title, expected = which.key, which.title, which.num_images[split]
+    protocol = which.protocols[split]
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         rows = _official_rows(content, path)
+        protocol = f"{key}/{_official_name(path)}"
         # Other images than Karpathy's test split: never under the same name.
         key, title, expected = f"{key}-{_official_name(path)}", f"{title} {_official_name(path)}", None
         if _official_name(path) == "val2017":
@@ -103,6 +109,7 @@ def _read(which: _Benchmark, root: str | Path, annotations: str | Path | None, s
         list(zip(images, captions)),
         num_published=expected and expected * NUM_CAPTIONS,
         source=which.source,
+        protocol=protocol,
     )
 
 
@@ -125,7 +132,7 @@ def _karpathy_rows(items: list, path: Path, split: str) -> list[tuple[str, list[
     rows = []
     for number, item in enumerate(items):
         where = f"{path} image {number}"
-        if text_field(item, "split", where) != split:
+        if text_field(item, "split", where) != split and split != "all":
             continue
         name = text_field(item, "filename", where)
         sentences = item.get("sentences")
@@ -178,7 +185,20 @@ def _candidates(which: _Benchmark, root: Path, name: str) -> list[Path]:
 SPLIT = Option("--karpathy-split", "of COCO and Flickr30k (default: %(default)s)", default="test", choices=SPLITS)
 
 
-def _declare(which: _Benchmark, order: int, read: Callable[[argparse.Namespace], RetrievalSet]) -> Benchmark:
+def _read_chosen(which: _Benchmark, args: argparse.Namespace, root: str, annotations: str | None) -> list[RetrievalSet]:
+    """Reads the protocols that ``--protocol`` names; without one, the split of ``--karpathy-split``."""
+    by_split = which.protocols[args.karpathy_split]
+    sets = []
+    for protocol in chosen_protocols(args, list(dict.fromkeys([by_split, *which.protocols.values(), VAL2017]))):
+        if protocol == VAL2017:
+            sets.append(_read(which, root, annotations or Path(root) / "annotations" / "captions_val2017.json", "test"))
+        else:
+            split = next(split for split, name in which.protocols.items() if name == protocol)
+            sets.append(_read(which, root, annotations, split))
+    return sets
+
+
+def _declare(which: _Benchmark, order: int, read: Callable[[argparse.Namespace], list[RetrievalSet]]) -> Benchmark:
     annotations = Option(
         f"--{which.key}-anno",
         f"dataset_{which.key}.json (default: looked for in DIR)",
@@ -189,16 +209,15 @@ def _declare(which: _Benchmark, order: int, read: Callable[[argparse.Namespace],
         which.key,
         which.flag,
         f"{which.title}: folder with images and captions",
-        lambda args: [read(args)],
+        read,
         group="short",
         order=order,
         options=(annotations, SPLIT),
+        protocols=(*which.protocols.values(), *((VAL2017,) if which is COCO else ())),
     )
 
 
 BENCHMARKS = (
-    _declare(COCO, 10, lambda args: read_coco(args.coco_retrieval, args.coco_anno, args.karpathy_split)),
-    _declare(
-        FLICKR30K, 20, lambda args: read_flickr30k(args.flickr30k_retrieval, args.flickr30k_anno, args.karpathy_split)
-    ),
+    _declare(COCO, 10, lambda args: _read_chosen(COCO, args, args.coco_retrieval, args.coco_anno)),
+    _declare(FLICKR30K, 20, lambda args: _read_chosen(FLICKR30K, args, args.flickr30k_retrieval, args.flickr30k_anno)),
 )

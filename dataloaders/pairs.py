@@ -1,5 +1,7 @@
 """What every benchmark reader returns, and the check that its image files are there."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ class RetrievalSet:
         num_published: number of pairs of the full benchmark, or None where there is no such number.
         missing: what had to be left out, one readable line per pair; empty if complete.
         source: how to get what is missing, one line.
+        protocol: name of the variant that was read, e.g. ``dci/short+extra``; empty for a user's own pairs.
     """
 
     key: str
@@ -31,6 +34,12 @@ class RetrievalSet:
     num_published: int | None = None
     missing: tuple[str, ...] = ()
     source: str = ""
+    protocol: str = ""
+
+    def fingerprint(self) -> str:
+        """Returns 16 hex digits that identify the exact list of image names and captions."""
+        content = [[path.name for path in self.image_paths], self.captions, self.image_of_caption]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def without_images(self, reasons: dict[int, str]) -> "RetrievalSet":
         """Returns the set without some images and their captions.

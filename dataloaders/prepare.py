@@ -21,6 +21,7 @@ from dataloaders.images import BrokenImageError, load_rgb
 from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images, one_caption_per_image
 from dataloaders.registry import benchmarks, destination, options_of
 from dataloaders.share4v import SOURCE, read_items
+from dataloaders.values import names
 
 
 def prepare_share4v(captions: Path, out: Path, num: int) -> str:
@@ -202,6 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("benchmark", choices=known, metavar="BENCHMARK", help=", ".join(known))
     check.add_argument("root", metavar="ROOT", help="the folder given to the benchmark's flag")
     _add_options(check)
+    check.add_argument("--protocol", type=names, default=(), metavar="P,P", help="as in training.main")
     check.add_argument("--read-images", action="store_true", help="decode every image as well (minutes)")
     return parser
 

@@ -74,6 +74,7 @@ class Benchmark:
         options: further flags.
         classification: `read` returns classification sets.
         requires: flags of `options` without which it can't be read -> what to do.
+        protocols: variants that ``--protocol`` chooses from, the default first.
         check: as `read`, for ``prepare check``, where that reads something else.
     """
 
@@ -87,6 +88,7 @@ class Benchmark:
     options: tuple[Option, ...] = ()
     classification: bool = False
     requires: tuple[tuple[str, str], ...] = ()
+    protocols: tuple[str, ...] = ()
     check: Callable[[argparse.Namespace], Sequence[RetrievalSet | ClassificationSet]] | None = None
 
 
@@ -114,6 +116,11 @@ def benchmarks() -> tuple[Benchmark, ...]:
         if benchmark.group not in GROUPS:
             raise ValueError(f"benchmark {benchmark.name}: its group is {benchmark.group!r}, expected one of {GROUPS}")
     return tuple(sorted(found, key=lambda b: (GROUPS.index(b.group), b.order, b.name)))
+
+
+def chosen_protocols(args: argparse.Namespace, offered: Sequence[str]) -> list[str]:
+    """Returns those of a benchmark's protocols that ``--protocol`` names; the first one if it names none of them."""
+    return [name for name in offered if name in args.protocol] or [offered[0]]
 
 
 def options_of(chosen: Sequence[Benchmark]) -> dict[Option, list[str]]:

@@ -12,23 +12,30 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption
 from dataloaders.files import file_identity, parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, Option
+from dataloaders.registry import Benchmark, Option, chosen_protocols
 from dataloaders.values import positive_numbers
 
 FLAG = "--share4v-retrieval"
+PROTOCOLS = ("sv/sam", "sv/first")
 ANNO_FLAG = "--share4v-anno"
 NUM_FLAG = "--share4v_val_num"
 SOURCE = "see ShareGPT4V in EVAL_DATASETS.md: SA-1B archives sa_000000 to sa_000050"
 
 
-def read_share4v(root: str | Path, annotations: str | Path, sizes: list[int]) -> list[RetrievalSet]:
+def read_share4v(
+    root: str | Path, annotations: str | Path, sizes: list[int], protocol: str = PROTOCOLS[0]
+) -> list[RetrievalSet]:
     """Reads the first N items of the list, for each N of `sizes`.
+
+    Protocols: ``sv/sam`` (LoTLIP, FLAIR) reads a list of SA-1B images alone, by the long rule; ``sv/first`` (Long-CLIP,
+    FG-CLIP) reads the uncut list, where newlines become blanks and nothing is split.
 
     Args:
         root: folder with SA-1B images. An image is looked up by its path in the list, else by its file name anywhere
             below the root: published trees differ.
         annotations: the JSON list, as `python -m dataloaders.prepare share4v` cuts it.
         sizes: numbers of pairs; 1000 and 10000 are the published ones.
+        protocol: one of `PROTOCOLS`.
 
     Raises:
         FileNotFoundError, ValueError: list absent, broken or shorter than asked for; a file name found twice.
@@ -41,15 +48,17 @@ def read_share4v(root: str | Path, annotations: str | Path, sizes: list[int]) ->
             f"the file"
         )
     paths = resolve_images(root, [image for image, _ in items])
-    captions = [normalise_caption(caption) for _, caption in items]
+    first = protocol == "sv/first"
+    captions = [text.replace("\n", " ") if first else normalise_caption(text) for _, text in items]
     pairs = list(zip(paths, captions))
     return [
         one_caption_per_image(
-            f"share4v-retrieval-{n}",
-            f"SV-{n // 1000}k" if n % 1000 == 0 else f"SV-{n}",
+            f"share4v-first-retrieval-{n}" if first else f"share4v-retrieval-{n}",
+            (f"SV-{n // 1000}k" if n % 1000 == 0 else f"SV-{n}") + (" first" if first else ""),
             pairs[:n],
             num_published=n,
             source=SOURCE,
+            protocol=protocol,
         )
         for n in sizes
     ]
@@ -112,7 +121,12 @@ BENCHMARKS = (
         "share4v",
         FLAG,
         "ShareGPT4V: folder with SA-1B images, in any tree",
-        lambda args: read_share4v(args.share4v_retrieval, args.share4v_anno, args.share4v_val_num),
+        lambda args: [
+            own
+            for protocol in chosen_protocols(args, PROTOCOLS)
+            for own in read_share4v(args.share4v_retrieval, args.share4v_anno, args.share4v_val_num, protocol)
+        ],
+        protocols=PROTOCOLS,
         order=30,
         options=(
             Option(ANNO_FLAG, "its list of captions (dataloaders.prepare share4v)", metavar="FILE"),

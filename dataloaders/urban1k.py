@@ -30,7 +30,9 @@ def read_urban1k(root: str | Path) -> RetrievalSet:
             pairs = _read_annotations(base)
         else:
             continue
-        return one_caption_per_image("urban1k-retrieval", "Urban1k", pairs, num_published=NUM_PAIRS, source=SOURCE)
+        return one_caption_per_image(
+            "urban1k-retrieval", "Urban1k", pairs, num_published=NUM_PAIRS, source=SOURCE, protocol="urban1k/first-line"
+        )
     raise FileNotFoundError(f"{FLAG} {root}: neither caption/ nor annotations/annotations.json is there; {SOURCE}")
 
 
@@ -71,5 +73,6 @@ BENCHMARKS = (
         "Urban1k: folder with image/ and caption/",
         lambda args: [read_urban1k(args.urban1k_retrieval)],
         order=40,
+        protocols=("urban1k/first-line",),
     ),
 )

@@ -38,7 +38,10 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
             if key not in other:
                 notes.append(f"{first.title}: not evaluated in {name}")
             elif other[key].digest != first.digest:
-                notes.append(f"{first.title}: {name} ranked other pairs than {names[0]}; not comparable")
+                read = [f"{ranks.protocol} {ranks.digest[:16]}".strip() for ranks in (other[key], first)]
+                notes.append(
+                    f"{first.title}: {name} ranked other pairs ({read[0]}) than {names[0]} ({read[1]}); not comparable"
+                )
         same = [(n, o[key]) for n, o in zip(names, loaded) if key in o and o[key].digest == first.digest]
         if len(same) < 2:
             continue

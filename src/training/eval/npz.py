@@ -7,6 +7,7 @@ captions          [num_captions]        optional: texts
 image_paths       [num_images]          optional: image files, absolute or relative to the .npz; for thumbnails
 lost_tokens       [num_captions]        optional: tokens that a tokenizer cut off
 title             ()                    optional: name in tables; else the file's
+protocol          ()                    optional: name of the benchmark's variant, such as dci/short+extra
 """
 
 import os
@@ -43,6 +44,7 @@ def write_features(ranked: RankedSet, images: Encoding, texts: Encoding, folder:
         image_paths=np.array([os.path.abspath(str(p)) for p in ranked.pairs.image_paths]),
         lost_tokens=texts.lost_tokens[ranked.text_rows].numpy(),
         title=np.array(ranked.pairs.title),
+        protocol=np.array(ranked.pairs.protocol),
     )
     return path
 
@@ -102,6 +104,7 @@ def _read_one(path: Path) -> tuple[RetrievalSet, dict[str, torch.Tensor]]:
         tuple(path.parent / str(name) for name in names),
         tuple(str(text) for text in texts),
         tuple(owner.tolist()),
+        protocol=str(arrays.get("protocol", "")),
     )
     lost = torch.from_numpy(arrays.get("lost_tokens", np.full(num_captions, -1)).astype(np.int64))
     return pairs, features | {"lost": lost}

@@ -44,6 +44,11 @@ def format_table(records: Sequence[dict]) -> str:
     return tabulate(rows, headers=headers, colalign=right, disable_numparse=True)
 
 
+def format_protocols(records: Sequence[dict]) -> str:
+    """``DCI: dci/short+extra, pairs 0f3a..``, a line per benchmark: what was read, and the hash of the exact list."""
+    return "\n".join(f"{r['title']}: {r['protocol'] or 'your own pairs'}, pairs {r['fingerprint']}" for r in records)
+
+
 def format_zero_shot(records: Sequence[dict]) -> str:
     """Returns the table of zero-shot classification for a terminal, in percent."""
     rows = []
@@ -73,7 +78,7 @@ def flatten(records: Sequence[dict]) -> dict[str, object]:
         for name in ("num_images", "num_pairs", "num_expected", "num_missing", "num_broken"):
             flat[f"{record['key']}-{name.replace('_', '-')}"] = record[name]
         flat[f"{record['key']}-pairs"] = f"{record['num_pairs']:,} of {record['num_expected']:,} pairs"
-        for name in ("truncated_share", "truncated_mean_tokens_lost"):
+        for name in ("protocol", "fingerprint", "truncated_share", "truncated_mean_tokens_lost"):
             flat[f"{record['key']}-{name.replace('_', '-')}"] = record[name]
     return flat
 

@@ -199,6 +199,8 @@ def rank_sets(
         record = {
             "title": kept.title,
             "key": kept.key,
+            "protocol": kept.protocol,
+            "fingerprint": kept.fingerprint(),
             "num_images": len(kept.image_paths),
             "num_pairs": len(kept.captions),
             "num_expected": max(kept.num_published or 0, len(kept.captions) + len(kept.missing)),

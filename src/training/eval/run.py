@@ -17,6 +17,7 @@ from training.eval.results import (
     flatten_zero_shot,
     format_markdown,
     format_pairs,
+    format_protocols,
     format_table,
     format_zero_shot,
     label_of,
@@ -148,6 +149,7 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     if records:
         print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
         print(format_table(records))
+        print(f"\nProtocols and hashes of the exact lists of images and captions:\n{format_protocols(records)}")
     if outcome.zero_shot:
         print(f"\n{label}, {args.precision}: accuracy in percent, open_clip's class names and templates\n")
         print(format_zero_shot(outcome.zero_shot))

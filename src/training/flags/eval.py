@@ -4,7 +4,7 @@ import argparse
 
 from dataloaders.registry import benchmarks, options_of
 from training.flags.effects import ALWAYS, EVALUATION, MODEL, Condition, Effects
-from training.flags.types import Switch, positive_numbers
+from training.flags.types import Switch, names, positive_numbers
 
 RETRIEVAL_FLAGS = tuple(b.flag for b in benchmarks() if not b.classification)
 ZERO_SHOT_FLAGS = tuple(b.flag for b in benchmarks() if b.classification)
@@ -41,7 +41,7 @@ _FIXED_WEIGHTS = Condition(
 )
 
 EFFECTS: Effects = (
-    (ALWAYS, " ".join((*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS))),
+    (ALWAYS, " ".join((*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--protocol"))),
     (EVALUATION, " ".join(INSIGHT_FLAGS)),
     (_MODEL_NEEDED, " ".join(flag for flag in INSIGHT_FLAGS if flag != "--report")),
     (_RETRIEVAL, " ".join(INSIGHT_FLAGS)),
@@ -79,6 +79,14 @@ def _add_benchmarks(group: argparse._ArgumentGroup, name: str) -> None:
 
 
 def _add_reading_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--protocol",
+        type=names,
+        default=(),
+        metavar="P,P",
+        help="variants of the benchmarks in place of their first one: "
+        + "; ".join(", ".join(b.protocols) for b in benchmarks() if len(b.protocols) > 1),
+    )
     group.add_argument(
         "--feature-cache",
         metavar="DIR",
@@ -138,6 +146,12 @@ def validate_eval_args(args: argparse.Namespace) -> None:
         for flag, what in benchmark.requires:
             if _value(args, benchmark.flag) and not _value(args, flag):
                 raise ValueError(f"{benchmark.flag} needs {flag}, {what}")
+    known = {protocol: b.flag for b in benchmarks() for protocol in b.protocols}
+    for protocol in args.protocol:
+        if protocol not in known:
+            raise ValueError(f"--protocol {protocol}: expected one of {', '.join(known)}")
+        if not _value(args, known[protocol]):
+            raise ValueError(f"--protocol {protocol}: no effect without {known[protocol]}; add it or leave both")
     if args.features:
         flags = (*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data", "--pretrained")
         others = [flag for flag in flags if _value(args, flag)]

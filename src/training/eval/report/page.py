@@ -118,7 +118,13 @@ def _table_row(record: dict) -> dict[str, object]:
         directions += [_percent(result["top1"]), _interval(result["top1-ci95"])]
         directions += [_percent(result["top5"]), _percent(result["top10"]), f"{result['median-rank']:.6g}"]
     cut = "unknown" if share is None else f"{100 * share:.1f}%"
-    return {"title": record["title"], "pairs": format_pairs(record), "cells": [*directions, cut]}
+    return {
+        "title": record["title"],
+        "pairs": format_pairs(record),
+        "protocol": record["protocol"],
+        "fingerprint": record["fingerprint"],
+        "cells": [*directions, cut],
+    }
 
 
 def _zero_shot_row(record: dict) -> list[str]:

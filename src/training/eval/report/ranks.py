@@ -1,6 +1,5 @@
 """Ranks of every query of a run, kept small beside its results: what two runs are compared by."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ class QueryRanks:
 
     Attributes:
         title: as in tables.
-        digest: of captions and of which image each belongs to: runs with the same one are of the same queries.
+        digest: fingerprint of the list of images and captions: runs with the same one ranked the same pairs.
+        protocol: name of the variant; empty if unknown.
         owner: [num_captions] int32, image of each caption.
         images: [num_images], file names.
         rank: direction -> [num_queries] float32, expected rank of the right answer.
@@ -32,6 +32,7 @@ class QueryRanks:
 
     title: str
     digest: str
+    protocol: str
     owner: np.ndarray
     images: np.ndarray
     rank: dict[str, np.ndarray]
@@ -43,7 +44,7 @@ def write_ranks(ranked: Sequence[RankedSet], path: Path) -> None:
     arrays, meta = {}, {}
     for r in ranked:
         key = str(r.record["key"])
-        meta[key] = {"title": r.pairs.title, "digest": _digest(r)}
+        meta[key] = {"title": r.pairs.title, "digest": r.pairs.fingerprint(), "protocol": r.pairs.protocol}
         arrays[f"{key}/owner"] = np.array(r.pairs.image_of_caption, dtype=np.int32)
         arrays[f"{key}/images"] = np.array([path.name for path in r.pairs.image_paths])
         for direction in DIRECTIONS:
@@ -51,11 +52,6 @@ def write_ranks(ranked: Sequence[RankedSet], path: Path) -> None:
             arrays[f"{key}/{direction}-rank"] = expected_rank(counts).to(torch.float32).numpy()
             arrays[f"{key}/{direction}-top1"] = hit_probability(counts, 1).to(torch.float32).numpy()
     np.savez_compressed(path, **{_META: np.array(json.dumps(meta))}, **arrays)
-
-
-def _digest(ranked: RankedSet) -> str:
-    content = json.dumps([ranked.pairs.captions, ranked.pairs.image_of_caption])
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def read_ranks(run: str | Path) -> dict[str, QueryRanks]:
@@ -83,6 +79,7 @@ def read_ranks(run: str | Path) -> dict[str, QueryRanks]:
             key: QueryRanks(
                 own["title"],
                 own["digest"],
+                own.get("protocol", ""),
                 arrays[f"{key}/owner"],
                 arrays[f"{key}/images"],
                 {d: arrays[f"{key}/{d}-rank"] for d in DIRECTIONS},

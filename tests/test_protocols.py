@@ -1,0 +1,116 @@
+"""Protocols: each variant on a small tree in its exact layout; what was read is in results, report and compare."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from dataloaders import dci, docci, iiw, karpathy, share4v, urban1k
+from dataloaders.captions import normalise_caption, split_caption
+from dataloaders.registry import benchmarks
+from eval_files import write_coco, write_docci, write_flickr30k, write_image
+from support import LAYOUTS, evaluate
+from training.flags.parser import parse_args
+
+
+def read(name, protocol, **flags):
+    """Reads one benchmark as the command line would."""
+    args = SimpleNamespace(protocol=(protocol,), karpathy_split="test", docci_sentences=False, **flags)
+    return next(b for b in benchmarks() if b.name == name).read(args)
+
+
+def test_dci_extra_lower():
+    (found,) = read("dci", "dci/extra-lower", dci_retrieval=LAYOUTS / "dci")
+    base = LAYOUTS / "dci" / "densely_captioned_images"
+    names = [name for split in json.loads((base / "splits.json").read_text()).values() for name in split]
+    rows = [json.loads((base / "annotations" / name).read_text()) for name in names]
+    assert found.captions == tuple(row["extra_caption"].lower() for row in rows)
+    assert (found.key, found.protocol) == ("dci-extra-lower-retrieval", "dci/extra-lower")
+    whole = dci.read_dci(LAYOUTS / "dci")
+    assert (whole.key, whole.protocol) == ("dci-retrieval", "dci/short+extra")
+    assert found.image_paths == whole.image_paths and found.fingerprint() != whole.fingerprint()
+
+
+def test_iiw_sentences():
+    flags = {"iiw_retrieval": LAYOUTS / "iiw", "iiw_anno": LAYOUTS / "iiw_annotations"}
+    (found,) = read("iiw", "iiw/sentences", **flags)
+    (whole,) = read("iiw", "iiw/612", **flags)
+    raw = [c for s in iiw.SUBSETS for _, c in iiw.read_iiw_subset(LAYOUTS / "iiw_annotations", s)]
+    assert found.captions == tuple(sentence for text in raw for sentence in split_caption(text))
+    assert found.image_paths == whole.image_paths
+    assert whole.captions == tuple(map(normalise_caption, raw))
+
+
+def test_share4v_first_keeps_captions_as_they_are(tmp_path):
+    items = [("coco/a.jpg", "One.\nTwo 3.5 m."), ("sam/images/sa_1.jpg", "Three."), ("sam/images/sa_2.jpg", "Four\nx")]
+    turns = [{"image": i, "conversations": [{"value": "?"}, {"value": text}]} for i, text in items]
+    (tmp_path / "list.json").write_text(json.dumps(turns))
+    flags = {"share4v_retrieval": tmp_path, "share4v_anno": tmp_path / "list.json", "share4v_val_num": (2,)}
+    (found,) = read("share4v", "sv/first", **flags)
+    assert found.captions == ("One. Two 3.5 m.", "Three.") and found.key == "share4v-first-retrieval-2"
+    (other,) = read("share4v", "sv/sam", **flags)
+    assert other.captions == ("One. Two 3. 5 m", "Three") and other.key == "share4v-retrieval-2"
+
+
+def test_docci_sentences_alone(tmp_path):
+    (found,) = read("docci", "docci/sentences", docci_retrieval=write_docci(tmp_path))
+    assert found.protocol == "docci/sentences" and "A 3" in found.captions
+    assert [s.protocol for s in docci.read_docci(tmp_path, sentences=True)] == ["docci/test", "docci/sentences"]
+
+
+def test_flickr30k_all_and_coco_val2017(tmp_path):
+    root = write_flickr30k(tmp_path / "flickr", num=5)
+    (found,) = read("flickr30k", "flickr30k/all", flickr30k_retrieval=root, flickr30k_anno=None)
+    assert len(found.image_paths) == 8 and found.key == "flickr30k-all-retrieval"
+    assert karpathy.read_flickr30k(root).protocol == "flickr30k/test"
+    root = write_coco(tmp_path / "coco")
+    assert karpathy.read_coco(root).protocol == "coco/karpathy"
+    official = {"images": [{"id": 7, "file_name": "000000000007.jpg"}]}
+    official["annotations"] = [{"image_id": 7, "caption": f"c{n}"} for n in range(5)]
+    (root / "annotations" / "captions_val2017.json").write_text(json.dumps(official))
+    (found,) = read("coco", "coco/val2017", coco_retrieval=root, coco_anno=None)
+    assert found.protocol == "coco/val2017" and found.captions == ("c0", "c1", "c2", "c3", "c4")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--dci-retrieval", "D", "--protocol", "dci/long"], "expected one of dci/short+extra"),
+        (["--dci-retrieval", "D", "--protocol", "iiw/sentences"], "no effect without --iiw-retrieval"),
+    ],
+)
+def test_wrong_protocols_are_usage_errors(argv, said, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert said in capsys.readouterr().err
+
+
+def test_results_report_and_compare_name_what_was_read(tmp_path, tiny_clip, capsys):
+    from training import compare
+
+    root = tmp_path / "Urban1k"
+    for number in range(4):
+        write_image(root / "image" / f"{number}.jpg", number)
+        (root / "caption").mkdir(exist_ok=True)
+        (root / "caption" / f"{number}.txt").write_text(f"Street {number}.\nsecond line")
+    first = evaluate(tmp_path, tiny_clip, "--urban1k-retrieval", root, "--report", name="first")
+    own = urban1k.read_urban1k(root).fingerprint()
+    assert first["urban1k-retrieval-protocol"] == "urban1k/first-line"
+    assert first["urban1k-retrieval-fingerprint"] == own
+    assert f"Urban1k: urban1k/first-line, pairs {own}" in capsys.readouterr().out
+    page = (tmp_path / "logs" / "first" / "report.html").read_text()
+    assert "urban1k/first-line" in page and own in page
+    (root / "caption" / "0.txt").write_text("Another street.")
+    evaluate(tmp_path, tiny_clip, "--urban1k-retrieval", root, name="second")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "logs" / name) for name in ("first", "second")])
+    assert f"than first (urban1k/first-line {own}); not comparable" in capsys.readouterr().err
+
+
+def test_a_shorter_list_has_another_fingerprint():
+    eight, again, twelve = (
+        share4v.read_share4v(LAYOUTS / "share4v", LAYOUTS / "share4v_sam.json", [number])[0] for number in (8, 8, 12)
+    )
+    assert eight.fingerprint() == again.fingerprint() != twelve.fingerprint()
+    assert eight.fingerprint() != eight.without_images({0: "gone"}).fingerprint()
