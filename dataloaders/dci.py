@@ -12,17 +12,18 @@ from dataloaders.files import parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, chosen_protocols
 
-NUM_PAIRS = 7805
+NUM_PAIRS = {"dci/short+extra": 7805, "dci/extra-lower": 7805, "long-dci": 7602}
 FLAG = "--dci-retrieval"
-PROTOCOLS = ("dci/short+extra", "dci/extra-lower")
+PROTOCOLS = tuple(NUM_PAIRS)
 SOURCE = "see DCI in EVAL_DATASETS.md: annotations from the DCI release, photos from SA-1B's archive sa_000138"
 
 
 def read_dci(root: str | Path, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
-    """Reads DCI: all splits one after another.
+    """Reads DCI: all splits one after another; ``long-dci`` takes every annotation file, sorted by name.
 
     Protocols: ``dci/short+extra`` (LoTLIP, FLAIR) takes the short caption, a newline and the extra caption by the long
-    rule; ``dci/extra-lower`` (FG-CLIP) takes the extra caption alone, in lower case and not split.
+    rule; ``dci/extra-lower`` (FG-CLIP) takes the extra caption alone, in lower case and not split; ``long-dci`` (TULIP,
+    HiMo-CLIP) takes the extra caption as it is, and leaves out annotations without one.
 
     Args:
         root: the folder that holds `densely_captioned_images`, or that folder itself.
@@ -36,13 +37,15 @@ def read_dci(root: str | Path, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
     if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
         raise ValueError(f"{base / 'splits.json'}: expected lists of annotation files under train, valid and test")
     paths = [base / "annotations" / str(name) for names in splits.values() for name in names]
+    if protocol == "long-dci":
+        paths = sorted(p for p in (base / "annotations").glob("*.json") if not p.name.startswith("."))
     rows = parallel_map(lambda path: _read_annotation(path, protocol), paths)
-    suffix = "" if protocol == PROTOCOLS[0] else protocol.removeprefix("dci/")
+    title = {"dci/short+extra": "DCI", "dci/extra-lower": "DCI extra-lower", "long-dci": "Long-DCI"}[protocol]
     return one_caption_per_image(
-        f"dci-{suffix}-retrieval" if suffix else "dci-retrieval",
-        f"DCI {suffix}".strip(),
-        [(base / "photos" / row[0], row[1]) for row in rows if row],
-        num_published=NUM_PAIRS,
+        f"{title.lower().replace(' ', '-')}-retrieval",
+        title,
+        [(base / "photos" / row[0], row[1]) for row in rows if row and (row[1] or protocol != "long-dci")],
+        num_published=NUM_PAIRS[protocol],
         missing=tuple(f"{path}: no such annotation" for path, row in zip(paths, rows) if not row),
         source=SOURCE,
         protocol=protocol,
@@ -55,8 +58,9 @@ def _read_annotation(path: Path, protocol: str) -> tuple[str, str] | None:
         return None
     row = read_json(path)
     short, extra = text_field(row, "short_caption", path), text_field(row, "extra_caption", path)
-    caption = extra.lower() if protocol == "dci/extra-lower" else normalise_caption(f"{short}\n{extra}")
-    return text_field(row, "image", path), caption
+    whole = normalise_caption(f"{short}\n{extra}")
+    captions = {"dci/short+extra": whole, "dci/extra-lower": extra.lower(), "long-dci": extra}
+    return text_field(row, "image", path), captions[protocol]
 
 
 def find_dci_base(root: str | Path) -> Path:

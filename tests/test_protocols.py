@@ -31,6 +31,20 @@ def test_dci_extra_lower():
     assert found.image_paths == whole.image_paths and found.fingerprint() != whole.fingerprint()
 
 
+def test_long_dci_takes_every_annotation_with_an_extra_caption(tmp_path):
+    base = tmp_path / "densely_captioned_images"
+    (base / "annotations").mkdir(parents=True)
+    texts = {"2-data.json": "Two. Extra\nlines.", "10-data.json": "Ten.", "3-data.json": ""}
+    for name, extra in texts.items():
+        row = {"image": f"sa_{name[0]}.jpg", "short_caption": "Short.", "extra_caption": extra}
+        (base / "annotations" / name).write_text(json.dumps(row))
+    (base / "splits.json").write_text(json.dumps({"test": ["2-data.json"]}))
+    (found,) = read("dci", "long-dci", dci_retrieval=tmp_path)
+    assert found.captions == ("Ten.", "Two. Extra\nlines.")  # names sorted as text
+    assert [path.name for path in found.image_paths] == ["sa_1.jpg", "sa_2.jpg"]
+    assert (found.key, found.protocol, found.num_published) == ("long-dci-retrieval", "long-dci", 7602)
+
+
 def test_iiw_sentences():
     flags = {"iiw_retrieval": LAYOUTS / "iiw", "iiw_anno": LAYOUTS / "iiw_annotations"}
     (found,) = read("iiw", "iiw/sentences", **flags)
@@ -106,6 +120,13 @@ def test_results_report_and_compare_name_what_was_read(tmp_path, tiny_clip, caps
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "logs" / name) for name in ("first", "second")])
     assert f"than first (urban1k/first-line {own}); not comparable" in capsys.readouterr().err
+    evaluate(tmp_path, tiny_clip, "--urban1k-retrieval", root, name="third")
+    capsys.readouterr()
+    written = tmp_path / "compared.json"
+    assert compare.main([*(str(tmp_path / "logs" / name) for name in ("second", "third")), "--json", str(written)]) == 0
+    own = urban1k.read_urban1k(root).fingerprint()
+    assert f"Urban1k: urban1k/first-line, pairs {own}" in capsys.readouterr().out
+    assert {(r["protocol"], r["fingerprint"]) for r in json.loads(written.read_text())} == {("urban1k/first-line", own)}
 
 
 def test_a_shorter_list_has_another_fingerprint():

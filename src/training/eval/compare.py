@@ -19,9 +19,9 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
         runs: folders LOGS/NAME of evaluations.
 
     Returns:
-        One record per benchmark, direction and run: ``benchmark``, ``direction``, ``run``, ``top1``, and for all runs
-        but the first ``difference``, ``low``, ``high`` (95% interval), ``p`` and the number of queries ``gained`` and
-        ``lost``; and notes on what could not be compared.
+        One record per benchmark, direction and run: ``benchmark``, ``protocol``, ``fingerprint``,
+        ``direction``, ``run``, ``top1``, and for all runs but the first ``difference``, ``low``, ``high`` (95%
+        interval), ``p`` and the number of queries ``gained`` and ``lost``; and notes on what could not be compared.
 
     Raises:
         FileNotFoundError, ValueError: a run without ranks, or no benchmark in common.
@@ -51,7 +51,8 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
             clusters = first.owner if direction == "t2i" else None
             for name, ranks in same:
                 after = ranks.top1[direction]
-                record = {"benchmark": first.title, "direction": direction, "run": name, "top1": float(after.mean())}
+                record = {"benchmark": first.title, "protocol": first.protocol, "fingerprint": first.digest}
+                record |= {"direction": direction, "run": name, "top1": float(after.mean())}
                 if ranks is not first:
                     found = paired_bootstrap(before, after, clusters)
                     flips = {"gained": int((after > before).sum()), "lost": int((after < before).sum())}
@@ -72,7 +73,7 @@ def format_comparison(records: Sequence[dict[str, object]]) -> str:
     """Returns the table for a terminal, in percent and points."""
     from tabulate import tabulate
 
-    from training.eval.results import DIRECTIONS
+    from training.eval.results import DIRECTIONS, format_protocols
 
     rows, last = [], None
     for r in records:
@@ -86,7 +87,9 @@ def format_comparison(records: Sequence[dict[str, object]]) -> str:
         rows.append(row + [""] * (9 - len(row)))
     headers = ["benchmark", "", "run", "R@1", "difference", "95% interval", "p", "gained", "lost"]
     align = ["left"] * 3 + ["right"] * 3 + ["left", "right", "right"]
-    return tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+    table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+    each = {r["benchmark"]: {**r, "title": r["benchmark"]} for r in records}
+    return f"{table}\n\n{format_protocols(list(each.values()))}"
 
 
 def write_flips(runs: Sequence[str], path: Path) -> int:
