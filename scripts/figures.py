@@ -4,8 +4,10 @@
     python scripts/figures.py --record logs/NAME --as "our B/16"    record an evaluation first
     python scripts/figures.py --record-demo logs/demo               record a demo first
 
-    published.json    the paper's table          ours.json       evaluations of ours on the same benchmarks
-    demo.json         the demo's comparison      lengths.json    R@1 by tokens, of evaluations and of the demo
+    ours.json    evaluations of ours on the same benchmarks
+    demo.json    the demo's comparison      lengths.json    R@1 by tokens, of evaluations and of the demo
+
+Printed numbers come from src/training/eval/published.json; `--table` prints them as the README's table.
 
 What has not been recorded is not drawn. An evaluation is recorded on whole benchmarks only.
 """
@@ -16,14 +18,19 @@ import sys
 from pathlib import Path
 
 FIGURES = Path(__file__).parents[1] / "figures"
+PUBLISHED = FIGURES.parent / "src" / "training" / "eval" / "published.json"
 DEMO_RUNS = {"lotlip": "short and long captions", "short_only": "short captions only"}
 DEMO_LAYOUT = "Urban1k"  # the demo's scenes lie on disk as that benchmark does, and are none of it
+# title -> key of results, protocol and size of printed numbers
 KEYS = {
-    "DCI": "dci-retrieval",
-    "IIW": "iiw-retrieval",
-    "SV-10k": "share4v-retrieval-10000",
-    "Urban1k": "urban1k-retrieval",
+    "DCI": ("dci-retrieval", "dci/short+extra", None),
+    "IIW": ("iiw-retrieval", "iiw/612", None),
+    "SV-10k": ("share4v-retrieval-10000", "sv/sam", 10000),
+    "Urban1k": ("urban1k-retrieval", "urban1k/first-line", None),
+    "DOCCI": ("docci-retrieval", "docci/test", None),
+    "Long-DCI": ("long-dci-retrieval", "long-dci", None),
 }
+SIZE = "B/16"
 
 
 def read(name: str) -> dict | None:
@@ -49,7 +56,7 @@ def record(run: Path, label: str) -> None:
     """Takes an evaluation's R@1 on whole benchmarks into ours.json, and its length curves into lengths.json."""
     result, ours = last_result(run), read("ours") or {"models": {}}
     recall = {}
-    for title, key in KEYS.items():
+    for title, (key, *_) in KEYS.items():
         if f"{key}-i2t-top1" in result and result[f"{key}-num-pairs"] == result[f"{key}-num-expected"]:
             recall[title] = [round(100 * result[f"{key}-{d}-top1"], 2) for d in ("i2t", "t2i")]
     facts = {name: result.get(name) for name in ("model", "pretrained", "weights_sha256", "date", "device")}
@@ -86,27 +93,55 @@ def _record_lengths(label: str, found: dict, facts: dict) -> None:
     write("lengths", lengths)
 
 
+def published() -> dict[str, tuple[dict, dict[str, list[float]]]]:
+    """Returns the printed numbers: model -> what it is, and per benchmark its R@1 [I2T, T2I]. Of several, the first."""
+    content = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    found = {name: (about, {}) for name, about in content["models"].items()}
+    for title, (_, protocol, pairs) in KEYS.items():
+        for row in content["numbers"]:
+            if row["protocol"] == protocol and row.get("pairs") == pairs:
+                found[row["model"]][1].setdefault(title, [row["i2t"], row["t2i"]])
+    return found
+
+
+def published_table() -> str:
+    """Returns the README's table of printed numbers, I2T / T2I, oldest first."""
+    models = sorted(published().items(), key=lambda item: item[1][0]["year"])
+    lines = [["model", "year", "data", *KEYS], ["---"] * (3 + len(KEYS))]
+    for name, (about, recall) in models:
+        cells = [" / ".join(f"{value:.2f}" for value in recall[t]) if t in recall else "" for t in KEYS]
+        if recall:
+            lines.append([name, str(about["year"]), about["data"], *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def draw_published() -> object:
-    """The paper's table as bars, our evaluations beside it."""
+    """Printed numbers of models of one size, the best on top; our evaluations among them."""
     from matplotlib import pyplot
 
-    published, ours = read("published"), read("ours") or {"models": {}}
-    bars = {name: dict(zip(published["benchmarks"], rows)) for name, rows in published["models"].items()}
-    bars |= {f"{name} (ours)": own["recall"] for name, own in ours["models"].items()}
-    figure, panels = pyplot.subplots(2, 1, figsize=(10, 7), layout="constrained", sharex=True)
-    width = 0.85 / len(bars)
-    for axes, number, title in zip(panels, (0, 1), ("image to text", "text to image")):
-        for n, (name, recall) in enumerate(bars.items()):
-            places = [p + n * width for p, b in enumerate(published["benchmarks"]) if b in recall]
-            values = [recall[b][number] for b in published["benchmarks"] if b in recall]
-            hatch = "//" if name.endswith("(ours)") else None
-            axes.bar_label(axes.bar(places, values, width * 0.95, label=name, hatch=hatch), fmt="%.0f", fontsize=8)
-        axes.set(ylim=(0, 105), ylabel="R@1 in percent", title=title)
-        axes.set_xticks([p + 0.425 - width / 2 for p in range(len(published["benchmarks"]))], published["benchmarks"])
-        axes.grid(axis="y", alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    note = "as published" if not ours["models"] else "as published; hatched: measured by this project"
-    figure.suptitle(f"Long text-image retrieval, {note}")
+    ours = read("ours") or {"models": {}}
+    bars = {
+        f"{name.replace('ViT-', '')} ({about['year']}, {about['data']})": recall
+        for name, (about, recall) in published().items()
+        if about["size"] == SIZE
+    }
+    bars |= {f"{name}, measured by this project": own["recall"] for name, own in ours["models"].items()}
+    figure, panels = pyplot.subplots(3, 2, figsize=(11, 9.5), layout="constrained")
+    for axes, title in zip(panels.flat, KEYS):
+        here = sorted(((sum(r[title]) / 2, name, r[title]) for name, r in bars.items() if title in r), reverse=True)
+        for place, (_, name, (i2t, t2i)) in enumerate(here):
+            color = "C3" if name.endswith("project") else "C0"
+            axes.plot([i2t, t2i], [place, place], color="0.8", linewidth=3, zorder=1)
+            axes.scatter(i2t, place, color=color, marker="o", zorder=2)
+            axes.scatter(t2i, place, edgecolor=color, facecolor="white", marker="o", zorder=3)
+        axes.set_yticks(range(len(here)), [name for _, name, _ in here], fontsize=8)
+        axes.set(title=title, xlabel="R@1 in percent", ylim=(len(here) - 0.4, -0.6))
+        axes.grid(axis="x", alpha=0.3)
+    for face, label in (("C0", "image to text"), ("white", "text to image")):
+        panels[0][0].scatter([], [], edgecolor="C0", facecolor=face, label=label)
+    panels[0][0].legend(fontsize=8)
+    note = "as printed" if not ours["models"] else "as printed; red: measured by this project"
+    figure.suptitle(f"Long text-image retrieval, ViT-{SIZE} (year, pairs of pre-training + long captions), {note}")
     return figure
 
 
@@ -157,7 +192,11 @@ def main() -> int:
     parser.add_argument("--record", type=Path, metavar="RUN", help="folder of an evaluation to record")
     parser.add_argument("--as", dest="label", metavar="LABEL", help="its name in figures (default: the folder's)")
     parser.add_argument("--record-demo", type=Path, metavar="DIR", help="folder of a demo to record")
+    parser.add_argument("--table", action="store_true", help="print the README's table of printed numbers and stop")
     args = parser.parse_args()
+    if args.table:
+        print(published_table())
+        return 0
     try:
         if args.record:
             record(args.record, args.label or args.record.name)

@@ -21,6 +21,9 @@ def tree(tmp_path):
     """A checkout's scripts and recorded results, without the pictures."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "figures.py", tmp_path / "scripts")
+    printed = Path("src") / "training" / "eval" / "published.json"
+    (tmp_path / printed.parent).mkdir(parents=True)
+    shutil.copy(ROOT / printed, tmp_path / printed)
     shutil.copytree(ROOT / "figures", tmp_path / "figures", ignore=shutil.ignore_patterns("*.png", "lengths.json"))
     return tmp_path
 
@@ -40,11 +43,21 @@ def test_figures_are_drawn_from_the_records(tree):
 
 
 def test_the_published_table_is_the_readmes(tree):
-    published = json.loads((tree / "figures" / "published.json").read_text())
-    text = (ROOT / "README.md").read_text()
-    for name, rows in published["models"].items():
-        cells = " | ".join(f"{i2t:.2f} / {t2i:.2f}" for i2t, t2i in rows)
-        assert any(line.startswith(f"| {name} |") and cells in line for line in text.splitlines()), name
+    """Each cell of the README is in the table that the script prints; the paper's own five models are there."""
+
+    def table(text):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+        return {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}
+
+    printed = table(draw(tree, "--table")[1])
+    section = (ROOT / "README.md").read_text().split("## Published results")[1].split("\n## ")[0]
+    readme = table(section)
+    assert {f"CLIP ViT-B/{n}" for n in (16, 32)} | {f"LoTLIP ViT-B/{n}" for n in (16, 32)} <= readme.keys()
+    assert "Long-CLIP ViT-B/16" in readme
+    for name, row in readme.items():
+        assert row == {title: printed[name][title] for title in row}, name
+    first = json.loads((tree / "src" / "training" / "eval" / "published.json").read_text())["numbers"][0]
+    assert printed[first["model"]]["DCI"] == f"{first['i2t']:.2f} / {first['t2i']:.2f}"
 
 
 def test_whole_benchmarks_and_lengths_are_recorded_partial_ones_are_not(tree):

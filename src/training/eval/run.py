@@ -12,6 +12,15 @@ from training.data.images import IN_EVALUATION
 from training.eval.encode import ComputeOptions, Encoding
 from training.eval.lengths import LengthQuestions, analyse_lengths, token_lengths
 from training.eval.npz import read_features, write_features
+from training.eval.published import (
+    Comparison,
+    Printed,
+    compare_with_published,
+    explain,
+    find_published,
+    format_published,
+    to_json,
+)
 from training.eval.report.ranks import FILE, write_ranks
 from training.eval.results import (
     flatten_zero_shot,
@@ -40,11 +49,13 @@ class Plan:
         work: benchmarks; None where they come as features.
         weights_sha256: of the weights file, if there is one.
         folder: of this run, LOGS/NAME.
+        printed: numbers of this model in papers.
     """
 
     work: RetrievalWork | None
     weights_sha256: str | None
     folder: Path
+    printed: list[Printed]
 
 
 @dataclass(frozen=True)
@@ -105,11 +116,13 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
         weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
         if weights is None:
             logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its numbers are those of chance.")
+    sha256 = file_sha256(weights) if weights else None
+    printed = find_published(args.published, args.model, args.pretrained, sha256)
     name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))
     folder = Path(args.logs) / name
     # A full or read-only disk shows now, not after an hour of encoding.
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return Plan(work, file_sha256(weights) if weights else None, folder)
+    return Plan(work, sha256, folder, printed)
 
 
 def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
@@ -144,12 +157,15 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     records = [r.record for r in outcome.ranked]
     extra = {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)}
     extra |= flatten_zero_shot(outcome.zero_shot) | ({"lengths": outcome.lengths} if outcome.lengths else {})
+    comparisons = compare_with_published(records, plan.printed)
+    extra |= {"published": to_json(comparisons)} if comparisons else {}
     path = write_results(records, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
     label = label_of(args)
     if records:
         print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
         print(format_table(records))
         print(f"\nProtocols and hashes of the exact lists of images and captions:\n{format_protocols(records)}")
+    _show_published(args, plan, records, comparisons)
     if outcome.zero_shot:
         print(f"\n{label}, {args.precision}: accuracy in percent, open_clip's class names and templates\n")
         print(format_zero_shot(outcome.zero_shot))
@@ -166,7 +182,21 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
             write_features(ranked, outcome.images, outcome.texts, plan.folder / "features")
         print(f"Features: {plan.folder / 'features'}")
     if args.report:
-        print(f"Report: {_write_page(args, plan, outcome, label, env)}")
+        print(f"Report: {_write_page(args, plan, outcome, label, env, comparisons)}")
+
+
+def _show_published(args: argparse.Namespace, plan: Plan, records: list[dict], comparisons: list[Comparison]) -> None:
+    if not comparisons:
+        if args.published and records:
+            logging.warning(
+                f"--published {args.published}: no printed number has the protocol of a benchmark of this run."
+            )
+        return
+    print(f"\nPrinted numbers of {comparisons[0].model} (R@1, percent):\n\n{format_published(comparisons)}")
+    reasons = explain(comparisons, records, plan.printed, args.precision, args.image_decoding or IN_EVALUATION)
+    if reasons:
+        print("\nWhat commonly explains a difference larger than the interval:")
+        print("\n".join(f"  {reason}" for reason in reasons))
 
 
 def _show_lengths(plan: Plan, outcome: Outcome) -> None:
@@ -196,7 +226,9 @@ def _print_what_is_missing(outcome: Outcome) -> None:
                 print(missing[record["key"]])
 
 
-def _write_page(args: argparse.Namespace, plan: Plan, outcome: Outcome, label: str, env: DistEnv) -> Path:
+def _write_page(
+    args: argparse.Namespace, plan: Plan, outcome: Outcome, label: str, env: DistEnv, comparisons: list[Comparison]
+) -> Path:
     from training.eval.report.curves import to_svg  # matplotlib and templates only where they are wanted
     from training.eval.report.lengths_view import draw_lengths, format_lengths
     from training.eval.report.page import write_report
@@ -216,5 +248,6 @@ def _write_page(args: argparse.Namespace, plan: Plan, outcome: Outcome, label: s
         outcome.work.images.paths,
         outcome.zero_shot,
         [(title, text, to_svg(figure)) for title, text, figure in figures],
+        comparisons,
         env.device,
     )

@@ -10,6 +10,7 @@ RETRIEVAL_FLAGS = tuple(b.flag for b in benchmarks() if not b.classification)
 ZERO_SHOT_FLAGS = tuple(b.flag for b in benchmarks() if b.classification)
 INSIGHT_FLAGS = (
     "--report",
+    "--published",
     "--retrieval-lengths",
     "--retrieval-sentences",
     "--retrieval-sensitivity",
@@ -43,7 +44,7 @@ _FIXED_WEIGHTS = Condition(
 EFFECTS: Effects = (
     (ALWAYS, " ".join((*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--protocol"))),
     (EVALUATION, " ".join(INSIGHT_FLAGS)),
-    (_MODEL_NEEDED, " ".join(flag for flag in INSIGHT_FLAGS if flag != "--report")),
+    (_MODEL_NEEDED, " ".join(flag for flag in INSIGHT_FLAGS if flag not in ("--report", "--published"))),
     (_RETRIEVAL, " ".join(INSIGHT_FLAGS)),
     (EVALUATION, "--features"),
     (_FIXED_WEIGHTS, "--feature-cache"),
@@ -111,6 +112,12 @@ def _add_features_args(group: argparse._ArgumentGroup) -> None:
 
 def _add_insight_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--report", action=Switch, help="write LOGS/NAME/report.html, to look at every query")
+    group.add_argument(
+        "--published",
+        metavar="NAME",
+        help="show printed numbers of this model of the project's list, or of your own list FILE.json, beside measured "
+        "ones (default: the model that has the same weights, or the same --model and tag)",
+    )
     group.add_argument(
         "--retrieval-lengths",
         type=positive_numbers,

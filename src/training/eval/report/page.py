@@ -13,6 +13,7 @@ from markupsafe import Markup
 from tabulate import tabulate
 
 from training.eval.encode import Encoding
+from training.eval.published import Comparison
 from training.eval.report.content import NUM_MATCHES, browser_content
 from training.eval.report.curves import KS, draw_recall, recall_curves
 from training.eval.report.thumbnails import make_thumbnails
@@ -34,6 +35,7 @@ def write_report(
     image_paths: Sequence[Path],
     zero_shot: Sequence[dict] = (),
     figures: Sequence[tuple[str, str, str]] = (),
+    published: Sequence[Comparison] = (),
     device: torch.device | str = "cpu",
 ) -> Path:
     """Writes the report of one evaluation.
@@ -47,6 +49,7 @@ def write_report(
         image_paths: the files behind the rows of `images`.
         zero_shot: records of classification.
         figures: more (title, description, SVG) to show below the recall curves.
+        published: printed numbers beside measured ones.
         device: where similarities are computed.
     """
     content = browser_content(ranked, images, texts, device)
@@ -69,6 +72,7 @@ def write_report(
             facts=facts,
             table=[_table_row(r.record) for r in ranked],
             zero_shot=[_zero_shot_row(record) for record in zero_shot],
+            published=[_published_row(c) for c in published],
             figures=[(title, text, base64.b64encode(svg.encode()).decode()) for title, text, svg in shown],
             style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
             script=Markup(script),
@@ -130,3 +134,9 @@ def _table_row(record: dict) -> dict[str, object]:
 def _zero_shot_row(record: dict) -> list[str]:
     numbers = [_percent(record["top1"]), _interval(record["top1-ci95"]), _percent(record["top5"])]
     return [record["title"], format_pairs(record), *numbers]
+
+
+def _published_row(c: Comparison) -> list[str]:
+    ratio = "-" if c.half_intervals is None else f"{c.half_intervals:+.1f}"
+    numbers = [_percent(c.measured), _percent(c.printed), f"{100 * c.difference:+.2f}", ratio]
+    return [c.benchmark, DIRECTIONS[c.direction], *numbers, f"{c.source}; {c.note}" if c.note else c.source]

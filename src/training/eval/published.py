@@ -1,0 +1,217 @@
+"""Printed numbers beside measured ones. The numbers are data: `published.json`, or a file of the same form.
+
+{"models": {"NAME": {"size", "year", "data", "match": [["MODEL", "TAG"]], "weights_sha256": ["64 hex digits"]}},
+ "numbers": [{"model": "NAME", "protocol", "pairs", "i2t", "t2i", "source", "note"}]}
+
+Numbers are R@1 in percent. ``pairs`` is given where a protocol has several sizes; ``match``, ``weights_sha256`` and
+``note`` may be missing.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dataloaders.files import read_json
+from training.eval.results import DIRECTIONS, format_pairs
+
+FILE = Path(__file__).parent / "published.json"
+
+
+@dataclass(frozen=True)
+class Printed:
+    """One printed pair of numbers, R@1 in percent.
+
+    Attributes:
+        model: its name in the file.
+        protocol: as results have it.
+        i2t, t2i: image to text, text to image.
+        source: where it is printed.
+        pairs: size of the set, where the protocol has several.
+        note: what the source did otherwise.
+    """
+
+    model: str
+    protocol: str
+    i2t: float
+    t2i: float
+    source: str
+    pairs: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measured number and the printed one; fractions.
+
+    Attributes:
+        benchmark, protocol, direction: which number.
+        model, source, note: whose, and where it is printed.
+        measured, low, high: R@1 of this run and its 95% interval.
+        printed: as the source has it.
+        difference: measured minus printed.
+        half_intervals: the difference over half the width of the interval; None where that is 0.
+    """
+
+    benchmark: str
+    protocol: str
+    direction: str
+    model: str
+    source: str
+    note: str
+    measured: float
+    low: float
+    high: float
+    printed: float
+    difference: float
+    half_intervals: float | None
+
+
+def read_published(path: str | Path = FILE) -> tuple[dict[str, dict], list[Printed]]:
+    """Reads a file of printed numbers: models by name, and the numbers.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or one of another form; names the entry.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--published {path}: no such file")
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"models", "numbers"} <= content.keys():
+        raise ValueError(f"--published {path}: expected an object with models and numbers")
+    numbers = []
+    for place, row in enumerate(content["numbers"]):
+        try:
+            numbers.append(Printed(**row))
+        except TypeError as error:
+            raise ValueError(f"--published {path}: entry {place} of numbers: {error}") from error
+        if numbers[-1].model not in content["models"]:
+            raise ValueError(f"--published {path}: entry {place} of numbers: its model is not under models")
+    return content["models"], numbers
+
+
+def find_published(asked: str | None, model: str, pretrained: str | None, weights_sha256: str | None) -> list[Printed]:
+    """Returns the printed numbers of a run's model; none if it is in no list.
+
+    Args:
+        asked: ``--published``: a model's name in our list, or a file, in which the model must be; None searches ours.
+        model, pretrained: as given to the run.
+        weights_sha256: of its weights file. It decides before `model` and `pretrained` do.
+
+    Raises:
+        FileNotFoundError, ValueError: a name or a file was asked for, and the model is not there.
+    """
+    is_file = bool(asked) and asked.endswith(".json")
+    models, numbers = read_published(asked if is_file else FILE)
+    if asked and not is_file:
+        if asked not in models:
+            raise ValueError(f"--published {asked}: no such model in our list; expected one of {', '.join(models)}")
+        name = asked
+    else:
+        hashed = [n for n, m in models.items() if weights_sha256 and weights_sha256 in m.get("weights_sha256", ())]
+        named = [n for n, m in models.items() if [model, pretrained] in m.get("match", ())]
+        name = next(iter(hashed + named), None)
+        if is_file and name is None:
+            raise ValueError(
+                f"--published {asked}: no model there has the weights {weights_sha256} or matches "
+                f"[{json.dumps(model)}, {json.dumps(pretrained)}]; add weights_sha256 or match to one of "
+                f"{', '.join(models)}"
+            )
+    return [number for number in numbers if number.model == name]
+
+
+def compare_with_published(records: Sequence[dict], printed: Sequence[Printed]) -> list[Comparison]:
+    """Puts each measured number beside every printed one of the same protocol and size."""
+    found = []
+    for record in records:
+        for number in printed:
+            if number.protocol != record["protocol"] or number.pairs not in (None, record["num_expected"]):
+                continue
+            for direction in DIRECTIONS:
+                measured, (low, high) = record[direction]["top1"], record[direction]["top1-ci95"]
+                value = getattr(number, direction) / 100
+                ratio = (measured - value) / ((high - low) / 2) if high > low else None
+                found.append(
+                    Comparison(
+                        record["title"],
+                        number.protocol,
+                        direction,
+                        number.model,
+                        number.source,
+                        number.note,
+                        measured,
+                        low,
+                        high,
+                        value,
+                        measured - value,
+                        ratio,
+                    )
+                )
+    return found
+
+
+def explain(
+    comparisons: Sequence[Comparison],
+    records: Sequence[dict],
+    printed: Sequence[Printed],
+    precision: str,
+    decoding: str,
+) -> list[str]:
+    """Returns what may explain differences in this run, a sentence each; none if all lie inside their intervals.
+
+    Args:
+        comparisons: of this run.
+        records: of this run.
+        printed: numbers of this model, of all protocols.
+        precision: of this run, by open_clip's name.
+        decoding: of images, one of `data.images.MODES`.
+    """
+    outside = {c.benchmark for c in comparisons if c.half_intervals is None or abs(c.half_intervals) > 1}
+    if not outside:
+        return []
+    lines = []
+    for record in records:
+        if record["title"] in outside and record["num_pairs"] != record["num_expected"]:
+            lines.append(f"{record['title']}: {format_pairs(record)} pairs; fewer candidates make retrieval easier.")
+        if record["title"] in outside and record["truncated_share"]:
+            share = f"{100 * record['truncated_share']:.1f}% of captions are cut"
+            lines.append(f"{record['title']}: {share}; another context length gives other numbers.")
+    names = {c.benchmark: c.protocol.split("/")[0].removeprefix("long-") for c in comparisons}
+    for benchmark in sorted(outside):
+        others = [
+            f"{p.protocol} {p.i2t:.1f} / {p.t2i:.1f}"
+            for p in printed
+            if names[benchmark] in p.protocol and all(p.protocol != c.protocol for c in comparisons)
+        ]
+        if others:
+            lines.append(f"{benchmark}: other protocols of that name have {', '.join(others)}.")
+    if precision == "fp32":
+        lines.append("Papers often evaluate in fp16 or AMP: about one query of 1,000 moves (Urban1k, DeBias-CLIP).")
+    else:
+        lines.append(f"This run is in {precision}: --precision fp32 decides about one query of 1,000 otherwise.")
+    if decoding != "exact":
+        lines.append(f"Images were read with --image-decoding {decoding}: exact gives the pixels that papers had.")
+    lines.append("Captions here are split and joined (EVAL_DATASETS.md); Long-CLIP and its followers leave them raw.")
+    return lines
+
+
+def format_published(comparisons: Sequence[Comparison]) -> str:
+    """Returns the table for a terminal, in percent and points."""
+    from tabulate import tabulate
+
+    rows = []
+    for c in comparisons:
+        ratio = "-" if c.half_intervals is None else f"{c.half_intervals:+.1f}"
+        measured, printed = f"{100 * c.measured:.2f}", f"{100 * c.printed:.2f}"
+        source = f"{c.source}; {c.note}" if c.note else c.source
+        rows.append(
+            [c.benchmark, DIRECTIONS[c.direction], measured, printed, f"{100 * c.difference:+.2f}", ratio, source]
+        )
+    headers = ["benchmark", "", "measured", "printed", "difference", "in half\nintervals", "printed in"]
+    align = ["left", "left", "right", "right", "right", "right", "left"]
+    return tabulate(rows, headers=headers, colalign=align, disable_numparse=True, maxcolwidths=[None] * 6 + [60])
+
+
+def to_json(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
+    """Returns what results.jsonl holds of them."""
+    return [asdict(c) for c in comparisons]
