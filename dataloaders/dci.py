@@ -10,7 +10,7 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption
 from dataloaders.files import parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, chosen_protocols
+from dataloaders.registry import Benchmark, Tree, chosen_protocols
 
 NUM_PAIRS = {"dci/short+extra": 7805, "dci/extra-lower": 7805, "long-dci": 7602}
 FLAG = "--dci-retrieval"
@@ -82,5 +82,8 @@ BENCHMARKS = (
         lambda args: [read_dci(args.dci_retrieval, protocol) for protocol in chosen_protocols(args, PROTOCOLS)],
         order=10,
         protocols=PROTOCOLS,
+        tree=Tree("dci", ("densely_captioned_images/splits.json", "splits.json")),
+        suites=("long",),
+        source=SOURCE,
     ),
 )

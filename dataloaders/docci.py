@@ -10,7 +10,7 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption, split_caption
 from dataloaders.files import read_json_lines, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, chosen_protocols
+from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 
 NUM_PAIRS = 5000
 FLAG = "--docci-retrieval"
@@ -72,6 +72,8 @@ BENCHMARKS = (
         _read_chosen,
         protocols=PROTOCOLS,
         order=50,
+        tree=Tree("docci", (ANNOTATIONS,)),
+        source=SOURCE,
         options=(Option("--docci-sentences", "DOCCI also with each sentence as a caption", default=False),),
     ),
 )

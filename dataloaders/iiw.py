@@ -10,7 +10,7 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption, split_caption
 from dataloaders.files import read_json_lines, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, chosen_protocols
+from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 
 NUM_PAIRS = 612
 FLAG = "--iiw-retrieval"
@@ -88,5 +88,8 @@ BENCHMARKS = (
         protocols=PROTOCOLS,
         order=20,
         options=(ANNOTATIONS,),
+        tree=Tree("iiw", tuple(f"{subset}/data.jsonl" for subset in SUBSETS)),
+        suites=("long",),
+        source=SOURCE,
     ),
 )

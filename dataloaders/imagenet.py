@@ -10,11 +10,12 @@ from pathlib import Path
 
 from dataloaders.files import natural_key, parallel_map, require_dir
 from dataloaders.pairs import ClassificationSet
-from dataloaders.registry import Benchmark
+from dataloaders.registry import Benchmark, Tree
 
 NUM_CLASSES = 1000
 NUM_VAL, NUM_V2 = 50_000, 10_000
 V2_FOLDERS = ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency")
+SOURCE = "see ImageNet in EVAL_DATASETS.md"
 SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
@@ -25,14 +26,13 @@ def read_imagenet(root: str | Path) -> ClassificationSet:
         FileNotFoundError, ValueError: no such folder, or none of its folders is named by a class.
     """
     numbers = {name: number for number, name in enumerate(_wordnet_ids())}
-    source = "see ImageNet in EVAL_DATASETS.md"
     root = require_dir(root, "--imagenet-val")
     if any(name.startswith("ILSVRC2012_val_") for name in os.listdir(root)):
         raise ValueError(
-            f"--imagenet-val {root}: its images lie in one folder; sort them into a folder per class, {source}"
+            f"--imagenet-val {root}: its images lie in one folder; sort them into a folder per class, {SOURCE}"
         )
     paths, labels = _read_classes(root, numbers, "--imagenet-val", "a WordNet id such as n01440764")
-    return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", paths, labels, NUM_VAL, source)
+    return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", paths, labels, NUM_VAL, SOURCE)
 
 
 def read_imagenet_v2(root: str | Path) -> ClassificationSet:
@@ -48,8 +48,7 @@ def read_imagenet_v2(root: str | Path) -> ClassificationSet:
     root = next((root / name for name in V2_FOLDERS if (root / name).is_dir()), root)
     numbers = {str(number): number for number in range(NUM_CLASSES)}
     paths, labels = _read_classes(root, numbers, "--imagenet-v2", "a number from 0 to 999")
-    source = "see ImageNet in EVAL_DATASETS.md"
-    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", paths, labels, NUM_V2, source)
+    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", paths, labels, NUM_V2, SOURCE)
 
 
 def _read_classes(root: Path, numbers: dict[str, int], flag: str, named: str) -> tuple[tuple[Path, ...], tuple]:
@@ -80,6 +79,8 @@ BENCHMARKS = (
         lambda args: [read_imagenet(args.imagenet_val)],
         group="short",
         order=30,
+        tree=Tree("imagenet/val"),
+        source=SOURCE,
         classification=True,
     ),
     Benchmark(
@@ -89,6 +90,8 @@ BENCHMARKS = (
         lambda args: [read_imagenet_v2(args.imagenet_v2)],
         group="short",
         order=40,
+        tree=Tree("imagenetv2"),
+        source=SOURCE,
         classification=True,
     ),
 )

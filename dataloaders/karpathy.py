@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dataloaders.files import first_present, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, chosen_protocols
+from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
 SPLITS = ("test", "val")
@@ -214,6 +214,9 @@ def _declare(which: _Benchmark, order: int, read: Callable[[argparse.Namespace],
         order=order,
         options=(annotations, SPLIT),
         protocols=(*which.protocols.values(), *((VAL2017,) if which is COCO else ())),
+        tree=Tree(which.key, which.annotations),
+        suites=("short",),
+        source=which.source,
     )
 
 

@@ -60,6 +60,31 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Tree:
+    """Where a benchmark lies below ``--data-root``, as EVAL_DATASETS.md has it.
+
+    Attributes:
+        folder: below the root; upper and lower case are the same.
+        holds: files or folders of which at least one is in it; without them the benchmark counts as absent.
+        flags: further flags of the benchmark -> their path in the folder.
+    """
+
+    folder: str
+    holds: tuple[str, ...] = ()
+    flags: tuple[tuple[str, str], ...] = ()
+
+    def find(self, root: Path) -> Path | None:
+        """Returns the folder below the root, or None."""
+        found = root
+        for part in self.folder.split("/"):
+            names = [path for path in found.iterdir() if path.name.lower() == part.lower() and path.is_dir()]
+            if not names:
+                return None
+            found = next((path for path in names if path.name == part), names[0])
+        return found if not self.holds or any((found / name).exists() for name in self.holds) else None
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """The declaration of a benchmark.
 
@@ -76,6 +101,9 @@ class Benchmark:
         requires: flags of `options` without which it can't be read -> what to do.
         protocols: variants that ``--protocol`` chooses from, the default first.
         check: as `read`, for ``prepare check``, where that reads something else.
+        tree: where ``--data-root`` finds it; None if it has no place of its own.
+        suites: names that ``--suite`` chooses it by.
+        source: how to get it, one line.
     """
 
     name: str
@@ -90,6 +118,9 @@ class Benchmark:
     requires: tuple[tuple[str, str], ...] = ()
     protocols: tuple[str, ...] = ()
     check: Callable[[argparse.Namespace], Sequence[RetrievalSet | ClassificationSet]] | None = None
+    tree: Tree | None = None
+    suites: tuple[str, ...] = ()
+    source: str = ""
 
 
 def destination(flag: str) -> str:
@@ -130,3 +161,40 @@ def options_of(chosen: Sequence[Benchmark]) -> dict[Option, list[str]]:
         for option in benchmark.options:
             owners.setdefault(option, []).append(benchmark.flag)
     return owners
+
+
+def suites() -> tuple[str, ...]:
+    """Returns what ``--suite`` takes: ``all``, and every suite that a benchmark declares."""
+    return ("all", *sorted({name for benchmark in benchmarks() for name in benchmark.suites}))
+
+
+def find_below_data_root(args: argparse.Namespace) -> str | None:
+    """Sets the flags of the benchmarks that lie below ``--data-root``; those given go before.
+
+    Returns:
+        What is not there and how to get it, in one message; None if everything is.
+
+    Raises:
+        ValueError: no such folder, or no benchmark in it.
+    """
+    if not args.data_root:
+        return None
+    root, absent, any_found = Path(args.data_root), [], False
+    if not root.is_dir():
+        raise ValueError(f"--data-root {root}: no such folder")
+    for benchmark in benchmarks():
+        given = getattr(args, destination(benchmark.flag))
+        any_found |= bool(given)
+        if benchmark.tree is None or (args.suite != "all" and args.suite not in benchmark.suites) or given:
+            continue
+        folder = benchmark.tree.find(root)
+        if folder is None:
+            absent.append(f"  {root / benchmark.tree.folder} ({benchmark.flag}): {benchmark.source}")
+            continue
+        any_found = True
+        setattr(args, destination(benchmark.flag), str(folder))
+        for flag, path in benchmark.tree.flags:
+            setattr(args, destination(flag), getattr(args, destination(flag)) or str(folder / path))
+    if not any_found:
+        raise ValueError("\n".join([f"--data-root {root}: no benchmark is there; looked for", *absent]))
+    return "\n".join([f"--data-root {root}: these are not there and left out:", *absent]) if absent else None

@@ -12,7 +12,7 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption
 from dataloaders.files import file_identity, parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, Option, chosen_protocols
+from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 from dataloaders.values import positive_numbers
 
 FLAG = "--share4v-retrieval"
@@ -146,5 +146,8 @@ BENCHMARKS = (
             ),
         ),
         check=_check,
+        tree=Tree("share4v", ("anno.json",), ((ANNO_FLAG, "anno.json"),)),
+        suites=("long",),
+        source=SOURCE,
     ),
 )

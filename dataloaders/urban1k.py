@@ -9,7 +9,7 @@ from pathlib import Path
 from dataloaders.captions import normalise_caption
 from dataloaders.files import natural_key, parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark
+from dataloaders.registry import Benchmark, Tree
 
 NUM_PAIRS = 1000
 FLAG = "--urban1k-retrieval"
@@ -74,5 +74,8 @@ BENCHMARKS = (
         lambda args: [read_urban1k(args.urban1k_retrieval)],
         order=40,
         protocols=("urban1k/first-line",),
+        tree=Tree("Urban1k", ("caption", "annotations/annotations.json", "Urban1k")),
+        suites=("long",),
+        source=SOURCE,
     ),
 )

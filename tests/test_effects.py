@@ -27,6 +27,7 @@ COMMANDS = [
     [*TRAINING, "--text-views", "short, sentences*2"],
     ["--retrieval-csv", "p.csv", "--iiw-retrieval", "D", "--docci-retrieval", "D", "--share4v-retrieval", "D"],
     ["--coco-retrieval", "D", "--flickr30k-retrieval", "D"],
+    ["--data-root", "D", "--dci-retrieval", "D"],
 ]
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from dataloaders.registry import benchmarks, options_of
+from dataloaders.registry import benchmarks, options_of, suites
 from training.flags.effects import ALWAYS, EVALUATION, MODEL, Condition, Effects
 from training.flags.types import Switch, names, positive_numbers
 
@@ -42,7 +42,8 @@ _FIXED_WEIGHTS = Condition(
 )
 
 EFFECTS: Effects = (
-    (ALWAYS, " ".join((*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--protocol"))),
+    (ALWAYS, " ".join((*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--protocol", "--data-root"))),
+    (Condition("without --data-root", lambda args: args.data_root), "--suite"),
     (EVALUATION, " ".join(INSIGHT_FLAGS)),
     (_MODEL_NEEDED, " ".join(flag for flag in INSIGHT_FLAGS if flag not in ("--report", "--published"))),
     (_RETRIEVAL, " ".join(INSIGHT_FLAGS)),
@@ -80,6 +81,17 @@ def _add_benchmarks(group: argparse._ArgumentGroup, name: str) -> None:
 
 
 def _add_reading_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="evaluate every benchmark below it, in the places of EVAL_DATASETS.md: DIR/dci, DIR/iiw, DIR/Urban1k, ..",
+    )
+    group.add_argument(
+        "--suite",
+        choices=suites(),
+        default="all",
+        help="which of them; long: the four of the paper (default: %(default)s)",
+    )
     group.add_argument(
         "--protocol",
         type=names,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from dataloaders.registry import find_below_data_root
 from training.flags import eval as evaluation
 from training.flags import model, train
 from training.flags.config import config_words, format_config
@@ -87,7 +88,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.print_config:
             print(format_config(args, parser.actions), end="")
             parser.exit()
-        for line in validate_args(args):
+        absent = find_below_data_root(args)
+        for line in [*([absent] if absent else []), *validate_args(args)]:
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
                 print(f"{parser.prog}: warning: {line}", file=sys.stderr)
     except ValueError as error:
