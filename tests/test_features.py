@@ -111,6 +111,49 @@ def test_training_on_features_equals_training_on_images(shards, features, tmp_pa
     assert ends[0]["state_dict"].keys() == ends[1]["state_dict"].keys()
 
 
+def test_a_linear_head_behind_a_locked_trunk_is_trained_on_cached_features_as_on_images(shards, tmp_path):
+    """Batch norms as in evaluation in both: cached features know no others."""
+    config = tmp_path / "with_head.json"
+    content = json.loads((Path(training.__file__).parent / "model/model_configs/lotlip_tiny.json").read_text())
+    tower = {"timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}
+    config.write_text(json.dumps(content | {"vision_cfg": tower}))
+    flags = ["--model", f"config:{config}", "--workers", "0"]
+    data, kept = tmp_path / "data", tmp_path / "kept"
+    data.mkdir()
+    shutil.copy(shards / "0.tar", data)
+    assert main([*flags, "--train-data", str(data), "--extract-image-features", str(kept)]) == 0
+    for name, source, more in (("images", data, ["--lock-image-freeze-bn-stats", *WHOLE]), ("features", kept, [])):
+        argv = [*flags, *TRAINING, *more, "--train-data", str(source), "--logs", str(tmp_path), "--name", name]
+        assert main(argv) == 0
+    assert losses(tmp_path / "features") == pytest.approx(losses(tmp_path / "images"), rel=2e-3)
+    ends = [tmp_path / n / "checkpoints" / "epoch_2.pt" for n in ("images", "features")]
+    heads = [torch.load(end, weights_only=True)["state_dict"]["visual.head.proj.weight"] for end in ends]
+    assert torch.nn.functional.cosine_similarity(*[head.flatten() for head in heads], dim=0) > 0.999
+    torch.manual_seed(0)
+    untrained = training.create_model(f"config:{config}").visual.head.proj.weight
+    assert (heads[1] - untrained).abs().max() > 1e-4
+    # An evaluation through --feature-cache keeps the trunk's features: models with other heads share them.
+    results = {}
+    for number, (end, cached) in enumerate([(ends[0], True), (ends[1], True), (ends[1], False)]):
+        argv = [*flags, "--pretrained", str(end), "--retrieval-wds", str(data), "--logs", str(tmp_path / "eval")]
+        argv += ["--retrieval-caption-keys", "long_caption", "--name", str(number)]
+        assert main([*argv, *(["--feature-cache", str(tmp_path / "cache")] if cached else [])]) == 0
+        results[number] = {k: v for k, v in read_results(tmp_path / "eval", str(number)).items() if "top" in k}
+    assert results[1] == results[2] and results[1]
+    assert len(list((tmp_path / "cache").glob("*/features.safetensors"))) == 3  # one trunk, two text towers
+
+
+def test_features_do_not_train_a_head_that_they_bypass(shards, tmp_path, capsys):
+    config = tmp_path / "mlp.json"
+    content = json.loads((Path(training.__file__).parent / "model/model_configs/lotlip_tiny.json").read_text())
+    tower = {"timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "mlp", "image_size": 64}
+    config.write_text(json.dumps(content | {"vision_cfg": tower}))
+    flags = ["--model", f"config:{config}", "--workers", "0", "--logs", str(tmp_path)]
+    assert main([*flags, "--train-data", str(shards), "--extract-image-features", str(tmp_path / "kept")]) == 0
+    assert main([*flags, *TRAINING, "--train-data", str(tmp_path / "kept")]) == 2
+    assert '"timm_proj": "linear"' in capsys.readouterr().err
+
+
 def test_an_extraction_goes_on_where_it_stopped_on_any_number_of_processes(shards, features, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(features, out)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dataloaders.images import BrokenImageError
 from training.data.images import PictureReader
+from training.model.locking import image_encoder_without_head
 from training.model.text_encoder import cut_padding, text_encoder
 from training.model.truncation import tokenise_and_count_lost
 from training.runtime.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
@@ -116,6 +117,7 @@ def encode_images(
     env: DistEnv,
     options: ComputeOptions,
     allow_broken: bool = False,
+    without_head: bool = False,
 ) -> Encoding:
     """Encodes image files with `model.encode_image`; each rank does its share and gets all features.
 
@@ -126,6 +128,7 @@ def encode_images(
         env: this process.
         options: batch size, workers, precision.
         allow_broken: report unreadable files in the result instead of raising.
+        without_head: leave out the image tower's `linear_head`, if it has one.
 
     Raises:
         BrokenImageError: on all ranks, naming the first unreadable file, unless allowed.
@@ -133,7 +136,8 @@ def encode_images(
     """
     batches = _own_batches(range(len(paths)), env, options.batch_size)
     dataset = ImageBatches(paths, PictureReader(preprocess, options.image_decoding), batches)
-    return _encode(model.encode_image, dataset, len(paths), "image", env, options, allow_broken)
+    tower = image_encoder_without_head(model) if without_head else model.encode_image
+    return _encode(tower, dataset, len(paths), "image", env, options, allow_broken)
 
 
 def encode_texts(

@@ -3,7 +3,8 @@
     DIR/TOWER/features.safetensors    [n, dim] float32, lost_tokens [n], key [n, 32] (SHA-256 of each item)
 
 TOWER is a hash of the tower's weights, of what its items pass through before and of the precision, so another model, or
-other preprocessing, never meets these features.
+other preprocessing, never meets these features. Of an image tower with a linear head the trunk's features are kept, so
+that models with the same locked trunk share them.
 """
 
 import json
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from training.eval.encode import Encoding
 from training.model.factory import EncoderParts
 from training.model.fingerprint import fingerprint, preprocessing_fingerprint, tokenizer_fingerprint
+from training.model.locking import HEAD, linear_head
 from training.runtime.distributed import DistEnv, agree
 from training.runtime.files import whole_file
 
@@ -41,7 +43,7 @@ def open_caches(
 ) -> tuple["FeatureCache", "FeatureCache"]:
     """Returns the caches of a model's image tower and text tower."""
     image = {
-        "tower": fingerprint(parts.model.visual),
+        "tower": fingerprint(parts.model.visual, leave_out=HEAD if linear_head(parts.model.visual) else None),
         "reads": preprocessing_fingerprint(parts.preprocess),
         "precision": precision,
         "image_decoding": image_decoding,

@@ -6,6 +6,7 @@ Benchmarks come from `dataloaders.registry`: a new one is one file in dataloader
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from training.eval.encode import ComputeOptions, Encoding, encode_images, encode
 from training.eval.feature_cache import image_key, open_caches, text_key
 from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.model.factory import EncoderParts
+from training.model.locking import apply_linear_head
 from training.runtime.distributed import DistEnv, sum_over_ranks
 
 
@@ -147,9 +149,9 @@ def encode_work(
     """
     paths = work.images.paths
 
-    def images_at(positions: Sequence[int]) -> Encoding:
+    def images_at(positions: Sequence[int], without_head: bool = False) -> Encoding:
         chosen = [paths[p] for p in positions]
-        return encode_images(parts.model, parts.preprocess, chosen, env, options, allow_broken)
+        return encode_images(parts.model, parts.preprocess, chosen, env, options, allow_broken, without_head)
 
     def texts_at(positions: Sequence[int]) -> Encoding:
         chosen = [work.texts[p] for p in positions]
@@ -158,7 +160,8 @@ def encode_work(
     if not cache:
         return images_at(range(len(paths))), texts_at(range(len(work.texts)))
     image_cache, text_cache = open_caches(cache, parts, options.precision, env, options.image_decoding)
-    images = image_cache.encode([image_key(path) for path in paths], images_at)
+    images = image_cache.encode([image_key(path) for path in paths], partial(images_at, without_head=True))
+    images = replace(images, features=apply_linear_head(parts.model.visual, images.features))
     return images, text_cache.encode([text_key(text) for text in work.texts], texts_at)
 
 

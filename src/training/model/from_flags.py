@@ -8,6 +8,7 @@ import torch
 from training.data.augment import parse_augmentation, strong_augmentation
 from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
 from training.model.hf_encoders import BERT_LIKE
+from training.model.locking import freeze_batch_norm_statistics
 from training.model.packing import BUCKET_COST_GPU, CaptionArranger
 from training.model.row_attention import let_attend_in_rows
 from training.model.text_encoder import text_encoder
@@ -55,9 +56,9 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
         cfg = model.visual.preprocess_cfg
         train_transform = strong_augmentation(cfg["size"], cfg["mean"], cfg["std"])
     if args.lock_image:
-        model.lock_image_tower(
-            unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
-        )
+        model.lock_image_tower(unlocked_groups=args.lock_image_unlocked_groups)
+        if args.lock_image_freeze_bn_stats:
+            freeze_batch_norm_statistics(model.visual)
     if args.lock_text:
         # open_clip's own text tower knows no other way than to freeze its layer norms with the rest.
         is_hf = hasattr(getattr(model, "text", model).transformer, "config")

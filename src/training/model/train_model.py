@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from training.data.augment import normalise_pixels
-from training.model.locking import rest_frozen
+from training.model.locking import linear_head, rest_frozen
 from training.model.packing import Captions
 from training.model.text_encoder import text_encoder
 
@@ -61,7 +61,8 @@ class TrainModel(nn.Module):
             image: [batch, 3, H, W], normalised or uint8.
             text: [batch, length], the short captions.
             long_text: [batch, K, length], if there are long captions.
-            image_features: [batch, dim] of the locked tower, instead of `image`.
+            image_features: [batch, dim] of the locked tower, or [batch, trunk_dim] if it has a linear head, instead of
+                `image`.
             packed_text: all short captions, then all long ones, instead of `text` and `long_text`.
 
         Returns:
@@ -95,7 +96,9 @@ class TrainModel(nn.Module):
     ) -> torch.Tensor:
         """Returns normalised features [batch, dim] of images, or of their cached features; no graph if locked."""
         if image_features is not None:
-            return normalize(image_features.float(), dim=-1)
+            head = linear_head(self.model.visual)
+            image_features = image_features.float()
+            return normalize(image_features if head is None else head(image_features), dim=-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
             return self.model.encode_image(self._pixels(image), normalize=True)
 

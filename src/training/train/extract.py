@@ -36,6 +36,7 @@ from training.data.tar import BrokenShardError, Part, RawSample
 from training.model.factory import EncoderParts
 from training.model.fingerprint import fingerprint
 from training.model.from_flags import build_from_flags, check_precision
+from training.model.locking import HEAD, image_encoder_without_head, linear_head
 from training.model.resolve import resolve_weights
 from training.runtime.distributed import DistEnv, agree, distributed, fail, raise_together, together
 from training.runtime.tracking import log_to
@@ -144,11 +145,11 @@ class OpenPart:
 
 
 def tower_info(model: torch.nn.Module, args: argparse.Namespace) -> FeatureInfo:
-    """Says whose features the image tower of a model gives."""
+    """Says whose features the image tower of a model gives; a linear head is trained and no part of it."""
     augmentation = "strong" if args.strong_augment else " ".join(args.aug_cfg)
     return FeatureInfo(
         model=args.model,
-        tower=fingerprint(model.visual),
+        tower=fingerprint(model.visual, leave_out=HEAD if linear_head(model.visual) else None),
         preprocessing=_plain(model.visual.preprocess_cfg),
         views=args.feature_views,
         augmentation=augmentation if args.feature_views else "",
@@ -253,7 +254,7 @@ def _encode(model: torch.nn.Module, pixels: torch.Tensor, precision: str, device
     """[n, views, 3, H, W] -> normalised features [n, views, dim] float16."""
     flat = pixels.flatten(0, 1).to(device, get_input_dtype(precision), non_blocking=True)
     with get_autocast(precision, device_type=device.type)():
-        features = model.encode_image(flat)
+        features = image_encoder_without_head(model)(flat)
     features = torch.nn.functional.normalize(features.float(), dim=-1)
     if not features.isfinite().all():
         raise FloatingPointError(f"the image tower returned NaN or infinity in {precision}; try --precision fp32")

@@ -20,6 +20,7 @@ from training.data.shards import Source
 from training.eval.results import run_name
 from training.eval.retrieval import plan_benchmarks
 from training.model.from_flags import build_from_flags, check_precision
+from training.model.locking import linear_head
 from training.model.resolve import resolve_weights
 from training.model.train_model import TrainModel
 from training.runtime.distributed import DistEnv, agree, any_rank, distributed, fail, set_timeout, together
@@ -206,7 +207,7 @@ def _set_arithmetic(env: DistEnv) -> None:
 
 
 def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
-    """Raises ValueError if cached image features are not those of this model's tower."""
+    """Raises ValueError if cached image features are not those of this model's tower, or if more of it is trained."""
     specs = {"--train-data": args.train_data, "--val-data": args.val_data}
     infos = {flag: info for flag, spec in specs.items() if spec and (info := feature_info(spec))}
     own = tower_info(core, args) if infos else None  # hashes all weights of the tower: once
@@ -216,6 +217,12 @@ def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
                 f"{flag} {specs[flag]}: features of another image tower ({', '.join(different)} differ): "
                 f"{info.model}'s, in {info.precision}; give the model and weights that --extract-image-features had"
             )
+    trained = [name for name, parameter in core.visual.named_parameters() if parameter.requires_grad]
+    if infos and trained and linear_head(core.visual) is None:
+        raise ValueError(
+            f"--model {args.model}: --lock-image leaves {trained[0]} to be trained, which features of whole images "
+            'bypass; train on images, or take "timm_proj": "linear" in the model\'s vision_cfg'
+        )
 
 
 def _whole_model(core: torch.nn.Module, compiled: str | None, corners: list[bool]) -> TrainModel:
