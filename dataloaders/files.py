@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -53,6 +53,42 @@ class ShardMember:
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
             return io.BytesIO(file.read(self.size))
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image in a cell of a Parquet or Arrow file, read when it is needed; stands where a path does.
+
+    Attributes:
+        shard: the file.
+        column: of bytes, or of structs with ``bytes``.
+        row: from 0.
+    """
+
+    shard: Path
+    column: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}, row {self.row + 1}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard.name}-{self.row + 1}"
+
+    def stat(self) -> os.stat_result:
+        """Returns that of the file: the content has changed if it has."""
+        return self.shard.stat()
+
+    def resolve(self) -> str:
+        """Returns a name that no other content has while the file stays as it is."""
+        return f"{self.shard.resolve()}/{self.column}@{self.row}"
+
+    def open(self) -> io.BytesIO:
+        """Returns the image file's bytes as a file."""
+        from dataloaders.columnar import read_image
+
+        return io.BytesIO(read_image(self.shard, self.column, self.row))
 
 
 def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -117,9 +153,9 @@ def first_present(places: Sequence[Sequence[Path]]) -> list[Path]:
     return parallel_map(lambda own: next((p for p in own if file_identity(p) is not None), own[0]), places)
 
 
-def file_identity(path: Path | ShardMember) -> object | None:
+def file_identity(path: Path | ShardMember | EmbeddedImage) -> object | None:
     """Returns (device, inode) of a file, the path itself where there are no inodes, None if there is no file."""
-    if isinstance(path, ShardMember):
+    if hasattr(path, "shard"):  # in a tar or Parquet file
         return path if path.shard.is_file() else None
     try:
         status = os.stat(path)

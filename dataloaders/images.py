@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataloaders.files import ShardMember
+from dataloaders.files import EmbeddedImage, ShardMember
 
 
 class BrokenImageError(ValueError):
@@ -30,7 +30,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_rgb(path: str | Path | ShardMember | bytes, at_least: int | None = None) -> Image.Image:
+def load_rgb(path: str | Path | ShardMember | EmbeddedImage | bytes, at_least: int | None = None) -> Image.Image:
     """Reads an image file completely.
 
     Args:
@@ -45,7 +45,7 @@ def load_rgb(path: str | Path | ShardMember | bytes, at_least: int | None = None
         BrokenImageError: the file is absent, truncated, no image, or too large to be one.
     """
     name, file = path, path
-    if isinstance(path, ShardMember):
+    if isinstance(path, (ShardMember, EmbeddedImage)):
         file = path.open()
     elif isinstance(path, bytes):
         name, file = "picture", io.BytesIO(path)

@@ -10,7 +10,8 @@ from dataloaders import prepare
 from dataloaders.docci import read_docci
 from dataloaders.images import load_rgb
 from dataloaders.karpathy import read_coco, read_flickr30k
-from dataloaders.own_pairs import read_shard_pairs, read_table_pairs
+from dataloaders.own_pairs import read_shard_pairs
+from dataloaders.own_tables import read_table_pairs
 from eval_files import (
     five_captions,
     write_coco,

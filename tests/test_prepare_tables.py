@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dataloaders import csv_rows
 from support import run_command
 from training.data.captions import CaptionRule, choose_captions
 from training.prepare.__main__ import main
-from training.prepare.tables import chunk, records
+from training.prepare.tables import chunk
 from training.prepare.tables.clean import clean_caption, is_refusal, is_repetitive
 
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
@@ -195,7 +196,7 @@ def test_an_open_quote_costs_its_own_row_alone(tmp_path, monkeypatch):
         path.write_bytes((head + text).encode())
         summary = run(tmp_path / place, path, "--rows-per-part", "100")
         assert (summary["kept"], summary["malformed"]) == (400, 1), place
-    monkeypatch.setattr(records, "MAX_ROW_BYTES", 2000)
+    monkeypatch.setattr(csv_rows, "MAX_ROW_BYTES", 2000)
     path = tmp_path / "endless.csv"
     path.write_bytes((head + "https://example.com/y.jpg," + "word " * 2000 + "\r\n" + good.getvalue()).encode())
     assert run(tmp_path / "endless", path)["kept"] == 400

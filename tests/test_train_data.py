@@ -22,7 +22,7 @@ from training.data.loader import NoUsableSampleError, make_loader
 from training.data.position import Share
 from training.data.reader import SampleReader
 from training.data.shards import ResampledShards, ShardSource, count_samples, expand_sources
-from training.data.tables import read_table
+from training.data.tables import read_tables
 from training.data.tar import BrokenShardError, index_shard, read_samples
 
 
@@ -129,7 +129,7 @@ def sources(folder: Path) -> dict:
     return {
         "shards": ShardSource(urls, [9, 4, 11], seed=0, window=4),
         "resampled": ResampledShards(urls, [1, 5, 1], num_samples=24, seed=0, window=4),
-        "table": read_table(str(folder / "t.parquet"), "filepath", ("caption",), None, seed=0),
+        "table": read_tables([folder / "t.parquet"], "filepath", ("caption",), None, seed=0),
     }
 
 
@@ -242,7 +242,7 @@ def test_csv_tsv_and_parquet_give_the_same_rows(tmp_path):
     pq.write_table(pa.table(columns | {"other": [1, 2, 3]}), tmp_path / "t.parquet")
     read = {}
     for name in ("t.csv", "t.tsv", "t.parquet"):
-        source = read_table(str(tmp_path / name), "path", ("txt", "long_caption"), None, seed=3)
+        source = read_tables([tmp_path / name], "path", ("txt", "long_caption"), None, seed=3)
         read[name] = [(s.image_path, s.record) for s in source.read(0, 0, 3)]
     assert read["t.csv"] == read["t.tsv"] == read["t.parquet"]
     paths = [str(tmp_path / "a.jpg"), "/abs/b.jpg", str(tmp_path / "c.jpg")]
@@ -253,8 +253,8 @@ def test_csv_tsv_and_parquet_give_the_same_rows(tmp_path):
 
 def test_rows_of_the_wrong_length_are_left_out_and_said(tmp_path, caplog):
     (tmp_path / "t.csv").write_text("filepath,txt\na.jpg,one\nb.jpg\nc.jpg,two,three\nd.jpg,four\n")
-    source = read_table(str(tmp_path / "t.csv"), "filepath", ("txt",), None, seed=0)
-    assert source.num_samples == 2 and "2 rows left out" in caplog.text
+    source = read_tables([tmp_path / "t.csv"], "filepath", ("txt",), None, seed=0)
+    assert source.num_samples == 2 and "2 of 4 rows left out: line 3: 1 cells, the header has 2" in caplog.text
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_sample(tmp_path):

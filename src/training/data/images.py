@@ -22,12 +22,12 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from dataloaders.files import ShardMember
+from dataloaders.files import EmbeddedImage, ShardMember
 from dataloaders.images import load_rgb, to_rgb
 
 MODES = ("exact", "fast", "scaled")
 IN_EVALUATION, IN_TRAINING = "exact", "fast"  # where --image-decoding is not given
-Source = str | Path | ShardMember | bytes
+Source = str | Path | ShardMember | EmbeddedImage | bytes
 
 
 class PictureReader:
@@ -93,7 +93,7 @@ def _as_tensor(image: Image.Image) -> torch.Tensor:
 
 def _decode(source: Source, at_least: int | None) -> torch.Tensor:
     """By torchvision what is a plain colour JPEG, and not to be decoded at a reduced size."""
-    if isinstance(source, ShardMember):
+    if isinstance(source, (ShardMember, EmbeddedImage)):
         source = source.open().getvalue()
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     with Image.open(io.BytesIO(data)) as image:  # reads the header alone, refuses decompression bombs

@@ -4,12 +4,14 @@ import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
-from dataloaders.files import TABLE_SUFFIXES
+from dataloaders.table_files import names_tables, table_files
 from training.data.augment import without_normalisation
 from training.data.captions import CaptionRule, captions_found
+from training.data.embedded import embedded_sources
 from training.data.faults import BadSample
 from training.data.images import IN_TRAINING, PictureReader
 from training.data.loader import make_loader
@@ -24,11 +26,12 @@ from training.data.shards import (
     expand_sources,
     known_sizes,
 )
-from training.data.tables import TableSource, read_table
+from training.data.tables import TableSource, read_tables
 from training.data.tar import BrokenShardError, is_local
 from training.runtime.distributed import DistEnv, agree, together
 
 NUM_LOOKED_AT = 100
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -83,12 +86,11 @@ def open_source(
 
     def table() -> TableSource:
         keys = (*rule.raw_keys, *rule.short_keys, *rule.long_keys)
-        separator = args.csv_separator if spec.endswith(".csv") else None
-        return read_table(spec, args.csv_img_key, keys, separator, args.seed)
+        return read_tables(table_files(spec), args.csv_img_key, keys, args.csv_separator, args.seed)
 
     def shards() -> Source:
+        sources = inside or expand_sources(spec)
         if resampled:
-            sources = expand_sources(spec)
             factors = _factors(args.train_data_upsampling_factors, len(sources))
             urls = [url for shards in sources for url in shards]
             weights = [factor for factor, shards in zip(factors, sources) for _ in shards]
@@ -100,24 +102,35 @@ def open_source(
                     "beginning, so their first samples are seen more often; put sizes.json beside them"
                 )
             return ResampledShards(urls, weights, args.train_num_samples, args.seed, args.shuffle_window, sizes)
-        urls = [url for shards in expand_sources(spec) for url in shards]
+        urls = [url for shards in sources for url in shards]
         return ShardSource(urls, count_samples(urls), args.seed, args.shuffle_window)
 
     def checked(open_: Callable[[], Source]) -> Source:
-        try:
+        def open_checked() -> Source:
             source = open_()
             _check_captions(source, rule, spec)
-        except (ValueError, OSError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"{flag} {error}") from error
-        return source
+            return source
 
-    if spec.endswith(TABLE_SUFFIXES):
+        return _with_flag(flag, open_checked)
+
+    inside = agree(lambda: _with_flag(flag, lambda: embedded_sources(spec, args.csv_img_key)), env)
+    if not inside and names_tables(spec):
+        if resampled:
+            raise ValueError("--dataset-resampled is for shards; each row of a table comes once per epoch")
         # A table is not sent around: once rank 0 has found its own good, the others read theirs.
         opened: list[Source] = []
         agree(lambda: opened.append(checked(table)), env)
         return together(lambda: opened[0] if opened else table(), env)
     return agree(lambda: checked(shards), env)
+
+
+def _with_flag(flag: str, call: Callable[[], T]) -> T:
+    """Calls; a message about a file begins with the flag that named it."""
+    try:
+        return call()
+    except (ValueError, OSError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{flag} {error}") from error
 
 
 def open_train_data(

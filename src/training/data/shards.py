@@ -19,6 +19,8 @@ from typing import Protocol
 
 from webdataset.shardlists import expand_urls
 
+from dataloaders.table_files import COLUMNAR
+from training.data.embedded import count_rows, read_rows
 from training.data.features import SUFFIX as FEATURES
 from training.data.features import count_features, feature_files, is_feature_folder, read_features
 from training.data.position import SHUFFLE_WINDOW
@@ -161,10 +163,12 @@ def _local_extent(url: str) -> tuple[int | None, str | None]:
     try:
         if url.endswith(FEATURES):
             return count_features(url), None
+        if url.endswith(COLUMNAR):
+            return count_rows(url), None
         if is_local(url):
             index = index_shard(url)
             return len(index.offsets), index.fault
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return 0, f"{url}: {error}"
     return None, None
 
@@ -182,8 +186,10 @@ def read_exactly(url: str, first: int, stop: int) -> Iterator[RawSample | Broken
 
 
 def read_shard(url: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
-    """Reads a tar shard, or a file of features: see `tar.read_samples`."""
-    return read_features(url, first, stop) if url.endswith(FEATURES) else read_samples(url, first, stop)
+    """Reads a tar shard, a file of features, or a table with images inside: see `tar.read_samples`."""
+    if url.endswith(FEATURES):
+        return read_features(url, first, stop)
+    return read_rows(url, first, stop) if url.endswith(COLUMNAR) else read_samples(url, first, stop)
 
 
 def _names(urls: Sequence[str]) -> list[str]:
@@ -259,6 +265,8 @@ def count_samples(urls: Sequence[str]) -> list[int]:
     """
     if all(url.endswith(FEATURES) for url in urls):
         return [count_features(url) for url in urls]
+    if all(url.endswith(COLUMNAR) for url in urls):
+        return [count_rows(url) for url in urls]
     known = known_sizes(urls)
     unknown = [url for url, size in zip(urls, known) if size is None]
     remote = [url for url in unknown if not is_local(url)]

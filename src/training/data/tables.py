@@ -1,34 +1,46 @@
-"""Tables of image paths and captions: CSV, TSV or Parquet, held as Arrow columns (compact, and shared with workers)."""
+"""Tables of image paths and captions: CSV, TSV or Parquet, held as Arrow columns (compact, and shared with workers).
+
+Tables that hold the images themselves are read as shards are: see embedded.py.
+"""
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 
+from dataloaders.columnar import ColumnarFile
+from dataloaders.csv_rows import BadRows, CsvForm, CsvRecords, choose_form, default_separator
+from dataloaders.table_files import COLUMNAR
 from training.data.permutation import permuted
 from training.data.tar import Part, RawSample
 
 ROWS_PER_PART = 10_000
+ROWS_AT_ONCE = 50_000  # of a CSV that is read row by row, before they are put into Arrow's compact form
+logger = logging.getLogger(__name__)
 
 
 class TableSource:
-    """Rows of a table, each once an epoch in an order drawn anew.
+    """Rows of tables, each once an epoch in an order drawn anew.
 
     Args:
-        table: the image column and caption columns.
+        tables: (path, its image column and caption columns); all have the same columns.
         image_column: its name.
-        folder: relative image paths start there.
-        name: of the table, for messages.
         seed: of the order.
     """
 
-    def __init__(self, table: pa.Table, image_column: str, folder: str, name: str, seed: int):
+    def __init__(self, tables: Sequence[tuple[str, pa.Table]], image_column: str, seed: int):
+        self.files = [path for path, _ in tables]
+        self.starts = [0]
+        for _, table in tables[:-1]:
+            self.starts.append(self.starts[-1] + table.num_rows)
+        table = pa.concat_tables([table for _, table in tables], promote_options="permissive")
         self.captions = {c: table.column(c) for c in table.column_names if c != image_column}
-        self.paths, self.folder, self.name, self.seed = table.column(image_column), folder, name, seed
+        self.paths, self.seed = table.column(image_column), seed
         self.num_samples = table.num_rows
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
@@ -37,15 +49,19 @@ class TableSource:
 
     def _rows(self, numbers: Iterable[int]) -> Iterator[RawSample]:
         for row in numbers:
+            file = self.files[bisect_right(self.starts, row) - 1]
             record = {column: values[row].as_py() for column, values in self.captions.items()}
-            path = os.path.join(self.folder, self.paths[row].as_py() or "")
-            yield RawSample(str(row), self.name, {}, record, path)
+            path = os.path.join(os.path.dirname(file), self.paths[row].as_py() or "")
+            yield RawSample(str(row), os.path.basename(file), {}, record, path)
 
     def parts(self) -> list[Part]:
-        """Stretches of the table, in its own order."""
-        starts = range(0, self.num_samples, ROWS_PER_PART)
-        ranges = [range(start, min(start + ROWS_PER_PART, self.num_samples)) for start in starts]
-        return [Part(self.name, len(rows), partial(self._rows, rows)) for rows in ranges]
+        """Stretches of the tables, in their own order."""
+        parts = []
+        for file, first, end in zip(self.files, self.starts, [*self.starts[1:], self.num_samples]):
+            for start in range(first, end, ROWS_PER_PART):
+                rows = range(start, min(start + ROWS_PER_PART, end))
+                parts.append(Part(os.path.basename(file), len(rows), partial(self._rows, rows)))
+        return parts
 
     def fingerprint(self) -> str:
         """As `sources.Source.fingerprint`."""
@@ -53,70 +69,114 @@ class TableSource:
         return f"table 2 of {self.num_samples} rows, {ends}, seed {self.seed}"
 
 
-def read_table(
-    path: str, image_column: str, caption_columns: Sequence[str], separator: str | None, seed: int
+def read_tables(
+    paths: Sequence[Path], image_column: str, caption_columns: Sequence[str], separator: str | None, seed: int
 ) -> TableSource:
-    """Reads the columns of a table that training needs.
+    """Reads the columns of tables that training needs.
 
-    Rows of a CSV with too few or too many fields are left out and counted in a warning.
+    Bad rows of a CSV are left out and counted in a warning, which names the first.
 
     Args:
-        path: ``.csv``, ``.tsv`` or ``.parquet``.
+        paths: ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``.
         image_column: image paths, absolute or relative to the table's folder.
         caption_columns: those that are there are read.
         separator: of a CSV; None takes a comma, in ``.tsv`` a tab.
         seed: of the order.
 
     Raises:
-        FileNotFoundError, ValueError: no such file or column, none of the caption columns, or not a table.
+        ValueError: no such column, none of the caption columns, not a table, or tables with different columns.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        if path.endswith(".parquet"):
-            columns = pq.read_schema(path).names
-            wanted = _wanted_columns(path, columns, image_column, caption_columns)
-            table = pq.read_table(path, columns=wanted)
+    tables = []
+    for path in paths:
+        if path.suffix in COLUMNAR:
+            file = ColumnarFile(path)
+            wanted = _wanted_columns(path, file.names, image_column, caption_columns)
+            tables.append((str(path), pa.Table.from_batches(list(file.batches(wanted)), _only(file.schema, wanted))))
         else:
-            separator = separator or ("\t" if path.endswith(".tsv") else ",")
-            with pacsv.open_csv(path, parse_options=_parse_options(separator, lambda row: "skip")) as reader:
-                columns = reader.schema.names
-            wanted = _wanted_columns(path, columns, image_column, caption_columns)
-            table = _read_csv(path, separator, wanted)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable table ({str(error).splitlines()[0][:300]})") from error
-    return TableSource(table, image_column, os.path.dirname(path), os.path.basename(path), seed)
+            tables.append((str(path), _read_csv(path, separator, image_column, caption_columns)))
+        first, last = tables[0], tables[-1]
+        if set(first[1].column_names) != set(last[1].column_names):
+            raise ValueError(
+                f"{path}: has the columns {', '.join(last[1].column_names)}, but {first[0]} has "
+                f"{', '.join(first[1].column_names)}; train on tables with the same columns"
+            )
+    return TableSource(tables, image_column, seed)
 
 
-def _wanted_columns(path: str, columns: list[str], image_column: str, caption_columns: Sequence[str]) -> list[str]:
+def _only(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
+    return pa.schema([schema.field(name) for name in names])
+
+
+def _wanted_columns(path: Path, columns: list[str], image_column: str, caption_columns: Sequence[str]) -> list[str]:
     found = [column for column in caption_columns if column in columns]
     if image_column in columns and found:
         return [image_column, *found]
     lacking = "any caption column" if image_column in columns else f"the image column --csv-img-key {image_column}"
     raise ValueError(
-        f"{path}: {lacking} is not among its columns ({', '.join(columns)}); captions are looked for in "
-        f"{', '.join(caption_columns)} (--raw-caption-keys, --short-caption-keys, --long-caption-keys)"
+        f"{path}: {lacking} is not among its columns ({', '.join(columns)}; the first line of a CSV is its header); "
+        f"captions are looked for in {', '.join(caption_columns)} "
+        "(--raw-caption-keys, --short-caption-keys, --long-caption-keys)"
     )
 
 
-def _parse_options(separator: str, on_malformed: Callable) -> pacsv.ParseOptions:
-    return pacsv.ParseOptions(delimiter=separator, newlines_in_values=True, invalid_row_handler=on_malformed)
+def _read_csv(path: Path, separator: str | None, image_column: str, caption_columns: Sequence[str]) -> pa.Table:
+    separator = separator or default_separator(path)
+    header = CsvRecords(path, CsvForm(separator)).header()[0]
+    wanted = _wanted_columns(path, header, image_column, caption_columns)
+    table = _read_plain_csv(path, separator, wanted)
+    return _read_rows(path, separator, wanted) if table is None else table
 
 
-def _read_csv(path: str, separator: str, wanted: list[str]) -> pa.Table:
-    malformed = []
+def _read_plain_csv(path: Path, separator: str, wanted: list[str]) -> pa.Table | None:
+    """Reads a CSV by Arrow, several million rows a second; None unless each line of it is a row without fault."""
+    try:
+        table = pacsv.read_csv(
+            path,
+            parse_options=pacsv.ParseOptions(delimiter=separator, newlines_in_values=True),
+            convert_options=pacsv.ConvertOptions(
+                include_columns=wanted, column_types={c: pa.large_string() for c in wanted}
+            ),
+        )
+    except (pa.ArrowInvalid, pa.ArrowKeyError):  # malformed rows, not UTF-8, or a header that Arrow reads otherwise
+        return None
+    with open(path, "rb", buffering=1 << 20) as file:
+        num_lines, last = 0, b""
+        for line in file:
+            if not line.isspace():
+                num_lines, last = num_lines + 1, line
+    # Otherwise a quoted cell has swallowed lines, or the last one is never closed.
+    return table if table.num_rows == num_lines - 1 and last.count(b'"') % 2 == 0 else None
 
-    def skip(row: pacsv.InvalidRow) -> str:
-        malformed.append(row.number)
-        return "skip"
 
-    table = pacsv.read_csv(
-        path,
-        parse_options=_parse_options(separator, skip),
-        convert_options=pacsv.ConvertOptions(
-            include_columns=wanted, column_types={c: pa.large_string() for c in wanted}
-        ),
-    )
-    if malformed:
-        logging.warning(f"{path}: {len(malformed):,} rows left out, with too few or too many fields")
+def _read_rows(path: Path, separator: str, wanted: list[str]) -> pa.Table:
+    """Reads a CSV row by row; bad rows are counted and left out."""
+    form, header = choose_form(path, separator)
+    if not form.quoted:
+        logger.warning(f"{path}: quotation marks are plain characters there, as no cell is quoted as a whole")
+    bad, places = BadRows(path, form, header), [header.index(name) for name in wanted]
+    schema = pa.schema([(name, pa.large_string()) for name in wanted])
+    batches, columns, repaired = [], [[] for _ in wanted], 0
+
+    def flush() -> None:
+        batches.append(pa.RecordBatch.from_arrays([pa.array(c, pa.large_string()) for c in columns], schema=schema))
+        for column in columns:
+            column.clear()
+
+    records = CsvRecords(path, form, len(header))
+    for record in records.read(records.header()[1]):
+        if record.cells is None:
+            bad.add(record)
+            continue
+        repaired += record.repaired
+        for column, place in zip(columns, places):
+            column.append(record.cells[place])
+        if len(columns[0]) == ROWS_AT_ONCE:
+            flush()
+    flush()
+    table = pa.Table.from_batches(batches)
+    if bad.count:
+        total = bad.count + table.num_rows
+        logger.warning(f"{path}: {bad.count:,} of {total:,} rows left out: {bad.describe()}")
+    if repaired:
+        logger.warning(f"{path}: {repaired:,} rows are not UTF-8, and are read as Windows-1252")
     return table

@@ -1,9 +1,8 @@
 """Flags of training data: where samples are, how images are augmented, which captions a step sees."""
 
 import argparse
-import os
 
-from dataloaders.files import TABLE_SUFFIXES
+from dataloaders.table_files import names_csv, names_tables
 from training.data.captions import LONG_KEYS, RAW_KEYS
 from training.data.position import SHUFFLE_WINDOW
 from training.data.views import Entry, parse_views, views_by_flags
@@ -11,20 +10,23 @@ from training.flags.effects import TRAINING, TRAINING_MEANT, Condition
 from training.flags.types import Switch, names, not_negative, positive
 
 _TABLE = Condition(
-    "without a table (.csv, .tsv or .parquet)",
-    lambda args: any(
-        path and path.endswith(TABLE_SUFFIXES) for path in (args.train_data, args.val_data, args.retrieval_csv)
-    ),
+    "without a table (.csv, .tsv, .parquet or .arrow)",
+    lambda args: any(map(names_tables, (args.train_data, args.val_data, args.retrieval_csv))),
 )
-_SHARDS = Condition("on a table, whose rows are all shuffled", lambda args: not _is_table(args.train_data))
+_CSV = Condition(
+    "without a .csv or .tsv table",
+    lambda args: any(map(names_csv, (args.train_data, args.val_data, args.retrieval_csv))),
+)
+_SHARDS = Condition("on a table of image paths, whose rows are all shuffled", lambda args: not _has_paths(args))
 _LONG = Condition("without a text from long captions; see --text-views", lambda args: _reads(args, "long"))
 _SHORT = Condition("without a text from short captions; see --text-views", lambda args: _reads(args, "short"))
 _BY_FLAGS = Condition("with --text-views; leave out one or the other", lambda args: not args.text_views, refused=True)
 
 EFFECTS = (
     (TRAINING_MEANT, "--val-data --extract-image-features"),
-    (_TABLE, "--csv-img-key --csv-separator"),
-    (TRAINING, "--train-data --train-num-samples --dataset-resampled --train-data-upsampling-factors --csv-separator"),
+    (_TABLE, "--csv-img-key"),
+    (_CSV, "--csv-separator"),
+    (TRAINING, "--train-data --train-num-samples --dataset-resampled --train-data-upsampling-factors"),
     (TRAINING, "--shuffle-window --feature-views --strong-augment --aug-cfg --num-long-captions --captions"),
     (TRAINING, "--sub-caption-sentences --raw-caption-keys --short-caption-keys --long-caption-keys"),
     (_SHARDS, "--shuffle-window"),
@@ -58,8 +60,16 @@ def text_views(text: str) -> str:
     return text.strip()
 
 
-def _is_table(spec: str | None) -> bool:
-    return bool(spec) and spec.endswith(TABLE_SUFFIXES)
+def _has_paths(args: argparse.Namespace) -> bool:
+    """Whether the training data are tables, and not ones that hold the images themselves."""
+    if not names_tables(args.train_data):
+        return False
+    from training.data.embedded import embedded_sources  # --help has no time for pyarrow
+
+    try:
+        return not embedded_sources(args.train_data, args.csv_img_key)
+    except (ValueError, OSError):
+        return False  # reported when the data are opened
 
 
 def add_data_args(parser: argparse.ArgumentParser, everything: bool) -> None:
@@ -80,7 +90,7 @@ def _add_common_data_args(group: argparse._ArgumentGroup) -> None:
         "--train-data",
         metavar="DATA",
         help="train on this: tar shards ('data/{00000..00575}.tar', a folder, URLs; several sources are separated by "
-        "::), or a .csv, .tsv or .parquet table",
+        "::), tables (.csv, .tsv, .parquet), or a folder of a Hugging Face data set",
     )
     group.add_argument(
         "--val-data", metavar="DATA", help="measure loss and R@1 on this data during training; form as --train-data"
@@ -89,13 +99,18 @@ def _add_common_data_args(group: argparse._ArgumentGroup) -> None:
         "--train-num-samples", type=positive, metavar="N", help="samples per epoch (default: all of --train-data)"
     )
     group.add_argument(
-        "--csv-img-key", default="filepath", metavar="COL", help="image column of a table (default: %(default)s)"
+        "--csv-img-key",
+        default="filepath",
+        metavar="COL",
+        help="image column of a table: paths or images (default: %(default)s, else the only column of images)",
     )
 
 
 def _add_more_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--csv-separator", metavar="C", help="column separator of a .csv table (default: a comma; in .tsv a tab)"
+        "--csv-separator",
+        metavar="C",
+        help="column separator of .csv and .tsv tables (default: a comma; in .tsv a tab)",
     )
     group.add_argument(
         "--dataset-resampled",
@@ -218,8 +233,6 @@ def validate_data_args(args: argparse.Namespace) -> None:
         raise ValueError("--train-data-upsampling-factors needs --dataset-resampled: without it each sample comes once")
     if args.dataset_resampled and not args.train_num_samples:
         raise ValueError("--dataset-resampled needs --train-num-samples: drawing with replacement has no end")
-    if _is_table(args.train_data) and args.dataset_resampled:
-        raise ValueError("--dataset-resampled is for shards; each row of a table comes once per epoch")
     if args.captions == "long" and not args.num_long_captions:
         raise ValueError("--captions long needs --num-long-captions of at least 1")
     if args.strong_augment and args.aug_cfg:
@@ -227,5 +240,3 @@ def validate_data_args(args: argparse.Namespace) -> None:
     for word in args.aug_cfg:
         if "=" not in word and args.aug_cfg != ["none"]:
             raise ValueError(f"--aug-cfg {word}: expected KEY=VALUE, or none alone")
-    if args.csv_separator and not os.path.splitext(args.train_data)[1] == ".csv":
-        raise ValueError(f"--csv-separator has no effect on --train-data {args.train_data}")

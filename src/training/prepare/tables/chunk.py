@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataloaders.csv_rows import CsvForm, CsvRecords
 from training.prepare.tables.clean import Cleaned, clean_caption
 from training.prepare.tables.columns import KEY, RAW, URL, Columns
-from training.prepare.tables.records import Chunk, CsvForm, CsvRecords, cell_text
+from training.prepare.tables.records import Chunk, cell_text
 from training.prepare.work import add_counts, load_json, write_json
 from training.runtime.files import whole_file
 

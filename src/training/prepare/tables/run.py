@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tabulate import tabulate
 
+from dataloaders.csv_rows import CsvForm, CsvRecords
 from training.prepare.tables.chunk import (
     ROW_KINDS,
     Rules,
@@ -31,7 +32,7 @@ from training.prepare.tables.chunk import (
     write_part,
 )
 from training.prepare.tables.columns import find_columns, output_captions
-from training.prepare.tables.records import Chunk, CsvForm, CsvRecords, csv_chunks, parquet_chunks
+from training.prepare.tables.records import Chunk, csv_chunks, parquet_chunks
 from training.prepare.work import (
     format_counts,
     load_json,

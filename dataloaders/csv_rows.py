@@ -1,0 +1,242 @@
+"""Rows of CSV and TSV files, every physical line accounted for; evaluation, training and preparation read by this.
+
+A CSV has no index, and a quoted caption may hold line ends, so only reading from its start tells where a row begins.
+`CsvRecords` knows the byte at which each row begins, so that a reader can continue from there. A quote that is opened
+and never closed would swallow the rows after it: where one of the swallowed lines is a row itself, the quote is taken
+for open and the row for bad, and reading continues with that line.
+"""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+MAX_ROW_BYTES = 1 << 20  # an opened quote that is never closed would swallow the file
+_LINES_AHEAD = 200
+_QUOTING = {True: csv.QUOTE_MINIMAL, False: csv.QUOTE_NONE}
+# What a cell refers to by name: a URL, or a file name with a suffix.
+_REFERENCE = re.compile(r"(?:[a-z][a-z0-9+.-]*://\S+|[^\s\t]*\S\.[A-Za-z0-9]{2,5})\s*")
+
+
+class Record(NamedTuple):
+    """One row of a CSV.
+
+    Attributes:
+        cells: texts; None for a row with too few or too many cells, or with a quote that is never closed.
+        begin, end: its bytes in the file.
+        repaired: it was not UTF-8, and has been read as Windows-1252.
+    """
+
+    cells: list[str] | None
+    begin: int
+    end: int
+    repaired: bool
+
+
+class CsvForm(NamedTuple):
+    """How a CSV is written.
+
+    Attributes:
+        separator: one character.
+        quoted: cells may be in quotes, and hold separators and line ends then; otherwise quotes are plain characters.
+    """
+
+    separator: str
+    quoted: bool = True
+
+
+class CsvRecords:
+    """Reads rows of a CSV file from a byte where a row begins.
+
+    A row of several lines that has the wrong number of cells, or that swallowed a line which is a row itself, is bad.
+    Reading continues with the next line after its first one that begins a good row.
+
+    Args:
+        path: the file.
+        form: how it is written.
+        num_cells: of a good row; None where only the header is read.
+    """
+
+    def __init__(self, path: Path, form: CsvForm, num_cells: int | None = None):
+        self.path, self.form, self.num_cells = path, form, num_cells
+        self.quoting = _QUOTING[form.quoted]
+        csv.field_size_limit(MAX_ROW_BYTES)
+
+    def header(self) -> tuple[list[str], int]:
+        """Returns the names of the columns, and the byte at which the first row begins.
+
+        Raises:
+            ValueError: no header, UTF-16, or two columns of one name.
+        """
+        with open(self.path, "rb") as file:
+            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise ValueError(f"{self.path}: UTF-16 text; convert it first: iconv -f UTF-16 -t UTF-8")
+            file.seek(0)
+            head = file.read(1 << 16)
+            if b"\r" in head and b"\n" not in head:
+                raise ValueError(f"{self.path}: lines that end with CR alone; convert them first: tr '\\r' '\\n'")
+            file.seek(0)
+            cells, end, _ = self._next(file, 0)
+        if not cells:
+            raise ValueError(
+                f"{self.path}: no header in its first row; is it a CSV with the separator {self.form.separator!r}?"
+            )
+        cells[0] = cells[0].removeprefix("\ufeff")
+        names = [cell.strip().strip('"') for cell in cells]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{self.path}: two columns are called {twice[0]!r} (the first line is the header)")
+        return names, end
+
+    def read(self, begin: int, end: int | None = None) -> Iterator[Record]:
+        """Yields the rows that begin at bytes `begin` to `end`; blank lines are none."""
+        with open(self.path, "rb", buffering=1 << 20) as file:
+            file.seek(begin)
+            position = begin
+            while end is None or position < end:
+                cells, stop, repaired = self._next(file, position)
+                if stop == position:
+                    return
+                if cells is not None and not cells:
+                    position = stop
+                    continue
+                if cells is None or len(cells) != self.num_cells or self._swallows_rows(file, cells, position, stop):
+                    stop = self._resume(file, position, stop)
+                    cells = None
+                yield Record(cells, position, stop, repaired)
+                position = stop
+
+    def _next(self, file, position: int) -> tuple[list[str] | None, int, bool]:
+        """Reads one row.
+
+        Returns:
+            (cells, where the row ends, whether it was read as Windows-1252). No cells for a blank line, None for a row
+            that is none; at the file's end it ends where it begins.
+        """
+        lines: list[bytes] = []
+        taken, repaired = 0, False
+
+        def texts() -> Iterator[str]:
+            nonlocal taken, repaired
+            while taken < MAX_ROW_BYTES and (line := file.readline(MAX_ROW_BYTES)):
+                taken += len(line)
+                lines.append(line)
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError:
+                    text, repaired = line.decode("cp1252", "replace"), True
+                yield text.replace("\0", "")
+
+        try:
+            cells = next(csv.reader(texts(), delimiter=self.form.separator, quoting=self.quoting), [])
+        except csv.Error:
+            cells = None
+        if taken >= MAX_ROW_BYTES:
+            cells = None
+        elif self.form.quoted and sum(line.count(b'"') for line in lines) % 2 and self._is_open(lines):
+            cells = None  # the file ends within a quote
+        return cells, position + taken, repaired
+
+    def _is_open(self, lines: list[bytes]) -> bool:
+        """Whether a further line would belong to the same row."""
+        texts = [*(line.decode("utf-8", "replace") for line in lines), "further"]
+        return len(list(csv.reader(texts, delimiter=self.form.separator))) == 1
+
+    def _swallows_rows(self, file, cells: list[str], begin: int, stop: int) -> bool:
+        """Whether a line within a row of several lines is a row itself: as many cells, one of them of the same kind."""
+        if not self.form.quoted or not any("\n" in cell for cell in cells):
+            return False
+        file.seek(begin)
+        lines = file.read(stop - begin).decode("utf-8", "replace").splitlines()[1 : 1 + _LINES_AHEAD]
+        file.seek(stop)
+        kinds = [bool(_REFERENCE.fullmatch(cell)) for cell in cells]
+        # Tabs hardly occur in captions; commas do, so a line needs a file name or URL where its row has one.
+        by_count = self.form.separator == "\t"
+        for line in lines:
+            own = next(csv.reader([line], delimiter=self.form.separator), [])
+            if len(own) == self.num_cells and (
+                by_count or any(kind and _REFERENCE.fullmatch(cell) for kind, cell in zip(kinds, own))
+            ):
+                return self.num_cells > 1
+        return False
+
+    def _resume(self, file, begin: int, stop: int) -> int:
+        """Returns where the next good row within a bad one from `begin` to `stop` begins, else `stop`."""
+        file.seek(begin)
+        place = begin + len(file.readline(MAX_ROW_BYTES))
+        for _ in range(_LINES_AHEAD):
+            if place >= stop:
+                break
+            file.seek(place)
+            cells, end, _ = self._next(file, place)
+            if cells and len(cells) == self.num_cells:
+                file.seek(place)
+                return place
+            file.seek(place)
+            place += len(file.readline(MAX_ROW_BYTES))
+        file.seek(stop)
+        return stop
+
+
+def choose_form(path: Path, separator: str) -> tuple[CsvForm, list[str]]:
+    """Tells whether a file is written with quotes, and reads its header.
+
+    Quotes are taken for plain characters only if that makes every row good, which quoting does not, and if no cell is
+    quoted as a whole. Tables such as CC3M's are written so.
+
+    Raises:
+        ValueError: no header.
+    """
+    quoted = CsvForm(separator)
+    header, begin = CsvRecords(path, quoted).header()
+    if all(row.cells is not None for row in CsvRecords(path, quoted, len(header)).read(begin)):
+        return quoted, header
+    plain = CsvForm(separator, quoted=False)
+    for row in CsvRecords(path, plain, len(header)).read(begin):
+        if row.cells is None or any(len(c) > 1 and c[0] == c[-1] == '"' for c in map(str.strip, row.cells)):
+            return quoted, header
+    return plain, header
+
+
+def default_separator(path: Path) -> str:
+    """Returns a tab for ``.tsv``, else a comma."""
+    return "\t" if path.suffix == ".tsv" else ","
+
+
+class BadRows:
+    """Counts the bad rows of a CSV and keeps the first one, to say where it is and what is wrong with it."""
+
+    def __init__(self, path: Path, form: CsvForm, header: list[str]):
+        self.path, self.form, self.num_cells = path, form, len(header)
+        self.count, self.first = 0, None
+
+    def add(self, record: Record) -> None:
+        """Counts one."""
+        self.count += 1
+        self.first = self.first or record
+
+    def describe(self) -> str:
+        """Returns such as ``line 7: 3 cells, the header has 2 (1 such row)``."""
+        with open(self.path, "rb") as file:
+            number = sum(block.count(b"\n") for block in _blocks(file, self.first.begin)) + 1
+            file.seek(self.first.begin)
+            line = file.readline(MAX_ROW_BYTES).decode("utf-8", "replace")
+        cells, plain = (
+            next(csv.reader([line], delimiter=self.form.separator, quoting=_QUOTING[quoted]), [])
+            for quoted in (self.form.quoted, False)
+        )
+        if self.first.cells is not None:
+            fault = "not UTF-8"
+        elif len(cells) != self.num_cells and not (line.count('"') % 2 and len(plain) == self.num_cells):
+            fault = f"{len(cells)} cells, the header has {self.num_cells}"
+        else:
+            fault = "a quotation mark that is never closed"
+        return f"line {number:,}: {fault} ({self.count:,} bad row{'s' * (self.count > 1)} in all)"
+
+
+def _blocks(file, size: int) -> Iterator[bytes]:
+    """Yields the first `size` bytes of a file in pieces."""
+    while size > 0 and (block := file.read(min(size, 1 << 20))):
+        size -= len(block)
+        yield block

@@ -1,0 +1,115 @@
+"""Which files a table flag names: one, several, a pattern, or a folder of a Hugging Face data set."""
+
+import glob
+import json
+import re
+from pathlib import Path
+
+from dataloaders.files import TABLE_SUFFIXES
+
+COLUMNAR = (".parquet", ".arrow")
+FEATURES = "features.json"  # in a folder of image features, whose files are Parquet, too
+_SPLIT_FILE = re.compile(r"(?P<split>[\w.]+)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.(parquet|arrow)")
+
+
+def names_tables(spec: str | None) -> bool:
+    """Tells whether a flag's value names tables rather than tar shards or features."""
+    if not spec:
+        return False
+    return any(part.endswith(TABLE_SUFFIXES) or _is_folder_of_tables(Path(part)) for part in spec.split("::"))
+
+
+def names_csv(spec: str | None) -> bool:
+    """Tells whether a flag's value names tables of text, which have a separator."""
+    if not names_tables(spec):
+        return False
+    try:
+        return any(path.suffix not in COLUMNAR for path in table_files(spec))
+    except (ValueError, OSError):
+        return True  # reported when the table is read
+
+
+def _is_folder_of_tables(folder: Path) -> bool:
+    if not folder.is_dir() or any(path.suffix == ".tar" or path.name == FEATURES for path in folder.iterdir()):
+        return False
+    return bool(_candidates(folder)) or (folder / "dataset_dict.json").is_file()
+
+
+def table_files(spec: str) -> list[Path]:
+    """Returns the files that a flag's value names.
+
+    Args:
+        spec: names separated by ``::``, each a file, a pattern (``part-*.parquet``, ``{000..012}.csv``) or a folder: of
+            tables, of a data set as `datasets.save_to_disk` writes it, or of one cloned from the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing is there, a folder leaves open which files are meant, or lacks some.
+    """
+    files = [path for part in spec.split("::") for path in _expand(part)]
+    twice = sorted({str(path) for path in files if files.count(path) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]}: named twice")
+    return files
+
+
+def _expand(part: str) -> list[Path]:
+    from braceexpand import braceexpand
+
+    path = Path(part)
+    if path.is_dir():
+        return _files_of_folder(path)
+    if "://" in part:
+        raise ValueError(f"{part}: tables are read from local files; download it first")
+    if path.is_file():
+        return [_checked(path)]
+    found = []
+    for name in braceexpand(part):
+        matches = [name] if Path(name).is_file() else sorted(glob.glob(name))
+        if not matches:
+            raise FileNotFoundError(f"{name}: no such file")
+        found += [_checked(Path(match)) for match in matches]
+    return found
+
+
+def _checked(path: Path) -> Path:
+    if path.suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"{path}: expected {', '.join(TABLE_SUFFIXES)}")
+    return path
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The tables directly in a folder, else those in its ``data`` folder."""
+    state = folder / "state.json"
+    if state.is_file():  # of `save_to_disk`, which leaves cached results beside the data
+        try:
+            return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+        except (ValueError, KeyError, TypeError):
+            pass
+    own = sorted(p for p in folder.iterdir() if p.suffix in TABLE_SUFFIXES and not p.name.startswith((".", "cache-")))
+    return own or (_candidates(folder / "data") if (folder / "data").is_dir() else [])
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    files = _candidates(folder)
+    if not files and (folder / "dataset_dict.json").is_file():
+        splits = sorted(str(path.parent) for path in folder.glob("*/state.json"))
+        raise ValueError(f"{folder}: holds several splits; name one of them: {', '.join(splits)}")
+    if not files:
+        raise ValueError(f"{folder}: no {', '.join(TABLE_SUFFIXES)} in this folder or in its data folder")
+    kinds = sorted({path.suffix for path in files})
+    if len(kinds) > 1:
+        raise ValueError(f"{folder}: holds {' and '.join(kinds)} files; name the files that are meant")
+    matches = [match for match in (_SPLIT_FILE.fullmatch(path.name) for path in files) if match]
+    splits = sorted({match["split"] for match in matches})
+    if len(splits) > 1:
+        where = files[0].parent
+        raise ValueError(
+            f"{folder}: holds the splits {', '.join(splits)}; name one of them, such as "
+            f"'{where / splits[0]}-*{files[0].suffix}'"
+        )
+    if matches and len(matches) < int(matches[0]["total"]):
+        raise ValueError(f"{folder}: {len(matches)} of {int(matches[0]['total'])} files are there; fetch the others")
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: no such file, but {folder / 'state.json'} names it")
+    return files
