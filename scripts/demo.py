@@ -8,6 +8,7 @@ captions, names the large object of each by short ones, and leaves:
     OUT/summary.json    {"lotlip": {"long_i2t_top1", "long_t2i_top1", "short_top1"}, "short_only": {..}, "seconds": ..}
     OUT/curves.png      loss and R@1 during both trainings
     OUT/lotlip/report.html, OUT/short_only/report.html    every query, and what each model found
+    OUT/lotlip/long_text_card.png, ..    how each model reads long text
     OUT/data, OUT/lotlip, OUT/short_only    the set, and both runs with their logs and checkpoints
 
 ``seconds`` is the time of both trainings together, with their evaluations.
@@ -58,7 +59,7 @@ def main() -> int:
         seconds += time.monotonic() - start
     print("\n== Looking closer at both ==", flush=True)
     for name in RUNS:
-        flags = ["--retrieval-lengths", LENGTHS, "--report", "--workers", 1, "--logs", out, "--name", name]
+        flags = ["--retrieval-lengths", LENGTHS, "--diagnostics", "--report", "--workers", 1, "--logs", out, "--name", name]
         weights = ["--model", MODEL, "--pretrained", checkpoint_of(out / name)]
         if code := call("training.main", *weights, f"--{BENCHMARK}", data / "urban1k", *flags):
             return code

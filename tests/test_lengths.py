@@ -164,10 +164,11 @@ def test_two_processes_find_the_same(data, tiny_clip, tmp_path):
         "--batch-size",
         "8",
     ]
-    argv += ["--retrieval-lengths", "10", "--retrieval-sensitivity", "--logs", str(tmp_path)]
+    argv += ["--retrieval-lengths", "10", "--retrieval-sensitivity", "--diagnostics", "--logs", str(tmp_path)]
     found = []
     for n in (1, 2):
         done = run_ranks([*argv, "--name", f"n{n}"], n)
         assert done.returncode == 0, done.stderr
-        found.append(json.dumps(read_results(tmp_path, f"n{n}")["lengths"]))
+        result = read_results(tmp_path, f"n{n}")
+        found.append(json.dumps([result["lengths"], result["diagnostics"]]))
     assert found[0] == found[1]

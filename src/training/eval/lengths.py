@@ -14,12 +14,15 @@ import torch
 
 from dataloaders.captions import split_caption
 from training.eval.encode import ComputeOptions, Encoding, encode_texts
+from training.eval.metrics import hit_probability
 from training.eval.results import DIRECTIONS
-from training.eval.retrieval import RetrievalWork, rank_sets
+from training.eval.retrieval import RankedSet, RetrievalWork, rank_sets
 from training.model.factory import EncoderParts
 from training.runtime.distributed import DistEnv
 
 EFFECTIVE_SHARE = 0.95
+CARD_TOKENS, CARD_SENTENCES = (10, 20, 40, 77, 128, 248), (1, 2, 3, 4, 6, 8)
+NUM_RESAMPLES = 1000
 MIN_RIGHT = 10  # right answers below which a curve is mostly chance
 
 
@@ -77,6 +80,14 @@ def token_lengths(tokenizer: Callable, asked: Sequence[int]) -> list[int]:
     return [*sorted(length for length in asked if length < tokenizer.context_length), tokenizer.context_length]
 
 
+def default_questions(tokenizer: Callable) -> LengthQuestions:
+    """Returns the curves of a long-text card, as far as a tokenizer can be cut."""
+    if getattr(tokenizer, "tokenizer_mode", None) == "clips":
+        return LengthQuestions(sentences=CARD_SENTENCES)
+    shortest = getattr(tokenizer, "num_corners", 0) + 3
+    return LengthQuestions(tuple(length for length in CARD_TOKENS if length >= shortest), CARD_SENTENCES)
+
+
 def analyse_lengths(
     parts: EncoderParts,
     work: RetrievalWork,
@@ -101,7 +112,7 @@ def analyse_lengths(
     Returns:
         ``context_length``; ``sets``: title -> ``tokens``, ``sentences``, ``sensitivity``, each number or change ->
         ``i2t``, ``t2i`` (R@1, fractions); ``effective_length``: title -> tokens, and under ``all`` that of the model;
-        None with fewer than `MIN_RIGHT` right answers.
+        None with fewer than `MIN_RIGHT` right answers; ``effective_length_ci95``: the same -> [low, high].
         In ``sensitivity`` also ``similarity``: mean cosine with the feature of the whole caption.
 
     Raises:
@@ -109,6 +120,7 @@ def analyse_lengths(
     """
     tokenizer = parts.tokenizer
     found: dict[str, dict[str, dict]] = {s.title: {} for s in work.sets}
+    hits: dict[str, list[np.ndarray]] = {s.title: [] for s in work.sets}
 
     def note(kind: str, value: object, encoding: Encoding, with_similarity: bool = False) -> None:
         similarity = _similarity(work, texts.features, encoding.features) if with_similarity else {}
@@ -116,6 +128,8 @@ def analyse_lengths(
             own = {d: r.record[d]["top1"] for d in DIRECTIONS}
             own |= {"similarity": similarity[r.pairs.title]} if similarity else {}
             found[r.pairs.title].setdefault(kind, {})[str(value)] = own
+            if kind == "tokens":
+                hits[r.pairs.title].append(_hits_by_image(r))
 
     def encode(changed: Sequence[str], through: Callable = tokenizer) -> Encoding:
         return encode_texts(parts.model, through, changed, env, options, count_lost=False)
@@ -132,7 +146,7 @@ def analyse_lengths(
         for name, change in (("sentences shuffled", shuffle_sentences), ("one sentence dropped", drop_sentence)):
             note("sensitivity", name, encode([change(text, seed) for text in work.texts]), True)
     result = {"context_length": tokenizer.context_length, "sets": found}
-    return result | ({"effective_length": _effective_lengths(work, found)} if questions.tokens else {})
+    return result | (_effective_lengths(found, hits) if questions.tokens else {})
 
 
 def shuffle_sentences(text: str, seed: int) -> str:
@@ -185,15 +199,40 @@ def effective_length(lengths: Sequence[float], recall: Sequence[float]) -> float
     return float(np.interp(target, recall[first - 1 : first + 1], lengths[first - 1 : first + 1]))
 
 
-def _effective_lengths(work: RetrievalWork, found: dict[str, dict[str, dict]]) -> dict[str, float | None]:
-    """Per set, and of the mean over all sets; recall is the mean of both directions. None where it is near chance."""
-    lengths, curves, result = [], [], {}
-    for s in work.sets:
-        tokens = found[s.title]["tokens"]
-        lengths = [int(length) for length in tokens]
-        curve = [(own["i2t"] + own["t2i"]) / 2 for own in tokens.values()]
-        near_chance = max(curve) * len(s.captions) < MIN_RIGHT
-        result[s.title] = None if near_chance else effective_length(lengths, curve)
+def _hits_by_image(r: RankedSet) -> np.ndarray:
+    """Per image: 1 if it was found by itself, how many of its captions found it, how many it has. [num_images, 3]."""
+    owner = np.array(r.pairs.image_of_caption)
+    captions = np.bincount(owner, hit_probability(r.t2i, 1).numpy())
+    return np.stack([hit_probability(r.i2t, 1).numpy(), captions, np.bincount(owner)], axis=1)
+
+
+def _effective_lengths(found: dict[str, dict], hits: dict[str, list[np.ndarray]]) -> dict[str, dict[str, object]]:
+    """Effective lengths and their 95% intervals, per set, and ``all``: of the mean over the sets.
+
+    Recall is the mean of both directions. None where it is near chance. Intervals resample the images of each set.
+
+    Args:
+        found: title -> ``tokens``: the lengths.
+        hits: title -> of `_hits_by_image` at each length.
+    """
+    rng = np.random.default_rng(0)
+    lengths, curves, result, intervals = [], [], {}, {}
+    for title, by_length in hits.items():
+        lengths = [int(length) for length in found[title]["tokens"]]
+        num_images = len(by_length[0])
+        weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=NUM_RESAMPLES)
+        weights = np.concatenate([np.ones((1, num_images)), weights])  # the first row is the set itself
+        sums = np.stack([weights @ per_image for per_image in by_length], axis=1)  # [draws, lengths, 3]
+        recall = (sums[..., 0] / num_images + sums[..., 1] / sums[..., 2]) / 2
+        near_chance = recall[0].max() * by_length[0][:, 2].sum() < MIN_RIGHT
+        result[title], intervals[title] = (None, None) if near_chance else _with_interval(lengths, recall)
         if not near_chance:
-            curves.append(curve)
-    return result | {"all": effective_length(lengths, np.mean(curves, axis=0).tolist()) if curves else None}
+            curves.append(recall)
+    result["all"], intervals["all"] = _with_interval(lengths, np.mean(curves, axis=0)) if curves else (None, None)
+    return {"effective_length": result, "effective_length_ci95": intervals}
+
+
+def _with_interval(lengths: list[int], recall: np.ndarray) -> tuple[float | None, list[float]]:
+    """Effective length of the first curve, and the 95% interval over all others. `recall`: [1 + draws, lengths]."""
+    drawn = [length for curve in recall[1:] if (length := effective_length(lengths, curve.tolist())) is not None]
+    return effective_length(lengths, recall[0].tolist()), [float(b) for b in np.percentile(drawn, [2.5, 97.5])]

@@ -189,16 +189,8 @@ def rank_sets(
             raise BrokenImageError(f"{kept.title}: no readable image is left.\n{describe_missing(kept)}")
         own_images = [file for i, file in enumerate(files) if i not in broken]
         own_texts = [t for t, i in zip(work.text_index[number], whole.image_of_caption) if i not in broken]
-        counts = count_ranks(
-            images.features[own_images],
-            texts.features[own_texts],
-            torch.tensor(kept.image_of_caption),
-            device=env.device,
-            block_size=block_size,
-            rank=env.rank,
-            world_size=env.world_size,
-        )
-        i2t, t2i = (_sum_counts(c, env) for c in counts)
+        owner = torch.tensor(kept.image_of_caption)
+        i2t, t2i = count_over_ranks(images.features[own_images], texts.features[own_texts], owner, env, block_size)
         record = {
             "title": kept.title,
             "key": kept.key,
@@ -211,14 +203,21 @@ def rank_sets(
             "num_missing": len(whole.missing),
             **_truncation(texts.lost_tokens[own_texts]),
             "i2t": summarise(i2t),
-            "t2i": summarise(t2i, clusters=torch.tensor(kept.image_of_caption)),
+            "t2i": summarise(t2i, clusters=owner),
         }
         ranked.append(RankedSet(record, kept, own_images, own_texts, i2t, t2i))
     return ranked
 
 
-def _sum_counts(counts: RankCounts, env: DistEnv) -> RankCounts:
-    return RankCounts(sum_over_ranks(counts.better, env), sum_over_ranks(counts.tied, env), counts.right)
+def count_over_ranks(
+    images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor, env: DistEnv, block_size: int = 4096
+) -> tuple[RankCounts, RankCounts]:
+    """As `metrics.count_ranks`; each rank counts its share of the blocks, and all get the sums."""
+    counts = count_ranks(
+        images, texts, owner, device=env.device, block_size=block_size, rank=env.rank, world_size=env.world_size
+    )
+    i2t, t2i = (RankCounts(sum_over_ranks(c.better, env), sum_over_ranks(c.tied, env), c.right) for c in counts)
+    return i2t, t2i
 
 
 def _truncation(lost_tokens: torch.Tensor) -> dict[str, float | None]:

@@ -3,14 +3,15 @@
 import argparse
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataloaders.images import BrokenImageError
 from dataloaders.pairs import describe_missing
 from training.data.images import IN_EVALUATION
+from training.eval.diagnostics import diagnose
 from training.eval.encode import ComputeOptions, Encoding
-from training.eval.lengths import LengthQuestions, analyse_lengths, token_lengths
+from training.eval.lengths import LengthQuestions, analyse_lengths, default_questions, token_lengths
 from training.eval.npz import read_features, write_features
 from training.eval.published import (
     Comparison,
@@ -68,6 +69,7 @@ class Outcome:
     ranked: list[RankedSet]
     zero_shot: list[dict[str, object]]
     lengths: dict[str, object] | None = None
+    diagnostics: dict[str, dict] | None = None
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -141,15 +143,22 @@ def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork,
         args.text_batch_size,
         args.image_decoding or IN_EVALUATION,
     )
-    images, texts, ranked, lengths = None, None, [], None
+    images, texts, ranked, lengths, diagnostics = None, None, [], None, None
     questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)
+    if args.diagnostics:  # the card has both curves
+        usual = default_questions(parts.tokenizer)
+        questions = replace(
+            questions, tokens=questions.tokens or usual.tokens, sentences=questions.sentences or usual.sentences
+        )
     if work.sets:
         images, texts = encode_work(parts, work, env, options, args.allow_missing, args.feature_cache)
         ranked = rank_sets(work, images, texts, env)
         if questions:
             lengths = analyse_lengths(parts, work, images, texts, questions, env, options, args.seed)
+        if args.diagnostics:
+            diagnostics = diagnose(parts, ranked, images, env, options, args.seed)
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
-    return Outcome(work, images, texts, ranked, zero_shot, lengths)
+    return Outcome(work, images, texts, ranked, zero_shot, lengths, diagnostics)
 
 
 def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
@@ -157,6 +166,7 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     records = [r.record for r in outcome.ranked]
     extra = {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)}
     extra |= flatten_zero_shot(outcome.zero_shot) | ({"lengths": outcome.lengths} if outcome.lengths else {})
+    extra |= {"diagnostics": outcome.diagnostics} if outcome.diagnostics else {}
     comparisons = compare_with_published(records, plan.printed)
     extra |= {"published": to_json(comparisons)} if comparisons else {}
     path = write_results(records, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
@@ -174,6 +184,8 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
         print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(records, label)}")
     if outcome.lengths:
         _show_lengths(plan, outcome)
+    if outcome.diagnostics:
+        _show_diagnostics(plan, outcome, label)
     print(f"\nResults: {path}")
     if outcome.ranked:
         write_ranks(outcome.ranked, plan.folder / FILE)
@@ -212,6 +224,17 @@ def _show_lengths(plan: Plan, outcome: Outcome) -> None:
     print(f"Captions that the model cuts: {number:,}, listed in {path}")
 
 
+def _show_diagnostics(plan: Plan, outcome: Outcome, label: str) -> None:
+    from training.eval.report.card import above_chance, draw_card, format_diagnostics
+
+    print(f"\nDiagnostics of long text (percent and points):\n\n{format_diagnostics(outcome.diagnostics)}")
+    if above_chance(outcome.diagnostics):
+        draw_card(label, outcome.lengths, outcome.diagnostics).savefig(plan.folder / "long_text_card.png", dpi=120)
+        print(f"Long-text card: {plan.folder / 'long_text_card.png'}")
+    else:
+        print("No long-text card: the model finds fewer than 10 right answers on every benchmark, as chance does.")
+
+
 def _print_what_is_missing(outcome: Outcome) -> None:
     missing = {s.key: describe_missing(s) for s in outcome.work.sets if s.missing}
     for record in [*(r.record for r in outcome.ranked), *outcome.zero_shot]:
@@ -229,12 +252,16 @@ def _print_what_is_missing(outcome: Outcome) -> None:
 def _write_page(
     args: argparse.Namespace, plan: Plan, outcome: Outcome, label: str, env: DistEnv, comparisons: list[Comparison]
 ) -> Path:
+    from training.eval.report.card import above_chance, draw_card, format_diagnostics
     from training.eval.report.curves import to_svg  # matplotlib and templates only where they are wanted
     from training.eval.report.lengths_view import draw_lengths, format_lengths
     from training.eval.report.page import write_report
 
     figures = []
-    if outcome.lengths and (args.retrieval_lengths or args.retrieval_sentences):
+    if outcome.diagnostics and above_chance(outcome.diagnostics):
+        card = draw_card(label, outcome.lengths, outcome.diagnostics)
+        figures.append(("Long-text card", format_diagnostics(outcome.diagnostics), card))
+    if outcome.lengths and (args.diagnostics or args.retrieval_lengths or args.retrieval_sentences):
         figures.append(("How much of a caption counts", format_lengths(outcome.lengths), draw_lengths(outcome.lengths)))
 
     facts = {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}

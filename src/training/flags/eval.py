@@ -14,6 +14,7 @@ INSIGHT_FLAGS = (
     "--retrieval-lengths",
     "--retrieval-sentences",
     "--retrieval-sensitivity",
+    "--diagnostics",
     "--save-features",
 )
 
@@ -142,6 +143,12 @@ def _add_insight_args(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--retrieval-sensitivity", action=Switch, help="R@1 with sentences shuffled, and with one dropped"
+    )
+    group.add_argument(
+        "--diagnostics",
+        action=Switch,
+        help="what dropped, moved and neutral sentences cost, whether similarity grows with each sentence (HiMo), R@1 "
+        "by the position of a sentence, and a long-text card of all that; with the curves of both flags above",
     )
     group.add_argument("--save-features", action=Switch, help="write LOGS/NAME/features/KEY.npz, for --features")
 

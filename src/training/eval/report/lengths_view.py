@@ -37,6 +37,8 @@ def describe_effective_length(result: dict) -> str:
     """``Effective length: 61 tokens of 128 (DCI 58, IIW 64)``."""
     lengths = {title: "none" if n is None else f"{n:.0f}" for title, n in result["effective_length"].items()}
     overall = lengths.pop("all")
+    interval = result["effective_length_ci95"]["all"]
+    overall += " (95%: {:.0f} to {:.0f})".format(*interval) if interval else ""
     each = ", ".join(f"{title} {length}" for title, length in lengths.items())
     return f"Effective length: {overall} tokens of {result['context_length']} ({each})"
 

@@ -1,0 +1,236 @@
+"""Diagnostics of long text against brute force; a model that has learned the scenes and a random one are told apart."""
+
+import itertools
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import training
+from dataloaders.captions import split_caption
+from dataloaders.pairs import one_caption_per_image
+from dataloaders.scene_drawing import draw_scene, make_scene
+from support import read_results
+from training.eval.diagnostics import CHANGES, diagnose, monotonicity
+from training.eval.encode import ComputeOptions, encode_images, encode_texts
+from training.eval.report.card import above_chance, draw_card
+from training.eval.retrieval import plan_retrieval, rank_sets
+from training.main import main
+from training.model.factory import EncoderParts
+from training.runtime.distributed import DistEnv
+
+ENV = DistEnv(0, 1, torch.device("cpu"))
+
+
+def test_each_change_is_what_its_name_says():
+    own = ["a", "b", "c", "d", "e"]
+    made = {name: change(list(own), 0) for name, change in CHANGES.items()}
+    assert made["first sentence dropped"] == ["b", "c", "d", "e"]
+    assert made["first moved to fourth place"] == ["b", "c", "d", "a", "e"]
+    assert made["first and fourth swapped"] == ["d", "b", "c", "a", "e"]
+    assert made["neutral sentence in front"] == ["This is a photo", *own]
+    assert made["4 neutral sentences in front"] == ["This is a photo"] * 4 + own
+    assert sorted(made["sentences shuffled"]) == own != made["sentences shuffled"]
+    assert len(made["one sentence dropped at random"]) == 4
+    for name in ("first moved to fourth place", "first and fourth swapped"):
+        assert CHANGES[name](["a", "b", "c"], 0) == ["a", "b", "c"]
+    assert CHANGES["first sentence dropped"](["a"], 0) == ["a"]
+
+
+def test_himo_by_hand():
+    similarity = [
+        np.array([0.1, 0.2, 0.3, 0.4, 0.5]),  # 5 sentences: segments end after 2, 5 and after 1, 3, 5
+        np.array([0.1, 0.3, 0.2]),  # ends after 1, 3 (rises), and after 1, 2, 3 (falls)
+        np.array([0.2, 0.2]),  # a tie is wrong
+        np.array([0.9]),  # too short
+    ]
+    cut = [[False] * 4, [False] * 2, [True], []]
+    found = monotonicity(similarity, cut, torch.arange(4))
+    assert (found["2"]["score"], found["2"]["captions"], found["2"]["left_out"]) == (pytest.approx(2 / 3), 3, 1)
+    assert (found["2"]["tied"], found["2"]["tied_by_cut"]) == (1, 1)
+    assert (found["3"]["score"], found["3"]["captions"], found["3"]["left_out"]) == (0.5, 2, 2)
+    assert found["K"]["score"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert (found["K"]["captions"], found["K"]["tied"]) == (3, 1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 pictures; captions of one to eight sentences of twenty words."""
+    root = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    words = ["red", "blue", "small", "dog", "tree", "house", "on", "the", "left", "walks"]
+    for folder in ("caption", "image"):
+        (root / folder).mkdir()
+    for n in range(24):
+        text = " ".join(" ".join(rng.choice(words, 20)) + "." for _ in range(1 + n % 8))
+        (root / "caption" / f"{n}.txt").write_text(text)
+        pixels = rng.integers(0, 255, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 40)).save(root / "image" / f"{n}.jpg")
+    return root
+
+
+def test_all_numbers_against_brute_force(data, tiny_clip, tmp_path, capsys):
+    argv = ["--urban1k-retrieval", str(data), "--model", tiny_clip, "--workers", "0", "--device", "cpu", "--report"]
+    assert main([*argv, "--diagnostics", "--allow-missing", "--logs", str(tmp_path), "--name", "r"]) == 0
+    found = read_results(tmp_path, "r")["diagnostics"]["Urban1k"]
+    model, _, preprocess = training.create_model_and_transforms(tiny_clip)
+    model.eval()
+    tokenizer = training.get_tokenizer(tiny_clip)
+    names = [str(n) for n in range(24)]
+    own = [split_caption((data / "caption" / f"{n}.txt").read_text()) for n in names]
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(Image.open(data / "image" / f"{n}.jpg")) for n in names])
+        images = model.encode_image(pixels, normalize=True).double()
+
+    def encode(texts):
+        with torch.no_grad():
+            return torch.cat([model.encode_text(tokenizer([text]), normalize=True).double() for text in texts])
+
+    def top1(score, target):
+        better, tied = (score > target + 1e-6).sum(1), ((score - target).abs() <= 1e-6).sum(1)
+        return float(((better == 0) / tied).mean())
+
+    for name, change in CHANGES.items():
+        changed = [". ".join(change(list(s), 0)) for s in own]
+        score = images @ encode(changed).T
+        assert found["changes"][name]["i2t"]["top1"] == pytest.approx(top1(score, score.diag()[:, None]))
+        t2i = found["changes"][name]["t2i"]
+        assert t2i["top1"] == pytest.approx(top1(score.T, score.diag()[:, None]))
+        assert t2i["difference"] == pytest.approx(t2i["top1"] - found["changes"]["as it is"]["t2i"]["top1"])
+        assert t2i["low"] <= t2i["difference"] <= t2i["high"]
+        assert found["changes"][name]["changed"] == sum(c != ". ".join(s) for c, s in zip(changed, own))
+
+    for position in range(1, 9):
+        there = [n for n in range(24) if len(own[n]) >= position]
+        if len(there) < 10:
+            assert str(position) not in found["positions"]
+            continue
+        score = encode([own[n][position - 1] for n in there]) @ images.T
+        target = score[range(len(there)), there][:, None]
+        assert found["positions"][str(position)]["t2i"] == pytest.approx(top1(score, target))
+        assert found["positions"][str(position)]["captions"] == len(there)
+
+    himo = found["himo"]
+    for segments in (2, 3):
+        right, tied = [], 0
+        for n in (n for n in range(24) if len(own[n]) >= segments):
+            texts = [". ".join(own[n][: len(own[n]) * k // segments]) for k in range(1, segments + 1)]
+            ids = [tuple(tokenizer([text])[0].tolist()) for text in texts]
+            s = (encode(texts) @ images[n]).tolist()
+            same = [a == b for a, b in itertools.pairwise(ids)]
+            right.append(all(b > a for a, b in itertools.pairwise(s)) and not any(same))
+            tied += any(same)
+        assert himo[str(segments)]["score"] == pytest.approx(np.mean(right))
+        assert himo[str(segments)]["tied_by_cut"] == tied > 0  # 77 tokens hold three of these sentences
+        assert himo[str(segments)]["left_out"] == sum(len(s) < segments for s in own)
+    correlations = []
+    for n in (n for n in range(24) if len(own[n]) > 1):
+        s = (encode([". ".join(own[n][:k]) for k in range(1, len(own[n]) + 1)]) @ images[n]).numpy()
+        correlations.append(np.corrcoef(np.arange(len(s)), s)[0, 1])
+    assert himo["K"]["score"] == pytest.approx(np.mean(correlations), abs=1e-4)
+    said = capsys.readouterr().out
+    assert "first moved to fourth place" in said and "No long-text card: the model finds fewer than 10" in said
+    assert not (tmp_path / "r" / "long_text_card.png").exists()
+    assert "Long-text card" not in (tmp_path / "r" / "report.html").read_text()
+
+
+NUM_WORDS = 8192
+
+
+def tokenize(texts):
+    """[n, 400]: a number for every run of one to eight words within a sentence, padded with 0."""
+    ids = torch.zeros(len(texts), 400, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        own = []
+        for sentence in split_caption(text.lower()):
+            words = sentence.replace(",", "").split()
+            runs = (words[a:b] for a in range(len(words)) for b in range(a + 1, min(a + 8, len(words)) + 1))
+            own += [1 + zlib.crc32(" ".join(run).encode()) % (NUM_WORDS - 1) for run in runs]
+        ids[row, : len(own[:400])] = torch.tensor(own[:400])
+    return ids
+
+
+class SceneReader(torch.nn.Module):
+    """Pictures as 12 x 12 pixels, texts as sums of a vector for each run of words."""
+
+    def __init__(self, weights, mean):
+        super().__init__()
+        self.weights, self.mean = weights, mean
+
+    def encode_image(self, pixels):
+        return pixels.flatten(1) - self.mean
+
+    def encode_text(self, ids):
+        return counted(ids) @ self.weights
+
+
+def counted(ids):
+    counts = torch.zeros(len(ids), NUM_WORDS).scatter_add_(1, ids, torch.ones(ids.shape))
+    counts[:, 0] = 0
+    return counts
+
+
+def small(image):
+    return torch.from_numpy(np.asarray(image.resize((12, 12), Image.Resampling.BOX), dtype=np.float32) / 255)
+
+
+def scenes_and_captions(split, number):
+    scenes = [make_scene(0, split, n) for n in range(number)]
+    return [draw_scene(s, 48) for s in scenes], [". ".join(s.long_caption(0)) for s in scenes]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Diagnostics of a model that has learned 1,500 scenes (by ridge regression), and of one with random vectors."""
+    pictures, captions = scenes_and_captions("train", 1500)
+    pixels = torch.stack([small(p) for p in pictures]).flatten(1)
+    words = counted(tokenize(captions))
+    mean = pixels.mean(0)
+    # Ridge regression of pixels on words, in its dual form.
+    learned = words.T @ torch.linalg.solve(words @ words.T + 30 * torch.eye(len(words)), pixels - mean)
+    guessed = torch.randn(learned.shape, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path_factory.mktemp("scenes")
+    pictures, captions = scenes_and_captions("test", 300)
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+    pairs = [(folder / f"{number}.png", text) for number, text in enumerate(captions)]
+    work = plan_retrieval([one_caption_per_image("scenes", "Scenes", pairs)], allow_missing=False)
+    found = {}
+    options = ComputeOptions(workers=0, sort_texts=False)
+    for name, weights in (("learned", learned), ("random", guessed)):
+        parts = EncoderParts(SceneReader(weights, mean), small, tokenize, small)
+        images = encode_images(parts.model, small, work.images.paths, ENV, options)
+        texts = encode_texts(parts.model, tokenize, work.texts, ENV, options, count_lost=False)
+        found[name] = diagnose(parts, rank_sets(work, images, texts, ENV), images, ENV, options)
+    return found
+
+
+def test_a_model_that_has_learned_the_scenes_and_a_random_one_are_told_apart(reports):
+    learned, guessed = reports["learned"]["Scenes"], reports["random"]["Scenes"]
+    assert learned["changes"]["as it is"]["t2i"]["top1"] > 0.15 > 0.02 > guessed["changes"]["as it is"]["t2i"]["top1"]
+    for name in ("first sentence dropped", "one sentence dropped at random"):
+        for direction in ("i2t", "t2i"):
+            assert learned["changes"][name][direction]["high"] < 0  # what was said is missed
+            assert guessed["changes"][name][direction]["low"] <= 0 <= guessed["changes"][name][direction]["high"]
+    for name in ("first moved to fourth place", "first and fourth swapped", "sentences shuffled"):
+        assert learned["changes"][name]["t2i"]["difference"] == 0  # this reader does not see the order of sentences
+    for number in ("2", "3", "K"):
+        assert learned["himo"][number]["ci95"][0] > guessed["himo"][number]["ci95"][1]
+    assert abs(guessed["himo"]["K"]["score"]) < 0.2
+    alone, by_chance = (np.mean([p["t2i"] for p in found["positions"].values()]) for found in (learned, guessed))
+    assert alone > 2 * by_chance and alone > 2 / 300
+
+
+def test_the_card_is_drawn_for_the_model_that_has_learned_alone(reports, tmp_path):
+    assert above_chance(reports["learned"]) == ["Scenes"] and above_chance(reports["random"]) == []
+    curve = {"10": {"i2t": 0.2, "t2i": 0.2}, "77": {"i2t": 0.6, "t2i": 0.6}}
+    lengths = {"context_length": 77, "sets": {"Scenes": {"tokens": curve, "sentences": curve}}}
+    lengths |= {"effective_length": {"Scenes": 70.0, "all": 70.0}}
+    lengths |= {"effective_length_ci95": {"Scenes": [60.0, 77.0], "all": [60.0, 77.0]}}
+    figure = draw_card("a model", lengths, reports["learned"])
+    said = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
+    assert any("Effective length 70 tokens (60 to 77) of 77" in text for text in said)
+    figure.savefig(tmp_path / "card.png")
+    assert Image.open(tmp_path / "card.png").width > 500
