@@ -59,7 +59,8 @@ def main() -> int:
         seconds += time.monotonic() - start
     print("\n== Looking closer at both ==", flush=True)
     for name in RUNS:
-        flags = ["--retrieval-lengths", LENGTHS, "--diagnostics", "--report", "--workers", 1, "--logs", out, "--name", name]
+        flags = ["--retrieval-lengths", LENGTHS, "--diagnostics", "--report"]
+        flags += ["--workers", 1, "--logs", out, "--name", name]
         weights = ["--model", MODEL, "--pretrained", checkpoint_of(out / name)]
         if code := call("training.main", *weights, f"--{BENCHMARK}", data / "urban1k", *flags):
             return code

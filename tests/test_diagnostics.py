@@ -71,54 +71,69 @@ def data(tmp_path_factory):
     return root
 
 
-def test_all_numbers_against_brute_force(data, tiny_clip, tmp_path, capsys):
-    argv = ["--urban1k-retrieval", str(data), "--model", tiny_clip, "--workers", "0", "--device", "cpu", "--report"]
-    assert main([*argv, "--diagnostics", "--allow-missing", "--logs", str(tmp_path), "--name", "r"]) == 0
-    found = read_results(tmp_path, "r")["diagnostics"]["Urban1k"]
-    model, _, preprocess = training.create_model_and_transforms(tiny_clip)
-    model.eval()
-    tokenizer = training.get_tokenizer(tiny_clip)
-    names = [str(n) for n in range(24)]
-    own = [split_caption((data / "caption" / f"{n}.txt").read_text()) for n in names]
-    with torch.no_grad():
-        pixels = torch.stack([preprocess(Image.open(data / "image" / f"{n}.jpg")) for n in names])
-        images = model.encode_image(pixels, normalize=True).double()
+class ByHand:
+    """An evaluation with --diagnostics, its captions by sentences, and the model to compute the same plainly."""
 
-    def encode(texts):
+    def __init__(self, data, model_name, logs):
+        argv = ["--urban1k-retrieval", str(data), "--model", model_name, "--workers", "0", "--device", "cpu"]
+        assert main([*argv, "--report", "--diagnostics", "--logs", str(logs), "--name", "r"]) == 0
+        self.folder = logs / "r"
+        self.found = read_results(logs, "r")["diagnostics"]["Urban1k"]
+        self.model, _, preprocess = training.create_model_and_transforms(model_name)
+        self.tokenizer = training.get_tokenizer(model_name)
+        self.own = [split_caption((data / "caption" / f"{n}.txt").read_text()) for n in range(24)]
         with torch.no_grad():
-            return torch.cat([model.encode_text(tokenizer([text]), normalize=True).double() for text in texts])
+            pixels = torch.stack([preprocess(Image.open(data / "image" / f"{n}.jpg")) for n in range(24)])
+            self.images = self.model.eval().encode_image(pixels, normalize=True).double()
 
-    def top1(score, target):
-        better, tied = (score > target + 1e-6).sum(1), ((score - target).abs() <= 1e-6).sum(1)
-        return float(((better == 0) / tied).mean())
+    def encode(self, texts):
+        with torch.no_grad():
+            return torch.cat([self.model.encode_text(self.tokenizer([t]), normalize=True).double() for t in texts])
 
+
+@pytest.fixture(scope="module")
+def run(data, tiny_clip, tmp_path_factory):
+    return ByHand(data, tiny_clip, tmp_path_factory.mktemp("logs"))
+
+
+def top1(score, target):
+    better, tied = (score > target + 1e-6).sum(1), ((score - target).abs() <= 1e-6).sum(1)
+    return float(((better == 0) / tied).mean())
+
+
+def test_changes_against_brute_force(run):
+    found = run.found["changes"]
     for name, change in CHANGES.items():
-        changed = [". ".join(change(list(s), 0)) for s in own]
-        score = images @ encode(changed).T
-        assert found["changes"][name]["i2t"]["top1"] == pytest.approx(top1(score, score.diag()[:, None]))
-        t2i = found["changes"][name]["t2i"]
+        changed = [". ".join(change(list(s), 0)) for s in run.own]
+        score = run.images @ run.encode(changed).T
+        assert found[name]["i2t"]["top1"] == pytest.approx(top1(score, score.diag()[:, None]))
+        t2i = found[name]["t2i"]
         assert t2i["top1"] == pytest.approx(top1(score.T, score.diag()[:, None]))
-        assert t2i["difference"] == pytest.approx(t2i["top1"] - found["changes"]["as it is"]["t2i"]["top1"])
+        assert t2i["difference"] == pytest.approx(t2i["top1"] - found["as it is"]["t2i"]["top1"])
         assert t2i["low"] <= t2i["difference"] <= t2i["high"]
-        assert found["changes"][name]["changed"] == sum(c != ". ".join(s) for c, s in zip(changed, own))
+        assert found[name]["changed"] == sum(c != ". ".join(s) for c, s in zip(changed, run.own))
 
+
+def test_recall_by_position_against_brute_force(run):
     for position in range(1, 9):
-        there = [n for n in range(24) if len(own[n]) >= position]
+        there = [n for n in range(24) if len(run.own[n]) >= position]
         if len(there) < 10:
-            assert str(position) not in found["positions"]
+            assert str(position) not in run.found["positions"]
             continue
-        score = encode([own[n][position - 1] for n in there]) @ images.T
+        score = run.encode([run.own[n][position - 1] for n in there]) @ run.images.T
         target = score[range(len(there)), there][:, None]
-        assert found["positions"][str(position)]["t2i"] == pytest.approx(top1(score, target))
-        assert found["positions"][str(position)]["captions"] == len(there)
+        assert run.found["positions"][str(position)]["t2i"] == pytest.approx(top1(score, target))
+        assert run.found["positions"][str(position)]["captions"] == len(there)
 
-    himo = found["himo"]
+
+def test_himo_against_brute_force(run):
+    own, himo = run.own, run.found["himo"]
     for segments in (2, 3):
         right, tied = [], 0
         for n in (n for n in range(24) if len(own[n]) >= segments):
             texts = [". ".join(own[n][: len(own[n]) * k // segments]) for k in range(1, segments + 1)]
-            ids = [tuple(tokenizer([text])[0].tolist()) for text in texts]
-            s = (encode(texts) @ images[n]).tolist()
+            ids = [tuple(run.tokenizer([text])[0].tolist()) for text in texts]
+            s = (run.encode(texts) @ run.images[n]).tolist()
             same = [a == b for a, b in itertools.pairwise(ids)]
             right.append(all(b > a for a, b in itertools.pairwise(s)) and not any(same))
             tied += any(same)
@@ -127,13 +142,17 @@ def test_all_numbers_against_brute_force(data, tiny_clip, tmp_path, capsys):
         assert himo[str(segments)]["left_out"] == sum(len(s) < segments for s in own)
     correlations = []
     for n in (n for n in range(24) if len(own[n]) > 1):
-        s = (encode([". ".join(own[n][:k]) for k in range(1, len(own[n]) + 1)]) @ images[n]).numpy()
+        s = (run.encode([". ".join(own[n][:k]) for k in range(1, len(own[n]) + 1)]) @ run.images[n]).numpy()
         correlations.append(np.corrcoef(np.arange(len(s)), s)[0, 1])
     assert himo["K"]["score"] == pytest.approx(np.mean(correlations), abs=1e-4)
+
+
+def test_a_model_at_chance_gets_no_card_and_is_told_so(data, tiny_clip, tmp_path, capsys):
+    run = ByHand(data, tiny_clip, tmp_path)
     said = capsys.readouterr().out
     assert "first moved to fourth place" in said and "No long-text card: the model finds fewer than 10" in said
-    assert not (tmp_path / "r" / "long_text_card.png").exists()
-    assert "Long-text card" not in (tmp_path / "r" / "report.html").read_text()
+    assert not (run.folder / "long_text_card.png").exists()
+    assert "Long-text card" not in (run.folder / "report.html").read_text()
 
 
 NUM_WORDS = 8192
