@@ -1,8 +1,9 @@
-"""Puts evaluation data into place, and says whether it is complete. See EVAL_DATASETS.md.
+"""Puts evaluation data into place, tells whether it is complete, and how long its captions are. See EVAL_DATASETS.md.
 
 python -m dataloaders.prepare share4v share-captioner_coco_lcs_sam_1246k_1107.json data/share4v/anno.json
 python -m dataloaders.prepare iiw data/iiw --annotations imageinwords --docci data/docci --dci data/dci
 python -m dataloaders.prepare check dci data/dci
+python -m dataloaders.prepare stats --data-root data --suite long --out stats.png
 """
 
 import argparse
@@ -19,8 +20,9 @@ from dataloaders.files import parallel_map, require_dir
 from dataloaders.iiw import SUBSETS, read_iiw_subset
 from dataloaders.images import BrokenImageError, load_rgb
 from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images, one_caption_per_image
-from dataloaders.registry import benchmarks, destination, options_of
+from dataloaders.registry import Benchmark, benchmarks, destination, find_below_data_root, options_of, suites
 from dataloaders.share4v import SOURCE, read_items
+from dataloaders.stats import caption_stats, draw_stats, format_stats, token_counter
 from dataloaders.values import names
 
 
@@ -163,13 +165,42 @@ def read_for_check(args: argparse.Namespace) -> list[RetrievalSet]:
     Raises:
         ValueError, FileNotFoundError: as the benchmark's reader, or a flag that it needs is missing.
     """
-    benchmark = next(b for b in benchmarks() if b.name == args.benchmark)
-    for flag, what in benchmark.requires:
-        if not getattr(args, destination(flag)):
-            raise ValueError(f"check {benchmark.name} needs {flag}, {what}")
-    setattr(args, destination(benchmark.flag), args.root)
+    benchmark = _benchmark_at(args, args.benchmark, args.root)
     sets = (benchmark.check or benchmark.read)(args)
     return [_as_pairs(s) if benchmark.classification else s for s in sets]
+
+
+def read_for_stats(args: argparse.Namespace) -> list[RetrievalSet]:
+    """Reads the benchmarks that ``stats`` names, and those below ``--data-root``; prints what is not there.
+
+    Raises:
+        ValueError, FileNotFoundError: as the readers; an unknown name, or nothing to read.
+    """
+    for benchmark in benchmarks():
+        setattr(args, destination(benchmark.flag), None)
+    for word in args.sets:
+        name, equals, root = word.partition("=")
+        if not equals or name not in {b.name for b in benchmarks() if not b.classification}:
+            known = ", ".join(b.name for b in benchmarks() if not b.classification)
+            raise ValueError(f"stats {word}: expected BENCHMARK=ROOT with one of {known}")
+        _benchmark_at(args, name, root)
+    absent = find_below_data_root(args)
+    if absent:
+        print(absent, file=sys.stderr)
+    chosen = [b for b in benchmarks() if not b.classification and getattr(args, destination(b.flag))]
+    if not chosen:
+        raise ValueError("stats: name BENCHMARK=ROOT or --data-root DIR")
+    return [s for benchmark in chosen for s in benchmark.read(args)]
+
+
+def _benchmark_at(args: argparse.Namespace, name: str, root: str) -> Benchmark:
+    """Sets a benchmark's flag to its folder; ValueError if it needs another flag."""
+    benchmark = next(b for b in benchmarks() if b.name == name)
+    for flag, what in benchmark.requires:
+        if not getattr(args, destination(flag)):
+            raise ValueError(f"{args.command} {name} needs {flag}, {what}")
+    setattr(args, destination(benchmark.flag), root)
+    return benchmark
 
 
 def _as_pairs(s: ClassificationSet) -> RetrievalSet:
@@ -179,7 +210,7 @@ def _as_pairs(s: ClassificationSet) -> RetrievalSet:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser with its three commands."""
+    """Returns the parser with its four commands."""
     parser = argparse.ArgumentParser(
         prog="python -m dataloaders.prepare",
         description=__doc__,
@@ -203,13 +234,20 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("benchmark", choices=known, metavar="BENCHMARK", help=", ".join(known))
     check.add_argument("root", metavar="ROOT", help="the folder given to the benchmark's flag")
     _add_options(check)
-    check.add_argument("--protocol", type=names, default=(), metavar="P,P", help="as in training.main")
     check.add_argument("--read-images", action="store_true", help="decode every image as well (minutes)")
+    stats = commands.add_parser("stats", help="images, captions, and sentences and tokens per caption")
+    stats.add_argument("sets", nargs="*", metavar="BENCHMARK=ROOT", help="what to read, e.g. dci=data/dci")
+    stats.add_argument("--data-root", metavar="DIR", help="every benchmark below it, as in training.main")
+    stats.add_argument("--suite", choices=suites(), default="all", help="which of them (default: %(default)s)")
+    stats.add_argument("--tokenizer", default="clip", metavar="T", help="clip, or a folder (default: %(default)s)")
+    stats.add_argument("--out", type=Path, default=Path("stats.png"), metavar="PNG", help="default: %(default)s")
+    _add_options(stats)
     return parser
 
 
 def _add_options(check: argparse.ArgumentParser) -> None:
     """Adds the options of all benchmarks, named as in training.main."""
+    check.add_argument("--protocol", type=names, default=(), metavar="P,P", help="as in training.main")
     aliases: dict[str, list[str]] = {}
     for option in options_of(benchmarks()):
         switch = {"action": "store_true"} if option.is_switch else {}
@@ -251,6 +289,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             roots = {"docci": [docci], "docci_aar": aar, "dci": [dci]}
             annotations = require_dir(args.annotations, "--annotations")
             report, complete = prepare_iiw(args.out, annotations, roots, args.copy)
+        elif args.command == "stats":
+            count_tokens = token_counter(args.tokenizer)
+            found = [caption_stats(s, count_tokens) for s in read_for_stats(args)]
+            draw_stats(found, args.out)
+            report, complete = f"{format_stats(found)}\nFigure: {args.out}", True
         else:
             report, complete = check_benchmark(read_for_check(args), args.read_images)
     except (ValueError, OSError) as error:

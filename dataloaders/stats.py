@@ -1,0 +1,115 @@
+"""How long the captions of benchmarks are: images, captions, sentences and tokens, as a table and a figure."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataloaders.captions import split_caption
+from dataloaders.pairs import RetrievalSet
+
+CONTEXTS = (77, 128, 248)  # of CLIP, LoTLIP and Long-CLIP
+
+
+@dataclass(frozen=True)
+class CaptionStats:
+    """Of one benchmark.
+
+    Attributes:
+        title: as in tables.
+        num_images, num_captions: in its list; image files are not looked at.
+        sentences, tokens: of each caption [num_captions]; tokens with the two special ones.
+    """
+
+    title: str
+    num_images: int
+    num_captions: int
+    sentences: np.ndarray
+    tokens: np.ndarray
+
+    def share_over(self, context: int) -> float:
+        """Returns the share of captions that a context of so many tokens cuts."""
+        return float((self.tokens > context).mean())
+
+
+def caption_stats(s: RetrievalSet, count_tokens: Callable[[str], int]) -> CaptionStats:
+    """Counts sentences by the benchmarks' rule, and tokens by a function that leaves special ones out."""
+    sentences = np.array([len(split_caption(text)) for text in s.captions])
+    tokens = np.array([count_tokens(text) + 2 for text in s.captions])
+    return CaptionStats(s.title, len(s.image_paths), len(s.captions), sentences, tokens)
+
+
+def token_counter(name: str) -> Callable[[str], int]:
+    """Returns a function that counts the tokens of a text, without special ones.
+
+    Args:
+        name: ``clip`` for CLIP's byte pairs, else a tokenizer of transformers: a folder, or a name on its hub.
+
+    Raises:
+        ValueError: no such tokenizer.
+    """
+    if name == "clip":
+        from open_clip.tokenizer import SimpleTokenizer
+
+        tokenizer = SimpleTokenizer()
+        return lambda text: len(tokenizer.encode(text))
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer {name}: expected clip, or a tokenizer's folder ({error})") from error
+    return lambda text: len(loaded(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def format_stats(found: Sequence[CaptionStats]) -> str:
+    """Returns the table for a terminal: means, with the range of the middle 90% of captions; shares in percent."""
+    from tabulate import tabulate
+
+    rows = []
+    for s in found:
+        per_caption = [
+            f"{values.mean():.1f} ({low:.0f}-{high:.0f})"
+            for values in (s.sentences, s.tokens)
+            for low, high in [np.percentile(values, [5, 95])]
+        ]
+        shares = [f"{100 * s.share_over(context):.1f}%" for context in CONTEXTS]
+        rows.append([s.title, f"{s.num_images:,}", f"{s.num_captions:,}", *per_caption, *shares])
+    headers = ["benchmark", "images", "captions", "sentences\nper caption", "tokens\nper caption"]
+    headers += [f"over\n{context}" for context in CONTEXTS]
+    return tabulate(rows, headers=headers, colalign=["left"] + ["right"] * 7, disable_numparse=True)
+
+
+def draw_stats(found: Sequence[CaptionStats], path: Path) -> None:
+    """Writes a PNG: images, sentences and tokens per caption (box: quartiles, whiskers: 5 to 95%), shares cut."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [s.title.replace("$", r"\$") for s in found]
+    figure, panels = pyplot.subplots(1, 4, figsize=(14, 1.8 + 0.45 * len(found)), layout="constrained", sharey=True)
+    places = range(len(found))
+    bars = panels[0].barh(places, [s.num_images for s in found], color="C0")
+    panels[0].bar_label(bars, [f"{s.num_images:,}" for s in found], padding=3, fontsize=8)
+    panels[0].set(xscale="log", xlabel="images", yticks=places, yticklabels=names)
+    panels[0].margins(x=0.3)
+    for axes, kind in zip(panels[1:3], ("sentences", "tokens")):
+        values = [getattr(s, kind) for s in found]
+        axes.boxplot(values, positions=places, orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.6)
+        axes.scatter([v.mean() for v in values], places, marker="D", s=18, color="C1", zorder=3, label="mean")
+        axes.set(xlabel=f"{kind} per caption", xlim=(0, None), yticks=places, yticklabels=names)
+        axes.legend(fontsize=8)
+    for context in CONTEXTS:
+        panels[2].axvline(context, color="0.6", linestyle=":", linewidth=1)
+    for n, (context, color) in enumerate(zip(CONTEXTS, itertools.cycle(("C0", "C1", "C2")))):
+        heights = [place + 0.27 * (n - 1) for place in places]
+        shares = [100 * s.share_over(context) for s in found]
+        panels[3].barh(heights, shares, 0.25, color=color, label=f"over {context} tokens")
+    panels[3].set(xlabel="captions cut, percent", xlim=(0, 100))
+    panels[3].legend(fontsize=8)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
