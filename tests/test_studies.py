@@ -1,0 +1,82 @@
+"""A study's grid is run by the product's own commands, resumed where it stopped, and its table says what they measured."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support import read_results
+from training.eval.report.ranks import read_ranks
+
+RUN = Path(__file__).parents[1] / "scripts" / "studies" / "run.py"
+STUDY = """
+title: drawn scenes
+model: {model: lotlip_tiny, workers: 0}
+extract: {train-data: "{data}/train"}
+train: {epochs: 1, batch-size: 8, warmup: 1, lr: 1e-3, log-every-n-steps: 1, num-long-captions: 1}
+seeds: [0]
+baseline: short
+arms:
+  short: {title: short captions, model: {num-corner-tokens: 0}, flags: {captions: raw}}
+  both: {model: {num-corner-tokens: 1}, seeds: [0, 4]}
+evaluate:
+  long: {urban1k-retrieval: "{data}/urban1k", retrieval-lengths: 20}
+"""
+
+
+def run(study: Path, data: Path, out: Path, *flags: str) -> tuple[int, str, str]:
+    command = [sys.executable, str(RUN), str(study), "--data", str(data), "--out", str(out), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_grid_is_run_once_and_tabulated(scenes, tmp_path):
+    study, out = tmp_path / "study.yaml", tmp_path / "out"
+    study.write_text(STUDY)
+    code, printed, err = run(study, scenes, out, "--jobs", "2", "--seeds", "0")
+    assert code == 0, err
+    assert "short captions" in printed and "both" in printed
+    with open(out / "table.csv", newline="") as file:
+        table = {(row["arm"], row["direction"]): row for row in csv.DictReader(file)}
+    assert set(table) == {(arm, direction) for arm in ("short", "both") for direction in ("i2t", "t2i")}
+    ranks = {arm: read_ranks(out / f"{arm}-s0" / "long")["urban1k-retrieval"] for arm in ("short", "both")}
+    for (arm, direction), row in table.items():
+        own = read_results(out / f"{arm}-s0", "long")
+        assert float(row["top1"]) == own[f"urban1k-retrieval-{direction}-top1"] and own["flags"]["pretrained"]
+        if arm == "both":
+            change = ranks["both"].top1[direction] - ranks["short"].top1[direction]
+            assert float(row["difference"]) == pytest.approx(np.mean(change), abs=1e-5)
+            assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
+    recorded = json.loads((out / "study.json").read_text())
+    assert [run["curves"]["step"] for run in recorded["runs"]] == [[1, 2, 3, 4, 5]] * 2
+    assert (out / "study-r1.png").stat().st_size > 1000 and (out / "study-lengths.png").stat().st_size > 1000
+
+    # What is done stays as it is; a run that had lost its result gets the same one, and the training is not repeated.
+    kept = (out / "short-s0" / "commands.log").read_text()
+    result = (out / "both-s0" / "result.json").read_text()
+    (out / "both-s0" / "result.json").unlink()
+    weights = (out / "both-s0" / "checkpoints" / "epoch_1.pt").read_bytes()
+    assert run(study, scenes, out, "--arms", "both,short", "--seeds", "0")[0] == 0
+    assert (out / "short-s0" / "commands.log").read_text() == kept
+    again, first = json.loads((out / "both-s0" / "result.json").read_text()), json.loads(result)
+    assert again["evaluations"] == first["evaluations"] and again["curves"] == first["curves"]
+    assert (out / "both-s0" / "checkpoints" / "epoch_1.pt").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "said"),
+    [
+        (("baseline: short", "baseline: tall"), [], "expected one of short, both"),
+        (("title:", "tilte:"), [], "found tilte"),
+        (("", ""), ["--arms", "tall"], "the arms are short, both"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(change, flags, said, tmp_path):
+    study = tmp_path / "study.yaml"
+    study.write_text(STUDY.replace(*change))
+    code, _, err = run(study, tmp_path, tmp_path / "out", *flags)
+    assert code == 2 and said in err and "Traceback" not in err and not (tmp_path / "out").exists()
