@@ -15,7 +15,6 @@ from dataloaders.images import load_rgb
 from dataloaders.pairs import RetrievalSet
 from training.model.corner import features_of_captions
 from training.model.factory import EncoderParts
-from training.model.hf_encoders import run_encoder
 from training.model.text_tower import CornerHFText
 
 
@@ -36,7 +35,7 @@ def attention_by_sample(ids: torch.Tensor, pad_id: int, num_corners: int) -> tor
 def text_features(text: CornerHFText, ids: torch.Tensor) -> torch.Tensor:
     """[batch, num_captions, 128] -> [batch, T, dim], not normalised."""
     rows = ids.flatten(0, 1)
-    hidden = run_encoder(text.transformer, rows, attention_by_sample(rows, text.pad_id, text.num_corners))
+    hidden = text.family.run(text.transformer, rows, attention_by_sample(rows, text.pad_id, text.num_corners))
     special = hidden[:, : text.num_corners + 1]
     pooled = torch.tanh(text.transformer.pooler.dense(special))
     return features_of_captions(text.proj(pooled), len(ids))

@@ -18,7 +18,6 @@ from benchmarks.measure import (
     reference_captions,
 )
 from training.model.from_flags import make_arranger
-from training.model.hf_encoders import encoder_layers
 from training.model.text_encoder import text_encoder
 from training.model.text_tower import CornerHFText
 
@@ -112,7 +111,7 @@ def _figure(name: str, num_long: int, tower: CornerHFText, rate: float, setting:
 def _flops(tower: CornerHFText, lengths: torch.Tensor) -> float:
     """Of forward and backward over real tokens: 6 per weight and token in linear layers, 12 per layer, width and pair
     of tokens in attention; of the last layer only what [CLS] and the corners need."""
-    width, layers = tower.transformer.config.hidden_size, encoder_layers(tower.transformer)
+    width, layers = tower.transformer.config.hidden_size, tower.family.layers(tower.transformer)
     tokens, pairs = float(lengths.sum()), float(lengths.double().square().sum())
     read = (tower.num_corners + 1) * len(lengths)
     weights = sum(p.numel() for p in layers[-1].parameters() if p.ndim == 2)

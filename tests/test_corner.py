@@ -6,7 +6,6 @@ from transformers import AutoConfig
 
 from training.model.corner import features_of_captions, prefix_attention, suffix_attention
 from training.model.factory import create_model
-from training.model.hf_encoders import first_states, run_encoder
 from training.model.text_tower import CornerHFText
 
 FAMILIES = {
@@ -47,7 +46,7 @@ def random_ids(text, num_rows=4, length=16, num_padding=5):
 
 def hidden_states(text, ids):
     with torch.no_grad():
-        return run_encoder(text.transformer, ids, prefix_attention(ids != text.pad_id, text.num_corners))
+        return text.family.run(text.transformer, ids, prefix_attention(ids != text.pad_id, text.num_corners))
 
 
 def changed_positions(text, ids, position):
@@ -100,8 +99,12 @@ def test_a_last_layer_for_the_first_positions_alone_changes_nothing(family, num_
     """States and gradients as from a last layer over all positions."""
     text = tower(family, num_corners, num_layers=3).double()
     ids = random_ids(text)
-    whole = run_encoder(text.transformer, ids, prefix_attention(ids != text.pad_id, num_corners))[:, : num_corners + 1]
-    first = first_states(text.transformer, ids, prefix_attention(ids != text.pad_id, num_corners), num_corners + 1)
+    whole = text.family.run(text.transformer, ids, prefix_attention(ids != text.pad_id, num_corners))[
+        :, : num_corners + 1
+    ]
+    first = text.family.first_states(
+        text.transformer, ids, prefix_attention(ids != text.pad_id, num_corners), num_corners + 1
+    )
     torch.testing.assert_close(first, whole, rtol=0, atol=1e-12)
     gradients = []
     for states in (whole, first):

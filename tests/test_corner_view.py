@@ -10,7 +10,7 @@ import training
 from training.eval import corner_view
 from training.model.attention import special_attention, words_of
 from training.model.corner import prefix_attention
-from training.model.hf_encoders import run_encoder
+from training.model.encoders.family import family_of
 
 CAPTION = "An unbelievably reddish car stands here. Two dogs play on the left side."
 
@@ -29,7 +29,7 @@ def test_bert_attention_equals_transformers_eager_attention():
     encoder.set_attn_implementation("eager")  # its attention modules return their weights
     layer = encoder.encoder.layer[-1].attention.self
     handle = layer.register_forward_hook(lambda _, args, output: seen.append(output[1]))
-    run_encoder(encoder, ids, prefix_attention(ids != 0, 2))
+    family_of(encoder).run(encoder, ids, prefix_attention(ids != 0, 2))
     handle.remove()
     expected = seen[0].mean(dim=1)[:, :3]
     encoder.set_attn_implementation("sdpa")

@@ -1,4 +1,4 @@
-"""A benchmark is one file in dataloaders/: dropped in, the help, the check, an evaluation and its report know it."""
+"""What is found by itself: a benchmark is one file in dataloaders/, a family of text towers one in model/encoders/."""
 
 import subprocess
 import sys
@@ -64,3 +64,54 @@ def test_a_benchmark_in_a_file_of_its_own(tmp_path, tiny_clip):
 def test_shipped_benchmarks_keep_their_flags_and_order():
     published = "dci iiw share4v urban1k docci coco flickr30k imagenet-val imagenet-v2 retrieval-csv retrieval-wds"
     assert [b.name for b in benchmarks()] == published.split()
+
+
+FAMILY = """
+from training.model.encoders.bert import Bert
+
+
+class Electra(Bert):
+    model_types = ("electra",)
+    default_pooler = "cls_last_hidden_state_pooler"
+    has_pooler = False
+
+
+FAMILIES = (Electra(),)
+"""
+RUN_FAMILY = """
+import sys
+import torch
+import training.model.encoders as encoders
+encoders.__path__.append(sys.argv[1])
+from transformers import ElectraConfig
+from training.model.text_tower import CornerHFText
+torch.manual_seed(0)
+sizes = {"embedding_size": 32, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+config = ElectraConfig(vocab_size=50, intermediate_size=64, max_position_embeddings=24, **sizes)
+text = CornerHFText(config, 16, num_corners=2, context_length=24).eval()
+assert text.pooler_type == "cls_last_hidden_state_pooler"
+for parameter in text.parameters():
+    torch.nn.init.normal_(parameter, std=0.3)
+ids = torch.randint(4, 50, (3, 20))
+ids[:, 1:3], ids[1, 12:] = torch.tensor([50, 51]), text.pad_id
+# A plain version of the rule: one caption at a time, no padding, all positions of all layers.
+for row, got in zip(ids, text.all_features(ids)):
+    row = row[row != text.pad_id]
+    seen = torch.ones(len(row), len(row), dtype=torch.bool)
+    seen[:, 1:3] = seen[1:3, 0] = False
+    seen |= torch.eye(len(row), dtype=torch.bool)
+    states = text.transformer(row[None], attention_mask=torch.ones(1, len(row)), output_hidden_states=True)
+    hidden = states.hidden_states[0]
+    for layer in text.transformer.encoder.layer:
+        hidden = layer(hidden, torch.zeros(1, 1, len(row), len(row)).masked_fill(~seen, -1e30))
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    torch.testing.assert_close(got, text.proj(hidden[0, :3]), rtol=0, atol=1e-4)
+"""
+
+
+def test_a_family_of_text_towers_in_a_file_of_its_own(tmp_path):
+    (tmp_path / "electra.py").write_text(FAMILY)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_FAMILY, str(tmp_path)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

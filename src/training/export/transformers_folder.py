@@ -15,7 +15,6 @@ from training.export.modeling_lotlip import LotlipConfig, LotlipModel
 from training.export.source import Source, check_samples
 from training.export.tokenizer_files import write_tokenizer
 from training.model.clip_tower import CornerCLIPText
-from training.model.hf_encoders import BERT_LIKE
 from training.model.text_tower import CornerHFText
 from training.model.transformers_names import from_open_clip
 
@@ -110,7 +109,7 @@ def _lotlip(source: Source) -> LotlipModel:
     model, model_cfg = source.model, source.config["model_cfg"]
     text, visual = model.text, model.visual
     encoder = text.transformer.config
-    if encoder.model_type not in BERT_LIKE or text.pooler_type in ("mean_pooler", "max_pooler"):
+    if not text.family.shows_attention or text.pooler_type in ("mean_pooler", "max_pooler"):
         raise ValueError(
             f"text tower {encoder.model_type} with {text.pooler_type}: only BERT's kin read at [CLS] go out"
         )

@@ -7,7 +7,6 @@ from torch import nn
 
 from training.model.clip_tower import CornerCLIPText
 from training.model.corner import additive_mask, prefix_attention, rows_before_end, suffix_attention
-from training.model.hf_encoders import BERT_LIKE, encoder_layers
 from training.model.text_tower import CornerHFText
 from training.model.tokenizer import CornerCLIPTokenizer, CornerHFTokenizer
 
@@ -29,8 +28,8 @@ def special_attention(tower: nn.Module, ids: torch.Tensor, layer: int = -1) -> t
     """
     if isinstance(tower, CornerCLIPText):
         layers = tower.transformer.resblocks
-    elif isinstance(tower, CornerHFText) and tower.transformer.config.model_type in BERT_LIKE:
-        layers = encoder_layers(tower.transformer)
+    elif isinstance(tower, CornerHFText) and tower.family.shows_attention:
+        layers = tower.family.layers(tower.transformer)
     else:
         raise ValueError(
             f"attention is shown of BERT and its kin, and of CLIP's text tower with corner tokens; this one is a "

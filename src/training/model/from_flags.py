@@ -6,8 +6,8 @@ import math
 import torch
 
 from training.data.augment import parse_augmentation, strong_augmentation
+from training.model.encoders.family import families
 from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
-from training.model.hf_encoders import BERT_LIKE
 from training.model.locking import freeze_batch_norm_statistics
 from training.model.packing import BUCKET_COST_GPU, CaptionArranger
 from training.model.row_attention import let_attend_in_rows
@@ -97,9 +97,10 @@ def make_arranger(model: torch.nn.Module, mode: str, device: torch.device, compi
         raise ValueError(f"--text-packing {mode}: this model's text tower reads padding; take auto or padded")
     if mode == "flex":
         if not in_rows:
+            able = ", ".join(name for name, family in families().items() if family.packs_rows)
             raise ValueError(
-                f"--text-packing flex: needs transformers 5 and a text tower of ours of {', '.join(BERT_LIKE)}; "
-                "take auto or buckets"
+                f"--text-packing flex: needs transformers 5 and a text tower of ours of type {able}; take auto or "
+                "buckets"
             )
         let_attend_in_rows(text.transformer, device)
     if device.type == "cuda":

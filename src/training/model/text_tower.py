@@ -9,19 +9,8 @@ from transformers import PretrainedConfig
 
 from training.model.corner import max_without_corners, mean_without_corners, prefix_attention
 from training.model.corner_tower import CornerTower
-from training.model.hf_encoders import (
-    BERT_LIKE,
-    DEFAULT_POOLER,
-    POOLERS,
-    build_encoder,
-    encoder_layers,
-    first_states,
-    first_states_in_row,
-    fit_context,
-    position_offset,
-    run_encoder,
-    run_encoder_on_row,
-)
+from training.model.encoders.family import EncoderFamily, family_of
+from training.model.hf_encoders import POOLERS, build_encoder, fit_context
 from training.model.packing import Row
 from training.model.row_attention import can_attend_in_rows, row_slots
 
@@ -54,7 +43,8 @@ class CornerHFText(CornerTower):
         pooler_type: str | None = None,
     ):
         super().__init__()
-        pooler_type = pooler_type or DEFAULT_POOLER.get(config.model_type, "mean_pooler")
+        self.family: EncoderFamily = family_of(config)
+        pooler_type = pooler_type or self.family.default_pooler
         if pooler_type not in POOLERS:
             raise ValueError(f"hf_pooler_type {pooler_type}: expected one of {', '.join(POOLERS)}")
         fit_context(config, context_length)
@@ -70,27 +60,27 @@ class CornerHFText(CornerTower):
     @property
     def position_offset(self) -> int:
         """Rows of the position table before the first token's."""
-        return position_offset(self.transformer.config)
+        return self.family.position_offset(self.transformer.config)
 
     def all_features(self, ids: torch.Tensor) -> torch.Tensor:
         keep = ids != self.pad_id
         allowed = prefix_attention(keep, self.num_corners)
         if self._reads_all:
-            return self.proj(self._pool_all(run_encoder(self.transformer, ids, allowed), keep))
-        return self.proj(self._pool(first_states(self.transformer, ids, allowed, self.num_corners + 1)))
+            return self.proj(self._pool_all(self.family.run(self.transformer, ids, allowed), keep))
+        return self.proj(self._pool(self.family.first_states(self.transformer, ids, allowed, self.num_corners + 1)))
 
     @property
     def attends_in_rows(self) -> bool:
         """Whether captions may stand one after another in a row (``--text-packing flex``)."""
-        return self.transformer.config.model_type in BERT_LIKE and can_attend_in_rows(self.transformer)
+        return self.family.packs_rows and can_attend_in_rows(self.transformer)
 
     def row_features(self, row: Row) -> torch.Tensor:
         """Features of captions that `packing.CaptionArranger` has put in a row, as `all_features` gives them."""
         if self._reads_all:
             slots, keep = row_slots(row)
-            hidden = run_encoder_on_row(self.transformer, row, self.num_corners)[0]  # [budget, width]
+            hidden = self.family.run_on_row(self.transformer, row, self.num_corners)[0]  # [budget, width]
             return self.proj(self._pool_all(hidden[slots], keep))
-        first = first_states_in_row(self.transformer, row, self.num_corners, self.num_corners + 1)
+        first = self.family.first_states_in_row(self.transformer, row, self.num_corners, self.num_corners + 1)
         return self.proj(self._pool(first))
 
     @property
@@ -117,9 +107,8 @@ class CornerHFText(CornerTower):
         Args:
             pooler_in_head: BERT's pooler belongs to the projection; False makes it a group of its own.
         """
-        layers = [(f"layer.{i}", [layer]) for i, layer in enumerate(encoder_layers(self.transformer))]
-        if hasattr(self.transformer, "final_norm"):  # ModernBERT
-            layers[-1][1].append(self.transformer.final_norm)
+        layers = [(f"layer.{i}", [layer]) for i, layer in enumerate(self.family.layers(self.transformer))]
+        layers[-1][1].extend(self.family.after_layers(self.transformer))
         pooler = getattr(self.transformer, "pooler", None)
         head = [("proj", [self.proj])]
         if pooler is not None:

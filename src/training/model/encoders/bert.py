@@ -1,0 +1,118 @@
+"""BERT, RoBERTa and their kin: run through embeddings and encoder, whose interface has stayed the same.
+
+Their last layer computes queries, and all that follows from them, only for the positions that are read. The other
+positions need keys and values alone, which saves nearly one layer's work.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PretrainedConfig
+
+from training.model.corner import additive_mask, prefix_attention
+from training.model.encoders.family import EncoderFamily
+from training.model.packing import Row
+from training.model.row_attention import RowMask, make_row_mask, row_places, row_slots
+
+
+class Bert(EncoderFamily):
+    """BERT: positions count from 0, and a pooler is there."""
+
+    model_types = ("bert",)
+    default_pooler = "cls_pooler"
+    has_pooler = True
+    packs_rows = True
+    shows_attention = True
+
+    def run(self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        hidden = encoder.embeddings(input_ids=ids)
+        return encoder.encoder(hidden, attention_mask=additive_mask(allowed, hidden.dtype))[0]
+
+    def first_states(
+        self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor, num_first: int
+    ) -> torch.Tensor:
+        if not _can_shorten_last_layer(encoder):
+            return super().first_states(encoder, ids, allowed, num_first)
+        hidden = encoder.embeddings(input_ids=ids)
+        mask = additive_mask(allowed, hidden.dtype)
+        hidden = _all_layers_but_last(encoder, hidden, mask)
+        return _last_layer(encoder, hidden[:, :num_first], hidden, mask[:, :, :num_first])
+
+    def run_on_row(self, encoder: nn.Module, row: Row, num_corners: int) -> torch.Tensor:
+        hidden, mask = self._start_row(encoder, row, num_corners)
+        return encoder.encoder(hidden, attention_mask=mask)[0]
+
+    def first_states_in_row(self, encoder: nn.Module, row: Row, num_corners: int, num_first: int) -> torch.Tensor:
+        slots, keep = row_slots(row)
+        if not _can_shorten_last_layer(encoder):
+            return self.run_on_row(encoder, row, num_corners)[0][slots[:, :num_first]]
+        hidden, mask = self._start_row(encoder, row, num_corners)
+        hidden = _all_layers_but_last(encoder, hidden, mask)[0]  # [budget, width]
+        mask = additive_mask(prefix_attention(keep, num_corners, num_first), hidden.dtype)
+        return _last_layer(encoder, hidden[slots[:, :num_first]], hidden, mask, slots)
+
+    def layers(self, encoder: nn.Module) -> nn.ModuleList:
+        return encoder.encoder.layer
+
+    def places(self, row: Row) -> torch.Tensor:
+        """Returns the position of each token of a row in its caption, before `position_offset`: [1, budget]."""
+        return row.positions
+
+    def _start_row(self, encoder: nn.Module, row: Row, num_corners: int) -> tuple[torch.Tensor, RowMask]:
+        """Returns the embedded row [1, budget, width] and what its attention needs."""
+        positions = self.places(row) + self.position_offset(encoder.config)
+        hidden = encoder.embeddings(input_ids=row.ids, position_ids=positions)
+        # FlexAttention has no dropout.
+        has_dropout = encoder.training and encoder.config.attention_probs_dropout_prob > 0
+        return hidden, make_row_mask(row, num_corners, hidden.dtype, encoder.attends_by_flex and not has_dropout)
+
+
+class Roberta(Bert):
+    """RoBERTa and its kin: positions count from padding's id + 1, and pass over padding."""
+
+    model_types = ("roberta", "xlm-roberta", "camembert")
+    default_pooler = EncoderFamily.default_pooler
+
+    def position_offset(self, config: PretrainedConfig) -> int:
+        return config.pad_token_id + 1
+
+    def places(self, row: Row) -> torch.Tensor:
+        return row_places(row)[None]
+
+
+FAMILIES = (Bert(), Roberta())
+
+
+def _can_shorten_last_layer(encoder: nn.Module) -> bool:
+    config = encoder.config
+    if getattr(config, "position_embedding_type", "absolute") != "absolute":
+        return False
+    # transformers 4 recomputes activations around its loop over the layers, 5 within each layer.
+    return not (encoder.training and getattr(encoder.encoder, "gradient_checkpointing", False))
+
+
+def _all_layers_but_last(encoder: nn.Module, hidden: torch.Tensor, mask: object) -> torch.Tensor:
+    for layer in encoder.encoder.layer[:-1]:
+        hidden = layer(hidden, mask)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # transformers 4
+    return hidden
+
+
+def _last_layer(
+    encoder: nn.Module, read: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor, slots: torch.Tensor | None = None
+) -> torch.Tensor:
+    """BERT's last layer at the positions of `read` [n, k, width], which look at `hidden`: [n, seq_len, width], or
+    [budget, width] with `slots` [n, seq_len] that say where in it each one's tokens are; mask [n, 1, k, seq_len]."""
+    layer = encoder.encoder.layer[-1]
+    attention = layer.attention.self
+
+    def by_head(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    key, value = attention.key(hidden), attention.value(hidden)
+    if slots is not None:
+        key, value = (rows.index_select(0, slots.flatten()).unflatten(0, slots.shape) for rows in (key, value))
+    dropout = attention.dropout.p if encoder.training else 0.0
+    query = by_head(attention.query(read))
+    seen = scaled_dot_product_attention(query, by_head(key), by_head(value), mask, dropout_p=dropout)
+    return layer.feed_forward_chunk(layer.attention.output(seen.transpose(1, 2).flatten(2), read))
