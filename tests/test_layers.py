@@ -68,7 +68,8 @@ def declared(*files: str) -> set[str]:
 
 
 def test_every_package_that_is_imported_is_declared():
-    own = {"training", "dataloaders", "benchmarks"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    beside = [*(ROOT / "tests").glob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    own = {"training", "dataloaders", "benchmarks"} | {path.stem for path in beside}
     distributions = packages_distributions()
     installed = [path for path in modules().values() if "benchmarks" not in path.relative_to(ROOT).parts]
     others = [path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]

@@ -1,4 +1,4 @@
-"""A study's grid is run by the product's own commands, resumed where it stopped, and its table says what they measured."""
+"""A grid of arms and seeds is run by the product's own commands, resumed where it stopped, and tabulated."""
 
 import csv
 import json
