@@ -94,6 +94,19 @@ def test_without_corners_it_is_the_hugging_face_model(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_ordinary_attention_makes_corners_tokens_like_any_other(family):
+    fields = {"num_layers": 2, "pooler_type": "cls_last_hidden_state_pooler"}
+    text = tower(family, 2, **fields, corner_attention="ordinary")
+    ids = random_ids(text)
+    with torch.no_grad():
+        stock = text.transformer(input_ids=ids, attention_mask=(ids != text.pad_id).long()).last_hidden_state
+        expected = text.proj(stock[:, :3])
+        torch.testing.assert_close(text.all_features(ids), expected, rtol=1e-4, atol=1e-5)
+        published = tower(family, 2, **fields).all_features(ids)
+    assert (published[:, 0] - expected[:, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_corners", [0, 2])
 def test_a_last_layer_for_the_first_positions_alone_changes_nothing(family, num_corners):
     """States and gradients as from a last layer over all positions."""

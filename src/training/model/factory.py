@@ -21,7 +21,7 @@ from training.model.config import CONFIG_FILE, ModelSpec, find_pretrained_folder
 from training.model.hf_encoders import encoder_config, load_pretrained_encoder
 from training.model.packing import CaptionArranger
 from training.model.resolve import WEIGHT_SUFFIXES, find_weights, resolve_weights
-from training.model.text_tower import CornerHFText, LotlipCLIP
+from training.model.text_tower import CORNER_ATTENTION, CornerHFText, LotlipCLIP
 from training.model.tokenizer import create_tokenizer
 from training.model.transformers_clip import HF, FolderTokenizer, adapt_transform
 from training.model.weights import load_pretrained_image, load_pretrained_text, load_weights
@@ -127,6 +127,7 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
     text_cfg = dict(spec.text_cfg)
     num_corners = text_cfg.pop("num_corner_token")
     text_cfg.pop("hf_config", None)
+    corner_attention = text_cfg.pop("corner_attention", CORNER_ATTENTION[0])
     is_hf = bool(text_cfg.get("hf_tokenizer_name"))
     tower_config = encoder_config(spec.text_cfg, cache_dir) if is_hf else None  # what may fail, before what is slow
     overrides = {
@@ -153,8 +154,13 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
             spec.context_length,
             text_cfg.get("hf_proj_type", "mlp"),
             text_cfg.get("hf_pooler_type"),
+            corner_attention,
         ).to(_CASTS.get(precision, torch.float32))
     else:
+        if corner_attention != CORNER_ATTENTION[0]:
+            raise ValueError(
+                f"--model {spec.name}: corner_attention {corner_attention} needs a Hugging Face text tower"
+            )
         text = CornerCLIPText(model.text, num_corners)
     return LotlipCLIP(model, text)
 

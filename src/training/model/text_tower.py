@@ -14,6 +14,8 @@ from training.model.hf_encoders import POOLERS, build_encoder, fit_context
 from training.model.packing import Row
 from training.model.row_attention import can_attend_in_rows, row_slots
 
+CORNER_ATTENTION = ("published", "ordinary")
+
 
 class CornerHFText(CornerTower):
     """A bidirectional Hugging Face encoder with corner tokens at positions 1..m.
@@ -28,9 +30,11 @@ class CornerHFText(CornerTower):
         proj_type: ``linear``, ``mlp`` or None (as open_clip).
         pooler_type: one of `hf_encoders.POOLERS`; None takes the family's. Mean and max leave the corners out, whose
             features are then their hidden states.
+        corner_attention: one of `CORNER_ATTENTION`. ``published``: nobody attends to a corner; ``ordinary``: everybody
+            does, as to any token, which shows what the rule contributes.
 
     Raises:
-        ValueError: unknown pooler or projection.
+        ValueError: unknown pooler, projection or attention.
     """
 
     def __init__(
@@ -41,14 +45,18 @@ class CornerHFText(CornerTower):
         context_length: int,
         proj_type: str | None = "linear",
         pooler_type: str | None = None,
+        corner_attention: str = CORNER_ATTENTION[0],
     ):
         super().__init__()
+        if corner_attention not in CORNER_ATTENTION:
+            raise ValueError(f"corner_attention {corner_attention}: expected one of {', '.join(CORNER_ATTENTION)}")
         self.family: EncoderFamily = family_of(config)
         pooler_type = pooler_type or self.family.default_pooler
         if pooler_type not in POOLERS:
             raise ValueError(f"hf_pooler_type {pooler_type}: expected one of {', '.join(POOLERS)}")
         fit_context(config, context_length)
         self.num_corners = num_corners
+        self.num_hidden_corners = num_corners if corner_attention == "published" else 0
         self.context_length = context_length
         self.output_dim = output_dim
         self.pooler_type = pooler_type
@@ -64,7 +72,7 @@ class CornerHFText(CornerTower):
 
     def all_features(self, ids: torch.Tensor) -> torch.Tensor:
         keep = ids != self.pad_id
-        allowed = prefix_attention(keep, self.num_corners)
+        allowed = prefix_attention(keep, self.num_hidden_corners)
         if self._reads_all:
             return self.proj(self._pool_all(self.family.run(self.transformer, ids, allowed), keep))
         return self.proj(self._pool(self.family.first_states(self.transformer, ids, allowed, self.num_corners + 1)))
@@ -78,10 +86,10 @@ class CornerHFText(CornerTower):
         """Features of captions that `packing.CaptionArranger` has put in a row, as `all_features` gives them."""
         if self._reads_all:
             slots, keep = row_slots(row)
-            hidden = self.family.run_on_row(self.transformer, row, self.num_corners)[0]  # [budget, width]
+            hidden = self.family.run_on_row(self.transformer, row, self.num_hidden_corners)[0]  # [budget, width]
             return self.proj(self._pool_all(hidden[slots], keep))
-        first = self.family.first_states_in_row(self.transformer, row, self.num_corners, self.num_corners + 1)
-        return self.proj(self._pool(first))
+        hidden, num_first = self.num_hidden_corners, self.num_corners + 1
+        return self.proj(self._pool(self.family.first_states_in_row(self.transformer, row, hidden, num_first)))
 
     @property
     def _reads_all(self) -> bool:
