@@ -1,6 +1,6 @@
 """Tables and figures of a study, from its recorded results: what `run.py` calls at its end.
 
-    python scripts/studies/report.py OUT/study.json --out DIR     draw the tables and figures of a recorded study
+    python scripts/studies/report.py OUT/study.json --out DIR     draw the figures of a recorded study, print its tables
 
 A mean over an arm's seeds stands with its standard deviation over seeds. A difference from the baseline is taken query
 by query, averaged over the seeds of both arms, and has a 95% bootstrap interval over images.
@@ -67,7 +67,7 @@ def one_line(result: dict) -> str:
 
 def record(study: dict, out: Path) -> dict:
     """Gathers all finished runs below OUT, compares the arms, and writes OUT/study.json; returns its content."""
-    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*-s*/result.json"))]
+    runs = [_read_run(path.parent) for path in sorted(out.glob("*-s*/result.json"))]
     order = list(study["arms"])
     runs = sorted((r for r in runs if r["arm"] in order), key=lambda r: (order.index(r["arm"]), r["seed"]))
     arms = {name: {"title": arm.get("title", name)} for name, arm in study["arms"].items()}
@@ -75,6 +75,11 @@ def record(study: dict, out: Path) -> dict:
     content |= {"differences": _differences(study, runs, out), "runs": runs}
     (out / "study.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
+
+
+def _read_run(folder: Path) -> dict:
+    run, corners = json.loads((folder / "result.json").read_text()), folder / "corners.json"
+    return run | ({"corners": json.loads(corners.read_text())} if corners.exists() else {})
 
 
 def _differences(study: dict, runs: list[dict], out: Path) -> list[dict]:
@@ -134,18 +139,27 @@ def _matches(difference: dict, arm: str, where: dict) -> bool:
 
 
 def markdown(recorded: dict) -> str:
-    """R@1 in percent, a row per arm: mean over seeds (and standard deviation), difference from the baseline."""
+    """R@1 in percent, a table per evaluation and a row per arm: mean over seeds, and difference from the baseline."""
     from tabulate import tabulate
 
-    table = {}
+    tables: dict[str, dict[str, dict]] = {}
     for row in rows(recorded):
-        cells = table.setdefault(row["title"], {"arm": row["title"], "seeds": row["seeds"]})
+        table = tables.setdefault(f"{row['evaluation']} captions", {})
+        cells = table.setdefault(row["arm"], {"arm": row["title"], "seeds": row["seeds"]})
         spread = "" if row["sd_over_seeds"] is None else f" ({100 * row['sd_over_seeds']:.1f})"
-        cell = f"{100 * row['top1']:.1f}{spread}"
-        if row["difference"] is not None:
-            cell += f"; {100 * row['difference']:+.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-        cells[f"{row['evaluation']} {DIRECTIONS[row['direction']]}"] = cell
-    return tabulate(list(table.values()), headers="keys", tablefmt="github", disable_numparse=True)
+        name = DIRECTIONS[row["direction"]]
+        cells[name] = f"{100 * row['top1']:.1f}{spread}"
+        cells[f"{name}, difference"] = _interval(row)
+    return "\n\n".join(
+        f"{title}:\n\n{tabulate(list(table.values()), headers='keys', tablefmt='github', disable_numparse=True)}"
+        for title, table in tables.items()
+    )
+
+
+def _interval(row: dict) -> str:
+    if row["difference"] is None:
+        return ""
+    return f"{100 * row['difference']:+.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 def write_tables(recorded: dict, folder: Path) -> None:
@@ -266,8 +280,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         for path in args.recorded:
-            for figure in draw(json.loads(path.read_text(encoding="utf-8")), args.out, path.stem):
-                print(figure)
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+            print(markdown(recorded), *draw(recorded, args.out, path.stem), sep="\n")
     except (ValueError, KeyError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 0

@@ -86,9 +86,11 @@ def read_study(path: Path, data: Path, out: Path) -> Study:
 
 
 def words(flags: dict) -> list[str]:
-    """Flags of a study as words of a command line: true for a switch, a list for several values."""
+    """Flags of a study as words of a command line: true for a switch, a list for several values, null for none."""
     found = []
     for name, value in flags.items():
+        if value is None:
+            continue
         if value is False:
             found.append(f"--no-{name}")
         else:

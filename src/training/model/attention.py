@@ -56,7 +56,7 @@ def _bert_attention(tower: CornerHFText, attention: nn.Module, hidden: torch.Ten
     num_special, heads = tower.num_corners + 1, attention.num_attention_heads
     query = attention.query(hidden[:, :num_special]).unflatten(-1, (heads, -1)).transpose(1, 2)  # [b, h, m + 1, d]
     key = attention.key(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)  # [b, h, seq_len, d]
-    allowed = prefix_attention(ids != tower.pad_id, tower.num_corners, num_special)
+    allowed = prefix_attention(ids != tower.pad_id, tower.num_hidden_corners, num_special)
     score = query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5 + additive_mask(allowed, key.dtype)
     return score.softmax(dim=-1).mean(dim=1)
 

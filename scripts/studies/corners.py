@@ -1,0 +1,117 @@
+"""What the corner tokens of a finished run contribute: how far they are from [CLS], what they read, what they retrieve.
+
+    python scripts/studies/corners.py OUT/ARM-sSEED EVALUATION [..] [--captions 200]
+
+EVALUATION is one of the study's, whose captions are encoded again. The numbers go to OUT/ARM-sSEED/corners.json, from
+where `run.py` takes them into study.json:
+
+    cosine           means over captions: of the corners with [CLS], with each other, of [CLS] with another caption's
+    R@1              I2T and T2I by [CLS] alone (as every table has it), by the mean of [CLS] and the corners,
+                     and by each corner alone
+    words            of words that get more than their share of attention in the last layer: how many a corner has that
+                     [CLS] has not, and how many of two corners' words both have
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from open_clip_train.precision import get_autocast
+from torch.nn.functional import normalize
+
+from training.eval.encode import ComputeOptions
+from training.eval.metrics import count_ranks, hit_probability
+from training.eval.retrieval import encode_work, plan_benchmarks
+from training.model.attention import special_attention, words_of
+from training.model.factory import EncoderParts
+from training.model.from_flags import build_from_flags
+from training.model.text_encoder import cut_padding
+from training.runtime.distributed import distributed
+
+
+@torch.no_grad()
+def all_features(parts: EncoderParts, texts: Sequence[str], precision: str) -> torch.Tensor:
+    """Normalised features [n, m + 1, dim]: of [CLS], then of every corner."""
+    tower, order, found = parts.model.text, sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
+    for start in range(0, len(order), 64):
+        batch = order[start : start + 64]
+        ids = cut_padding(parts.tokenizer([texts[i] for i in batch]), tower.pad_id)
+        with get_autocast(precision, device_type="cpu")():
+            features = tower.all_features(ids)
+        found |= dict(zip(batch, normalize(features.float(), dim=-1)))
+    return torch.stack([found[i] for i in range(len(texts))])
+
+
+def cosines(features: torch.Tensor) -> dict[str, float]:
+    """Means over captions of features [n, m + 1, dim]."""
+    similar = torch.einsum("nid,njd->ij", features, features) / len(features)
+    corners = similar[1:, 1:]
+    pairs = corners[~torch.eye(len(corners), dtype=torch.bool)]
+    other = (features[1:, 0] * features[:-1, 0]).sum(dim=-1)
+    found = {"corners_with_cls": float(similar[0, 1:].mean()), "cls_with_other_captions": float(other.mean())}
+    return found | ({"corners_with_each_other": float(pairs.mean())} if len(pairs) else {})
+
+
+def recall(images: torch.Tensor, features: torch.Tensor, owner: torch.Tensor) -> dict[str, list[float]]:
+    """R@1, I2T and T2I, by what is made of the m + 1 features of a caption."""
+    kinds = {"cls": features[:, 0], "mean": normalize(features.mean(dim=1), dim=-1)}
+    kinds |= {f"corner {n}": features[:, n] for n in range(1, features.shape[1])}
+    return {
+        name: [float(hit_probability(counts, 1).mean()) for counts in count_ranks(images, texts, owner)]
+        for name, texts in kinds.items()
+    }
+
+
+def words(parts: EncoderParts, texts: Sequence[str]) -> dict[str, float]:
+    """Means over captions; a word counts as read by a token that gives it more than the mean attention of words."""
+    by_corner_alone, shared = [], []
+    for text in texts:
+        ids = cut_padding(parts.tokenizer([text]), parts.model.text.pad_id)
+        attention = special_attention(parts.model.text, ids)[0]
+        own = torch.stack([attention[:, places].sum(dim=1) for _, places in words_of(parts.tokenizer, ids[0].tolist())])
+        read = own > own.mean(dim=0)  # [words, m + 1]
+        for corner in read.T[1:]:
+            by_corner_alone.append(float((corner & ~read[:, 0]).sum() / corner.sum()))
+        for one, other in combinations(read.T[1:], 2):
+            shared.append(float((one & other).sum() / (one | other).sum()))
+    found = {"of_a_corner_not_of_cls": sum(by_corner_alone) / len(by_corner_alone)}
+    return found | ({"shared_by_two_corners": sum(shared) / len(shared)} if shared else {})
+
+
+def main() -> int:
+    """Returns 0, or 2 for a usage error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("evaluations", nargs="+", help="names of its evaluations")
+    parser.add_argument("--captions", type=int, default=200, metavar="N", help="whose words are counted (%(default)s)")
+    args = parser.parse_args()
+    found = {}
+    try:
+        for name in args.evaluations:
+            line = (args.run / name / "checkpoints" / "results.jsonl").read_text().splitlines()[-1]
+            flags = argparse.Namespace(**json.loads(line)["flags"])
+            with distributed("cpu", 30) as env:
+                parts = build_from_flags(flags, env.device)
+                if not getattr(getattr(parts.model, "text", None), "num_corners", 0):
+                    raise ValueError(f"{args.run}: a model without corner tokens")
+                work = plan_benchmarks(flags)
+                options = ComputeOptions(flags.batch_size, flags.workers, flags.precision)
+                images, _ = encode_work(parts, work, env, options, cache=flags.feature_cache)
+            features = all_features(parts, work.texts, flags.precision)
+            index, owner = work.text_index[0], torch.tensor(work.sets[0].image_of_caption)
+            own_images = images.features[torch.tensor(work.images.index[0])]
+            found[name] = {"cosine": cosines(features), "r1": recall(own_images, features[index], owner)}
+            found[name]["words"] = words(parts, work.texts[: args.captions])
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    (args.run / "corners.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
