@@ -1,5 +1,6 @@
 """Small file helpers: JSON with errors that name the place, and many small reads at once."""
 
+import glob
 import io
 import json
 import os
@@ -141,6 +142,14 @@ def require_dir(path: str | Path, flag: str) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{flag} {path}: no such folder")
     return path
+
+
+def matching_files(pattern: str) -> list[str]:
+    """Returns the file of this name, else all that match it as a pattern; a folder's name is never a pattern."""
+    folder, name = os.path.split(pattern)
+    if os.path.isfile(pattern):
+        return [pattern]
+    return sorted(glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, name)))
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

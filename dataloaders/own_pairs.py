@@ -5,102 +5,118 @@ SHARDS .tar: KEY.jpg (.jpeg, .png, .webp) with KEY.txt, or with captions in KEY.
 Captions stay as they are, unless the rule of the long benchmarks is asked for.
 """
 
-import glob
 import json
-import tarfile
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from dataloaders.files import ShardMember
 from dataloaders.own_set import CAPTION_KEYS, CAPTION_RULE, as_set, texts_of
 from dataloaders.pairs import RetrievalSet
-from dataloaders.registry import Benchmark
+from dataloaders.registry import Benchmark, Option
+from dataloaders.tar import IMAGE_SUFFIXES, BrokenTarError, Member, TarReader, TarSample, expand_shards, is_local
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
-
-def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str) -> RetrievalSet:
+def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines: bool = False) -> RetrievalSet:
     """Reads pairs from local tar shards; the images stay inside and are read from there.
 
     Args:
         shards: files with ``{000..123}`` or ``*``, or a folder (its ``*.tar``).
         caption_keys: of ``.json``: texts or lists of texts; all that are there count. ``.txt`` is used without any.
         rule: as `read_table_pairs`.
+        lines: each line of a ``.txt`` is a caption of its own, as in CLIP_benchmark's shards.
 
     Raises:
         FileNotFoundError, ValueError: no such shard, a broken one, or a sample without an image or a caption.
     """
-    pairs = []
-    paths = _expand(shards)
-    for path in paths:
+    pairs, num_with_lines = [], 0
+    for path in _local_shards(shards):
+        where = f"--retrieval-wds {path}"
         try:
-            with tarfile.open(path, "r:") as tar:
-                pairs += _read_shard(path, tar, caption_keys)
-        except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"--retrieval-wds {path}: not a readable tar file ({error})") from error
-    return as_set(paths[0].parent.resolve().name, pairs, rule)
+            with open(path, "rb", buffering=1 << 16) as file:
+                tar = TarReader(file, str(path))
+                for sample in tar.samples(lambda _, suffix, member: _text(tar, suffix, member)):
+                    texts = _captions_of(sample, caption_keys, lines, f"{where}: sample {sample.key}")
+                    num_with_lines += not lines and any("\n" in t for t in texts if sample.loaded.get("txt"))
+                    pairs.append((_image_of(sample, path, texts, caption_keys, where), texts))
+        except (BrokenTarError, OSError) as error:
+            raise ValueError(f"--retrieval-wds {error}") from error
+    if not pairs:
+        raise ValueError(f"--retrieval-wds {shards}: no samples in it")
+    if num_with_lines:
+        logging.warning(
+            f"--retrieval-wds {shards}: {num_with_lines:,} of {len(pairs):,} .txt files have several lines; each file "
+            "is one caption. If each line is a caption of its own, add --retrieval-caption-lines"
+        )
+    path = Path(shards)
+    return as_set(path.stem if path.is_file() else pairs[0][0].shard.parent.resolve().name, pairs, rule)
 
 
-def _expand(shards: str) -> list[Path]:
-    from braceexpand import braceexpand
-
-    if "://" in shards or shards.startswith("pipe:"):
+def _local_shards(shards: str) -> list[str]:
+    if not is_local(shards):
         raise ValueError(f"--retrieval-wds {shards}: expected local files; download them first")
-    if Path(shards).is_dir():
-        shards = str(Path(shards) / "*.tar")
-    found = []
-    for name in braceexpand(shards):
-        matches = sorted(glob.glob(name))
-        if not matches:
-            raise FileNotFoundError(f"--retrieval-wds {name}: no such file")
-        found += matches
-    return [Path(name) for name in found]
+    try:
+        paths = expand_shards(shards)
+    except ValueError as error:
+        raise ValueError(f"--retrieval-wds {error}") from error
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--retrieval-wds {path}: no such file")
+    return paths
 
 
-def _read_shard(path: Path, tar: tarfile.TarFile, caption_keys: Sequence[str]) -> list[tuple[ShardMember, list[str]]]:
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    for member in tar:
-        if member.isfile():
-            folder, _, name = member.name.rpartition("/")
-            key, _, suffix = name.partition(".")  # as webdataset: the suffix begins at the first full stop
-            samples.setdefault(f"{folder}/{key}", {})[suffix.lower()] = member
-    pairs = []
-    for key, files in samples.items():
-        image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
-        captions = _captions_of(tar, files, caption_keys, f"--retrieval-wds {path}: sample {key.strip('/')}")
-        if image is None or not captions:
-            raise ValueError(
-                f"--retrieval-wds {path}: sample {key.strip('/')} lacks an image or a caption (found "
-                f"{', '.join(sorted(files))}; captions are looked for in .json under {', '.join(caption_keys)}, "
-                f"--retrieval-caption-keys, else in .txt)"
-            )
-        pairs.append((ShardMember(path, image.offset_data, image.size, image.name), captions))
-    return pairs
+def _text(tar: TarReader, suffix: str, member: Member) -> bytes | None:
+    return tar.read(member) if suffix in ("json", "txt") and member.kind == "file" else None
 
 
-def _captions_of(tar: tarfile.TarFile, files: dict, keys: Sequence[str], where: str) -> list[str]:
+def _image_of(sample: TarSample, path: str, texts: list[str], keys: Sequence[str], where: str) -> ShardMember:
+    """The image of a sample that has all it needs."""
+    if fault := sample.fault(("json", "txt", *IMAGE_SUFFIXES)):
+        found = ", ".join(member.name for member in sample.members.values() if member.kind in ("link", "sparse"))
+        raise ValueError(f"{where}: {fault}: {found}; pack the shard anew with tar --hard-dereference -h, without -S")
+    image = next((sample.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.members), None)
+    if image is None or not texts:
+        raise ValueError(
+            f"{where}: sample {sample.key} lacks an image or a caption (found {', '.join(sorted(sample.members))}; "
+            f"captions are looked for in .json under {', '.join(keys)}, --retrieval-caption-keys, else in .txt). The "
+            "files of a sample must lie together in the tar: tar --sort=name"
+        )
+    return ShardMember(Path(path), image.offset, image.size, image.name)
+
+
+def _captions_of(sample: TarSample, keys: Sequence[str], lines: bool, where: str) -> list[str]:
     captions: list[str] = []
     try:
-        if "json" in files:
-            record = json.loads(tar.extractfile(files["json"]).read().decode())
+        if "json" in sample.loaded:
+            record = json.loads(sample.loaded["json"].decode())
             found = {key: record[key] for key in keys if key in record} if isinstance(record, dict) else {}
             captions = [text for key, value in found.items() for text in texts_of(value, f"key {key}")]
-        if not captions and "txt" in files:
-            captions = [tar.extractfile(files["txt"]).read().decode().strip()]
-    except ValueError as error:
+        if not captions and "txt" in sample.loaded:
+            text = sample.loaded["txt"].decode().strip()
+            captions = [line.strip() for line in text.splitlines()] if lines else [text]
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: broken caption ({error})") from error
     return [text for text in captions if text]
 
+
+CAPTION_LINES = Option("--retrieval-caption-lines", "each line of a .txt in --retrieval-wds is a caption of its own")
 
 BENCHMARKS = (
     Benchmark(
         "retrieval-wds",
         "--retrieval-wds",
         "local tar shards of pairs: '{000..004}.tar' or a folder",
-        lambda args: [read_shard_pairs(args.retrieval_wds, args.retrieval_caption_keys, args.retrieval_caption_rule)],
+        lambda args: [
+            read_shard_pairs(
+                args.retrieval_wds,
+                args.retrieval_caption_keys,
+                args.retrieval_caption_rule,
+                args.retrieval_caption_lines,
+            )
+        ],
         group="own",
         metavar="TARS",
         order=20,
-        options=(CAPTION_KEYS, CAPTION_RULE),
+        options=(CAPTION_KEYS, CAPTION_RULE, CAPTION_LINES),
     ),
 )

@@ -1,11 +1,10 @@
 """Which files a table flag names: one, several, a pattern, or a folder of a Hugging Face data set."""
 
-import glob
 import json
 import re
 from pathlib import Path
 
-from dataloaders.files import TABLE_SUFFIXES
+from dataloaders.files import TABLE_SUFFIXES, matching_files
 
 COLUMNAR = (".parquet", ".arrow")
 FEATURES = "features.json"  # in a folder of image features, whose files are Parquet, too
@@ -64,7 +63,7 @@ def _expand(part: str) -> list[Path]:
         return [_checked(path)]
     found = []
     for name in braceexpand(part):
-        matches = [name] if Path(name).is_file() else sorted(glob.glob(name))
+        matches = matching_files(name)
         if not matches:
             raise FileNotFoundError(f"{name}: no such file")
         found += [_checked(Path(match)) for match in matches]

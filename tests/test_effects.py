@@ -28,6 +28,7 @@ COMMANDS = [
     ["--retrieval-csv", "p.csv", "--iiw-retrieval", "D", "--docci-retrieval", "D", "--share4v-retrieval", "D"],
     ["--coco-retrieval", "D", "--flickr30k-retrieval", "D"],
     ["--data-root", "D", "--dci-retrieval", "D"],
+    ["--retrieval-wds", "w.tar"],
 ]
 
 

@@ -8,6 +8,8 @@ FAULT_KINDS = (
     "broken shard",
     "pickled data",
     "file too large",
+    "sparse file",
+    "link in the tar",
     "no image",
     "broken image",
     "image too large",

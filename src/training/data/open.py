@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch.utils.data import DataLoader
 
 from dataloaders.table_files import names_tables, table_files
+from dataloaders.tar import is_local
 from training.data.augment import without_normalisation
 from training.data.captions import CaptionRule, captions_found
 from training.data.embedded import embedded_sources
@@ -27,7 +28,7 @@ from training.data.shards import (
     known_sizes,
 )
 from training.data.tables import TableSource, read_tables
-from training.data.tar import BrokenShardError, is_local
+from training.data.tar import BrokenShardError
 from training.runtime.distributed import DistEnv, agree, together
 
 NUM_LOOKED_AT = 100

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
+from dataloaders.tar import IMAGE_SUFFIXES
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
 from training.data.faults import BadSample
 from training.data.images import PictureReader
 from training.data.padding import pad_in_front
 from training.data.tar import RawSample
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 class Sample(NamedTuple):

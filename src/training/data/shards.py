@@ -5,7 +5,6 @@ stop, so any number of processes sees every sample exactly once, however many sh
 stretch is a function of (seed, epoch, start, stop): the number of slots read is a position to go on from.
 """
 
-import glob
 import itertools
 import logging
 import os
@@ -17,14 +16,13 @@ from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
 
-from webdataset.shardlists import expand_urls
-
 from dataloaders.table_files import COLUMNAR
+from dataloaders.tar import expand_shards, is_local
 from training.data.embedded import count_rows, read_rows
 from training.data.features import SUFFIX as FEATURES
 from training.data.features import count_features, feature_files, is_feature_folder, read_features
 from training.data.position import SHUFFLE_WINDOW
-from training.data.tar import BrokenShardError, Part, RawSample, index_shard, is_local, read_samples, read_sizes
+from training.data.tar import BrokenShardError, Part, RawSample, index_shard, read_samples, read_sizes
 
 
 class Source(Protocol):
@@ -222,9 +220,7 @@ def shuffle_windows(stream: Iterator, window: int, name: str, first: int = 0) ->
 
 
 def expand_sources(spec: str) -> list[list[str]]:
-    """Expands the flag: sources apart by ``::``, each a folder (its ``*.tar``), a URL with braces, or a file.
-
-    A folder of image features stands for its files.
+    """Expands the flag: sources separated by ``::``, each as `expand_shards` takes it, or a folder of image features.
 
     Raises:
         FileNotFoundError, ValueError: a local shard or folder is not there, or a folder holds none.
@@ -233,13 +229,9 @@ def expand_sources(spec: str) -> list[list[str]]:
     for part in spec.split("::"):
         if is_feature_folder(part):
             urls = feature_files(part)
-        elif os.path.isdir(part):
-            urls = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
-            if not urls:
-                raise ValueError(f"{part}: no *.tar in this folder")
         else:
-            urls = [part] if part.startswith("pipe:") and "{" not in part else expand_urls(part)
-        sources.append(list(urls))
+            urls = expand_shards(part)
+        sources.append(urls)
     missing = [url for urls in sources for url in urls if is_local(url) and not os.path.isfile(url)]
     if missing:
         total = sum(map(len, sources))

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataloaders.tar import IMAGE_SUFFIXES
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
 from training.data.faults import BadSample
-from training.data.reader import IMAGE_SUFFIXES, read_image, read_record
+from training.data.reader import read_image, read_record
 from training.data.shards import expand_sources
-from training.data.tar import BrokenShardError, RawSample, index_shard, is_local, read_samples
+from training.data.tar import BrokenShardError, RawSample, read_samples
 from training.model.factory import get_tokenizer
 from training.model.truncation import count_tokens
 from training.prepare.inspect.counts import MAX_TOKENS, Counts
@@ -111,8 +112,6 @@ def _count_shard(task: Task) -> tuple[str, Counts]:
                 counts.bad["no caption"] += 1
             _note(counts, hashes, sample, record, image)
             _pick(counts, sample, found, task)
-        if is_local(task.url) and index_shard(task.url).fault:
-            raise BrokenShardError  # a shard cut within a header just ends, for who reads it
     except BrokenShardError as error:
         counts.bad[error.kind] += 1
     tokenizer = _tokenizer(task.model, task.cache_dir)

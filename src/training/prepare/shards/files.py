@@ -8,17 +8,14 @@ import argparse
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
-from copy import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from webdataset.tariterators import base_plus_ext
-
+from dataloaders.tar import BLOCK, BrokenTarError, Member, TarReader, TarSample, is_local
 from training.data.shards import expand_sources
-from training.data.tar import index_shard, is_local
 from training.prepare.work import add_counts, load_json, my_share, write_json
 from training.runtime.files import whole_file
 
@@ -166,33 +163,6 @@ def write_sizes(folder: Path, state: Path) -> None:
     write_json(folder / "sizes.json", {name: size for name, size in sizes.items() if (folder / name).exists()})
 
 
-def _check_whole(path: Path) -> None:
-    index = index_shard(path)
-    if index.fault:
-        raise BrokenShardFile(index.fault)
-
-
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str | None, list[tarfile.TarInfo]]]:
-    """Yields (key, neighbouring members of that key); other members come by themselves, under None."""
-    key, members = None, []
-    for member in tar:
-        base = base_plus_ext(member.name)[0] if member.isreg() else None
-        if members and (base is None or base != key):
-            yield key, members
-            members = []
-        key = base
-        members.append(member)
-        if base is None:
-            yield None, members
-            members = []
-    if members:
-        yield key, members
-
-
-def _is_json(member: tarfile.TarInfo) -> bool:
-    return (base_plus_ext(member.name)[1] or "").lower() == "json"
-
-
 def _parse(key: str, content: bytes | None) -> JsonSample:
     if content is None:
         return JsonSample(key, {}, None)
@@ -210,15 +180,21 @@ def read_json_samples(path: Path) -> list[JsonSample]:
         BrokenShardFile: the shard breaks off, or is no tar file.
         OSError: can't be read.
     """
-    _check_whole(path)
-    found = []
-    with tarfile.open(path, "r:") as tar:
-        for key, members in _samples(tar):
-            if key is not None:
-                json_member = next(filter(_is_json, members), None)
-                found.append(_parse(key, tar.extractfile(json_member).read() if json_member else None))
-            tar.members = []  # it would keep every member's header
-    return found
+    with open(path, "rb", buffering=1 << 16) as file:
+        return [_parse(sample.key, sample.loaded.get("json")) for sample in _samples(file, path)]
+
+
+def _samples(file: IO[bytes], path: Path) -> list[TarSample]:
+    """All samples of a shard, with the content of their JSON files."""
+    tar = TarReader(file, str(path))
+
+    def load(_: int, suffix: str, member: Member) -> bytes | None:
+        return tar.read(member) if suffix == "json" and member.kind == "file" else None
+
+    try:
+        return list(tar.samples(load))
+    except BrokenTarError as error:
+        raise BrokenShardFile(str(error)) from error
 
 
 def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
@@ -233,57 +209,42 @@ def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
         BrokenShardFile: the source breaks off, or is no tar file.
         OSError: can't be read or written.
     """
-    _check_whole(source)
-    number = 0
-    with (
-        whole_file(target) as path,
-        open(path, "wb") as out,
-        open(source, "rb") as raw,
-        tarfile.open(source, "r:") as tar,
-    ):
-        for key, members in _samples(tar):
-            addition = {}
-            if key is not None:
-                addition = additions[number]
-                number += 1
-            _write_sample(key, members, addition, tar, raw, out)
-            tar.members = []
-        out.write(bytes(2 * tarfile.BLOCKSIZE))
+    with whole_file(target) as path, open(path, "wb") as out, open(source, "rb") as raw:
+        samples = _samples(raw, source)
+        assert len(samples) == len(additions), f"{source}: {len(samples)} samples, {len(additions)} additions"
+        changed, added = {}, {}  # byte where a JSON file begins, or where the last member does -> the new JSON file
+        for sample, addition in zip(samples, additions):
+            if "json" in sample.loaded:
+                record = json.loads(sample.loaded["json"]) | addition if addition else None
+                changed[sample.members["json"].start] = record
+            elif addition:
+                last = max(member.start for member in sample.members.values())
+                added[last] = tarfile.TarInfo(f"{sample.key}.json"), addition
+        raw.seek(0)
+        for member in filter(None, TarReader(raw, str(source)).members()):
+            if changed.get(member.start):
+                _write_member(_header(member, raw), changed[member.start], out)
+            else:
+                raw.seek(member.start)
+                out.write(raw.read(member.end - member.start))
+            if member.start in added:
+                _write_member(*added[member.start], out)
+            raw.seek(member.offset)  # where the reader left it
+        out.write(bytes(2 * BLOCK))
         out.write(bytes(-out.tell() % tarfile.RECORDSIZE))
-    assert number == len(additions), f"{source}: {number} samples, {len(additions)} additions"
 
 
-def _write_sample(
-    key: str | None,
-    members: list[tarfile.TarInfo],
-    addition: dict,
-    tar: tarfile.TarFile,
-    raw: IO[bytes],
-    out: IO[bytes],
-) -> None:
-    json_member = next(filter(_is_json, members), None) if addition else None
-    for member in members:
-        if member is json_member:
-            record = json.loads(tar.extractfile(member).read()) | addition
-            _write_member(member, record, out)
-        else:
-            _copy_member(member, raw, out)
-    if addition and json_member is None:
-        _write_member(tarfile.TarInfo(f"{key}.json"), addition, out)
+def _header(member: Member, raw: IO[bytes]) -> tarfile.TarInfo:
+    """The member's own header, for its owner, time and mode."""
+    raw.seek(member.offset - BLOCK)
+    header = tarfile.TarInfo.frombuf(raw.read(BLOCK), "utf-8", "surrogateescape")
+    header.name = member.name
+    return header
 
 
-def _copy_member(member: tarfile.TarInfo, raw: IO[bytes], out: IO[bytes]) -> None:
-    """Copies the member's blocks, with those before it that hold a long name."""
-    size = member.size if member.isreg() else 0
-    end = member.offset_data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    raw.seek(member.offset)
-    out.write(raw.read(end - member.offset))
-
-
-def _write_member(member: tarfile.TarInfo, record: dict, out: IO[bytes]) -> None:
+def _write_member(header: tarfile.TarInfo, record: dict, out: IO[bytes]) -> None:
     content = json.dumps(record).encode()
-    header = copy(member)
-    header.size, header.mtime, header.pax_headers = len(content), int(member.mtime), {}
+    header.size, header.mtime = len(content), int(header.mtime)
     out.write(header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
     out.write(content)
-    out.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+    out.write(bytes(-len(content) % BLOCK))

@@ -2,9 +2,9 @@
 
 import tarfile
 from pathlib import Path
+from typing import IO
 
-from webdataset.tariterators import base_plus_ext
-
+from dataloaders.tar import BLOCK, Member, TarReader, key_and_suffix
 from training.runtime.files import whole_file
 
 
@@ -14,14 +14,21 @@ def order_shard(path: Path) -> bool:
     Returns:
         Whether anything had to be done.
     """
-    with tarfile.open(path, "r:") as source:
-        members = [member for member in source if member.isreg()]
-        ordered = sorted(members, key=lambda member: base_plus_ext(member.name)[0] or member.name)
-        if ordered == members and not any(member.mtime or member.uname for member in members):
+    with open(path, "rb") as source:
+        members = [m for m in TarReader(source, str(path)).members() if m and m.kind == "file"]
+        ordered = sorted(members, key=lambda member: key_and_suffix(member.name)[0] or member.name)
+        if ordered == members and not any(_has_traces(source, member) for member in members):
             return False
         with whole_file(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as target:
             for member in ordered:
                 plain = tarfile.TarInfo(member.name)
                 plain.size = member.size
-                target.addfile(plain, source.extractfile(member))
+                source.seek(member.offset)
+                target.addfile(plain, source)
     return True
+
+
+def _has_traces(source: IO[bytes], member: Member) -> bool:
+    source.seek(member.offset - BLOCK)
+    header = tarfile.TarInfo.frombuf(source.read(BLOCK), "utf-8", "surrogateescape")
+    return bool(header.mtime or header.uname)
