@@ -4,7 +4,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from training.model.corner import features_of_captions, prefix_attention, suffix_attention
+from training.model.corner import (
+    corner_places,
+    cosine_with_cls,
+    features_of_captions,
+    prefix_attention,
+    suffix_attention,
+)
 from training.model.factory import create_model
 from training.model.text_tower import CornerHFText
 
@@ -216,6 +222,16 @@ def test_features_of_several_captions_by_hand():
     features = torch.arange(2 * 3 * 4).reshape(6, 4, 1)  # 2 images, 3 captions, m = 3
     got = features_of_captions(features, batch=2)[..., 0]
     assert got.tolist() == [[0, 4, 5, 6, 7, 8, 9, 10, 11], [12, 16, 17, 18, 19, 20, 21, 22, 23]]
+
+
+def test_cosine_of_corners_with_cls_by_a_plain_loop():
+    """A text without corners, one with three, one without, one with three."""
+    stream = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(5, 1 + 4 + 1 + 4, 7, generator=stream), dim=-1)
+    wanted = [float(row[cls] @ row[cls + n]) for row in features for cls in (1, 6) for n in (1, 2, 3)]
+    found = cosine_with_cls(features, corner_places([False, True, False, True], 3))
+    assert float(found) == pytest.approx(sum(wanted) / len(wanted), abs=1e-6)
+    assert corner_places([True, True], 0) == ([], [])
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "clip"])

@@ -59,12 +59,13 @@ def test_every_step_is_logged_with_all_that_was_promised(trained):
     steps = [line for line in trained if "train/loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 11))
     names = "loss short_caption_loss long_caption_loss samples_per_s tokens_per_s data_wait_share eta_s lr logit_scale"
-    for name in [*names.split(), "grad_norm", "padding_share", "skipped", "epoch"]:
+    for name in [*names.split(), "grad_norm", "padding_share", "skipped", "epoch", "corner_cls_cosine"]:
         assert all(f"train/{name}" in line for line in steps), name
     for line in steps:
         total = line["train/short_caption_loss"] + line["train/long_caption_loss"]
         assert line["train/loss"] == pytest.approx(total, rel=1e-5)
         assert 0 <= line["train/padding_share"] < 1 and line["train/skipped"] == 0
+        assert -1 <= line["train/corner_cls_cosine"] <= 1
     assert steps[0]["train/lr"] < steps[1]["train/lr"] > steps[-1]["train/lr"]  # warm-up, then cosine
 
 

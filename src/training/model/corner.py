@@ -6,6 +6,8 @@ out. They are queries only: they read the text, nobody reads them. With m = 0 ev
 Source: LoTLIP (arXiv 2410.05249), section 3.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -86,6 +88,36 @@ def rows_before_end(hidden: torch.Tensor, end: torch.Tensor, num_corners: int) -
     offset = torch.arange(-num_corners - 1, 0, device=end.device).roll(1) + 1  # 0, -m, .., -1
     index = (end[:, None] + offset)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, index)
+
+
+def corner_places(corners: Sequence[bool], num_corners: int) -> tuple[list[int], list[int]]:
+    """Where, among the T text features of a sample, [CLS] and the corners of the same text lie.
+
+    Args:
+        corners: for each text of a sample, whether it has m + 1 features, not [CLS]'s alone.
+        num_corners: m.
+
+    Returns:
+        For each corner the place of its [CLS], and its own.
+    """
+    cls, own, start = [], [], 0
+    for has_corners in corners:
+        count = num_corners if has_corners else 0
+        cls += [start] * count
+        own += range(start + 1, start + 1 + count)
+        start += 1 + count
+    return cls, own
+
+
+def cosine_with_cls(text_features: torch.Tensor, places: tuple[list[int], list[int]]) -> torch.Tensor:
+    """Mean cosine of the corners with [CLS] of the same text: at 1 they are copies. A scalar without a gradient.
+
+    Args:
+        text_features: [batch, T, dim], normalised.
+        places: of `corner_places`, not empty.
+    """
+    features = text_features.detach()
+    return (features[:, places[0]] * features[:, places[1]]).sum(dim=-1).mean()
 
 
 def features_of_captions(features: torch.Tensor, batch: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from training.data.open import caption_rule, open_source, open_train_data
 from training.data.shards import Source
 from training.eval.results import run_name
 from training.eval.retrieval import plan_benchmarks
+from training.model.corner import corner_places
 from training.model.from_flags import build_from_flags, check_precision
 from training.model.locking import linear_head
 from training.model.resolve import resolve_weights
@@ -166,17 +167,20 @@ def _build(
         start = start_from(restore(plan.resume, core, optimizer, scaler), plan.resume, division, env)
         if start.epoch >= args.epochs and env.is_main:
             logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
-    whole = _whole_model(core, args.torchcompile, [entry.corners for entry in caption_rule(args).texts])
+    corners = [entry.corners for entry in caption_rule(args).texts]
+    num_corners = getattr(getattr(core, "text", None), "num_corners", 0)
+    whole = _whole_model(core, args.torchcompile, corners)
     stepper = Stepper(
         model=_over_ranks(whole, env),
         core=core,
-        loss=make_loss(args, getattr(getattr(core, "text", None), "num_corners", 0), env),
+        loss=make_loss(args, num_corners, env),
         optimizer=optimizer,
         autocast=get_autocast(args.precision, device_type=env.device.type),
         scaler=scaler,
         max_norm=args.grad_clip_norm,
         on_any_rank=lambda flag: any_rank(flag, env),
         locked_images=whole.encode_images if whole.image_is_locked else None,
+        corners=corner_places(corners, num_corners),
     )
     val = None
     if val_source:

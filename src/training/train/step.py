@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from training.model.corner import cosine_with_cls
+
 LOGIT_SCALE_MAX = math.log(100)
 IMAGE_INPUTS = ("image", "image_features")
 ROW_WISE = ("image_features", "text_features")
@@ -30,6 +32,7 @@ class Stepper:
         locked_images: ``image`` or ``image_features`` -> normalised features, of an image tower that is not trained. It
             runs once for each image, apart from `model`; the features are gathered while the text tower computes. None
             where images go through `model`.
+        corners: places of [CLS] and the corners among the text features, see `corner.corner_places`.
     """
 
     model: nn.Module
@@ -41,6 +44,7 @@ class Stepper:
     max_norm: float | None = None
     on_any_rank: Callable[[torch.Tensor], torch.Tensor] = lambda flag: flag
     locked_images: Callable[..., torch.Tensor] | None = None
+    corners: tuple[list[int], list[int]] = ((), ())
 
     def __call__(self, micro_batches: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
         """Trains on micro-batches as on one batch of them all; leaves all as it was if loss or gradient is not finite.
@@ -49,8 +53,9 @@ class Stepper:
             micro_batches: inputs of the model by name (see `data.batch`), on its device.
 
         Returns:
-            Loss terms, ``loss``, ``grad_norm``, ``logit_scale`` and ``skipped_steps`` (1: loss or gradient not finite,
-            on any rank), as tensors on the device: to read them is to wait.
+            Loss terms, ``loss``, ``grad_norm``, ``logit_scale``, ``corner_cls_cosine`` where there are corners, and
+            ``skipped_steps`` (1: loss or gradient not finite, on any rank), as tensors on the device: to read them is
+            to wait.
         """
         self.optimizer.zero_grad(set_to_none=True)
         compare = partial(self.loss, output_dict=True)
@@ -62,16 +67,16 @@ class Stepper:
             ]
             compare = partial(compare, early=self.loss.gather_early(torch.cat(features)))
         if len(micro_batches) == 1:
-            terms = self._forward_backward(self._forward(micro_batches[0]), compare)
+            terms, watched = self._forward_backward(self._forward(micro_batches[0]), compare)
         else:
-            terms = self._accumulate(micro_batches, compare)
+            terms, watched = self._accumulate(micro_batches, compare)
         total = sum(value.detach() for value in terms.values())
         grad_norm, skipped = self._update(total)
         with torch.no_grad():
             self.core.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
-        report = {name: value.detach() for name, value in terms.items()}
+        report = {name: value.detach() for name, value in terms.items()} | {"grad_norm": grad_norm}
         scale = self.core.logit_scale.detach().exp().reshape(())
-        return {"loss": total, **report, "grad_norm": grad_norm, "logit_scale": scale, "skipped_steps": skipped}
+        return {"loss": total, **report, "logit_scale": scale, **watched, "skipped_steps": skipped}
 
     @torch.no_grad()
     def _encode_locked(self, micro_batches: Sequence[dict[str, object]]) -> list[torch.Tensor]:
@@ -83,15 +88,19 @@ class Stepper:
         with self.autocast():
             return self.model(**batch)
 
-    def _forward_backward(self, output: dict[str, torch.Tensor], compare: Callable) -> dict[str, torch.Tensor]:
+    def _forward_backward(self, output: dict[str, torch.Tensor], compare: Callable) -> tuple[dict, dict]:
+        """Returns the loss terms, and what else is logged of the features."""
         # Logits in fp32: features of 16 bits would make near ties of different captions.
         output = {name: value.float() for name, value in output.items()}
         terms = compare(**output)
         total = sum(terms.values())
         (self.scaler.scale(total) if self.scaler else total).backward()
-        return terms
+        has_corners = len(self.corners[0]) > 0
+        return terms, {
+            "corner_cls_cosine": cosine_with_cls(output["text_features"], self.corners)
+        } if has_corners else {}
 
-    def _accumulate(self, micro_batches: Sequence[dict[str, object]], compare: Callable) -> dict[str, torch.Tensor]:
+    def _accumulate(self, micro_batches: Sequence[dict[str, object]], compare: Callable) -> tuple[dict, dict]:
         """Contrastive accumulation: features of all without a graph, then each again with one, among the others'.
 
         Source: GradCache (arXiv 2101.06983). The second pass draws the same dropout as the first.
@@ -113,9 +122,9 @@ class Stepper:
                     rows = [c[name] for c in cached]
                     rows[number] = output[name].float()
                     output[name] = torch.cat(rows)
-                terms = self._forward_backward(self._count_scalars_once(output, len(micro_batches)), compare)
+                found = self._forward_backward(self._count_scalars_once(output, len(micro_batches)), compare)
         _set_random_state(after)
-        return terms
+        return found
 
     @staticmethod
     def _count_scalars_once(output: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:

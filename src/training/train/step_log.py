@@ -166,6 +166,7 @@ class StepLog:
             f"lr {m['lr']:.3g}",
             f"logit scale {m['logit_scale']:.2f}",
             f"grad norm {m['grad_norm']:.3g}",
+            *([f"corners' cosine with [CLS] {m['corner_cls_cosine']:.3f}"] if "corner_cls_cosine" in m else []),
             f"{m['samples_per_s']:,.0f} samples/s, {m['tokens_per_s']:,.0f} tokens/s per {per}",
             f"data wait {m['data_wait_share']:.0%}",
             f"padding {m['padding_share']:.0%}",
