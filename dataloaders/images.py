@@ -8,6 +8,8 @@ from PIL import Image
 
 from dataloaders.files import EmbeddedImage, ShardMember
 
+MAX_ASPECT = 200  # a resize to 224 pixels then makes 10 million pixels at most
+
 
 class BrokenImageError(ValueError):
     """An image file that exists but can't be decoded; the message names it."""
@@ -15,6 +17,21 @@ class BrokenImageError(ValueError):
 
 class HugeImageError(BrokenImageError):
     """An image of absurdly many pixels (a decompression bomb)."""
+
+
+class NarrowImageError(BrokenImageError):
+    """An image of which a resize of the shorter side would make absurdly many pixels."""
+
+
+def check_shape(image: Image.Image) -> None:
+    """Refuses an image that is more than `MAX_ASPECT` times as long as it is wide: 1 x 10,000 pixels cost gigabytes.
+
+    Raises:
+        NarrowImageError: without the file's name.
+    """
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        width, height = image.size
+        raise NarrowImageError(f"{width:,} x {height:,} pixels, one side is over {MAX_ASPECT} times the other")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -42,7 +59,7 @@ def load_rgb(path: str | Path | ShardMember | EmbeddedImage | bytes, at_least: i
         The RGB image. EXIF rotation is not applied: the published numbers were made without it.
 
     Raises:
-        BrokenImageError: the file is absent, truncated, no image, or too large to be one.
+        BrokenImageError: the file is absent, truncated, no image, or too large or too narrow to be one.
     """
     name, file = path, path
     if isinstance(path, (ShardMember, EmbeddedImage)):
@@ -51,11 +68,14 @@ def load_rgb(path: str | Path | ShardMember | EmbeddedImage | bytes, at_least: i
         name, file = "picture", io.BytesIO(path)
     try:
         with Image.open(file) as image:
+            check_shape(image)
             if at_least:
                 image.draft("RGB", (at_least, at_least))  # of JPEG alone
             return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise HugeImageError(f"{name}: {error}") from error
+    except NarrowImageError as error:
+        raise NarrowImageError(f"{name}: {error}") from error
     # On broken chunks Pillow's readers raise anything: SyntaxError, IndexError, struct's own.
     except Exception as error:
         raise BrokenImageError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error

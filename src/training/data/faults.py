@@ -13,6 +13,7 @@ FAULT_KINDS = (
     "no image",
     "broken image",
     "image too large",
+    "image too narrow",
     "no caption",
     "empty caption",
     "caption not text",

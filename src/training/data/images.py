@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from dataloaders.files import EmbeddedImage, ShardMember
-from dataloaders.images import load_rgb, to_rgb
+from dataloaders.images import check_shape, load_rgb, to_rgb
 
 MODES = ("exact", "fast", "scaled")
 IN_EVALUATION, IN_TRAINING = "exact", "fast"  # where --image-decoding is not given
@@ -97,6 +97,7 @@ def _decode(source: Source, at_least: int | None) -> torch.Tensor:
         source = source.open().getvalue()
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     with Image.open(io.BytesIO(data)) as image:  # reads the header alone, refuses decompression bombs
+        check_shape(image)
         size = image.size
         if at_least:
             image.draft("RGB", (at_least, at_least))

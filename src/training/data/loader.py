@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from training.data.batch import TrainBatch
-from training.data.faults import BadSample
+from training.data.faults import BadSample, Totals
 from training.data.padding import front_shares
 from training.data.position import Share, Span, count_slots, cut
 from training.data.reader import Sample, SampleReader, random_state_kept, tokenise
@@ -57,24 +58,27 @@ class TrainBatches(IterableDataset):
         Bad samples leave gaps, which are filled from the first span's start again: every process must make its number
         of batches, or the others would wait for it.
         """
-        num_slots, num_good = count_slots(spans), slots_done
+        num_slots, num_good, kinds = count_slots(spans), slots_done, Counter()
         skip = slots_done % num_slots
         while True:
             for raw in self._raw(cut(spans, skip, num_slots)):
                 if isinstance(raw, BrokenShardError):
+                    kinds[raw.kind] += 1
                     yield str(raw), None, raw.kind
                     continue
                 name = f"{raw.source}/{raw.key}"
                 try:
                     sample = self.reader(raw)
                 except BadSample as error:
+                    kinds[str(error)] += 1
                     yield name, None, str(error)
                     continue
                 num_good += 1
                 yield name, sample, None
             if not num_good:
                 places = ", ".join(f"{s.start:,} to {s.stop:,}" for s in spans[:3])
-                raise NoUsableSampleError(f"no usable sample in slots {places} of the epoch")
+                found = Totals(kinds.total(), kinds).describe()
+                raise NoUsableSampleError(f"no usable sample in slots {places} of the epoch: {found}")
             skip = num_good = 0
 
     def _raw(self, spans: list[Span]) -> Iterator[RawSample | BrokenShardError]:

@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader
 from dataloaders.table_files import names_tables, table_files
 from dataloaders.tar import is_local
 from training.data.augment import without_normalisation
-from training.data.captions import CaptionRule, captions_found
+from training.data.captions import CaptionRule
 from training.data.embedded import embedded_sources
-from training.data.faults import BadSample
+from training.data.first_look import check_first_samples
 from training.data.images import IN_TRAINING, PictureReader
 from training.data.loader import make_loader
 from training.data.padding import check_front_padding
 from training.data.position import Share
-from training.data.reader import SampleReader, read_record
+from training.data.reader import SampleReader
 from training.data.shards import (
     ResampledShards,
     ShardSource,
@@ -28,10 +28,8 @@ from training.data.shards import (
     known_sizes,
 )
 from training.data.tables import TableSource, read_tables
-from training.data.tar import BrokenShardError
 from training.runtime.distributed import DistEnv, agree, together
 
-NUM_LOOKED_AT = 100
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -109,7 +107,7 @@ def open_source(
     def checked(open_: Callable[[], Source]) -> Source:
         def open_checked() -> Source:
             source = open_()
-            _check_captions(source, rule, spec)
+            check_first_samples(source, rule, spec)
             return source
 
         return _with_flag(flag, open_checked)
@@ -162,38 +160,3 @@ def _factors(text: str | None, num_sources: int) -> list[float]:
             f"--train-data-upsampling-factors {text}: expected {num_sources} numbers apart by ::, one for each source"
         )
     return factors
-
-
-def _check_captions(source: Source, rule: CaptionRule, spec: str) -> None:
-    """Looks at the first samples: keys that no sample has are a mistake in the flags, found out now.
-
-    Raises:
-        ValueError: no sample, none of them can be read, or none has the captions asked for.
-    """
-    if not source.num_samples:
-        raise ValueError(f"{spec}: no samples in it")
-    has_short = has_long = 0
-    keys, faults = set(), []
-    for raw in source.read(0, 0, min(NUM_LOOKED_AT, source.num_samples)):
-        try:
-            if isinstance(raw, BrokenShardError):
-                raise BadSample(str(raw))
-            record = read_record(raw)
-        except BadSample as error:
-            faults.append(str(error))
-            continue
-        keys |= set(record)
-        short, long = captions_found(record, rule)
-        has_short, has_long = has_short + short, has_long + long
-    if faults and not keys:
-        raise ValueError(f"{spec}: none of the first {len(faults)} samples can be read: {faults[0]}")
-    there = f"the first samples have {', '.join(sorted(keys)) or 'no captions'}"
-    wants_long = rule.num_long_used > 0
-    if not has_short and not (wants_long and has_long):
-        asked = ", ".join((*rule.raw_keys, *rule.short_keys))
-        raise ValueError(f"{spec}: no short caption under {asked} (--raw-caption-keys); {there}")
-    if wants_long and not has_long:
-        raise ValueError(
-            f"{spec}: no long caption under {', '.join(rule.long_keys)} (--long-caption-keys); {there}. "
-            "To train on short captions alone, add --captions raw"
-        )

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
-from dataloaders.tar import IMAGE_SUFFIXES
+from dataloaders.images import BrokenImageError, HugeImageError, NarrowImageError, load_rgb
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
 from training.data.faults import BadSample
 from training.data.images import PictureReader
@@ -104,13 +103,15 @@ def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
     Raises:
         BadSample: no image, or one that can't be decoded.
     """
-    suffix = next((s for s in IMAGE_SUFFIXES if s in raw.files), None)
-    if suffix is None and raw.image_path is None:
+    image = raw.image_path if raw.image is None else raw.image
+    if image is None:
         raise BadSample("no image")
     try:
-        return decode(raw.image_path if suffix is None else raw.files[suffix])
+        return decode(image)
     except HugeImageError as error:
         raise BadSample("image too large") from error
+    except NarrowImageError as error:
+        raise BadSample("image too narrow") from error
     except BrokenImageError as error:
         raise BadSample("broken image") from error
 

@@ -57,6 +57,11 @@ class RawSample:
     fault: str | None = None
     features: np.ndarray | None = None
 
+    @property
+    def image(self) -> bytes | None:
+        """The content of the image file; None if there is none."""
+        return next((self.files[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.files), None)
+
 
 class Part(NamedTuple):
     """A shard, or a stretch of a table: `read` yields its samples in the order they lie there.

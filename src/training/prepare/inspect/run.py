@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataloaders.tar import IMAGE_SUFFIXES
+from dataloaders.images import BrokenImageError, HugeImageError, NarrowImageError, check_shape, load_rgb
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
 from training.data.faults import BadSample
 from training.data.reader import read_image, read_record
@@ -127,16 +127,21 @@ def _count_shard(task: Task) -> tuple[str, Counts]:
 def _look_at(sample: RawSample, task: Task) -> tuple[dict, tuple[int, int]]:
     """Returns (record, image size); raises BadSample with training's kinds of fault."""
     record = read_record(sample)
-    suffix = next((s for s in IMAGE_SUFFIXES if s in sample.files), None)
-    if suffix is None or task.read_images:
-        return record, read_image(sample).size
+    return record, read_image(sample, _size_of if not task.read_images else lambda image: load_rgb(image).size)
+
+
+def _size_of(content: bytes) -> tuple[int, int]:
+    """The size that an image's header states; raises as `load_rgb` where the header tells."""
     try:
-        with Image.open(io.BytesIO(sample.files[suffix])) as image:
-            return record, image.size
+        with Image.open(io.BytesIO(content)) as image:
+            check_shape(image)
+            return image.size
     except Image.DecompressionBombError as error:
-        raise BadSample("image too large") from error
+        raise HugeImageError(str(error)) from error
+    except NarrowImageError:
+        raise
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadSample("broken image") from error
+        raise BrokenImageError(str(error)) from error
 
 
 def _captions(record: dict, keys: tuple[str, ...]) -> dict[str, str]:
@@ -151,8 +156,7 @@ def _note(counts: Counts, hashes: dict[str, list[int]], sample: RawSample, recor
     hashes["key"].append(url_hash(sample.key))
     if isinstance(record.get("url"), str):
         hashes["url"].append(url_hash(record["url"]))
-    content = next(sample.files[s] for s in IMAGE_SUFFIXES if s in sample.files)
-    hashes["image"].append(int.from_bytes(blake2b(content, digest_size=8).digest(), "big"))
+    hashes["image"].append(int.from_bytes(blake2b(sample.image, digest_size=8).digest(), "big"))
 
 
 def _pick(counts: Counts, sample: RawSample, found: dict[str, str], task: Task) -> None:

@@ -1,0 +1,79 @@
+"""A look at the first samples of a source before a model is built: mistakes in the flags or the data are found now."""
+
+import random
+from collections import Counter
+
+from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions
+from training.data.faults import BadSample
+from training.data.reader import read_image, read_record
+from training.data.shards import Source
+from training.data.tar import BrokenShardError, RawSample
+
+NUM_LOOKED_AT = 100
+
+
+def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
+    """Checks that training can begin.
+
+    Args:
+        source: the samples.
+        rule: captions to look for.
+        spec: what the flag names, for messages.
+
+    Raises:
+        ValueError: no sample, none of the first can be used, or none has the captions asked for.
+    """
+    if not source.num_samples:
+        raise ValueError(f"{spec}: no samples in it")
+    has_short = has_long = num_usable = 0
+    keys, kinds, reasons = set(), Counter(), []
+    for raw in source.read(0, 0, min(NUM_LOOKED_AT, source.num_samples)):
+        try:
+            record = _record(raw)
+            keys |= set(record)
+            short, long = captions_found(record, rule)
+            has_short, has_long = has_short + short, has_long + long
+            choose_captions(record, rule, random.Random(0))
+            if not num_usable and raw.features is None:  # one that can be decoded is enough
+                read_image(raw)
+            num_usable += 1
+        except (BadSample, BrokenShardError, NoCaptionError) as error:
+            kind = error.kind if isinstance(error, BrokenShardError) else str(error)
+            kinds[kind] += 1
+            reasons.append(str(error.__cause__ or error))
+    if not num_usable and set(kinds) != {"no caption"}:
+        raise ValueError(
+            f"{spec}: none of the first {kinds.total()} samples can be read: {_describe(kinds, reasons[0])}"
+        )
+    there = f"the first samples have {', '.join(sorted(keys)) or 'no captions'}"
+    wants_long = rule.num_long_used > 0
+    if not has_short and not (wants_long and has_long):
+        asked = ", ".join((*rule.raw_keys, *rule.short_keys))
+        raise ValueError(f"{spec}: no short caption under {asked} (--raw-caption-keys); {there}")
+    if wants_long and not has_long:
+        raise ValueError(
+            f"{spec}: no long caption under {', '.join(rule.long_keys)} (--long-caption-keys); {there}. "
+            "To train on short captions alone, add --captions raw"
+        )
+
+
+def _record(raw: RawSample | BrokenShardError) -> dict:
+    """The captions of a sample that has an image, too."""
+    if isinstance(raw, BrokenShardError):
+        raise raw
+    record = read_record(raw)
+    if raw.features is None and raw.image_path is None and raw.image is None:
+        raise BadSample("no image")
+    return record
+
+
+def _describe(kinds: Counter, reason: str) -> str:
+    if set(kinds) == {"no image", "no caption"}:
+        return f"{_counts(kinds)}; the files of a sample must lie together in the tar: tar --sort=name"
+    return _counts(kinds) + (f" ({reason})" if reason not in kinds else "")
+
+
+def _counts(kinds: Counter) -> str:
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
