@@ -83,6 +83,9 @@ def run(setting: Setting) -> list[Figure]:
         return {s.key: published.evaluate_set(parts, s, options.batch_size, workers, setting.device) for s in sets}
 
     sides = {"baseline": baseline} | {m: partial(ours, replace(options, image_decoding=m)) for m in MODES}
+    sides["image_cache"] = partial(ours, replace(options, image_cache=str(setting.folder / "cache")))
+    if sides["image_cache"]() != sides["image_cache"]():  # fills it, too
+        raise AssertionError("evaluation: images of the cache give other recalls")
     # Untrained, the model hardly tells pictures apart: other pixels may change any answer.
     results = {mode: sides[mode]() for mode in MODES}
     check_recalls(sets, results["exact"], baseline())
@@ -97,6 +100,8 @@ def run(setting: Setting) -> list[Figure]:
     for mode in MODES:
         suffix, flag = ("", "") if mode == "exact" else (f"_{mode}", f", --image-decoding {mode}")
         figures.append(_figure(f"evaluation{suffix}", title + flag, seconds["baseline"], seconds[mode], facts))
+    kept = f"{title}, --image-cache, second run, against the same without"
+    figures.append(_figure("evaluation_image_cache", kept, seconds["exact"], seconds["image_cache"], facts))
     if not setting.on_gpu and not setting.quick:
         figures.append(_over_processes(setting, name, sets, seconds["exact"]))
     return figures

@@ -11,7 +11,7 @@ What comes after a transform's resize (crop, colours, ..) is the transform's own
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from dataloaders.files import EmbeddedImage, ShardMember
-from dataloaders.images import check_shape, load_rgb, to_rgb
+from dataloaders.images import BrokenImageError, check_shape, load_rgb, to_rgb
 
 MODES = ("exact", "fast", "scaled")
 IN_EVALUATION, IN_TRAINING = "exact", "fast"  # where --image-decoding is not given
@@ -57,6 +57,16 @@ class PictureReader:
             BrokenImageError: as `load_rgb`.
         """
         return self.transform(self.decode(source))
+
+    def read(self, sources: Sequence[Source]) -> list[torch.Tensor | BrokenImageError]:
+        """Reads several pictures; returns for each what the transform makes of it, or why it can't be read."""
+        found = []
+        for source in sources:
+            try:
+                found.append(self(source))
+            except BrokenImageError as error:
+                found.append(error)
+        return found
 
     def decode(self, source: Source) -> Image.Image | torch.Tensor:
         """Returns the picture as `transform` takes it, which may be called several times."""
@@ -143,4 +153,5 @@ def pixels_needed(transform: Callable) -> int | None:
         return math.ceil(2 * max(crops[0].size) / math.sqrt(min(crops[0].scale)))
     if not steps or any("random" in type(step).__name__.lower() for step in steps):
         return None
-    return 2 * max(transform(Image.new("RGB", (64, 64))).shape[-2:])
+    made = transform(Image.new("RGB", (64, 64)))
+    return 2 * max(made.size if isinstance(made, Image.Image) else made.shape[-2:])

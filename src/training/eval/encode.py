@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dataloaders.images import BrokenImageError
 from training.data.images import PictureReader
+from training.eval.image_cache import CachedReader
 from training.model.locking import image_encoder_without_head
 from training.model.text_encoder import cut_padding, text_encoder
 from training.model.truncation import tokenise_and_count_lost
@@ -34,7 +35,8 @@ class ComputeOptions:
         precision: by open_clip's names.
         sort_texts: put captions of about the same length into a batch, and pad it to its longest only.
         text_batch_size: captions per step; None takes `batch_size`.
-        image_decoding: one of `pictures.MODES`.
+        image_decoding: one of `data.images.MODES`.
+        image_cache: folder of pixels, see `image_cache`.
     """
 
     batch_size: int = 64
@@ -43,6 +45,7 @@ class ComputeOptions:
     sort_texts: bool = True
     text_batch_size: int | None = None
     image_decoding: str = "exact"
+    image_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,23 +73,26 @@ class Batch(NamedTuple):
 
 
 class ImageBatches(Dataset):
-    """Item b: the pixels [n, 3, H, W] of the readable files among `batches[b]`."""
+    """Item b: the pixels [n, 3, H, W] of the readable files among `batches[b]`.
 
-    def __init__(self, paths: Sequence[Path], pictures: PictureReader, batches: list[list[int]]):
-        self.paths, self.pictures, self.batches = paths, pictures, batches
+    Args:
+        paths: all files.
+        read: files -> per file its pixels, or why it can't be read.
+        batches: positions in `paths`.
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable, batches: list[list[int]]):
+        self.paths, self.read, self.batches = paths, read, batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> Batch:
-        pixels, positions, broken = [], [], {}
-        for position in self.batches[number]:
-            try:
-                pixels.append(self.pictures(self.paths[position]))
-                positions.append(position)
-            except BrokenImageError as error:
-                broken[position] = str(error)
-        return Batch(positions, torch.stack(pixels) if pixels else None, broken, 0)
+        found = dict(zip(self.batches[number], self.read([self.paths[p] for p in self.batches[number]])))
+        broken = {position: str(error) for position, error in found.items() if isinstance(error, BrokenImageError)}
+        positions = [position for position in found if position not in broken]
+        pixels = torch.stack([found[position] for position in positions]) if positions else None
+        return Batch(positions, pixels, broken, 0)
 
 
 class TextBatches(Dataset):
@@ -135,7 +141,10 @@ def encode_images(
         FloatingPointError: the model returned NaN or infinity.
     """
     batches = _own_batches(range(len(paths)), env, options.batch_size)
-    dataset = ImageBatches(paths, PictureReader(preprocess, options.image_decoding), batches)
+    reader = PictureReader(preprocess, options.image_decoding)
+    if options.image_cache:
+        reader = CachedReader(options.image_cache, preprocess, options.image_decoding)
+    dataset = ImageBatches(paths, reader.read, batches)
     tower = image_encoder_without_head(model) if without_head else model.encode_image
     return _encode(tower, dataset, len(paths), "image", env, options, allow_broken)
 

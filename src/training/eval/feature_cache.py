@@ -27,12 +27,6 @@ FORMAT = 2  # of what is kept; a change makes old files unknown
 NAME = "features.safetensors"
 
 
-def image_key(path: Path) -> bytes:
-    """Tells picture files apart: by place, size and time of change."""
-    status = path.stat()
-    return sha256(f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()).digest()
-
-
 def text_key(text: str) -> bytes:
     """Tells captions apart."""
     return sha256(text.encode("utf-8", "surrogatepass")).digest()

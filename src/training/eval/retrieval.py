@@ -14,7 +14,8 @@ from dataloaders.images import BrokenImageError
 from dataloaders.pairs import ClassificationSet, FoundImages, RetrievalSet, describe_missing, find_images
 from dataloaders.registry import benchmarks, destination
 from training.eval.encode import ComputeOptions, Encoding, encode_images, encode_texts
-from training.eval.feature_cache import image_key, open_caches, text_key
+from training.eval.feature_cache import open_caches, text_key
+from training.eval.image_cache import image_key
 from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.model.factory import EncoderParts
 from training.model.locking import apply_linear_head

@@ -98,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> int:
                 outcome = _measure(args, parts, plan.work, env)
         except (BrokenImageError, FloatingPointError) as error:
             return fail(error, 1, env)
-        except ValueError as error:  # the cache
+        except (ValueError, OSError) as error:  # a cache
             return fail(error, 2, env)
         if env.is_main:
             _report(args, plan, outcome, env, time.monotonic() - start)
@@ -142,6 +142,7 @@ def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork,
         args.text_packing != "padded",
         args.text_batch_size,
         args.image_decoding or IN_EVALUATION,
+        args.image_cache,
     )
     images, texts, ranked, lengths, diagnostics = None, None, [], None, None
     questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)

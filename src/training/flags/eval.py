@@ -50,7 +50,8 @@ EFFECTS: Effects = (
     (_RETRIEVAL, " ".join(INSIGHT_FLAGS)),
     (EVALUATION, "--features"),
     (_FIXED_WEIGHTS, "--feature-cache"),
-    (_NO_FEATURES, "--feature-cache"),
+    (_NO_FEATURES, "--feature-cache --image-cache"),
+    (Condition("without a benchmark", lambda args: has_benchmark(args)), "--image-cache"),
     *((_needs(flags), o.flag) for o, flags in options_of(benchmarks()).items() if not o.of_training),
     (Condition("without a benchmark", lambda args: has_benchmark(args)), "--allow-missing"),
 )
@@ -105,6 +106,12 @@ def _add_reading_args(group: argparse._ArgumentGroup) -> None:
         "--feature-cache",
         metavar="DIR",
         help="keep features there, and encode only what is not there yet for the same weights and preprocessing",
+    )
+    group.add_argument(
+        "--image-cache",
+        metavar="DIR",
+        help="keep decoded and resized images there (147 KiB each at 224 pixels), equal to the last bit, for every "
+        "model of the same image size",
     )
     group.add_argument(
         "--allow-missing",

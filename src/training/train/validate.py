@@ -117,6 +117,7 @@ def evaluate_benchmarks(
         args.precision,
         args.text_packing != "padded",
         image_decoding=args.image_decoding or IN_EVALUATION,
+        image_cache=args.image_cache,
     )
     records = evaluate_retrieval(parts, work, env, options, args.allow_missing) if work.sets else []
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)

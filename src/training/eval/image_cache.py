@@ -1,0 +1,124 @@
+"""Decoded and resized images kept on disk, so that the next model of the same size reads pixels instead of files.
+
+    DIR/READING/BATCH.safetensors    pixels [n, H, W, 3] uint8, key [n, 32] (SHA-256 of each image file's identity)
+
+READING is a hash of what makes bytes of a file: the steps of the transform before it turns an image into a tensor, the
+decoding, and the versions of the libraries that do it. The steps after them (scaling, normalisation) are done each
+time, on the bytes that they would have had: results are equal to the last bit, and models that normalise differently
+share.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torchvision import transforms
+
+from dataloaders.files import EmbeddedImage, ShardMember
+from dataloaders.images import BrokenImageError
+from training.data.images import PictureReader, Source
+from training.runtime.files import whole_file
+
+FORMAT = 1
+
+
+def image_key(path: Path | ShardMember | EmbeddedImage) -> bytes:
+    """Identifies an image file by place, size and time of change."""
+    status = path.stat()
+    return sha256(f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()).digest()
+
+
+class CachedReader:
+    """Reads image files through a transform, and keeps their pixels.
+
+    Several processes may use one folder: files are only added, each whole.
+
+    Args:
+        folder: ``--image-cache``.
+        transform: PIL image -> [3, H, W], with torchvision's ToTensor among its steps.
+        mode: one of `data.images.MODES`.
+
+    Raises:
+        ValueError: a transform that can't be divided, or a file of the cache that can't be read.
+    """
+
+    def __init__(self, folder: str | Path, transform: Callable, mode: str):
+        before, self.after = split_at_tensor(transform)
+        self.reader = PictureReader(before, mode)
+        noise = torch.randint(0, 256, (401, 613, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        reading = {
+            "format": FORMAT,
+            "pixels": sha256(np.asarray(before(Image.fromarray(noise.numpy()))).tobytes()).hexdigest(),
+            "decoding": mode,
+            "versions": [version(name) for name in ("pillow", "torchvision")],
+        }
+        self.folder = Path(folder) / sha256(json.dumps(reading).encode()).hexdigest()[:32]
+        self.place: dict[bytes, tuple[Path, int]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._learn(path)
+
+    def _learn(self, path: Path) -> None:
+        try:
+            with safe_open(path, "numpy") as file:
+                keys = file.get_tensor("key")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"--image-cache: {path} can't be read ({error}); remove it") from error
+        self.place |= {key.tobytes(): (path, row) for row, key in enumerate(keys)}
+
+    def read(self, sources: Sequence[Source]) -> list[torch.Tensor | BrokenImageError]:
+        """Reads image files, and keeps those that are not kept yet.
+
+        Returns:
+            Per file what the transform makes of it, or why it can't be read.
+        """
+        found, new = [], {}
+        for source in sources:
+            key = image_key(source)
+            try:
+                if key in self.place:
+                    pixels = self._kept(*self.place[key])
+                else:
+                    pixels = new[key] = np.asarray(self.reader(source))
+            except BrokenImageError as error:
+                found.append(error)
+                continue
+            found.append(self.after(Image.fromarray(pixels)))
+        if new:
+            self._keep(new)
+        return found
+
+    def _kept(self, path: Path, row: int) -> np.ndarray:
+        with safe_open(path, "numpy") as file:
+            return file.get_slice("pixels")[row]
+
+    def _keep(self, new: dict[bytes, np.ndarray]) -> None:
+        content = {
+            "pixels": torch.from_numpy(np.stack(list(new.values()))),
+            "key": torch.from_numpy(np.frombuffer(b"".join(new), dtype=np.uint8).reshape(-1, 32).copy()),
+        }
+        path = self.folder / f"{sha256(b''.join(new)).hexdigest()[:32]}.safetensors"
+        with whole_file(path) as temporary:
+            save_file(content, temporary)
+        self._learn(path)
+
+
+def split_at_tensor(transform: Callable) -> tuple[Callable, Callable]:
+    """Returns the steps of a transform up to the image of its final size, and those from ToTensor on.
+
+    Raises:
+        ValueError: it has no such steps.
+    """
+    steps = list(getattr(transform, "transforms", []))
+    places = [n for n, step in enumerate(steps) if isinstance(step, transforms.ToTensor)]
+    if not places:
+        raise ValueError(
+            f"--image-cache: no step of this model's preprocessing is ToTensor ({transform}); leave it out"
+        )
+    return transforms.Compose(steps[: places[0]]), transforms.Compose(steps[places[0] :])

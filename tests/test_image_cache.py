@@ -1,0 +1,90 @@
+"""--image-cache: the same features to the last bit, shared by models of one size, never used for another image."""
+
+import itertools
+import os
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+
+from dataloaders.images import BrokenImageError
+from dataloaders.own_pairs import read_shard_pairs
+from eval_files import write_image, write_shard
+from training.data.images import MODES, PictureReader
+from training.eval.image_cache import CachedReader
+from training.main import main
+
+
+def transform(size=32, mode="shortest", mean=open_clip.OPENAI_DATASET_MEAN):
+    return image_transform_v2(PreprocessCfg(size=size, resize_mode=mode, mean=mean), is_train=False)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return [write_image(tmp_path / "images" / f"{n}.jpg", n) for n in range(5)]
+
+
+@pytest.mark.parametrize(("resize", "mode"), list(itertools.product(("shortest", "longest", "squash"), MODES)))
+def test_pixels_are_equal_when_kept_and_when_read_back(tmp_path, files, resize, mode):
+    for _ in range(2):
+        cached = CachedReader(tmp_path / "cache", transform(mode=resize), mode)
+        for plain, kept in zip(PictureReader(transform(mode=resize), mode).read(files), cached.read(files)):
+            assert torch.equal(plain, kept)
+
+
+def test_what_is_kept_is_not_read_again_and_a_changed_file_is(tmp_path, files):
+    CachedReader(tmp_path / "cache", transform(), "exact").read(files)
+    whole, status = files[0].read_bytes(), files[0].stat()
+    other_mean = transform(mean=(0.1, 0.2, 0.3))
+    wanted = PictureReader(other_mean).read(files)
+    files[0].write_bytes(bytes(len(whole)))  # no image any more, of the same size ..
+    os.utime(files[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # .. and time
+    again = CachedReader(tmp_path / "cache", other_mean, "exact").read(files)
+    assert all(map(torch.equal, again, wanted))  # another normalisation of the pixels that were kept
+    assert isinstance(CachedReader(tmp_path / "cache", transform(size=40), "exact").read(files)[0], BrokenImageError)
+    os.utime(files[0])
+    found = CachedReader(tmp_path / "cache", transform(), "exact").read(files)
+    assert isinstance(found[0], BrokenImageError) and torch.is_tensor(found[1])
+
+
+def test_members_of_shards_are_told_apart(tmp_path):
+    s = read_shard_pairs(str(write_shard(tmp_path / "a.tar")), ("caption",), "raw")
+    for _ in range(2):
+        kept = CachedReader(tmp_path / "cache", transform(), "exact").read(s.image_paths)
+        assert all(map(torch.equal, kept, PictureReader(transform()).read(s.image_paths)))
+    assert len({pixels.numpy().tobytes() for pixels in kept}) == 4
+
+
+def urban(root):
+    for number in range(8):
+        write_image(root / "image" / f"{number}.jpg", number)
+        (root / "caption").mkdir(exist_ok=True)
+        (root / "caption" / f"{number}.txt").write_text(f"Street {number} with {number} cars.")
+    return root
+
+
+def test_evaluations_share_a_cache_and_agree_by_loader_processes_too(tmp_path, tiny_clip):
+    argv = ["--urban1k-retrieval", str(urban(tmp_path / "Urban1k")), "--model", tiny_clip, "--device", "cpu"]
+    argv += ["--save-features", "--logs", str(tmp_path / "logs"), "--batch-size", "3"]
+    features = []
+    for name, workers in (("plain", "0"), ("first", "1"), ("second", "0")):
+        flags = [] if name == "plain" else ["--image-cache", str(tmp_path / "cache")]
+        assert main([*argv, "--name", name, "--workers", workers, *flags]) == 0
+        (file,) = (tmp_path / "logs" / name / "features").glob("*.npz")
+        features.append(np.load(file)["image_features"])
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 3  # a file for each batch, none twice
+    assert (features[0] == features[1]).all() and (features[0] == features[2]).all()
+
+
+def test_broken_caches_and_other_preprocessing_are_usage_errors(tmp_path, tiny_clip, capsys):
+    argv = ["--urban1k-retrieval", str(urban(tmp_path / "Urban1k")), "--model", tiny_clip, "--device", "cpu"]
+    argv += ["--logs", str(tmp_path / "logs"), "--workers", "0", "--image-cache", str(tmp_path / "cache")]
+    assert main(argv) == 0
+    (file,) = (tmp_path / "cache").glob("*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert main(argv) == 2
+    assert "can't be read" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no step of this model's preprocessing is ToTensor"):
+        CachedReader(tmp_path, lambda image: image, "exact")
