@@ -65,7 +65,7 @@ def load_rgb(path: str | Path | ShardMember | EmbeddedImage | bytes, at_least: i
     if isinstance(path, (ShardMember, EmbeddedImage)):
         file = path.open()
     elif isinstance(path, bytes):
-        name, file = "picture", io.BytesIO(path)
+        name, file = "image", io.BytesIO(path)
     try:
         with Image.open(file) as image:
             check_shape(image)

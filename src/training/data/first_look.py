@@ -40,11 +40,11 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
         except (BadSample, BrokenShardError, NoCaptionError) as error:
             kind = error.kind if isinstance(error, BrokenShardError) else str(error)
             kinds[kind] += 1
-            reasons.append(str(error.__cause__ or error))
+            where = "" if isinstance(raw, BrokenShardError) else f"{raw.source}/{raw.key}: "
+            reasons.append(f"{where}{error.__cause__ or kind}" if where else str(error))
     if not num_usable and set(kinds) != {"no caption"}:
-        raise ValueError(
-            f"{spec}: none of the first {kinds.total()} samples can be read: {_describe(kinds, reasons[0])}"
-        )
+        found = _describe(kinds, reasons[0])
+        raise ValueError(f"{spec}: none of the first {kinds.total()} samples can be read: {found}")
     there = f"the first samples have {', '.join(sorted(keys)) or 'no captions'}"
     wants_long = rule.num_long_used > 0
     if not has_short and not (wants_long and has_long):
@@ -70,7 +70,7 @@ def _record(raw: RawSample | BrokenShardError) -> dict:
 def _describe(kinds: Counter, reason: str) -> str:
     if set(kinds) == {"no image", "no caption"}:
         return f"{_counts(kinds)}; the files of a sample must lie together in the tar: tar --sort=name"
-    return _counts(kinds) + (f" ({reason})" if reason not in kinds else "")
+    return f"{_counts(kinds)} ({reason})"
 
 
 def _counts(kinds: Counter) -> str:

@@ -25,7 +25,7 @@ from training.data.shards import (
     Source,
     count_samples,
     expand_sources,
-    known_sizes,
+    trusted_sizes,
 )
 from training.data.tables import TableSource, read_tables
 from training.runtime.distributed import DistEnv, agree, together
@@ -93,7 +93,7 @@ def open_source(
             factors = _factors(args.train_data_upsampling_factors, len(sources))
             urls = [url for shards in sources for url in shards]
             weights = [factor for factor, shards in zip(factors, sources) for _ in shards]
-            sizes = known_sizes(urls)
+            sizes = trusted_sizes(urls)
             unknown = [url for url, size in zip(urls, sizes) if size is None and not is_local(url)]
             if unknown:
                 logger.warning(

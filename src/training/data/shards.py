@@ -12,7 +12,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
 
@@ -23,6 +23,8 @@ from training.data.features import SUFFIX as FEATURES
 from training.data.features import count_features, feature_files, is_feature_folder, read_features
 from training.data.position import SHUFFLE_WINDOW
 from training.data.tar import BrokenShardError, Part, RawSample, index_shard, read_samples, read_sizes
+
+MAX_CHECKED_BYTES = 1 << 28  # of shards whose samples are counted to check sizes.json
 
 
 class Source(Protocol):
@@ -85,7 +87,7 @@ class ShardSource:
             begin = ends[place] - size
             if begin >= stop:
                 return
-            yield from read_exactly(url, max(start - begin, 0), min(stop - begin, size))
+            yield from read_exactly(url, max(start - begin, 0), min(stop - begin, size), size)
 
 
 class ResampledShards:
@@ -144,8 +146,8 @@ class ResampledShards:
             if skip >= num_items:
                 skip -= num_items
                 continue
-            yield from read_exactly(url, min(first + skip, size), size)
-            yield from read_exactly(url, max(first + skip - size, 0), first)
+            yield from read_exactly(url, min(first + skip, size), size, size)
+            yield from read_exactly(url, max(first + skip - size, 0), first, size)
             if fault:
                 yield BrokenShardError(fault)
             skip = 0
@@ -171,16 +173,30 @@ def _local_extent(url: str) -> tuple[int | None, str | None]:
     return None, None
 
 
-def read_exactly(url: str, first: int, stop: int) -> Iterator[RawSample | BrokenShardError]:
-    """Yields stop - first items of a shard; where it breaks off or is shorter, the reason in place of each sample."""
+def read_exactly(url: str, first: int, stop: int, size: int) -> Iterator[RawSample | BrokenShardError]:
+    """Yields stop - first items of a shard; where it breaks off or is shorter, the reason in place of each sample.
+
+    Args:
+        url: the shard.
+        first, stop: sample numbers.
+        size: samples that it is said to hold; more of them are reported once per process.
+    """
     fault = BrokenShardError(f"{url}: fewer samples than sizes.json counts")
     try:
-        for sample in read_shard(url, first, stop):
+        for sample in read_shard(url, first, None if stop == size else stop):
+            if first == stop:
+                _report_more(url, size)
+                return
             yield sample
             first += 1
     except BrokenShardError as error:
         fault = error
     yield from itertools.repeat(fault, stop - first)
+
+
+@cache
+def _report_more(url: str, size: int) -> None:
+    logging.warning(f"{url}: holds more than the {size:,} samples that sizes.json counts; the others are never read")
 
 
 def read_shard(url: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
@@ -247,19 +263,38 @@ def known_sizes(urls: Sequence[str]) -> list[int | None]:
     return [sizes.get(os.path.dirname(url), {}).get(os.path.basename(url)) for url in urls]
 
 
+def trusted_sizes(urls: Sequence[str]) -> list[int | None]:
+    """Returns `known_sizes`, after a count of the smallest local shards, `MAX_CHECKED_BYTES` in all.
+
+    Raises:
+        ValueError: ``sizes.json`` counts too few samples in a shard: the others would never be seen.
+    """
+    known = known_sizes(urls)
+    counted = sorted((os.path.getsize(url), url, size) for url, size in zip(urls, known) if size and is_local(url))
+    ends = itertools.accumulate(num_bytes for num_bytes, _, _ in counted)
+    for (_, url, size), end in zip(counted, ends):
+        if end > MAX_CHECKED_BYTES:
+            break
+        found = len(index_shard(url).offsets)
+        if found > size:
+            path = os.path.join(os.path.dirname(url), "sizes.json")
+            raise ValueError(f"{path}: counts {size:,} samples in {url}, where {found:,} are; remove or correct it")
+    return known
+
+
 def count_samples(urls: Sequence[str]) -> list[int]:
     """Counts the samples of shards: from ``sizes.json`` beside them, else from the headers of local files.
 
     A shard that breaks off counts as far as it goes, with a warning.
 
     Raises:
-        ValueError: a remote shard that no sizes.json counts, or a local one that is no tar file.
+        ValueError: a remote shard that no sizes.json counts, a local one that is no tar file, or a wrong sizes.json.
     """
     if all(url.endswith(FEATURES) for url in urls):
         return [count_features(url) for url in urls]
     if all(url.endswith(COLUMNAR) for url in urls):
         return [count_rows(url) for url in urls]
-    known = known_sizes(urls)
+    known = trusted_sizes(urls)
     unknown = [url for url, size in zip(urls, known) if size is None]
     remote = [url for url in unknown if not is_local(url)]
     if remote:

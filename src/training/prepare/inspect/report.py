@@ -80,6 +80,10 @@ def describe(report: dict) -> str:
     """The table for a terminal."""
     lines = [f"{report['samples']:,} samples in {report['shards']:,} shards, {report['usable']:,} usable"]
     lines.append(f"bad: {format_counts(report['bad'])}")
+    if report["miscounted"]:
+        url, counts = next(iter(report["miscounted"].items()))
+        there = f"{counts['samples']:,} in {url}, where it counts {counts['sizes.json']:,}"
+        lines.append(f"sizes.json is wrong for {len(report['miscounted']):,} shards: {there}")
     lines.append(f"duplicates: {format_counts({f'by {k}': n for k, n in report['duplicates'].items()})}")
     if report["image_width"]:
         sizes = [" .. ".join(f"{v:,}" for v in report[name].values()) for name in ("image_width", "image_height")]

@@ -19,7 +19,7 @@ from dataloaders.images import BrokenImageError, HugeImageError, NarrowImageErro
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
 from training.data.faults import BadSample
 from training.data.reader import read_image, read_record
-from training.data.shards import expand_sources
+from training.data.shards import expand_sources, known_sizes
 from training.data.tar import BrokenShardError, RawSample, read_samples
 from training.model.factory import get_tokenizer
 from training.model.truncation import count_tokens
@@ -75,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
             total.add(counts, args.show)
             by_shard[url] = counts.samples, sum(counts.bad[kind] for kind in ("broken shard", "unreachable shard"))
     broken = [url for url in urls if by_shard[url][1]]
+    said = {url: size for url, size in zip(urls, known_sizes(urls)) if size not in (None, by_shard[url][0])}
     report = {"shards": len(urls), "broken_shards": broken} | summarise(total, lengths)
+    report["miscounted"] = {url: {"sizes.json": size, "samples": by_shard[url][0]} for url, size in said.items()}
     report |= {"model": args.model, "context_length": tokenizer.context_length}
     write_json(out / "inspect.json", report)
     write_png(out / "inspect.png", total, lengths)
