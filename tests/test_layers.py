@@ -17,7 +17,7 @@ FLOORS = [
     {"training.model"},
     {"training.eval", "training.prepare"},
     {"training.train"},
-    {"training.export"},
+    {"training.export", "training.search"},
     {"training"},  # main.py and the other entry points
     {"benchmarks"},
 ]
@@ -58,7 +58,7 @@ def test_imports_point_down():
 
 
 # Imported where they are asked for, and named by a message where they are not installed.
-OPTIONAL = {"wandb", "vllm", "onnx", "onnxscript", "onnxruntime"}
+OPTIONAL = {"wandb", "vllm", "onnx", "onnxscript", "onnxruntime", "usearch"}
 
 
 def declared(*files: str) -> set[str]:

@@ -65,7 +65,7 @@ def write_report(
     shown = [("Recall at k", recall_text, draw_recall(curves)), *figures]
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             heading=heading,
@@ -87,7 +87,8 @@ def write_report(
     return path
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Returns what renders this project's pages; every value is escaped."""
     return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -1,0 +1,1 @@
+"""Searches a folder of images by text or by image."""

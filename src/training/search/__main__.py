@@ -1,0 +1,166 @@
+"""Searches a folder of images by a text of any length that the model reads, or by an image.
+
+    python -m training.search IMAGES --model hf-hub:ORG/REPO --index INDEX --query "A red bicycle leans on a wall. .."
+
+The first call encodes the folder and keeps the vectors in INDEX; later calls encode new and changed files alone, and
+forget those that are gone. A call that is stopped goes on from its last save.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.flags.model import PRECISIONS
+from training.flags.types import not_negative, positive
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.search.encoder import SearchEncoder
+    from training.search.index import FolderContent, ImageIndex
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", metavar="IMAGES", type=Path, help="folder, with all folders below it")
+    parser.add_argument("--index", required=True, type=Path, metavar="DIR", help="where the vectors are kept")
+    group = parser.add_argument_group("what is searched for").add_mutually_exclusive_group()
+    group.add_argument("--query", metavar="TEXT", help="a text, in quotes")
+    group.add_argument("--image", type=Path, metavar="FILE", help="an image file")
+    group = parser.add_argument_group("results")
+    group.add_argument("--top", type=positive, default=20, metavar="N", help="images shown (default: %(default)s)")
+    group.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
+    group.add_argument("--export", type=Path, metavar="FILE", help="write paths and vectors of all images: .parquet")
+    group = parser.add_argument_group("model, as in training.main")
+    group.add_argument("--model", required=True, metavar="NAME", help="a name, local-dir:, hf-hub: or hf:")
+    group.add_argument("--pretrained", metavar="TAG|FILE", help="weights")
+    group.add_argument("--cache-dir", metavar="DIR", help="where weights and tokenizers are looked up first")
+    group.add_argument("--num-corner-tokens", type=not_negative, metavar="M", help="of the model, if not its config's")
+    group.add_argument("--context-length", type=positive, metavar="L", help="of the model, if not its config's")
+    group.add_argument("--precision", default="fp32", choices=PRECISIONS, metavar="P", help="default: %(default)s")
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--device", metavar="DEV", help="cuda, cpu, .. (default: cuda if there is one)")
+    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per step")
+    group.add_argument("--workers", type=not_negative, default=4, metavar="N", help="processes that read images")
+    group.add_argument(
+        "--save-every",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="images between two saves of the index: what a stopped call may lose (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 for a usage error."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        _search(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
+def _search(args: argparse.Namespace) -> None:
+    _check(args)
+    from training.search.encoder import SearchEncoder
+    from training.search.index import ImageIndex, index_path, list_images
+
+    folder = list_images(args.images)
+    encoder = SearchEncoder(args)
+    model, preprocess = encoder.parts.model, encoder.parts.preprocess
+    index = ImageIndex(index_path(args.index, args.images, model, preprocess, {"precision": args.precision}))
+    _update(index, folder, encoder, args.save_every)
+    if args.export:
+        _export(index, folder, args.export)
+        print(f"Vectors: {args.export}")
+    if args.query is None and args.image is None:
+        return
+    query, note = encoder.text(args.query) if args.image is None else (encoder.image(args.image), "")
+    if note:
+        print(note)
+    _answer(args, index, folder, query)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Finds out what is wrong with the command before anything is read.
+
+    Raises:
+        ValueError, FileNotFoundError: the message names the flag.
+    """
+    if args.query is not None and not args.query.strip():
+        raise ValueError("--query: an empty text")
+    if args.image and not args.image.is_file():
+        raise FileNotFoundError(f"--image {args.image}: no such file")
+    if args.export and args.export.suffix != ".parquet":
+        raise ValueError(f"--export {args.export}: expected a name that ends with .parquet")
+    if args.html and args.query is None and args.image is None:
+        raise ValueError("--html needs --query or --image")
+
+
+def _update(index: "ImageIndex", folder: "FolderContent", encoder: "SearchEncoder", save_every: int) -> None:
+    """Brings the index in step with the folder and prints what became of every file."""
+
+    def report(done: int, total: int) -> None:
+        print(f"Encoded {done:,} of {total:,} new images; saved.", flush=True)
+
+    added, removed, broken = index.update(folder.images, encoder.images, save_every, report)
+    if not len(index):
+        raise ValueError(f"no readable image: {next(iter(broken.values()))}")
+    print(f"Index: {len(index):,} images ({added:,} new, {removed:,} removed) in {index.path}")
+    if broken:
+        print(f"Unreadable and left out: {len(broken):,} files")
+        print("\n".join(f"  {reason}" for reason in list(broken.values())[:10]))
+    if folder.others:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in folder.others.most_common(5))
+        print(f"Not images, left out: {folder.others.total():,} files ({kinds})")
+
+
+def _answer(args: argparse.Namespace, index: "ImageIndex", folder: "FolderContent", query: "torch.Tensor") -> None:
+    from tabulate import tabulate
+
+    start = time.perf_counter()
+    found = index.search(query, args.top)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    results = [(folder.images[key], score) for key, score in found]
+    how = "every vector compared" if index.is_exact else "approximate, by usearch's graph"
+    print(f"Search: {milliseconds:.1f} ms ({how})\n")
+    rows = [(number, f"{score:.4f}", str(path)) for number, (path, score) in enumerate(results, start=1)]
+    print(tabulate(rows, headers=["", "score", "image"], disable_numparse=True, colalign=["right", "right", "left"]))
+    if args.html:
+        from training.search.page import write_page
+
+        facts = {"model": args.model, "images": f"{len(index):,}", "folder": str(args.images)}
+        query_shown = args.query if args.image is None else args.image
+        write_page(args.html, query_shown, results, args.images, facts)
+        print(f"\nPage: {args.html}")
+
+
+def _export(index: "ImageIndex", folder: "FolderContent", path: Path) -> None:
+    """Writes columns ``path`` and ``vector`` (float32, of length 1), a row for each image."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from training.runtime.files import whole_file
+
+    known = index.keys
+    keys = [key for key in folder.images if key in known]
+    vectors = index.vectors(keys)
+    column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), vectors.shape[1])
+    table = pyarrow.table({"path": [str(folder.images[key]) for key in keys], "vector": column})
+    with whole_file(path) as temporary:
+        parquet.write_table(table, temporary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

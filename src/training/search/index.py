@@ -1,0 +1,187 @@
+"""The vectors of a folder's images on disk, kept in step with the folder.
+
+    DIR/READING/images.usearch    one vector of each image file, float16, in usearch's format
+
+READING is a hash of the folder, the image tower and all that its pixels pass through before, so that vectors of
+different models never meet. A vector's key is a hash of its file's path, size and time of change. The keys alone tell
+which files are new, changed or gone, so no second file has to agree with this one after a crash.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataloaders.tar import IMAGE_SUFFIXES
+from training.eval.encode import Encoding
+from training.eval.image_cache import image_key
+from training.model.fingerprint import fingerprint, preprocessing_fingerprint
+from training.runtime.files import whole_file
+
+FORMAT = 1
+FILE = "images.usearch"
+SUFFIXES = {f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "bmp", "gif", "tif", "tiff")}
+EXACT_UP_TO = 200_000  # images; above, usearch's graph is searched instead of every vector
+_EXPANSION = 512  # of the graph: how many candidates a search holds
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """What lies in a folder.
+
+    Attributes:
+        images: key of each image file -> its path, in the order of paths.
+        others: suffix -> number of files that are no images by their name.
+    """
+
+    images: dict[int, Path]
+    others: Counter
+
+
+def list_images(folder: Path) -> FolderContent:
+    """Lists the image files below a folder. Hidden files and folders are passed over.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no image file in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"IMAGES {folder}: no such folder")
+    images, others = {}, Counter()
+    for place, folders, names in os.walk(folder, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
+            if path.suffix.lower() not in SUFFIXES or not path.is_file():
+                others[path.suffix.lower() or path.name] += 1
+            else:
+                images.setdefault(int.from_bytes(image_key(path)[:8], "big"), path)
+    if not images:
+        raise ValueError(f"IMAGES {folder}: no image file there ({', '.join(sorted(SUFFIXES))})")
+    return FolderContent(images, others)
+
+
+def index_path(index: Path, images: Path, model: torch.nn.Module, preprocess: Callable, reading: dict) -> Path:
+    """Returns the file that holds the vectors of one folder by one image tower.
+
+    Args:
+        index: ``--index``.
+        images: the folder.
+        model, preprocess: the tower is ``model.visual``.
+        reading: what else features depend on (precision, image decoding): plain values.
+    """
+    own = {"format": FORMAT, "images": str(images.resolve()), **reading}
+    own |= {"tower": fingerprint(model.visual), "preprocessing": preprocessing_fingerprint(preprocess)}
+    return index / sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32] / FILE
+
+
+class ImageIndex:
+    """Vectors by key, searched by cosine.
+
+    Args:
+        path: of `index_path`; read if it is there.
+
+    Raises:
+        ValueError: usearch is not installed, or the file is broken.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            from usearch.index import Index
+        except ImportError as error:
+            raise ValueError("training.search needs one more package: pip install usearch") from error
+        self._make = Index
+        self.path, self._index = path, None
+        if path.is_file():
+            try:
+                # A view reads from the file what a search needs; it can't be changed.
+                self._index = Index.restore(str(path), view=True)
+            except Exception as error:  # usearch's errors have no common base
+                raise ValueError(f"--index: {path} can't be read ({error}); remove it") from error
+            if self._index is None:
+                raise ValueError(f"--index: {path} is not an index of usearch; remove it")
+        self._is_view = True
+
+    def __len__(self) -> int:
+        return 0 if self._index is None else len(self._index)
+
+    @property
+    def keys(self) -> set[int]:
+        """The keys of all vectors."""
+        return set() if self._index is None else set(np.asarray(self._index.keys).tolist())
+
+    def update(
+        self,
+        images: dict[int, Path],
+        encode: Callable[[Sequence[Path]], Encoding],
+        save_every: int,
+        report: Callable[[int, int], None],
+    ) -> tuple[int, int, dict[Path, str]]:
+        """Encodes new and changed files, forgets those that are gone, and saves.
+
+        Args:
+            images: of `list_images`.
+            encode: files -> their features.
+            save_every: files between two saves: what a killed run may have to repeat.
+            report: called after each save with the number of files done and the number to do.
+
+        Returns:
+            Number of vectors added, number removed, and of each unreadable file why.
+        """
+        known = self.keys
+        gone, new = sorted(known - images.keys()), [key for key in images if key not in known]
+        if gone:
+            self._writable(None).remove(np.array(gone, dtype=np.uint64))
+            self._save()
+        broken: dict[Path, str] = {}
+        for start in range(0, len(new), save_every):
+            keys = new[start : start + save_every]
+            paths = [images[key] for key in keys]
+            found = encode(paths)
+            broken |= {paths[position]: reason for position, reason in found.broken.items()}
+            good = [position for position in range(len(keys)) if position not in found.broken]
+            if good:
+                vectors = found.features[good].numpy()
+                self._writable(vectors.shape[1]).add(np.array(keys, dtype=np.uint64)[good], vectors)
+                self._save()
+            report(start + len(keys), len(new))
+        return len(new) - len(broken), len(gone), broken
+
+    def _writable(self, dim: int | None) -> object:
+        if self._index is None:
+            self._index = self._make(ndim=dim, metric="cos", dtype="f16")
+        elif self._is_view:
+            self._index = self._make.restore(str(self.path), view=False)
+        self._is_view = False
+        return self._index
+
+    def _save(self) -> None:
+        with whole_file(self.path) as temporary:
+            self._index.save(str(temporary))
+
+    def search(self, query: torch.Tensor, top: int) -> list[tuple[int, float]]:
+        """Returns the keys of the nearest vectors and their cosines, best first.
+
+        Args:
+            query: [dim], L2-normalised.
+            top: how many; all, if there are fewer.
+        """
+        if not len(self):
+            return []
+        self._index.expansion_search = _EXPANSION
+        found = self._index.search(query.numpy(), min(top, len(self)), exact=self.is_exact)
+        return [(int(key), 1 - float(distance)) for key, distance in zip(found.keys, found.distances)]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a search compares the query with every vector."""
+        return len(self) <= EXACT_UP_TO
+
+    def vectors(self, keys: Sequence[int]) -> np.ndarray:
+        """Returns the vectors [len(keys), dim] float32 of images in the index."""
+        return np.asarray(self._index.get(np.array(keys, dtype=np.uint64), dtype=np.float32))

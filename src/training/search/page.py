@@ -1,0 +1,46 @@
+"""The results of a search as one HTML file that opens from disk, asks no network and runs no script."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from training.eval.report.page import MAX_BYTES, TEMPLATES, environment
+from training.eval.report.thumbnails import make_thumbnails
+from training.runtime.files import whole_file
+
+
+def write_page(
+    path: Path, query: str | Path, results: Sequence[tuple[Path, float]], folder: Path, facts: dict[str, str]
+) -> None:
+    """Writes the page.
+
+    Args:
+        path: the file.
+        query: the text, or the image file.
+        results: image files and their scores, best first.
+        folder: names of images are shown relative to it.
+        facts: name -> value, shown below the heading.
+    """
+    files = [path for path, _ in results]
+    is_image = isinstance(query, Path)
+    thumbnails = make_thumbnails([*files, query] if is_image else files, MAX_BYTES // 2)
+    encoded = [base64.b64encode(thumbnail).decode() for thumbnail in thumbnails]
+    page = (
+        environment()
+        .get_template("search.html.j2")
+        .render(
+            query=str(query),
+            query_image=encoded[-1] if is_image else None,
+            facts=facts,
+            results=[
+                {"name": str(file.relative_to(folder)), "address": file.resolve().as_uri(), "score": f"{score:.4f}"}
+                | {"thumbnail": thumbnail}
+                for (file, score), thumbnail in zip(results, encoded)
+            ],
+            style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        )
+    )
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
