@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -27,6 +28,7 @@ from PIL import Image
 from tabulate import tabulate
 
 import training
+from dataloaders.urban1k import read_urban1k
 
 MODEL = "lotlip_tiny"
 RUNS = {"lotlip": "short and long captions", "short_only": "short captions only"}
@@ -39,6 +41,7 @@ WHOLE = ["--aug-cfg", "scale=1.0,1.0"]
 OFTEN = ["--log-every-n-steps", "10", "--zeroshot-frequency", "2", "--save-frequency", "0"]
 BENCHMARK = "urban1k-retrieval"
 LENGTHS = "10,20,40,77,128"
+NUM_EXAMPLES = 3
 
 
 def main() -> int:
@@ -68,6 +71,7 @@ def main() -> int:
         return code
     summary = {name: measure(out / name, data) for name in RUNS}
     show(out, summary, seconds)
+    show_examples(out, data)
     return 0
 
 
@@ -99,6 +103,33 @@ def measure(run: Path, data: Path) -> dict[str, float]:
     }
 
 
+def show_examples(out: Path, data: Path) -> None:
+    """Prints three long captions with the image that each model finds for them, and where to look next."""
+    pairs = read_urban1k(data / "urban1k")
+    found = {
+        name: find(checkpoint_of(out / name), pairs.image_paths, list(pairs.captions[:NUM_EXAMPLES])) for name in RUNS
+    }
+    print(f"\n{NUM_EXAMPLES} of the 1,000 long captions, and the image that comes first:")
+    for number, (caption, own) in enumerate(zip(pairs.captions, pairs.image_of_caption[:NUM_EXAMPLES])):
+        print(f"\n  {caption}\n    its image: {pairs.image_paths[own]}")
+        for name, ranking in found.items():
+            place = ranking[number].index(own) + 1
+            right = "right" if place == 1 else f"{pairs.image_paths[ranking[number][0]]}; its image is number {place:,}"
+            print(f"    trained on {RUNS[name]}: {right}")
+    print("\nReports with every query, to open in a browser: " + "   ".join(f"{out / n / 'report.html'}" for n in RUNS))
+    print("Your own images next: see README.md, or python -m training.main --help")
+
+
+@torch.inference_mode()
+def find(checkpoint: Path, images: Sequence[Path], captions: Sequence[str]) -> list[list[int]]:
+    """All images for each caption, the most similar first."""
+    model, _, preprocess = training.create_model_and_transforms(MODEL, pretrained=str(checkpoint))
+    pixels = torch.stack([preprocess(Image.open(path)) for path in images])
+    features = torch.cat([model.eval().encode_image(part, normalize=True) for part in pixels.split(200)])
+    texts = model.encode_text(training.get_tokenizer(MODEL)(list(captions)), normalize=True)
+    return (texts @ features.T).argsort(dim=1, descending=True).tolist()
+
+
 @torch.inference_mode()
 def classify(checkpoint: Path, data: Path) -> float:
     """Accuracy of naming each scene's large object by the nearest of 48 short prompts."""
@@ -121,8 +152,7 @@ def show(out: Path, summary: dict[str, dict[str, float]], seconds: float) -> Non
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
     draw_curves(out)
     (out / "summary.json").write_text(json.dumps({**summary, "seconds": round(seconds, 1)}, indent=1) + "\n")
-    print("\nReports, to open in a browser: " + "   ".join(str(out / name / "report.html") for name in RUNS))
-    print(f"Curves: {out / 'curves.png'}   Numbers: {out / 'summary.json'}   Logs, checkpoints: {out}/*/")
+    print(f"\nCurves: {out / 'curves.png'}   Numbers: {out / 'summary.json'}   Logs, checkpoints: {out}/*/")
 
 
 def draw_curves(out: Path) -> None:
