@@ -80,3 +80,23 @@ def test_a_study_that_makes_no_sense_is_refused(change, flags, said, tmp_path):
     study.write_text(STUDY.replace(*change))
     code, _, err = run(study, tmp_path, tmp_path / "out", *flags)
     assert code == 2 and said in err and "Traceback" not in err and not (tmp_path / "out").exists()
+
+
+def test_the_tables_of_the_findings_are_those_of_the_record(monkeypatch):
+    monkeypatch.syspath_prepend(RUN.parent)
+    import report
+
+    root = RUN.parents[2]
+    recorded = json.loads((root / "figures" / "flickr8k.json").read_text())
+    assert report.markdown(recorded) in (root / "docs" / "findings.md").read_text()
+    for run in recorded["runs"]:  # by an average of the test's own
+        same = [r for r in recorded["runs"] if r["arm"] == run["arm"]]
+        values = [
+            r["evaluations"]["long"][k]["t2i"]["top1"] for r in same for k in r["evaluations"]["long"] if k != "lengths"
+        ]
+        row = next(
+            r
+            for r in report.rows(recorded)
+            if (r["arm"], r["evaluation"], r["direction"]) == (run["arm"], "long", "t2i")
+        )
+        assert row["seeds"] == len(same) and row["top1"] == pytest.approx(sum(values) / len(values))

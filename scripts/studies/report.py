@@ -70,11 +70,24 @@ def record(study: dict, out: Path) -> dict:
     runs = [_read_run(path.parent) for path in sorted(out.glob("*-s*/result.json"))]
     order = list(study["arms"])
     runs = sorted((r for r in runs if r["arm"] in order), key=lambda r: (order.index(r["arm"]), r["seed"]))
+    names = _same_names(runs)
     arms = {name: {"title": arm.get("title", name)} for name, arm in study["arms"].items()}
     content = {"title": study["title"], "notes": study.get("notes", []), "baseline": study["baseline"], "arms": arms}
-    content |= {"differences": _differences(study, runs, out), "runs": runs}
+    content |= {"differences": _differences(study, runs, out, names), "runs": runs}
     (out / "study.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
+
+
+def _same_names(runs: list[dict]) -> dict[str, str]:
+    """Gives the same pairs the same name in all runs, whatever their file was called; fingerprint -> name."""
+    names: dict[str, str] = {}
+    for run in runs:
+        for which, evaluation in run["evaluations"].items():
+            run["evaluations"][which] = {
+                key if key == "lengths" else names.setdefault(own["fingerprint"], key): own
+                for key, own in evaluation.items()
+            }
+    return names
 
 
 def _read_run(folder: Path) -> dict:
@@ -82,7 +95,7 @@ def _read_run(folder: Path) -> dict:
     return run | ({"corners": json.loads(corners.read_text())} if corners.exists() else {})
 
 
-def _differences(study: dict, runs: list[dict], out: Path) -> list[dict]:
+def _differences(study: dict, runs: list[dict], out: Path, benchmarks: dict[str, str]) -> list[dict]:
     """Every arm against the baseline, per evaluation, benchmark and direction."""
     from training.eval.metrics import paired_bootstrap
 
@@ -93,24 +106,25 @@ def _differences(study: dict, runs: list[dict], out: Path) -> list[dict]:
     for evaluation in study["evaluate"]:
         hits = {name: _mean_hits(out, name, runs, evaluation) for name in [first, *names]}
         for name in names:
-            for place, (before, owner) in hits[first].items():
-                change = paired_bootstrap(before, hits[name][place][0], owner)
-                where = {"evaluation": evaluation, "benchmark": place[0], "direction": place[1]}
+            for (pairs, direction), (before, owner) in hits[first].items():
+                change = paired_bootstrap(before, hits[name][pairs, direction][0], owner)
+                where = {"evaluation": evaluation, "benchmark": benchmarks[pairs], "direction": direction}
                 found.append({"arm": name, **where, **{k: round(v, 5) for k, v in change._asdict().items()}})
     return found
 
 
 def _mean_hits(out: Path, arm: str, runs: list[dict], evaluation: str) -> dict[tuple[str, str], tuple]:
-    """(benchmark, direction) -> per query the share of the arm's seeds that rank the right answer first, and owners."""
+    """(pairs, direction) -> per query the share of the arm's seeds that rank the right answer first, and owners."""
     from training.eval.report.ranks import read_ranks
 
-    ranks = [read_ranks(out / f"{arm}-s{r['seed']}" / evaluation) for r in runs if r["arm"] == arm]
+    ranks = [read_ranks(out / f"{arm}-s{r['seed']}" / evaluation).values() for r in runs if r["arm"] == arm]
+    by_pairs = [{own.digest: own for own in seed} for seed in ranks]
     return {
-        (key, direction): (
-            np.mean([own[key].top1[direction] for own in ranks], axis=0),
-            ranks[0][key].owner if direction == "t2i" else None,
+        (pairs, direction): (
+            np.mean([seed[pairs].top1[direction] for seed in by_pairs], axis=0),
+            own.owner if direction == "t2i" else None,
         )
-        for key in ranks[0]
+        for pairs, own in by_pairs[0].items()
         for direction in DIRECTIONS
     }
 
