@@ -5,7 +5,7 @@ b mod world_size. So every feature is computed in the same company, and is the s
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +116,14 @@ class TextBatches(Dataset):
         return Batch(self.batches[number], cut_padding(ids, self.pad_id), {}, torch.tensor(lost))
 
 
+def image_batches(preprocess: Callable, paths: Sequence[Path], env: DistEnv, options: ComputeOptions) -> ImageBatches:
+    """Returns this rank's share of image files, read through a transform; arguments as `encode_images`."""
+    reader = PictureReader(preprocess, options.image_decoding)
+    if options.image_cache:
+        reader = CachedReader(options.image_cache, preprocess, options.image_decoding)
+    return ImageBatches(paths, reader.read, _own_batches(range(len(paths)), env, options.batch_size))
+
+
 def encode_images(
     model: torch.nn.Module,
     preprocess: Callable,
@@ -140,11 +148,7 @@ def encode_images(
         BrokenImageError: on all ranks, naming the first unreadable file, unless allowed.
         FloatingPointError: the model returned NaN or infinity.
     """
-    batches = _own_batches(range(len(paths)), env, options.batch_size)
-    reader = PictureReader(preprocess, options.image_decoding)
-    if options.image_cache:
-        reader = CachedReader(options.image_cache, preprocess, options.image_decoding)
-    dataset = ImageBatches(paths, reader.read, batches)
+    dataset = image_batches(preprocess, paths, env, options)
     tower = image_encoder_without_head(model) if without_head else model.encode_image
     return _encode(tower, dataset, len(paths), "image", env, options, allow_broken)
 
@@ -201,7 +205,7 @@ def _encode(
     lost_tokens = torch.zeros(num_items, dtype=torch.int64)
     error = None
     try:
-        for batch in _progress(_loader(dataset, env, options), dataset.batches, unit, env):
+        for batch in load_batches(dataset, unit, env, options):
             broken.update(batch.broken)
             if batch.broken and not allow_broken:
                 reason = next(iter(batch.broken.values()))
@@ -220,21 +224,27 @@ def _encode(
     return Encoding(sum_over_ranks(everything, env), merge_over_ranks(broken, env), sum_over_ranks(lost_tokens, env))
 
 
-def _loader(dataset: Dataset, env: DistEnv, options: ComputeOptions) -> DataLoader:
-    return DataLoader(
+def load_batches(
+    dataset: ImageBatches | TextBatches, unit: str, env: DistEnv, options: ComputeOptions
+) -> Iterator[Batch]:
+    """Yields batches that worker processes load, under a bar that counts items, on rank 0.
+
+    Args:
+        dataset: this rank's share.
+        unit: what an item is called.
+        env: this process.
+        options: number of workers.
+    """
+    loader = DataLoader(
         dataset,
         batch_size=None,  # an item is a batch already
         num_workers=min(options.workers, len(dataset)),
         pin_memory=env.device.type == "cuda",
     )
-
-
-def _progress(loader: DataLoader, batches: list[list[int]], unit: str, env: DistEnv):
-    """Yields the loader's batches under a bar that counts items, on rank 0."""
     share = f" (rank 0 of {env.world_size})" if env.world_size > 1 else ""
     with tqdm(
         desc=f"encode {unit}s{share}",
-        total=sum(len(batch) for batch in batches),
+        total=sum(len(batch) for batch in dataset.batches),
         unit=unit,
         delay=2,  # short work is quiet
         mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants a line now and then

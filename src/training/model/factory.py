@@ -17,7 +17,15 @@ from torchvision.transforms import Compose
 
 from dataloaders.images import to_rgb
 from training.model.clip_tower import CornerCLIPText
-from training.model.config import CONFIG_FILE, ModelSpec, find_pretrained_folder, not_found, resolve_model_config
+from training.model.config import (
+    CONFIG_FILE,
+    POOLING,
+    ModelSpec,
+    find_pretrained_folder,
+    not_found,
+    resolve_model_config,
+)
+from training.model.flair import TextConditionedPooling
 from training.model.hf_encoders import encoder_config, load_pretrained_encoder
 from training.model.packing import CaptionArranger
 from training.model.resolve import WEIGHT_SUFFIXES, find_weights, resolve_weights
@@ -131,7 +139,7 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
     is_hf = bool(text_cfg.get("hf_tokenizer_name"))
     tower_config = encoder_config(spec.text_cfg, cache_dir) if is_hf else None  # what may fail, before what is slow
     overrides = {
-        **{key: value for key, value in spec.model_cfg.items() if key != "custom_text"},
+        **{key: value for key, value in spec.model_cfg.items() if key not in ("custom_text", POOLING)},
         "vision_cfg": _vision_cfg(spec, kwargs),
         "text_cfg": _PLACEHOLDER if is_hf else text_cfg,
         "force_preprocess_cfg": spec.preprocess_cfg | (kwargs.pop("force_preprocess_cfg", None) or {}),
@@ -143,8 +151,7 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
             load_weights=False,
             pretrained_text=False,
             force_custom_text=True,
-            **overrides,
-            **kwargs,
+            **overrides | kwargs,
         )
     if is_hf:
         text = CornerHFText(
@@ -162,7 +169,11 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
                 f"--model {spec.name}: corner_attention {corner_attention} needs a Hugging Face text tower"
             )
         text = CornerCLIPText(model.text, num_corners)
-    return LotlipCLIP(model, text)
+    model = LotlipCLIP(model, text)
+    if heads := spec.model_cfg.get(POOLING):
+        pooling = TextConditionedPooling(spec.model_cfg["embed_dim"], heads).to(_CASTS.get(precision, torch.float32))
+        model.visual_proj = pooling.requires_grad_(False)  # no loss of this project trains it
+    return model
 
 
 def _vision_cfg(spec: ModelSpec, kwargs: dict) -> dict:

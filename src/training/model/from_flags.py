@@ -6,6 +6,7 @@ import math
 import torch
 
 from training.data.augment import parse_augmentation, strong_augmentation
+from training.model.config import POOLING, resolve_model_config
 from training.model.encoders.family import families
 from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
 from training.model.locking import freeze_batch_norm_statistics
@@ -22,6 +23,14 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raises ValueError for a precision that the device does not compute in."""
     if device.type == "cpu" and precision not in CPU_PRECISIONS:
         raise ValueError(f"--precision {precision} needs a GPU; on CPU take one of {', '.join(CPU_PRECISIONS)}")
+
+
+def check_pooling(name: str, cache_dir: str | None) -> None:
+    """Raises ValueError for a model without text-conditioned pooling, which ``--rerank`` needs."""
+    if not resolve_model_config(name, cache_dir=cache_dir).model_cfg.get(POOLING):
+        raise ValueError(
+            f"--rerank: --model {name} has no text-conditioned pooling; take flair-ViT-B-16, or leave --rerank out"
+        )
 
 
 def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderParts:

@@ -24,6 +24,7 @@ WORD_TABLES = (_EMBEDDINGS + "word_embeddings.weight", _EMBEDDINGS + "tok_embedd
 POSITION_TABLES = ("text.positional_embedding", _EMBEDDINGS + "position_embeddings.weight")
 CORNER_TABLE = "text.corner_embedding.weight"
 NUM_KEPT_POSITIONS = 20  # CLIP's first 20 positions are well trained, the rest hardly: Long-CLIP, arXiv 2403.15378
+_FLAIR_PROJECTIONS = {"image_post.proj": "visual.proj", "text_post.proj": "text_projection"}
 _NOT_WEIGHTS = (_EMBEDDINGS + "position_ids", "text.input_resolution", "text.context_length", "text.vocab_size")
 
 
@@ -31,6 +32,7 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
     """Brings weights of other makes into the names and shapes of a model; unknown keys stay for the strict load.
 
     - MobileCLIP's own names and transformers' become open_clip's;
+    - FLAIR's projections get CLIP's names;
     - text keys move below ``text.`` or to top level, as the model has them;
     - Long-CLIP's two position tables become one: rows 0..19 of the first, the rest of the second. Further heads in
       such a file (HiMo-CLIP, DeBias-CLIP) are named in a warning and left out;
@@ -42,6 +44,7 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
         model: a `LotlipCLIP`, or any model of open_clip's.
     """
     state = to_open_clip(state) if is_transformers(state) else state
+    state = {_FLAIR_PROJECTIONS.get(key, key): value for key, value in state.items()}
     state = {_below_text(key): value for key, value in convert_foreign_names(model, state).items()}
     names = {_below_text(key): key for key in model.state_dict()}
     own = {short: model.state_dict()[key] for short, key in names.items()}
@@ -162,6 +165,8 @@ def _likely_reason(missing: list[str], unexpected: list[str], reshaped: list[str
             (theirs, width), (ours, own_width) = shapes[key]
             if width == own_width:
                 return f"it has {theirs - ours:+d} corner tokens against the model's number (--num-corner-tokens)"
+    if any("visual_proj." in key for key in unexpected):
+        return "they are FLAIR's (--model flair-ViT-B-16)"
     if unexpected == [CORNER_TABLE] or (reshaped == [CORNER_TABLE] and not missing):
         return "another number of corner tokens (--num-corner-tokens)"
     if reshaped and set(reshaped) <= set(POSITION_TABLES) and not missing and not unexpected:

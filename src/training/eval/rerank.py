@@ -1,0 +1,158 @@
+"""Retrieval whose first candidates are scored anew by text-conditioned pooling, as FLAIR's top-k evaluation.
+
+Of each image the k captions of the highest cosine are scored anew. Both directions read these scores: a caption is
+compared with the images that listed it, and all other pairs are tied behind them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from open_clip import get_input_dtype
+from open_clip_train.precision import get_autocast
+
+from dataloaders.images import BrokenImageError
+from training.eval.encode import ComputeOptions, Encoding, image_batches, load_batches
+from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
+from training.eval.report.matches import top_matches
+from training.eval.retrieval import RankedSet
+from training.model.factory import EncoderParts
+from training.model.flair import conditioned_scores, encode_patches
+from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
+
+
+def rerank_sets(
+    parts: EncoderParts,
+    ranked: Sequence[RankedSet],
+    images: Encoding,
+    texts: Encoding,
+    num_candidates: int,
+    env: DistEnv,
+    options: ComputeOptions,
+) -> list[dict[str, object]]:
+    """Ranks benchmarks again.
+
+    Args:
+        parts: a model with `flair.TextConditionedPooling`.
+        ranked: benchmarks, ranked by cosine.
+        images, texts: features that they were ranked by.
+        num_candidates: captions of each image that are scored anew.
+        env: each rank does its share of the images.
+        options: batch size, workers, precision.
+
+    Returns:
+        A record like `RankedSet.record` for each.
+
+    Raises:
+        BrokenImageError: an image can't be read any more.
+    """
+    records = []
+    for r in ranked:
+        own_images, own_texts = images.features[r.image_rows], texts.features[r.text_rows]
+        candidates, _ = top_matches(own_images, own_texts, num_candidates, env.device)
+        queries = encode_queries(parts, r.pairs.captions, env, options)
+        scores = score_candidates(parts, r.pairs.image_paths, queries, candidates, env, options)
+        owner = torch.tensor(r.pairs.image_of_caption)
+        i2t, t2i = count_listed(candidates, scores, owner)
+        names = {
+            "title": f"{r.record['title']}, {candidates.shape[1]} reranked",
+            "key": f"{r.record['key']}-reranked",
+            "protocol": f"{r.record['protocol']}, {candidates.shape[1]} captions of each image reranked",
+        }
+        records.append(r.record | names | {"i2t": summarise(i2t), "t2i": summarise(t2i, clusters=owner)})
+    return records
+
+
+@torch.no_grad()
+def encode_queries(parts: EncoderParts, texts: Sequence[str], env: DistEnv, options: ComputeOptions) -> torch.Tensor:
+    """Returns text features as a pooling asks with them: [num_texts, dim] float32 on the CPU, not normalised."""
+    size = options.text_batch_size or options.batch_size
+    found = []
+    for start in range(0, len(texts), size):
+        ids = parts.tokenizer(list(texts[start : start + size])).to(env.device)
+        with get_autocast(options.precision, device_type=env.device.type)():
+            found.append(parts.model.encode_text(ids).float().cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def score_candidates(
+    parts: EncoderParts,
+    paths: Sequence[Path],
+    queries: torch.Tensor,
+    candidates: torch.Tensor,
+    env: DistEnv,
+    options: ComputeOptions,
+) -> torch.Tensor:
+    """Scores each image with its candidates. Patches of one batch of images are held at a time.
+
+    Args:
+        parts: a model with `flair.TextConditionedPooling`.
+        paths: image files.
+        queries: of `encode_queries`.
+        candidates: [num_images, k] int64, rows of `queries`.
+        env, options: as `rerank_sets`.
+
+    Returns:
+        [num_images, k] float32 on the CPU, complete on every rank.
+
+    Raises:
+        BrokenImageError: on all ranks.
+    """
+    scores = torch.zeros(candidates.shape)
+    error = None
+    try:
+        for batch in load_batches(image_batches(parts.preprocess, paths, env, options), "image", env, options):
+            if batch.broken:
+                raise BrokenImageError(next(iter(batch.broken.values())))
+            pixels = batch.inputs.to(env.device, get_input_dtype(options.precision))
+            with get_autocast(options.precision, device_type=env.device.type)():
+                patches = encode_patches(parts.model.visual, pixels)
+                own = queries[candidates[batch.positions]].to(env.device, patches.dtype)
+                scores[batch.positions] = conditioned_scores(parts.model.visual_proj, own, patches).cpu()
+    except Exception as caught:  # whatever it is, the other ranks must hear of it before they wait for this one
+        error = caught
+    raise_together(error, env)
+    return sum_over_ranks(scores, env)
+
+
+def count_listed(
+    candidates: torch.Tensor, scores: torch.Tensor, image_of_caption: torch.Tensor
+) -> tuple[RankCounts, RankCounts]:
+    """Counts what stands between queries and right answers where each image has scores for some captions only.
+
+    Args:
+        candidates: [num_images, k] int64, captions.
+        scores: [num_images, k]; of any other pair the score is minus infinity.
+        image_of_caption: [num_captions] int64; every image has at least one caption.
+
+    Returns:
+        As `metrics.count_ranks`.
+    """
+    scores = scores.double()
+    num_images, num_captions = len(candidates), len(image_of_caption)
+    image = torch.arange(num_images)[:, None].expand_as(candidates)
+    is_right = image_of_caption[candidates] == image
+    lowest = torch.tensor(-torch.inf, dtype=torch.float64)
+
+    best = torch.where(is_right, scores, lowest).amax(dim=1, keepdim=True)
+    tied, better = (scores - best).abs() <= TIE_TOLERANCE, scores > best + TIE_TOLERANCE
+    i2t = RankCounts((better & ~is_right).sum(1), (tied & ~is_right).sum(1), (tied & is_right).sum(1))
+    unlisted = ~is_right.any(dim=1)
+    num_right = image_of_caption.bincount(minlength=num_images)
+    i2t.right[unlisted] = num_right[unlisted]
+    i2t.tied[unlisted] = num_captions - candidates.shape[1] - num_right[unlisted]
+
+    own = lowest.repeat(num_captions)
+    own[candidates[is_right]] = scores[is_right]
+    wrong, wrong_scores = candidates[~is_right], scores[~is_right]
+    better = wrong_scores > own[wrong] + TIE_TOLERANCE
+    tied = (wrong_scores - own[wrong]).abs() <= TIE_TOLERANCE
+    t2i = RankCounts(
+        wrong[better].bincount(minlength=num_captions),
+        wrong[tied].bincount(minlength=num_captions),
+        torch.ones(num_captions, dtype=torch.int64),
+    )
+    unlisted = own == lowest
+    t2i.tied[unlisted] = num_images - 1 - t2i.better[unlisted]
+    return i2t, t2i

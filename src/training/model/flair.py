@@ -1,0 +1,79 @@
+"""FLAIR's text-conditioned pooling: a feature of an image for each text that it is compared with.
+
+Source: Xiao et al., FLAIR: VLM with Fine-grained Language-informed Image Representations, CVPR 2025.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+MAX_PAIRS = 8192  # of images and texts at a time: the attention of 8 heads over 196 patches takes 50 MB
+
+
+class TextConditionedPooling(nn.Module):
+    """Attention of texts over the patches of an image, with an all-zero key to look at where nothing fits.
+
+    Args:
+        dim: of the features.
+        heads: of the attention.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.ln_q, self.ln_k, self.ln_v = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True, add_zero_attn=True)
+
+    def forward(self, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Pools.
+
+        Args:
+            queries: [batch, num_texts, dim], text features that are not normalised.
+            patches: [batch, num_patches, dim].
+
+        Returns:
+            [batch, num_texts, dim], not normalised.
+        """
+        keys, values = self.ln_k(patches), self.ln_v(patches)
+        return self.attn(self.ln_q(queries), keys, values, need_weights=False)[0]
+
+
+def encode_patches(visual: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Projects the patches of images as the class token is.
+
+    Args:
+        visual: open_clip's `VisionTransformer`.
+        pixels: [batch, 3, H, W].
+
+    Returns:
+        [batch, num_patches, dim], not normalised.
+    """
+    found = visual.forward_intermediates(
+        pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
+    )
+    return found["image_intermediates"][0] @ visual.proj
+
+
+def conditioned_scores(
+    pooling: nn.Module, queries: torch.Tensor, patches: torch.Tensor, max_pairs: int = MAX_PAIRS
+) -> torch.Tensor:
+    """Cosines of texts with the features that they pool from images, a block of pairs at a time.
+
+    Args:
+        pooling: a `TextConditionedPooling`.
+        queries: [batch, num_texts, dim], text features that are not normalised.
+        patches: [batch, num_patches, dim].
+        max_pairs: of images and texts in a block.
+
+    Returns:
+        [batch, num_texts] float32.
+    """
+    num_texts = min(queries.shape[1], max_pairs)
+    num_images = max(1, max_pairs // num_texts)
+    rows = []
+    for own_queries, own_patches in zip(queries.split(num_images), patches.split(num_images)):
+        blocks = []
+        for block in own_queries.split(num_texts, dim=1):
+            pooled = normalize(pooling(block, own_patches).float(), dim=-1)
+            blocks.append((pooled * normalize(block.float(), dim=-1)).sum(dim=-1))
+        rows.append(torch.cat(blocks, dim=1))
+    return torch.cat(rows)
