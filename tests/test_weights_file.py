@@ -72,6 +72,7 @@ def test_unusable_files_are_refused_alike(name, write, said, stock, tmp_path):
     ("content", "said"),
     [
         ({"x": torch.ones(2)}, "wrong --model"),
+        ({"y": torch.ones(2)}, "tried as open_clip's, OpenAI's, LoTLIP's"),
         ("wide", "other shape"),
         ("folder", "zero_to_fp32.py"),
         (None, "no tags"),

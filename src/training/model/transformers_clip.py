@@ -110,8 +110,8 @@ def _refusal(folder: Path, kind: str | None, content: dict) -> str:
         return f"{reason}; take one of SigLIP 2's checkpoints of a fixed resolution, whose model_type is siglip"
     if "auto_map" in content:
         return (
-            f"{reason}, and code that comes with a model is never run; compute its features in its own software, "
-            "and give them with --features"
+            f"{reason}, and code that comes with a model is never run; compute its features in its own software "
+            "(docs/models.md has the lines for FG-CLIP, jina-clip and LLM2CLIP), and give them with --features"
         )
     return f"{reason}; open_clip's own format goes with --model local-dir:"
 

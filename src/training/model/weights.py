@@ -25,6 +25,8 @@ POSITION_TABLES = ("text.positional_embedding", _EMBEDDINGS + "position_embeddin
 CORNER_TABLE = "text.corner_embedding.weight"
 NUM_KEPT_POSITIONS = 20  # CLIP's first 20 positions are well trained, the rest hardly: Long-CLIP, arXiv 2403.15378
 _FLAIR_PROJECTIONS = {"image_post.proj": "visual.proj", "text_post.proj": "text_projection"}
+_NAMES_TRIED = "open_clip's, OpenAI's, LoTLIP's, Long-CLIP's, FLAIR's, MobileCLIP's, transformers' CLIP's and SigLIP's"
+_OTHER_SOFTWARE = "for a model of none of them, compute features in its own software and evaluate them with --features"
 _NOT_WEIGHTS = (_EMBEDDINGS + "position_ids", "text.input_resolution", "text.context_length", "text.vocab_size")
 
 
@@ -171,6 +173,8 @@ def _likely_reason(missing: list[str], unexpected: list[str], reshaped: list[str
         return "another number of corner tokens (--num-corner-tokens)"
     if reshaped and set(reshaped) <= set(POSITION_TABLES) and not missing and not unexpected:
         return f"another context length (--context-length {shapes[reshaped[0]][0][0]})"
+    if not shapes:
+        return f"wrong --model, or names of another format; tried as {_NAMES_TRIED}; {_OTHER_SOFTWARE}"
     return "wrong --model, most likely"
 
 
