@@ -133,6 +133,21 @@ def test_open_clip_folders_and_their_card(name, runs, scenes, tmp_path):
         torch.testing.assert_close(model.encode_text(ids, normalize=True), original(runs, name)[1], rtol=0, atol=1e-6)
 
 
+def test_the_card_shows_the_runs_recipe_and_its_last_evaluation(runs, scenes, tmp_path):
+    flags = json.loads((runs / "long" / "params.json").read_text())
+    argv = ["--model", flags["model"], "--context-length", "248", "--urban1k-retrieval", str(scenes / "urban1k")]
+    argv += ["--pretrained", str(runs / "long" / "checkpoints" / "epoch_1.pt"), "--workers", "0", "--device", "cpu"]
+    assert train([*argv, "--logs", str(runs), "--name", "long"]) == 0
+    record = json.loads((runs / "long" / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
+    export(runs / "long", "open_clip", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: unknown" in card and "| seed | 0 |" in card and f"| architecture | {flags['model']} |" in card
+    shown = next(line for line in card.splitlines() if line.startswith("| urban1k-retrieval | urban1k/first-line |"))
+    assert "25 of 1,000 pairs" in shown
+    for direction in ("i2t", "t2i"):
+        assert f" {100 * record[f'urban1k-retrieval-{direction}-top1']:.2f} (" in shown
+
+
 @pytest.mark.parametrize(
     ("source", "to", "said"),
     [

@@ -7,7 +7,12 @@ import yaml
 from training.export.source import Source
 
 _RECIPE = (
+    ("model", "architecture"),
+    ("pretrained", "started from"),
+    ("pretrained_image", "image tower started from its pretrained weights"),
+    ("pretrained_text", "text tower started from its pretrained weights"),
     ("train_data", "training data"),
+    ("text_views", "texts per sample"),
     ("captions", "captions"),
     ("num_long_captions", "long captions per image"),
     ("epochs", "epochs"),
@@ -68,19 +73,27 @@ def write_card(source: Source, folder: Path, to: str, licence: str, largest: dic
         "## Training",
         "",
     ]
-    rows = [(title, source.flags[key]) for key, title in _RECIPE if source.flags.get(key) not in (None, [], False)]
+    known = [(title, source.flags.get(key)) for key, title in _RECIPE]
+    rows = [(title, value) for title, value in known if value not in (None, [], "") and value is not False]
     lines += _table(("setting", "value"), rows) if rows else ["The recipe is not known: the export had no run."]
     lines += ["", "## Results", ""]
-    scores = [
-        (key.removesuffix("-i2t-top1"), f"{100 * value:.2f}", f"{100 * source.results[key.replace('i2t', 't2i')]:.2f}")
-        for key, value in source.results.items()
-        if key.endswith("-i2t-top1")
-    ]
-    lines += _table(("R@1 in percent", "I2T", "T2I"), scores) if scores else ["Not evaluated in this run."]
+    lines += _results(source.results) or ["Not evaluated in this run."]
     lines += ["", "## Use", "", "```python", _USE[to].format(**facts).strip(), "```", ""]
     worst = ", ".join(f"{kind} {value:.1e}" for kind, value in largest.items())
     lines += [f"Checked: the largest difference of normalised features to the original is {worst} (32 samples).", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _results(results: dict) -> list[str]:
+    """A table of a line of results.jsonl: R@1 in percent with its 95% interval; empty without a retrieval benchmark."""
+    rows = []
+    for key in (name.removesuffix("-i2t-top1") for name in results if name.endswith("-i2t-top1")):
+        row = [key, results.get(f"{key}-protocol") or "own pairs", results.get(f"{key}-pairs", "unknown")]
+        for direction in ("i2t", "t2i"):
+            low, high = (100 * bound for bound in results[f"{key}-{direction}-top1-ci95"])
+            row.append(f"{100 * results[f'{key}-{direction}-top1']:.2f} ({low:.1f} to {high:.1f})")
+        rows.append(tuple(row))
+    return _table(("benchmark", "protocol", "evaluated", "I2T R@1 (95%)", "T2I R@1 (95%)"), rows) if rows else []
 
 
 def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
