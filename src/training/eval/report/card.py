@@ -1,6 +1,7 @@
 """The long-text card of a model: its diagnostics as tables for a terminal and as one figure."""
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from tabulate import tabulate
 
@@ -163,6 +164,6 @@ def _draw_changes(axes: object, result: dict[str, dict], colours: dict[str, str]
         errors = [[100 * (r["difference"] - r["low"]) for r in t2i], [100 * (r["high"] - r["difference"]) for r in t2i]]
         axes.errorbar(values, places, xerr=[[max(e, 0) for e in side] for side in errors], fmt="o", color=colour)
     axes.axvline(0, color="0.5", linewidth=1)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [fill(name, 18) for name in names], fontsize=9)
     axes.set(xlabel="change in text to image R@1, points, 95% interval", ylim=(len(names) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
