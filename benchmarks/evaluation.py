@@ -76,8 +76,8 @@ def run(setting: Setting) -> list[Figure]:
     options = ComputeOptions(batch_size=64, workers=workers)
 
     def ours(options: ComputeOptions) -> dict[str, tuple[float, float]]:
-        records = evaluate_retrieval(parts, work, env, options)
-        return {r["key"]: (r["i2t"]["top1"], r["t2i"]["top1"]) for r in records}
+        results = evaluate_retrieval(parts, work, env, options)
+        return {r.key: (r.i2t.top1, r.t2i.top1) for r in results}
 
     def baseline() -> dict[str, tuple[float, float]]:
         return {s.key: published.evaluate_set(parts, s, options.batch_size, workers, setting.device) for s in sets}

@@ -9,6 +9,7 @@ from dataloaders.registry import benchmarks
 from eval_files import write_docci, write_image
 from support import evaluate
 from training.eval.published import Printed, compare_with_published, find_published, read_published
+from training.eval.record import Recall, RetrievalResult
 from training.main import main
 
 
@@ -39,10 +40,12 @@ def test_a_model_is_found_by_its_weights_then_by_name_and_tag():
 
 
 def test_differences_are_counted_in_half_intervals_and_sizes_are_kept_apart():
-    direction = {"top1": 0.6, "top1-ci95": [0.58, 0.62]}
-    record = {"title": "SV-10k", "protocol": "sv/sam", "num_expected": 10000, "i2t": direction, "t2i": direction}
+    recall = Recall(0.6, 0.8, 0.9, (0.58, 0.62), 2.0, 1.0)
+    counts = {"num_pairs": 10000, "num_expected": 10000, "num_missing": 0, "num_broken": 0, "num_images": 10000}
+    texts = {"truncated_share": 0.0, "truncated_mean_tokens_lost": 0.0, "protocol": "sv/sam", "fingerprint": "0" * 16}
+    result = RetrievalResult("SV-10k", "share4v-retrieval-10000", **counts, **texts, i2t=recall, t2i=recall)
     printed = [Printed("m", "sv/sam", 55.0, 61.0, "s", pairs=10000), Printed("m", "sv/sam", 1.0, 1.0, "s", pairs=1000)]
-    found = compare_with_published([record], printed)
+    found = compare_with_published([result], printed)
     assert [(c.direction, round(c.difference, 6), round(c.half_intervals, 6)) for c in found] == [
         ("i2t", 0.05, 2.5),
         ("t2i", -0.01, -0.5),

@@ -11,6 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.eval.results_table import flags_that_differ
+
 
 def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
     """Compares runs with the first of them.
@@ -27,8 +29,8 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
         FileNotFoundError, ValueError: a run without ranks, or no benchmark in common.
     """
     from training.eval.metrics import paired_bootstrap
+    from training.eval.record import DIRECTIONS
     from training.eval.report.ranks import read_ranks
-    from training.eval.results import DIRECTIONS
 
     loaded = [read_ranks(run) for run in runs]
     names = _names(runs)
@@ -73,7 +75,7 @@ def format_comparison(records: Sequence[dict[str, object]]) -> str:
     """Returns the table for a terminal, in percent and points."""
     from tabulate import tabulate
 
-    from training.eval.results import DIRECTIONS, format_protocols
+    from training.eval.record import DIRECTIONS, describe_pairs
 
     rows, last = [], None
     for r in records:
@@ -88,8 +90,8 @@ def format_comparison(records: Sequence[dict[str, object]]) -> str:
     headers = ["benchmark", "", "run", "R@1", "difference", "95% interval", "p", "gained", "lost"]
     align = ["left"] * 3 + ["right"] * 3 + ["left", "right", "right"]
     table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
-    each = {r["benchmark"]: {**r, "title": r["benchmark"]} for r in records}
-    return f"{table}\n\n{format_protocols(list(each.values()))}"
+    read = dict.fromkeys(describe_pairs(r["benchmark"], r["protocol"], r["fingerprint"]) for r in records)
+    return "\n".join([table, "", *read])
 
 
 def write_flips(runs: Sequence[str], path: Path) -> int:
@@ -98,8 +100,8 @@ def write_flips(runs: Sequence[str], path: Path) -> int:
     Returns:
         Number of queries in it.
     """
+    from training.eval.record import DIRECTIONS
     from training.eval.report.ranks import read_ranks
-    from training.eval.results import DIRECTIONS
 
     loaded, rows = [read_ranks(run) for run in runs], []
     for key, first in loaded[0].items():
@@ -142,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(format_comparison(records))
+    differing = flags_that_differ(dict(zip(args.runs, _names(args.runs))))
+    if len(differing):
+        print(f"\nFlags that differ:\n{differing.to_string(na_rep='-')}")
     print("\n* p < 0.05, two-sided paired bootstrap over images; not corrected for several comparisons.")
     for note in notes:
         print(note)

@@ -17,7 +17,7 @@ from dataloaders.captions import split_caption
 from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.lengths import drop_sentence, shuffle_sentences
 from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probability, paired_bootstrap
-from training.eval.results import DIRECTIONS
+from training.eval.record import DIRECTIONS
 from training.eval.retrieval import RankedSet, count_over_ranks
 from training.model.factory import EncoderParts
 from training.runtime.distributed import DistEnv

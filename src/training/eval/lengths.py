@@ -15,7 +15,7 @@ import torch
 from dataloaders.captions import split_caption
 from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.metrics import hit_probability
-from training.eval.results import DIRECTIONS
+from training.eval.record import DIRECTIONS
 from training.eval.retrieval import RankedSet, RetrievalWork, rank_sets
 from training.model.factory import EncoderParts
 from training.runtime.distributed import DistEnv
@@ -125,7 +125,7 @@ def analyse_lengths(
     def note(kind: str, value: object, encoding: Encoding, with_similarity: bool = False) -> None:
         similarity = _similarity(work, texts.features, encoding.features) if with_similarity else {}
         for r in rank_sets(work, images, encoding, env):
-            own = {d: r.record[d]["top1"] for d in DIRECTIONS}
+            own = {d: r.result.recall(d).top1 for d in DIRECTIONS}
             own |= {"similarity": similarity[r.pairs.title]} if similarity else {}
             found[r.pairs.title].setdefault(kind, {})[str(value)] = own
             if kind == "tokens":

@@ -34,7 +34,7 @@ def write_features(ranked: RankedSet, images: Encoding, texts: Encoding, folder:
         folder: made if need be.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{ranked.record['key']}.npz"
+    path = folder / f"{ranked.result.key}.npz"
     np.savez(
         path,
         image_features=images.features[ranked.image_rows].numpy(),

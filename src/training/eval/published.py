@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dataloaders.files import read_json
-from training.eval.results import DIRECTIONS, format_pairs
+from training.eval.record import DIRECTIONS, RetrievalResult
 
 FILE = Path(__file__).parent / "published.json"
 
@@ -120,20 +120,21 @@ def find_published(asked: str | None, model: str, pretrained: str | None, weight
     return [number for number in numbers if number.model == name]
 
 
-def compare_with_published(records: Sequence[dict], printed: Sequence[Printed]) -> list[Comparison]:
+def compare_with_published(results: Sequence[RetrievalResult], printed: Sequence[Printed]) -> list[Comparison]:
     """Puts each measured number beside every printed one of the same protocol and size."""
     found = []
-    for record in records:
+    for result in results:
         for number in printed:
-            if number.protocol != record["protocol"] or number.pairs not in (None, record["num_expected"]):
+            if number.protocol != result.protocol or number.pairs not in (None, result.num_expected):
                 continue
             for direction in DIRECTIONS:
-                measured, (low, high) = record[direction]["top1"], record[direction]["top1-ci95"]
+                recall = result.recall(direction)
+                measured, (low, high) = recall.top1, recall.top1_ci95
                 value = getattr(number, direction) / 100
                 ratio = (measured - value) / ((high - low) / 2) if high > low else None
                 found.append(
                     Comparison(
-                        record["title"],
+                        result.title,
                         number.protocol,
                         direction,
                         number.model,
@@ -152,7 +153,7 @@ def compare_with_published(records: Sequence[dict], printed: Sequence[Printed]) 
 
 def explain(
     comparisons: Sequence[Comparison],
-    records: Sequence[dict],
+    results: Sequence[RetrievalResult],
     printed: Sequence[Printed],
     precision: str,
     decoding: str,
@@ -161,7 +162,7 @@ def explain(
 
     Args:
         comparisons: of this run.
-        records: of this run.
+        results: of this run.
         printed: numbers of this model, of all protocols.
         precision: of this run, by open_clip's name.
         decoding: of images, one of `data.images.MODES`.
@@ -170,12 +171,12 @@ def explain(
     if not outside:
         return []
     lines = []
-    for record in records:
-        if record["title"] in outside and record["num_pairs"] != record["num_expected"]:
-            lines.append(f"{record['title']}: {format_pairs(record)} pairs; fewer candidates make retrieval easier.")
-        if record["title"] in outside and record["truncated_share"]:
-            share = f"{100 * record['truncated_share']:.1f}% of captions are cut"
-            lines.append(f"{record['title']}: {share}; another context length gives other numbers.")
+    for result in (r for r in results if r.title in outside):
+        if not result.is_complete:
+            lines.append(f"{result.title}: {result.pairs} pairs; fewer candidates make retrieval easier.")
+        if result.truncated_share:
+            share = f"{100 * result.truncated_share:.1f}% of captions are cut"
+            lines.append(f"{result.title}: {share}; another context length gives other numbers.")
     names = {c.benchmark: c.protocol.split("/")[0].removeprefix("long-") for c in comparisons}
     for benchmark in sorted(outside):
         others = [

@@ -5,6 +5,7 @@ compared with the images that listed it, and all other pairs are tied behind the
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from open_clip_train.precision import get_autocast
 from dataloaders.images import BrokenImageError
 from training.eval.encode import ComputeOptions, Encoding, image_batches, load_batches
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
+from training.eval.record import Recall, RetrievalResult
 from training.eval.report.matches import top_matches
 from training.eval.retrieval import RankedSet
 from training.model.factory import EncoderParts
@@ -29,7 +31,7 @@ def rerank_sets(
     num_candidates: int,
     env: DistEnv,
     options: ComputeOptions,
-) -> list[dict[str, object]]:
+) -> list[RetrievalResult]:
     """Ranks benchmarks again.
 
     Args:
@@ -41,12 +43,12 @@ def rerank_sets(
         options: batch size, workers, precision.
 
     Returns:
-        A record like `RankedSet.record` for each.
+        A result for each, under a key of its own.
 
     Raises:
         BrokenImageError: an image can't be read any more.
     """
-    records = []
+    results = []
     for r in ranked:
         own_images, own_texts = images.features[r.image_rows], texts.features[r.text_rows]
         candidates, _ = top_matches(own_images, own_texts, num_candidates, env.device)
@@ -54,13 +56,16 @@ def rerank_sets(
         scores = score_candidates(parts, r.pairs.image_paths, queries, candidates, env, options)
         owner = torch.tensor(r.pairs.image_of_caption)
         i2t, t2i = count_listed(candidates, scores, owner)
-        names = {
-            "title": f"{r.record['title']}, {candidates.shape[1]} reranked",
-            "key": f"{r.record['key']}-reranked",
-            "protocol": f"{r.record['protocol']}, {candidates.shape[1]} captions of each image reranked",
-        }
-        records.append(r.record | names | {"i2t": summarise(i2t), "t2i": summarise(t2i, clusters=owner)})
-    return records
+        result = replace(
+            r.result,
+            title=f"{r.result.title}, {candidates.shape[1]} reranked",
+            key=f"{r.result.key}-reranked",
+            protocol=f"{r.result.protocol}, {candidates.shape[1]} captions of each image reranked",
+            i2t=Recall.of(summarise(i2t)),
+            t2i=Recall.of(summarise(t2i, clusters=owner)),
+        )
+        results.append(result)
+    return results
 
 
 @torch.no_grad()

@@ -10,31 +10,25 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from training.eval.record import DIRECTIONS, ClassificationResult, RetrievalResult, describe_pairs, to_json
+
 PACKAGES = ("lotlip", "open_clip_torch", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
-DIRECTIONS = {"i2t": "I2T", "t2i": "T2I"}
 
 
-def format_pairs(record: dict) -> str:
-    """``1,000`` for a complete benchmark, ``9,412 of 10,000`` for part of one."""
-    if record["num_pairs"] == record["num_expected"]:
-        return f"{record['num_pairs']:,}"
-    return f"{record['num_pairs']:,} of {record['num_expected']:,}"
-
-
-def format_table(records: Sequence[dict]) -> str:
+def format_table(results: Sequence[RetrievalResult]) -> str:
     """Returns the table for a terminal, in percent: one row per benchmark, image to text before text to image."""
     rows = []
-    for record in records:
-        row = [record["title"], format_pairs(record)]
+    for result in results:
+        row = [result.title, result.pairs]
         for direction in DIRECTIONS:
-            result = record[direction]
-            low, high = (100 * bound for bound in result["top1-ci95"])
-            row += [f"{100 * result['top1']:.2f}", f"{low:.1f}-{high:.1f}"]
-            row += [f"{100 * result['top5']:.2f}", f"{100 * result['top10']:.2f}"]
-            row += [f"{result['median-rank']:.6g} / {result['mean-rank']:.1f}"]
-        unknown = record["truncated_share"] is None  # of features that came without token counts
-        row.append("-" if unknown else f"{100 * record['truncated_share']:.1f}%")
-        row.append("-" if unknown else f"{record['truncated_mean_tokens_lost']:.1f}")
+            recall = result.recall(direction)
+            low, high = (100 * bound for bound in recall.top1_ci95)
+            row += [f"{100 * recall.top1:.2f}", f"{low:.1f}-{high:.1f}"]
+            row += [f"{100 * recall.top5:.2f}", f"{100 * recall.top10:.2f}"]
+            row += [f"{recall.median_rank:.6g} / {recall.mean_rank:.1f}"]
+        unknown = result.truncated_share is None  # of features that came without token counts
+        row.append("-" if unknown else f"{100 * result.truncated_share:.1f}%")
+        row.append("-" if unknown else f"{result.truncated_mean_tokens_lost:.1f}")
         rows.append(row)
     headers = ["benchmark", "pairs"]
     for name in DIRECTIONS.values():
@@ -44,53 +38,28 @@ def format_table(records: Sequence[dict]) -> str:
     return tabulate(rows, headers=headers, colalign=right, disable_numparse=True)
 
 
-def format_protocols(records: Sequence[dict]) -> str:
-    """``DCI: dci/short+extra, pairs 0f3a..``, a line per benchmark: what was read, and the hash of the exact list."""
-    return "\n".join(f"{r['title']}: {r['protocol'] or 'your own pairs'}, pairs {r['fingerprint']}" for r in records)
+def format_protocols(results: Sequence[RetrievalResult]) -> str:
+    """Returns a line per benchmark: what was read, and the hash of the exact list."""
+    return "\n".join(describe_pairs(r.title, r.protocol, r.fingerprint) for r in results)
 
 
-def format_zero_shot(records: Sequence[dict]) -> str:
+def format_zero_shot(results: Sequence[ClassificationResult]) -> str:
     """Returns the table of zero-shot classification for a terminal, in percent."""
     rows = []
-    for record in records:
-        low, high = (100 * bound for bound in record["top1-ci95"])
-        rows.append([record["title"], format_pairs(record), f"{100 * record['top1']:.2f}", f"{low:.1f}-{high:.1f}"])
-        rows[-1].append(f"{100 * record['top5']:.2f}")
+    for r in results:
+        low, high = (100 * bound for bound in r.top1_ci95)
+        rows.append([r.title, r.pairs, f"{100 * r.top1:.2f}", f"{low:.1f}-{high:.1f}", f"{100 * r.top5:.2f}"])
     headers = ["zero-shot", "images", "top-1", "95%\ninterval", "top-5"]
     return tabulate(rows, headers=headers, colalign=["left"] + ["right"] * 4, disable_numparse=True)
 
 
-def format_markdown(records: Sequence[dict], label: str) -> str:
+def format_markdown(results: Sequence[RetrievalResult], label: str) -> str:
     """Returns a Markdown table of one row, R@1 in percent, I2T / T2I, columns in the published order."""
     cells = {"model": label}
-    for record in records:
-        partial = "" if record["num_pairs"] == record["num_expected"] else f" ({format_pairs(record)} pairs)"
-        cells[record["title"]] = " / ".join(f"{100 * record[d]['top1']:.2f}" for d in DIRECTIONS) + partial
+    for r in results:
+        partial = "" if r.is_complete else f" ({r.pairs} pairs)"
+        cells[r.title] = f"{100 * r.i2t.top1:.2f} / {100 * r.t2i.top1:.2f}" + partial
     return tabulate([list(cells.values())], headers=list(cells), tablefmt="github", disable_numparse=True)
-
-
-def flatten(records: Sequence[dict]) -> dict[str, object]:
-    """Returns the published keys: fractions under ``KEY-i2t-top1`` and so on, plus counts under ``KEY-num-pairs``."""
-    flat: dict[str, object] = {}
-    for record in records:
-        for direction in DIRECTIONS:
-            flat |= {f"{record['key']}-{direction}-{name}": value for name, value in record[direction].items()}
-        for name in ("num_images", "num_pairs", "num_expected", "num_missing", "num_broken"):
-            flat[f"{record['key']}-{name.replace('_', '-')}"] = record[name]
-        flat[f"{record['key']}-pairs"] = f"{record['num_pairs']:,} of {record['num_expected']:,} pairs"
-        for name in ("protocol", "fingerprint", "truncated_share", "truncated_mean_tokens_lost"):
-            flat[f"{record['key']}-{name.replace('_', '-')}"] = record[name]
-    return flat
-
-
-def flatten_zero_shot(records: Sequence[dict]) -> dict[str, object]:
-    """Returns open_clip's keys: fractions under ``KEY-top1``, ``KEY-top5``, plus counts under ``KEY-num-images``."""
-    flat: dict[str, object] = {}
-    for record in records:
-        flat |= {f"{record['key']}-{name}": record[name] for name in ("top1", "top5", "top1-ci95")}
-        flat[f"{record['key']}-num-images"] = record["num_pairs"]
-        flat[f"{record['key']}-images"] = f"{record['num_pairs']:,} of {record['num_expected']:,} images"
-    return flat
 
 
 def package_versions() -> dict[str, str]:
@@ -117,7 +86,7 @@ def run_name(*parts: str) -> str:
 
 
 def write_results(
-    records: Sequence[dict],
+    results: Sequence[RetrievalResult | ClassificationResult],
     folder: Path,
     args: argparse.Namespace,
     weights_sha256: str | None,
@@ -126,7 +95,7 @@ def write_results(
     """Appends one line to ``FOLDER/results.jsonl``.
 
     Args:
-        records: as `retrieval.rank_sets` returns them.
+        results: of all benchmarks.
         folder: made if need be.
         args: all flags of the run.
         weights_sha256: of the weights file; None for an untrained model.
@@ -135,7 +104,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
     line = {
-        **flatten(records),
+        **to_json(results),
         "model": None if args.features else args.model,
         "pretrained": args.pretrained,
         "weights_sha256": weights_sha256,

@@ -17,6 +17,7 @@ from training.eval.encode import ComputeOptions, Encoding, encode_images, encode
 from training.eval.feature_cache import open_caches, text_key
 from training.eval.image_cache import image_key
 from training.eval.metrics import RankCounts, count_ranks, summarise
+from training.eval.record import Recall, RetrievalResult
 from training.model.factory import EncoderParts
 from training.model.locking import apply_linear_head
 from training.runtime.distributed import DistEnv, sum_over_ranks
@@ -97,13 +98,13 @@ class RankedSet:
     """A benchmark and what came of it.
 
     Attributes:
-        record: title, key, counts of pairs, truncation, and under ``i2t`` and ``t2i`` what `metrics.summarise` gives.
+        result: the numbers.
         pairs: the set without the pairs whose image is broken.
         image_rows, text_rows: where the features of its images and captions lie among the encoded ones.
         i2t, t2i: per query, what stands between it and its right answer.
     """
 
-    record: dict[str, object]
+    result: RetrievalResult
     pairs: RetrievalSet
     image_rows: list[int]
     text_rows: list[int]
@@ -117,10 +118,10 @@ def evaluate_retrieval(
     env: DistEnv,
     options: ComputeOptions,
     allow_broken: bool = False,
-) -> list[dict[str, object]]:
-    """Encodes and ranks every set; returns the records of `rank_sets`, raises as it and `encode_work`."""
+) -> list[RetrievalResult]:
+    """Encodes and ranks every set; returns the results of `rank_sets`, raises as it and `encode_work`."""
     images, texts = encode_work(parts, work, env, options, allow_broken)
-    return [ranked.record for ranked in rank_sets(work, images, texts, env)]
+    return [ranked.result for ranked in rank_sets(work, images, texts, env)]
 
 
 def encode_work(
@@ -192,21 +193,21 @@ def rank_sets(
         own_texts = [t for t, i in zip(work.text_index[number], whole.image_of_caption) if i not in broken]
         owner = torch.tensor(kept.image_of_caption)
         i2t, t2i = count_over_ranks(images.features[own_images], texts.features[own_texts], owner, env, block_size)
-        record = {
-            "title": kept.title,
-            "key": kept.key,
-            "protocol": kept.protocol,
-            "fingerprint": kept.fingerprint(),
-            "num_images": len(kept.image_paths),
-            "num_pairs": len(kept.captions),
-            "num_expected": max(kept.num_published or 0, len(kept.captions) + len(kept.missing)),
-            "num_broken": len(kept.missing) - len(whole.missing),
-            "num_missing": len(whole.missing),
+        result = RetrievalResult(
+            title=kept.title,
+            key=kept.key,
+            protocol=kept.protocol,
+            fingerprint=kept.fingerprint(),
+            num_images=len(kept.image_paths),
+            num_pairs=len(kept.captions),
+            num_expected=max(kept.num_published or 0, len(kept.captions) + len(kept.missing)),
+            num_broken=len(kept.missing) - len(whole.missing),
+            num_missing=len(whole.missing),
+            i2t=Recall.of(summarise(i2t)),
+            t2i=Recall.of(summarise(t2i, clusters=owner)),
             **_truncation(texts.lost_tokens[own_texts]),
-            "i2t": summarise(i2t),
-            "t2i": summarise(t2i, clusters=owner),
-        }
-        ranked.append(RankedSet(record, kept, own_images, own_texts, i2t, t2i))
+        )
+        ranked.append(RankedSet(result, kept, own_images, own_texts, i2t, t2i))
     return ranked
 
 

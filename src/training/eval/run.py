@@ -22,12 +22,11 @@ from training.eval.published import (
     format_published,
     to_json,
 )
+from training.eval.record import ClassificationResult, RetrievalResult
 from training.eval.report.ranks import FILE, write_ranks
 from training.eval.rerank import rerank_sets
 from training.eval.results import (
-    flatten_zero_shot,
     format_markdown,
-    format_pairs,
     format_protocols,
     format_table,
     format_zero_shot,
@@ -68,8 +67,8 @@ class Outcome:
     images: Encoding | None
     texts: Encoding | None
     ranked: list[RankedSet]
-    zero_shot: list[dict[str, object]]
-    reranked: list[dict[str, object]] = field(default_factory=list)
+    zero_shot: list[ClassificationResult]
+    reranked: list[RetrievalResult] = field(default_factory=list)
     lengths: dict[str, object] | None = None
     diagnostics: dict[str, dict] | None = None
 
@@ -170,25 +169,26 @@ def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork,
 
 def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
     """Prints the tables and writes the run's files. Rank 0 only."""
-    records = [r.record for r in outcome.ranked]
+    results = [r.result for r in outcome.ranked]
     extra = {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)}
-    extra |= flatten_zero_shot(outcome.zero_shot) | ({"lengths": outcome.lengths} if outcome.lengths else {})
+    extra |= {"lengths": outcome.lengths} if outcome.lengths else {}
     extra |= {"diagnostics": outcome.diagnostics} if outcome.diagnostics else {}
-    comparisons = compare_with_published(records, plan.printed)
+    comparisons = compare_with_published(results, plan.printed)
     extra |= {"published": to_json(comparisons)} if comparisons else {}
-    path = write_results(records + outcome.reranked, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
+    found = [*results, *outcome.reranked, *outcome.zero_shot]
+    path = write_results(found, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
     label = label_of(args)
-    if records:
+    if results:
         print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
-        print(format_table(records + outcome.reranked))
-        print(f"\nProtocols and hashes of the exact lists of images and captions:\n{format_protocols(records)}")
-    _show_published(args, plan, records, comparisons)
+        print(format_table([*results, *outcome.reranked]))
+        print(f"\nProtocols and hashes of the exact lists of images and captions:\n{format_protocols(results)}")
+    _show_published(args, plan, results, comparisons)
     if outcome.zero_shot:
         print(f"\n{label}, {args.precision}: accuracy in percent, open_clip's class names and templates\n")
         print(format_zero_shot(outcome.zero_shot))
     _print_what_is_missing(outcome)
-    if records:
-        print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(records, label)}")
+    if results:
+        print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(results, label)}")
     if outcome.lengths:
         _show_lengths(plan, outcome)
     if outcome.diagnostics:
@@ -204,15 +204,17 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
         print(f"Report: {_write_page(args, plan, outcome, label, env, comparisons)}")
 
 
-def _show_published(args: argparse.Namespace, plan: Plan, records: list[dict], comparisons: list[Comparison]) -> None:
+def _show_published(
+    args: argparse.Namespace, plan: Plan, results: list[RetrievalResult], comparisons: list[Comparison]
+) -> None:
     if not comparisons:
-        if args.published and records:
+        if args.published and results:
             logging.warning(
                 f"--published {args.published}: no printed number has the protocol of a benchmark of this run."
             )
         return
     print(f"\nPrinted numbers of {comparisons[0].model} (R@1, percent):\n\n{format_published(comparisons)}")
-    reasons = explain(comparisons, records, plan.printed, args.precision, args.image_decoding or IN_EVALUATION)
+    reasons = explain(comparisons, results, plan.printed, args.precision, args.image_decoding or IN_EVALUATION)
     if reasons:
         print("\nWhat commonly explains a difference larger than the interval:")
         print("\n".join(f"  {reason}" for reason in reasons))
@@ -244,16 +246,15 @@ def _show_diagnostics(plan: Plan, outcome: Outcome, label: str) -> None:
 
 def _print_what_is_missing(outcome: Outcome) -> None:
     missing = {s.key: describe_missing(s) for s in outcome.work.sets if s.missing}
-    for record in [*(r.record for r in outcome.ranked), *outcome.zero_shot]:
-        if record["num_pairs"] != record["num_expected"]:
+    for result in [*(r.result for r in outcome.ranked), *outcome.zero_shot]:
+        if not result.is_complete:
             left_out = ""
-            if record["num_missing"] or record["num_broken"]:
-                left_out = f" ({record['num_missing']:,} missing, {record['num_broken']:,} unreadable)"
-            unit = "images" if "top1" in record else "pairs"
-            counts = f"{format_pairs(record)} {unit}{left_out}"
-            print(f"\n{record['title']}: {counts}; not comparable with the full benchmark.")
-            if record["key"] in missing:
-                print(missing[record["key"]])
+            if result.num_missing or result.num_broken:
+                left_out = f" ({result.num_missing:,} missing, {result.num_broken:,} unreadable)"
+            unit = "pairs" if isinstance(result, RetrievalResult) else "images"
+            print(f"\n{result.title}: {result.pairs} {unit}{left_out}; not comparable with the full benchmark.")
+            if result.key in missing:
+                print(missing[result.key])
 
 
 def _write_page(
@@ -267,8 +268,9 @@ def _write_page(
     figures = []
     if outcome.diagnostics and above_chance(outcome.diagnostics):
         card = draw_card(label, outcome.lengths, outcome.diagnostics)
-        figures.append(("Long-text card", format_diagnostics(outcome.diagnostics), card))
-    if outcome.lengths and (args.diagnostics or args.retrieval_lengths or args.retrieval_sentences):
+        numbers = f"{format_lengths(outcome.lengths)}\n\n{format_diagnostics(outcome.diagnostics)}"
+        figures.append(("Long-text card", numbers, card))
+    elif outcome.lengths and (args.diagnostics or args.retrieval_lengths or args.retrieval_sentences):
         figures.append(("How much of a caption counts", format_lengths(outcome.lengths), draw_lengths(outcome.lengths)))
 
     facts = {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}

@@ -8,6 +8,7 @@ from dataloaders.images import BrokenImageError
 from dataloaders.pairs import ClassificationSet
 from training.eval.encode import ComputeOptions, encode_images
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
+from training.eval.record import ClassificationResult
 from training.model.factory import EncoderParts
 from training.runtime.distributed import DistEnv, max_over_ranks, sum_over_ranks
 
@@ -20,11 +21,11 @@ def evaluate_zero_shot(
     env: DistEnv,
     options: ComputeOptions,
     allow_broken: bool = False,
-) -> list[dict[str, object]]:
+) -> list[ClassificationResult]:
     """Classifies the images of every set among ImageNet's 1,000 classes.
 
     Returns:
-        One record per set: title, key, counts of images, and ``top1``, ``top5`` (fractions), ``top1-ci95``.
+        One result per set.
 
     Raises:
         BrokenImageError: an unreadable image, unless allowed; or not one readable image is left in a set.
@@ -33,26 +34,28 @@ def evaluate_zero_shot(
     if not sets:
         return []
     classifier = build_classifier(parts, IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, env, options)
-    records = []
+    results = []
     for s in sets:
         images = encode_images(parts.model, parts.preprocess, s.image_paths, env, options, allow_broken)
         kept = [i for i in range(len(s.labels)) if i not in images.broken]
         if not kept:
             raise BrokenImageError(f"{s.title}: no readable image is left; {next(iter(images.broken.values()))}")
         counts = count_label_ranks(images.features[kept], classifier, torch.tensor(s.labels)[kept])
-        result = summarise(counts, ks=(1, 5))
-        records.append(
-            {
-                "title": s.title,
-                "key": s.key,
-                "num_pairs": len(kept),
-                "num_expected": max(s.num_published, len(s.labels)),
-                "num_missing": max(s.num_published - len(s.labels), 0),
-                "num_broken": len(images.broken),
-                **{name: result[name] for name in ("top1", "top5", "top1-ci95")},
-            }
+        summary = summarise(counts, ks=(1, 5))
+        results.append(
+            ClassificationResult(
+                title=s.title,
+                key=s.key,
+                num_pairs=len(kept),
+                num_expected=max(s.num_published, len(s.labels)),
+                num_missing=max(s.num_published - len(s.labels), 0),
+                num_broken=len(images.broken),
+                top1=summary["top1"],
+                top5=summary["top5"],
+                top1_ci95=summary["top1-ci95"],
+            )
         )
-    return records
+    return results
 
 
 def build_classifier(

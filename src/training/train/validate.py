@@ -13,7 +13,8 @@ from training.data.open import TrainData
 from training.data.position import Share
 from training.eval.encode import ComputeOptions
 from training.eval.metrics import count_ranks, summarise
-from training.eval.results import flatten, flatten_zero_shot, format_table, format_zero_shot, write_results
+from training.eval.record import to_json
+from training.eval.results import format_table, format_zero_shot, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
 from training.model.factory import EncoderParts
@@ -119,11 +120,11 @@ def evaluate_benchmarks(
         image_decoding=args.image_decoding or IN_EVALUATION,
         image_cache=args.image_cache,
     )
-    records = evaluate_retrieval(parts, work, env, options, args.allow_missing) if work.sets else []
+    results = evaluate_retrieval(parts, work, env, options, args.allow_missing) if work.sets else []
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
     if env.is_main:
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
-        write_results(records, folder, args, None, {**flatten_zero_shot(zero_shot), **extra})
-        tables = [format_table(records)] * bool(records) + [format_zero_shot(zero_shot)] * bool(zero_shot)
+        write_results([*results, *zero_shot], folder, args, None, extra)
+        tables = [format_table(results)] * bool(results) + [format_zero_shot(zero_shot)] * bool(zero_shot)
         logger.info(f"after epoch {epoch}:\n" + "\n\n".join(tables))
-    return flatten(records) | flatten_zero_shot(zero_shot)
+    return to_json([*results, *zero_shot])

@@ -6,8 +6,8 @@ from textwrap import fill
 from tabulate import tabulate
 
 from training.eval.lengths import MIN_RIGHT
+from training.eval.record import DIRECTIONS
 from training.eval.report.curves import plain
-from training.eval.results import DIRECTIONS
 
 _HIMO = {"2": "HiMo@2, percent", "3": "HiMo@3, percent", "K": "HiMo@K, correlation"}
 

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 
 from training.eval.metrics import hit_probability
-from training.eval.results import DIRECTIONS
+from training.eval.record import DIRECTIONS
 from training.eval.retrieval import RankedSet
 
 KS = (1, 2, 3, 5, 10, 20, 50, 100)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from training.eval.record import DIRECTIONS
 from training.eval.report.curves import plain
-from training.eval.results import DIRECTIONS
 from training.eval.retrieval import RankedSet
 
 KINDS = {"tokens": "R@1 by tokens", "sentences": "R@1 by sentences", "sensitivity": "R@1 after changes"}

@@ -14,10 +14,10 @@ from tabulate import tabulate
 
 from training.eval.encode import Encoding
 from training.eval.published import Comparison
+from training.eval.record import DIRECTIONS, ClassificationResult, RetrievalResult
 from training.eval.report.content import NUM_MATCHES, browser_content
 from training.eval.report.curves import KS, draw_recall, recall_curves
 from training.eval.report.thumbnails import make_thumbnails
-from training.eval.results import DIRECTIONS, format_pairs
 from training.eval.retrieval import RankedSet
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -33,7 +33,7 @@ def write_report(
     images: Encoding,
     texts: Encoding,
     image_paths: Sequence[Path],
-    zero_shot: Sequence[dict] = (),
+    zero_shot: Sequence[ClassificationResult] = (),
     figures: Sequence[tuple[str, str, str]] = (),
     published: Sequence[Comparison] = (),
     device: torch.device | str = "cpu",
@@ -47,7 +47,7 @@ def write_report(
         ranked: benchmarks; at least one.
         images, texts: features they were ranked by.
         image_paths: the files behind the rows of `images`.
-        zero_shot: records of classification.
+        zero_shot: results of classification.
         figures: more (title, description, SVG) to show below the recall curves.
         published: printed numbers beside measured ones.
         device: where similarities are computed.
@@ -70,8 +70,8 @@ def write_report(
         .render(
             heading=heading,
             facts=facts,
-            table=[_table_row(r.record) for r in ranked],
-            zero_shot=[_zero_shot_row(record) for record in zero_shot],
+            table=[_table_row(r.result) for r in ranked],
+            zero_shot=[_zero_shot_row(r) for r in zero_shot],
             published=[_published_row(c) for c in published],
             figures=[(title, text, base64.b64encode(svg.encode()).decode()) for title, text, svg in shown],
             style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
@@ -115,26 +115,25 @@ def _interval(bounds: Sequence[float]) -> str:
     return "{:.1f}-{:.1f}".format(*(100 * bound for bound in bounds))
 
 
-def _table_row(record: dict) -> dict[str, object]:
-    share = record["truncated_share"]
+def _table_row(result: RetrievalResult) -> dict[str, object]:
+    share = result.truncated_share
     directions = []
     for direction in DIRECTIONS:
-        result = record[direction]
-        directions += [_percent(result["top1"]), _interval(result["top1-ci95"])]
-        directions += [_percent(result["top5"]), _percent(result["top10"]), f"{result['median-rank']:.6g}"]
+        recall = result.recall(direction)
+        directions += [_percent(recall.top1), _interval(recall.top1_ci95)]
+        directions += [_percent(recall.top5), _percent(recall.top10), f"{recall.median_rank:.6g}"]
     cut = "unknown" if share is None else f"{100 * share:.1f}%"
     return {
-        "title": record["title"],
-        "pairs": format_pairs(record),
-        "protocol": record["protocol"],
-        "fingerprint": record["fingerprint"],
+        "title": result.title,
+        "pairs": result.pairs,
+        "protocol": result.protocol,
+        "fingerprint": result.fingerprint,
         "cells": [*directions, cut],
     }
 
 
-def _zero_shot_row(record: dict) -> list[str]:
-    numbers = [_percent(record["top1"]), _interval(record["top1-ci95"]), _percent(record["top5"])]
-    return [record["title"], format_pairs(record), *numbers]
+def _zero_shot_row(r: ClassificationResult) -> list[str]:
+    return [r.title, r.pairs, _percent(r.top1), _interval(r.top1_ci95), _percent(r.top5)]
 
 
 def _published_row(c: Comparison) -> list[str]:

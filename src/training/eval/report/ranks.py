@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from training.eval.metrics import expected_rank, hit_probability
-from training.eval.results import DIRECTIONS
+from training.eval.record import DIRECTIONS
 from training.eval.retrieval import RankedSet
 
 FILE = "ranks.npz"
@@ -43,7 +43,7 @@ def write_ranks(ranked: Sequence[RankedSet], path: Path) -> None:
     """Writes the ranks of all benchmarks of a run, in place of those of an earlier evaluation."""
     arrays, meta = {}, {}
     for r in ranked:
-        key = str(r.record["key"])
+        key = r.result.key
         meta[key] = {"title": r.pairs.title, "digest": r.pairs.fingerprint(), "protocol": r.pairs.protocol}
         arrays[f"{key}/owner"] = np.array(r.pairs.image_of_caption, dtype=np.int32)
         arrays[f"{key}/images"] = np.array([path.name for path in r.pairs.image_paths])

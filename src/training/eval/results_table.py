@@ -1,0 +1,94 @@
+"""All evaluations below a folder as one table."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+
+PLACE = Path("checkpoints") / "results.jsonl"
+FACTS = ("model", "pretrained", "weights_sha256", "precision", "date", "epoch", "device", "world_size", "seconds")
+
+
+def load(*folders: str | Path, last: bool = False) -> "pandas.DataFrame":
+    """Reads every results.jsonl at or below some folders.
+
+    Args:
+        folders: ``logs``, or runs, ``logs/NAME``.
+        last: of each run only its last evaluation.
+
+    Returns:
+        A row for each evaluation and benchmark. Columns: ``run`` (its folder, from where `folders` is), facts of the
+        run (`FACTS`), ``key`` and ``benchmark`` (its title), the numbers by their published names without the key
+        (``i2t-top1``, ``num-pairs``, ``protocol``, ..; fractions; intervals are lists), and every flag by its own name,
+        ``--batch-size``. What a run does not have is missing.
+
+    Raises:
+        FileNotFoundError: no results there.
+        ValueError: a line that is no JSON object; names file and line.
+    """
+    import pandas
+
+    rows = []
+    for folder in map(Path, folders):
+        paths = sorted(folder.rglob(str(PLACE)))
+        if not paths:
+            raise FileNotFoundError(f"{folder}: no {PLACE} at or below it; evaluate a model with --logs and --name")
+        for path in paths:
+            lines = _read_lines(path)
+            for line in lines[-1:] if last else lines:
+                rows += _rows(str(path.parents[1]), line)
+    return pandas.DataFrame(rows)
+
+
+def _read_lines(path: Path) -> list[dict]:
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number}: broken JSON ({error})") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path} line {number}: expected a JSON object")
+        lines.append(line)
+    return lines
+
+
+def _rows(run: str, line: dict) -> list[dict[str, object]]:
+    """A row per benchmark of an evaluation. Keys that begin with another benchmark's key belong to the longest one."""
+    keys = [name.removesuffix("-i2t-top1") for name in line if name.endswith("-i2t-top1")]
+    keys += [name.removesuffix("-num-images") for name in line if name.endswith("-num-images")]
+    numbers: dict[str, dict] = {key: {} for key in keys}
+    longest_first = sorted(numbers, key=len, reverse=True)
+    for name, value in line.items():
+        owner = next((key for key in longest_first if name.startswith(f"{key}-")), None)
+        if owner:
+            numbers[owner][name.removeprefix(f"{owner}-")] = value
+    facts = {name: line[name] for name in FACTS if name in line}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in line.get("flags", {}).items()}
+    return [
+        {"run": run, **facts, "key": key, "benchmark": own.pop("title", key), **own, **flags}
+        for key, own in numbers.items()
+    ]
+
+
+def flags_that_differ(runs: Mapping[str, str]) -> "pandas.DataFrame":
+    """Returns the flags of which the last evaluations of runs have different values: a row per flag, a column per run.
+
+    Flags that only name places (``--logs``, ``--name``) are left out; runs without results have no column.
+
+    Args:
+        runs: folder -> heading of its column.
+    """
+    import pandas
+
+    columns = {}
+    for run, heading in runs.items():
+        if (Path(run) / PLACE).is_file():
+            first = load(run, last=True).iloc[0]
+            flags = {name: value for name, value in first.items() if name.startswith("--")}
+            columns[heading] = {name: str(value) for name, value in flags.items()}
+    table = pandas.DataFrame(columns).drop(index=["--logs", "--name"], errors="ignore")
+    return table[table.nunique(axis=1, dropna=False) > 1] if len(columns) > 1 else table.iloc[:0]

@@ -1,0 +1,76 @@
+"""training.results.load: what runs left as one table, against their own lines; compare names the flags that differ."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval_files import write_coco, write_docci, write_imagenet
+from support import evaluate
+from training import compare, results
+from training.eval.record import ClassificationResult, Recall, RetrievalResult, to_json
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory, tiny_clip):
+    folder = tmp_path_factory.mktemp("runs")
+    docci, coco, val = write_docci(folder / "docci_data"), write_coco(folder / "coco"), write_imagenet(folder / "val")
+    both = ["--docci-retrieval", docci, "--docci-sentences", "--coco-retrieval", coco, "--allow-missing"]
+    evaluate(folder, tiny_clip, *both, name="one")
+    evaluate(folder, tiny_clip, *both, "--imagenet-val", val, "--batch-size", 7, name="two")
+    evaluate(folder, tiny_clip, *both, "--batch-size", 5, name="two")
+    return folder / "logs"
+
+
+def test_a_row_per_evaluation_and_benchmark(logs):
+    table = results.load(logs)
+    lines = [
+        json.loads(text)
+        for run in ("one", "two")
+        for text in (logs / run / "checkpoints" / "results.jsonl").read_text().splitlines()
+    ]
+    assert len(lines) == 3 and len(table) == 3 + 4 + 3
+    assert table["run"].tolist() == [str(logs / "one")] * 3 + [str(logs / "two")] * 7
+    whole = table[table["key"] == "docci-retrieval"]
+    assert whole["t2i-top1"].tolist() == [line["docci-retrieval-t2i-top1"] for line in lines]
+    assert whole["--batch-size"].tolist() == [line["flags"]["batch_size"] for line in lines]
+    parts = table[table["benchmark"] == "DOCCI sentences"]
+    assert parts["num-pairs"].tolist() == [line["docci-sentences-retrieval-num-pairs"] for line in lines]
+    assert set(parts["protocol"]) == {"docci/sentences"} and set(whole["protocol"]) == {"docci/test"}
+    (imagenet,) = table[table["key"] == "imagenet-zeroshot-val"]["top5"]
+    assert imagenet == lines[1]["imagenet-zeroshot-val-top5"]
+    assert table.groupby("benchmark")["i2t-top1"].mean()["COCO"] == pytest.approx(
+        np.mean([line["coco-retrieval-i2t-top1"] for line in lines])
+    )
+    assert len(results.load(logs / "two", last=True)) == 3
+
+
+def test_compare_names_the_flags_that_differ(logs, capsys):
+    assert compare.main([str(logs / "one"), str(logs / "two")]) == 0
+    said = capsys.readouterr().out
+    assert "Flags that differ:" in said and "--batch-size" in said and "--workers" not in said.split("Flags that")[1]
+
+
+def test_nothing_there_and_broken_lines_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="evaluate a model"):
+        results.load(tmp_path)
+    path = tmp_path / "run" / "checkpoints" / "results.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"a": 1}\n{"b":')
+    with pytest.raises(ValueError, match="results.jsonl line 2: broken JSON"):
+        results.load(tmp_path)
+
+
+def test_json_keys_are_the_published_ones():
+    recall = Recall(0.5, 0.75, 1.0, (0.4, 0.6), 1.5, 1.0)
+    counts = {"num_pairs": 9, "num_expected": 10, "num_missing": 1, "num_broken": 0}
+    texts = {"truncated_share": None, "truncated_mean_tokens_lost": None, "protocol": "p", "fingerprint": "f"}
+    one = RetrievalResult("T", "k", **counts, num_images=9, **texts, i2t=recall, t2i=recall)
+    two = ClassificationResult("Z", "z", **counts, top1=0.1, top5=0.2, top1_ci95=(0.0, 0.3))
+    flat = to_json([one, two])
+    names = "top1 top5 top10 top1-ci95 mean-rank median-rank".split()
+    wanted = {f"k-{d}-{name}" for d in ("i2t", "t2i") for name in names}
+    wanted |= {f"k-num-{n}" for n in ("images", "pairs", "expected", "missing", "broken")}
+    wanted |= {f"k-{n}" for n in "pairs title protocol fingerprint truncated-share truncated-mean-tokens-lost".split()}
+    wanted |= {f"z-{n}" for n in "top1 top5 top1-ci95 title num-images images".split()}
+    assert flat.keys() == wanted and flat["k-pairs"] == "9 of 10 pairs" and flat["z-images"] == "9 of 10 images"
