@@ -225,14 +225,13 @@ def _draw_recall(recorded: dict) -> object:
             ]
             places = [titles.index(r["title"]) + 0.38 * (number - 0.5) for r in own]
             bars = panel.barh(places, [100 * r["top1"] for r in own], 0.36, label=DIRECTIONS[direction], alpha=0.75)
-            panel.bar_label(bars, fmt="%.1f", padding=8, fontsize=8)
+            panel.bar_label(bars, fmt="%.1f", label_type="center", fontsize=8)
             for place, row in zip(places, own):
                 runs = [r for r in recorded["runs"] if r["arm"] == row["arm"]]
                 dots = [100 * r["evaluations"][evaluation][key][direction]["top1"] for r in runs]
                 panel.plot(dots, [place] * len(dots), "k.", markersize=4)
         panel.set(title=f"{evaluation} captions", xlabel="R@1 in percent")
         panel.grid(axis="x", alpha=0.3)
-        panel.margins(x=0.15)
     axes[0][0].set_yticks(range(len(titles)), titles)
     axes[0][0].invert_yaxis()
     axes[0][-1].legend(loc="lower right")
