@@ -22,6 +22,8 @@ COMMANDS = [
     [*TRAINING, "--extract-image-features", "D"],
     [*TRAINING, "--save-every-minutes", "0"],
     [*TRAINING, "--save-frequency", "0"],
+    [*TRAINING, "--lr-scheduler", "const-cooldown", "--opt", "timm/lion"],
+    [*TRAINING, "--skip-scheduler"],
     [*TRAINING, "--captions", "raw"],
     [*TRAINING, "--text-views", "long"],
     [*TRAINING, "--text-views", "short, sentences*2"],
@@ -37,7 +39,7 @@ def words(action: argparse.Action) -> list[str]:
     if isinstance(action, Switch):
         return [action.negatives[0] if action.default else action.option_strings[0]]
     choices = [choice for choice in action.choices or () if choice != action.default]
-    for value in (*choices[:1], "7", "a=1", "raw"):
+    for value in (*choices[:1], "7", "a=1", "raw", "timm/lion"):
         try:
             given = getattr(PARSER.parse_args([action.option_strings[0], value]), action.dest)
         except ValueError:

@@ -113,7 +113,11 @@ def open_source(
         return _with_flag(flag, open_checked)
 
     inside = agree(lambda: _with_flag(flag, lambda: embedded_sources(spec, args.csv_img_key)), env)
-    if not inside and names_tables(spec):
+    is_table = names_tables(spec)
+    if args.dataset_type != "auto" and is_table != (args.dataset_type == "csv"):
+        found = "a table" if is_table else "no table (.csv, .tsv, .parquet or .arrow)"
+        raise ValueError(f"--dataset-type {args.dataset_type}: {flag} {spec} is {found}; take auto")
+    if not inside and is_table:
         if resampled:
             raise ValueError("--dataset-resampled is for shards; each row of a table comes once per epoch")
         # A table is not sent around: once rank 0 has found its own good, the others read theirs.

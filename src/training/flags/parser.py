@@ -11,12 +11,12 @@ from typing import Any
 
 from dataloaders.registry import find_below_data_root
 from training.flags import eval as evaluation
-from training.flags import model, train
+from training.flags import model, open_clip, train
 from training.flags.config import config_words, format_config
 from training.flags.effects import Effects, describe_idle, idle_flags
 from training.flags.types import Switch
 
-EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *evaluation.EFFECTS)
+EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *open_clip.EFFECTS, *evaluation.EFFECTS)
 
 DESCRIPTION = """\
 Train on short and long captions, or evaluate long text-image retrieval for any open_clip, LoTLIP or Long-CLIP model.
@@ -89,7 +89,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             print(format_config(args, parser.actions), end="")
             parser.exit()
         absent = find_below_data_root(args)
-        for line in [*([absent] if absent else []), *validate_args(args)]:
+        known = vars(args).pop(open_clip.NO_EFFECT, [])
+        for line in [*([absent] if absent else []), *known, *validate_args(args)]:
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
                 print(f"{parser.prog}: warning: {line}", file=sys.stderr)
     except ValueError as error:
@@ -128,6 +129,8 @@ def build_parser(everything: bool = True) -> Parser:
     evaluation.add_eval_args(parser, everything)
     train.add_train_args(parser, everything)
     model.add_compute_args(parser, everything)
+    if everything:
+        open_clip.add_open_clip_args(parser)
     return parser
 
 

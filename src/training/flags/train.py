@@ -5,6 +5,7 @@ import argparse
 from training.flags import data
 from training.flags.effects import ALWAYS, STEPS, TRAINING, TRAINING_MEANT, Condition, Effects
 from training.flags.eval import has_benchmark
+from training.flags.open_clip import validate_open_clip_args
 from training.flags.types import Switch, names, not_negative, positive
 
 REPORTERS = ("tensorboard", "wandb")
@@ -97,8 +98,9 @@ def _add_more_optimization_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lr-scheduler",
         default="cosine",
-        choices=("cosine", "const"),
-        help="learning rate after the warm-up: cosine falls to 0 at the end, const stays (default: %(default)s)",
+        choices=("cosine", "const", "const-cooldown"),
+        help="learning rate after the warm-up: cosine falls to 0 at the end, const stays, const-cooldown stays and "
+        "falls in the last --epochs-cooldown (default: %(default)s)",
     )
     group.add_argument(
         "--grad-clip-norm", type=float, metavar="X", help="largest norm of the gradient (default: no limit)"
@@ -273,6 +275,7 @@ def validate_train_args(args: argparse.Namespace) -> None:
     if not args.train_data:
         return
     data.validate_data_args(args)
+    validate_open_clip_args(args)
     if set(args.report_to) - set(REPORTERS):
         raise ValueError(
             f"--report-to {','.join(args.report_to)}: expected any of {', '.join(REPORTERS)}, separated by commas"

@@ -40,9 +40,18 @@ class Tracker:
         report_to: ``tensorboard``, ``wandb`` or both; see `check_reporters`.
         flags: the run's, for W&B.
         first_step: lines of an earlier run from this step on are dropped: they are to be written again.
+        project: of W&B.
     """
 
-    def __init__(self, folder: Path, name: str, report_to: tuple[str, ...], flags: dict, first_step: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        report_to: tuple[str, ...],
+        flags: dict,
+        first_step: int = 0,
+        project: str = "lotlip",
+    ):
         self.path = folder / "metrics.jsonl"
         self.writer, self.run = None, None
         if self.path.exists():
@@ -57,7 +66,7 @@ class Tracker:
             import wandb
 
             self.run = wandb.init(
-                project="lotlip", name=name, config=flags, dir=str(folder), resume="allow", id=run_id(folder)
+                project=project, name=name, config=flags, dir=str(folder), resume="allow", id=run_id(folder)
             )
 
     def log(self, step: int, metrics: dict[str, object]) -> None:

@@ -1,9 +1,10 @@
-"""Optimizer and learning rate: AdamW with open_clip's weight-decay rule, one rate per tower, schedules by name."""
+"""Optimizer and learning rate: AdamW or one of timm's, open_clip's weight-decay rule, one rate per tower, schedules."""
 
 from collections.abc import Callable
 
+import timm.optim
 import torch
-from open_clip_train.scheduler import const_lr, cosine_lr
+from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 
 
 def parameter_groups(
@@ -39,19 +40,58 @@ def parameter_groups(
     ]
 
 
+def make_optimizer(
+    groups: list[dict], name: str, lr: float, betas: tuple[float, float], eps: float, momentum: float | None = None
+) -> torch.optim.Optimizer:
+    """Returns the optimizer of groups of `parameter_groups`.
+
+    Args:
+        groups: with their own rates and weight decays.
+        name: ``adamw``, or ``timm/NAME``.
+        lr: base learning rate.
+        betas, eps, momentum: given to the optimizers that have them; momentum None is the optimizer's own.
+
+    Raises:
+        ValueError: timm has no such optimizer.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+    name = name.removeprefix("timm/")
+    if name not in timm.optim.list_optimizers():
+        raise ValueError(f"--opt timm/{name}: unknown to timm; it has {', '.join(timm.optim.list_optimizers())}")
+    info = timm.optim.get_optimizer_info(name)
+    options = {"betas": betas} if info.has_betas and info.num_betas == 2 else {}
+    if info.has_momentum and momentum is not None:
+        options["momentum"] = momentum
+    return timm.optim.create_optimizer_v2(groups, name, lr=lr, weight_decay=0.0, eps=eps, **options)
+
+
 def make_schedule(
-    optimizer: torch.optim.Optimizer, name: str, lr: float, warmup: int, total_steps: int
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    lr: float,
+    warmup: int,
+    total_steps: int,
+    cooldown_steps: int = 0,
+    cooldown_power: float = 1.0,
+    cooldown_end: float = 0.0,
 ) -> Callable[[int], float]:
     """Returns step -> base learning rate, which it also gives the optimizer, each group by its ``lr_scale``.
 
     Args:
         optimizer: with groups of `parameter_groups`.
-        name: ``cosine`` (to zero at the end) or ``const``; both warm up linearly.
+        name: ``cosine`` (to zero at the end), ``const``, or ``const-cooldown``; all warm up linearly.
         lr: base learning rate.
         warmup: steps.
         total_steps: of the whole training.
+        cooldown_steps: of ``const-cooldown``: the last steps, in which the rate falls.
+        cooldown_power: 1 falls linearly.
+        cooldown_end: the rate at the end.
     """
-    assign = {"cosine": cosine_lr, "const": const_lr}[name](optimizer, lr, warmup, total_steps)
+    if name == "const-cooldown":
+        assign = const_lr_cooldown(optimizer, lr, warmup, total_steps, cooldown_steps, cooldown_power, cooldown_end)
+    else:
+        assign = {"cosine": cosine_lr, "const": const_lr}[name](optimizer, lr, warmup, total_steps)
 
     def schedule(step: int) -> float:
         rate = assign(step)

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from training.train.checkpoint import SaveError, named_checkpoint, newest_checkp
 from training.train.extract import tower_info
 from training.train.loop import Plan, Run, Trainer
 from training.train.losses import make_loss
-from training.train.optim import make_schedule, parameter_groups
+from training.train.optim import make_optimizer, make_schedule, parameter_groups
 from training.train.resume import Division, Progress, changed_flags, restore, start_from
 from training.train.step import Stepper
 from training.train.validate import ValidationSet
@@ -61,7 +62,9 @@ def train(args: argparse.Namespace) -> int:
             return fail(error, 2, env)
         tracker = None
         if env.is_main:
-            tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), run.start.step)
+            tracker = Tracker(
+                plan.folder, plan.name, args.report_to, vars(args), run.start.step, args.wandb_project_name
+            )
         try:
             Trainer(args, plan, run, tracker, env).run()
         except StoppedError as stop:
@@ -148,12 +151,8 @@ def _build(
     _check_features(args, core)
     if args.grad_checkpointing:
         core.set_grad_checkpointing()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr),
-        betas=(args.beta1, args.beta2),
-        eps=args.eps,
-        fused=True,
-    )
+    groups = parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr)
+    optimizer = make_optimizer(groups, args.opt, args.lr, (args.beta1, args.beta2), args.eps, args.momentum)
     scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
     division = Division(
         steps_per_epoch,
@@ -187,10 +186,15 @@ def _build(
         val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
         val = ValidationSet.of(val_data, args.batch_size, env)
     if env.is_main:
-        _check_warmup(args.warmup, steps_per_epoch * args.epochs, args.lr)
-    schedule = make_schedule(optimizer, args.lr_scheduler, args.lr, args.warmup, steps_per_epoch * args.epochs)
+        _check_warmup(0 if args.skip_scheduler else args.warmup, steps_per_epoch * args.epochs, args.lr)
     data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
-    return Run(data, val, parts, stepper, schedule, division, start)
+    return Run(data, val, parts, stepper, _schedule(args, optimizer, steps_per_epoch), division, start)
+
+
+def _schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Callable:
+    name, warmup = ("const", 0) if args.skip_scheduler else (args.lr_scheduler, args.warmup)
+    cooldown = (steps_per_epoch * (args.epochs_cooldown or 0), args.lr_cooldown_power, args.lr_cooldown_end)
+    return make_schedule(optimizer, name, args.lr, warmup, steps_per_epoch * args.epochs, *cooldown)
 
 
 def _check_warmup(warmup: int, num_steps: int, lr: float) -> None:

@@ -1,0 +1,177 @@
+"""Flags of open_clip 3.3's trainer that this project does not have by itself, so that its launch lines can be reused.
+
+Each flag of its parser is one of ours, is declared here with the effect that it has there, is known to change nothing
+here, which is reported, or is refused with what does its work instead.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from training.flags.effects import STEPS, TRAINING, Condition, Effects
+from training.flags.types import Switch, positive
+
+_TIMM = Condition("with --opt adamw", lambda args: args.opt != "adamw")
+_COOLDOWN = Condition(
+    "without --lr-scheduler const-cooldown", lambda args: args.lr_scheduler == "const-cooldown" and args.train_data
+)
+_SCHEDULED = Condition("with --skip-scheduler", lambda args: not args.skip_scheduler)
+
+NO_EFFECT = "no_effect"  # where a namespace lists the given flags of the next table
+
+# Flags that change nothing here: flag -> (number of values, why).
+_IDLE = {
+    "--val-num-samples": (1, "--val-data is counted and read whole"),
+    "--dist-backend": (1, "the backend follows --device"),
+    "--ddp-static-graph": (0, "gradients of processes are added up without it"),
+    "--log-local": (0, "rank 0 alone writes a log, other ranks print their warnings"),
+    "--debug": (0, "the log has one level; --log-every-n-steps 1 shows every step"),
+    "--loss-dist-impl": (1, "the sigmoid loss is computed in blocks of the gathered batch"),
+}
+
+# Flags that are refused: flag -> (number of values, what to do instead).
+_REFUSED = {
+    "--force-image-size": ("+", "write image_size of vision_cfg in a file for --model-config"),
+    "--force-quick-gelu": (0, 'write "quick_gelu": true in a file for --model-config; OpenAI\'s weights switch it on'),
+    "--force-patch-dropout": (1, "write patch_dropout of vision_cfg in a file for --model-config"),
+    "--force-custom-text": (0, 'write "custom_text": true in a file for --model-config; weights of both forms load'),
+    "--image-mean": ("+", "write mean of preprocess_cfg in a file for --model-config"),
+    "--image-std": ("+", "write std of preprocess_cfg in a file for --model-config"),
+    "--image-interpolation": (1, "write interpolation of preprocess_cfg in a file for --model-config"),
+    "--image-resize-mode": (1, "write resize_mode of preprocess_cfg in a file for --model-config"),
+    "--use-bn-sync": (0, "statistics of batch norms are each process's own; freeze them, or take a model without"),
+    "--torchscript": (0, "train without it; python -m training.export writes ONNX files"),
+    "--trace": (0, "evaluate without it; python -m training.export writes ONNX files"),
+    "--dist-url": (1, "set MASTER_ADDR and MASTER_PORT, or start with torchrun, which sets them"),
+    "--no-set-device-rank": (0, "leave all devices visible to all processes; each takes that of its local rank"),
+    "--horovod": (0, "start with torchrun --nproc_per_node N -m -- training.main .."),
+    "--copy-codebase": (0, "flags are kept in params.json; keep the commit of the code beside them"),
+    "--wandb-notes": (1, "set the environment variable WANDB_NOTES"),
+    "--coca-caption-loss-weight": (1, "CoCa's captioning is not trained here; train it with open_clip_train.main"),
+    "--coca-contrastive-loss-weight": (1, "CoCa is not trained here; train it with open_clip_train.main"),
+    "--distill-model": (1, "distillation is not part of this project; train with open_clip_train.main"),
+    "--distill-pretrained": (1, "distillation is not part of this project; train with open_clip_train.main"),
+    "--use-bnb-linear": (1, "take --precision amp_bf16; layers of bitsandbytes are not supported"),
+    "--remote-sync": (1, "copy the folder --logs with rclone or aws s3 sync; checkpoints appear there only when whole"),
+    "--remote-sync-frequency": (1, "copy the folder --logs with rclone or aws s3 sync"),
+    "--remote-sync-protocol": (1, "copy the folder --logs with rclone or aws s3 sync"),
+}
+
+EFFECTS: Effects = (
+    (TRAINING, "--dataset-type --opt --momentum --skip-scheduler --wandb-project-name"),
+    (STEPS, "--opt --momentum --skip-scheduler --wandb-project-name"),
+    (_TIMM, "--momentum"),
+    (_SCHEDULED, "--warmup --lr-scheduler"),
+    (_COOLDOWN, "--epochs-cooldown --lr-cooldown-end --lr-cooldown-power"),
+)
+
+
+class _CaptionKey(argparse.Action):
+    """``--csv-caption-key COL`` stands for ``--raw-caption-keys COL --captions raw``."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        namespace.raw_caption_keys, namespace.captions = (values,), "raw"
+
+
+class _Idle(argparse.Action):
+    """Notes in the namespace's `NO_EFFECT` that the flag was given; `const` says why it changes nothing."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, nargs: int | None, const: str, **kwargs: Any):
+        super().__init__(
+            option_strings, argparse.SUPPRESS, nargs=nargs, const=const, default=argparse.SUPPRESS, **kwargs
+        )
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        given = vars(namespace).setdefault(NO_EFFECT, [])
+        given.append(f"{option_string}: no effect: {self.const}")
+
+
+class _Refused(argparse.Action):
+    """Ends with what to do instead, which is the action's `const`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, nargs: int | str, const: str, **kwargs: Any):
+        super().__init__(
+            option_strings, argparse.SUPPRESS, nargs=nargs, const=const, default=argparse.SUPPRESS, **kwargs
+        )
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        parser.error(f"{option_string}, a flag of open_clip's trainer, is not supported: {self.const}")
+
+
+def optimizer(text: str) -> str:
+    """Checks the form of an optimizer's name; timm checks the name itself, once it is imported."""
+    name = text.lower()
+    if name != "adamw" and not name.startswith("timm/"):
+        raise argparse.ArgumentTypeError(f"expected adamw or timm/NAME, found {text!r}")
+    return name
+
+
+def add_open_clip_args(parser: argparse.ArgumentParser) -> None:
+    """Adds the group of flags for open_clip's launch lines."""
+    group = parser.add_argument_group("open_clip compatibility")
+    group.add_argument(
+        "--dataset-type",
+        choices=("auto", "webdataset", "csv"),
+        default="auto",
+        help="what --train-data has to be: shards or a table; auto goes by its name (default: %(default)s)",
+    )
+    group.add_argument(
+        "--csv-caption-key", action=_CaptionKey, metavar="COL", help="short for --raw-caption-keys COL --captions raw"
+    )
+    group.add_argument(
+        "--opt",
+        type=optimizer,
+        default="adamw",
+        metavar="NAME",
+        help="adamw, or timm/NAME for an optimizer of timm, such as timm/lion (default: %(default)s)",
+    )
+    group.add_argument("--momentum", type=float, metavar="X", help="momentum of timm's optimizers (default: theirs)")
+    group.add_argument("--skip-scheduler", action=Switch, help="keep the learning rate at --lr, without a warm-up")
+    group.add_argument(
+        "--epochs-cooldown", type=positive, metavar="N", help="length of const-cooldown's end: the last N epochs"
+    )
+    group.add_argument(
+        "--lr-cooldown-end", type=float, default=0.0, metavar="LR", help="its last learning rate (default: %(default)g)"
+    )
+    group.add_argument(
+        "--lr-cooldown-power",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="exponent of its fall; 1 is linear (default: %(default)g)",
+    )
+    group.add_argument(
+        "--wandb-project-name", default="lotlip", metavar="NAME", help="project of W&B (default: %(default)s)"
+    )
+    for flag, (nargs, why) in _IDLE.items():
+        nargs = None if nargs == 1 else nargs
+        group.add_argument(flag, action=_Idle, nargs=nargs, const=why, metavar="X", help=f"no effect: {why}")
+    for flag, (nargs, advice) in _REFUSED.items():
+        group.add_argument(
+            flag,
+            action=_Refused,
+            nargs=None if nargs == 1 else nargs,
+            const=advice,
+            metavar="X",
+            help=f"refused: {advice}",
+        )
+
+
+def validate_open_clip_args(args: argparse.Namespace) -> None:
+    """Checks the flags of this file; called in training only.
+
+    Raises:
+        ValueError: the message names the flag, what was found and what to do.
+    """
+    if args.lr_scheduler != "const-cooldown":
+        return
+    if not args.epochs_cooldown or args.epochs_cooldown > args.epochs:
+        raise ValueError(
+            f"--lr-scheduler const-cooldown: expected --epochs-cooldown from 1 to --epochs {args.epochs}, "
+            f"found {args.epochs_cooldown}"
+        )
+    if not args.lr_cooldown_end >= 0 or not args.lr_cooldown_power > 0:
+        raise ValueError("--lr-cooldown-end has to be 0 or more, --lr-cooldown-power above 0")
