@@ -3,6 +3,7 @@
 import json
 import multiprocessing as mp
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -30,11 +31,16 @@ def layout_flags(root: Path, sizes: str = "8,12") -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at now, all different."""
-    probes = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+    """Ports that nobody listens at now, all different, and below those that systems give to whoever asks for any."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 1_000):
+        try:
+            socket.create_server(("localhost", port)).close()
+        except OSError:
+            continue
+        ports.append(port)
+        if len(ports) == count:
+            break
     return ports
 
 
@@ -100,13 +106,13 @@ def set_rank(rank: int, world_size: int, port: int) -> None:
 def _rank_of_main(rank: int, argv: list[str], world_size: int, port: int, folder: str) -> None:
     from training.main import main
 
-    _speak_to_files(rank, folder)
+    speak_to_files(rank, folder)
     if world_size > 1:
         set_rank(rank, world_size, port)
     sys.exit(main(argv))
 
 
-def _speak_to_files(rank: int, folder: str) -> None:
+def speak_to_files(rank: int, folder: str) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
 
@@ -153,5 +159,5 @@ def run_lab(
 def _lab(rank: int, job: dict, folder: str) -> None:
     from crash_lab import run_job
 
-    _speak_to_files(rank, folder)
+    speak_to_files(rank, folder)
     run_job(job)

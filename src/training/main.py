@@ -8,8 +8,11 @@ torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval data/dci --model
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from training.flags.parser import parse_args
+from training.runtime.processes import end_process
+from training.runtime.stop import EXIT_STOPPED, SIGNALS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,11 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 done, 1 the run failed on its data, 2 the command can't be run as it stands, 70 a process has
-        ended or does not move, 75 stopped by a signal and saved, 130 Ctrl-C.
+        ended or hangs, 75 stopped by a signal (the same command with --resume latest continues), 130 Ctrl-C.
     """
     args = parse_args(argv)  # before anything heavy is imported: --help and typos answer at once
     try:
-        return _run(args)
+        with SIGNALS.caught() if args.train_data else nullcontext():
+            return _run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -43,9 +47,13 @@ def _run(args: argparse.Namespace) -> int:
         from training.eval.run import evaluate as work
     try:
         return work(args)
+    except SystemExit as stop:  # this rank alone failed, and left without waiting for the others
+        return stop.code
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
+        if SIGNALS.name:  # the others heard of the signal, too, and were faster
+            return EXIT_STOPPED
         reason = " ".join(str(error).split())[:200]
         return fail(
             RuntimeError(f"another process of this run has ended; what it said tells why ({reason})"), EXIT_LOST
@@ -53,4 +61,4 @@ def _run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -1,13 +1,11 @@
 """From raw samples to batches, in worker processes."""
 
-import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from training.data.batch import TrainBatch
 from training.data.faults import BadSample, Totals
@@ -16,7 +14,7 @@ from training.data.position import Share, Span, count_slots, cut
 from training.data.reader import Sample, SampleReader, random_state_kept, tokenise
 from training.data.shards import Source
 from training.data.tar import BrokenShardError, RawSample
-from training.runtime.stop import STOP_SIGNALS
+from training.runtime.workers import Loader
 
 
 class NoUsableSampleError(RuntimeError):
@@ -128,38 +126,6 @@ def collate_captions(
     return groups, num_tokens, sum(ids.numel() for ids in groups.values())
 
 
-def _outlive_signals(_: int) -> None:
-    """SLURM signals every process of a job; a worker that ends by it would end training before it has saved."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-class _Loader(DataLoader):
-    """Workers are born with these signals held back: torch's own handler would end them before they can ignore any."""
-
-    def __iter__(self) -> Iterator[TrainBatch]:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _unchanged(batch: TrainBatch) -> TrainBatch:
-    return batch
-
-
-def make_loader(source: Source, reader: SampleReader, share: Share, num_workers: int, pin: bool) -> DataLoader:
+def make_loader(source: Source, reader: SampleReader, share: Share, num_workers: int, pin: bool) -> Loader:
     """Returns a loader of one epoch's `TrainBatch`es; their order does not depend on how fast workers are."""
-    return _Loader(
-        TrainBatches(source, reader, share),
-        batch_size=None,  # workers make whole batches
-        collate_fn=_unchanged,
-        num_workers=num_workers,
-        pin_memory=pin,
-        prefetch_factor=2 if num_workers else None,
-        worker_init_fn=_outlive_signals,
-        # Python 3.14 starts processes from a server, which would not hand on what signals are held back.
-        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-    )
+    return Loader(TrainBatches(source, reader, share), num_workers, pin)

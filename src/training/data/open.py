@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from torch.utils.data import DataLoader
-
 from dataloaders.table_files import names_tables, table_files
 from dataloaders.tar import is_local
 from training.data.augment import without_normalisation
@@ -29,6 +27,7 @@ from training.data.shards import (
 )
 from training.data.tables import TableSource, read_tables
 from training.runtime.distributed import DistEnv, agree, together
+from training.runtime.workers import Loader
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ class TrainData:
     reader: SampleReader
     workers: int
 
-    def loader(self, epoch: int, share: Share, pin: bool) -> DataLoader:
+    def loader(self, epoch: int, share: Share, pin: bool) -> Loader:
         """Returns the batches of an epoch for one process."""
         return make_loader(self.source, replace(self.reader, epoch=epoch), share, self.workers, pin)
 

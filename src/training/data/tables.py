@@ -113,7 +113,7 @@ def _wanted_columns(path: Path, columns: list[str], image_column: str, caption_c
         return [image_column, *found]
     lacking = "any caption column" if image_column in columns else f"the image column --csv-img-key {image_column}"
     raise ValueError(
-        f"{path}: {lacking} is not among its columns ({', '.join(columns)}; the first line of a CSV is its header); "
+        f"{path}: {lacking} is not among its columns ({', '.join(columns)}), which the first line of a CSV names; "
         f"captions are looked for in {', '.join(caption_columns)} "
         "(--raw-caption-keys, --short-caption-keys, --long-caption-keys)"
     )

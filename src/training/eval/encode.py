@@ -4,6 +4,7 @@ Work is divided by whole batches whose content does not depend on the number of 
 b mod world_size. So every feature is computed in the same company, and is the same to the last bit, for any world size.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataloaders.images import BrokenImageError
@@ -23,6 +24,10 @@ from training.model.locking import image_encoder_without_head
 from training.model.text_encoder import cut_padding, text_encoder
 from training.model.truncation import tokenise_and_count_lost
 from training.runtime.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
+from training.runtime.stop import SIGNALS
+from training.runtime.workers import Loader
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,7 @@ def _encode(
     error = None
     try:
         for batch in load_batches(dataset, unit, env, options):
+            SIGNALS.check()  # in the middle of a training, a signal must not wait for the whole evaluation
             broken.update(batch.broken)
             if batch.broken and not allow_broken:
                 reason = next(iter(batch.broken.values()))
@@ -217,11 +223,14 @@ def _encode(
         error = caught
     raise_together(error, env)
 
+    broken = merge_over_ranks(broken, env)
+    if broken and env.is_main:
+        logger.warning(f"{len(broken):,} {unit}s can't be read and are left out, the first: {broken[min(broken)]}")
     dim = max_over_ranks(max((rows.shape[1] for _, rows in features), default=0), env)
     everything = torch.zeros(num_items, dim)
     for positions, rows in features:
         everything[positions] = rows
-    return Encoding(sum_over_ranks(everything, env), merge_over_ranks(broken, env), sum_over_ranks(lost_tokens, env))
+    return Encoding(sum_over_ranks(everything, env), broken, sum_over_ranks(lost_tokens, env))
 
 
 def load_batches(
@@ -235,12 +244,7 @@ def load_batches(
         env: this process.
         options: number of workers.
     """
-    loader = DataLoader(
-        dataset,
-        batch_size=None,  # an item is a batch already
-        num_workers=min(options.workers, len(dataset)),
-        pin_memory=env.device.type == "cuda",
-    )
+    loader = Loader(dataset, min(options.workers, len(dataset)), pin=env.device.type == "cuda")
     share = f" (rank 0 of {env.world_size})" if env.world_size > 1 else ""
     with tqdm(
         desc=f"encode {unit}s{share}",

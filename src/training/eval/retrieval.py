@@ -20,7 +20,8 @@ from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.eval.record import Recall, RetrievalResult
 from training.model.factory import EncoderParts
 from training.model.locking import apply_linear_head
-from training.runtime.distributed import DistEnv, sum_over_ranks
+from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
+from training.runtime.stop import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def rank_sets(
     """
     ranked = []
     for number, whole in enumerate(work.sets):
+        raise_together(SIGNALS.error(), env)
         files = work.images.index[number]
         broken = {i: images.broken[file] for i, file in enumerate(files) if file in images.broken}
         kept = whole.without_images(broken)

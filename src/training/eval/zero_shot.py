@@ -10,7 +10,8 @@ from training.eval.encode import ComputeOptions, encode_images
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.eval.record import ClassificationResult
 from training.model.factory import EncoderParts
-from training.runtime.distributed import DistEnv, max_over_ranks, sum_over_ranks
+from training.runtime.distributed import DistEnv, max_over_ranks, raise_together, sum_over_ranks
+from training.runtime.stop import SIGNALS
 
 CLASSES_PER_BATCH = 10  # open_clip's
 
@@ -70,11 +71,15 @@ def build_classifier(
         FloatingPointError: the model returned NaN or infinity.
     """
     columns: dict[int, torch.Tensor] = {}
+    stop = None
     for start in range(env.rank * CLASSES_PER_BATCH, len(class_names), env.world_size * CLASSES_PER_BATCH):
+        if stop := SIGNALS.error():
+            break
         with get_autocast(options.precision, device_type=env.device.type)():
             names = class_names[start : start + CLASSES_PER_BATCH]
             built = build_zero_shot_classifier(parts.model, parts.tokenizer, names, templates, device=env.device)
         columns[start] = built.float().cpu()
+    raise_together(stop, env)
     dim = max_over_ranks(max((built.shape[0] for built in columns.values()), default=0), env)
     classifier = torch.zeros(len(class_names), dim)  # rows are classes: gathered by rows
     for start, built in columns.items():

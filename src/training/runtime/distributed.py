@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device_so
 
+from training.runtime.stop import StoppedError
+
 EXIT_LOST = 70  # sysexits.h: internal error
 T = TypeVar("T")
 
@@ -165,7 +167,8 @@ def fail(error: Exception, code: int, env: DistEnv | None = None) -> int:
 def raise_together(error: Exception | None, env: DistEnv) -> None:
     """Raises on every rank if any rank has an error, so that no rank waits for one that stopped.
 
-    The rank that failed raises its own error, the others the first one's.
+    If a signal stopped any rank, all raise that rank's StoppedError. Otherwise the rank that failed raises its own
+    error, the others the first one's.
     """
     if env.world_size == 1:
         errors = [error]
@@ -173,6 +176,9 @@ def raise_together(error: Exception | None, env: DistEnv) -> None:
         errors = [None] * env.world_size
         dist.all_gather_object(errors, error)
     failed = [(rank, e) for rank, e in enumerate(errors) if e is not None]
+    stopped = [e for _, e in failed if isinstance(e, StoppedError)]
+    if stopped:
+        raise stopped[0]
     if error is not None:
         raise error
     if failed:

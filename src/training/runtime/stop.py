@@ -1,86 +1,92 @@
-"""What all ranks must agree on after each step: whether to stop, because a signal came to one, and whether to save."""
+"""The signals that ask a run to stop, SIGTERM and SIGUSR1, and what becomes of them. Imports nothing heavy."""
 
+import os
 import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
-from training.runtime.distributed import DistEnv
+from training.runtime.processes import STOP_SIGNALS, kill_loaders
 
 EXIT_STOPPED = 75  # sysexits.h: try again later
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM preempts with the first, and warns with the second
 
 
 class StoppedError(RuntimeError):
-    """Training was asked to stop by a signal, and has saved where it is."""
+    """A signal asked the run to stop."""
 
 
-class Control:
-    """Collects wishes to stop (any rank's) and to save (rank 0's), one exchange a step, while the step computes.
+class StopSignals:
+    """Notes the stop signals of this process; `SIGNALS` is the only instance.
 
-    A context manager: SIGTERM and SIGUSR1 only leave a note inside it.
+    Inside `caught`, a signal ends the process at once with `EXIT_STOPPED`: before the training loop nothing can be
+    lost. After `only_note` it only sets `name`; the training loop and the evaluation look at it between batches.
 
-    Args:
-        env: this process.
-        every_steps, every_minutes: when to save; 0 is never.
+    Attributes:
+        name: of the first signal that arrived here or, through the watchdog, on another rank; None before.
+        grace_s: time for the watchdog to tell the other ranks before this process ends.
     """
 
-    def __init__(self, env: DistEnv, every_steps: int, every_minutes: float):
-        self.env, self.every_steps, self.every_minutes = env, every_steps, every_minutes
-        self.group = dist.new_group(backend="gloo") if env.world_size > 1 else None  # the CPU's own: no GPU waits
-        self.flags = torch.zeros(2, dtype=torch.int32)  # one tensor for all exchanges: see distributed()
-        self.work: dist.Work | None = None
-        self.signal: str | None = None
-        self.is_owed = False
-        self.saved_at = time.monotonic()
-        self.previous: dict = {}
+    def __init__(self):
+        self.name: str | None = None
+        self.grace_s = 0.0
+        self._ends_at_once = False
 
-    def __enter__(self) -> "Control":
-        self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catches the signals; must be entered in the main thread."""
+        self.name, self.grace_s, self._ends_at_once = None, 0.0, True
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        # Python runs its handlers in the main thread, which may be inside a collective or a long C++ call for minutes.
+        # The wakeup file descriptor is written to at once.
+        previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        listener = threading.Thread(target=self._listen, args=(read_end,), name="signals", daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_fd)
+            self.name, self._ends_at_once = None, False
+            os.close(write_end)
+            listener.join()
+            os.close(read_end)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+    def only_note(self) -> None:
+        """From now on a signal is noted instead of ending the process."""
+        self._ends_at_once = False
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.name = self.name or signal.Signals(number).name
 
-    def start(self, step: int, can_save: bool) -> None:
-        """Begins the exchange of step number `step` (counted from 1).
+    def _listen(self, read_end: int) -> None:
+        while received := os.read(read_end, 1):
+            if received[0] in STOP_SIGNALS:
+                self.note(signal.Signals(received[0]).name)
 
-        Args:
-            step: about to be taken.
-            can_save: a save that is due is put off until then; rank 0's word counts.
-        """
-        if self.every_steps and step % self.every_steps == 0:
-            self.is_owed = True
-        if self.every_minutes and time.monotonic() - self.saved_at >= 60 * self.every_minutes:
-            self.is_owed = True
-        self.flags[0] = self.signal is not None
-        self.flags[1] = self.env.is_main and self.is_owed and can_save
-        if self.group is not None:
-            self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
+    def note(self, name: str) -> None:
+        """Takes note of a signal that arrived here or on another rank; ends the process where nothing can be lost."""
+        self.name = self.name or name
+        if self._ends_at_once:
+            time.sleep(self.grace_s)
+        if self._ends_at_once:  # training may have begun meanwhile
+            print(f"stopped by {name}; nothing is lost: start the same command again", file=sys.stderr, flush=True)
+            kill_loaders()
+            os._exit(EXIT_STOPPED)
 
-    def finish(self) -> tuple[bool, bool]:
-        """Ends it; returns (stop, save), the same on all ranks."""
-        if self.work is not None:
-            self.work.wait()
-        elif self.signal:
-            self.flags[0] = 1
-        stop, save = map(bool, self.flags.tolist())
-        return stop, save
+    def error(self) -> StoppedError | None:
+        """Returns what to raise if a signal has been noted."""
+        return StoppedError(f"stopped by {self.name}") if self.name else None
 
-    def saved(self) -> None:
-        """Takes note that a checkpoint is being written: the next one is due an interval from now."""
-        self.is_owed, self.saved_at = False, time.monotonic()
+    def check(self) -> None:
+        """Raises StoppedError if a signal has been noted. Ranks may differ: follow it with `raise_together`."""
+        if error := self.error():
+            raise error
 
-    def gather(self, value: object) -> list | None:
-        """Returns every rank's value on rank 0, None on the others."""
-        if self.group is None:
-            return [value]
-        values = [None] * self.env.world_size if self.env.is_main else None
-        dist.gather_object(value, values, dst=0, group=self.group)
-        return values
+
+SIGNALS = StopSignals()

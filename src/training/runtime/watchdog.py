@@ -1,7 +1,6 @@
-"""Ends a run in which some rank no longer moves, and names it: no rank waits for another forever."""
+"""Aborts a run when a rank hangs or dies, and reports which one."""
 
 import json
-import multiprocessing
 import os
 import socket
 import sys
@@ -12,15 +11,26 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from training.runtime.distributed import EXIT_LOST, DistEnv, broadcast_object
+from training.runtime.processes import kill_loaders
+from training.runtime.stop import EXIT_STOPPED, SIGNALS
+from training.runtime.workers import Loader
 
-PHASES = ("starting", "waiting for data", "taking a step", "saving", "evaluating")
+STARTING, OPENING, BUILDING = "checking the command", "opening the data", "building the model"
+WAITING, STEPPING, SAVING, EVALUATING = "waiting for data", "taking a step", "saving", "evaluating"
+PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING)
+SLOW = {OPENING: 4, EVALUATING: 4}  # how many timeouts such a phase may take while every rank still answers
+STOP_PATIENCE_S = 10.0  # for the next batch, once a signal has come: SLURM kills 30 s after SIGTERM
+SIGNAL, ABANDONED = "signal", "abandoned"  # keys of the store
 
 
 class Watchdog:
-    """A thread on each rank that tells the others, by way of a store on rank 0, where the rank is.
+    """A thread on each rank that tells the others, through a store on rank 0, where the rank is.
 
-    A context manager. A rank that has been at one place for longer than the timeout (in an evaluation: four times that)
-    ends its process with `EXIT_LOST`; rank 0 says before that who is furthest behind, or silent.
+    A context manager, entered as soon as the ranks have joined. A rank that has been at one place for longer than the
+    timeout ends its process with `EXIT_LOST`; before that, rank 0 names the rank that is furthest behind or silent.
+    Opening data and evaluating may take four times as long unless a rank is silent. The thread also passes on stop
+    signals: a signal noted on one rank is noted on all within two intervals. If a rank then waits in vain for its next
+    batch, the run can't save any more, and all ranks end with `EXIT_STOPPED`.
 
     Args:
         env: this process; all must make theirs together.
@@ -29,72 +39,130 @@ class Watchdog:
 
     def __init__(self, env: DistEnv, timeout_s: float):
         self.env, self.timeout_s = env, timeout_s
-        self.interval = min(max(timeout_s / 20, 0.5), 15.0)
+        self.interval = min(max(timeout_s / 20, 0.5), 2.0)
         self.host = socket.gethostname()
         self.ended = threading.Event()
+        self.heard = time.monotonic()  # when the store last answered
+        self.stopping_since: float | None = None
+        self.is_abandoned = False  # stops without saving
         self.store = _make_store(env, timeout_s) if env.world_size > 1 else None
-        self.at(0, PHASES[0])
+        if self.store is not None:
+            SIGNALS.grace_s = 3 * self.interval
+        self.at(0, STARTING)
 
     def at(self, step: int, phase: str) -> None:
-        """Says where this rank is now: one of `PHASES` of a step."""
+        """Notes where this rank is now: one of `PHASES` of a step."""
         self.place = step, phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
+        # A request to the store of a halted rank 0 never returns, so it must not keep the watchdog from watching.
+        self.exchange = threading.Thread(target=self._exchange, name="watchdog exchange", daemon=True)
+        if self.store is not None:
+            self.exchange.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
+        if self.store is not None:
+            self.exchange.join(self.interval)
 
     def _watch(self) -> None:
         while not self.ended.wait(self.interval):
             step, phase, since = self.place
-            seconds = time.monotonic() - since
-            self._tell([step, phase, seconds, self.host, time.time()])
-            # Rank 0 speaks first: whoever ends first may take the others along.
-            longest = self.timeout_s * (4 if phase == "evaluating" else 1)
-            if seconds > longest + (0 if self.env.is_main else 3 * self.interval):
+            now = time.monotonic()
+            self._check_stop(now)
+            # Rank 0 ends first and names who is late: whoever ends first may take the others along.
+            longest = self.timeout_s + (0 if self.env.is_main else 3 * self.interval)
+            is_cut_off = self.store is not None and now - self.heard > longest
+            if is_cut_off or now - since > longest * SLOW.get(phase, 1):
+                self._end()
+            if self.env.is_main and now - since > longest and self._some_rank_is_silent():
                 self._end()
 
-    def _tell(self, place: list) -> None:
-        try:
-            if self.store is not None:
+    def _exchange(self) -> None:
+        """Tells the store where this rank is and which signal came; learns of a signal that came to another rank."""
+        while not self.ended.wait(self.interval):
+            step, phase, since = self.place
+            place = [step, phase, time.monotonic() - since, self.host, time.time()]
+            try:
                 self.store.set(str(self.env.rank), json.dumps(place))
-        except RuntimeError:  # rank 0 is gone or stands still; the timeout ends this rank, too
-            pass
+                if SIGNALS.name:
+                    self.store.set(SIGNAL, SIGNALS.name)
+                if self.is_abandoned:
+                    self.store.set(ABANDONED, "")
+                signalled, abandoned = self.store.check([SIGNAL]), self.store.check([ABANDONED])
+                name = self.store.get(SIGNAL).decode() if signalled else None
+            except RuntimeError:  # rank 0 is gone; the timeout ends this rank, too
+                continue
+            self.heard = time.monotonic()
+            if name and not SIGNALS.name:
+                SIGNALS.note(name)
+            if abandoned:
+                _end_process(EXIT_STOPPED)
+
+    def _check_stop(self, now: float) -> None:
+        """Ends the run without saving if a signal has come but the next batch does not."""
+        if not SIGNALS.name:
+            return
+        self.stopping_since = self.stopping_since or now
+        patience = min(STOP_PATIENCE_S, self.timeout_s / 2)
+        if min(now - self.stopping_since, Loader.seconds_waiting()) < patience:
+            return
+        print(
+            f"stopped by {SIGNALS.name}; the state could not be saved, as no data came to rank {self.env.rank} on "
+            f"{self.host} for {Loader.seconds_waiting():,.0f} s: --resume latest continues from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.is_abandoned = True
+        if self.store is not None:
+            time.sleep(3 * self.interval)  # the others must read it before rank 0 takes the store along
+        _end_process(EXIT_STOPPED)
+
+    def _some_rank_is_silent(self) -> bool:
+        places = self._places()
+        return len(places) < self.env.world_size or any(time.time() - p[4] > self.timeout_s for p in places.values())
 
     def _end(self) -> None:
         if self.env.rank <= 1:  # rank 1 comes here only if rank 0 does not end the run first
             print(f"python -m training.main: error: {self._describe()}", file=sys.stderr, flush=True)
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(EXIT_LOST)
+        _end_process(EXIT_LOST)
 
-    def _describe(self) -> str:
-        if not self.env.is_main:  # rank 0, who knows where the others are, would have ended the run before
-            return _stuck(self.timeout_s, "rank 0 does not answer")
+    def _places(self) -> dict[int, list]:
+        """Where every rank is that has ever told; rank 0 only."""
         step, phase, since = self.place
         places = {self.env.rank: [step, phase, time.monotonic() - since, self.host, time.time()]}
         if self.store is not None:
             ranks = range(self.env.world_size)
             places |= {r: json.loads(self.store.get(str(r))) for r in ranks if self.store.check([str(r)])}
-        return describe_stuck(places, self.env.world_size, self.timeout_s, 4 * self.interval)
+        return places
+
+    def _describe(self) -> str:
+        if not self.env.is_main:  # rank 0, who knows where the others are, would have ended the run before
+            return _stuck(self.timeout_s, "rank 0 does not answer")
+        return describe_stuck(self._places(), self.env.world_size, self.timeout_s, 4 * self.interval)
+
+
+def _end_process(code: int) -> None:
+    kill_loaders()
+    os._exit(code)
 
 
 def describe_stuck(places: dict[int, list], world_size: int, timeout_s: float, silent_s: float) -> str:
-    """Says which ranks the others wait for.
+    """Returns a message that names the ranks the others wait for.
 
     Args:
-        places: rank -> [step, phase, seconds there, host, time of telling].
+        places: rank -> [step, phase, seconds there, host, time of the report].
         world_size: ranks there should be.
         timeout_s: how long nothing happened.
-        silent_s: who has not told anything for so long is taken for dead.
+        silent_s: a rank that has not reported for so long counts as dead.
     """
     now = max(place[4] for place in places.values())
-    late = {r: f"has said nothing for {now - p[4]:,.0f} s" for r, p in places.items() if now - p[4] > silent_s}
-    late |= {rank: "has never said anything" for rank in range(world_size) if rank not in places}
+    late = {r: f"has not reported for {now - p[4]:,.0f} s" for r, p in places.items() if now - p[4] > silent_s}
+    late |= {rank: "has never reported" for rank in range(world_size) if rank not in places}
     if not late:
         order = {rank: (place[0], PHASES.index(place[1])) for rank, place in places.items()}
         first = min(order.values())
@@ -114,7 +182,7 @@ def _stuck(timeout_s: float, who: str) -> str:
 
 
 def _make_store(env: DistEnv, timeout_s: float) -> dist.TCPStore:
-    """A store of the watchdogs' own; who asks a rank 0 that stands still waits a while, but not long."""
+    """Makes a store for the watchdogs alone. Requests to a rank 0 that hangs fail after a short while."""
     host, seconds = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=min(max(timeout_s / 4, 2), 60))
     own = dist.TCPStore(host, 0, is_master=True, timeout=seconds, wait_for_workers=False) if env.is_main else None
     port = broadcast_object(own.port if own is not None else None, env)

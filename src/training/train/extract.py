@@ -13,7 +13,7 @@ import torch
 from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from training.data.augment import parse_augmentation
@@ -40,6 +40,7 @@ from training.model.locking import HEAD, image_encoder_without_head, linear_head
 from training.model.resolve import resolve_weights
 from training.runtime.distributed import DistEnv, agree, distributed, fail, raise_together, together
 from training.runtime.tracking import log_to
+from training.runtime.workers import Loader
 from training.train.step_log import EXAMPLES_PER_KIND
 
 logger = logging.getLogger(__name__)
@@ -224,12 +225,8 @@ def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderPa
     todo = todo[env.rank :: env.world_size]
     transform = parts.train_transform if args.feature_views else parts.preprocess
     pictures = PictureReader(transform, args.image_decoding or IN_TRAINING)
-    loader = DataLoader(
-        ImageBatches(todo, pictures, max(1, args.feature_views), args.batch_size, args.seed),
-        batch_size=None,  # workers make whole batches
-        num_workers=min(args.workers, len(todo)),
-        pin_memory=env.device.type == "cuda",
-    )
+    batches = ImageBatches(todo, pictures, max(1, args.feature_views), args.batch_size, args.seed)
+    loader = Loader(batches, min(args.workers, len(todo)), pin=env.device.type == "cuda")
     started = {number: OpenPart() for number, _ in todo}
     total = sum(part.size for _, part in todo)
     with tqdm(desc="extract", total=total, unit="image", delay=2, disable=not env.is_main) as bar:

@@ -12,10 +12,11 @@ from training.data.batch import TrainBatch, to_device
 from training.data.open import TrainData
 from training.eval.retrieval import RetrievalWork
 from training.model.factory import EncoderParts
+from training.runtime.control import Control
 from training.runtime.distributed import DistEnv, agree
-from training.runtime.stop import Control, StoppedError
+from training.runtime.stop import SIGNALS, StoppedError
 from training.runtime.tracking import Tracker
-from training.runtime.watchdog import Watchdog
+from training.runtime.watchdog import EVALUATING, SAVING, STEPPING, WAITING, Watchdog
 from training.train.checkpoint import LATEST, CheckpointWriter, remove_old_checkpoints
 from training.train.nonfinite import StepGuard
 from training.train.resume import Division, Progress, get_random_state, set_random_state
@@ -66,16 +67,26 @@ class Trainer:
         plan: name, folder and benchmarks.
         run: data, model and where to begin.
         tracker: of rank 0; None elsewhere.
+        watchdog: of this process, running.
         env: this process.
     """
 
-    def __init__(self, args: argparse.Namespace, plan: Plan, run: Run, tracker: Tracker | None, env: DistEnv):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        plan: Plan,
+        run: Run,
+        tracker: Tracker | None,
+        watchdog: Watchdog,
+        env: DistEnv,
+    ):
         self.args, self.plan, self.built, self.tracker, self.env = args, plan, run, tracker, env
         self.progress = run.start
         self.folder = plan.folder / "checkpoints"
         self.writer = CheckpointWriter(self.folder, plan.resume)  # rank 0's is the one that writes
         self.control = Control(env, args.save_every_steps, args.save_every_minutes)
-        self.watchdog = Watchdog(env, 60 * args.timeout_minutes)
+        self.watchdog = watchdog
+        self.saved_step: int | None = None
         self.guard = StepGuard(plan.folder, env.rank, args.max_skipped_steps, lambda: self.writer.last_good)
         per_epoch = run.division.steps_per_epoch
         self.log = StepLog(
@@ -87,23 +98,22 @@ class Trainer:
         """Trains.
 
         Raises:
-            StoppedError: a signal came to some rank; where training is has been saved.
+            StoppedError: a signal came to some rank; the state is saved.
             SaveError: at the end the last checkpoint could not be written.
             FloatingPointError: loss or gradient was not finite too many times in a row, or an evaluation gave NaN.
             TooManyBadSamplesError: as it says.
-            BrokenImageError: of a benchmark.
             NoUsableSampleError: this rank's loader found nothing; the other ranks do not know.
         """
-        with self.control, self.watchdog:
-            self._introduce()
+        SIGNALS.only_note()
+        self._introduce()
+        try:
             while self.progress.epoch < self.args.epochs:
-                try:
-                    self._train_epoch()
-                except StoppedError:
-                    agree(self.writer.finish, self.env)  # all leave together: whoever ends first may take others along
-                    raise
+                self._train_epoch()
                 self._end_epoch()
-            agree(self.writer.finish, self.env)
+        except StoppedError:
+            agree(self.writer.finish, self.env)  # all leave together: whoever ends first may take others along
+            raise
+        agree(self.writer.finish, self.env)
         if self.env.is_main:
             logger.info(f"done: {self.plan.folder}; {self.progress.totals.describe()}")
 
@@ -139,7 +149,7 @@ class Trainer:
 
     def _take_step(self, batches: Iterator[tuple[TrainBatch, dict[str, object]]]) -> None:
         args, run, step = self.args, self.built, self.progress.step + 1
-        self.watchdog.at(step, "waiting for data")
+        self.watchdog.at(step, WAITING)
         micro_batches, inputs = [], []
         for _ in range(args.accum_freq):
             with self.log.waiting():
@@ -147,7 +157,7 @@ class Trainer:
             self.log.add_batch(batch)
             micro_batches.append(batch)
             inputs.append(on_device)
-        self.watchdog.at(step, "taking a step")
+        self.watchdog.at(step, STEPPING)
         # After an epoch's last step `_end_epoch` saves.
         is_last = self.progress.batches_done + args.accum_freq >= self.progress.share.num_batches
         self.control.start(step, can_save=not (self.writer.is_busy or is_last))
@@ -174,8 +184,13 @@ class Trainer:
         retrieves = self.plan.work is not None and due(args.zeroshot_frequency)
         is_saving = bool(args.save_every_steps or args.save_every_minutes)
         if (validates or retrieves) and is_saving:
-            self._save([f"step_{self.progress.step}.pt"])  # a long evaluation shall not cost what was before it
-        self._evaluate(done, validates, retrieves)
+            self._save([f"step_{self.progress.step}.pt"])  # save first, so a crash while evaluating loses nothing
+        try:
+            self._evaluate(done, validates, retrieves)
+        except StoppedError as stop:
+            if self.saved_step != self.progress.step:
+                self._save([f"step_{self.progress.step}.pt"])
+            raise StoppedError(f"{stop} while evaluating after epoch {done}; resuming repeats the evaluation") from stop
         self.progress = self.progress.next_epoch(self.built.division, self.env)
         names = [f"epoch_{done}.pt"] if due(args.save_frequency) or is_last else []
         names += [LATEST] if args.save_most_recent else []
@@ -184,12 +199,13 @@ class Trainer:
 
     def _evaluate(self, done: int, validates: bool, retrieves: bool) -> None:
         run, env = self.built, self.env
-        self.watchdog.at(self.progress.step, "evaluating")
+        self.watchdog.at(self.progress.step, EVALUATING)
         run.stepper.model.eval()
         metrics = {}
         if validates:
             model = getattr(run.stepper.model, "module", run.stepper.model)
-            result = validate(run.val, model, run.stepper.loss, run.stepper.autocast, env)
+            check = self.control.raise_if_stopped
+            result = validate(run.val, model, run.stepper.loss, run.stepper.autocast, env, check)
             metrics |= {f"val/{name}": value for name, value in result.items()}
             if env.is_main:
                 shown = ", ".join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v:,}" for n, v in result.items())
@@ -202,8 +218,9 @@ class Trainer:
 
     def _save(self, names: list[str]) -> None:
         """Hands all ranks' state to the writer; training goes on as soon as it is copied."""
-        self.watchdog.at(self.progress.step, "saving")
+        self.watchdog.at(self.progress.step, SAVING)
         self.control.saved()
+        self.saved_step = self.progress.step
         own = {
             "slots_done": list(self.progress.slots_done),
             "random_state": get_random_state(),

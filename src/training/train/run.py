@@ -1,4 +1,4 @@
-"""One training, top to bottom: check, open data, build, resume; then the epochs of trainer.py."""
+"""One training, top to bottom: check, open data, build, resume; then the epochs of loop.py."""
 
 import argparse
 import inspect
@@ -11,7 +11,6 @@ import torch
 from open_clip_train.precision import get_autocast
 from torch.nn.parallel import DistributedDataParallel
 
-from dataloaders.images import BrokenImageError
 from training.data.augment import parse_augmentation
 from training.data.faults import TooManyBadSamplesError
 from training.data.features import feature_info
@@ -29,6 +28,7 @@ from training.runtime.distributed import DistEnv, agree, any_rank, distributed, 
 from training.runtime.files import whole_file
 from training.runtime.stop import EXIT_STOPPED, StoppedError
 from training.runtime.tracking import Tracker, check_reporters, log_to
+from training.runtime.watchdog import BUILDING, OPENING, Watchdog
 from training.train.checkpoint import SaveError, named_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
 from training.train.loop import Plan, Run, Trainer
@@ -45,39 +45,50 @@ def train(args: argparse.Namespace) -> int:
     """Trains as the flags say.
 
     Returns:
-        Exit code: 0; 1 if data or numbers give out in mid-training; 2 if flags, files or weights are not what they
-        should be; 75 if a signal stopped training, to be gone on with by ``--resume latest``.
+        Exit code: 0 done; 1 data, numbers or disk failed in mid-training; 2 flags, files or weights are wrong;
+        75 stopped by a signal, continue with ``--resume latest``.
     """
     with distributed(args.device, args.timeout_minutes) as env:
         set_timeout(env, args.timeout_minutes)
-        try:
-            plan = agree(lambda: _check(args, env), env)
-            if not env.is_main:
-                log_to(None)
-            _set_arithmetic(env)
-            source, val_source = _open_sources(args, env)
-            steps_per_epoch = _count_steps(args, source, env)
-            run = together(lambda: _build(args, plan, source, val_source, steps_per_epoch, env), env)
-        except (ValueError, OSError) as error:
-            return fail(error, 2, env)
-        tracker = None
+        with Watchdog(env, 60 * args.timeout_minutes) as watchdog:
+            try:
+                plan, run = _prepare(args, watchdog, env)
+            except (ValueError, OSError) as error:
+                return fail(error, 2, env)
+            return _train(args, plan, run, watchdog, env)
+
+
+def _prepare(args: argparse.Namespace, watchdog: Watchdog, env: DistEnv) -> tuple[Plan, Run]:
+    """Everything before the first step; raises ValueError or OSError on all ranks."""
+    plan = agree(lambda: _check(args, env), env)
+    if not env.is_main:
+        log_to(None)
+    _set_arithmetic(env)
+    watchdog.at(0, OPENING)
+    source, val_source = _open_sources(args, env)
+    steps_per_epoch = _count_steps(args, source, env)
+    watchdog.at(0, BUILDING)
+    return plan, together(lambda: _build(args, plan, source, val_source, steps_per_epoch, env), env)
+
+
+def _train(args: argparse.Namespace, plan: Plan, run: Run, watchdog: Watchdog, env: DistEnv) -> int:
+    tracker = None
+    if env.is_main:
+        project = args.wandb_project_name
+        tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), run.start.step, project)
+    try:
+        Trainer(args, plan, run, tracker, watchdog, env).run()
+    except StoppedError as stop:
         if env.is_main:
-            tracker = Tracker(
-                plan.folder, plan.name, args.report_to, vars(args), run.start.step, args.wandb_project_name
-            )
-        try:
-            Trainer(args, plan, run, tracker, env).run()
-        except StoppedError as stop:
-            if env.is_main:
-                logger.info(f"{stop}; go on with --name {plan.name} --resume latest")
-            return EXIT_STOPPED
-        except (BrokenImageError, FloatingPointError, TooManyBadSamplesError, SaveError) as error:  # on all ranks alike
-            return fail(error, 1, env)
-        except (NoUsableSampleError, OSError) as error:  # on this rank alone: leave without waiting for the others
-            raise SystemExit(fail(RuntimeError(f"rank {env.rank}: {error}"), 1)) from error
-        finally:
-            if tracker:
-                tracker.close()
+            logger.info(f"{stop}; continue with --name {plan.name} --resume latest")
+        return EXIT_STOPPED
+    except (FloatingPointError, TooManyBadSamplesError, SaveError) as error:  # on all ranks alike
+        return fail(error, 1, env)
+    except (NoUsableSampleError, OSError) as error:  # on this rank alone: leave without waiting for the others
+        raise SystemExit(fail(RuntimeError(f"rank {env.rank}: {error}"), 1)) from error
+    finally:
+        if tracker:
+            tracker.close()
     return 0
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from dataloaders.images import BrokenImageError
 from training.data.images import IN_EVALUATION
 from training.data.open import TrainData
 from training.data.position import Share
 from training.eval.encode import ComputeOptions
 from training.eval.metrics import count_ranks, summarise
-from training.eval.record import to_json
+from training.eval.record import Result, to_json
 from training.eval.results import format_table, format_zero_shot, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
@@ -51,7 +52,12 @@ class ValidationSet:
 
 @torch.no_grad()
 def validate(
-    val: ValidationSet, model: torch.nn.Module, loss: Callable, autocast: Callable, env: DistEnv
+    val: ValidationSet,
+    model: torch.nn.Module,
+    loss: Callable,
+    autocast: Callable,
+    env: DistEnv,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Measures a model on ``--val-data``.
 
@@ -61,6 +67,7 @@ def validate(
         loss: of training.
         autocast: makes the context of the forward pass.
         env: this process.
+        before_batch: called before each batch, as often on every rank; may raise on all of them.
 
     Returns:
         Mean of each loss term and ``loss``; ``num_samples``; R@1 in both directions with the short caption
@@ -68,6 +75,7 @@ def validate(
     """
     terms, images, texts, num_faults = [], [], [], 0
     for batch in val.data.loader(0, val.share, pin=env.device.type == "cuda"):
+        before_batch()
         with autocast():
             output = {name: value.float() for name, value in model(**batch.inputs_on(env.device)).items()}
         terms.append(loss(**output, output_dict=True))
@@ -104,13 +112,16 @@ def evaluate_benchmarks(
     env: DistEnv,
     more: dict[str, object],
 ) -> dict[str, object]:
-    """Evaluates retrieval in mid-training; rank 0 prints the table and appends it, and `more`, to FOLDER/results.jsonl.
+    """Evaluates retrieval in mid-training; rank 0 logs the table and appends it, and `more`, to FOLDER/results.jsonl.
+
+    Images that can't be read are logged and left out: a benchmark must not end the training.
 
     Returns:
-        The published keys with their numbers.
+        The published keys with their numbers; nothing if a benchmark has no readable image left.
 
     Raises:
-        BrokenImageError, FloatingPointError: as an evaluation of its own.
+        FloatingPointError: the model returned NaN or infinity.
+        StoppedError: a signal came to some rank.
     """
     options = ComputeOptions(
         args.batch_size,
@@ -120,11 +131,26 @@ def evaluate_benchmarks(
         image_decoding=args.image_decoding or IN_EVALUATION,
         image_cache=args.image_cache,
     )
-    results = evaluate_retrieval(parts, work, env, options, args.allow_missing) if work.sets else []
-    zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
+    try:
+        results = evaluate_retrieval(parts, work, env, options, allow_broken=True) if work.sets else []
+        zero_shot = evaluate_zero_shot(parts, work.classification, env, options, allow_broken=True)
+    except BrokenImageError as error:  # on all ranks alike
+        if env.is_main:
+            logger.error(f"evaluation after epoch {epoch} failed, training goes on: {error}")
+        return {}
     if env.is_main:
+        _warn_of_broken_images([*results, *zero_shot])
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
         write_results([*results, *zero_shot], folder, args, None, extra)
         tables = [format_table(results)] * bool(results) + [format_zero_shot(zero_shot)] * bool(zero_shot)
         logger.info(f"after epoch {epoch}:\n" + "\n\n".join(tables))
     return to_json([*results, *zero_shot])
+
+
+def _warn_of_broken_images(results: list[Result]) -> None:
+    for result in results:
+        if result.num_broken:
+            logger.warning(
+                f"{result.title}: {result.num_broken:,} pairs with images that can't be read are left out; its "
+                f"numbers are over {result.num_pairs:,} of {result.num_expected:,}. Replace the images"
+            )

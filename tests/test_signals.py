@@ -1,0 +1,246 @@
+"""Signals at named points: a run is halted at a place, signalled and released.
+
+A marked place writes a file with the process's id and waits until another file is there. So nothing depends on how fast
+the machine is.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import end_ranks, free_ports, set_rank, speak_to_files, start_ranks
+from training.main import main
+
+FLAGS = (
+    "--model lotlip_tiny --device cpu --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 10"
+).split()
+PATIENCE = 120.0
+
+
+def halt(folder: Path, place: str) -> None:
+    """Reports, once, that a place is reached, and waits until the test lets it continue; PLACE.pipe: for ever."""
+    mark = folder / f"{place}.reached"
+    try:
+        file = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return
+    os.write(file, str(os.getpid()).encode())
+    os.close(file)
+    if (folder / f"{place}.pipe").exists():
+        (folder / f"{place}.pipe").read_bytes()  # nobody ever writes to it
+    while not (folder / f"{place}.go").exists():
+        time.sleep(0.01)
+
+
+def mark_places(folder: Path, rank: int) -> None:
+    """Puts a `halt` into each place of a run that a test may name; only those with a file PLACE.wanted halt."""
+    import training.data.reader as reader
+    import training.eval.encode as encode
+    import training.train.extract as extract
+    import training.train.run as run
+    from training.train.nonfinite import StepGuard
+
+    def marked(owner: object, name: str, place: Callable[..., str]) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(*args: object, **kwargs: object) -> object:
+            named = place(*args)
+            if (folder / f"{named}.wanted").exists():
+                halt(folder, named)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapper)
+
+    images = itertools.count(1)
+    marked(encode.ImageBatches, "__getitem__", lambda *_: "evaluating")
+    marked(
+        reader, "read_image", lambda raw, *_: "validating" if raw.source == "val.tar" else f"training {next(images)}"
+    )
+    marked(StepGuard, "add", lambda _, step, *__: f"step {step}")
+    marked(run, "open_source", lambda *_: f"opening on rank {rank}")
+    marked(extract.PictureReader, "decode", lambda *_: "extracting")
+
+
+def rank_of_run(rank: int, argv: list[str], world_size: int, port: int, folder: str) -> None:
+    from training.runtime.processes import end_process
+
+    os.setsid()
+    speak_to_files(rank, folder)
+    torch.set_num_threads(1)
+    if world_size > 1:
+        set_rank(rank, world_size, port)
+    mark_places(Path(folder), rank)
+    end_process(main(argv))
+
+
+class Halted:
+    """A run that is halted at a place, and at a second one for ever if `stuck` names it."""
+
+    def __init__(self, argv: list[str], place: str, folder: Path, world_size: int = 1, stuck: str | None = None):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.place = folder, place
+        places = [place, stuck] if stuck else [place]
+        for each in places:
+            (folder / f"{each}.wanted").touch()
+        if stuck:
+            os.mkfifo(folder / f"{stuck}.pipe")
+        self.ranks = start_ranks(rank_of_run, world_size, argv, world_size, free_ports(1)[0], str(folder))
+        self.halted = [self._process_at(each) for each in places]
+
+    def _process_at(self, place: str) -> int:
+        mark, deadline = self.folder / f"{place}.reached", time.monotonic() + PATIENCE
+        while not mark.exists() or not mark.read_text():
+            assert time.monotonic() < deadline and all(rank.is_alive() for rank in self.ranks), self.log
+            time.sleep(0.01)
+        return int(mark.read_text())
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("*.err")))
+
+    def signal(self, number: int, rank: int = 0) -> None:
+        """Signals all processes of a rank, as SLURM does."""
+        os.killpg(self.ranks[rank].pid, number)
+
+    def let_go(self) -> None:
+        (self.folder / f"{self.place}.go").touch()
+
+    def end(self) -> list[int]:
+        return end_ranks(self.ranks, PATIENCE)
+
+
+def command(scenes: Path, logs: Path, name: str, *flags: object) -> list[str]:
+    return [*FLAGS, "--train-data", str(scenes / "train"), "--logs", str(logs), "--name", name, *map(str, flags)]
+
+
+def last_weights(logs: Path) -> dict:
+    return torch.load(logs / "run" / "checkpoints" / "epoch_2.pt", weights_only=True)["state_dict"]
+
+
+def wait_for_end(pid: int) -> None:
+    """Waits until a process of another parent has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return
+        except OSError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} is still there")
+
+
+@pytest.fixture(scope="module")
+def evaluations(scenes, tmp_path_factory) -> list[object]:
+    """Flags of a training that evaluates after each epoch."""
+    val = tmp_path_factory.mktemp("val") / "val.tar"
+    val.write_bytes(next((scenes / "train").glob("*.tar")).read_bytes())
+    return ["--urban1k-retrieval", scenes / "urban1k", "--val-data", val, "--workers", 1]
+
+
+@pytest.fixture(scope="module")
+def whole(evaluations, scenes, tmp_path_factory) -> Path:
+    """Folder of that training, which nothing interrupted."""
+    logs = tmp_path_factory.mktemp("whole")
+    assert main(command(scenes, logs, "run", *evaluations)) == 0
+    return logs
+
+
+@pytest.mark.parametrize(("place", "number"), [("evaluating", signal.SIGTERM), ("validating", signal.SIGUSR1)])
+def test_a_signal_in_the_middle_of_an_evaluation(place, number, evaluations, whole, scenes, tmp_path):
+    """Exit code 75 from between two batches, the state is saved, and resuming repeats the evaluation."""
+    run = Halted(command(scenes, tmp_path, "run", *evaluations), place, tmp_path / "marks")
+    run.signal(number)
+    run.let_go()
+    assert run.end() == [75], run.log
+    assert "while evaluating after epoch 1; resuming repeats the evaluation" in run.log
+    assert main(command(scenes, tmp_path, "run", *evaluations, "--resume", "latest")) == 0
+    results = [(logs / "run/checkpoints/results.jsonl").read_text().splitlines() for logs in (tmp_path, whole)]
+    assert [len(lines) for lines in results] == [2, 2]
+    keys = [{k: v for k, v in json.loads(lines[0]).items() if k.startswith("urban1k")} for lines in results]
+    assert keys[0] == keys[1]
+    expected = last_weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in last_weights(tmp_path).items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+def test_a_killed_run_leaves_no_loader_process(scenes, tmp_path):
+    argv = command(scenes, tmp_path, "run", "--workers", "1", "--urban1k-retrieval", scenes / "urban1k")
+    run = Halted(argv, "evaluating", tmp_path / "marks")
+    os.kill(run.ranks[0].pid, signal.SIGKILL)
+    assert run.end() == [-signal.SIGKILL]
+    wait_for_end(run.halted[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+def test_a_stuck_loader_process_does_not_keep_a_run_from_ending(scenes, tmp_path):
+    """It reads from a pipe that nobody writes to, as from a mount that hangs, while the run takes its first step."""
+    argv = command(scenes, tmp_path, "run", "--workers", "1")
+    run = Halted(argv, "step 1", tmp_path / "marks", stuck="training 25")
+    run.signal(signal.SIGTERM)
+    run.let_go()
+    assert run.end() == [75], run.log
+    assert "stopped after step 1 by a signal" in run.log
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_1.pt"]
+    wait_for_end(run.halted[1])
+
+
+def test_a_signal_while_no_data_come(scenes, tmp_path):
+    """The state can't be saved, but the exit code reaches SLURM, from every rank."""
+    argv = command(scenes, tmp_path, "run", "--workers", "1", "--timeout-minutes", "0.1", "--batch-size", "4")
+    run = Halted(argv, "training 1", tmp_path / "marks", world_size=2)
+    run.signal(signal.SIGTERM, rank=1)
+    assert run.end() == [75, 75], run.log
+    assert "stopped by SIGTERM; the state could not be saved, as no data came to rank " in run.log
+    wait_for_end(run.halted[0])
+
+
+@pytest.mark.parametrize("place", ["opening on rank 0", "extracting"])
+def test_a_signal_where_nothing_can_be_lost_ends_at_once(place, scenes, tmp_path):
+    """The process is halted and never released."""
+    argv = command(scenes, tmp_path, "run", "--workers", "0")
+    if place == "extracting":
+        argv += ["--lock-image", "--extract-image-features", str(tmp_path / "features")]
+    run = Halted(argv, place, tmp_path / "marks")
+    run.signal(signal.SIGTERM)
+    assert run.end() == [75]
+    assert "stopped by SIGTERM; nothing is lost: start the same command again" in run.log
+    assert main(argv) == 0
+
+
+def test_a_rank_that_dies_at_the_start_is_named(scenes, tmp_path):
+    argv = command(scenes, tmp_path, "run", "--workers", "0", "--timeout-minutes", "0.1", "--batch-size", "4")
+    run = Halted(argv, "opening on rank 1", tmp_path / "marks", world_size=2)
+    run.signal(signal.SIGSTOP, rank=1)
+    run.ranks[0].join(PATIENCE)
+    assert run.ranks[0].exitcode == 70, run.log
+    assert "nothing has moved for 6 s" in run.log and "rank 1" in run.log
+    run.signal(signal.SIGKILL, rank=1)
+    run.end()
+
+
+def test_a_signal_to_one_rank_at_the_start_ends_all(scenes, tmp_path):
+    argv = command(scenes, tmp_path, "run", "--workers", "0", "--timeout-minutes", "0.2", "--batch-size", "4")
+    run = Halted(argv, "opening on rank 1", tmp_path / "marks", world_size=2)
+    run.signal(signal.SIGTERM, rank=0)
+    assert run.end() == [75, 75], run.log
+
+
+def test_an_unreadable_benchmark_image_does_not_end_a_training(scenes, tmp_path, capsys):
+    shutil.copytree(scenes / "urban1k", tmp_path / "urban1k")
+    image = sorted(path for path in (tmp_path / "urban1k").rglob("*") if path.suffix in (".jpg", ".png"))[0]
+    image.write_bytes(b"no image")
+    flags = ["--urban1k-retrieval", tmp_path / "urban1k", "--workers", "0"]
+    assert main(command(scenes, tmp_path, "run", *flags)) == 0
+    said = capsys.readouterr().err
+    assert "1 pairs with images that can't be read are left out" in said and image.name in said
+    assert main(["--device", "cpu", "--model", "lotlip_tiny", "--logs", str(tmp_path), *map(str, flags)]) == 1
