@@ -5,7 +5,6 @@ import json
 import random
 import subprocess
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,7 @@ def test_each_form_is_the_same_in_training_evaluation_and_inspection(tmp_path, f
     if form != "images first":
         assert [s.files["txt"].decode() for s in samples if not s.fault and "txt" in s.files] == captions
         batch = load(ShardSource([str(path)], [len(samples)], seed=0), 1, len(captions))[0]
-        assert Counter(kind for kind, _ in batch.bad_samples) <= Counter(bad)
+        assert {kind for kind, _ in batch.bad_samples} <= set(bad)
     if refusal:
         with pytest.raises(ValueError, match=refusal):
             read_shard_pairs(str(path), ["caption"], "raw")

@@ -99,9 +99,11 @@ def open_source(
                     f"{flag} {unknown[0]}: {len(unknown):,} shards of unknown size are always read from their "
                     "beginning, so their first samples are seen more often; put sizes.json beside them"
                 )
-            return ResampledShards(urls, weights, args.train_num_samples, args.seed, args.shuffle_window, sizes)
+            return ResampledShards(
+                urls, weights, args.train_num_samples, args.seed, args.shuffle_window, sizes, args.shuffle_shards
+            )
         urls = [url for shards in sources for url in shards]
-        return ShardSource(urls, count_samples(urls), args.seed, args.shuffle_window)
+        return ShardSource(urls, count_samples(urls), args.seed, args.shuffle_window, args.shuffle_shards)
 
     def checked(open_: Callable[[], Source]) -> Source:
         def open_checked() -> Source:
@@ -112,11 +114,8 @@ def open_source(
         return _with_flag(flag, open_checked)
 
     inside = agree(lambda: _with_flag(flag, lambda: embedded_sources(spec, args.csv_img_key)), env)
-    is_table = names_tables(spec)
-    if args.dataset_type != "auto" and is_table != (args.dataset_type == "csv"):
-        found = "a table" if is_table else "no table (.csv, .tsv, .parquet or .arrow)"
-        raise ValueError(f"--dataset-type {args.dataset_type}: {flag} {spec} is {found}; take auto")
-    if not inside and is_table:
+    _check_type(args.dataset_type, flag, spec)
+    if not inside and names_tables(spec):
         if resampled:
             raise ValueError("--dataset-resampled is for shards; each row of a table comes once per epoch")
         # A table is not sent around: once rank 0 has found its own good, the others read theirs.
@@ -124,6 +123,13 @@ def open_source(
         agree(lambda: opened.append(checked(table)), env)
         return together(lambda: opened[0] if opened else table(), env)
     return agree(lambda: checked(shards), env)
+
+
+def _check_type(dataset_type: str, flag: str, spec: str) -> None:
+    is_table = names_tables(spec)
+    if dataset_type != "auto" and is_table != (dataset_type == "csv"):
+        found = "a table" if is_table else "no table (.csv, .tsv, .parquet or .arrow)"
+        raise ValueError(f"--dataset-type {dataset_type}: {flag} {spec} is {found}; take auto")
 
 
 def _with_flag(flag: str, call: Callable[[], T]) -> T:

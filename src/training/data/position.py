@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-SHUFFLE_WINDOW = 1000  # samples that a worker holds and shuffles together
-
 
 class Span(NamedTuple):
     """Slots number `first` to `last` of those that ``source.read(epoch, start, stop)`` yields."""

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 import random
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
@@ -21,9 +21,10 @@ from dataloaders.tar import expand_shards, is_local
 from training.data.embedded import count_rows, read_rows
 from training.data.features import SUFFIX as FEATURES
 from training.data.features import count_features, feature_files, is_feature_folder, read_features
-from training.data.position import SHUFFLE_WINDOW
+from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
 from training.data.tar import BrokenShardError, Part, RawSample, index_shard, read_samples, read_sizes
 
+USUAL_SIZE = 10_000  # samples of a shard of unknown size, such as img2dataset writes
 MAX_CHECKED_BYTES = 1 << 28  # of shards whose samples are counted to check sizes.json
 
 
@@ -49,29 +50,40 @@ class Source(Protocol):
 class ShardSource:
     """Tar shards, each sample once an epoch.
 
-    The shards are shuffled anew each epoch; within a process's stretch, samples are shuffled among windows of
-    neighbours, so that starting in the middle costs one window, not the epoch.
+    The shards are shuffled anew each epoch. A process reads several shards of its stretch at once and shuffles what it
+    reads among windows, so that starting in the middle costs one window, not the epoch.
 
     Args:
         urls: shards.
         sizes: samples in each.
-        seed: of both shuffles.
+        seed: of the order.
         window: samples shuffled together.
+        lanes: shards read at once, at most. Stretches are cut where shards begin, so that none is read twice for it.
     """
 
-    def __init__(self, urls: Sequence[str], sizes: Sequence[int], seed: int, window: int = SHUFFLE_WINDOW):
+    def __init__(
+        self,
+        urls: Sequence[str],
+        sizes: Sequence[int],
+        seed: int,
+        window: int = SHUFFLE_WINDOW,
+        lanes: int = SHUFFLE_SHARDS,
+    ):
         self.urls, self.sizes = list(urls), list(sizes)
-        self.seed, self.window = seed, window
+        self.seed, self.window, self.lanes = seed, window, lanes
         self.num_samples = sum(sizes)
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
         order = list(range(len(self.urls)))
         random.Random(f"{self.seed}/{epoch}/shards").shuffle(order)
         ends = list(itertools.accumulate(self.sizes[i] for i in order))
-        number, within = divmod(skip, self.window)
-        stream = self._in_order(order, ends, start + number * self.window, stop)
-        shuffled = shuffle_windows(stream, self.window, f"{self.seed}/{epoch}/{start}", number)
-        yield from itertools.islice(shuffled, within, None)
+        borders = sorted(set(ends[bisect_right(ends, start) : bisect_left(ends, stop)]))
+        cuts = [start, *chosen(borders, self.lanes - 1), stop]
+        lanes = [
+            Lane(end - begin, lambda done, begin=begin, end=end: self._in_order(order, ends, begin + done, end))
+            for begin, end in itertools.pairwise(cuts)
+        ]
+        yield from mix(lanes, self.window, f"{self.seed}/{epoch}/{start}", skip)
 
     def parts(self) -> list[Part]:
         """The shards."""
@@ -79,7 +91,7 @@ class ShardSource:
 
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
-        return _fingerprint("shards", _names(self.urls), self.sizes, self.seed, self.window)
+        return _fingerprint("shards 2", _names(self.urls), self.sizes, self.seed, self.window, self.lanes)
 
     def _in_order(self, order, ends, start, stop) -> Iterator[RawSample | BrokenShardError]:
         for place in range(bisect_right(ends, start), len(order)):
@@ -100,7 +112,7 @@ class ResampledShards:
         urls: shards.
         factors: how often to draw each, relative to the others.
         num_samples: what counts as an epoch.
-        seed, window: as of `ShardSource`.
+        seed, window, lanes: as of `ShardSource`.
         sizes: samples in each, None where that is unknown; local shards are then indexed when they are drawn.
     """
 
@@ -112,21 +124,33 @@ class ResampledShards:
         seed: int,
         window: int = SHUFFLE_WINDOW,
         sizes: Sequence[int | None] = (),
+        lanes: int = SHUFFLE_SHARDS,
     ):
         self.urls, self.factors = list(urls), list(factors)
-        self.num_samples, self.seed, self.window = num_samples, seed, window
+        self.num_samples, self.seed, self.window, self.lanes = num_samples, seed, window, lanes
         self.sizes = dict(zip(self.urls, sizes))
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
-        name = f"{self.seed}/{epoch}/{start}"
-        number, within = divmod(skip, self.window)
-        stream = self._drawn(random.Random(name), number * self.window)
-        shuffled = shuffle_windows(stream, self.window, name, number)
-        yield from itertools.islice(shuffled, within, stop - start - number * self.window)
+        name, total, number = f"{self.seed}/{epoch}/{start}", stop - start, self._num_lanes(stop - start)
+
+        def lane(k: int) -> Lane:
+            size, rng = (total + k) // number, random.Random(f"{name}/lane {k}")
+            return Lane(size, lambda done: itertools.islice(self._drawn(rng, done), size - done))
+
+        yield from mix([lane(k) for k in range(number)], self.window, name, skip)
+
+    def _num_lanes(self, num_samples: int) -> int:
+        """Lanes of a stretch: a remote shard is read up to where a lane begins, so each lane is as long as a shard."""
+        if all(map(is_local, self.urls)):
+            return self.lanes
+        known = [size for size in self.sizes.values() if size]
+        size = sum(known) / len(known) if known else USUAL_SIZE
+        return max(1, min(self.lanes, int(num_samples / size)))
 
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
-        return _fingerprint("resampled 2", _names(self.urls), self.factors, self.num_samples, self.seed, self.window)
+        order = self.seed, self.window, self.lanes
+        return _fingerprint("resampled 3", _names(self.urls), self.factors, self.num_samples, *order)
 
     def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample | BrokenShardError]:
         """Yields what one draw after another gives, without the first `skip` items, which are not read if sizes are
@@ -220,19 +244,6 @@ def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample | BrokenShar
         yield from samples
     except BrokenShardError as error:
         yield error
-
-
-def shuffle_windows(stream: Iterator, window: int, name: str, first: int = 0) -> Iterator:
-    """Shuffles a stream among windows of `window` neighbours, the first of which has the number `first`.
-
-    How window k is shuffled depends on `name` and k alone.
-    """
-    for number in itertools.count(first):
-        samples = list(itertools.islice(stream, window))
-        if not samples:
-            return
-        random.Random(f"{name}/{number}").shuffle(samples)
-        yield from samples
 
 
 def expand_sources(spec: str) -> list[list[str]]:

@@ -4,7 +4,7 @@ import argparse
 
 from dataloaders.table_files import names_csv, names_tables
 from training.data.captions import LONG_KEYS, RAW_KEYS
-from training.data.position import SHUFFLE_WINDOW
+from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW
 from training.data.views import Entry, parse_views, views_by_flags
 from training.flags.effects import TRAINING, TRAINING_MEANT, Condition
 from training.flags.types import Switch, names, not_negative, positive
@@ -27,9 +27,12 @@ EFFECTS = (
     (_TABLE, "--csv-img-key"),
     (_CSV, "--csv-separator"),
     (TRAINING, "--train-data --train-num-samples --dataset-resampled --train-data-upsampling-factors"),
-    (TRAINING, "--shuffle-window --feature-views --strong-augment --aug-cfg --num-long-captions --captions"),
+    (
+        TRAINING,
+        "--shuffle-window --shuffle-shards --feature-views --strong-augment --aug-cfg --num-long-captions --captions",
+    ),
     (TRAINING, "--sub-caption-sentences --raw-caption-keys --short-caption-keys --long-caption-keys"),
-    (_SHARDS, "--shuffle-window"),
+    (_SHARDS, "--shuffle-window --shuffle-shards"),
     (TRAINING, "--text-views"),
     (_BY_FLAGS, "--num-long-captions --captions --sub-caption-sentences"),
     (_LONG, "--num-long-captions --sub-caption-sentences --long-caption-keys"),
@@ -128,6 +131,13 @@ def _add_more_data_args(group: argparse._ArgumentGroup) -> None:
         default=SHUFFLE_WINDOW,
         metavar="N",
         help="number of samples of shards that a loader process shuffles together (default: %(default)s)",
+    )
+    group.add_argument(
+        "--shuffle-shards",
+        type=positive,
+        default=SHUFFLE_SHARDS,
+        metavar="N",
+        help="number of shards that a loader process reads at once (default: %(default)s)",
     )
 
 

@@ -129,7 +129,7 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
     if content["data"] != division.data:
         raise ValueError(
             f"--resume {path}: in the middle of an epoch of other data or another order; give the same --train-data, "
-            "--train-num-samples, --seed and --shuffle-window, or go on from an epoch_N.pt"
+            "--train-num-samples, --seed, --shuffle-window and --shuffle-shards, or go on from an epoch_N.pt"
         )
     position, epoch = EpochPosition.from_dict(content["position"]), content["epoch"]
     same_step = content["accum_freq"] == division.accum_freq
