@@ -10,15 +10,17 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from training.runtime.distributed import EXIT_LOST, DistEnv, broadcast_object
+from training.runtime.distributed import EXIT_LOST, DistEnv, broadcast_object, is_lost_rank
 from training.runtime.processes import kill_loaders
 from training.runtime.stop import EXIT_STOPPED, SIGNALS
 from training.runtime.workers import Loader
 
 STARTING, OPENING, BUILDING = "checking the command", "opening the data", "building the model"
 WAITING, STEPPING, SAVING, EVALUATING = "waiting for data", "taking a step", "saving", "evaluating"
-PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING)
+LEAVING = "leaving"  # because another rank has ended
+PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, LEAVING)
 SLOW = {OPENING: 4, EVALUATING: 4}  # how many timeouts such a phase may take while every rank still answers
+SILENT = 4  # intervals without a report, after which a rank counts as lost
 STOP_PATIENCE_S = 10.0  # for the next batch, once a signal has come: SLURM kills 30 s after SIGTERM
 SIGNAL, ABANDONED = "signal", "abandoned"  # keys of the store
 
@@ -63,7 +65,9 @@ class Watchdog:
             self.exchange.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, RuntimeError) and is_lost_rank(error) and not SIGNALS.name:
+            self._name_lost_ranks()
         self.ended.set()
         self.thread.join()
         if self.store is not None:
@@ -122,6 +126,23 @@ class Watchdog:
             time.sleep(3 * self.interval)  # the others must read it before rank 0 takes the store along
         _end_process(EXIT_STOPPED)
 
+    def _name_lost_ranks(self) -> None:
+        """Prints which ranks no longer report. Ranks that only leave because of them tell rank 0 so."""
+        self.at(self.place[0], LEAVING)
+        time.sleep((SILENT if self.env.rank <= 1 else 2) * self.interval + 1)
+        if self.env.is_main:
+            now, places = time.time(), self._places()
+            late = [r for r in range(self.env.world_size) if r not in places or self._is_lost(places[r], now)]
+            hosts = {rank: f" on {places[rank][3]}" if rank in places else "" for rank in late}
+            who = ", ".join(f"rank {rank}{hosts[rank]}" for rank in late[:8])
+        else:
+            who = "rank 0" if self.env.rank == 1 and time.monotonic() - self.heard > SILENT * self.interval else ""
+        if who:
+            print(f"python -m training.main: error: {who} has ended or does not answer", file=sys.stderr, flush=True)
+
+    def _is_lost(self, place: list, now: float) -> bool:
+        return place[1] != LEAVING and now - place[4] > SILENT * self.interval
+
     def _some_rank_is_silent(self) -> bool:
         places = self._places()
         return len(places) < self.env.world_size or any(time.time() - p[4] > self.timeout_s for p in places.values())
@@ -143,7 +164,7 @@ class Watchdog:
     def _describe(self) -> str:
         if not self.env.is_main:  # rank 0, who knows where the others are, would have ended the run before
             return _stuck(self.timeout_s, "rank 0 does not answer")
-        return describe_stuck(self._places(), self.env.world_size, self.timeout_s, 4 * self.interval)
+        return describe_stuck(self._places(), self.env.world_size, self.timeout_s, SILENT * self.interval)
 
 
 def _end_process(code: int) -> None:
