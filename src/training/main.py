@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 from training.flags.parser import parse_args
 from training.runtime.processes import end_process
+from training.runtime.startup import first_imports
 from training.runtime.stop import EXIT_STOPPED, SIGNALS
 
 
@@ -32,19 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from training.runtime.distributed import EXIT_LOST, check_device, check_launch, fail, is_lost_rank
+    with first_imports():
+        from training.runtime.distributed import EXIT_LOST, check_device, check_launch, fail, is_lost_rank
 
+        if args.extract_image_features:
+            from training.train.extract import extract as work
+        elif args.train_data:
+            from training.train.run import train as work
+        else:
+            from training.eval.run import evaluate as work
     try:
         check_device(args.device)
         check_launch()
     except ValueError as error:
         return fail(error, 2)
-    if args.extract_image_features:
-        from training.train.extract import extract as work
-    elif args.train_data:
-        from training.train.run import train as work
-    else:
-        from training.eval.run import evaluate as work
     try:
         return work(args)
     except SystemExit as stop:  # this rank alone failed, and left without waiting for the others

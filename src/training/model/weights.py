@@ -48,8 +48,9 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
     state = to_open_clip(state) if is_transformers(state) else state
     state = {_FLAIR_PROJECTIONS.get(key, key): value for key, value in state.items()}
     state = {_below_text(key): value for key, value in convert_foreign_names(model, state).items()}
-    names = {_below_text(key): key for key in model.state_dict()}
-    own = {short: model.state_dict()[key] for short, key in names.items()}
+    tensors = model.state_dict()  # once: it takes milliseconds
+    names = {_below_text(key): key for key in tensors}
+    own = {short: tensors[key] for short, key in names.items()}
     state = {key: value for key, value in state.items() if key in own or key not in _NOT_WEIGHTS}
     tail = state.pop("text.positional_embedding_res", None)
     if tail is not None:
