@@ -235,8 +235,9 @@ class Trainer:
             "name": self.plan.name,
             "state_dict": stepper.core.state_dict(),
             "optimizer": stepper.optimizer.state_dict(),
-            "scaler": stepper.scaler.state_dict() if stepper.scaler else None,
         }
+        if stepper.scaler:  # open_clip's trainer loads whatever is under the name
+            content["scaler"] = stepper.scaler.state_dict()
         args = self.args
         keep_steps = 0 if self.progress.epoch == args.epochs else args.keep_checkpoints
         only_last = args.delete_previous_checkpoint

@@ -1,6 +1,6 @@
 """Optimizer and learning rate: AdamW or one of timm's, open_clip's weight-decay rule, one rate per tower, schedules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import timm.optim
 import torch
@@ -10,7 +10,10 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 def parameter_groups(
     model: torch.nn.Module, lr: float, weight_decay: float, image_lr: float | None, text_lr: float | None
 ) -> list[dict]:
-    """Sorts trained parameters by tower and by whether they decay (vectors, biases, norms and the logit scale do not).
+    """Sorts trained parameters by learning rate and by whether they decay.
+
+    With one rate the result is that of open_clip's trainer, which can resume with such an optimizer: first the vectors,
+    biases, norms and scalars, which do not decay, then the rest, both in the model's order.
 
     Args:
         model: with the image tower under ``visual``; everything but it and the scalars counts as text.
@@ -19,25 +22,79 @@ def parameter_groups(
         image_lr, text_lr: a tower's own rate; None takes `lr`.
 
     Returns:
-        Groups with ``lr_scale``, the group's rate relative to the base rate.
+        Groups with ``lr_scale``, the group's rate relative to the base rate, and ``param_names``, which the optimizer
+        saves with its state.
     """
-    groups: dict[tuple[str, bool], list] = {}
+    rates = {"image": image_lr or lr, "text": text_lr or lr, "scalar": lr}
+    groups: dict[tuple[bool, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = "image" if name.startswith("visual.") else "scalar" if name.startswith("logit_") else "text"
-        decays = parameter.ndim >= 2 and not any(word in name for word in ("bn", "ln", "bias"))
-        groups.setdefault((part, decays), []).append(parameter)
-    rates = {"image": image_lr or lr, "text": text_lr or lr, "scalar": lr}
-    return [
-        {
-            "params": parameters,
-            "weight_decay": weight_decay if decays else 0.0,
-            "lr": rates[part],
-            "lr_scale": rates[part] / lr,
-        }
-        for (part, decays), parameters in groups.items()
-    ]
+        decay, rate = _decays(name, parameter), rates[_part(name)]
+        options = {"weight_decay": weight_decay if decay else 0.0, "lr": rate, "lr_scale": rate / lr}
+        group = groups.setdefault((decay, rate), {"params": [], "param_names": [], **options})
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
+
+
+def _decays(name: str, parameter: torch.Tensor) -> bool:
+    return parameter.ndim >= 2 and not any(word in name for word in ("bn", "ln", "bias"))
+
+
+def _part(name: str) -> str:
+    return "image" if name.startswith("visual.") else "scalar" if name.startswith("logit_") else "text"
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, saved: dict, saved_order: Iterable[str], parameters: dict[str, torch.Tensor]
+) -> None:
+    """Loads what an optimizer's ``state_dict`` saved, parameter by parameter: the groups may have been others.
+
+    The groups' options (weight decay, betas, rates, ..) stay those that the optimizer was built with.
+
+    Args:
+        optimizer: with groups of `parameter_groups`.
+        saved: by this project or by open_clip's trainer, which keeps no names.
+        saved_order: names in the order of the model that it was saved with.
+        parameters: of the model, by name.
+
+    Raises:
+        ValueError: the state is that of other parameters.
+    """
+    own = {name: parameters[name] for group in optimizer.param_groups for name in group["param_names"]}
+    names = _saved_names(saved["param_groups"], {name: own[name] for name in saved_order if name in own})
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if [len(group) for group in names] != [len(group["params"]) for group in saved["param_groups"]]:
+        raise ValueError(f"its optimizer has {len(numbers)} parameters, the flags train {len(own)}: --lock-* differ")
+    state = {name: saved["state"][number] for name, number in zip(sum(names, []), numbers) if number in saved["state"]}
+    if state.keys() - own.keys() or (state and own.keys() - state.keys()):
+        raise ValueError("its optimizer has other parameters than the flags train: --lock-* differ")
+    for name, entries in state.items():
+        shapes = {tuple(entries[key].shape) for key in ("exp_avg", "momentum_buffer") if key in entries}
+        if shapes - {tuple(own[name].shape)}:
+            raise ValueError(
+                f"its optimizer's state of {name} has the shape {shapes.pop()}, expected {own[name].shape}"
+            )
+    groups = optimizer.state_dict()["param_groups"]
+    numbered = {n: state[name] for g in groups for n, name in zip(g["params"], g["param_names"]) if name in state}
+    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+
+def _saved_names(groups: list[dict], trained: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Returns the names of each saved group's parameters.
+
+    Args:
+        groups: with names, or as open_clip's trainer or earlier versions of this project sort parameters.
+        trained: parameters by name, in the order of the model that was saved.
+    """
+    if all("param_names" in group for group in groups):
+        return [group["param_names"] for group in groups]
+    names: dict[object, list[str]] = {False: [], True: []} if len(groups) == 2 else {}
+    for name, parameter in trained.items():
+        decays = _decays(name, parameter)
+        names.setdefault(decays if len(groups) == 2 else (_part(name), decays), []).append(name)
+    return list(names.values())
 
 
 def make_optimizer(

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from training.data.faults import Totals
 from training.data.position import EpochPosition, Share, count_slots
 from training.runtime.distributed import DistEnv
 from training.train.checkpoint import load_checkpoint
+from training.train.optim import load_optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,9 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
         ValueError: in the middle of an epoch of other data, or of another order.
     """
     totals = Totals.from_dict(content["totals"]) if "totals" in content else Totals()
-    if not content.get("position"):  # others' checkpoints know epochs alone
+    if not content.get("position"):
+        if env.is_main:
+            _compare_steps(content, path, division)
         return Progress.at_epoch(content["epoch"], division, env, totals)
     if content["data"] != division.data:
         raise ValueError(
@@ -153,22 +157,32 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
     return Progress(epoch, step, share, 0, [0] * division.num_workers, totals)
 
 
+def _compare_steps(content: dict, path: object, division: Division) -> None:
+    """Warns if the epochs of a checkpoint had another number of steps; open_clip's trainer keeps the optimizer's."""
+    step = content.get("step", max((int(s.get("step", 0)) for s in content["optimizer"]["state"].values()), default=0))
+    expected = content["epoch"] * division.steps_per_epoch
+    if step and abs(step - expected) > 0.01 * expected:  # a few steps may have been skipped
+        logger.warning(
+            f"{path}: its {content['epoch']} epochs took {step:,} steps, here they are {expected:,}: the learning rate "
+            f"continues as after step {expected:,}"
+        )
+
+
 def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object) -> dict:
     """Puts a checkpoint's state into model, optimizer and scaler; returns its content.
 
-    The optimizer keeps the options that it was built with (weight decay, betas, rates, ..): what the command line says
-    wins over the file.
+    The checkpoint may be one of open_clip's trainer. The optimizer keeps the options that it was built with: what the
+    command line says wins over the file.
 
     Raises:
         ValueError: broken, or of another model.
     """
     content = load_checkpoint(path)
-    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    weights = dict(content["state_dict"])
+    consume_prefix_in_state_dict_if_present(weights, "module.")  # open_clip's trainer on several processes
     try:
-        core.load_state_dict(content["state_dict"])
-        optimizer.load_state_dict(content["optimizer"])
-        for group, own in zip(optimizer.param_groups, options):
-            group.update(own)
+        core.load_state_dict(weights)
+        load_optimizer_state(optimizer, content["optimizer"], weights, dict(core.named_parameters()))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
