@@ -26,6 +26,7 @@ _IDLE = {
     "--ddp-static-graph": (0, "gradients of processes are added up without it"),
     "--log-local": (0, "rank 0 alone writes a log, other ranks print their warnings"),
     "--debug": (0, "the log has one level; --log-every-n-steps 1 shows every step"),
+    "--remote-sync-protocol": (1, "the URL of --remote-sync names the protocol"),
     "--loss-dist-impl": (1, "the sigmoid loss is computed in blocks of the gathered batch"),
 }
 
@@ -52,9 +53,6 @@ _REFUSED = {
     "--distill-model": (1, "distillation is not part of this project; train with open_clip_train.main"),
     "--distill-pretrained": (1, "distillation is not part of this project; train with open_clip_train.main"),
     "--use-bnb-linear": (1, "take --precision amp_bf16; layers of bitsandbytes are not supported"),
-    "--remote-sync": (1, "copy the folder --logs with rclone or aws s3 sync; checkpoints appear there only when whole"),
-    "--remote-sync-frequency": (1, "copy the folder --logs with rclone or aws s3 sync"),
-    "--remote-sync-protocol": (1, "copy the folder --logs with rclone or aws s3 sync"),
 }
 
 EFFECTS: Effects = (

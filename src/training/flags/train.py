@@ -33,7 +33,11 @@ _LOGGING = (
     "--log-every-n-steps --save-frequency --save-most-recent --delete-previous-checkpoint --zeroshot-frequency "
     "--val-frequency"
 )
-_SAFETY = "--save-every-minutes --save-every-steps --keep-checkpoints --max-skipped-steps"
+_REMOTE = Condition("without --remote-sync", lambda args: args.remote_sync)
+_SAFETY = (
+    "--save-every-minutes --save-every-steps --keep-checkpoints --max-skipped-steps --remote-sync "
+    "--remote-sync-frequency"
+)
 
 EFFECTS: Effects = (
     *data.EFFECTS,
@@ -43,6 +47,7 @@ EFFECTS: Effects = (
     *((STEPS, flags) for flags in (_OPTIMIZATION, _LOSS, _LOGGING, _SAFETY, "--report-to --val-data")),
     (_VALIDATION, "--val-frequency"),
     (_BENCHMARK, "--zeroshot-frequency"),
+    (_REMOTE, "--remote-sync-frequency"),
     (_MID_EPOCH, "--keep-checkpoints"),
     (_WHOLE_EPOCHS, "--delete-previous-checkpoint"),
     (_SEVERAL, "--short-loss-weight --long-loss-weight --loss-normalisation --short-image-components"),
@@ -243,6 +248,18 @@ def _add_safety_args(group: argparse._ArgumentGroup) -> None:
         help="number of newest step_N.pt to keep (default: %(default)s)",
     )
     group.add_argument(
+        "--remote-sync",
+        metavar="URL",
+        help="copy checkpoints and logs to URL/NAME (such as s3://..) while training; --resume latest looks there, too",
+    )
+    group.add_argument(
+        "--remote-sync-frequency",
+        type=positive,
+        default=300,
+        metavar="S",
+        help="seconds from copy to copy of the logs; checkpoints are copied at once (default: %(default)s)",
+    )
+    group.add_argument(
         "--max-bad-samples",
         type=float,
         default=0.1,
@@ -280,6 +297,9 @@ def validate_train_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--report-to {','.join(args.report_to)}: expected any of {', '.join(REPORTERS)}, separated by commas"
         )
+    for flag, value in (("--logs", args.logs), ("--resume", args.resume)):
+        if value and "://" in value:
+            raise ValueError(f"{flag} {value}: expected a local path; --remote-sync URL copies runs to and from a URL")
     if args.resume == "latest" and not args.name:
         raise ValueError("--resume latest needs --name, the run to continue")
     if not 0 <= args.label_smoothing < 1:

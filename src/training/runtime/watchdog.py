@@ -17,9 +17,10 @@ from training.runtime.workers import Loader
 
 STARTING, OPENING, BUILDING = "checking the command", "opening the data", "building the model"
 WAITING, STEPPING, SAVING, EVALUATING = "waiting for data", "taking a step", "saving", "evaluating"
+COPYING = "copying to --remote-sync"
 LEAVING = "leaving"  # because another rank has ended
-PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, LEAVING)
-SLOW = {OPENING: 4, EVALUATING: 4}  # how many timeouts such a phase may take while every rank still answers
+PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, COPYING, LEAVING)
+SLOW = {OPENING: 4, EVALUATING: 4, COPYING: 4}  # how many timeouts such a phase may take while every rank still answers
 SILENT = 4  # intervals without a report, after which a rank counts as lost
 STOP_PATIENCE_S = 10.0  # for the next batch, once a signal has come: SLURM kills 30 s after SIGTERM
 SIGNAL, ABANDONED = "signal", "abandoned"  # keys of the store
@@ -30,9 +31,9 @@ class Watchdog:
 
     A context manager, entered as soon as the ranks have joined. A rank that has been at one place for longer than the
     timeout ends its process with `EXIT_LOST`; before that, rank 0 names the rank that is furthest behind or silent.
-    Opening data and evaluating may take four times as long unless a rank is silent. The thread also passes on stop
-    signals: a signal noted on one rank is noted on all within two intervals. If a rank then waits in vain for its next
-    batch, the run can't save any more, and all ranks end with `EXIT_STOPPED`.
+    Opening data, evaluating and copying may take four times as long unless a rank is silent. The thread also passes on
+    stop signals: a signal noted on one rank is noted on all within two intervals. If a rank then waits in vain for its
+    next batch, the run can't save any more, and all ranks end with `EXIT_STOPPED`.
 
     Args:
         env: this process; all must make theirs together.

@@ -13,6 +13,7 @@ import torch
 from training.runtime.files import whole_file
 from training.runtime.messages import first_line
 
+CHECKPOINTS = "checkpoints"  # the folder in LOGS/NAME
 LATEST = "epoch_latest.pt"
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,11 @@ def saved_checkpoints(folder: Path, kind: str) -> list[Path]:
 
     Copying and downloading change the times of files, so these say nothing.
     """
-    return sorted((p for p in folder.glob(f"{kind}_*.pt") if re.fullmatch(rf"{kind}_\d+\.pt", p.name)), key=_progress)
+    found = (path for path in folder.glob(f"{kind}_*.pt") if re.fullmatch(rf"{kind}_\d+\.pt", path.name))
+    return sorted(found, key=checkpoint_progress)
 
 
-def _progress(path: Path) -> tuple[float, float]:
+def checkpoint_progress(path: Path) -> tuple[float, float]:
     """Returns (whole epochs, steps) that a checkpoint says it has done; infinity if it can't be read."""
     try:
         # Memory-mapped: the tensors are not read.
@@ -114,7 +116,7 @@ def remove_old_checkpoints(folder: Path, keep_steps: int, only_last_epoch: bool)
     Broken files neither count nor are removed.
     """
     steps, epochs = (
-        [path for path in saved_checkpoints(folder, kind) if _progress(path)[0] < math.inf]
+        [path for path in saved_checkpoints(folder, kind) if checkpoint_progress(path)[0] < math.inf]
         for kind in ("step", "epoch")
     )
     for path in steps[: max(0, len(steps) - keep_steps)] + (epochs[:-1] if only_last_epoch else []):
@@ -143,15 +145,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for left_over in folder.glob("*.tmp"):  # of a run that was killed while saving
         logger.warning(f"removed {left_over}: a checkpoint whose writing was interrupted")
         left_over.unlink()
-    candidates = [*saved_checkpoints(folder, "epoch"), *saved_checkpoints(folder, "step")]
-    candidates += [folder / LATEST] if (folder / LATEST).is_file() else []
-    for path in sorted(candidates, key=_progress, reverse=True):
+    for path in sorted(_candidates(folder), key=checkpoint_progress, reverse=True):
         try:
             load_checkpoint(path)
             return path
         except ValueError as error:
             logger.warning(f"skipped a checkpoint: {error}")
     return None
+
+
+def most_progress(folder: Path) -> tuple[float, float]:
+    """Returns the largest (whole epochs, steps) of a folder's readable checkpoints; -1 where there are none."""
+    found = (checkpoint_progress(path) for path in _candidates(folder))
+    return max((progress for progress in found if progress[0] < math.inf), default=(-1, -1))
+
+
+def _candidates(folder: Path) -> list[Path]:
+    latest = [folder / LATEST] if (folder / LATEST).is_file() else []
+    return [*saved_checkpoints(folder, "epoch"), *saved_checkpoints(folder, "step"), *latest]
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -16,9 +16,10 @@ from training.runtime.control import Control
 from training.runtime.distributed import DistEnv, agree
 from training.runtime.stop import SIGNALS, StoppedError
 from training.runtime.tracking import Tracker
-from training.runtime.watchdog import EVALUATING, SAVING, STEPPING, WAITING, Watchdog
-from training.train.checkpoint import LATEST, CheckpointWriter, remove_old_checkpoints
+from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
+from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, remove_old_checkpoints
 from training.train.nonfinite import StepGuard
+from training.train.remote import RemoteCopy
 from training.train.resume import Division, Progress, get_random_state, set_random_state
 from training.train.step import Stepper
 from training.train.step_log import StepLog
@@ -69,6 +70,7 @@ class Trainer:
         tracker: of rank 0; None elsewhere.
         watchdog: of this process, running.
         env: this process.
+        remote: of rank 0, where checkpoints are copied to; None without ``--remote-sync``, and elsewhere.
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class Trainer:
         tracker: Tracker | None,
         watchdog: Watchdog,
         env: DistEnv,
+        remote: RemoteCopy | None = None,
     ):
-        self.args, self.plan, self.built, self.tracker, self.env = args, plan, run, tracker, env
+        self.args, self.plan, self.built, self.tracker, self.env, self.remote = args, plan, run, tracker, env, remote
         self.progress = run.start
-        self.folder = plan.folder / "checkpoints"
+        self.folder = plan.folder / CHECKPOINTS
         self.writer = CheckpointWriter(self.folder, plan.resume)  # rank 0's is the one that writes
         self.control = Control(env, args.save_every_steps, args.save_every_minutes)
         self.watchdog = watchdog
@@ -111,11 +114,16 @@ class Trainer:
                 self._train_epoch()
                 self._end_epoch()
         except StoppedError:
-            agree(self.writer.finish, self.env)  # all leave together: whoever ends first may take others along
+            self._leave()
             raise
-        agree(self.writer.finish, self.env)
+        self._leave()
         if self.env.is_main:
             logger.info(f"done: {self.plan.folder}; {self.progress.totals.describe()}")
+
+    def _leave(self) -> None:
+        """All leave together: whoever ends first may take others along."""
+        agree(self.writer.finish, self.env)
+        self.watchdog.at(self.progress.step, COPYING)
 
     def _introduce(self) -> None:
         args, run, env = self.args, self.built, self.env
@@ -241,4 +249,10 @@ class Trainer:
         args = self.args
         keep_steps = 0 if self.progress.epoch == args.epochs else args.keep_checkpoints
         only_last = args.delete_previous_checkpoint
-        self.writer.submit(content, names, lambda: remove_old_checkpoints(self.folder, keep_steps, only_last))
+
+        def afterwards() -> None:
+            remove_old_checkpoints(self.folder, keep_steps, only_last)
+            if self.remote:
+                self.remote.poke()
+
+        self.writer.submit(content, names, afterwards)

@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,11 +30,12 @@ from training.runtime.files import whole_file
 from training.runtime.stop import EXIT_STOPPED, StoppedError
 from training.runtime.tracking import Tracker, check_reporters, log_to
 from training.runtime.watchdog import BUILDING, OPENING, Watchdog
-from training.train.checkpoint import SaveError, named_checkpoint, newest_checkpoint, saved_checkpoints
+from training.train.checkpoint import CHECKPOINTS, SaveError, named_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
 from training.train.loop import Plan, Run, Trainer
 from training.train.losses import make_loss
 from training.train.optim import make_optimizer, make_schedule, parameter_groups
+from training.train.remote import RemoteCopy, RemoteError
 from training.train.resume import Division, Progress, changed_flags, restore, start_from
 from training.train.step import Stepper
 from training.train.validate import ValidationSet
@@ -77,12 +79,13 @@ def _train(args: argparse.Namespace, plan: Plan, run: Run, watchdog: Watchdog, e
         project = args.wandb_project_name
         tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), run.start.step, project)
     try:
-        Trainer(args, plan, run, tracker, watchdog, env).run()
+        with _remote(args, plan.folder) if args.remote_sync and env.is_main else nullcontext() as remote:
+            Trainer(args, plan, run, tracker, watchdog, env, remote).run()
     except StoppedError as stop:
         if env.is_main:
             logger.info(f"{stop}; continue with --name {plan.name} --resume latest")
         return EXIT_STOPPED
-    except (FloatingPointError, TooManyBadSamplesError, SaveError) as error:  # on all ranks alike
+    except (FloatingPointError, TooManyBadSamplesError, SaveError, RemoteError) as error:  # no rank waits for another
         return fail(error, 1, env)
     except (NoUsableSampleError, OSError) as error:  # on this rank alone: leave without waiting for the others
         raise SystemExit(fail(RuntimeError(f"rank {env.rank}: {error}"), 1)) from error
@@ -90,6 +93,10 @@ def _train(args: argparse.Namespace, plan: Plan, run: Run, watchdog: Watchdog, e
         if tracker:
             tracker.close()
     return 0
+
+
+def _remote(args: argparse.Namespace, folder: Path) -> RemoteCopy:
+    return RemoteCopy(args.remote_sync, folder, args.remote_sync_frequency, args.delete_previous_checkpoint)
 
 
 def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
@@ -108,12 +115,21 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
             raise ValueError(f"{flag} {spec}: features of a locked image tower; add --lock-image, and unlock no group")
     name = args.name or run_name(args.model)
     folder = Path(args.logs) / name
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
+    remote = _remote(args, folder) if args.remote_sync else None
     resume = named_checkpoint(args.resume) if args.resume not in (None, "latest") else None
     if not args.resume and (saved_checkpoints(checkpoints, "epoch") or saved_checkpoints(checkpoints, "step")):
         raise ValueError(f"--name {name}: {checkpoints} holds checkpoints; add --resume latest, or take another name")
+    if not args.resume and remote and remote.index:
+        raise ValueError(
+            f"--name {name}: --remote-sync {args.remote_sync} holds checkpoints of that name; add --resume latest, or "
+            "take another name"
+        )
     checkpoints.mkdir(parents=True, exist_ok=True)
+    fetched = remote.fetch_newer() if remote and args.resume == "latest" else None
     log_to(folder)
+    if fetched:
+        logger.info(f"fetched {fetched} and the logs from {args.remote_sync}/{name}")
     if args.resume == "latest":
         resume = newest_checkpoint(checkpoints)
         logger.info(f"--resume latest: {resume or f'nothing saved in {checkpoints}, starting from the beginning'}")

@@ -1,0 +1,191 @@
+"""A copy of a run's folder behind a URL (s3://, gs://, ..): written to the local disk first, then copied."""
+
+import json
+import logging
+import math
+import re
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from uuid import uuid4
+
+import fsspec
+
+from training.runtime.files import whole_file
+from training.runtime.messages import first_line
+from training.train.checkpoint import CHECKPOINTS, checkpoint_progress, load_checkpoint, most_progress
+
+INDEX = "checkpoints.json"  # which checkpoints are there whole: name -> [epochs, steps, bytes]
+TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.tmp$")
+logger = logging.getLogger(__name__)
+
+
+class RemoteError(OSError):
+    """The copy is not complete."""
+
+
+class RemoteCopy:
+    """Keeps URL/NAME up to date with LOGS/NAME, from a thread; a context manager.
+
+    A file is sent under a temporary name and moved. A checkpoint counts once it stands in an index, which is written
+    after it; what leaves the index is removed afterwards. So whoever reads the index finds whole files, whenever this
+    process ends. A failure is logged and tried again; only the last attempt, at the end of the block, raises.
+
+    Args:
+        url: of ``--remote-sync``; fsspec's.
+        folder: LOGS/NAME.
+        every_s: seconds from copy to copy; `poke` asks for one at once.
+        only_last_epoch: keep one ``epoch_N.pt`` instead of all.
+
+    Raises:
+        ValueError: the URL can't be used.
+    """
+
+    def __init__(self, url: str, folder: Path, every_s: float = 300.0, only_last_epoch: bool = False):
+        self.url, self.folder, self.every_s, self.only_last_epoch = url, folder, every_s, only_last_epoch
+        self.sent: dict[str, tuple[int, int]] = {}
+        self.has_sent_checkpoint = self.ends = False
+        self.poked = threading.Event()
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(f"{url.rstrip('/')}/{folder.name}")
+            self.fs.invalidate_cache()
+            for name in self._names():
+                if TEMPORARY.search(name):  # of a process that was killed while copying
+                    self.fs.rm_file(f"{self.root}/{name}")
+            index = f"{self.root}/{INDEX}"
+            self.index: dict[str, list[int]] = json.loads(self.fs.cat_file(index)) if self.fs.exists(index) else {}
+        except Exception as error:  # each of fsspec's file systems has exceptions of its own
+            raise ValueError(f"--remote-sync {url}: can't be used ({first_line(error)})") from error
+
+    def fetch_newer(self) -> str | None:
+        """Brings logs and newest checkpoint here if the remote one has more steps than any in the folder.
+
+        Returns:
+            The checkpoint's name, or None where nothing newer is there.
+
+        Raises:
+            RemoteError: a file could not be read.
+        """
+        here = most_progress(self.folder / CHECKPOINTS)
+        for name, (epoch, step, _) in sorted(self.index.items(), key=lambda item: item[1][:2], reverse=True):
+            if here >= (epoch, step):
+                return None
+            try:
+                self._get(name)
+                load_checkpoint(self.folder / name)
+            except ValueError as error:
+                logger.warning(f"skipped a checkpoint of --remote-sync {self.url}: {error}")
+                (self.folder / name).unlink()
+                continue
+            for other in self._names():
+                if not other.endswith((".pt", ".tmp")) and other != INDEX:
+                    self._get(other)
+            return name
+        return None
+
+    def __enter__(self) -> "RemoteCopy":
+        self.thread = threading.Thread(target=self._run, name="remote copy", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
+        self.ends = True
+        self.poked.set()
+        self.thread.join()
+        try:
+            self._copy()
+        except Exception as failure:
+            message = f"--remote-sync {self.url}: the copy is not complete ({first_line(failure)}); {self.folder} is"
+            if error is None:
+                raise RemoteError(message) from failure
+            logger.error(message)
+
+    def poke(self) -> None:
+        """Asks for a copy at once: a checkpoint has been written."""
+        self.poked.set()
+
+    def _run(self) -> None:
+        while True:
+            self.poked.wait(self.every_s)
+            self.poked.clear()
+            if self.ends:
+                return
+            try:
+                self._copy()
+            except Exception as error:
+                logger.error(f"--remote-sync {self.url}: {first_line(error)}; training continues, it is tried again")
+
+    def _copy(self) -> None:
+        """Sends what has changed, checkpoints first."""
+        files = [path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+        local = {path.relative_to(self.folder).as_posix(): path for path in files}
+        for name in sorted(local, key=lambda name: (not name.endswith(".pt"), name)):
+            try:
+                stat = local[name].stat()
+                if self.sent.get(name) == (stat.st_size, stat.st_mtime_ns):
+                    continue
+                if name.endswith(".pt"):
+                    self._send_checkpoint(name, local[name], stat.st_size)
+                else:
+                    self._put(name, partial(self.fs.put_file, str(local[name])))
+            except FileNotFoundError:
+                if local[name].exists():
+                    raise
+                continue  # an old checkpoint that was removed meanwhile
+            self.sent[name] = (stat.st_size, stat.st_mtime_ns)
+        if self.has_sent_checkpoint:
+            self._remove_old({name for name in local if (self.folder / name).exists()})
+
+    def _send_checkpoint(self, name: str, path: Path, size: int) -> None:
+        entry = [*checkpoint_progress(path), size]
+        if math.inf in entry:  # broken
+            return
+        if self.index.get(name) != entry:
+            self._put(name, partial(self.fs.put_file, str(path)))
+            self.index[name] = entry
+            self._write_index()
+            logger.info(f"copied {name} to {self.url}/{self.folder.name}")
+        self.has_sent_checkpoint = True
+
+    def _remove_old(self, local: set[str]) -> None:
+        """Removes each ``step_N.pt`` that is not kept here, either: what was sent after it has more steps."""
+        old = [name for name in self.index if name.startswith(f"{CHECKPOINTS}/step_") and name not in local]
+        if self.only_last_epoch:
+            old += [name for name in self.index if name.startswith(f"{CHECKPOINTS}/epoch_") and name not in local]
+        if old:
+            for name in old:
+                del self.index[name]
+            self._write_index()
+            for name in old:
+                self.fs.rm_file(f"{self.root}/{name}")
+
+    def _names(self) -> list[str]:
+        self.fs.invalidate_cache()
+        if not self.fs.exists(self.root):
+            return []
+        return [path[len(self.root) :].lstrip("/") for path in self.fs.find(self.root)]
+
+    def _put(self, name: str, write: Callable[[str], object]) -> None:
+        target = f"{self.root}/{name}"
+        self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        temporary = f"{target}.{uuid4().hex[:12]}.tmp"
+        try:
+            write(temporary)
+            self.fs.mv(temporary, target)
+        except BaseException:
+            if self.fs.exists(temporary):
+                self.fs.rm_file(temporary)
+            raise
+
+    def _write_index(self) -> None:
+        content = json.dumps(self.index, indent=1).encode()
+        self._put(INDEX, lambda path: self.fs.pipe_file(path, content))
+
+    def _get(self, name: str) -> None:
+        with whole_file(self.folder / name) as temporary:
+            try:
+                self.fs.get_file(f"{self.root}/{name}", str(temporary))
+            except Exception as error:
+                raise RemoteError(f"--remote-sync {self.url}: {name} can't be read ({first_line(error)})") from error
