@@ -24,6 +24,7 @@ COMMANDS = [
     [*TRAINING, "--save-frequency", "0"],
     [*TRAINING, "--lr-scheduler", "const-cooldown", "--opt", "timm/lion"],
     [*TRAINING, "--skip-scheduler"],
+    [*TRAINING, "--remote-sync", "s3://bucket"],
     [*TRAINING, "--captions", "raw"],
     [*TRAINING, "--text-views", "long"],
     [*TRAINING, "--text-views", "short, sentences*2"],
