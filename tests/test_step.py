@@ -66,6 +66,33 @@ def test_accumulation_with_dropout_equals_one_graph_over_all_micro_batches():
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
+class MarginStepper(Stepper):
+    """The example of CONTRIBUTING.md."""
+
+    def compute_loss(self, output, early):
+        terms = super().compute_loss(output, early)
+        matched = (output["image_features"] * output["text_features"][:, 0]).sum(dim=-1)
+        return terms | {"margin_loss": 0.1 * (0.3 - matched).clamp(min=0).mean()}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_loss_of_ones_own_is_minimised_and_logged(count):
+    model = Towers().eval()
+    reference = copy.deepcopy(model)
+    data = batches(count)
+    step = MarginStepper(model, model, LongCaptionLoss(0.7, 1.3), torch.optim.SGD(model.parameters(), lr=0.0))
+    report = step(data)
+    whole = {name: torch.cat([batch[name] for batch in data]) for name in data[0]}
+    output = reference(**whole)
+    matched = (output["image_features"] * output["text_features"][:, 0]).sum(dim=-1)
+    margin = 0.1 * (0.3 - matched).clamp(min=0).mean()
+    terms = LongCaptionLoss(0.7, 1.3)(**output, output_dict=True)
+    (sum(terms.values()) + margin).backward()
+    assert float(report["margin_loss"]) == pytest.approx(float(margin.detach()), rel=1e-5)
+    for (name, got), wanted in zip(model.named_parameters(), reference.parameters()):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_the_gradient_norm_is_measured_before_it_is_clipped():
     model = Towers().eval()
     before = copy.deepcopy(model)

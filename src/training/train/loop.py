@@ -16,13 +16,14 @@ from training.runtime.control import Control
 from training.runtime.distributed import DistEnv, agree
 from training.runtime.stop import SIGNALS, StoppedError
 from training.runtime.tracking import Tracker
-from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
+from training.runtime.watchdog import COPYING, EVALUATING, SAVING, Watchdog
 from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, remove_old_checkpoints
 from training.train.nonfinite import StepGuard
 from training.train.remote import RemoteCopy
 from training.train.resume import Division, Progress, get_random_state, set_random_state
 from training.train.step import Stepper
 from training.train.step_log import StepLog
+from training.train.supervision import Supervision
 from training.train.validate import ValidationSet, evaluate_benchmarks, validate
 
 logger = logging.getLogger(__name__)
@@ -90,12 +91,13 @@ class Trainer:
         self.control = Control(env, args.save_every_steps, args.save_every_minutes)
         self.watchdog = watchdog
         self.saved_step: int | None = None
-        self.guard = StepGuard(plan.folder, env.rank, args.max_skipped_steps, lambda: self.writer.last_good)
+        guard = StepGuard(plan.folder, env.rank, args.max_skipped_steps, lambda: self.writer.last_good)
         per_epoch = run.division.steps_per_epoch
         self.log = StepLog(
             env, tracker, run.start.totals, args.log_every_n_steps, per_epoch * args.epochs, per_epoch,
             args.max_bad_samples,
         )  # fmt: skip
+        self.supervision = Supervision(watchdog, self.control, self.log, guard)
 
     def run(self) -> None:
         """Trains.
@@ -139,46 +141,40 @@ class Trainer:
         )
 
     def _train_epoch(self) -> None:
-        """Steps through what is left of the running epoch; as many steps on every rank."""
-        args, run, env, progress = self.args, self.built, self.env, self.progress
+        """Steps through what is left of the running epoch; as many steps on every rank.
+
+        Raises:
+            StoppedError: as `run`.
+        """
+        args, run, progress = self.args, self.built, self.progress
+        batches = self._start_loader()
+        steps_left = (progress.share.num_batches - progress.batches_done) // args.accum_freq
+        with self.supervision.epoch(progress.step):
+            while steps_left:
+                steps_left -= 1
+                with self.supervision.step(progress.step + 1) as step:
+                    # After an epoch's last step `_end_epoch` saves.
+                    can_save = steps_left > 0 and not self.writer.is_busy
+                    inputs = step.take(batches, args.accum_freq, can_save)
+                    step.lr = run.schedule(progress.step)
+                    step.report = run.stepper(inputs)
+                    progress.advance(step.positions)
+                if step.stop or step.save:
+                    self._save([f"step_{progress.step}.pt"])
+                if step.stop:
+                    raise StoppedError(f"stopped after step {progress.step:,} by a signal")
+
+    def _start_loader(self) -> Iterator[tuple[TrainBatch, dict[str, object]]]:
+        """Returns the batches left in the running epoch, on the device; sets the random streams of its steps."""
+        run, env, progress = self.built, self.env, self.progress
         # Dropout differs from rank to rank.
-        torch.manual_seed(args.seed * 1_000_003 + progress.epoch * env.world_size + env.rank)
+        torch.manual_seed(self.args.seed * 1_000_003 + progress.epoch * env.world_size + env.rank)
         run.stepper.model.train()
         batches = iter(run.train.loader(progress.epoch, progress.share, pin=env.device.type == "cuda"))
         if progress.random_state:  # to begin with a loader draws a number, too
             set_random_state(progress.random_state)
             progress.random_state = None
-        num_steps = (progress.share.num_batches - progress.batches_done) // args.accum_freq
-        with self.log.epoch(progress.step):
-            on_device = to_device(batches, env.device)
-            for _ in range(num_steps):
-                self._take_step(on_device)
-        self.guard.finish()
-
-    def _take_step(self, batches: Iterator[tuple[TrainBatch, dict[str, object]]]) -> None:
-        args, run, step = self.args, self.built, self.progress.step + 1
-        self.watchdog.at(step, WAITING)
-        micro_batches, inputs = [], []
-        for _ in range(args.accum_freq):
-            with self.log.waiting():
-                batch, on_device = next(batches)
-            self.log.add_batch(batch)
-            micro_batches.append(batch)
-            inputs.append(on_device)
-        self.watchdog.at(step, STEPPING)
-        # After an epoch's last step `_end_epoch` saves.
-        is_last = self.progress.batches_done + args.accum_freq >= self.progress.share.num_batches
-        self.control.start(step, can_save=not (self.writer.is_busy or is_last))
-        lr = run.schedule(step - 1)
-        report = run.stepper(inputs)
-        self.progress.advance([batch.position for batch in micro_batches])
-        self.log.add_step(step, report, lr)
-        self.guard.add(step, report["skipped_steps"], [key for batch in micro_batches for key in batch.keys])
-        stop, save = self.control.finish()
-        if stop or save:
-            self._save([f"step_{step}.pt"])
-        if stop:
-            raise StoppedError(f"stopped after step {step:,} by a signal")
+        return to_device(batches, env.device)
 
     def _end_epoch(self) -> None:
         """Evaluates and saves what is due after an epoch, and moves on to the next."""

@@ -193,10 +193,29 @@ def _build(
         start = start_from(restore(plan.resume, core, optimizer, scaler), plan.resume, division, env)
         if start.epoch >= args.epochs and env.is_main:
             logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
+    stepper = make_stepper(args, core, optimizer, scaler, env)
+    val = None
+    if val_source:
+        val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
+        val = ValidationSet.of(val_data, args.batch_size, env)
+    if env.is_main:
+        _check_warmup(0 if args.skip_scheduler else args.warmup, steps_per_epoch * args.epochs, args.lr)
+    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
+    return Run(data, val, parts, stepper, _schedule(args, optimizer, steps_per_epoch), division, start)
+
+
+def make_stepper(
+    args: argparse.Namespace,
+    core: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    env: DistEnv,
+) -> Stepper:
+    """Puts together what takes a step: the one place to build another kind of `Stepper`."""
     corners = [entry.corners for entry in caption_rule(args).texts]
     num_corners = getattr(getattr(core, "text", None), "num_corners", 0)
     whole = _whole_model(core, args.torchcompile, corners)
-    stepper = Stepper(
+    return Stepper(
         model=_over_ranks(whole, env),
         core=core,
         loss=make_loss(args, num_corners, env),
@@ -208,14 +227,6 @@ def _build(
         locked_images=whole.encode_images if whole.image_is_locked else None,
         corners=corner_places(corners, num_corners),
     )
-    val = None
-    if val_source:
-        val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
-        val = ValidationSet.of(val_data, args.batch_size, env)
-    if env.is_main:
-        _check_warmup(0 if args.skip_scheduler else args.warmup, steps_per_epoch * args.epochs, args.lr)
-    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
-    return Run(data, val, parts, stepper, _schedule(args, optimizer, steps_per_epoch), division, start)
 
 
 def _schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Callable:

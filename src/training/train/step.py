@@ -1,10 +1,12 @@
-"""One optimizer step: forward, loss, backward, clip, update; over several micro-batches if need be."""
+"""One optimizer step: forward, loss, backward, clip, update; over several micro-batches if need be.
+
+To change a part, subclass `Stepper` and build yours in `run.make_stepper`; see CONTRIBUTING.md.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -58,84 +60,45 @@ class Stepper:
             to wait.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        compare = partial(self.loss, output_dict=True)
-        if self.locked_images is not None:
-            features = self._encode_locked(micro_batches)
-            micro_batches = [
-                {"image_features": own} | {name: value for name, value in batch.items() if name not in IMAGE_INPUTS}
-                for own, batch in zip(features, micro_batches)
-            ]
-            compare = partial(compare, early=self.loss.gather_early(torch.cat(features)))
-        if len(micro_batches) == 1:
-            terms, watched = self._forward_backward(self._forward(micro_batches[0]), compare)
+        batches, early = self.encode_locked_images(micro_batches)
+        if len(batches) == 1:
+            terms, extra = self._backward(self.forward(batches[0]), early)
         else:
-            terms, watched = self._accumulate(micro_batches, compare)
+            terms, extra = self._accumulate(batches, early)
         total = sum(value.detach() for value in terms.values())
-        grad_norm, skipped = self._update(total)
+        grad_norm, skipped = self.update(total)
         with torch.no_grad():
             self.core.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
         report = {name: value.detach() for name, value in terms.items()} | {"grad_norm": grad_norm}
         scale = self.core.logit_scale.detach().exp().reshape(())
-        return {"loss": total, **report, "logit_scale": scale, **watched, "skipped_steps": skipped}
+        return {"loss": total, **report, "logit_scale": scale, **extra, "skipped_steps": skipped}
 
-    @torch.no_grad()
-    def _encode_locked(self, micro_batches: Sequence[dict[str, object]]) -> list[torch.Tensor]:
-        images = [{name: batch[name] for name in IMAGE_INPUTS if name in batch} for batch in micro_batches]
-        with self.autocast():
-            return [self.locked_images(**own).float() for own in images]
-
-    def _forward(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
+        """Returns the model's output for a micro-batch's inputs: features and scalars that the loss takes by name."""
         with self.autocast():
             return self.model(**batch)
 
-    def _forward_backward(self, output: dict[str, torch.Tensor], compare: Callable) -> tuple[dict, dict]:
-        """Returns the loss terms, and what else is logged of the features."""
-        # Logits in fp32: features of 16 bits would make near ties of different captions.
-        output = {name: value.float() for name, value in output.items()}
-        terms = compare(**output)
-        total = sum(terms.values())
-        (self.scaler.scale(total) if self.scaler else total).backward()
-        has_corners = len(self.corners[0]) > 0
-        return terms, {
-            "corner_cls_cosine": cosine_with_cls(output["text_features"], self.corners)
-        } if has_corners else {}
+    def compute_loss(self, output: dict[str, torch.Tensor], early: dict[str, object]) -> dict[str, torch.Tensor]:
+        """Returns the loss terms, whose sum is minimised.
 
-    def _accumulate(self, micro_batches: Sequence[dict[str, object]], compare: Callable) -> tuple[dict, dict]:
-        """Contrastive accumulation: features of all without a graph, then each again with one, among the others'.
-
-        Source: GradCache (arXiv 2101.06983). The second pass draws the same dropout as the first.
+        Args:
+            output: of `forward`, in fp32, with the rows of all micro-batches.
+            early: further arguments of the loss: gathered image features, if `encode_locked_images` has gathered them.
         """
-        cached, states = [], []
-        for batch in micro_batches:
-            states.append(_random_state())
-            with torch.no_grad():
-                output = self._forward(batch)
-            cached.append({name: output[name].float() for name in ROW_WISE})
-        after = _random_state()
-        for number, batch in enumerate(micro_batches):
-            _set_random_state(states[number])
-            is_last = number == len(micro_batches) - 1
-            # DDP sums gradients up once, at the last backward pass.
-            with nullcontext() if is_last or not hasattr(self.model, "no_sync") else self.model.no_sync():
-                output = self._forward(batch)
-                for name in ROW_WISE:
-                    rows = [c[name] for c in cached]
-                    rows[number] = output[name].float()
-                    output[name] = torch.cat(rows)
-                found = self._forward_backward(self._count_scalars_once(output, len(micro_batches)), compare)
-        _set_random_state(after)
-        return found
+        return self.loss(**output, **early, output_dict=True)
 
-    @staticmethod
-    def _count_scalars_once(output: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
-        """Each micro-batch sees the whole loss, so scale and bias would get their gradient `times` times."""
-        for name in ("logit_scale", "logit_bias"):
-            if name in output:
-                value = output[name]
-                output[name] = value.detach() + (value - value.detach()) / times
-        return output
+    def watch(self, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns what else is logged of an output, as detached scalars."""
+        if not self.corners[0]:
+            return {}
+        return {"corner_cls_cosine": cosine_with_cls(output["text_features"], self.corners)}
 
-    def _update(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips and applies the gradients, unless these or the loss are not finite on some rank.
+
+        Returns:
+            Norm of the gradient before clipping, and whether the step was skipped (0 or 1).
+        """
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -155,6 +118,65 @@ class Stepper:
         elif not skipped:
             self.optimizer.step()
         return norm, skipped
+
+    @torch.no_grad()
+    def encode_locked_images(self, micro_batches: Sequence[dict[str, object]]) -> tuple[Sequence[dict], dict]:
+        """Returns micro-batches with features in place of images, and the loss's argument that gathers them meanwhile.
+
+        Where images go through the model, the micro-batches are returned as they are.
+        """
+        if self.locked_images is None:
+            return micro_batches, {}
+        images = [{name: batch[name] for name in IMAGE_INPUTS if name in batch} for batch in micro_batches]
+        with self.autocast():
+            features = [self.locked_images(**own).float() for own in images]
+        rest = [{name: value for name, value in batch.items() if name not in IMAGE_INPUTS} for batch in micro_batches]
+        batches = [{"image_features": own} | others for own, others in zip(features, rest)]
+        return batches, {"early": self.loss.gather_early(torch.cat(features))}
+
+    def _backward(self, output: dict[str, torch.Tensor], early: dict[str, object]) -> tuple[dict, dict]:
+        """Returns the loss terms, and what else is logged of the features."""
+        # Logits in fp32: features of 16 bits would make near ties of different captions.
+        output = {name: value.float() for name, value in output.items()}
+        terms = self.compute_loss(output, early)
+        total = sum(terms.values())
+        (self.scaler.scale(total) if self.scaler else total).backward()
+        return terms, self.watch(output)
+
+    def _accumulate(self, micro_batches: Sequence[dict[str, object]], early: dict[str, object]) -> tuple[dict, dict]:
+        """Contrastive accumulation: features of all without a graph, then each again with one, among the others'.
+
+        Source: GradCache (arXiv 2101.06983). The second pass draws the same dropout as the first.
+        """
+        cached, states = [], []
+        for batch in micro_batches:
+            states.append(_random_state())
+            with torch.no_grad():
+                output = self.forward(batch)
+            cached.append({name: output[name].float() for name in ROW_WISE})
+        after = _random_state()
+        for number, batch in enumerate(micro_batches):
+            _set_random_state(states[number])
+            is_last = number == len(micro_batches) - 1
+            # DDP sums gradients up once, at the last backward pass.
+            with nullcontext() if is_last or not hasattr(self.model, "no_sync") else self.model.no_sync():
+                output = self.forward(batch)
+                for name in ROW_WISE:
+                    rows = [c[name] for c in cached]
+                    rows[number] = output[name].float()
+                    output[name] = torch.cat(rows)
+                found = self._backward(self._count_scalars_once(output, len(micro_batches)), early)
+        _set_random_state(after)
+        return found
+
+    @staticmethod
+    def _count_scalars_once(output: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
+        """Each micro-batch sees the whole loss, so scale and bias would get their gradient `times` times."""
+        for name in ("logit_scale", "logit_bias"):
+            if name in output:
+                value = output[name]
+                output[name] = value.detach() + (value - value.detach()) / times
+        return output
 
 
 def _random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
