@@ -31,7 +31,7 @@ _LOSS = (
 )
 _LOGGING = (
     "--log-every-n-steps --save-frequency --save-most-recent --delete-previous-checkpoint --zeroshot-frequency "
-    "--val-frequency"
+    "--val-frequency --profile"
 )
 _REMOTE = Condition("without --remote-sync", lambda args: args.remote_sync)
 _SAFETY = (
@@ -211,6 +211,9 @@ def _add_common_logging_args(group: argparse._ArgumentGroup) -> None:
 def _add_more_logging_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--log-every-n-steps", type=positive, default=100, metavar="N", help="steps per log line (default: %(default)s)"
+    )
+    group.add_argument(
+        "--profile", metavar="DIR", help="record 5 steps: a trace, and a table of the ten dearest operations, in DIR"
     )
     group.add_argument("--save-most-recent", action=Switch, help="also save epoch_latest.pt after every epoch")
     group.add_argument(

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,9 @@ from training.runtime.stop import SIGNALS, StoppedError
 from training.runtime.tracking import Tracker
 from training.runtime.watchdog import COPYING, EVALUATING, SAVING, Watchdog
 from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, remove_old_checkpoints
+from training.train.flops import ModelFlops
 from training.train.nonfinite import StepGuard
+from training.train.profile import StepProfile
 from training.train.remote import RemoteCopy
 from training.train.resume import Division, Progress, get_random_state, set_random_state
 from training.train.step import Stepper
@@ -50,6 +53,7 @@ class Run:
         schedule: step -> learning rate.
         division: how an epoch is divided.
         start: where to begin.
+        flops: what a step computes, on a GPU whose peak is known.
     """
 
     train: TrainData
@@ -59,6 +63,21 @@ class Run:
     schedule: Callable[[int], float]
     division: Division
     start: Progress
+    flops: ModelFlops | None = None
+
+
+class Observers(NamedTuple):
+    """What rank 0 does beside training; all None on the other ranks.
+
+    Attributes:
+        tracker: writes metrics.
+        remote: copies checkpoints and logs to ``--remote-sync``, if asked for.
+        profile: records a few steps for ``--profile``, if asked for.
+    """
+
+    tracker: Tracker | None = None
+    remote: RemoteCopy | None = None
+    profile: StepProfile | None = None
 
 
 class Trainer:
@@ -68,10 +87,9 @@ class Trainer:
         args: flags.
         plan: name, folder and benchmarks.
         run: data, model and where to begin.
-        tracker: of rank 0; None elsewhere.
+        observers: of this process.
         watchdog: of this process, running.
         env: this process.
-        remote: of rank 0, where checkpoints are copied to; None without ``--remote-sync``, and elsewhere.
     """
 
     def __init__(
@@ -79,12 +97,12 @@ class Trainer:
         args: argparse.Namespace,
         plan: Plan,
         run: Run,
-        tracker: Tracker | None,
+        observers: Observers,
         watchdog: Watchdog,
         env: DistEnv,
-        remote: RemoteCopy | None = None,
     ):
-        self.args, self.plan, self.built, self.tracker, self.env, self.remote = args, plan, run, tracker, env, remote
+        self.args, self.plan, self.built, self.env = args, plan, run, env
+        self.tracker, self.remote, profile = observers
         self.progress = run.start
         self.folder = plan.folder / CHECKPOINTS
         self.writer = CheckpointWriter(self.folder, plan.resume)  # rank 0's is the one that writes
@@ -94,10 +112,10 @@ class Trainer:
         guard = StepGuard(plan.folder, env.rank, args.max_skipped_steps, lambda: self.writer.last_good)
         per_epoch = run.division.steps_per_epoch
         self.log = StepLog(
-            env, tracker, run.start.totals, args.log_every_n_steps, per_epoch * args.epochs, per_epoch,
-            args.max_bad_samples,
+            env, self.tracker, run.start.totals, args.log_every_n_steps, per_epoch * args.epochs, per_epoch,
+            args.max_bad_samples, run.flops,
         )  # fmt: skip
-        self.supervision = Supervision(watchdog, self.control, self.log, guard)
+        self.supervision = Supervision(watchdog, self.control, self.log, guard, profile)
 
     def run(self) -> None:
         """Trains.

@@ -4,8 +4,8 @@ import argparse
 import inspect
 import json
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -32,9 +32,11 @@ from training.runtime.tracking import Tracker, check_reporters, log_to
 from training.runtime.watchdog import BUILDING, OPENING, Watchdog
 from training.train.checkpoint import CHECKPOINTS, SaveError, named_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
-from training.train.loop import Plan, Run, Trainer
+from training.train.flops import count_model
+from training.train.loop import Observers, Plan, Run, Trainer
 from training.train.losses import make_loss
 from training.train.optim import make_optimizer, make_schedule, parameter_groups
+from training.train.profile import StepProfile
 from training.train.remote import RemoteCopy, RemoteError
 from training.train.resume import Division, Progress, changed_flags, restore, start_from
 from training.train.step import Stepper
@@ -74,13 +76,9 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, env: DistEnv) -> tupl
 
 
 def _train(args: argparse.Namespace, plan: Plan, run: Run, watchdog: Watchdog, env: DistEnv) -> int:
-    tracker = None
-    if env.is_main:
-        project = args.wandb_project_name
-        tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), run.start.step, project)
     try:
-        with _remote(args, plan.folder) if args.remote_sync and env.is_main else nullcontext() as remote:
-            Trainer(args, plan, run, tracker, watchdog, env, remote).run()
+        with _observers(args, plan, run, env) as observers:
+            Trainer(args, plan, run, observers, watchdog, env).run()
     except StoppedError as stop:
         if env.is_main:
             logger.info(f"{stop}; continue with --name {plan.name} --resume latest")
@@ -89,10 +87,22 @@ def _train(args: argparse.Namespace, plan: Plan, run: Run, watchdog: Watchdog, e
         return fail(error, 1, env)
     except (NoUsableSampleError, OSError) as error:  # on this rank alone: leave without waiting for the others
         raise SystemExit(fail(RuntimeError(f"rank {env.rank}: {error}"), 1)) from error
-    finally:
-        if tracker:
-            tracker.close()
     return 0
+
+
+@contextmanager
+def _observers(args: argparse.Namespace, plan: Plan, run: Run, env: DistEnv) -> Iterator[Observers]:
+    if not env.is_main:
+        yield Observers()
+        return
+    with ExitStack() as stack:
+        # The copy comes last, when all else has been written.
+        remote = stack.enter_context(_remote(args, plan.folder)) if args.remote_sync else None
+        project = args.wandb_project_name
+        tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), run.start.step, project)
+        stack.callback(tracker.close)
+        profile = stack.enter_context(StepProfile(Path(args.profile), env.device)) if args.profile else None
+        yield Observers(tracker, remote, profile)
 
 
 def _remote(args: argparse.Namespace, folder: Path) -> RemoteCopy:
@@ -176,6 +186,7 @@ def _build(
     if not any(p.requires_grad for name, p in core.named_parameters() if not name.startswith("logit_")):
         raise ValueError("--lock-image and --lock-text leave nothing to train; unlock some layers or a tower")
     _check_features(args, core)
+    flops = count_model(core, parts.tokenizer, env.device, args.precision, bool(feature_info(args.train_data)))
     if args.grad_checkpointing:
         core.set_grad_checkpointing()
     groups = parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr)
@@ -201,7 +212,7 @@ def _build(
     if env.is_main:
         _check_warmup(0 if args.skip_scheduler else args.warmup, steps_per_epoch * args.epochs, args.lr)
     data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
-    return Run(data, val, parts, stepper, _schedule(args, optimizer, steps_per_epoch), division, start)
+    return Run(data, val, parts, stepper, _schedule(args, optimizer, steps_per_epoch), division, start, flops)
 
 
 def make_stepper(

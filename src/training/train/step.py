@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from training.model.corner import cosine_with_cls
 
@@ -73,11 +74,13 @@ class Stepper:
         scale = self.core.logit_scale.detach().exp().reshape(())
         return {"loss": total, **report, "logit_scale": scale, **extra, "skipped_steps": skipped}
 
+    @record_function("forward")
     def forward(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
         """Returns the model's output for a micro-batch's inputs: features and scalars that the loss takes by name."""
         with self.autocast():
             return self.model(**batch)
 
+    @record_function("loss")
     def compute_loss(self, output: dict[str, torch.Tensor], early: dict[str, object]) -> dict[str, torch.Tensor]:
         """Returns the loss terms, whose sum is minimised.
 
@@ -93,6 +96,7 @@ class Stepper:
             return {}
         return {"corner_cls_cosine": cosine_with_cls(output["text_features"], self.corners)}
 
+    @record_function("update")
     def update(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips and applies the gradients, unless these or the loss are not finite on some rank.
 
@@ -140,7 +144,8 @@ class Stepper:
         output = {name: value.float() for name, value in output.items()}
         terms = self.compute_loss(output, early)
         total = sum(terms.values())
-        (self.scaler.scale(total) if self.scaler else total).backward()
+        with record_function("backward"):
+            (self.scaler.scale(total) if self.scaler else total).backward()
         return terms, self.watch(output)
 
     def _accumulate(self, micro_batches: Sequence[dict[str, object]], early: dict[str, object]) -> tuple[dict, dict]:

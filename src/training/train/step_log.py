@@ -15,6 +15,7 @@ from training.data.batch import TrainBatch
 from training.data.faults import FAULT_KINDS, TooManyBadSamplesError, Totals
 from training.runtime.distributed import DistEnv, sum_over_ranks
 from training.runtime.tracking import Tracker
+from training.train.flops import ModelFlops
 
 EXAMPLES_PER_KIND = 3
 FEW_SAMPLES = 1000  # fewer say little of the share of bad ones
@@ -33,7 +34,8 @@ class StepLog:
         every: steps from line to line.
         total_steps: of the whole training.
         steps_per_epoch: to say which epoch it is.
-        max_bad_samples: share of bad samples that is put up with.
+        max_bad_samples: largest tolerated fraction of bad samples.
+        flops: of the model, to log how much of the device's peak is used; None logs nothing.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class StepLog:
         total_steps: int,
         steps_per_epoch: int,
         max_bad_samples: float = 1.0,
+        flops: ModelFlops | None = None,
     ):
         self.env, self.tracker, self.totals, self.every = env, tracker, totals, every
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.max_bad_samples = max_bad_samples
+        self.max_bad_samples, self.flops = max_bad_samples, flops
         self.own = Totals()  # this rank's, since the last line
         self.told: Counter[str] = Counter()
         self.bar: tqdm | None = None
@@ -125,6 +128,7 @@ class StepLog:
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,
             "data_wait_share": self.waited / seconds,
+            **({"flop_utilisation": self.flops.utilisation(self.samples, self.tokens, seconds)} if self.flops else {}),
             "padding_share": 1 - self.tokens / max(self.slots, 1),
             "skipped": self.totals.num_bad,
             "skipped_by_kind": dict(self.totals.faults),
@@ -168,6 +172,7 @@ class StepLog:
             f"grad norm {m['grad_norm']:.3g}",
             *([f"corners' cosine with [CLS] {m['corner_cls_cosine']:.3f}"] if "corner_cls_cosine" in m else []),
             f"{m['samples_per_s']:,.0f} samples/s, {m['tokens_per_s']:,.0f} tokens/s per {per}",
+            *([f"MFU {m['flop_utilisation']:.1%}"] if "flop_utilisation" in m else []),
             f"data wait {m['data_wait_share']:.0%}",
             f"padding {m['padding_share']:.0%}",
             f"ETA {format_eta(m['eta_s'])}",

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.profiler import record_function
 
 from training.data.batch import TrainBatch
 from training.runtime.control import Control
 from training.runtime.watchdog import STEPPING, WAITING, Watchdog
 from training.train.nonfinite import StepGuard
+from training.train.profile import StepProfile
 from training.train.step_log import StepLog
 
 
@@ -41,7 +43,7 @@ class SupervisedStep:
         """
         inputs = []
         for _ in range(count):
-            with self.supervision.log.waiting():
+            with self.supervision.log.waiting(), record_function("wait for data"):
                 batch, on_device = next(batches)
             self.supervision.log.add_batch(batch)
             self.batches.append(batch)
@@ -69,10 +71,13 @@ class Supervision:
         control: what ranks agree on at each step.
         log: lines of numbers.
         guard: follows steps that were skipped.
+        profile: records a few steps, if asked for.
     """
 
-    def __init__(self, watchdog: Watchdog, control: Control, log: StepLog, guard: StepGuard):
-        self.watchdog, self.control, self.log, self.guard = watchdog, control, log, guard
+    def __init__(
+        self, watchdog: Watchdog, control: Control, log: StepLog, guard: StepGuard, profile: StepProfile | None = None
+    ):
+        self.watchdog, self.control, self.log, self.guard, self.profile = watchdog, control, log, guard, profile
 
     @contextmanager
     def epoch(self, first_step: int) -> Iterator[None]:
@@ -94,3 +99,5 @@ class Supervision:
         self.log.add_step(number, step.report, step.lr)
         self.guard.add(number, step.report["skipped_steps"], step.keys)
         step.stop, step.save = self.control.finish()
+        if self.profile:
+            self.profile.step()
