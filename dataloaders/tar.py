@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
-from dataloaders.files import matching_files
+from dataloaders.files import matching_files, parallel_map
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512
@@ -224,7 +224,8 @@ def expand_shards(name: str) -> list[str]:
         return found
     if os.path.isfile(name) or name.startswith("pipe:") and "{" not in name:
         return [name]
-    return [path for url in braceexpand(name) for path in matching_files(url) or [url]]
+    urls = list(braceexpand(name))
+    return [path for url, found in zip(urls, parallel_map(matching_files, urls)) for path in found or [url]]
 
 
 def _is_empty(header: bytes) -> bool:

@@ -16,6 +16,7 @@ from functools import cache, lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
 
+from dataloaders.files import parallel_map
 from dataloaders.table_files import COLUMNAR
 from dataloaders.tar import expand_shards, is_local
 from training.data.embedded import count_rows, read_rows
@@ -259,7 +260,8 @@ def expand_sources(spec: str) -> list[list[str]]:
         else:
             urls = expand_shards(part)
         sources.append(urls)
-    missing = [url for urls in sources for url in urls if is_local(url) and not os.path.isfile(url)]
+    local = [url for urls in sources for url in urls if is_local(url)]
+    missing = [url for url, is_there in zip(local, parallel_map(os.path.isfile, local)) if not is_there]
     if missing:
         total = sum(map(len, sources))
         shown = ", ".join(missing[:3]) + (", .." if len(missing) > 3 else "")
@@ -281,7 +283,8 @@ def trusted_sizes(urls: Sequence[str]) -> list[int | None]:
         ValueError: ``sizes.json`` counts too few samples in a shard: the others would never be seen.
     """
     known = known_sizes(urls)
-    counted = sorted((os.path.getsize(url), url, size) for url, size in zip(urls, known) if size and is_local(url))
+    local = [(url, size) for url, size in zip(urls, known) if size and is_local(url)]
+    counted = sorted((n, *pair) for n, pair in zip(parallel_map(os.path.getsize, [url for url, _ in local]), local))
     ends = itertools.accumulate(num_bytes for num_bytes, _, _ in counted)
     for (_, url, size), end in zip(counted, ends):
         if end > MAX_CHECKED_BYTES:
