@@ -6,6 +6,7 @@
 
     ours.json    evaluations of ours on the same benchmarks
     demo.json    the demo's comparison      lengths.json    R@1 by tokens, of evaluations and of the demo
+    recipes.json losses of scripts/run_recipes.py
 
 Printed numbers come from src/training/eval/published.json; `--table` prints them as the README's table.
 
@@ -186,6 +187,32 @@ def draw_lengths() -> object:
     return figure
 
 
+def draw_recipes() -> object:
+    """Losses of the recipes on scenes, a panel each; None if there are none."""
+    from matplotlib import pyplot
+
+    content = read("recipes")
+    if not content:
+        return None
+    recipes = content["recipes"]
+    columns = 4
+    figure, panels = pyplot.subplots(-(-len(recipes) // columns), columns, figsize=(12, 5.5), layout="constrained")
+    for axes, (name, run) in zip(panels.flat, recipes.items()):
+        terms = {term: values for term, values in run["losses"].items() if term != "loss"}
+        for term, values in terms.items():
+            axes.plot(run["steps"], values, label=term.removesuffix("_loss"))
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+        if max(map(max, terms.values())) > 15:
+            axes.set_yscale("log")
+    for axes in panels.flat[len(recipes) :]:
+        axes.set_visible(False)
+    figure.supxlabel("steps of 32 scenes", fontsize=9)
+    figure.suptitle("Loss terms of the recipes on drawn scenes, small models (each in its own scale)", fontsize=11)
+    return figure
+
+
 def main() -> int:
     """Records what is asked for, draws everything recorded; returns 0, or 2 for a usage error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,7 +234,12 @@ def main() -> int:
     import matplotlib
 
     matplotlib.use("Agg")
-    for name, draw in (("published", draw_published), ("demo", draw_demo), ("lengths", draw_lengths)):
+    for name, draw in (
+        ("published", draw_published),
+        ("demo", draw_demo),
+        ("lengths", draw_lengths),
+        ("recipes", draw_recipes),
+    ):
         figure = draw()
         if figure is None:
             print(f"figures/{name}.png: nothing recorded yet")

@@ -1,5 +1,7 @@
 """Terms, label smoothing and reduced features against plain implementations of the published formulas."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -7,9 +9,14 @@ from test_loss import unit
 from torch.nn.functional import cross_entropy
 
 from support import end_ranks, free_ports, start_ranks
+from training.data.views import parse_views
+from training.flags.parser import parse_args
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss, LossTerm
 from training.loss.terms import reduce_features
+from training.runtime.distributed import DistEnv
+from training.train.losses import make_loss
 
+RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
 LONG_CLIP = (LossTerm("long_loss", (1,)), LossTerm("short_loss", (0,), image_components=3))
 SCALE = 9.0
 
@@ -155,3 +162,38 @@ def test_flags_of_long_clips_recipe(scenes, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--label-smoothing", "1"])
     assert stop.value.code == 2
+
+
+def plain_sigmoid(images, texts):
+    """SigLIP's: the mean over images of the log-likelihoods of all pairs."""
+    signs = 2 * torch.eye(len(images), dtype=images.dtype) - 1
+    return -torch.nn.functional.logsigmoid(signs * (SCALE * images @ texts.T + BIAS)).sum() / len(images)
+
+
+BIAS = -10.0
+OF_RECIPES = {
+    "clip": lambda i, t: plain_pair(i, t[:, 0]),
+    "dreamlip": lambda i, t: sum(plain_pair(i, t[:, k]) for k in range(7)) / 7,
+    "flair": lambda i, t: sum(plain_sigmoid(i, t[:, k]) for k in range(8)) / 8,
+    "finetune-openai-clip": lambda i, t: sum(plain_pair(i, t[:, k]) for k in range(2)) / 2,
+    "long-clip": lambda i, t: plain_pair(plain_reduction(i, 32), t[:, 0], 0.1) + plain_pair(i, t[:, 1], 0.1),
+    "debias-clip": lambda i, t: (
+        0.1 * plain_pair(plain_reduction(i, 32), t[:, 0], 0.1) + 0.9 * plain_pair(i, t[:, 1], 0.1)
+    ),
+    "lit": lambda i, t: plain_pair(i, t[:, 0]),
+    "lotlip-cc3m": lambda i, t: sum(plain_pair(i, t[:, k]) for k in range(10)) / 10,  # 1 raw text, 3 x (1 + 2 corners)
+}
+
+
+@pytest.mark.parametrize("name", OF_RECIPES)
+def test_a_recipes_loss_is_the_published_formula(name):
+    """From the file to value and gradients."""
+    args = parse_args(["--train-data", "d.tar", "--config", str(RECIPES / f"{name}.yaml"), "--name", "own"])
+    corners = 2 if name == "lotlip-cc3m" else 0
+    loss = make_loss(args, corners, DistEnv(0, 1, torch.device("cpu")))
+    num_texts = sum(entry.count * (1 + corners * entry.corners) for entry in parse_views(args.text_views))
+    sides = [[unit(40, 48, seed=0).requires_grad_(), unit(40, num_texts, 48, seed=1).requires_grad_()] for _ in "ab"]
+    scalars = {"logit_scale": torch.tensor(SCALE, dtype=torch.float64)}
+    if args.siglip:
+        scalars["logit_bias"] = torch.tensor(BIAS, dtype=torch.float64)
+    check_equal(loss(*sides[0], **scalars), OF_RECIPES[name](*sides[1]), *sides)

@@ -74,3 +74,13 @@ def test_recipes_are_read_without_a_warning_and_say_where_each_line_is_from(reci
     for line in recipe.read_text().splitlines():
         if line and not line.startswith(("#", " ", "name:", "config:")):
             assert re.search(r" # [PILNO?](  |$)", line), line
+
+
+def recipe_args(name: str) -> dict:
+    return vars(parse_args(["--train-data", "d.tar", "--config", str(ROOT / "scripts" / "recipes" / f"{name}.yaml")]))
+
+
+def test_lotlips_three_scales_differ_in_their_name_alone():
+    first, *others = (recipe_args(f"lotlip-{scale}") for scale in ("cc3m", "30m", "100m"))
+    for other in others:
+        assert {key for key in first if first[key] != other[key]} == {"name", "config"}
