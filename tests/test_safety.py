@@ -118,7 +118,7 @@ def test_a_full_disk_stops_saving_but_not_training(scenes, tmp_path, capfd):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capfd.readouterr().err
     assert code == 1 and said.splitlines()[-1].startswith("python -m training.main: error: could not save"), said
-    assert "epoch_2.pt: " in said.splitlines()[-1] and "the last good checkpoint is none; training goes on" in said
+    assert "epoch_2.pt: " in said.splitlines()[-1] and "the last good checkpoint is none; training continues" in said
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 

@@ -22,7 +22,7 @@ def config_words(paths: list[str], actions: Mapping[str, argparse.Action], check
         check: called with the words of one flag; raises ValueError if they are wrong.
 
     Returns:
-        The words that say the same on the command line.
+        The equivalent words of a command line.
 
     Raises:
         ValueError: names file, line and key.

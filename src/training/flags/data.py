@@ -41,7 +41,7 @@ EFFECTS = (
 
 
 def caption_entries(args: argparse.Namespace) -> tuple[Entry, ...]:
-    """The texts of a sample, as --text-views or the flags that stand for it say."""
+    """The texts of a sample, from --text-views or the flags that stand for it."""
     by_flags = views_by_flags(args.captions, args.num_long_captions, args.sub_caption_sentences)
     return parse_views(args.text_views or by_flags)
 

@@ -1,7 +1,7 @@
 """Which flags have an effect when: every flag is declared under the conditions that it needs.
 
 Each file of flags has a table ``EFFECTS`` of (condition, flags). A flag that differs from its default while one of its
-conditions does not hold is reported once: as a warning, or as a usage error if the condition says so.
+conditions does not hold is reported once: as a warning, or as a usage error where the condition is `refused`.
 """
 
 import argparse

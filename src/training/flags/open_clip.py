@@ -75,7 +75,7 @@ class _CaptionKey(argparse.Action):
 
 
 class _Idle(argparse.Action):
-    """Notes in the namespace's `NO_EFFECT` that the flag was given; `const` says why it changes nothing."""
+    """Notes in the namespace's `NO_EFFECT` that the flag was given; `const` is the reason why it changes nothing."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, nargs: int | None, const: str, **kwargs: Any):
         super().__init__(

@@ -33,7 +33,7 @@ Exit codes: 0 done, 1 failed on its data, 2 usage error, 70 another process has 
 
 
 class UsageError(ValueError):
-    """The command line is wrong; the message says what and why."""
+    """The command line can't be run; the message names the flag and the reason."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +59,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Help(argparse.Action):
-    """Prints help and ends; `const` says whether to show every flag."""
+    """Prints help and ends; `const`: whether to show every flag."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, const: bool, help: str):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, default=argparse.SUPPRESS, help=help)

@@ -1,4 +1,4 @@
-"""How the words after a flag are read. Each function takes the text, and says what it expected if the text is wrong."""
+"""How the words after a flag are read. Each function takes the text; its error names what was expected."""
 
 import argparse
 import json

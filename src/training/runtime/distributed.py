@@ -158,7 +158,7 @@ def together(build: Callable[[], T], env: DistEnv) -> T:
 
 
 def fail(error: Exception, code: int, env: DistEnv | None = None) -> int:
-    """Says once, on rank 0, what is wrong; returns the exit code."""
+    """Prints an error on rank 0 alone; returns the exit code."""
     if env is None or env.is_main:
         print(f"python -m training.main: error: {error}", file=sys.stderr)
     return code
@@ -222,7 +222,7 @@ def any_rank(flag: torch.Tensor, env: DistEnv) -> torch.Tensor:
 
 
 def set_timeout(env: DistEnv, minutes: float) -> None:
-    """Lets collectives wait a little longer than the watchdog, which can say for whom; backends' own limits differ."""
+    """Lets collectives wait a little longer than the watchdog, which names the rank; backends' own limits differ."""
     if env.world_size > 1:
         set_ = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         set_(timedelta(minutes=minutes + 5), dist.group.WORLD)

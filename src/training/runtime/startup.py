@@ -11,7 +11,7 @@ def first_imports() -> Iterator[None]:
     """Keeps the garbage collector away while a fresh process imports PyTorch and what stands on it.
 
     Imports create about a million objects, nearly all of which stay, and the collector would look through them again
-    and again. Later collections leave these objects out, too, so that loader processes go on sharing their memory. In a
+    and again. Later collections leave these objects out, too, so that loader processes keep sharing their memory. In a
     process that has imported PyTorch before, this does nothing.
     """
     if "torch" in sys.modules or not gc.isenabled():

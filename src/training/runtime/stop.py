@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop, SIGTERM and SIGUSR1, and what becomes of them. Imports nothing heavy."""
+"""The signals that ask a run to stop, SIGTERM and SIGUSR1, and how they are handled. Imports nothing heavy."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ class StopSignals:
 
     Attributes:
         name: of the first signal that arrived here or, through the watchdog, on another rank; None before.
-        grace_s: time for the watchdog to tell the other ranks before this process ends.
+        grace_s: time for the watchdog to notify the other ranks before this process ends.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""What training says of itself: metrics.jsonl always, TensorBoard and W&B by flag."""
+"""Where metrics go: metrics.jsonl always, TensorBoard and W&B by flag."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ class Tracker:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         except OSError as error:  # a full disk is no reason to stop
-            logging.getLogger(__name__).error(f"could not write {self.path}: {error}; training goes on")
+            logging.getLogger(__name__).error(f"could not write {self.path}: {error}; training continues")
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         if self.writer:
             for name, value in numbers.items():

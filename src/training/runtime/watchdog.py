@@ -27,7 +27,7 @@ SIGNAL, ABANDONED = "signal", "abandoned"  # keys of the store
 
 
 class Watchdog:
-    """A thread on each rank that tells the others, through a store on rank 0, where the rank is.
+    """A thread on each rank that reports to the others, through a store on rank 0, where the rank is.
 
     A context manager, entered as soon as the ranks have joined. A rank that has been at one place for longer than the
     timeout ends its process with `EXIT_LOST`; before that, rank 0 names the rank that is furthest behind or silent.
@@ -88,7 +88,7 @@ class Watchdog:
                 self._end()
 
     def _exchange(self) -> None:
-        """Tells the store where this rank is and which signal came; learns of a signal that came to another rank."""
+        """Reports to the store where this rank is and which signal came; notes a signal that came to another rank."""
         while not self.ended.wait(self.interval):
             step, phase, since = self.place
             place = [step, phase, time.monotonic() - since, self.host, time.time()]
@@ -128,7 +128,7 @@ class Watchdog:
         _end_process(EXIT_STOPPED)
 
     def _name_lost_ranks(self) -> None:
-        """Prints which ranks no longer report. Ranks that only leave because of them tell rank 0 so."""
+        """Prints which ranks no longer report. Ranks that leave because of them report that to rank 0."""
         self.at(self.place[0], LEAVING)
         time.sleep((SILENT if self.env.rank <= 1 else 2) * self.interval + 1)
         if self.env.is_main:
@@ -154,7 +154,7 @@ class Watchdog:
         _end_process(EXIT_LOST)
 
     def _places(self) -> dict[int, list]:
-        """Where every rank is that has ever told; rank 0 only."""
+        """Where every rank is that has reported; rank 0 only."""
         step, phase, since = self.place
         places = {self.env.rank: [step, phase, time.monotonic() - since, self.host, time.time()]}
         if self.store is not None:

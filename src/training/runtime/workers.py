@@ -1,4 +1,4 @@
-"""Loader processes that survive the signals of a job, end when their parent says so, and never outlive it."""
+"""Loader processes that survive the signals of a job, end when their parent asks them to, and never outlive it."""
 
 import ctypes
 import multiprocessing

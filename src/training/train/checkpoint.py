@@ -23,7 +23,7 @@ class SaveError(OSError):
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time in a thread, from a copy in memory; training goes on meanwhile.
+    """Writes one checkpoint at a time in a thread, from a copy in memory, while training continues.
 
     A failure (a full disk, ..) is logged, and what was there before stays; only `finish` raises it.
 
@@ -70,7 +70,7 @@ class CheckpointWriter:
             self.error = None
         except (OSError, RuntimeError) as error:  # torch's zip writer wraps the system's errors
             self.error = SaveError(f"could not save {path}: {' '.join(str(error).split())[:300]}")
-            logger.error(f"{self.error}; the last good checkpoint is {self.last_good or 'none'}; training goes on")
+            logger.error(f"{self.error}; the last good checkpoint is {self.last_good or 'none'}; training continues")
 
     def finish(self) -> None:
         """Waits for the writer; raises SaveError if the last checkpoint could not be written."""
@@ -94,19 +94,19 @@ def copy_to_cpu(content: object) -> object:
 def saved_checkpoints(folder: Path, kind: str) -> list[Path]:
     """Returns the folder's ``epoch_N.pt`` or ``step_N.pt``, the one with the fewest steps first, broken ones last.
 
-    Copying and downloading change the times of files, so these say nothing.
+    File times are not used: copying and downloading change them.
     """
     found = (path for path in folder.glob(f"{kind}_*.pt") if re.fullmatch(rf"{kind}_\d+\.pt", path.name))
     return sorted(found, key=checkpoint_progress)
 
 
 def checkpoint_progress(path: Path) -> tuple[float, float]:
-    """Returns (whole epochs, steps) that a checkpoint says it has done; infinity if it can't be read."""
+    """Returns (whole epochs, steps) that a checkpoint records; infinity if it can't be read."""
     try:
         # Memory-mapped: the tensors are not read.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content["epoch"], content.get("step", 0)
-    except Exception:  # whatever torch says of a broken file; `load_checkpoint` says it to the user
+    except Exception:  # torch raises many kinds for a broken file; `load_checkpoint` reports them
         return math.inf, math.inf
 
 
@@ -177,7 +177,7 @@ def load_checkpoint(path: Path) -> dict:
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever zipfile and torch say of a broken file
+    except Exception as error:  # zipfile and torch raise many kinds for a broken file
         raise ValueError(f"--resume {path}: broken file ({first_line(error)})") from error
     if not isinstance(content, dict) or not {"epoch", "state_dict", "optimizer"} <= set(content):
         raise ValueError(f"--resume {path}: not a training checkpoint; to start from weights use --pretrained")

@@ -53,7 +53,7 @@ class ImageBatch(NamedTuple):
         number, source: of the part.
         pixels: [n, views, 3, H, W].
         keys, records: of these samples.
-        faults: kinds, of the samples passed over since the last batch.
+        faults: kinds of the bad samples skipped since the last batch.
         is_last: of the part.
     """
 
@@ -79,7 +79,7 @@ class ImageBatches(IterableDataset):
 
     def __init__(self, parts: list[tuple[int, Part]], pictures: PictureReader, views: int, batch_size: int, seed: int):
         self.parts, self.pictures, self.views, self.batch_size, self.seed = parts, pictures, views, batch_size, seed
-        self.told: Counter[str] = Counter()
+        self.num_logged: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[ImageBatch]:
         info = get_worker_info()
@@ -103,8 +103,8 @@ class ImageBatches(IterableDataset):
                     record, views = read_record(raw), self._views(raw)
                 except BadSample as error:
                     faults.append(str(error))
-                    self.told[str(error)] += 1
-                    if self.told[str(error)] <= EXAMPLES_PER_KIND:
+                    self.num_logged[str(error)] += 1
+                    if self.num_logged[str(error)] <= EXAMPLES_PER_KIND:
                         logger.warning(f"skipped sample, {error}: {raw.source}/{raw.key}")
                     continue
                 pixels.append(views)
@@ -116,10 +116,10 @@ class ImageBatches(IterableDataset):
         yield batch(is_last=True) if keys else self._no_images(number, part, faults)
 
     def _views(self, raw: RawSample) -> torch.Tensor:
-        picture, views = read_image(raw, self.pictures.decode), []
+        image, views = read_image(raw, self.pictures.decode), []
         for view in range(self.views):
             seed_augmentation(f"{self.seed}/view {view}/{raw.source}/{raw.key}")
-            views.append(self.pictures.transform(picture))
+            views.append(self.pictures.transform(image))
         return torch.stack(views)
 
     def _no_images(self, number: int, part: Part, faults: list[str]) -> ImageBatch:
@@ -166,7 +166,7 @@ def _plain(config: dict) -> dict:
 def extract(args: argparse.Namespace) -> int:
     """Writes the features of every image in ``--train-data`` to ``--extract-image-features``.
 
-    Files that are there already are left alone: an extraction that was interrupted goes on.
+    Existing files are kept, so an interrupted extraction continues.
 
     Returns:
         Exit code: 0; 2 if flags, files or weights are not what they should be.

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What rank 0 found out before data are opened and a model is built; the same on every rank."""
+    """What rank 0 has checked before data are opened and a model is built; the same on every rank."""
 
     name: str
     folder: Path
@@ -124,8 +124,8 @@ class Trainer:
             StoppedError: a signal came to some rank; the state is saved.
             SaveError: at the end the last checkpoint could not be written.
             FloatingPointError: loss or gradient was not finite too many times in a row, or an evaluation gave NaN.
-            TooManyBadSamplesError: as it says.
-            NoUsableSampleError: this rank's loader found nothing; the other ranks do not know.
+            TooManyBadSamplesError: more bad samples than ``--max-bad-samples`` allows.
+            NoUsableSampleError: this rank's loader found no usable sample; raised on this rank alone.
         """
         SIGNALS.only_note()
         self._introduce()
@@ -239,7 +239,7 @@ class Trainer:
             self.tracker.log(self.progress.step, metrics)
 
     def _save(self, names: list[str]) -> None:
-        """Hands all ranks' state to the writer; training goes on as soon as it is copied."""
+        """Hands all ranks' state to the writer; training continues as soon as it is copied."""
         self.watchdog.at(self.progress.step, SAVING)
         self.control.saved()
         self.saved_step = self.progress.step

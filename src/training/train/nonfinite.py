@@ -24,8 +24,8 @@ class StepGuard:
     Args:
         folder: LOGS/NAME; the samples of a skipped step are written to ``skipped_steps_rankR.jsonl`` there.
         rank: this process.
-        max_in_a_row: more raise.
-        last_good: says which checkpoint to go back to.
+        max_in_a_row: more skipped steps in a row raise.
+        last_good: returns the checkpoint to return to, for the message.
     """
 
     def __init__(self, folder: Path, rank: int, max_in_a_row: int, last_good: Callable[[], Path | None]):

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights, and how a training goes on from it: exactly, or on other processes."""
+"""What a checkpoint holds beside weights, and how training resumes from it: exactly, or with other processes."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ class Division:
 
 @dataclass
 class Progress:
-    """Where a training is, on one process; the loop moves it on.
+    """How far training has come on one process; the loop advances it.
 
     Attributes:
         epoch: whole epochs done.
@@ -111,9 +111,9 @@ class Progress:
 
 
 def start_from(content: dict, path: object, division: Division, env: DistEnv) -> Progress:
-    """Returns where a checkpoint's training goes on.
+    """Returns where training resumes from a checkpoint.
 
-    In mid-epoch, the same number of processes and workers with the same batches go on in the same order. Others divide
+    In mid-epoch, the same number of processes and workers with the same batches resume in the same order. Others divide
     what is left of the epoch anew: the same samples, in another order.
 
     Args:
@@ -133,7 +133,7 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
     if content["data"] != division.data:
         raise ValueError(
             f"--resume {path}: in the middle of an epoch of other data or another order; give the same --train-data, "
-            "--train-num-samples, --seed, --shuffle-window and --shuffle-shards, or go on from an epoch_N.pt"
+            "--train-num-samples, --seed, --shuffle-window and --shuffle-shards, or resume from an epoch_N.pt"
         )
     position, epoch = EpochPosition.from_dict(content["position"]), content["epoch"]
     same_step = content["accum_freq"] == division.accum_freq
@@ -171,8 +171,8 @@ def _compare_steps(content: dict, path: object, division: Division) -> None:
 def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object) -> dict:
     """Puts a checkpoint's state into model, optimizer and scaler; returns its content.
 
-    The checkpoint may be one of open_clip's trainer. The optimizer keeps the options that it was built with: what the
-    command line says wins over the file.
+    The checkpoint may be one of open_clip's trainer. The optimizer keeps the options that it was built with: the
+    command line overrides the file.
 
     Raises:
         ValueError: broken, or of another model.
@@ -224,7 +224,7 @@ def get_random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Takes back what `get_random_state` gave, perhaps by way of a file."""
+    """Restores what `get_random_state` returned, perhaps after it was saved in a file."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -255,7 +255,7 @@ def _check_warmup(warmup: int, num_steps: int, lr: float) -> None:
 
 
 def _set_arithmetic(env: DistEnv) -> None:
-    """Lets CUDA multiply fp32 matrices in TF32, as open_clip's trainer does, and logs it."""
+    """Lets CUDA multiply fp32 matrices in TF32, as open_clip's trainer does; logs that."""
     if env.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True

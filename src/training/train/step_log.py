@@ -1,4 +1,4 @@
-"""What is said of training every few steps: loss, speed, waiting, padding, skipped samples, time left."""
+"""The log line of every few steps: loss, speed, waiting for data, padding, skipped samples, time left."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ from training.runtime.tracking import Tracker
 from training.train.flops import ModelFlops
 
 EXAMPLES_PER_KIND = 3
-FEW_SAMPLES = 1000  # fewer say little of the share of bad ones
+FEW_SAMPLES = 1000  # a fraction of fewer samples means little
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +33,7 @@ class StepLog:
         totals: samples of all ranks since the start; kept up to date from line to line.
         every: steps from line to line.
         total_steps: of the whole training.
-        steps_per_epoch: to say which epoch it is.
+        steps_per_epoch: to show the epoch of a step.
         max_bad_samples: largest tolerated fraction of bad samples.
         flops: of the model, to log how much of the device's peak is used; None logs nothing.
     """
@@ -53,7 +53,7 @@ class StepLog:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.max_bad_samples, self.flops = max_bad_samples, flops
         self.own = Totals()  # this rank's, since the last line
-        self.told: Counter[str] = Counter()
+        self.num_logged: Counter[str] = Counter()
         self.bar: tqdm | None = None
         self._reset()
 
@@ -89,19 +89,19 @@ class StepLog:
         self.waited += time.monotonic() - start
 
     def add_batch(self, batch: TrainBatch) -> None:
-        """Counts a batch of this process; tells of the first faults of each kind."""
+        """Counts a batch of this process; logs the first bad samples of each kind."""
         self.samples += len(batch.keys)
         self.tokens += batch.num_tokens
         self.slots += batch.num_slots
         self.own.add(Totals(len(batch.keys) + len(batch.bad_samples), Counter(kind for kind, _ in batch.bad_samples)))
         for kind, name in batch.bad_samples:
-            self.told[kind] += 1
-            if self.told[kind] <= EXAMPLES_PER_KIND:
-                more = "; further ones are counted only" if self.told[kind] == EXAMPLES_PER_KIND else ""
+            self.num_logged[kind] += 1
+            if self.num_logged[kind] <= EXAMPLES_PER_KIND:
+                more = "; further ones are counted only" if self.num_logged[kind] == EXAMPLES_PER_KIND else ""
                 logger.warning(f"skipped sample, {kind}: {name}{more}")
 
     def add_step(self, step: int, report: dict[str, torch.Tensor], lr: float) -> None:
-        """Takes a step's numbers (`step` counts those done); every few steps, and at the last, says them.
+        """Takes a step's numbers (`step` counts those done); logs them every few steps and at the end of an epoch.
 
         Raises:
             TooManyBadSamplesError: on all ranks alike.
@@ -114,11 +114,11 @@ class StepLog:
         self.steps += 1
         self.bar.update()
         if step % self.every == 0 or step % self.steps_per_epoch == 0:
-            self._say(step, lr)
+            self._log(step, lr)
             self._reset()
             self._check_totals()
 
-    def _say(self, step: int, lr: float) -> None:
+    def _log(self, step: int, lr: float) -> None:
         metrics = self._reduce()
         seconds = time.monotonic() - self.start
         left = (self.total_steps - step) * seconds / self.steps
@@ -158,7 +158,7 @@ class StepLog:
         if totals.num_seen >= FEW_SAMPLES and totals.num_bad > self.max_bad_samples * totals.num_seen:
             raise TooManyBadSamplesError(
                 f"{totals.describe()}: more than --max-bad-samples {self.max_bad_samples:g}. The first of each kind "
-                "are named above; mend the data, or raise the limit"
+                "are named above; correct the data, or raise the limit"
             )
 
     def _line(self, step: int, m: dict) -> str:

@@ -38,7 +38,7 @@ class ValidationSet:
 
     @classmethod
     def of(cls, data: TrainData, batch_size: int, env: DistEnv) -> "ValidationSet":
-        """Divides the samples over ranks; up to a batch per rank is left over, and said to be."""
+        """Divides the samples over ranks; up to a batch per rank is left over, which is logged."""
         num_samples = data.source.num_samples
         batch_size = min(batch_size, num_samples // env.world_size)
         if not batch_size:
@@ -136,7 +136,7 @@ def evaluate_benchmarks(
         zero_shot = evaluate_zero_shot(parts, work.classification, env, options, allow_broken=True)
     except BrokenImageError as error:  # on all ranks alike
         if env.is_main:
-            logger.error(f"evaluation after epoch {epoch} failed, training goes on: {error}")
+            logger.error(f"evaluation after epoch {epoch} failed, training continues: {error}")
         return {}
     if env.is_main:
         _warn_of_broken_images([*results, *zero_shot])
