@@ -4,13 +4,14 @@ VAL/n01440764/*.JPEG    one folder per class, named by its WordNet id
 V2/0/*.jpeg             one folder per class, named by its number (0 .. 999)
 """
 
+import hashlib
 import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from dataloaders.files import natural_key, parallel_map, require_dir
-from dataloaders.pairs import ClassificationSet
-from dataloaders.registry import Benchmark, Tree
+from dataloaders.files import natural_key, parallel_map, read_json, require_dir
+from dataloaders.pairs import ClassificationSet, ClassTexts
+from dataloaders.registry import Benchmark, Option, Tree
 
 NUM_CLASSES = 1000
 NUM_VAL, NUM_V2 = 50_000, 10_000
@@ -19,8 +20,12 @@ SOURCE = "see ImageNet in EVAL_DATASETS.md"
 SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-def read_imagenet(root: str | Path) -> ClassificationSet:
+def read_imagenet(root: str | Path, prompts: str | Path | None = None) -> ClassificationSet:
     """Reads ImageNet-1k's validation images; only some of the classes will do.
+
+    Args:
+        root: the folder with a folder per class.
+        prompts: a file of class descriptions, see `read_prompts`.
 
     Raises:
         FileNotFoundError, ValueError: no such folder, or none of its folders is named by a class.
@@ -32,14 +37,16 @@ def read_imagenet(root: str | Path) -> ClassificationSet:
             f"--imagenet-val {root}: its images lie in one folder; sort them into a folder per class, {SOURCE}"
         )
     paths, labels = _read_classes(root, numbers, "--imagenet-val", "a WordNet id such as n01440764")
-    return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", paths, labels, NUM_VAL, SOURCE)
+    texts = read_prompts(prompts) if prompts else None
+    return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", paths, labels, NUM_VAL, SOURCE, texts)
 
 
-def read_imagenet_v2(root: str | Path) -> ClassificationSet:
+def read_imagenet_v2(root: str | Path, prompts: str | Path | None = None) -> ClassificationSet:
     """Reads ImageNet-v2, matched-frequency; folders count as numbers (10 comes after 9).
 
     Args:
         root: the folder with the numbered folders, or the one above it.
+        prompts: a file of class descriptions, see `read_prompts`.
 
     Raises:
         FileNotFoundError, ValueError: no such folder, or none of its folders is named by a number.
@@ -48,7 +55,44 @@ def read_imagenet_v2(root: str | Path) -> ClassificationSet:
     root = next((root / name for name in V2_FOLDERS if (root / name).is_dir()), root)
     numbers = {str(number): number for number in range(NUM_CLASSES)}
     paths, labels = _read_classes(root, numbers, "--imagenet-v2", "a number from 0 to 999")
-    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", paths, labels, NUM_V2, SOURCE)
+    texts = read_prompts(prompts) if prompts else None
+    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", paths, labels, NUM_V2, SOURCE, texts)
+
+
+def read_prompts(path: str | Path) -> ClassTexts:
+    """Reads descriptions of ImageNet's classes: a JSON object of class name or WordNet id -> list of texts.
+
+    This is the format of CuPL (arXiv 2209.03320). An object of objects, as CLIP_benchmark's ``cupl_prompts.json`` is,
+    has the classes under ``imagenet1k``. Names are open_clip's; the two pairs of classes that share one also share its
+    texts, unless their WordNet ids are given.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, another format, a class without texts, or an unknown class.
+    """
+    from open_clip import IMAGENET_CLASSNAMES  # imports PyTorch
+
+    where = f"--imagenet-prompts {path}"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{where}: no such file")
+    found = read_json(Path(path))
+    found = found.get("imagenet1k", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected an object of class name -> list of texts, found a {type(found).__name__}")
+    for name, texts in found.items():
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise ValueError(f"{where}: class {name!r}: expected a list of texts, at least one and none of them empty")
+    classes = list(zip(_wordnet_ids(), IMAGENET_CLASSNAMES))
+    unknown = found.keys() - {key for keys in classes for key in keys}
+    absent = [name for number, name in classes if number not in found and name not in found]
+    for what, names in (("no class is called", sorted(unknown)), ("no texts for", absent)):
+        if names:
+            raise ValueError(
+                f"{where}: {what} {', '.join(names[:5])}{' ..' if len(names) > 5 else ''} ({len(names):,} in all); "
+                "expected the names of open_clip.IMAGENET_CLASSNAMES or WordNet ids, all 1,000 classes"
+            )
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    texts = tuple(tuple(found.get(number) or found[name]) for number, name in classes)
+    return ClassTexts(f"{Path(path).name} (sha256 {digest})", texts)
 
 
 def _read_classes(root: Path, numbers: dict[str, int], flag: str, named: str) -> tuple[tuple[Path, ...], tuple]:
@@ -71,14 +115,20 @@ def _wordnet_ids() -> list[str]:
     return path.read_text(encoding="ascii").split()
 
 
+PROMPTS = Option(
+    "--imagenet-prompts",
+    "ImageNet: JSON file of class name -> descriptions, such as CuPL's (default: open_clip's templates)",
+    metavar="FILE",
+)
 BENCHMARKS = (
     Benchmark(
         "imagenet-val",
         "--imagenet-val",
         "ImageNet-1k: folder with a folder per class (n01440764)",
-        lambda args: [read_imagenet(args.imagenet_val)],
+        lambda args: [read_imagenet(args.imagenet_val, args.imagenet_prompts)],
         group="short",
         order=30,
+        options=(PROMPTS,),
         tree=Tree("imagenet/val"),
         source=SOURCE,
         classification=True,
@@ -87,9 +137,10 @@ BENCHMARKS = (
         "imagenet-v2",
         "--imagenet-v2",
         "ImageNet-v2: folder with numbered folders",
-        lambda args: [read_imagenet_v2(args.imagenet_v2)],
+        lambda args: [read_imagenet_v2(args.imagenet_v2, args.imagenet_prompts)],
         group="short",
         order=40,
+        options=(PROMPTS,),
         tree=Tree("imagenetv2"),
         source=SOURCE,
         classification=True,

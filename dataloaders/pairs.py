@@ -81,6 +81,19 @@ def several_captions_per_image(
 
 
 @dataclass(frozen=True)
+class ClassTexts:
+    """What describes the classes of a classification set, in place of their names in templates.
+
+    Attributes:
+        name: what they are, for tables and results.
+        texts: for each class its texts, at least one.
+    """
+
+    name: str
+    texts: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class ClassificationSet:
     """Images and the number of each one's class.
 
@@ -91,6 +104,7 @@ class ClassificationSet:
         labels: for each image its class, 0 .. 999 in ImageNet's usual order.
         num_published: number of images of the full set.
         source: how to get what is missing.
+        class_texts: None takes open_clip's class names and templates.
     """
 
     key: str
@@ -99,6 +113,7 @@ class ClassificationSet:
     labels: tuple[int, ...]
     num_published: int
     source: str
+    class_texts: ClassTexts | None = None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ COMMANDS = [
     ["--coco-retrieval", "D", "--flickr30k-retrieval", "D"],
     ["--data-root", "D", "--dci-retrieval", "D"],
     ["--retrieval-wds", "w.tar"],
+    ["--imagenet-val", "D"],
 ]
 
 

@@ -58,7 +58,7 @@ def test_imports_point_down():
 
 
 # Imported where they are asked for, and named by a message where they are not installed.
-OPTIONAL = {"wandb", "vllm", "onnx", "onnxscript", "onnxruntime", "usearch"}
+OPTIONAL = {"wandb", "vllm", "clip_benchmark", "onnx", "onnxscript", "onnxruntime", "usearch"}
 
 
 def declared(*files: str) -> set[str]:

@@ -72,5 +72,5 @@ def test_json_keys_are_the_published_ones():
     wanted = {f"k-{d}-{name}" for d in ("i2t", "t2i") for name in names}
     wanted |= {f"k-num-{n}" for n in ("images", "pairs", "expected", "missing", "broken")}
     wanted |= {f"k-{n}" for n in "pairs title protocol fingerprint truncated-share truncated-mean-tokens-lost".split()}
-    wanted |= {f"z-{n}" for n in "top1 top5 top1-ci95 title num-images images".split()}
+    wanted |= {f"z-{n}" for n in "top1 top5 top1-ci95 title prompts num-images images".split()}
     assert flat.keys() == wanted and flat["k-pairs"] == "9 of 10 pairs" and flat["z-images"] == "9 of 10 images"

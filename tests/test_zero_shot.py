@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders.imagenet import read_imagenet, read_imagenet_v2
+from dataloaders.imagenet import read_imagenet, read_imagenet_v2, read_prompts
 from dataloaders.images import load_rgb
 from eval_files import write_imagenet, write_imagenet_v2
 from support import end_ranks, evaluate, free_ports, read_results, set_rank, start_ranks
@@ -51,6 +51,63 @@ def test_zero_shot_equals_open_clip(tmp_path, tiny_clip, capsys, monkeypatch):
     assert record["imagenetv2-zeroshot-val-num-images"] == 3
 
 
+def test_classes_are_described_by_long_texts(tmp_path, tiny_clip, capsys, caplog):
+    """A plain computation over the file of texts, of different numbers; two classes of one name have texts each."""
+    from open_clip import IMAGENET_CLASSNAMES, create_model, get_tokenizer
+
+    from training.eval.encode import ComputeOptions
+    from training.eval.zero_shot import build_classifier
+    from training.model.factory import EncoderParts
+    from training.runtime.distributed import distributed
+
+    names = dict.fromkeys(IMAGENET_CLASSNAMES)
+    described = {name: [f"A photo of a {name}, {k} of them." for k in range(1 + i % 3)] for i, name in enumerate(names)}
+    described["tench"] = ["A fish that is green and lies in the arms of an angler. " * 20]
+    described["n04008634"] = ["It flies."]  # the second class that is called missile
+    path, val = tmp_path / "texts.json", write_imagenet(tmp_path / "val")
+    path.write_text(json.dumps({"imagenet1k": described}))
+    record = evaluate(tmp_path, tiny_clip, "--imagenet-val", val, "--imagenet-prompts", path)
+    assert "accuracy in percent, texts.json (sha256" in capsys.readouterr().out
+    assert "1 of 1,998 class descriptions are longer than the model's context" in caplog.text
+    assert record["imagenet-zeroshot-val-prompts"].startswith("texts.json (sha256")
+
+    model, tokenizer = create_model(tiny_clip).eval(), get_tokenizer(tiny_clip)
+    with torch.no_grad():
+        features = [
+            model.encode_text(tokenizer(described["n04008634"] if i == 744 else described[name]), normalize=True).mean(
+                0
+            )
+            for i, name in enumerate(IMAGENET_CLASSNAMES)
+        ]
+    expected = torch.nn.functional.normalize(torch.stack(features), dim=1).T
+    parts = EncoderParts(model, None, tokenizer, None)
+    with distributed("cpu") as env:
+        got = build_classifier(parts, read_prompts(path).texts, env, ComputeOptions())
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    assert not torch.allclose(got[:, 744], got[:, 657], atol=1e-3) and IMAGENET_CLASSNAMES[744] == "missile"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "expected an object of class name -> list of texts, found a list"),
+        ({"tench": ["a fish"], "unicorn": ["a horse"]}, "no class is called unicorn (1 in all)"),
+        (
+            {"tench": ["a fish"]},
+            "no texts for goldfish, great white shark, tiger shark, hammerhead shark, electric ray ..",
+        ),
+        ({"tench": "a fish"}, "class 'tench': expected a list of texts"),
+        ({"tench": ["a fish", " "]}, "class 'tench': expected a list of texts, at least one and none of them empty"),
+    ],
+)
+def test_a_file_of_descriptions_that_does_not_fit_is_refused(tmp_path, capsys, content, message):
+    path, val = tmp_path / "texts.json", write_imagenet(tmp_path / "val", 1)
+    path.write_text(json.dumps(content))
+    argv = ["--model", "lotlip_tiny", "--imagenet-val", val, "--imagenet-prompts", path, "--logs", tmp_path]
+    assert main([str(word) for word in argv]) == 2
+    assert message in capsys.readouterr().err
+
+
 def check_classifier(rank: int, name: str, port: int) -> None:
     import open_clip
 
@@ -65,7 +122,8 @@ def check_classifier(rank: int, name: str, port: int) -> None:
     model, tokenizer = training.create_model(name).eval(), training.get_tokenizer(name)
     with distributed("cpu") as env:
         parts = EncoderParts(model, None, tokenizer, None)
-        classifier = build_classifier(parts, names, templates, env, ComputeOptions())
+        class_texts = [[template(name) for template in templates] for name in names]
+        classifier = build_classifier(parts, class_texts, env, ComputeOptions())
         expected = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
         assert env.world_size == 2 and torch.equal(classifier, expected), (classifier - expected).abs().max()
 

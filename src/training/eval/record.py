@@ -114,6 +114,9 @@ class RetrievalResult(Result):
         return flat | {f"{self.key}-pairs": f"{self.num_pairs:,} of {self.num_expected:,} pairs"}
 
 
+TEMPLATES = "open_clip's class names and templates"
+
+
 @dataclass(frozen=True)
 class ClassificationResult(Result):
     """Of one set of images with classes; fractions.
@@ -121,16 +124,19 @@ class ClassificationResult(Result):
     Attributes:
         top1, top5: share of images whose class is among the first k.
         top1_ci95: 95% bootstrap interval of `top1`, [low, high].
+        prompts: what the classes are described by.
     """
 
     top1: float
     top5: float
     top1_ci95: tuple[float, float]
+    prompts: str = TEMPLATES
 
     def to_json(self) -> dict[str, object]:
         """Returns open_clip's keys with their values, and counts."""
         flat = {
-            f"{self.key}-{_json_name(name)}": getattr(self, name) for name in ("top1", "top5", "top1_ci95", "title")
+            f"{self.key}-{_json_name(name)}": getattr(self, name)
+            for name in ("top1", "top5", "top1_ci95", "title", "prompts")
         }
         flat[f"{self.key}-num-images"] = self.num_pairs
         return flat | {f"{self.key}-images": f"{self.num_pairs:,} of {self.num_expected:,} images"}

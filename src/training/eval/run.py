@@ -184,7 +184,7 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
         print(f"\nProtocols and hashes of the exact lists of images and captions:\n{format_protocols(results)}")
     _show_published(args, plan, results, comparisons)
     if outcome.zero_shot:
-        print(f"\n{label}, {args.precision}: accuracy in percent, open_clip's class names and templates\n")
+        print(f"\n{label}, {args.precision}: accuracy in percent, {outcome.zero_shot[0].prompts}\n")
         print(format_zero_shot(outcome.zero_shot))
     _print_what_is_missing(outcome)
     if results:

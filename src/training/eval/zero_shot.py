@@ -1,19 +1,26 @@
 """Zero-shot classification: open_clip's class names and templates, its classifier, all ranks sharing the work."""
 
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+
 import torch
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier
 from open_clip_train.precision import get_autocast
 
 from dataloaders.images import BrokenImageError
-from dataloaders.pairs import ClassificationSet
+from dataloaders.pairs import ClassificationSet, ClassTexts
 from training.eval.encode import ComputeOptions, encode_images
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
-from training.eval.record import ClassificationResult
+from training.eval.record import TEMPLATES, ClassificationResult
 from training.model.factory import EncoderParts
+from training.model.truncation import count_lost_tokens
 from training.runtime.distributed import DistEnv, max_over_ranks, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS
 
 CLASSES_PER_BATCH = 10  # open_clip's
+TEXTS_PER_BATCH = 800  # 10 classes in OpenAI's 80 templates
 
 
 def evaluate_zero_shot(
@@ -25,6 +32,8 @@ def evaluate_zero_shot(
 ) -> list[ClassificationResult]:
     """Classifies the images of every set among ImageNet's 1,000 classes.
 
+    Sets that have texts for the classes all have the same.
+
     Returns:
         One result per set.
 
@@ -34,7 +43,14 @@ def evaluate_zero_shot(
     """
     if not sets:
         return []
-    classifier = build_classifier(parts, IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, env, options)
+    described = sets[0].class_texts
+    if described:
+        class_texts, prompts = described.texts, described.name
+        _warn_of_cut_texts(parts.tokenizer, described, env)
+    else:
+        class_texts = [[template(name) for template in OPENAI_IMAGENET_TEMPLATES] for name in IMAGENET_CLASSNAMES]
+        prompts = TEMPLATES
+    classifier = build_classifier(parts, class_texts, env, options)
     results = []
     for s in sets:
         images = encode_images(parts.model, parts.preprocess, s.image_paths, env, options, allow_broken)
@@ -54,15 +70,21 @@ def evaluate_zero_shot(
                 top1=summary["top1"],
                 top5=summary["top5"],
                 top1_ci95=summary["top1-ci95"],
+                prompts=prompts,
             )
         )
     return results
 
 
 def build_classifier(
-    parts: EncoderParts, class_names: list[str], templates: tuple, env: DistEnv, options: ComputeOptions
+    parts: EncoderParts, class_texts: Sequence[Sequence[str]], env: DistEnv, options: ComputeOptions
 ) -> torch.Tensor:
-    """Builds open_clip's zero-shot classifier; batch b of 10 classes is the work of rank b mod world_size.
+    """Builds open_clip's zero-shot classifier: the mean of the features of a class's texts.
+
+    Batch b of at most 10 classes, all with equally many texts, is the work of rank b mod world_size.
+
+    Args:
+        class_texts: for each class its texts.
 
     Returns:
         [dim, num_classes] float32 on the CPU, columns L2-normalised; the same on every rank.
@@ -72,22 +94,51 @@ def build_classifier(
     """
     columns: dict[int, torch.Tensor] = {}
     stop = None
-    for start in range(env.rank * CLASSES_PER_BATCH, len(class_names), env.world_size * CLASSES_PER_BATCH):
+    for start, end in _batch_classes([len(texts) for texts in class_texts])[env.rank :: env.world_size]:
         if stop := SIGNALS.error():
             break
+        # The "name" of a class is the list of its texts, and template k takes the k-th.
+        take = [itemgetter(k) for k in range(len(class_texts[start]))]
         with get_autocast(options.precision, device_type=env.device.type)():
-            names = class_names[start : start + CLASSES_PER_BATCH]
-            built = build_zero_shot_classifier(parts.model, parts.tokenizer, names, templates, device=env.device)
+            built = build_zero_shot_classifier(
+                parts.model,
+                parts.tokenizer,
+                class_texts[start:end],
+                take,
+                num_classes_per_batch=None,
+                device=env.device,
+            )
         columns[start] = built.float().cpu()
     raise_together(stop, env)
     dim = max_over_ranks(max((built.shape[0] for built in columns.values()), default=0), env)
-    classifier = torch.zeros(len(class_names), dim)  # rows are classes: gathered by rows
+    classifier = torch.zeros(len(class_texts), dim)  # rows are classes: gathered by rows
     for start, built in columns.items():
         classifier[start : start + built.shape[1]] = built.T
     classifier = sum_over_ranks(classifier, env)
     if not classifier.isfinite().all():
         raise FloatingPointError(f"the model returned NaN or infinity in {options.precision}; try --precision fp32")
     return classifier.T
+
+
+def _batch_classes(num_texts: list[int]) -> list[tuple[int, int]]:
+    """Divides consecutive classes into batches [start, end) of equally many texts each."""
+    batches, start = [], 0
+    for number, own in itertools.groupby(num_texts):
+        end = start + len(list(own))
+        step = max(1, min(CLASSES_PER_BATCH, TEXTS_PER_BATCH // number))
+        batches += [(first, min(first + step, end)) for first in range(start, end, step)]
+        start = end
+    return batches
+
+
+def _warn_of_cut_texts(tokenizer: Callable, described: ClassTexts, env: DistEnv) -> None:
+    texts = [text for own in described.texts for text in own]
+    cut = sum(lost > 0 for lost in count_lost_tokens(tokenizer, texts)) if env.is_main else 0
+    if cut:
+        logging.warning(
+            f"{described.name}: {cut:,} of {len(texts):,} class descriptions are longer than the model's context of "
+            f"{tokenizer.context_length} tokens and are cut."
+        )
 
 
 def count_label_ranks(

@@ -1,0 +1,59 @@
+"""Entry point of `python -m training.clip_benchmark`: CLIP_benchmark's own command line, with every model of ours.
+
+Its flags and data sets are CLIP_benchmark's; ``--model`` and ``--pretrained`` are those of `training.main`.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from training.model.factory import create_model_and_transforms, get_tokenizer
+
+
+def main() -> int:
+    """Runs ``clip_benchmark`` on `sys.argv`; returns its exit code, 2 if it is not installed."""
+    try:
+        from clip_benchmark import cli, models
+        from clip_benchmark.metrics import zeroshot_classification
+    except ModuleNotFoundError as error:  # it does not declare all that it imports
+        advice = "pip install clip-benchmark requests"
+        print(f"training.clip_benchmark: error: {error.name} is not installed; {advice}", file=sys.stderr)
+        return 2
+    models.TYPE2FUNC["open_clip"] = load_model
+    zeroshot_classification.accuracy = top_k_accuracy
+    return cli.main() or 0
+
+
+def load_model(
+    model_name: str, pretrained: str, cache_dir: str | None, device: str | torch.device
+) -> tuple[torch.nn.Module, Callable, Callable]:
+    """Returns (model in evaluation mode, transform, tokenizer), as CLIP_benchmark's loaders do.
+
+    Raises:
+        SystemExit: 2 if there is no such model, or if the weights do not fit it.
+    """
+    try:
+        model, _, transform = create_model_and_transforms(
+            model_name, pretrained or None, device=device, cache_dir=cache_dir
+        )
+        return model.eval(), transform, get_tokenizer(model_name, cache_dir=cache_dir)
+    except (ValueError, OSError) as error:
+        print(f"training.clip_benchmark: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def top_k_accuracy(output: torch.Tensor, target: torch.Tensor, topk: Sequence[int] = (1,)) -> list[float]:
+    """Returns the accuracy for each k; CLIP_benchmark 1.6's own function is a TypeError under NumPy 2.4 and later.
+
+    Args:
+        output: scores, [num_images, num_classes].
+        target: numbers of the right classes, [num_images].
+        topk: values of k.
+    """
+    right = output.topk(max(topk), dim=1).indices == target[:, None]
+    return [right[:, :k].any(dim=1).sum().item() / len(target) for k in topk]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
