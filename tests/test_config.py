@@ -39,6 +39,13 @@ def test_values_of_every_kind(file):
     assert args.train_num_samples == 400 and args.report_to == ("tensorboard",) and args.csv_separator == ";"
 
 
+def test_a_key_without_a_value_gives_the_default_again(file):
+    base = file("base.yaml", "lr: 1e-3\nshort-image-components: 32\nlock-image: true\n")
+    path = file("own.yaml", f"config: {base}\nshort-image-components:  # whole images\nlock-image: null\n")
+    args = parse_args([*DATA, "--config", path])
+    assert (args.lr, args.short_image_components, args.lock_image) == (1e-3, None, False)
+
+
 def test_a_file_includes_others_beside_it(file, tmp_path, monkeypatch):
     file("base.yaml", "lr: 1e-3\nwd: 0.1\n")
     path = file("own.yaml", "wd: 0.4\nconfig: base.yaml\n")

@@ -26,6 +26,7 @@ COMMANDS = [
     [*TRAINING, "--skip-scheduler"],
     [*TRAINING, "--remote-sync", "s3://bucket"],
     [*TRAINING, "--captions", "raw"],
+    [*TRAINING, "--long-text-variance", "0.9"],
     [*TRAINING, "--text-views", "long"],
     [*TRAINING, "--text-views", "short, sentences*2"],
     ["--retrieval-csv", "p.csv", "--iiw-retrieval", "D", "--docci-retrieval", "D", "--share4v-retrieval", "D"],

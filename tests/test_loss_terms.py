@@ -61,12 +61,21 @@ def test_long_clips_loss(block_numbers):
     check_equal(sum(terms.values()), sum(long_clip(*inputs)), own, inputs)
 
 
+def himo_components(texts, variance):
+    """The texts reduced to as few components as hold this share of the variance."""
+    squares = torch.linalg.svdvals(texts - texts.mean(0)).square()
+    enough = [k for k in range(1, len(squares) + 1) if squares[:k].sum() >= variance * squares.sum()][0]
+    assert 1 < enough < len(squares) - 1
+    return plain_reduction(texts, enough)
+
+
+def himo_clip(images, texts, variance):
+    return plain_pair(images, texts, 0.1) + plain_pair(images, himo_components(texts, variance), 0.1)
+
+
 def test_himo_clips_loss():
     def plain(images, texts):
-        squares = torch.linalg.svdvals(texts[:, 0] - texts[:, 0].mean(0)).square()
-        enough = [k for k in range(1, 7) if squares[:k].sum() >= 0.8 * squares.sum()][0]
-        assert 1 < enough < 6
-        return plain_pair(images, texts[:, 0], 0.1) + plain_pair(images, plain_reduction(texts[:, 0], enough), 0.1)
+        return himo_clip(images, texts[:, 0], 0.8)
 
     inputs, own = batch(), batch()
     terms = (LossTerm("whole_loss", (0,)), LossTerm("component_loss", (0,), text_variance=0.8))
@@ -77,6 +86,9 @@ def test_himo_clips_loss():
 def test_reduction_of_a_small_batch_is_the_identity_and_of_equal_directions_finite():
     rows = unit(4, 6, seed=2)
     assert torch.equal(reduce_features(rows, 3), rows)
+    many = unit(10, 6, seed=2).requires_grad_()  # all 6 directions
+    reduce_features(many, 8).square().sum().backward()
+    torch.testing.assert_close(many.grad, 2 * many.detach())
     # Two directions of the same variance within the chosen ones: a plain decomposition's gradient is infinite there.
     square = torch.tensor([[2.0, 0, 0], [-2, 0, 0], [0, 2, 0], [0, -2, 0], [0, 0, 1], [0, 0, -1]]).requires_grad_()
     reduce_features(square, 2).square().sum().backward()
@@ -159,9 +171,62 @@ def test_flags_of_long_clips_recipe(scenes, tmp_path):
     assert [line["train/logit_scale"] for line in lines] == pytest.approx([50.0, 50.0], rel=1e-5)
     for line in lines:
         assert line["train/loss"] == pytest.approx(line["train/short_loss"] + line["train/long_loss"], rel=1e-5)
+    for wrong in (["--label-smoothing", "1"], ["--siglip"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*argv, *wrong])
+        assert stop.value.code == 2
+
+
+FLAGS_OF_VARIANCE = {
+    "raw, long*2": lambda i, t: (
+        [plain_pair(i, t[:, 0]), 2 * (plain_pair(i, t[:, 1]) + plain_pair(i, t[:, 2])) / 2],
+        [6 * (plain_pair(i, himo_components(t[:, 1], 0.7)) + plain_pair(i, himo_components(t[:, 2], 0.7))) / 2],
+    ),
+    "": lambda i, t: (
+        [plain_pair(i, t[:, 0]), 2 * sum(plain_pair(i, t[:, k]) for k in (1, 2, 3)) / 3],
+        [6 * sum(plain_pair(i, himo_components(t[:, k], 0.7)) for k in (1, 2, 3)) / 3],
+    ),
+    "raw": lambda i, t: ([plain_pair(i, t[:, 0])], []),
+}
+
+
+@pytest.mark.parametrize("views", FLAGS_OF_VARIANCE)
+def test_flags_add_a_term_of_reduced_texts_to_each_term_of_long_captions(views, capsys):
+    """A term of long captions, of weight 2 here, and behind it its components with 3 times that weight."""
+    argv = [
+        "--train-data",
+        "d.tar",
+        "--text-views",
+        views,
+        "--loss-normalisation",
+        "per-term",
+        "--long-loss-weight",
+        "2",
+    ]
+    args = parse_args([*argv, "--long-text-variance", "0.7", "--long-text-variance-weight", "3"])
+    assert ("--long-text-variance, --long-text-variance-weight: no effect" in capsys.readouterr().err) == (
+        views == "raw"
+    )
+    sides = [[unit(40, 12, seed=0).requires_grad_(), unit(40, 4, 12, seed=1).requires_grad_()] for _ in "ab"]
+    num_texts = {"raw, long*2": 3, "": 4, "raw": 1}[views]
+    loss = make_loss(args, 0, DistEnv(0, 1, torch.device("cpu")))
+    images, texts = sides[0][0], sides[0][1][:, :num_texts]
+    terms = loss(images, texts, torch.tensor(SCALE, dtype=torch.float64), output_dict=True)
+    assert [name for name in terms if "component" in name] == {
+        "raw, long*2": ["long_component_loss"],
+        "": ["long_caption_component_loss"],
+        "raw": [],
+    }[views]
+    whole, reduced = FLAGS_OF_VARIANCE[views](*sides[1])
+    check_equal(sum(terms.values()), sum([*whole, *reduced]), *sides)
+
+
+@pytest.mark.parametrize("variance", ["0", "1", "nan"])
+def test_a_share_of_variance_lies_between_0_and_1(variance, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([*argv, "--label-smoothing", "1"])
+        parse_args(["--train-data", "d.tar", "--long-text-variance", variance])
     assert stop.value.code == 2
+    assert f"--long-text-variance {variance}: expected a fraction between 0 and 1" in capsys.readouterr().err
 
 
 def plain_sigmoid(images, texts):
@@ -180,6 +245,7 @@ OF_RECIPES = {
     "debias-clip": lambda i, t: (
         0.1 * plain_pair(plain_reduction(i, 32), t[:, 0], 0.1) + 0.9 * plain_pair(i, t[:, 1], 0.1)
     ),
+    "himo-clip": lambda i, t: himo_clip(i, t[:, 0], 0.9),
     "lit": lambda i, t: plain_pair(i, t[:, 0]),
     "lotlip-cc3m": lambda i, t: sum(plain_pair(i, t[:, k]) for k in range(10)) / 10,  # 1 raw text, 3 x (1 + 2 corners)
 }

@@ -13,8 +13,8 @@ def config_words(paths: list[str], actions: Mapping[str, argparse.Action], check
     """Reads configuration files, later ones over earlier ones.
 
     A file is one YAML mapping of flags to values; ``_`` and ``-`` are the same. A switch takes true or false; a flag of
-    several values takes a list, or a mapping for KEY=VALUE pairs. The key ``config`` names files that are read first,
-    relative to the file itself.
+    several values takes a list, or a mapping for KEY=VALUE pairs. A key without a value gives a flag its default again.
+    The key ``config`` names files that are read first, relative to the file itself.
 
     Args:
         paths: in order.
@@ -63,6 +63,9 @@ def _read(path: Path, actions: Mapping, check: Callable, words: dict[str, list[s
         action = actions.get(f"--{name}")
         if action is None or action.dest in (argparse.SUPPRESS, "print_config"):
             raise ValueError(f"{place}: unknown flag")
+        if value.tag == "tag:yaml.org,2002:null":
+            own[action.dest] = []
+            continue
         flag = _words(f"--{name}", action, plain, place)
         try:
             check(flag)

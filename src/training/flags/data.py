@@ -1,6 +1,7 @@
 """Flags of training data: where samples are, how images are augmented, which captions a step sees."""
 
 import argparse
+from collections.abc import Iterable
 
 from dataloaders.table_files import names_csv, names_tables
 from training.data.captions import LONG_KEYS, RAW_KEYS
@@ -18,8 +19,12 @@ _CSV = Condition(
     lambda args: any(map(names_csv, (args.train_data, args.val_data, args.retrieval_csv))),
 )
 _SHARDS = Condition("on a table of image paths, whose rows are all shuffled", lambda args: not _has_paths(args))
-_LONG = Condition("without a text from long captions; see --text-views", lambda args: _reads(args, "long"))
-_SHORT = Condition("without a text from short captions; see --text-views", lambda args: _reads(args, "short"))
+LONG = Condition(
+    "without a text from long captions; see --text-views", lambda args: reads(caption_entries(args), "long")
+)
+_SHORT = Condition(
+    "without a text from short captions; see --text-views", lambda args: reads(caption_entries(args), "short")
+)
 _BY_FLAGS = Condition("with --text-views; leave out one or the other", lambda args: not args.text_views, refused=True)
 
 EFFECTS = (
@@ -35,7 +40,7 @@ EFFECTS = (
     (_SHARDS, "--shuffle-window --shuffle-shards"),
     (TRAINING, "--text-views"),
     (_BY_FLAGS, "--num-long-captions --captions --sub-caption-sentences"),
-    (_LONG, "--num-long-captions --sub-caption-sentences --long-caption-keys"),
+    (LONG, "--num-long-captions --sub-caption-sentences --long-caption-keys"),
     (_SHORT, "--short-caption-keys"),
 )
 
@@ -46,10 +51,13 @@ def caption_entries(args: argparse.Namespace) -> tuple[Entry, ...]:
     return parse_views(args.text_views or by_flags)
 
 
-def _reads(args: argparse.Namespace, kind: str) -> bool:
-    views = [view for entry in caption_entries(args) for view in entry.views]
-    return any(view.uses_long if kind == "long" else view.name == kind or view.pool == kind for view in views) or any(
-        view.name == "sentences" and view.pool == "all" for view in views
+def reads(entries: Iterable[Entry], kind: str) -> bool:
+    """Whether any of the texts may be taken from captions of this kind, ``short`` or ``long``."""
+    views = [view for entry in entries for view in entry.views]
+    return any(
+        (view.uses_long if kind == "long" else kind in (view.name, view.pool))
+        or (view.name == "sentences" and view.pool == "all")
+        for view in views
     )
 
 

@@ -1,8 +1,8 @@
-"""Flags of training: optimization, loss, logging, checkpoints and safety. Imports nothing heavy."""
+"""Flags of training: optimization, logging, checkpoints and safety. Imports nothing heavy."""
 
 import argparse
 
-from training.flags import data
+from training.flags import data, loss
 from training.flags.effects import ALWAYS, STEPS, TRAINING, TRAINING_MEANT, Condition, Effects
 from training.flags.eval import has_benchmark
 from training.flags.open_clip import validate_open_clip_args
@@ -17,17 +17,9 @@ _MID_EPOCH = Condition(
     lambda args: args.save_every_minutes or args.save_every_steps,
 )
 _WHOLE_EPOCHS = Condition("with --save-frequency 0, which never saves epoch_N.pt", lambda args: args.save_frequency)
-_SEVERAL = Condition(
-    "with a single caption per sample, whose loss is not weighted",
-    lambda args: sum(entry.count for entry in data.caption_entries(args)) > 1,
-)
 _OPTIMIZATION = (
     "--epochs --lr --image-lr --text-lr --wd --beta1 --beta2 --eps --warmup --lr-scheduler --grad-clip-norm "
     "--accum-freq --grad-checkpointing --torchcompile"
-)
-_LOSS = (
-    "--short-loss-weight --long-loss-weight --local-loss --gather-with-grad --label-smoothing --loss-normalisation "
-    "--short-image-components --logit-scale --lock-logit-scale"
 )
 _LOGGING = (
     "--log-every-n-steps --save-frequency --save-most-recent --delete-previous-checkpoint --zeroshot-frequency "
@@ -41,16 +33,16 @@ _SAFETY = (
 
 EFFECTS: Effects = (
     *data.EFFECTS,
+    *loss.EFFECTS,
     (ALWAYS, "--timeout-minutes"),
-    (TRAINING_MEANT, "--resume --siglip --report-to"),
-    *((TRAINING, flags) for flags in (_OPTIMIZATION, _LOSS, _LOGGING, _SAFETY, "--max-bad-samples")),
-    *((STEPS, flags) for flags in (_OPTIMIZATION, _LOSS, _LOGGING, _SAFETY, "--report-to --val-data")),
+    (TRAINING_MEANT, "--resume --report-to"),
+    *((TRAINING, flags) for flags in (_OPTIMIZATION, _LOGGING, _SAFETY, "--max-bad-samples")),
+    *((STEPS, flags) for flags in (_OPTIMIZATION, _LOGGING, _SAFETY, "--report-to --val-data")),
     (_VALIDATION, "--val-frequency"),
     (_BENCHMARK, "--zeroshot-frequency"),
     (_REMOTE, "--remote-sync-frequency"),
     (_MID_EPOCH, "--keep-checkpoints"),
     (_WHOLE_EPOCHS, "--delete-previous-checkpoint"),
-    (_SEVERAL, "--short-loss-weight --long-loss-weight --loss-normalisation --short-image-components"),
 )
 
 
@@ -61,7 +53,7 @@ def add_train_args(parser: argparse.ArgumentParser, everything: bool) -> None:
     _add_common_optimization_args(group)
     if everything:
         _add_more_optimization_args(group)
-        _add_loss_args(parser.add_argument_group("loss"))
+        loss.add_loss_args(parser.add_argument_group("loss"))
     group = parser.add_argument_group("logging and checkpoints")
     _add_common_logging_args(group)
     if everything:
@@ -118,66 +110,6 @@ def _add_more_optimization_args(group: argparse._ArgumentGroup) -> None:
         metavar="WHAT",
         help="compile the model, or with the value image the image tower alone, whose shapes never change "
         "(default: compile nothing)",
-    )
-
-
-def _add_loss_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--short-loss-weight",
-        "--clip-lossweight",
-        type=float,
-        default=1.0,
-        metavar="W",
-        help="weight of the loss of the short caption (default: %(default)s)",
-    )
-    group.add_argument(
-        "--long-loss-weight",
-        "--declip-lossweight",
-        type=float,
-        default=1.0,
-        metavar="W",
-        help="weight of the loss of the long captions (default: %(default)s)",
-    )
-    group.add_argument(
-        "--label-smoothing",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="share of each target that goes to the whole batch alike (default: %(default)s; Long-CLIP: 0.1)",
-    )
-    group.add_argument(
-        "--loss-normalisation",
-        choices=("published", "per-term"),
-        default="published",
-        metavar="HOW",
-        help="published: divide every term by the number of all text features, as LoTLIP does; per-term: by the number "
-        "of its own, as Long-CLIP does (default: %(default)s)",
-    )
-    group.add_argument(
-        "--short-image-components",
-        type=int,
-        metavar="K",
-        help="compare short captions with the K principal components of the images of a process's batch "
-        "(default: with the images; Long-CLIP: 32)",
-    )
-    group.add_argument(
-        "--logit-scale",
-        type=float,
-        metavar="X",
-        help="value that the logit scale (1 / temperature) starts with (default: the model's; Long-CLIP: 100)",
-    )
-    group.add_argument("--lock-logit-scale", action=Switch, help="do not train the logit scale")
-    group.add_argument("--siglip", action=Switch, help="SigLIP's pairwise sigmoid loss instead of cross-entropy")
-    group.add_argument(
-        "--local-loss",
-        action=Switch,
-        help="no effect, for open_clip's launch lines: each process always compares its own rows with the whole batch",
-    )
-    group.add_argument(
-        "--gather-with-grad",
-        action=Switch,
-        default=True,
-        help="no effect, for open_clip's launch lines: gradients always flow through the gathered features",
     )
 
 
@@ -305,12 +237,7 @@ def validate_train_args(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {value}: expected a local path; --remote-sync URL copies runs to and from a URL")
     if args.resume == "latest" and not args.name:
         raise ValueError("--resume latest needs --name, the run to continue")
-    if not 0 <= args.label_smoothing < 1:
-        raise ValueError(f"--label-smoothing {args.label_smoothing:g}: expected a share from 0 to below 1")
-    if args.short_image_components is not None and args.short_image_components < 1:
-        raise ValueError(f"--short-image-components {args.short_image_components}: expected at least 1")
-    if args.logit_scale is not None and not 1 <= args.logit_scale <= 100:
-        raise ValueError(f"--logit-scale {args.logit_scale:g}: expected 1 to 100, where training keeps it")
+    loss.validate_loss_args(args)
     for name in ("lr", "image_lr", "text_lr", "grad_clip_norm"):
         value = getattr(args, name)
         if value is not None and not value > 0:

@@ -88,7 +88,7 @@ class _CaptionLoss(nn.Module):
         local_loss, gather_with_grad: no effect; open_clip's `ClipLoss` takes them, too.
         rank, world_size: this process among those that share a batch.
         block_numbers: logits that are held at a time; None takes the device's default. Sums differ in rounding alone.
-        terms: in place of the two that the weights stand for.
+        terms: replaces the two terms that the weights define.
         label_smoothing: share of the target that goes to all rows of the batch alike.
         normalisation: ``published``: a term is the sum of its texts' losses over the number of all text features;
             ``per-term``: the mean over its own, so that no term gets lighter as texts are added to another one.
@@ -118,11 +118,11 @@ class _CaptionLoss(nn.Module):
             raise ValueError("label smoothing is defined for the softmax loss only")
         if normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation {normalisation}: expected one of {', '.join(NORMALISATIONS)}")
-        default = (
+        self.terms = tuple(terms or ())
+        self.default_terms = (
             LossTerm("short_caption_loss", (0,), short_weight),
             LossTerm("long_caption_loss", None, long_weight),
         )
-        self.terms = tuple(terms or default)
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"terms {', '.join(names)}: expected different names")
@@ -149,12 +149,14 @@ class _CaptionLoss(nn.Module):
             early: what `gather_early` gave for these `image_features`.
 
         Returns:
-            Their sum, or the terms by name; of a single caption [batch, dim] ``{"contrastive_loss"}``, not weighted.
+            Their sum, or the terms by name. Without `terms`, a single caption [batch, dim] has the one term
+            ``contrastive_loss``, which is not weighted.
             Of several views a term of text 0 alone takes the first, the others the mean over all.
         """
         images = image_features if image_features.ndim == 3 else image_features[:, None]
         texts = text_features if text_features.ndim == 3 else text_features[:, None]
-        terms = self.terms if text_features.ndim == 3 else (LossTerm("contrastive_loss", (0,)),)
+        default = self.default_terms if text_features.ndim == 3 else (LossTerm("contrastive_loss", (0,)),)
+        terms = self.terms or default
         num_texts = texts.shape[1]
         images, texts, compared = self._forms(images, texts, terms)
         pairs = tuple((k, view, text) for k, pairs in enumerate(compared) for view, text in pairs)

@@ -44,7 +44,7 @@ def reduce_features(
 
     Args:
         features: of this process's batch, [n, dim].
-        components: number of components; a batch of at most one more row stays as it is.
+        components: number of components; `dim`, or one fewer than the rows of the batch, leaves features as they are.
         variance: in place of `components`: as few as hold this share of the variance (this waits for the device).
 
     Source: Long-CLIP (arXiv 2403.15378), HiMo-CLIP (arXiv 2511.06653).
@@ -54,8 +54,8 @@ def reduce_features(
     if variance is not None:
         squares = torch.linalg.svdvals(centred.detach()).square()
         components = int((squares.cumsum(0) < variance * squares.sum()).sum()) + 1
-    if components >= len(features) - 1:
-        return features
+    if components >= min(len(features) - 1, features.shape[1]):
+        return features  # these components hold all of the variance
     return _Projector.apply(centred @ centred.T, components) @ centred + mean
 
 

@@ -1,10 +1,13 @@
 """From flags to the loss: which texts of a sample each term compares, with which weight, under which name."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from training.data.open import caption_rule
+from training.data.views import Entry
+from training.flags.data import caption_entries, reads
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 from training.loss.terms import LossTerm
 from training.runtime.distributed import DistEnv
@@ -17,12 +20,7 @@ def make_loss(args: argparse.Namespace, num_corners: int, env: DistEnv) -> nn.Mo
         args: flags.
         num_corners: m of the text tower; 0 for a tower without corner tokens.
         env: this process.
-
-    Raises:
-        ValueError: flags that do not go together.
     """
-    if args.siglip and args.label_smoothing:
-        raise ValueError("--label-smoothing: not with --siglip, whose loss has no targets to smooth")
     kind = LongCaptionSigLipLoss if args.siglip else LongCaptionLoss
     return kind(
         local_loss=args.local_loss,
@@ -36,25 +34,46 @@ def make_loss(args: argparse.Namespace, num_corners: int, env: DistEnv) -> nn.Mo
 
 
 def loss_terms(args: argparse.Namespace, num_corners: int) -> list[LossTerm]:
-    """Returns one term per entry of ``--text-views``, named as declared; without that flag, one term of the short
-    caption and one of the long captions.
+    """Returns the terms of the loss.
 
-    ``--short-loss-weight`` and ``--short-image-components`` apply to the first term, ``--long-loss-weight`` to all
-    others.
+    ``--text-views`` gives one term per entry, named after it. Without that flag the short caption has one term and the
+    long captions have another. A single text feature has one term, which is not weighted. ``--short-loss-weight`` and
+    ``--short-image-components`` apply to the first of several terms, ``--long-loss-weight`` to all others.
+    ``--long-text-variance`` adds a second term behind each one that compares long captions.
     """
-    rule = caption_rule(args)
-    first, components = (0,), args.short_image_components
-    if not args.text_views:
-        return [
-            LossTerm("short_caption_loss", first, args.short_loss_weight, components),
-            LossTerm("long_caption_loss", None, args.long_loss_weight),
-        ]
+    entries = caption_entries(args)
+    first = LossTerm("short_caption_loss", (0,), args.short_loss_weight, args.short_image_components)
+    counts = [entry.count * (num_corners + 1 if entry.corners else 1) for entry in entries]
+    if sum(counts) == 1:
+        terms, sources = [LossTerm("contrastive_loss", (0,))], [entries]
+    elif not args.text_views:
+        terms = [first, LossTerm("long_caption_loss", None, args.long_loss_weight)]
+        sources = [entries[:1], entries[1:]]
+    else:
+        terms = _terms_of(entries, counts, first, args.long_loss_weight)
+        sources = [[entry] for entry in entries]
+    if args.long_text_variance is None:
+        return terms
+    reduced = [_reduced(term, args) for term, source in zip(terms, sources) if reads(source, "long")]
+    return [*terms, *reduced]
+
+
+def _terms_of(entries: Sequence[Entry], counts: Sequence[int], first: LossTerm, other_weight: float) -> list[LossTerm]:
+    """Returns one term per entry, of so many text features; `first` has the weight and components of the first one."""
     terms, start = [], 0
-    for entry in rule.entries:
-        texts = entry.count * (num_corners + 1 if entry.corners else 1)
-        columns = range(start, start + texts)
-        start = columns.stop
-        is_first = not terms
-        weight = entry.weight * (args.short_loss_weight if is_first else args.long_loss_weight)
-        terms.append(LossTerm(f"{entry.name}_loss", tuple(columns), weight, components if is_first else None))
+    for entry, count in zip(entries, counts):
+        columns = tuple(range(start, start + count))
+        start += count
+        base = first if not terms else LossTerm("", weight=other_weight)
+        terms.append(replace(base, name=f"{entry.name}_loss", texts=columns, weight=entry.weight * base.weight))
     return terms
+
+
+def _reduced(term: LossTerm, args: argparse.Namespace) -> LossTerm:
+    """Returns the term that compares the same texts, reduced to principal components, with whole images."""
+    return LossTerm(
+        term.name.removesuffix("_loss") + "_component_loss",
+        term.texts,
+        term.weight * args.long_text_variance_weight,
+        text_variance=args.long_text_variance,
+    )
