@@ -106,11 +106,12 @@ def published() -> dict[str, tuple[dict, dict[str, list[float]]]]:
 
 
 def published_table() -> str:
-    """Returns the README's table of printed numbers, I2T / T2I, oldest first."""
-    models = sorted(published().items(), key=lambda item: item[1][0]["year"])
+    """Returns the README's table of printed numbers of base-size models, I2T / T2I, oldest first."""
+    base = ((name, own) for name, own in published().items() if own[0]["size"].startswith("B/"))
+    models = sorted(base, key=lambda item: item[1][0]["year"])
     lines = [["model", "year", "data", *KEYS], ["---"] * (3 + len(KEYS))]
     for name, (about, recall) in models:
-        cells = [" / ".join(f"{value:.2f}" for value in recall[t]) if t in recall else "" for t in KEYS]
+        cells = [" / ".join(f"{value:.1f}" for value in recall[t]) if t in recall else "-" for t in KEYS]
         if recall:
             lines.append([name, str(about["year"]), about["data"], *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,4 +1,4 @@
-"""CLIP_benchmark's command line runs a LoTLIP model with corner tokens: its numbers equal a plain computation."""
+"""CLIP_benchmark's command line with a LoTLIP model: its numbers are those of a plain computation."""
 
 import io
 import json

@@ -67,6 +67,29 @@ def test_a_grid_is_run_once_and_tabulated(scenes, tmp_path):
     assert (out / "both-s0" / "checkpoints" / "epoch_1.pt").read_bytes() == weights
 
 
+def test_intervals_cover_the_true_difference_over_images_and_seeds(monkeypatch):
+    """Draws images of different difficulty and seeds of different quality, many times over."""
+    monkeypatch.syspath_prepend(RUN.parent)
+    import report
+
+    rng, inside, images_alone = np.random.default_rng(0), 0, 0
+    for _ in range(600):
+        owner = np.repeat(np.arange(200), 3)
+        ease = rng.uniform(0.1, 0.6, 200)[owner]
+
+        def draw(number, gain):
+            chance = ease + gain + rng.normal(0, 0.05, (number, 1))  # 5 points between seeds
+            return (rng.uniform(size=(number, len(owner))) < chance).astype(float)
+
+        first, second = draw(5, 0.0), draw(3, 0.04)
+        found = report.compare_arms(first, second, owner)
+        assert found["difference"] == pytest.approx(second.mean() - first.mean())
+        inside += found["low"] <= 0.04 <= found["high"]
+        found = report.compare_arms(first.mean(axis=0)[None], second.mean(axis=0)[None], owner)
+        images_alone += found["low"] <= 0.04 <= found["high"]
+    assert 0.92 < inside / 600 < 0.985 and images_alone / 600 < 0.8
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "said"),
     [

@@ -3,7 +3,7 @@
     python scripts/studies/report.py OUT/study.json --out DIR     draw the figures of a recorded study, print its tables
 
 A mean over an arm's seeds stands with its standard deviation over seeds. A difference from the baseline is taken query
-by query, averaged over the seeds of both arms, and has a 95% bootstrap interval over images.
+by query, averaged over the seeds of both arms; its 95% interval holds the variation over images and over seeds.
 """
 
 import argparse
@@ -97,31 +97,62 @@ def _read_run(folder: Path) -> dict:
 
 def _differences(study: dict, runs: list[dict], out: Path, benchmarks: dict[str, str]) -> list[dict]:
     """Every arm against the baseline, per evaluation, benchmark and direction."""
-    from training.eval.metrics import paired_bootstrap
-
     found, first = [], study["baseline"]
     names = [name for name in study["arms"] if name != first and any(r["arm"] == name for r in runs)]
     if not any(r["arm"] == first for r in runs):
         return []
     for evaluation in study["evaluate"]:
-        hits = {name: _mean_hits(out, name, runs, evaluation) for name in [first, *names]}
+        hits = {name: _read_hits(out, name, runs, evaluation) for name in [first, *names]}
         for name in names:
             for (pairs, direction), (before, owner) in hits[first].items():
-                change = paired_bootstrap(before, hits[name][pairs, direction][0], owner)
+                change = compare_arms(before, hits[name][pairs, direction][0], owner)
                 where = {"evaluation": evaluation, "benchmark": benchmarks[pairs], "direction": direction}
-                found.append({"arm": name, **where, **{k: round(v, 5) for k, v in change._asdict().items()}})
+                found.append({"arm": name, **where, **{k: round(v, 5) for k, v in change.items()}})
     return found
 
 
-def _mean_hits(out: Path, arm: str, runs: list[dict], evaluation: str) -> dict[tuple[str, str], tuple]:
-    """(pairs, direction) -> per query the share of the arm's seeds that rank the right answer first, and owners."""
+def compare_arms(first: np.ndarray, second: np.ndarray, owner: np.ndarray | None = None) -> dict[str, float]:
+    """Compares the R@1 of two arms on the same queries, with images and seeds as random.
+
+    The variance over images is that of the mean difference of an image's queries, the variance over seeds that of the
+    arms' own R@1, each divided by their number; the interval is Welch's, with Satterthwaite's degrees of freedom. An
+    arm with one seed adds no variance over seeds, because none is known.
+
+    Args:
+        first, second: 1 where the right answer came first, [num_seeds, num_queries]; the numbers of seeds may differ.
+        owner: each query's image, [num_queries]; None if each query is one.
+
+    Returns:
+        ``difference`` of second and first, ``low`` and ``high`` of its 95% interval, and ``p`` of there being none.
+    """
+    from scipy.stats import t
+
+    change = second.mean(axis=0) - first.mean(axis=0)
+    owner = np.arange(len(change)) if owner is None else owner
+    residuals = np.bincount(owner, change - change.mean()) / len(change)  # [num_images], sum to 0
+    terms = [(float((residuals**2).sum()) * len(residuals) / (len(residuals) - 1), len(residuals) - 1)]
+    for arm in (first, second):
+        if len(arm) > 1:
+            terms.append((float(arm.mean(axis=1).var(ddof=1)) / len(arm), len(arm) - 1))
+    variance = sum(own for own, _ in terms)
+    difference, error = float(change.mean()), variance**0.5
+    if not variance:
+        return {"difference": difference, "low": difference, "high": difference, "p": float(difference == 0)}
+    freedom = variance**2 / sum(own**2 / number for own, number in terms)
+    margin = float(t.ppf(0.975, freedom)) * error
+    p = 2 * float(t.sf(abs(difference) / error, freedom))
+    return {"difference": difference, "low": difference - margin, "high": difference + margin, "p": p}
+
+
+def _read_hits(out: Path, arm: str, runs: list[dict], evaluation: str) -> dict[tuple[str, str], tuple]:
+    """(pairs, direction) -> whether the right answer came first, [num_seeds, num_queries], and the queries' images."""
     from training.eval.report.ranks import read_ranks
 
     ranks = [read_ranks(out / f"{arm}-s{r['seed']}" / evaluation).values() for r in runs if r["arm"] == arm]
     by_pairs = [{own.digest: own for own in seed} for seed in ranks]
     return {
         (pairs, direction): (
-            np.mean([seed[pairs].top1[direction] for seed in by_pairs], axis=0),
+            np.stack([seed[pairs].top1[direction] for seed in by_pairs]),
             own.owner if direction == "t2i" else None,
         )
         for pairs, own in by_pairs[0].items()
