@@ -196,8 +196,8 @@ def draw_recipes() -> object:
     if not content:
         return None
     recipes = content["recipes"]
-    columns = 4
-    figure, panels = pyplot.subplots(-(-len(recipes) // columns), columns, figsize=(12, 5.5), layout="constrained")
+    columns = 3
+    figure, panels = pyplot.subplots(-(-len(recipes) // columns), columns, figsize=(11, 7.5), layout="constrained")
     for axes, (name, run) in zip(panels.flat, recipes.items()):
         terms = {term: values for term, values in run["losses"].items() if term != "loss"}
         for term, values in terms.items():

@@ -62,8 +62,7 @@ def test_help_is_grouped_and_loads_nothing_heavy():
         code = f"""
 import atexit, runpy, sys
 atexit.register(lambda: print("heavy:", [m for m in ("torch", "open_clip", "transformers") if m in sys.modules]))
-sys.argv = ["-m", "--help"]  # what sys.argv is while `python -m` imports the package
-import {module.split(".")[0]}
+sys.argv = ["", "--help"]
 runpy.run_module("{module}", run_name="__main__")
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

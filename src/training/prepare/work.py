@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -76,25 +75,16 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def processes(workers: int) -> Iterator[WorkerPool | None]:
-    """Worker processes for `spread`; None for one, which is this one.
-
-    Processes that start import this package, which under this name of the program leaves open_clip to be asked for:
-    without it each would spend seconds and half a gigabyte on it, for nothing.
-    """
+    """Starts worker processes for `spread`; yields None for one, which is this process."""
     if workers == 1:
         yield None
         return
-    argv = sys.argv
-    sys.argv = ["-m", *argv[1:]]
-    try:
-        with WorkerPool(workers) as pool:
-            try:
-                yield pool
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-    finally:
-        sys.argv = argv
+    with WorkerPool(workers) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def spread(function: Callable[[T], R], items: Iterable[T], pool: WorkerPool | None) -> Iterator[R]:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from training.eval.report.page import MAX_BYTES, TEMPLATES, environment
+from training.eval.report.page import MAX_BYTES, TEMPLATES
 from training.eval.report.thumbnails import make_thumbnails
 from training.runtime.files import whole_file
+from training.runtime.pages import render_page
 
 
 def write_page(
@@ -27,20 +28,17 @@ def write_page(
     is_image = isinstance(query, Path)
     thumbnails = make_thumbnails([*files, query] if is_image else files, MAX_BYTES // 2)
     encoded = [base64.b64encode(thumbnail).decode() for thumbnail in thumbnails]
-    page = (
-        environment()
-        .get_template("search.html.j2")
-        .render(
-            query=str(query),
-            query_image=encoded[-1] if is_image else None,
-            facts=facts,
-            results=[
-                {"name": str(file.relative_to(folder)), "address": file.resolve().as_uri(), "score": f"{score:.4f}"}
-                | {"thumbnail": thumbnail}
-                for (file, score), thumbnail in zip(results, encoded)
-            ],
-            style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        )
+    page = render_page(
+        TEMPLATES / "search.html.j2",
+        query=str(query),
+        query_image=encoded[-1] if is_image else None,
+        facts=facts,
+        results=[
+            {"name": str(file.relative_to(folder)), "address": file.resolve().as_uri(), "score": f"{score:.4f}"}
+            | {"thumbnail": thumbnail}
+            for (file, score), thumbnail in zip(results, encoded)
+        ],
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
     )
     with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from tabulate import tabulate
 
@@ -19,6 +18,7 @@ from training.eval.report.content import NUM_MATCHES, browser_content
 from training.eval.report.curves import KS, draw_recall, recall_curves
 from training.eval.report.thumbnails import make_thumbnails
 from training.eval.retrieval import RankedSet
+from training.runtime.pages import render_page
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_BYTES = 19_500_000  # of the page: mail and chat programs take 20 MB
@@ -64,38 +64,24 @@ def write_report(
     recall_text = tabulate(rows_of_numbers, headers=["recall at", "", *KS], disable_numparse=True)
     shown = [("Recall at k", recall_text, draw_recall(curves)), *figures]
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    page = (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            heading=heading,
-            facts=facts,
-            table=[_table_row(r.result) for r in ranked],
-            zero_shot=[_zero_shot_row(r) for r in zero_shot],
-            published=[_published_row(c) for c in published],
-            figures=[(title, text, base64.b64encode(svg.encode()).decode()) for title, text, svg in shown],
-            style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-            script=Markup(script),
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            ends=json.dumps(_ends(padded)),
-            pictures=base64.b64encode(b"".join(padded)).decode(),
-            content=base64.b64encode(compressed).decode(),
-            num_matches=NUM_MATCHES,
-        )
+    page = render_page(
+        TEMPLATES / "report.html.j2",
+        heading=heading,
+        facts=facts,
+        table=[_table_row(r.result) for r in ranked],
+        zero_shot=[_zero_shot_row(r) for r in zero_shot],
+        published=[_published_row(c) for c in published],
+        figures=[(title, text, base64.b64encode(svg.encode()).decode()) for title, text, svg in shown],
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        ends=json.dumps(_ends(padded)),
+        pictures=base64.b64encode(b"".join(padded)).decode(),
+        content=base64.b64encode(compressed).decode(),
+        num_matches=NUM_MATCHES,
     )
     path.write_text(page, encoding="utf-8", newline="\n")
     return path
-
-
-def environment() -> Environment:
-    """Returns what renders this project's pages; every value is escaped."""
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _ends(pictures: Sequence[bytes]) -> list[int]:

@@ -1,7 +1,6 @@
 """Counts of a shard set as a table, as JSON, as a picture, and as a page of samples to look at."""
 
 import base64
-import html
 from collections import Counter
 from pathlib import Path
 
@@ -11,13 +10,10 @@ from tabulate import tabulate
 from training.prepare.inspect.counts import MAX_TOKENS, Counts
 from training.prepare.work import format_counts
 from training.runtime.files import whole_file
+from training.runtime.pages import render_page
 
 QUANTILES = (0.05, 0.5, 0.95)
-_STYLE = (
-    "body{font:15px/1.4 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
-    "article{display:flex;gap:1em;border-top:1px solid #ccc;padding:1em 0}"
-    "img{max-width:224px;align-self:flex-start}dt{color:#666;font-size:13px}dd{margin:0 0 .6em;white-space:pre-wrap}"
-)
+TEMPLATE = Path(__file__).with_name("samples.html.j2")
 
 
 def summarise(counts: Counts, context_lengths: list[int]) -> dict:
@@ -142,14 +138,13 @@ def write_png(path: Path, counts: Counts, context_lengths: list[int]) -> None:
 
 def write_html(path: Path, picked: list[tuple], title: str) -> None:
     """Writes a page of samples; whatever comes from the data is escaped."""
-    title = html.escape(title)
-    lines = ["<!DOCTYPE html>", f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>']
-    lines += [f"<style>{_STYLE}</style></head><body>", f"<h1>{len(picked)} samples of {title}</h1>"]
-    for _, shard, key, captions, image in picked:
-        picture = base64.b64encode(image).decode() if image else ""
-        shown = f'<img alt="" src="data:image/jpeg;base64,{picture}">' if picture else "<p>broken image</p>"
-        texts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(text)}</dd>" for k, text in captions.items())
-        lines.append(f"<article>{shown}<dl><dt>{html.escape(f'{shard}/{key}')}</dt>{texts}</dl></article>")
-    lines.append("</body></html>")
+    samples = [
+        {
+            "name": f"{shard}/{key}",
+            "captions": captions,
+            "image": base64.b64encode(image).decode() if image else None,
+        }
+        for _, shard, key, captions, image in picked
+    ]
     with whole_file(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+        temporary.write_text(render_page(TEMPLATE, title=title, samples=samples), encoding="utf-8", errors="replace")
