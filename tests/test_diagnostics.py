@@ -147,6 +147,38 @@ def test_himo_against_brute_force(run):
     assert himo["K"]["score"] == pytest.approx(np.mean(correlations), abs=1e-4)
 
 
+def test_features_of_a_file_are_asked_the_same_questions(data, tiny_clip, tmp_path, capsys):
+    """Without its images, a model's text tower answers what the whole model does; another model is refused."""
+    common = ["--model", tiny_clip, "--workers", "0", "--device", "cpu", "--logs", str(tmp_path), "--diagnostics"]
+    assert main(["--urban1k-retrieval", str(data), *common, "--save-features", "--name", "whole"]) == 0
+    file = str(tmp_path / "whole" / "features" / "urban1k-retrieval.npz")
+    assert main(["--features", file, *common, "--name", "texts"]) == 0
+    whole, texts = (read_results(tmp_path, name) for name in ("whole", "texts"))
+    assert whole["lengths"] == texts["lengths"]
+    before, after = (dict(flat(own["diagnostics"])) for own in (whole, texts))
+    # Features are normalised when they are read: their last bits change.
+    assert before.keys() == after.keys() and all(after[k] == pytest.approx(v, abs=1e-5) for k, v in before.items())
+    assert "first sentence dropped" in capsys.readouterr().out
+
+    other = ["--features", file, *common, "--model", "lotlip_tiny", "--name", "other"]
+    assert main([*other, "--pretrained", str(save_tiny(tmp_path))]) == 2
+    assert "text_features are not what --model makes of the same captions" in capsys.readouterr().err
+
+
+def flat(content, path=()):
+    """Yields the path and the value of every leaf of nested dicts and lists."""
+    if isinstance(content, (dict, list)):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from flat(value, (*path, key))
+    else:
+        yield path, content
+
+
+def save_tiny(folder):
+    torch.save(training.create_model("lotlip_tiny").state_dict(), folder / "tiny.pt")
+    return folder / "tiny.pt"
+
+
 def test_a_model_at_chance_gets_no_card_and_is_told_so(data, tiny_clip, tmp_path, capsys):
     run = ByHand(data, tiny_clip, tmp_path)
     said = capsys.readouterr().out

@@ -34,6 +34,7 @@ COMMANDS = [
     ["--data-root", "D", "--dci-retrieval", "D"],
     ["--retrieval-wds", "w.tar"],
     ["--imagenet-val", "D"],
+    ["--features", "x.npz", "--pretrained", "w.pt", "--diagnostics"],
 ]
 
 

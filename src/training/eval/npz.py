@@ -11,6 +11,7 @@ protocol          ()                    optional: name of the benchmark's varian
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,15 @@ import torch
 from torch.nn.functional import normalize, pad
 
 from dataloaders.pairs import FoundImages, RetrievalSet
-from training.eval.encode import Encoding
+from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.retrieval import RankedSet, RetrievalWork, check_names
+from training.model.factory import EncoderParts
+from training.runtime.distributed import DistEnv
 
 SUFFIX = "-retrieval"
 KINDS = ("image", "text")
+NUM_CHECKED = 32  # captions that are encoded again to recognise a model
+SAME_MODEL = 0.99  # bf16 against fp32 reaches 0.999
 
 
 def write_features(ranked: RankedSet, images: Encoding, texts: Encoding, folder: Path) -> Path:
@@ -74,6 +79,25 @@ def read_features(paths: list[str]) -> tuple[RetrievalWork, Encoding, Encoding]:
     images, texts = (torch.cat([pad(a[kind], (0, dim - a[kind].shape[1])) for _, a in loaded]) for kind in KINDS)
     lost = torch.cat([arrays["lost"] for _, arrays in loaded])
     return work, Encoding(images, {}, torch.zeros(len(images), dtype=torch.int64)), Encoding(texts, {}, lost)
+
+
+def check_text_model(
+    parts: EncoderParts, captions: Sequence[str], texts: Encoding, env: DistEnv, options: ComputeOptions
+) -> None:
+    """Encodes some captions again: changed ones are compared with the features of a file, so both must be of one model.
+
+    Raises:
+        ValueError: the features of the file are not those of the model.
+    """
+    rows = torch.linspace(0, len(captions) - 1, min(NUM_CHECKED, len(captions))).long()
+    own = encode_texts(parts.model, parts.tokenizer, [captions[i] for i in rows], env, options).features
+    dim = min(own.shape[1], texts.features.shape[1])  # the features of several files are padded with zeros
+    cosine = float((own[:, :dim] * texts.features[rows, :dim]).sum(dim=1).min())
+    if own.shape[1] > texts.features.shape[1] or cosine < SAME_MODEL:
+        raise ValueError(
+            f"--features: text_features are not what --model makes of the same captions (cosine {cosine:.3f}, expected "
+            f"{SAME_MODEL} at least); give the model and the weights that made the file, and captions in it"
+        )
 
 
 def _read_one(path: Path) -> tuple[RetrievalSet, dict[str, torch.Tensor]]:

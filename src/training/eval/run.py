@@ -12,7 +12,7 @@ from training.data.images import IN_EVALUATION
 from training.eval.diagnostics import diagnose
 from training.eval.encode import ComputeOptions, Encoding
 from training.eval.lengths import LengthQuestions, analyse_lengths, default_questions, token_lengths
-from training.eval.npz import read_features, write_features
+from training.eval.npz import check_text_model, read_features, write_features
 from training.eval.published import (
     Comparison,
     Printed,
@@ -36,6 +36,7 @@ from training.eval.results import (
 )
 from training.eval.retrieval import RankedSet, RetrievalWork, encode_work, plan_benchmarks, rank_sets
 from training.eval.zero_shot import evaluate_zero_shot
+from training.flags.effects import asks_about_texts
 from training.model.factory import EncoderParts
 from training.model.from_flags import build_from_flags, check_pooling, check_precision
 from training.model.resolve import file_sha256, resolve_weights
@@ -86,17 +87,12 @@ def evaluate(args: argparse.Namespace) -> int:
     with distributed(args.device, args.timeout_minutes) as env:
         try:
             plan = agree(lambda: _check(args, env), env)
-            if args.features:
-                work, *features = together(lambda: read_features(args.features), env)
-            else:
-                parts = together(lambda: _build(args, env), env)
+            encoded = together(lambda: read_features(args.features), env) if args.features else None
+            parts = None if encoded and not asks_about_texts(args) else together(lambda: _build(args, env), env)
         except (ValueError, OSError) as error:
             return fail(error, 2, env)
         try:
-            if args.features:
-                outcome = Outcome(work, *features, rank_sets(work, *features, env), [])
-            else:
-                outcome = _measure(args, parts, plan.work, env)
+            outcome = _measure(args, parts, plan.work, env, encoded)
         except (BrokenImageError, FloatingPointError) as error:
             return fail(error, 1, env)
         except (ValueError, OSError) as error:  # a cache
@@ -116,6 +112,7 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     work = weights = None
     if not args.features:
         work = plan_benchmarks(args)
+    if not args.features or asks_about_texts(args):
         weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
         if args.rerank:
             check_pooling(args.model, args.cache_dir)
@@ -137,7 +134,19 @@ def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
     return parts
 
 
-def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork, env: DistEnv) -> Outcome:
+def _measure(
+    args: argparse.Namespace,
+    parts: EncoderParts | None,
+    work: RetrievalWork | None,
+    env: DistEnv,
+    encoded: tuple[RetrievalWork, Encoding, Encoding] | None,
+) -> Outcome:
+    """Encodes, ranks and asks all questions; of features `encoded` elsewhere, changed captions alone are encoded.
+
+    Raises:
+        BrokenImageError, FloatingPointError: an image can't be read; the model returned NaN or infinity.
+        ValueError: a broken cache, or features of another model.
+    """
     options = ComputeOptions(
         args.batch_size,
         args.workers,
@@ -154,8 +163,13 @@ def _measure(args: argparse.Namespace, parts: EncoderParts, work: RetrievalWork,
         questions = replace(
             questions, tokens=questions.tokens or usual.tokens, sentences=questions.sentences or usual.sentences
         )
-    if work.sets:
+    if encoded:
+        work, images, texts = encoded
+        if parts:
+            check_text_model(parts, work.texts, texts, env, options)
+    elif work.sets:
         images, texts = encode_work(parts, work, env, options, args.allow_missing, args.feature_cache)
+    if work.sets:
         ranked = rank_sets(work, images, texts, env)
         if args.rerank:
             reranked = rerank_sets(parts, ranked, images, texts, args.rerank, env, options)

@@ -31,7 +31,15 @@ TRAINING = Condition("without --train-data", lambda args: args.train_data)
 TRAINING_MEANT = Condition("without --train-data", lambda args: args.train_data, refused=True)
 STEPS = Condition("with --extract-image-features, which does not train", lambda args: not args.extract_image_features)
 EVALUATION = Condition("in training; evaluate a checkpoint", lambda args: not args.train_data, refused=True)
-MODEL = Condition("with --features, which come without a model", lambda args: not args.features)
+MODEL = Condition(
+    "with --features, which come without a model", lambda args: not args.features or asks_about_texts(args)
+)
+
+
+def asks_about_texts(args: argparse.Namespace) -> bool:
+    """Returns whether captions are changed and encoded anew."""
+    lengths = args.retrieval_lengths or args.retrieval_sentences or args.retrieval_sensitivity
+    return bool(lengths or args.diagnostics)
 
 
 def idle_flags(

@@ -3,18 +3,16 @@
 import argparse
 
 from dataloaders.registry import benchmarks, options_of, suites
-from training.flags.effects import ALWAYS, EVALUATION, MODEL, Condition, Effects
+from training.flags.effects import ALWAYS, EVALUATION, Condition, Effects, asks_about_texts
 from training.flags.types import Switch, names, positive, positive_numbers
 
 RETRIEVAL_FLAGS = tuple(b.flag for b in benchmarks() if not b.classification)
 ZERO_SHOT_FLAGS = tuple(b.flag for b in benchmarks() if b.classification)
+_TEXT_FLAGS = ("--retrieval-lengths", "--retrieval-sentences", "--retrieval-sensitivity", "--diagnostics")
 INSIGHT_FLAGS = (
     "--report",
     "--published",
-    "--retrieval-lengths",
-    "--retrieval-sentences",
-    "--retrieval-sensitivity",
-    "--diagnostics",
+    *_TEXT_FLAGS,
     "--save-features",
     "--rerank",
 )
@@ -34,11 +32,16 @@ def has_retrieval(args: argparse.Namespace) -> bool:
     return any(_value(args, flag) for flag in RETRIEVAL_FLAGS)
 
 
-_MODEL_NEEDED = Condition("on --features, which come without a model; leave out", MODEL.holds, refused=True)
+_TEXT_MODEL_NEEDED = Condition(
+    "on --features without --model and --pretrained, which encode the changed captions; add them or leave out",
+    lambda args: not args.features or args.pretrained or ":" in args.model,
+    refused=True,
+)
+_MODEL_NEEDED = Condition("on --features; leave out", lambda args: not args.features, refused=True)
 _RETRIEVAL = Condition(
     "without a retrieval benchmark; name one", lambda args: has_retrieval(args) or args.features, refused=True
 )
-_NO_FEATURES = Condition("with --features: nothing is encoded", MODEL.holds, refused=True)
+_NO_FEATURES = Condition("with --features: no image is encoded", lambda args: not args.features, refused=True)
 _FIXED_WEIGHTS = Condition(
     "in training: weights change from one evaluation to the next", EVALUATION.holds, refused=True
 )
@@ -47,7 +50,8 @@ EFFECTS: Effects = (
     (ALWAYS, " ".join((*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--protocol", "--data-root"))),
     (Condition("without --data-root", lambda args: args.data_root), "--suite"),
     (EVALUATION, " ".join(INSIGHT_FLAGS)),
-    (_MODEL_NEEDED, " ".join(flag for flag in INSIGHT_FLAGS if flag not in ("--report", "--published"))),
+    (_TEXT_MODEL_NEEDED, " ".join(_TEXT_FLAGS)),
+    (_MODEL_NEEDED, "--save-features --rerank"),
     (_RETRIEVAL, " ".join(INSIGHT_FLAGS)),
     (EVALUATION, "--features"),
     (_FIXED_WEIGHTS, "--feature-cache"),
@@ -193,7 +197,8 @@ def validate_eval_args(args: argparse.Namespace) -> None:
         if not _value(args, known[protocol]):
             raise ValueError(f"--protocol {protocol}: no effect without {known[protocol]}; add it or leave both")
     if args.features:
-        flags = (*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data", "--pretrained")
+        flags = [*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data"]
+        flags += [] if asks_about_texts(args) else ["--pretrained"]
         others = [flag for flag in flags if _value(args, flag)]
         if others:
             raise ValueError(f"--features brings images and captions already encoded: leave out {', '.join(others)}")
