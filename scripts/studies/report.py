@@ -265,7 +265,7 @@ def _draw_recall(recorded: dict) -> object:
         panel.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(len(titles)), titles)
     axes[0][0].invert_yaxis()
-    axes[0][-1].legend(loc="lower right")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(recorded["title"])
     return figure
 
