@@ -11,6 +11,7 @@ STUDY.yaml names the data by {data}, the study's results by {out} and files besi
     train       flags of every training
     arms        name -> title, and flags of this arm's training; under `model` those of its model
     evaluate    name -> flags of an evaluation
+    diagnose    optional: the `evaluation` whose diagnostics of long text are wanted, for which `arms` and `seeds`
     seeds       list; an arm may have a shorter list of its own
     baseline    the arm that the others are compared with
 
@@ -31,11 +32,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import record
 import report
 import torch
 import yaml
 
-KEYS = {"title", "notes", "launch", "model", "extract", "train", "arms", "evaluate", "seeds", "baseline"}
+KEYS = {"title", "notes", "launch", "model", "extract", "train", "arms", "evaluate", "diagnose", "seeds", "baseline"}
+
+
+IMAGE_START = "pretrained-image"  # flag that only a training takes
 
 
 @dataclass(frozen=True)
@@ -133,19 +138,28 @@ def extract(study: Study) -> dict:
 def run(study: Study, data: dict, arm: str, seed: int, gpu: int | None) -> None:
     """Trains and evaluates one arm with one seed, unless it is done."""
     name, chosen = f"{arm}-s{seed}", study.content["arms"][arm]
-    folder = study.out / name
-    if (folder / "result.json").exists():
-        return
+    folder, log = study.out / name, study.out / name / "commands.log"
     model = study.content["model"] | chosen.get("model", {})
+    if not (folder / "result.json").exists():
+        train_and_evaluate(study, data, arm, seed, model, gpu)
+    wanted = study.content.get("diagnose", {"arms": []})
+    if arm in wanted["arms"] and seed in wanted["seeds"] and not (folder / record.DIAGNOSTICS).exists():
+        flags = {k: v for k, v in (model | study.content["evaluate"][wanted["evaluation"]]).items() if k != IMAGE_START}
+        flags |= {"diagnostics": True, "pretrained": record.last_checkpoint(folder), "logs": folder}
+        call(study, {**flags, "name": "diagnostics"}, log, gpu)
+
+
+def train_and_evaluate(study: Study, data: dict, arm: str, seed: int, model: dict, gpu: int | None) -> None:
+    """Trains an arm from where it stopped, evaluates it, and writes its result.json."""
+    name, chosen = f"{arm}-s{seed}", study.content["arms"][arm]
+    folder, log = study.out / name, study.out / name / "commands.log"
     flags = {**model, **data, **study.content["train"], **chosen.get("flags", {}), "seed": seed}
     place = {"logs": study.out, "name": name}
-    log = folder / "commands.log"
     seconds = call(study, {**flags, **place, "resume": "latest"}, log, gpu)
-    model.pop("pretrained-image", None)
-    weights = report.last_checkpoint(folder)
+    weights, trained = record.last_checkpoint(folder), {k: v for k, v in model.items() if k != IMAGE_START}
     for which, own in study.content["evaluate"].items():
-        call(study, {**model, **own, "pretrained": weights, "logs": folder, "name": which}, log, gpu)
-    result = {"arm": arm, "seed": seed, "train_seconds": round(seconds, 1), **report.collect(folder, study.content)}
+        call(study, {**trained, **own, "pretrained": weights, "logs": folder, "name": which}, log, gpu)
+    result = {"arm": arm, "seed": seed, "train_seconds": round(seconds, 1), **record.collect(folder, study.content)}
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{name}: {report.one_line(result)}", flush=True)
 
@@ -191,7 +205,7 @@ def main() -> int:
         failed = run_grid(study, grid, args.jobs)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    recorded = report.record(study.content, study.out)
+    recorded = record.record(study.content, study.out)
     if recorded["runs"]:
         report.write_tables(recorded, study.out)
         report.draw(recorded, study.out)
