@@ -31,7 +31,7 @@ def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines:
     """
     pairs, num_with_lines = [], 0
     for path in _local_shards(shards):
-        where = f"--retrieval-wds {path}"
+        where, num_before = f"--retrieval-wds {path}", len(pairs)
         try:
             with open(path, "rb", buffering=1 << 16) as file:
                 tar = TarReader(file, str(path))
@@ -41,8 +41,9 @@ def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines:
                     pairs.append((_image_of(sample, path, texts, caption_keys, where), texts))
         except (BrokenTarError, OSError) as error:
             raise ValueError(f"--retrieval-wds {error}") from error
-    if not pairs:
-        raise ValueError(f"--retrieval-wds {shards}: no samples in it")
+        if len(pairs) == num_before:
+            size = Path(path).stat().st_size
+            raise ValueError(f"{where}: no sample in its {size:,} bytes; fetch it again, or leave it out")
     if num_with_lines:
         logging.warning(
             f"--retrieval-wds {shards}: {num_with_lines:,} of {len(pairs):,} .txt files have several lines; each file "

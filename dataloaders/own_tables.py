@@ -14,7 +14,7 @@ from dataloaders.files import EmbeddedImage
 from dataloaders.own_set import CAPTION_KEYS, CAPTION_RULE, as_set, texts_of
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark, Option
-from dataloaders.table_files import COLUMNAR, table_files
+from dataloaders.table_files import COLUMNAR, check_image_path, table_files
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,8 @@ def _image_of(value: object, path: Path, column: str, number: int, where: str) -
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return EmbeddedImage(path, column, number - 1) if value else None
-    if value and not isinstance(value, str):
-        raise ValueError(
-            f"{where}: the image is a {type(value).__name__}, expected a path, or bytes and path as the hub has"
-        )
-    return path.parent / value if value else None
+    image_path = check_image_path(value, where)
+    return path.parent / image_path if image_path else None
 
 
 class _CsvFile:

@@ -8,6 +8,8 @@ from dataloaders.files import TABLE_SUFFIXES, matching_files
 
 COLUMNAR = (".parquet", ".arrow")
 FEATURES = "features.json"  # in a folder of image features, whose files are Parquet, too
+_OTHER_TABLES = (".csv.gz", ".tsv.gz", ".json", ".jsonl", ".xlsx", ".feather")  # named as tables, so refused as such
+_LONGEST_PATH = 4096  # PATH_MAX of Linux
 _SPLIT_FILE = re.compile(r"(?P<split>[\w.]+)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.(parquet|arrow)")
 
 
@@ -15,7 +17,8 @@ def names_tables(spec: str | None) -> bool:
     """Tells whether a flag's value names tables rather than tar shards or features."""
     if not spec:
         return False
-    return any(part.endswith(TABLE_SUFFIXES) or _is_folder_of_tables(Path(part)) for part in spec.split("::"))
+    suffixes = (*TABLE_SUFFIXES, *_OTHER_TABLES)
+    return any(part.endswith(suffixes) or _is_folder_of_tables(Path(part)) for part in spec.split("::"))
 
 
 def names_csv(spec: str | None) -> bool:
@@ -72,8 +75,27 @@ def _expand(part: str) -> list[Path]:
 
 def _checked(path: Path) -> Path:
     if path.suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"{path}: expected {', '.join(TABLE_SUFFIXES)}")
+        raise ValueError(f"{path}: expected {', '.join(TABLE_SUFFIXES)}; unpack or convert it")
     return path
+
+
+def check_image_path(value: object, where: str) -> str | None:
+    """Returns what a cell of an image column says, None for an empty one.
+
+    Raises:
+        ValueError: it is no path; the message begins with `where`.
+    """
+    if not value:
+        return None
+    if not isinstance(value, str):
+        found = f"a {type(value).__name__}"
+    elif "://" in value[:10]:
+        found = f"a URL ({value[:80]}); download it first, as python -m training.prepare does"
+    elif len(value) >= _LONGEST_PATH or value.startswith(("/9j/", "iVBORw0KGgo", "data:image/")):
+        found = f"a text of {len(value):,} characters that begins with {value[:12]!r}; decode base64 to bytes"
+    else:
+        return value
+    raise ValueError(f"{where}: the image is {found}. Expected a path, or bytes and path as the hub has")
 
 
 def _candidates(folder: Path) -> list[Path]:

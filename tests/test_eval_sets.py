@@ -23,6 +23,7 @@ from eval_files import (
     write_table,
 )
 from support import evaluate, read_results, run_command
+from training.data.shards import count_samples
 from training.eval.metrics import count_ranks, summarise
 from training.main import main
 
@@ -138,6 +139,16 @@ def test_own_pairs_of_shards_are_read_in_place(tmp_path):
     assert load_rgb(got.image_paths[2]).tobytes() == expected.tobytes()
     with pytest.raises(FileNotFoundError, match="001.tar"):
         read_shard_pairs(str(tmp_path / "mine" / "{000..001}.tar"), ["caption"], "raw")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(1024)])
+def test_a_shard_without_samples_is_named(content, tmp_path, caplog):
+    write_shard(tmp_path / "mine" / "000.tar")
+    (tmp_path / "mine" / "001.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=f"001.tar: no sample in its {len(content):,} bytes"):
+        read_shard_pairs(str(tmp_path / "mine"), ["caption"], "raw")
+    assert count_samples([str(tmp_path / "mine" / name) for name in ("000.tar", "001.tar")]) == [4, 0]
+    assert f"{tmp_path / 'mine' / '001.tar'}: no sample in it" in caplog.text
 
 
 def multi_caption_features(num_images=40, dim=12, seed=0):

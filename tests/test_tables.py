@@ -1,5 +1,6 @@
 """Tables as people have them: open quotes, stray separators, images inside, several files, data sets of the hub."""
 
+import base64
 import csv
 import io
 import json
@@ -205,6 +206,40 @@ def test_several_tables_are_one_set_and_one_source(tmp_path):
     with pytest.raises(ValueError, match="named twice"):
         table_files(f"{tmp_path}/one/t.csv::{tmp_path}/one/*.csv")
     assert not names_tables(str(tmp_path)) and not names_tables("shards/{000..001}.tar")
+
+
+NOT_PATHS = [
+    (["https://x.org/1.jpg"], r"row 1: the image is a URL \(https://x.org/1.jpg\)"),
+    (
+        [base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(99)).decode()],
+        "row 1: the image is a text of 140 characters.*bytes",
+    ),
+    ([[{"bytes": b"1", "path": None}]], "row 1: the image is a list"),
+    ([7], "row 1: the image is a int. Expected a path"),
+]
+
+
+@pytest.mark.parametrize(("images", "said"), NOT_PATHS)
+def test_images_that_are_no_paths_are_refused_with_what_was_found(images, said, tmp_path):
+    pq.write_table(pa.table({"filepath": images, "caption": ["one"]}), tmp_path / "t.parquet")
+    for read in (pairs, trained):
+        with pytest.raises(ValueError, match=said):
+            read(tmp_path / "t.parquet")
+
+
+def test_a_column_may_hold_the_short_and_the_long_caption(tmp_path):
+    (tmp_path / "t.csv").write_text("filepath,caption\na.jpg,one\n")
+    assert trained(tmp_path / "t.csv", captions=("caption", "caption")) == [("a.jpg", "one")]
+    pq.write_table(pa.table({"filepath": ["a.jpg"], "caption": [["one", "two"]]}), tmp_path / "t.parquet")
+    assert trained(tmp_path / "t.parquet", captions=("caption", "caption")) == [("a.jpg", ["one", "two"])]
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.jsonl"])
+def test_tables_of_other_formats_are_refused_as_tables(name, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"x")
+    for flag in ("--retrieval-csv", "--train-data"):
+        assert main([flag, str(tmp_path / name), "--device", "cpu", "--logs", str(tmp_path)]) == 2
+        assert f"{flag} {tmp_path / name}: expected .csv, .tsv, .parquet, .arrow; unpack" in capsys.readouterr().err
 
 
 def test_training_and_evaluation_on_a_folder_of_the_hub(tmp_path, capsys):

@@ -196,8 +196,13 @@ def test_weights_in_several_files(stock, tmp_path):
         save_file({key: value.contiguous() for key, value in part.items()}, tmp_path / f"model-{number}.safetensors")
     index = {key: f"model-{number}.safetensors" for number, part in enumerate(parts) for key in part}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    model = training.create_model(name, str(tmp_path / "model.safetensors.index.json"))
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    torch.save(parts[0], tmp_path / "model-0.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": {key: file.replace("0.safetensors", "0.bin") for key, file in index.items()}})
+    )
+    for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        model = training.create_model(name, str(tmp_path / file))
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_a_config_without_weights_is_evaluated_with_a_warning_and_trained(stock, scenes, tmp_path, caplog):

@@ -318,9 +318,11 @@ def count_samples(urls: Sequence[str]) -> list[int]:
         )
     with ThreadPoolExecutor(16) as pool:
         counted = dict(zip(unknown, pool.map(index_shard, unknown)))
-    for index in counted.values():
+    for url, index in counted.items():
         if index.fault and not index.offsets:
             raise ValueError(index.fault)
         if index.fault:
             logging.warning(f"{index.fault}; its {len(index.offsets):,} samples before that are used")
+        elif not index.offsets:
+            logging.warning(f"{url}: no sample in it")
     return [len(counted[url].offsets) if size is None else size for url, size in zip(urls, known)]

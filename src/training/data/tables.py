@@ -15,7 +15,7 @@ import pyarrow.csv as pacsv
 
 from dataloaders.columnar import ColumnarFile
 from dataloaders.csv_rows import BadRows, CsvForm, CsvRecords, choose_form, default_separator
-from dataloaders.table_files import COLUMNAR
+from dataloaders.table_files import COLUMNAR, check_image_path
 from training.data.permutation import permuted
 from training.data.tar import Part, RawSample
 
@@ -84,7 +84,8 @@ def read_tables(
         seed: of the order.
 
     Raises:
-        ValueError: no such column, none of the caption columns, not a table, or tables with different columns.
+        ValueError: no such column, none of the caption columns, not a table, an image that is no path, or tables with
+            different columns.
     """
     tables = []
     for path in paths:
@@ -95,6 +96,8 @@ def read_tables(
         else:
             tables.append((str(path), _read_csv(path, separator, image_column, caption_columns)))
         first, last = tables[0], tables[-1]
+        images = (image.as_py() for image in last[1].column(image_column))
+        check_image_path(next(filter(None, images), None), f"{path}: row 1")
         if set(first[1].column_names) != set(last[1].column_names):
             raise ValueError(
                 f"{path}: has the columns {', '.join(last[1].column_names)}, but {first[0]} has "
@@ -108,7 +111,7 @@ def _only(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
 
 
 def _wanted_columns(path: Path, columns: list[str], image_column: str, caption_columns: Sequence[str]) -> list[str]:
-    found = [column for column in caption_columns if column in columns]
+    found = [column for column in dict.fromkeys(caption_columns) if column in columns and column != image_column]
     if image_column in columns and found:
         return [image_column, *found]
     lacking = "any caption column" if image_column in columns else f"the image column --csv-img-key {image_column}"

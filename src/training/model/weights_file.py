@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 
 from training.runtime.messages import first_line
 
-INDEX_SUFFIX = ".safetensors.index.json"  # of weights that transformers has split over several files
+INDEX_SUFFIXES = (
+    ".safetensors.index.json",
+    ".bin.index.json",
+)  # of weights that transformers has split over several files
 _TRIED = "safetensors, PyTorch (zip and legacy), TorchScript, big_vision's NumPy archive"
 _UNPACK = "unpack it and give the weights file inside"
 _FORMATS = (  # what a file begins with, what it is, what to do
@@ -110,7 +113,7 @@ def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 def _read(path: Path) -> object:
     with open(path, "rb") as file:
         head = file.read(512)
-    if path.name.endswith(INDEX_SUFFIX):
+    if path.name.endswith(INDEX_SUFFIXES):
         return _read_index(path)
     if problem := _unusable(path, head):
         raise ValueError(f"{path}: {problem}")
@@ -194,7 +197,7 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
     try:
         files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not an index of safetensors ('weight_map' is missing or broken)") from error
+        raise ValueError(f"{path}: not an index of weights files ('weight_map' is missing or broken)") from error
     state = {}
     for name in files:
         part = path.parent / Path(name).name
