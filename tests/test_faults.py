@@ -90,6 +90,7 @@ def test_each_kind_is_counted_exactly_and_the_run_finishes(tmp_path):
     (tmp_path / "sizes.json").write_text(json.dumps({"a.tar": len(samples), "b.tar": 9, "cut.tar": 9}))
     flags = "--model lotlip_tiny --workers 1 --batch-size 11 --epochs 1 --log-every-n-steps 1 --captions raw".split()
     places = ["--train-data", str(tmp_path), "--logs", str(tmp_path), "--name", "run", "--max-bad-samples", "1"]
+    places += ["--val-data", str(tmp_path)]
     assert main([*flags, *places]) == 0
 
     # What a plain reading of the epoch's slots, begun again where it ends, gives by the samples' names.
@@ -112,6 +113,42 @@ def test_each_kind_is_counted_exactly_and_the_run_finishes(tmp_path):
         assert expected[kind] > 3 or f"skipped sample, {kind}: a.tar/{key}" in log
     assert f"{expected.total():,} skipped (" in log.splitlines()[-1]
     assert not Path("/tmp/pwned").exists()
+
+    # A validation takes each sample once: the good ones count, the bad ones are skipped.
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (measured,) = [line for line in lines if "val/loss" in line]
+    assert measured["val/num_samples"] == 20 + 1 + 9 + 5  # good, plain, b.tar, and what is left of cut.tar
+    assert measured["val/skipped"] == len(BAD) + 4
+
+
+def noise(image) -> torch.Tensor:
+    return torch.rand(1)
+
+
+def test_a_sample_that_fills_a_gap_has_another_crop_and_captions(tmp_path):
+    record = {"caption": "short", "long_caption": [f"Sentence {n}." for n in range(50)]}
+    good = {"jpg": picture(), "json": json.dumps(record).encode()}
+    samples = {f"{n}": good if n < 6 else BAD["nopicture"][1] for n in range(16)}
+    source = ShardSource([write_shard(tmp_path / "0.tar", samples)], [16], seed=0)
+    numbers = {"short": 100} | {f"Sentence {n}.": n for n in range(50)}
+    rule = CaptionRule(views="raw, sentences(1, of=long)")
+    reader = SampleReader(PictureReader(noise), lambda texts: torch.tensor([[numbers[t]] for t in texts]), rule, 0, 0)
+
+    def read(share: Share) -> list:
+        return list(make_loader(source, reader, share, num_workers=0, pin=False))
+
+    whole = read(Share(4, 4))
+    keys = [key for batch in whole for key in batch.keys]
+    assert keys[:6] * 2 == keys[:12] and len(set(keys)) == 6  # three passes over the same six
+    drawn = {float(pixels) for batch in whole for pixels in batch.inputs["image"]}
+    assert len(drawn) == 16  # no crop comes twice
+    texts = [int(text) for batch in whole for text in batch.inputs["long_text"].flatten()]
+    assert texts[:6] != texts[6:12] and texts[:4] != texts[12:]
+    for done in (1, 2, 3):  # a run that is resumed anywhere reads the same
+        rest = read(Share(4, 4, batches_done=done, slots_done=(whole[done - 1].position[1],)))
+        assert [batch.keys for batch in rest] == [batch.keys for batch in whole[done:]]
+        for got, expected in zip(rest, whole[done:]):
+            assert all(torch.equal(got.inputs[name], value) for name, value in expected.inputs.items())
 
 
 def test_too_many_bad_samples_end_training(tmp_path, capsys):

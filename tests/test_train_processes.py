@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train_data import good, write_shard
 
 from support import end_ranks, free_ports, run_ranks, set_rank, start_ranks
 from training.main import main
@@ -42,6 +43,8 @@ def argv(way: str, data: Path, logs: Path, world_size: int) -> list[str]:
     flags = WAYS[way]
     batch_size = 40 // world_size // (2 if "--accum-freq" in flags else 1)
     places = ["--train-data", str(data), "--logs", str(logs), "--name", f"{way}-{world_size}"]
+    if way == "plain":
+        places += ["--val-data", str(logs / "val.tar"), "--val-frequency", "4"]
     return [*WHOLE_SET, *places, "--batch-size", str(batch_size), *flags]
 
 
@@ -56,10 +59,18 @@ def outcome(logs: Path, name: str) -> tuple[list[dict], dict[str, torch.Tensor]]
     return [line for line in lines if "train/loss" in line], checkpoint["state_dict"]
 
 
+def validation(logs: Path, name: str) -> dict[str, float]:
+    lines = [json.loads(line) for line in (logs / name / "metrics.jsonl").read_text().splitlines()]
+    (measured,) = [line for line in lines if "val/loss" in line]
+    return {name: value for name, value in measured.items() if name.startswith("val/")}
+
+
 @pytest.fixture(scope="module")
 def logs(scenes, tmp_path_factory) -> Path:
     """One process's runs, plain ways only: accumulation over two batches of 20 is held against one of 40."""
     folder = tmp_path_factory.mktemp("processes")
+    samples = {f"{n:02d}": good(n) if n < 25 else {"txt": b"no image"} for n in range(30)}
+    write_shard(folder / "val.tar", samples)
     for way in ("plain", "locked", "sigmoid"):
         assert main(argv(way, scenes / "train", folder, 1)) == 0
     return folder
@@ -79,6 +90,11 @@ def test_several_processes_train_as_one(world_size, scenes, logs):
                 assert step[f"train/{name}"] == pytest.approx(wanted, rel=bound, abs=1e-6), (way, name)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=1e-6, msg=f"{way} {name}")
+
+    measured = validation(logs, f"plain-{world_size}")
+    for name, value in validation(logs, "plain-1").items():
+        assert measured[name] == pytest.approx(value, rel=1e-5), name
+    assert (measured["val/num_samples"], measured["val/skipped"]) == (25, 5)
 
 
 def test_one_process_accumulates_as_one_batch(scenes, logs):

@@ -2,14 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training.data.batch import TrainBatch
 from training.data.faults import BadSample, Totals
-from training.data.padding import front_shares
 from training.data.position import Share, Span, count_slots, cut
 from training.data.reader import Sample, SampleReader, random_state_kept, tokenise
 from training.data.shards import Source
@@ -28,13 +27,16 @@ class TrainBatches(IterableDataset):
         source: the samples.
         reader: sample -> pixels and texts.
         share: this process's part of the epoch.
+        refill: in place of bad samples, read the first ones of the worker's spans again, with other crops and captions,
+            so that each process makes its number of whole batches. Otherwise each slot is read once, and the last batch
+            may be smaller, down to bad samples alone.
 
     Raises:
-        NoUsableSampleError: while iterating, if no slot of a worker holds a usable sample.
+        NoUsableSampleError: while iterating, if no slot of a worker holds a usable sample and `refill` is set.
     """
 
-    def __init__(self, source: Source, reader: SampleReader, share: Share):
-        self.source, self.reader, self.share = source, reader, share
+    def __init__(self, source: Source, reader: SampleReader, share: Share, refill: bool = True):
+        self.source, self.reader, self.share, self.refill = source, reader, share, refill
 
     def __iter__(self) -> Iterator[TrainBatch]:
         info = get_worker_info()
@@ -47,18 +49,21 @@ class TrainBatches(IterableDataset):
         for _ in range(len(range(worker, self.share.batches_done, num_workers)), num_batches):
             with random_state_kept():
                 batch, num_slots = self._make_batch(samples)
+            if not num_slots:
+                return
             slots_done += num_slots
             yield batch._replace(position=(worker, slots_done))
 
     def _usable(self, spans: list[Span], slots_done: int) -> Iterator[tuple[str, Sample | None, str | None]]:
         """Yields (shard/key, sample, None) or (shard/key, None, kind of bad sample), one for each slot.
 
-        Bad samples leave gaps, which are filled from the first span's start again: every process must make its number
-        of batches, or the others would wait for it.
+        With `refill` it never ends: every process must make its number of batches, or the others would wait for it.
         """
         num_slots, num_good, kinds = count_slots(spans), slots_done, Counter()
-        skip = slots_done % num_slots
-        while True:
+        if not num_slots:
+            return
+        first_pass, skip = divmod(slots_done, num_slots)
+        for times_read in count(first_pass):
             for raw in self._raw(cut(spans, skip, num_slots)):
                 if isinstance(raw, BrokenShardError):
                     kinds[raw.kind] += 1
@@ -66,13 +71,15 @@ class TrainBatches(IterableDataset):
                     continue
                 name = f"{raw.source}/{raw.key}"
                 try:
-                    sample = self.reader(raw)
+                    sample = self.reader(raw, times_read)
                 except BadSample as error:
                     kinds[str(error)] += 1
                     yield name, None, str(error)
                     continue
                 num_good += 1
                 yield name, sample, None
+            if not self.refill:
+                return
             if not num_good:
                 places = ", ".join(f"{s.start:,} to {s.stop:,}" for s in spans[:3])
                 found = Totals(kinds.total(), kinds).describe()
@@ -86,38 +93,38 @@ class TrainBatches(IterableDataset):
     def _make_batch(self, samples: Iterator) -> tuple[TrainBatch, int]:
         """Returns a batch, and how many slots it took."""
         rows, keys, bad_samples = [], [], []
-        while len(rows) < self.share.batch_size:
-            name, sample, kind = next(samples)
+        for name, sample, kind in samples:
             if kind:
                 bad_samples.append((kind, name))
-            else:
-                rows.append(sample)
-                keys.append(name)
+                continue
+            rows.append(sample)
+            keys.append(name)
+            if len(rows) == self.share.batch_size:
+                break
+        if not rows:
+            return TrainBatch({}, 0, 0, [], bad_samples, (0, 0)), len(bad_samples)
         images = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
-        captions, num_tokens, num_slots = collate_captions(self.reader, [row.texts for row in rows], keys)
+        captions, num_tokens, num_slots = collate_captions(self.reader, rows)
         batch = TrainBatch(images | captions, num_tokens, num_slots, keys, bad_samples, (0, 0))
         return batch, len(keys) + len(bad_samples)
 
 
-def collate_captions(
-    reader: SampleReader, texts: list[list[str]], keys: list[str]
-) -> tuple[dict[str, object], int, int]:
+def collate_captions(reader: SampleReader, rows: list[Sample]) -> tuple[dict[str, object], int, int]:
     """Tokenises the captions of a batch; short and long ones are padded apart, or packed together.
 
     Args:
         reader: has the tokenizer and says how captions are arranged.
-        texts: of each sample, the short caption first, as many for every sample.
-        keys: shard/key of each sample, from which padding in front of a text is drawn.
+        rows: with as many texts each.
 
     Returns:
         (``text`` and ``long_text``, or ``packed_text``; tokens without padding; tokens with padding).
     """
+    texts, fronts = [row.texts for row in rows], [row.fronts for row in rows]
     num_long = len(texts[0]) - 1
-    fronts = front_shares(f"{reader.seed}/{reader.epoch}", keys, reader.rule)
     short, num_tokens = tokenise(reader.tokenizer, [own[0] for own in texts], [own[0] for own in fronts])
     groups = {"text": short}
     if num_long:
-        long_texts, long_fronts = ([text for own in rows for text in own[1:]] for rows in (texts, fronts))
+        long_texts, long_fronts = ([value for own in values for value in own[1:]] for values in (texts, fronts))
         long, num_more = tokenise(reader.tokenizer, long_texts, long_fronts)
         groups["long_text"], num_tokens = long.unflatten(0, (len(texts), num_long)), num_tokens + num_more
     if reader.arrange:
@@ -126,6 +133,8 @@ def collate_captions(
     return groups, num_tokens, sum(ids.numel() for ids in groups.values())
 
 
-def make_loader(source: Source, reader: SampleReader, share: Share, num_workers: int, pin: bool) -> Loader:
+def make_loader(
+    source: Source, reader: SampleReader, share: Share, num_workers: int, pin: bool, refill: bool = True
+) -> Loader:
     """Returns a loader of one epoch's `TrainBatch`es; their order does not depend on how fast workers are."""
-    return Loader(TrainBatches(source, reader, share), num_workers, pin)
+    return Loader(TrainBatches(source, reader, share, refill), num_workers, pin)

@@ -47,9 +47,9 @@ class TrainData:
     reader: SampleReader
     workers: int
 
-    def loader(self, epoch: int, share: Share, pin: bool) -> Loader:
-        """Returns the batches of an epoch for one process."""
-        return make_loader(self.source, replace(self.reader, epoch=epoch), share, self.workers, pin)
+    def loader(self, epoch: int, share: Share, pin: bool, refill: bool = True) -> Loader:
+        """Returns the batches of an epoch for one process; for `refill` see `TrainBatches`."""
+        return make_loader(self.source, replace(self.reader, epoch=epoch), share, self.workers, pin, refill)
 
 
 def caption_rule(args: argparse.Namespace) -> CaptionRule:

@@ -1,4 +1,4 @@
-"""From a raw sample to pixels and texts: decode, augment, choose captions; a function of seed, epoch and key."""
+"""From a raw sample to pixels and texts: decode, augment, choose captions."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from dataloaders.images import BrokenImageError, HugeImageError, NarrowImageErro
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
 from training.data.faults import BadSample
 from training.data.images import PictureReader
-from training.data.padding import pad_in_front
+from training.data.padding import front_shares, pad_in_front
 from training.data.tar import RawSample
 
 
@@ -25,15 +25,18 @@ class Sample(NamedTuple):
     Attributes:
         inputs: ``image`` [3, H, W], or the cached ``image_features`` [dim].
         texts: as many as the caption rule says, the short caption first.
+        fronts: of each text, the share of its free places that is padded in front, see `padding.pad_in_front`.
     """
 
     inputs: dict[str, torch.Tensor]
     texts: list[str]
+    fronts: list[float]
 
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Turns a raw sample into pixels and texts; what is random depends on seed, epoch and the sample's key alone.
+    """Turns a raw sample into pixels and texts; what is random depends on the seed, the epoch, the sample's key and
+    how often the sample was read before in that epoch.
 
     Attributes:
         pictures: file -> [3, H, W].
@@ -51,23 +54,29 @@ class SampleReader:
     epoch: int
     arrange: Callable | None = None
 
-    def __call__(self, raw: RawSample) -> Sample:
+    def __call__(self, raw: RawSample, times_read: int = 0) -> Sample:
         """Decodes, augments and chooses captions.
+
+        Args:
+            raw: the sample.
+            times_read: how often it was read before in this epoch; each time has a crop and captions of its own.
 
         Raises:
             BadSample: the sample can't be used.
         """
-        seed_augmentation(f"{self.seed}/{self.epoch}/{raw.source}/{raw.key}")
+        key = f"{raw.source}/{raw.key}" + (f"/again {times_read}" if times_read else "")
+        seed_augmentation(f"{self.seed}/{self.epoch}/{key}")
         try:
             texts = choose_captions(read_record(raw), self.rule, random)
         except NoCaptionError as error:
             raise BadSample(str(error)) from error
         if not all(map(_is_unicode, texts)):
             raise BadSample("text not UTF-8")
+        fronts = front_shares(f"{self.seed}/{self.epoch}", [key], self.rule)[0]
         if raw.features is not None:
             view = random.randrange(len(raw.features))
-            return Sample({"image_features": torch.from_numpy(raw.features[view].astype(np.float32))}, texts)
-        return Sample({"image": self.pictures.transform(read_image(raw, self.pictures.decode))}, texts)
+            return Sample({"image_features": torch.from_numpy(raw.features[view].astype(np.float32))}, texts, fronts)
+        return Sample({"image": self.pictures.transform(read_image(raw, self.pictures.decode))}, texts, fronts)
 
 
 def read_record(raw: RawSample) -> dict:

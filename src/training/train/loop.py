@@ -227,7 +227,7 @@ class Trainer:
         if validates:
             model = getattr(run.stepper.model, "module", run.stepper.model)
             check = self.control.raise_if_stopped
-            result = validate(run.val, model, run.stepper.loss, run.stepper.autocast, env, check)
+            result = validate(run.val, model, run.stepper.autocast, env, check)
             metrics |= {f"val/{name}": value for name, value in result.items()}
             if env.is_main:
                 shown = ", ".join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v:,}" for n, v in result.items())

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -208,11 +209,16 @@ def _build(
     val = None
     if val_source:
         val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
-        val = ValidationSet.of(val_data, args.batch_size, env)
+        alone = replace(env, rank=0, world_size=1)
+        val = ValidationSet.of(val_data, args.batch_size, env, make_loss(args, _num_corners(core), alone))
     if env.is_main:
         _check_warmup(0 if args.skip_scheduler else args.warmup, steps_per_epoch * args.epochs, args.lr)
     data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
     return Run(data, val, parts, stepper, _schedule(args, optimizer, steps_per_epoch), division, start, flops)
+
+
+def _num_corners(core: torch.nn.Module) -> int:
+    return getattr(getattr(core, "text", None), "num_corners", 0)
 
 
 def make_stepper(
@@ -224,19 +230,18 @@ def make_stepper(
 ) -> Stepper:
     """Puts together what takes a step: the one place to build another kind of `Stepper`."""
     corners = [entry.corners for entry in caption_rule(args).texts]
-    num_corners = getattr(getattr(core, "text", None), "num_corners", 0)
     whole = _whole_model(core, args.torchcompile, corners)
     return Stepper(
         model=_over_ranks(whole, env),
         core=core,
-        loss=make_loss(args, num_corners, env),
+        loss=make_loss(args, _num_corners(core), env),
         optimizer=optimizer,
         autocast=get_autocast(args.precision, device_type=env.device.type),
         scaler=scaler,
         max_norm=args.grad_clip_norm,
         on_any_rank=lambda flag: any_rank(flag, env),
         locked_images=whole.encode_images if whole.image_is_locked else None,
-        corners=corner_places(corners, num_corners),
+        corners=corner_places(corners, _num_corners(core)),
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 
 from dataloaders.images import BrokenImageError
 from training.data.images import IN_EVALUATION
+from training.data.loader import NoUsableSampleError
 from training.data.open import TrainData
-from training.data.position import Share
+from training.data.position import Share, Span
 from training.eval.encode import ComputeOptions
 from training.eval.metrics import count_ranks, summarise
 from training.eval.record import Result, to_json
@@ -19,7 +21,8 @@ from training.eval.results import format_table, format_zero_shot, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
 from training.model.factory import EncoderParts
-from training.runtime.distributed import DistEnv, sum_over_ranks
+from training.runtime.distributed import DistEnv, merge_over_ranks, sum_over_ranks
+from training.train.step import ROW_WISE
 
 logger = logging.getLogger(__name__)
 
@@ -30,77 +33,107 @@ class ValidationSet:
 
     Attributes:
         data: its samples, with the captions that epoch 0 chooses.
-        share: this rank's part: whole batches, as many on every rank.
+        share: this rank's part; all parts together are the whole set.
+        loss: of training, for a process that holds the whole batch.
+        batch_size: samples that the loss compares with each other.
     """
 
     data: TrainData
     share: Share
+    loss: Callable
+    batch_size: int
 
     @classmethod
-    def of(cls, data: TrainData, batch_size: int, env: DistEnv) -> "ValidationSet":
-        """Divides the samples over ranks; up to a batch per rank is left over, which is logged."""
-        num_samples = data.source.num_samples
-        batch_size = min(batch_size, num_samples // env.world_size)
-        if not batch_size:
-            raise ValueError(f"--val-data: {num_samples} samples for {env.world_size} processes; give more")
-        num_batches = num_samples // (batch_size * env.world_size)
-        num_used = num_batches * batch_size * env.world_size
-        if env.is_main and num_used != num_samples:
-            logger.warning(f"--val-data: {num_used:,} of {num_samples:,} samples are used, in whole batches")
-        return cls(data, Share(batch_size, num_batches, env.rank, env.world_size))
+    def of(cls, data: TrainData, batch_size: int, env: DistEnv, loss: Callable) -> "ValidationSet":
+        """Divides the samples over ranks as evenly as whole batches of at most `batch_size` allow."""
+        num_samples, global_batch_size = data.source.num_samples, batch_size * env.world_size
+        num_batches = math.ceil(num_samples / global_batch_size)
+        own_size = math.ceil(num_samples / (num_batches * env.world_size))
+        whole = (Span(0, num_samples, 0, num_samples),)
+        share = Share(own_size, num_batches, env.rank, env.world_size, left=whole)
+        return cls(data, share, loss, global_batch_size)
 
 
 @torch.no_grad()
 def validate(
     val: ValidationSet,
     model: torch.nn.Module,
-    loss: Callable,
     autocast: Callable,
     env: DistEnv,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Measures a model on ``--val-data``.
+    """Measures a model on ``--val-data``; each usable sample counts once, on whichever rank and in whichever batch.
 
     Args:
         val: the samples.
         model: a `TrainModel`, in eval mode.
-        loss: of training.
         autocast: makes the context of the forward pass.
         env: this process.
         before_batch: called before each batch, as often on every rank; may raise on all of them.
 
     Returns:
-        Mean of each loss term and ``loss``; ``num_samples``; R@1 in both directions with the short caption
-        (``short_i2t_top1``, ..) and with the first long one (``long_i2t_top1``, ..).
+        Mean over samples of each loss term and of ``loss``; ``num_samples``, ``skipped``; R@1 in both directions with
+        the short caption (``short_i2t_top1``, ..) and with the first long one (``long_i2t_top1``, ..).
+
+    Raises:
+        NoUsableSampleError: every sample is bad.
     """
-    terms, images, texts, num_faults = [], [], [], 0
-    for batch in val.data.loader(0, val.share, pin=env.device.type == "cuda"):
+    outputs: list[dict[str, torch.Tensor]] = []
+    num_bad = 0
+    batches = iter(val.data.loader(0, val.share, pin=env.device.type == "cuda", refill=False))
+    for _ in range(val.share.num_batches):
         before_batch()
-        with autocast():
-            output = {name: value.float() for name, value in model(**batch.inputs_on(env.device)).items()}
-        terms.append(loss(**output, output_dict=True))
-        text = output["text_features"]
-        text = text if text.ndim == 3 else text[:, None]
-        images.append(output["image_features"].cpu())
-        texts.append(text[:, :2].cpu())
-        num_faults += len(batch.bad_samples)
-    means = torch.tensor([[float(v) for v in t.values()] for t in terms], dtype=torch.float64).mean(dim=0)
-    means = sum_over_ranks(means, env) / env.world_size
-    result = dict(zip(terms[0], means.tolist()))
-    result = {"loss": sum(result.values()), **result}
-    images, texts = _all_rows(torch.cat(images), env), _all_rows(torch.cat(texts), env)
+        batch = next(batches, None)  # a rank whose part is smaller has none left at the end
+        num_bad += len(batch.bad_samples) if batch else 0
+        if batch and batch.keys:
+            with autocast():
+                outputs.append({k: v.float().cpu() for k, v in model(**batch.inputs_on(env.device)).items()})
+    whole = _of_all_ranks(outputs, env)
+    if not whole:
+        raise NoUsableSampleError(f"--val-data: none of its {val.data.source.num_samples:,} samples can be used")
+    result = _mean_loss(val, whole, env)
+    images, texts = whole["image_features"], whole["text_features"]
+    texts = texts if texts.ndim == 3 else texts[:, None]
     for number, name in enumerate(("short", "long")[: texts.shape[1]]):
         i2t, t2i = count_ranks(images, texts[:, number], torch.arange(len(images)), device=env.device)
         result |= {f"{name}_i2t_top1": summarise(i2t)["top1"], f"{name}_t2i_top1": summarise(t2i)["top1"]}
-    skipped = int(sum_over_ranks(torch.tensor([num_faults]), env))
+    skipped = int(sum_over_ranks(torch.tensor([num_bad]), env))
     return {"num_samples": len(images), "skipped": skipped, **result}
 
 
-def _all_rows(rows: torch.Tensor, env: DistEnv) -> torch.Tensor:
-    """[n, ..] of each rank -> [world_size x n, ..] on all."""
-    everything = torch.zeros(env.world_size * len(rows), *rows.shape[1:])
-    everything[env.rank * len(rows) : (env.rank + 1) * len(rows)] = rows
-    return sum_over_ranks(everything, env)
+def _of_all_ranks(outputs: list[dict[str, torch.Tensor]], env: DistEnv) -> dict[str, torch.Tensor]:
+    """Joins the model's outputs for all batches of all ranks, in rank order; {} if there is none on any rank."""
+    num_own = sum(len(output["image_features"]) for output in outputs)
+    first = outputs[0] if outputs else {}
+    first = {name: value[:0].clone() if name in ROW_WISE else value for name, value in first.items()}
+    ranks = merge_over_ranks({env.rank: (num_own, first)}, env)
+    example = next((output for _, output in ranks.values() if output), {})
+    begin, total = sum(ranks[rank][0] for rank in range(env.rank)), sum(num for num, _ in ranks.values())
+    whole = {}
+    for name, value in example.items():
+        if name in ROW_WISE:
+            value = torch.zeros(total, *value.shape[1:])
+            if outputs:
+                value[begin : begin + num_own] = torch.cat([output[name] for output in outputs])
+            value = sum_over_ranks(value, env)
+        whole[name] = value
+    return whole
+
+
+def _mean_loss(val: ValidationSet, whole: dict[str, torch.Tensor], env: DistEnv) -> dict[str, float]:
+    """Returns the mean over samples of the loss and its terms; the batches that it compares are divided over ranks."""
+    num_samples = len(whole["image_features"])
+    number = math.ceil(num_samples / val.batch_size)
+    parts = {name: value.tensor_split(number) for name, value in whole.items() if name in ROW_WISE}
+    totals: dict[str, float] = {}
+    for k in range(env.rank, number, env.world_size):
+        batch = {name: parts[name][k] if name in parts else value for name, value in whole.items()}
+        batch = {name: value.to(env.device) for name, value in batch.items()}
+        for name, value in val.loss(**batch, output_dict=True).items():
+            totals[name] = totals.get(name, 0.0) + float(value) * len(batch["image_features"]) / num_samples
+    ranks = merge_over_ranks({env.rank: totals}, env).values()
+    means = {name: sum(own.get(name, 0.0) for own in ranks) for name in next(filter(None, ranks))}
+    return {"loss": sum(means.values()), **means}
 
 
 def evaluate_benchmarks(
