@@ -108,6 +108,22 @@ def test_a_file_of_descriptions_that_does_not_fit_is_refused(tmp_path, capsys, c
     assert message in capsys.readouterr().err
 
 
+def test_a_second_run_with_a_feature_cache_encodes_nothing(tmp_path, tiny_clip, monkeypatch):
+    import open_clip
+
+    monkeypatch.setattr("training.eval.zero_shot.OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:1])
+    flags = ["--imagenet-val", write_imagenet(tmp_path / "val"), "--imagenet-v2", write_imagenet_v2(tmp_path / "v2")]
+    plain = evaluate(tmp_path, tiny_clip, *flags)
+    flags += ["--feature-cache", tmp_path / "cache"]
+    first = evaluate(tmp_path, tiny_clip, *flags)
+    for name in ("training.eval.feature_cache.encode_images", "training.eval.zero_shot.build_zero_shot_classifier"):
+        monkeypatch.setattr(name, None)
+    second = evaluate(tmp_path, tiny_clip, *flags)
+    for key, value in plain.items():
+        if "-zeroshot-" in key:
+            assert first[key] == second[key] == value, key
+
+
 def check_classifier(rank: int, name: str, port: int) -> None:
     import open_clip
 

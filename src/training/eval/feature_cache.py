@@ -9,6 +9,7 @@ that models with the same locked trunk share them.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from training.eval.encode import Encoding
+from training.eval.encode import ComputeOptions, Encoding, encode_images
+from training.eval.image_cache import image_key
 from training.model.factory import EncoderParts
 from training.model.fingerprint import fingerprint, preprocessing_fingerprint, tokenizer_fingerprint
-from training.model.locking import HEAD, linear_head
+from training.model.locking import HEAD, apply_linear_head, linear_head
 from training.runtime.distributed import DistEnv, agree
 from training.runtime.files import whole_file
 
@@ -48,6 +50,26 @@ def open_caches(
         "precision": precision,
     }
     return FeatureCache(folder, image, env), FeatureCache(folder, text, env)
+
+
+def encode_images_once(
+    cache: "FeatureCache | None",
+    parts: EncoderParts,
+    paths: Sequence[Path],
+    env: DistEnv,
+    options: ComputeOptions,
+    allow_broken: bool = False,
+) -> Encoding:
+    """As `encode_images`; files whose features the cache of the image tower keeps are not encoded again."""
+
+    def encode(positions: Sequence[int], without_head: bool = True) -> Encoding:
+        chosen = [paths[p] for p in positions]
+        return encode_images(parts.model, parts.preprocess, chosen, env, options, allow_broken, without_head)
+
+    if cache is None:
+        return encode(range(len(paths)), without_head=False)
+    images = cache.encode([image_key(path) for path in paths], encode)
+    return replace(images, features=apply_linear_head(parts.model.visual, images.features))
 
 
 class FeatureCache:

@@ -6,20 +6,17 @@ Benchmarks come from `dataloaders.registry`: a new one is one file in dataloader
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
 from dataloaders.images import BrokenImageError
 from dataloaders.pairs import ClassificationSet, FoundImages, RetrievalSet, describe_missing, find_images
 from dataloaders.registry import benchmarks, destination
-from training.eval.encode import ComputeOptions, Encoding, encode_images, encode_texts
-from training.eval.feature_cache import open_caches, text_key
-from training.eval.image_cache import image_key
+from training.eval.encode import ComputeOptions, Encoding, encode_texts
+from training.eval.feature_cache import encode_images_once, open_caches, text_key
 from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.eval.record import Recall, RetrievalResult
 from training.model.factory import EncoderParts
-from training.model.locking import apply_linear_head
 from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS
 
@@ -150,21 +147,17 @@ def encode_work(
         BrokenImageError: an unreadable image, unless allowed.
         FloatingPointError: the model returned NaN or infinity.
     """
-    paths = work.images.paths
-
-    def images_at(positions: Sequence[int], without_head: bool = False) -> Encoding:
-        chosen = [paths[p] for p in positions]
-        return encode_images(parts.model, parts.preprocess, chosen, env, options, allow_broken, without_head)
 
     def texts_at(positions: Sequence[int]) -> Encoding:
         chosen = [work.texts[p] for p in positions]
         return encode_texts(parts.model, parts.tokenizer, chosen, env, options)
 
-    if not cache:
-        return images_at(range(len(paths))), texts_at(range(len(work.texts)))
-    image_cache, text_cache = open_caches(cache, parts, options.precision, env, options.image_decoding)
-    images = image_cache.encode([image_key(path) for path in paths], partial(images_at, without_head=True))
-    images = replace(images, features=apply_linear_head(parts.model.visual, images.features))
+    image_cache, text_cache = None, None
+    if cache:
+        image_cache, text_cache = open_caches(cache, parts, options.precision, env, options.image_decoding)
+    images = encode_images_once(image_cache, parts, work.images.paths, env, options, allow_broken)
+    if text_cache is None:
+        return images, texts_at(range(len(work.texts)))
     return images, text_cache.encode([text_key(text) for text in work.texts], texts_at)
 
 

@@ -177,7 +177,7 @@ def _measure(
             lengths = analyse_lengths(parts, work, images, texts, questions, env, options, args.seed)
         if args.diagnostics:
             diagnostics = diagnose(parts, ranked, images, env, options, args.seed)
-    zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing)
+    zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing, args.feature_cache)
     return Outcome(work, images, texts, ranked, zero_shot, reranked, lengths, diagnostics)
 
 

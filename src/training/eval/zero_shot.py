@@ -11,7 +11,8 @@ from open_clip_train.precision import get_autocast
 
 from dataloaders.images import BrokenImageError
 from dataloaders.pairs import ClassificationSet, ClassTexts
-from training.eval.encode import ComputeOptions, encode_images
+from training.eval.encode import ComputeOptions, Encoding
+from training.eval.feature_cache import FeatureCache, encode_images_once, open_caches, text_key
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.eval.record import TEMPLATES, ClassificationResult
 from training.model.factory import EncoderParts
@@ -29,10 +30,14 @@ def evaluate_zero_shot(
     env: DistEnv,
     options: ComputeOptions,
     allow_broken: bool = False,
+    cache: str | None = None,
 ) -> list[ClassificationResult]:
     """Classifies the images of every set among ImageNet's 1,000 classes.
 
     Sets that have texts for the classes all have the same.
+
+    Args:
+        cache: folder of features that were encoded earlier, and of those that are encoded now; of the classes, too.
 
     Returns:
         One result per set.
@@ -50,10 +55,15 @@ def evaluate_zero_shot(
     else:
         class_texts = [[template(name) for template in OPENAI_IMAGENET_TEMPLATES] for name in IMAGENET_CLASSNAMES]
         prompts = TEMPLATES
-    classifier = build_classifier(parts, class_texts, env, options)
+    image_cache = None
+    if cache:
+        image_cache, text_cache = open_caches(cache, parts, options.precision, env, options.image_decoding)
+        classifier = _classifier_of(text_cache, parts, class_texts, env, options)
+    else:
+        classifier = build_classifier(parts, class_texts, env, options)
     results = []
     for s in sets:
-        images = encode_images(parts.model, parts.preprocess, s.image_paths, env, options, allow_broken)
+        images = encode_images_once(image_cache, parts, s.image_paths, env, options, allow_broken)
         kept = [i for i in range(len(s.labels)) if i not in images.broken]
         if not kept:
             raise BrokenImageError(f"{s.title}: no readable image is left; {next(iter(images.broken.values()))}")
@@ -74,6 +84,23 @@ def evaluate_zero_shot(
             )
         )
     return results
+
+
+def _classifier_of(
+    cache: FeatureCache,
+    parts: EncoderParts,
+    class_texts: Sequence[Sequence[str]],
+    env: DistEnv,
+    options: ComputeOptions,
+) -> torch.Tensor:
+    """As `build_classifier`; the columns of classes whose texts were encoded earlier are those that the cache keeps."""
+
+    def encode(positions: list[int]) -> Encoding:
+        columns = build_classifier(parts, [class_texts[p] for p in positions], env, options)
+        return Encoding(columns.T.contiguous(), {}, torch.zeros(len(positions), dtype=torch.int64))
+
+    keys = [text_key("class\n" + "\n".join(texts)) for texts in class_texts]
+    return cache.encode(keys, encode).features.T
 
 
 def build_classifier(
