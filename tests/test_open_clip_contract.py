@@ -1,6 +1,7 @@
 """The names and signatures that we borrow from open_clip: a release that moves one fails here, with its name."""
 
 import inspect
+import re
 
 import open_clip
 import open_clip.tokenizer
@@ -64,6 +65,13 @@ def test_text_towers_take_what_open_clip_3_and_4_call_on_them(kind):
     expected = {"text.positional_embedding"} if "clip" in kind else set()
     assert model.no_weight_decay() == expected
     model.lock_text_tower(1, True)
+
+
+def test_open_clip_uses_nothing_else_of_a_text_tower():
+    """A release that asks for more fails here. Towers of Hugging Face have no forward_intermediates in open_clip."""
+    used = set(re.findall(r"self\.text\.(\w+)", inspect.getsource(open_clip.CustomTextCLIP)))
+    known = {"context_length", "vocab_size", "lock", "set_grad_checkpointing", "no_weight_decay", "layer_groups"}
+    assert used <= known | {"forward_intermediates"}
 
 
 @pytest.mark.parametrize("kind", TOWERS)

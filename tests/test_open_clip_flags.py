@@ -14,7 +14,7 @@ from PIL import Image
 
 from training.flags.parser import UsageError, build_parser, parse_args
 from training.main import main
-from training.train.optim import make_optimizer, make_schedule
+from training.train.optim import make_optimizer, make_schedule, parameter_groups
 
 
 def test_every_flag_of_open_clip_is_known(capsys):
@@ -80,6 +80,26 @@ def test_cooldown_is_that_of_open_clip():
     for step in range(20):
         assert schedule(step) == expected(step)
         assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("model_name", ["ViT-S-32-alt", "long_clip-ViT-B-32"])
+def test_timms_optimizers_decay_what_they_decay_in_open_clips_trainer(model_name):
+    import timm.optim
+
+    import training
+
+    model = training.create_model(model_name, pretrained_text=False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def decayed(groups: list[dict]) -> set[str]:
+        return {names[id(parameter)] for group in groups if group["weight_decay"] for parameter in group["params"]}
+
+    # As open_clip_train.main calls it.
+    theirs = timm.optim.create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.5)
+    ours = decayed(parameter_groups(model, 0.1, 0.5, None, None, timm_rule=True))
+    assert ours == decayed(theirs.param_groups)
+    adamw = decayed(parameter_groups(model, 0.1, 0.5, None, None))
+    assert "visual.positional_embedding" in adamw - ours
 
 
 def test_optimizers_of_timm():

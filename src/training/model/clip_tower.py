@@ -113,8 +113,8 @@ class CornerCLIPText(CornerTower):
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that timm's optimizers and open_clip 4 do not decay; open_clip 3's trainer decays them,
-        and so does ours."""
+        """Names of parameters that do not decay under timm's optimizers (``--opt timm/NAME``); under AdamW they do, as
+        in open_clip's trainer."""
         return {"positional_embedding"}
 
 

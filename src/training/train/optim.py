@@ -8,7 +8,12 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 
 
 def parameter_groups(
-    model: torch.nn.Module, lr: float, weight_decay: float, image_lr: float | None, text_lr: float | None
+    model: torch.nn.Module,
+    lr: float,
+    weight_decay: float,
+    image_lr: float | None,
+    text_lr: float | None,
+    timm_rule: bool = False,
 ) -> list[dict]:
     """Sorts trained parameters by learning rate and by whether they decay.
 
@@ -20,6 +25,8 @@ def parameter_groups(
         lr: base learning rate.
         weight_decay: of the matrices.
         image_lr, text_lr: a tower's own rate; None takes `lr`.
+        timm_rule: what the model lists as ``no_weight_decay`` (position tables) does not decay either, as under the
+            ``timm/NAME`` optimizers of open_clip's trainer.
 
     Returns:
         Groups with ``lr_scale``, the group's rate relative to the base rate, and ``param_names``, which the optimizer
@@ -27,10 +34,11 @@ def parameter_groups(
     """
     rates = {"image": image_lr or lr, "text": text_lr or lr, "scalar": lr}
     groups: dict[tuple[bool, float], dict] = {}
+    exempt = model.no_weight_decay() if timm_rule and hasattr(model, "no_weight_decay") else ()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay, rate = _decays(name, parameter), rates[_part(name)]
+        decay, rate = _decays(name, parameter) and name not in exempt, rates[_part(name)]
         options = {"weight_decay": weight_decay if decay else 0.0, "lr": rate, "lr_scale": rate / lr}
         group = groups.setdefault((decay, rate), {"params": [], "param_names": [], **options})
         group["params"].append(parameter)

@@ -190,7 +190,7 @@ def _build(
     flops = count_model(core, parts.tokenizer, env.device, args.precision, bool(feature_info(args.train_data)))
     if args.grad_checkpointing:
         core.set_grad_checkpointing()
-    groups = parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr)
+    groups = parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr, args.opt.startswith("timm/"))
     optimizer = make_optimizer(groups, args.opt, args.lr, (args.beta1, args.beta2), args.eps, args.momentum)
     scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
     division = Division(
