@@ -15,7 +15,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-FIGURES = ("text_step", "loss", "loss_large", "train_step", "precision", "evaluation", "data_loading", "saving")
+FIGURES = (
+    "text_step",
+    "loss",
+    "loss_large",
+    "train_step",
+    "precision",
+    "evaluation",
+    "data_loading",
+    "data_mixing",
+    "saving",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

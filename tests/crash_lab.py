@@ -1,25 +1,30 @@
 """Starts trainings as processes and kills them: see `support.run_lab`.
 
-The job: ``argv``, ``world_size``, ``ports``, ``samples`` (a folder) and ``kills``: [signal, seconds, rank] for a
-training each, after which one runs that nobody kills, unless ``last`` is false. Seconds count from the start, or with
-``once_training`` from when every rank has made a step. A rank that was halted (SIGSTOP) is
-killed when the others have ended. Prints exit codes, by training and rank.
+The job: ``argv``, ``world_size``, ``ports``, ``samples`` (a folder) and ``kills``: [signal, place, number, rank] for a
+training each, after which one runs that nobody kills, unless ``last`` is false. A rank signals itself when it reaches a
+place for the so-and-so-manieth time: ``build`` (all data are opened), ``step`` (one is taken, and not saved yet) or
+``save`` (a checkpoint is written, and has no name yet). A rank that was halted (SIGSTOP) is killed when the others have
+ended. Prints exit codes, by training and rank.
 """
 
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from training.main import main
+from training.train import checkpoint, run
 from training.train.nonfinite import StepGuard
 
-PATIENCE = 60.0  # seconds that a rank may outlive another, or a signal
+PATIENCE = 120.0  # seconds that a rank may outlive another
 
 
 def record_samples(folder: Path, rank: int) -> None:
@@ -34,7 +39,43 @@ def record_samples(folder: Path, rank: int) -> None:
     StepGuard.add = add
 
 
-def start_rank(job: dict, rank: int, port: int) -> int:
+def signal_itself(number: int, place: str, times: int) -> None:
+    """Has this process send a signal to itself, and as SLURM does to its loader's processes, at a named place."""
+    left = itertools.count(times - 1, -1)
+
+    def reached() -> None:
+        if next(left) == 0:
+            for pid in [*(children(os.getpid()) if number == signal.SIGTERM else []), os.getpid()]:
+                os.kill(pid, number)
+
+    if place == "build":
+        run.make_stepper = after(reached, run.make_stepper)
+    elif place == "step":
+        StepGuard.add = after(reached, StepGuard.add)
+    else:
+        whole_file = checkpoint.whole_file
+
+        @contextmanager
+        def whole_file_reached(path: Path) -> Iterator[Path]:
+            with whole_file(path) as temporary:
+                yield temporary
+                reached()
+
+        checkpoint.whole_file = whole_file_reached
+
+
+def after(call: Callable, function: Callable) -> Callable:
+    """Returns a function that does what `function` does, and then calls."""
+
+    def both(*args: object, **kwargs: object) -> object:
+        result = function(*args, **kwargs)
+        call()
+        return result
+
+    return both
+
+
+def start_rank(job: dict, rank: int, port: int, kill: list | None) -> int:
     """Forks a process that trains; returns its id."""
     pid = os.fork()
     if pid:
@@ -45,6 +86,8 @@ def start_rank(job: dict, rank: int, port: int) -> int:
             os.environ |= {"WORLD_SIZE": str(job["world_size"]), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         record_samples(Path(job["samples"]), rank)
+        if kill and kill[3] == rank:
+            signal_itself(*kill[:3])
         code = main(job["argv"])
     except SystemExit as stop:
         code = stop.code
@@ -63,29 +106,17 @@ def children(pid: int) -> list[int]:
 
 def train_once(job: dict, port: int, kill: list | None) -> list[int]:
     """One training; returns its ranks' exit codes, negative for a signal."""
-    pids = [start_rank(job, rank, port) for rank in range(job["world_size"])]
+    pids = [start_rank(job, rank, port, kill) for rank in range(job["world_size"])]
     codes: dict[int, int] = {}
-    deadline = halted = None
-    is_training = False
-    start = time.monotonic()
+    deadline, halted = None, pids[kill[3]] if kill and kill[0] == signal.SIGSTOP else None
     while len(codes) < len(pids):
         now = time.monotonic()
-        if job["once_training"] and not is_training:
-            start, is_training = now, all(Path(job["samples"], f"rank{r}.jsonl").exists() for r in range(len(pids)))
-        if kill and now - start >= kill[1]:
-            if kill[2] not in codes:
-                # SLURM's signals reach the loader's workers, too.
-                family = children(pids[kill[2]]) if kill[0] == signal.SIGTERM else []
-                for pid in [*family, pids[kill[2]]]:
-                    os.kill(pid, kill[0])
-                halted = pids[kill[2]] if kill[0] == signal.SIGSTOP else None
-            kill, deadline = None, now + PATIENCE
         if halted and len(codes) == len(pids) - 1:
             os.kill(halted, signal.SIGKILL)
         if deadline and now > deadline:
             for rank in set(range(len(pids))) - set(codes):
                 os.kill(pids[rank], signal.SIGKILL)
-            raise SystemExit(f"still there {PATIENCE:.0f} s after a signal or another rank's end: {codes}")
+            raise SystemExit(f"still there {PATIENCE:.0f} s after another rank's end: {codes}")
         for rank, pid in enumerate(pids):
             if rank not in codes:
                 done, status = os.waitpid(pid, os.WNOHANG)

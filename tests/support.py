@@ -144,13 +144,12 @@ def run_lab(
     samples: Path,
     kills: Sequence = (),
     last: bool = True,
-    once_training: bool = False,
 ) -> LabReport:
     """Runs one training after another, and kills all but the last: see crash_lab.py."""
     samples.mkdir(exist_ok=True)
     job = {"argv": argv, "world_size": world_size, "ports": free_ports(len(kills) + 1), "samples": str(samples)}
     with tempfile.TemporaryDirectory() as folder:
-        lab = start_ranks(_lab, 1, job | {"kills": list(kills), "last": last, "once_training": once_training}, folder)
+        lab = start_ranks(_lab, 1, job | {"kills": list(kills), "last": last}, folder)
         codes, said = end_ranks(lab, 400), Path(folder, "0.err").read_text()
         assert codes == [0], said[-3000:]
         return LabReport(json.loads(Path(folder, "0.out").read_text().splitlines()[-1]), said)

@@ -174,7 +174,7 @@ def test_every_way_of_training_lowers_the_loss(logs, scenes, flags, tiny_clip):
     curve = losses(train(logs, name, scenes / "train", *flags))
     still = losses(train(logs, f"{name}-still", scenes / "train", *flags, "--lr", "1e-12", "--text-lr", "1e-12"))
     assert curve[0] == pytest.approx(still[0], rel=1e-6)
-    assert sum(curve[-2:]) < sum(still[-2:])
+    assert sum(still[-2:]) - sum(curve[-2:]) > 0.03
 
 
 def shard(path: Path, files: dict[str, bytes]) -> Path:
