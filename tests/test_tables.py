@@ -3,13 +3,16 @@
 import base64
 import csv
 import io
+import itertools
 import json
 import logging
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dataloaders.csv_rows import CsvForm, CsvRecords, Stretch
 from dataloaders.images import load_rgb
 from dataloaders.own_tables import read_table_pairs
 from dataloaders.table_files import names_tables, table_files
@@ -262,3 +265,57 @@ def test_tables_of_two_kinds_are_refused(tmp_path, capsys):
     assert "t.csv beside tables that hold the images themselves" in capsys.readouterr().err
     assert main([*argv, str(tmp_path / "none" / "x.parquet")]) == 2
     assert "--train-data" in capsys.readouterr().err
+
+
+MESSY = [
+    "dog",
+    " ",
+    "\n",
+    "\r\n",
+    '"',
+    ",",
+    '""',
+    ".",
+    "caf\u00e9",
+    "\t",
+    "\r",
+    "\0",
+    "\x85",
+    "\u2028",
+    "\x0b",
+    "x.jpg,",
+    "http://a/b.jpg,",
+]
+
+
+def messy_table(rng):
+    """Bytes of a table, its header left out, with a few bytes that do not belong there; and its form."""
+    separator, quoted = rng.choice(",,\t;"), rng.random() < 0.85
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=separator, lineterminator=rng.choice(["\n", "\r\n"]))
+    for number in range(rng.randint(1, 60)):
+        writer.writerow([f"http://h/{number}.jpg", "A dog, a cat.", "".join(rng.choices(MESSY, k=rng.randint(0, 6)))])
+    content = bytearray(text.getvalue().encode(rng.choice(["utf-8", "utf-8", "utf-8", "cp1252"]), "replace"))
+    for _ in range(rng.choice([0, 0, 1, 4])):
+        content.insert(rng.randrange(len(content)), rng.choice(b'""",\r\n\t\xe9\0'))
+    return bytes(content), CsvForm(separator, quoted)
+
+
+def test_rows_that_are_found_in_blocks_are_those_that_are_read_one_by_one(tmp_path):
+    rng, path, in_stretches = random.Random(0), tmp_path / "t.csv", 0
+    for _ in range(300):
+        content, form = messy_table(rng)
+        path.write_bytes(content)
+        records, found = CsvRecords(path, form, 3), []
+        for part in records.read_fast(0):
+            if isinstance(part, Stretch):
+                for begin, end in itertools.pairwise([0, *part.ends.tolist()]):
+                    lines = io.StringIO(part.data[begin:end].decode(), newline="")
+                    quoting = csv.QUOTE_MINIMAL if form.quoted else csv.QUOTE_NONE
+                    (cells,) = csv.reader(lines, delimiter=form.separator, quoting=quoting)
+                    found.append((cells, part.begin + begin, part.begin + end, False))
+                    in_stretches += 1
+            else:
+                found.append(tuple(part))
+        assert found == [tuple(record) for record in records.read(0)], (content, form)
+    assert in_stretches > 3000

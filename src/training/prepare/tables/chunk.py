@@ -1,22 +1,17 @@
 """One chunk of a caption table: its rows cleaned, written as Parquet, and counted. Runs in worker processes."""
 
-import logging
-import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataloaders.csv_rows import CsvForm, CsvRecords
-from training.prepare.tables.clean import Cleaned, clean_caption
-from training.prepare.tables.columns import KEY, RAW, URL, Columns
-from training.prepare.tables.records import Chunk, cell_text
+from training.prepare.tables.clean import clean_captions
+from training.prepare.tables.columns import KEY, RAW, URL
+from training.prepare.tables.records import Chunk, Rows, Table, read_rows
 from training.prepare.work import add_counts, load_json, write_json
 from training.runtime.files import whole_file
 
@@ -43,25 +38,6 @@ class Rules:
     def schema(self) -> pa.Schema:
         """Of the parts: url, key, raw_caption, long captions, short ones."""
         return pa.schema([(name, pa.string()) for name in (URL, KEY, *self.captions)])
-
-
-@dataclass(frozen=True)
-class Table:
-    """One input.
-
-    Attributes:
-        path: the file.
-        form: of a CSV; None for Parquet.
-        header: names of all columns.
-        begin: byte of the first row; 0 for Parquet.
-        columns: what is what.
-    """
-
-    path: Path
-    form: CsvForm | None
-    header: tuple[str, ...]
-    begin: int
-    columns: Columns
 
 
 @dataclass(frozen=True)
@@ -98,7 +74,7 @@ def clean_chunk(task: Task) -> dict:
 
     Returns:
         Counts: `ROW_KINDS`, and under ``captions`` by column `CAPTION_KINDS`. The last file written holds them too, and
-        says that the others are whole: the rows, and a hash of each, by which duplicates are found later.
+        says that the others are complete: the rows, and a hash of each, by which duplicates are found later.
     """
     done = load_json(task.file("json"))
     if done is not None:
@@ -106,22 +82,18 @@ def clean_chunk(task: Task) -> dict:
     counts = dict.fromkeys(ROW_KINDS, 0)
     captions = {name: dict.fromkeys(CAPTION_KINDS, 0) for name in task.table.columns.captions.values()}
     hashes: list[int] = []
-    with whole_file(task.file("parquet")) as path, pq.ParquetWriter(path, task.rules.schema, compression="zstd") as out:
-        rows: list[dict] = []
-        for values, repaired in _rows(task):
-            counts["rows"] += 1
-            kind, row, found = clean_row(values, repaired, task.table.columns, task.rules)
-            counts[kind] += 1
-            for name, result in found.items():
-                _count_caption(captions[name], result)
-            if kind == "kept":
-                rows.append(row)
-                hashes.append(url_hash(row[URL] or row[KEY]))
-            if len(rows) == ROW_GROUP:
-                out.write_table(pa.Table.from_pylist(rows, task.rules.schema))
-                rows = []
-        if rows or not hashes:
-            out.write_table(pa.Table.from_pylist(rows, task.rules.schema))
+    held = task.rules.schema.empty_table()
+    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+    with whole_file(task.file("arrow")) as path, pa.ipc.new_file(path, task.rules.schema, options=options) as out:
+        for rows in read_rows(task.table, task.chunk):
+            kept, own = _clean_rows(rows, task, counts, captions)
+            hashes += own
+            held = pa.concat_tables([held, kept])
+            while len(held) >= ROW_GROUP:
+                out.write(_one_batch(held[:ROW_GROUP]))
+                held = held[ROW_GROUP:]
+        if len(held) or not hashes:
+            out.write(_one_batch(held))
     with whole_file(task.file("npy")) as path, open(path, "wb") as file:
         np.save(file, np.array(hashes, dtype=np.uint64))
     result = counts | {"captions": captions}
@@ -129,62 +101,47 @@ def clean_chunk(task: Task) -> dict:
     return result
 
 
-def clean_row(
-    values: dict[str, str | None] | None, repaired: bool, columns: Columns, rules: Rules
-) -> tuple[str, dict, dict[str, Cleaned]]:
-    """Cleans one row.
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    columns = [pa.concat_arrays(column.chunks or [pa.array([], column.type)]) for column in table.columns]
+    return pa.record_batch(columns, schema=table.schema)
 
-    Args:
-        values: column name -> text; None for a row that can't be read.
-        repaired: it was in another encoding.
-        columns: what is what.
-        rules: what to do.
+
+def _clean_rows(rows: Rows, task: Task, counts: dict, captions: dict) -> tuple[pa.Table, list[int]]:
+    """Cleans some rows and counts them.
+
+    A row is kept if a long caption is left of it (any caption, if the table has no long ones or the rules say so).
 
     Returns:
-        (one of `ROW_KINDS`, the row to write, each caption as cleaned). A row is kept if a long caption is left of it
-        (any caption, if the table has no long ones or the rules say so).
+        The rows to write, and the hash of each one's URL or key.
     """
-    url = (values.get(columns.url) or "").strip() if values else ""
-    key = (values.get(columns.key) or "").strip() if values else ""
-    if not url and not key:
-        return "malformed", {}, {}
+    columns, rules = task.table.columns, task.rules
+    counts["rows"] += len(rows.texts) + rows.num_malformed
+    urls, keys = (
+        [(text or "").strip() for text in rows.texts[name].to_pylist()] if name else [""] * len(rows.texts)
+        for name in (columns.url, columns.key)
+    )
+    named = np.array([bool(url or key) for url, key in zip(urls, keys)], dtype=bool)
+    counts["malformed"] += rows.num_malformed + int((~named).sum())
     found = {}
     for source, name in columns.captions.items():
-        cleaned = clean_caption(values.get(source), name != RAW, source in columns.long, rules.trim)
-        found[name] = cleaned._replace(repaired=True) if repaired and cleaned.text else cleaned
+        cleaned = clean_captions(rows.texts[source].filter(named), name != RAW, source in columns.long, rules.trim)
+        found[name] = cleaned.mark_repaired(rows.repaired[named])
+        for kind, number in found[name].counts().items():
+            captions[name][kind] += number
     needed = list(columns.long.values()) if columns.long and not rules.keep_without_long else list(found)
-    if not any(found[name].text for name in needed):
-        return ("refused" if any(c.fault == "refused" for c in found.values()) else "empty"), {}, found
-    row = {URL: url or None, KEY: key or f"{url_hash(url):016x}"}
-    return "kept", row | {name: cleaned.text for name, cleaned in found.items()}, found
-
-
-def _count_caption(counts: dict[str, int], result: Cleaned) -> None:
-    counts[result.fault or "kept"] += 1
-    counts["repaired"] += result.repaired
-    counts["cut_off"] += result.cut_off
-
-
-def _rows(task: Task) -> Iterator[tuple[dict[str, str | None] | None, bool]]:
-    """Yields (column name -> text, whether its encoding was wrong); None for a malformed row."""
-    if task.table.form is not None:
-        records = CsvRecords(task.table.path, task.table.form, len(task.table.header))
-        for record in records.read(task.chunk.begin, task.chunk.end):
-            yield (dict(zip(task.table.header, record.cells)) if record.cells else None), record.repaired
-        return
-    columns = task.table.columns
-    wanted = [name for name in (columns.url, columns.key, *columns.captions) if name]
-    with pq.ParquetFile(task.table.path) as file:
-        for group in range(task.chunk.begin, task.chunk.end):
-            num_left = file.metadata.row_group(group).num_rows
-            try:
-                for batch in file.iter_batches(1000, row_groups=[group], columns=wanted, use_threads=False):
-                    for row in batch.to_pylist():
-                        num_left -= 1
-                        yield {name: cell_text(value) for name, value in row.items()}, False
-            except (pa.ArrowException, OSError) as error:
-                logging.warning(f"{task.table.path}: row group {group} is damaged, {num_left:,} rows lost ({error})")
-                yield from repeat((None, False), num_left)
+    usable = np.any([found[name].is_text for name in needed], axis=0)
+    refused = np.any([cleaned.refused for cleaned in found.values()], axis=0) & ~usable
+    counts["kept"] += int(usable.sum())
+    counts["refused"] += int(refused.sum())
+    counts["empty"] += int((~usable & ~refused).sum())
+    places = np.flatnonzero(named)[usable].tolist()
+    hashes = [url_hash(urls[place] or keys[place]) for place in places]
+    written = {
+        URL: pa.array([urls[place] or None for place in places], pa.string()),
+        KEY: pa.array([keys[place] or f"{own:016x}" for place, own in zip(places, hashes)], pa.string()),
+    } | {name: cleaned.texts.filter(pa.array(usable)) for name, cleaned in found.items()}
+    nothing = pa.nulls(len(places), pa.string())
+    return pa.table([written.get(name, nothing) for name in rules.schema.names], schema=rules.schema), hashes
 
 
 def first_of_each(hash_files: list[Path], per_pass: int = 2_000_000) -> tuple[list[np.ndarray], Counter]:
@@ -231,18 +188,15 @@ def write_part(job: tuple[Path, Path, np.ndarray]) -> int:
         Rows written. A chunk of which nothing is kept leaves no file.
     """
     source, target, keep = job
-    if target.exists():
-        pass  # by a run that was killed
-    elif keep.all() and len(keep):
-        os.replace(source, target)
-    elif keep.any():
-        with pq.ParquetFile(source) as file, whole_file(target) as path:
-            with pq.ParquetWriter(path, file.schema_arrow, compression="zstd") as out:
+    if keep.any() and not target.exists():  # else written by a run that was killed
+        with pa.memory_map(str(source)) as file, whole_file(target) as path:
+            reader = pa.ipc.open_file(file)
+            with pq.ParquetWriter(path, reader.schema, compression="zstd") as out:
                 start = 0
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, use_threads=False)
-                    out.write_table(table.filter(pa.array(keep[start : start + table.num_rows])))
-                    start += table.num_rows
+                for number in range(reader.num_record_batches):
+                    rows = pa.table(reader.get_batch(number))
+                    out.write_table(rows.filter(pa.array(keep[start : start + len(rows)])))
+                    start += len(rows)
     source.unlink(missing_ok=True)
     return int(keep.sum())
 

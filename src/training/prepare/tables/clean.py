@@ -8,6 +8,9 @@ import re
 from typing import NamedTuple
 
 import ftfy
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 # Only what makes text wrong; the tokenizers straighten quotes and widths themselves.
 _REPAIR = ftfy.TextFixerConfig(
@@ -31,8 +34,16 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _AS_AN_AI = re.compile(r"\b[Aa]s an? (?:AI|[Aa]rtificial [Ii]ntelligence)(?: language)? (?:model|assistant)\b")
-_END = re.compile(r"[.!?\u3002][\"'\u201d\u2019)\]]*$")
+_END = re.compile("[.!?\u3002][\"'\u201d\u2019)\\]]*$")
 _SENTENCE = re.compile(r"(?<!\w\.\w)[.!?][\"'\u201d\u2019)\]]*(?=\s)|\u3002")
+# For RE2, in which words and spaces are ASCII: any text that _REFUSAL matches is matched by this, too.
+_MAY_REFUSE = re.sub(r"\(\?!.*?\)\)|\\b", "", _REFUSAL.pattern).replace("\\u2019", "\u2019")
+# Words of ASCII between single spaces and line ends, with characters of Western Europe that stand alone: text decoded
+# wrongly has two such neighbours, and ftfy leaves a single one alone. "&", "<" and "\\" may begin something to repair.
+_LETTER = "[\u00c0\u00c1\u00c4-\u00c8\u00c9\u00e0-\u00f6\u00f8-\u00ff\u2013\u2014\u2018\u2019\u201c\u201d\u2026]"
+_ASCII = r"[!-%'-;=-\[\]-~]"
+_WORD = f"(?:(?:{_LETTER}?{_ASCII})+{_LETTER}?|{_LETTER})"
+_USUAL = rf"^{_WORD}(?:[ \n]{_WORD})*$"
 _LIST_NUMBER = re.compile(r"(?:^|\s)\d{1,2}[.!?]$")
 
 
@@ -74,6 +85,59 @@ def clean_caption(text: str | None, generated: bool = True, long: bool = False, 
         return Cleaned(None, "refused", repaired)
     cut = long and is_cut_off(tidy)
     return Cleaned(without_cut_sentence(tidy) if cut and trim else tidy, None, repaired, cut)
+
+
+class CleanedColumn(NamedTuple):
+    """A column of captions after cleaning.
+
+    Attributes:
+        texts: the captions; null where nothing usable is left.
+        refused, repaired, cut_off: bool [num_rows], as in `Cleaned`.
+    """
+
+    texts: pa.ChunkedArray
+    refused: np.ndarray
+    repaired: np.ndarray
+    cut_off: np.ndarray
+
+    @property
+    def is_text(self) -> np.ndarray:
+        """bool [num_rows], where a caption is left."""
+        return np.asarray(self.texts.is_valid())
+
+    def mark_repaired(self, rows: np.ndarray) -> "CleanedColumn":
+        """Marks the captions of rows that were read in another encoding."""
+        return self._replace(repaired=self.repaired | (rows & self.is_text))
+
+    def counts(self) -> dict[str, int]:
+        """How many captions are kept, empty, refused, repaired and cut off."""
+        kept, refused = int(self.is_text.sum()), int(self.refused.sum())
+        marks = {"repaired": int(self.repaired.sum()), "cut_off": int(self.cut_off.sum())}
+        return {"kept": kept, "empty": len(self.texts) - kept - refused, "refused": refused} | marks
+
+
+def clean_captions(texts: pa.ChunkedArray, generated: bool, long: bool, trim: bool) -> CleanedColumn:
+    """Cleans a column as `clean_caption` cleans each text; texts that certainly stay as they are cost little."""
+    usual = np.asarray(is_usual(texts, generated, long))
+    places = np.flatnonzero(~usual)
+    found = [clean_caption(text, generated, long, trim) for text in texts.filter(pa.array(~usual)).to_pylist()]
+    marks = np.zeros((3, len(texts)), dtype=bool)
+    for row, kind in enumerate(("refused", "repaired", "cut_off")):
+        marks[row, places] = [c.fault == "refused" if kind == "refused" else getattr(c, kind) for c in found]
+    cleaned = pc.replace_with_mask(texts, pa.array(~usual), pa.array([c.text for c in found], pa.string()))
+    return CleanedColumn(cleaned, *marks)
+
+
+def is_usual(texts: pa.ChunkedArray, generated: bool, long: bool) -> pa.ChunkedArray:
+    """Tells which texts `clean_caption` certainly leaves as they are. Most captions are; the others may be."""
+    usual = pc.and_(pc.match_substring_regex(texts, _USUAL), pc.match_substring_regex(texts, "[0-9A-Za-z]"))
+    usual = pc.and_(usual, pc.greater(pc.binary_length(texts), 4))
+    if generated:
+        suspicious = pc.match_substring_regex(texts, f"(?i)^(?:{_MAY_REFUSE})| AI |rtificial")
+        usual = pc.and_(usual, pc.invert(suspicious))
+    if long:
+        usual = pc.and_(usual, pc.match_substring_regex(pc.utf8_slice_codeunits(texts, -8), _END.pattern))
+    return pc.fill_null(usual, False)
 
 
 def repair_text(text: str) -> str:

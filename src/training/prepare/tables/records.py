@@ -1,10 +1,21 @@
 """Stretches of tables that do not fit memory: bytes of a CSV file, or row groups of a Parquet file."""
 
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-from dataloaders.csv_rows import CsvRecords
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+from dataloaders.csv_rows import CsvForm, CsvRecords, Record, Stretch
 from training.data.captions import join_sentences
+from training.prepare.tables.columns import Columns
+
+ROWS_AT_ONCE = 4_000  # 10 to 20 MB
 
 
 class Chunk(NamedTuple):
@@ -14,14 +25,55 @@ class Chunk(NamedTuple):
     end: int
 
 
+@dataclass(frozen=True)
+class Table:
+    """One input.
+
+    Attributes:
+        path: the file.
+        form: how a CSV is written; None for Parquet.
+        header: the names of all columns.
+        begin: the byte of the first row; 0 for Parquet.
+        columns: which columns are used, and for what.
+    """
+
+    path: Path
+    form: CsvForm | None
+    header: tuple[str, ...]
+    begin: int
+    columns: Columns
+
+    @property
+    def wanted(self) -> list[str]:
+        """The columns that are read."""
+        return list(
+            dict.fromkeys(name for name in (self.columns.url, self.columns.key, *self.columns.captions) if name)
+        )
+
+
+class Rows(NamedTuple):
+    """Some rows of a table.
+
+    Attributes:
+        texts: the wanted columns, as strings.
+        repaired: bool [num_rows], rows that were not UTF-8 and have been read as Windows-1252.
+        num_malformed: rows before or between these that can't be read.
+    """
+
+    texts: pa.Table
+    repaired: np.ndarray
+    num_malformed: int
+
+
 def csv_chunks(records: CsvRecords, begin: int, num_rows: int) -> Iterator[Chunk]:
     """Cuts what follows byte `begin` into stretches of `num_rows` rows."""
-    end = begin
-    for number, record in enumerate(records.read(begin), start=1):
-        end = record.end
-        if number % num_rows == 0:
-            yield Chunk(begin, end)
-            begin = end
+    end, missing = begin, num_rows
+    for part in records.read_fast(begin):
+        ends = part.begin + part.ends if isinstance(part, Stretch) else np.array([part.end])
+        for stop in ends[missing - 1 :: num_rows].tolist():
+            yield Chunk(begin, stop)
+            begin = stop
+        end, missing = int(ends[-1]), (missing - len(ends) - 1) % num_rows + 1
     if end > begin:
         yield Chunk(begin, end)
 
@@ -34,6 +86,82 @@ def parquet_chunks(group_sizes: Sequence[int], num_rows: int) -> Iterator[Chunk]
         if held >= num_rows or number == len(group_sizes):
             yield Chunk(begin, number)
             begin, held = number, 0
+
+
+def read_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
+    """Yields the rows of a chunk, about `ROWS_AT_ONCE` at a time."""
+    held: list[pa.Table] = []
+    repaired: list[np.ndarray] = []
+    malformed = num_rows = 0
+    for rows in _csv_rows(table, chunk) if table.form else _parquet_rows(table, chunk):
+        held.append(rows.texts)
+        repaired.append(rows.repaired)
+        malformed += rows.num_malformed
+        num_rows += len(rows.repaired)
+        if num_rows >= ROWS_AT_ONCE:
+            yield Rows(pa.concat_tables(held), np.concatenate(repaired), malformed)
+            held, repaired, malformed, num_rows = [], [], 0, 0
+    if held:
+        yield Rows(pa.concat_tables(held), np.concatenate(repaired), malformed)
+
+
+def _csv_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
+    records: list[Record] = []  # those that need care are seldom alone in a file of another encoding
+    for part in CsvRecords(table.path, table.form, len(table.header)).read_fast(chunk.begin, chunk.end):
+        if isinstance(part, Record):
+            records.append(part)
+        if records and (isinstance(part, Stretch) or len(records) == ROWS_AT_ONCE):
+            yield _careful_rows(table, records)
+            records = []
+        if isinstance(part, Stretch):
+            texts = _parse(table, part.data)
+            assert len(texts) == len(part.ends)
+            yield Rows(texts, np.zeros(len(texts), dtype=bool), 0)
+    if records:
+        yield _careful_rows(table, records)
+
+
+def _careful_rows(table: Table, records: list[Record]) -> Rows:
+    good = [record for record in records if record.cells is not None]
+    places = [table.header.index(name) for name in table.wanted]
+    texts = [pa.array([record.cells[place] for record in good], pa.string()) for place in places]
+    repaired = np.array([record.repaired for record in good], dtype=bool)
+    return Rows(pa.table(texts, table.wanted), repaired, len(records) - len(good))
+
+
+def _parse(table: Table, data: bytes) -> pa.Table:
+    quote = '"' if table.form.quoted else False
+    return csv.read_csv(
+        pa.BufferReader(data),
+        csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=table.header),
+        csv.ParseOptions(delimiter=table.form.separator, quote_char=quote, newlines_in_values=True),
+        csv.ConvertOptions(
+            column_types=dict.fromkeys(table.wanted, pa.string()),
+            include_columns=table.wanted,
+            strings_can_be_null=False,
+        ),
+    )
+
+
+def _parquet_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
+    with pq.ParquetFile(table.path) as file:
+        for group in range(chunk.begin, chunk.end):
+            num_left = file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(1000, row_groups=[group], columns=table.wanted, use_threads=False):
+                    num_left -= len(batch)
+                    texts = pa.table([_strings(batch.column(name)) for name in table.wanted], table.wanted)
+                    yield Rows(texts, np.zeros(len(texts), dtype=bool), 0)
+            except (pa.ArrowException, OSError) as error:
+                logging.warning(f"{table.path}: row group {group} is damaged, {num_left:,} rows lost ({error})")
+                none = pa.table([pa.array([], pa.string()) for _ in table.wanted], table.wanted)
+                yield Rows(none, np.zeros(0, dtype=bool), num_left)
+
+
+def _strings(column: pa.Array) -> pa.Array:
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.cast(pa.string())
+    return pa.array(map(cell_text, column.to_pylist()), pa.string())
 
 
 def cell_text(value: object) -> str | None:

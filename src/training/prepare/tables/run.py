@@ -24,7 +24,6 @@ from dataloaders.csv_rows import CsvForm, CsvRecords
 from training.prepare.tables.chunk import (
     ROW_KINDS,
     Rules,
-    Table,
     Task,
     clean_chunk,
     first_of_each,
@@ -32,7 +31,7 @@ from training.prepare.tables.chunk import (
     write_part,
 )
 from training.prepare.tables.columns import find_columns, output_captions
-from training.prepare.tables.records import Chunk, csv_chunks, parquet_chunks
+from training.prepare.tables.records import Chunk, Table, csv_chunks, parquet_chunks
 from training.prepare.work import (
     format_counts,
     load_json,
@@ -103,7 +102,7 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
                 bar.update(size)
         # Rows that others of their URL come before.
         keep, duplicates = first_of_each([task.file("npy") for task in tasks])
-        jobs = [(task.file("parquet"), out / f"{task.base.name}.parquet", mask) for task, mask in zip(tasks, keep)]
+        jobs = [(task.file("arrow"), out / f"{task.base.name}.parquet", mask) for task, mask in zip(tasks, keep)]
         kept = sum(progress(spread(write_part, jobs, pool), len(jobs), "writing", "part"))
     counts = total_counts([results[task.base] for task in tasks])
     assert kept + duplicates["duplicates"] == counts["kept"]

@@ -1,0 +1,92 @@
+"""Where the rows of a CSV end, found a block at a time, as far as no row needs care."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+_QUOTE, _LINE_END, _SEPARATOR, _ODD = 1, 2, 3, 4
+# Zero bytes and what Python takes for further line ends. A carriage return is odd where no line end follows.
+_ODD_BYTES = b"\0\x0b\x0c\r\x1c\x1d\x1e"
+_ODD_CHARACTERS = tuple(character.encode() for character in "\x85\u2028\u2029")
+
+
+def plain_row_ends(
+    block: bytes, separator: str, quoted: bool, num_cells: int, max_bytes: int, is_row: Callable[[str], bool]
+) -> tuple[np.ndarray, bool]:
+    """Finds the leading rows of a block that are good, in UTF-8, and read alike by every CSV parser.
+
+    A row is plain if quotes stand only around whole cells or doubled within them, if it has the right number of cells,
+    and if none of its bytes or inner lines is suspicious.
+
+    Args:
+        block: bytes of a CSV from the beginning of a row on.
+        separator: one character.
+        quoted: whether quotes have a meaning.
+        num_cells: of a good row.
+        max_bytes: a row of this size is not plain.
+        is_row: tells whether a line inside quotes might be a row itself, after a quote that was left open.
+
+    Returns:
+        int64 [num_rows], where each row ends; and whether all complete rows of the block are among them.
+    """
+    if not separator.isascii():
+        return np.zeros(0, dtype=np.int64), False
+    codes, places = _marks(block, separator, quoted)
+    is_quote, is_end, is_separator = codes == _QUOTE, codes == _LINE_END, codes == _SEPARATOR
+    inside = np.cumsum(is_quote) % 2 == 1
+    row_end = is_end & ~inside
+    ends = places[row_end] + 1
+    begins = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])[: len(ends)]
+    cells = np.diff(np.cumsum(is_separator & ~inside)[row_end], prepend=0) + 1
+    wrong = (cells != num_cells) | (ends - begins >= max_bytes) | (ends - begins <= 2)
+    odd = [begins[wrong], _odd_places(block, codes, places), _misplaced_quotes(block, separator, places, codes, inside)]
+    stop = min([int(found[0]) for found in odd if len(found)] + [int(ends[-1]) if len(ends) else 0])
+    # Lines that end inside quotes, and begin another one with enough separators for a row.
+    lines, separators = places[is_end] + 1, np.cumsum(is_separator)[is_end]
+    inner = ~row_end[is_end][:-1] & (lines[:-1] < stop) & (np.diff(separators) >= num_cells - 1)
+    for line in np.flatnonzero(inner):
+        if any(map(is_row, block[lines[line] : lines[line + 1]].decode("utf-8", "replace").splitlines())):
+            stop = int(lines[line])
+            break
+    num_plain = int(np.searchsorted(ends, stop, side="right"))
+    return ends[:num_plain], num_plain == len(ends)
+
+
+def _marks(block: bytes, separator: str, quoted: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (codes, places) of the bytes that matter."""
+    table = bytearray(256)
+    for byte in _ODD_BYTES:
+        table[byte] = _ODD
+    table[ord("\n")], table[ord(separator)] = _LINE_END, _SEPARATOR
+    if quoted:
+        table[ord('"')] = _QUOTE
+    marks = np.frombuffer(block.translate(bytes(table)), dtype=np.uint8)
+    places = np.flatnonzero(marks != 0)
+    return marks[places], places
+
+
+def _odd_places(block: bytes, codes: np.ndarray, places: np.ndarray) -> list[int]:
+    """Returns the first place that is not UTF-8 or that parsers read differently, if there is one."""
+    array = np.frombuffer(block, dtype=np.uint8)
+    odd = places[codes == _ODD]
+    following = array[np.minimum(odd + 1, len(array) - 1)]
+    found = odd[(array[odd] != ord("\r")) | (following != ord("\n"))][:1].tolist()
+    if not block.isascii():
+        found += [place for place in map(block.find, _ODD_CHARACTERS) if place >= 0]
+        try:
+            block.decode("utf-8")
+        except UnicodeDecodeError as error:
+            found.append(error.start)
+    return sorted(found)
+
+
+def _misplaced_quotes(
+    block: bytes, separator: str, places: np.ndarray, codes: np.ndarray, inside: np.ndarray
+) -> np.ndarray:
+    """Returns the quotes that neither begin nor end a cell and are not doubled."""
+    quotes, opening = places[codes == _QUOTE], inside[codes == _QUOTE]
+    array = np.frombuffer(b"\n" + block + b" ", dtype=np.uint8)
+    before, after = array[quotes], array[quotes + 2]
+    free = np.zeros(256, dtype=bool)
+    free[[ord(separator), ord("\n"), ord('"')]] = True
+    return quotes[np.where(opening, ~free[before], ~free[after] & (after != ord("\r")))]
