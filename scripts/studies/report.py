@@ -150,15 +150,16 @@ def _draw_lengths(recorded: dict) -> object:
                     points.setdefault(int(tokens), []).append(50 * (value["i2t"] + value["t2i"]))
     if not curves:
         return None
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for title, points in curves.items():
-        axes.plot(points.keys(), [statistics.mean(values) for values in points.values()], marker="o", label=title)
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+    for number, (title, points) in enumerate(curves.items()):
+        means = [statistics.mean(values) for values in points.values()]
+        axes.plot(points.keys(), means, marker="o", linestyle="--" if number > 9 else "-", label=title)
     axes.set(xlabel="tokens of each caption that are read", ylabel="R@1 in percent, mean of both directions")
     axes.set(title=recorded["title"], xscale="log")
     axes.set_xticks(list(next(iter(curves.values()))), list(next(iter(curves.values()))))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right center")
     return figure
 
 
@@ -171,7 +172,7 @@ def _draw_corners(recorded: dict) -> object:
         curves = run["curves"]
         for name in (n for n in curves if "corner" in n and "cosine" in n):
             if figure is None:
-                figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+                figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
             title = recorded["arms"][run["arm"]]["title"]
             colour = f"C{list(recorded['arms']).index(run['arm']) % 10}"
             axes.plot(curves["step"], curves[name], color=colour, label=None if title in drawn else title)
@@ -179,7 +180,7 @@ def _draw_corners(recorded: dict) -> object:
     if figure is not None:
         axes.set(xlabel="step", ylabel="mean cosine of the corners with [CLS]", title=recorded["title"], ylim=(None, 1))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        figure.legend(fontsize=7, loc="outside right center")
     return figure
 
 
