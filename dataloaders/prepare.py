@@ -22,7 +22,7 @@ from dataloaders.images import BrokenImageError, load_rgb
 from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images, one_caption_per_image
 from dataloaders.registry import Benchmark, benchmarks, destination, find_below_data_root, options_of, suites
 from dataloaders.share4v import SOURCE, read_items
-from dataloaders.stats import caption_stats, draw_stats, format_stats, token_counter
+from dataloaders.stats import CaptionStats, caption_stats, draw_stats, format_stats, to_json, token_counter
 from dataloaders.values import names
 
 
@@ -193,6 +193,17 @@ def read_for_stats(args: argparse.Namespace) -> list[RetrievalSet]:
     return [s for benchmark in chosen for s in benchmark.read(args)]
 
 
+def write_stats(found: list[CaptionStats], path: Path) -> str:
+    """Writes the figure, and beside it the counts as JSON; returns where they are."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    draw_stats(found).savefig(path, dpi=120, metadata={"Software": None})
+    counts = path.with_suffix(".json")
+    counts.write_text(json.dumps(to_json(found)) + "\n", encoding="utf-8")
+    return f"Figure: {path}   Counts: {counts}"
+
+
 def _benchmark_at(args: argparse.Namespace, name: str, root: str) -> Benchmark:
     """Sets a benchmark's flag to its folder; ValueError if it needs another flag."""
     benchmark = next(b for b in benchmarks() if b.name == name)
@@ -292,8 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "stats":
             count_tokens = token_counter(args.tokenizer)
             found = [caption_stats(s, count_tokens) for s in read_for_stats(args)]
-            draw_stats(found, args.out)
-            report, complete = f"{format_stats(found)}\nFigure: {args.out}", True
+            report, complete = f"{format_stats(found)}\n{write_stats(found, args.out)}", True
         else:
             report, complete = check_benchmark(read_for_check(args), args.read_images)
     except (ValueError, OSError) as error:

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from dataloaders.captions import split_caption
 from dataloaders.pairs import RetrievalSet
 
 CONTEXTS = (77, 128, 248)  # of CLIP, LoTLIP and Long-CLIP
+KINDS = ("sentences", "tokens")
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,32 @@ def format_stats(found: Sequence[CaptionStats]) -> str:
     return tabulate(rows, headers=headers, colalign=["left"] + ["right"] * 7, disable_numparse=True)
 
 
-def draw_stats(found: Sequence[CaptionStats], path: Path) -> None:
-    """Writes a PNG: images, sentences and tokens per caption (box: quartiles, whiskers: 5 to 95%), shares cut."""
-    import matplotlib
+def to_json(found: Sequence[CaptionStats]) -> list[dict]:
+    """Returns counts, without any caption: per benchmark how many captions have each number of sentences and tokens."""
 
-    matplotlib.use("Agg")
+    def counts(values: np.ndarray) -> dict[str, int]:
+        return {str(value): int(number) for value, number in zip(*np.unique(values, return_counts=True))}
+
+    return [
+        {"title": s.title, "images": s.num_images, "sentences": counts(s.sentences), "tokens": counts(s.tokens)}
+        for s in found
+    ]
+
+
+def from_json(content: Sequence[dict]) -> list[CaptionStats]:
+    """Returns what `to_json` was given; captions come in another order."""
+
+    def values(counts: dict[str, int]) -> np.ndarray:
+        return np.repeat(np.array([int(value) for value in counts]), list(counts.values()))
+
+    return [
+        CaptionStats(own["title"], own["images"], sum(own["tokens"].values()), *(values(own[k]) for k in KINDS))
+        for own in content
+    ]
+
+
+def draw_stats(found: Sequence[CaptionStats]) -> object:
+    """Draws images, sentences and tokens per caption (box: quartiles, whiskers: 5 to 95%), and shares cut."""
     from matplotlib import pyplot
 
     names = [s.title.replace("$", r"\$") for s in found]
@@ -94,9 +115,9 @@ def draw_stats(found: Sequence[CaptionStats], path: Path) -> None:
     places = range(len(found))
     bars = panels[0].barh(places, [s.num_images for s in found], color="C0")
     panels[0].bar_label(bars, [f"{s.num_images:,}" for s in found], padding=3, fontsize=8)
-    panels[0].set(xscale="log", xlabel="images", yticks=places, yticklabels=names)
-    panels[0].margins(x=0.3)
-    for axes, kind in zip(panels[1:3], ("sentences", "tokens")):
+    limits = (1, 10 * max(s.num_images for s in found))
+    panels[0].set(xscale="log", xlim=limits, xlabel="images", yticks=places, yticklabels=names)
+    for axes, kind in zip(panels[1:3], KINDS):
         values = [getattr(s, kind) for s in found]
         axes.boxplot(values, positions=places, orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.6)
         axes.scatter([v.mean() for v in values], places, marker="D", s=18, color="C1", zorder=3, label="mean")
@@ -111,5 +132,4 @@ def draw_stats(found: Sequence[CaptionStats], path: Path) -> None:
     panels[3].set(xlabel="captions cut, percent", xlim=(0, 100))
     panels[3].legend(fontsize=8)
     panels[0].invert_yaxis()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+    return figure

@@ -6,7 +6,7 @@
 
     ours.json    evaluations of ours on the same benchmarks
     demo.json    the demo's comparison      lengths.json    R@1 by tokens, of evaluations and of the demo
-    recipes.json losses of scripts/run_recipes.py
+    recipes.json losses of scripts/run_recipes.py    statistics.json    counts of `python -m dataloaders.prepare stats`
 
 Printed numbers come from src/training/eval/published.json; `--table` prints them as the README's table.
 
@@ -17,6 +17,8 @@ import argparse
 import json
 import sys
 from pathlib import Path
+
+from dataloaders.stats import draw_stats, from_json
 
 FIGURES = Path(__file__).parents[1] / "figures"
 PUBLISHED = FIGURES.parent / "src" / "training" / "eval" / "published.json"
@@ -34,15 +36,15 @@ KEYS = {
 SIZE = "B/16"
 
 
-def read(name: str) -> dict | None:
+def read(name: str) -> dict | list | None:
     """Returns figures/NAME.json, None if there is none."""
     path = FIGURES / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def write(name: str, content: dict) -> None:
+def write(name: str, content: dict | list, indent: int | None = 1) -> None:
     """Writes figures/NAME.json."""
-    (FIGURES / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (FIGURES / f"{name}.json").write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def last_result(run: Path) -> dict:
@@ -214,12 +216,19 @@ def draw_recipes() -> object:
     return figure
 
 
+def draw_statistics() -> object:
+    """How long the captions of benchmarks are; None if no counts are recorded."""
+    recorded = read("statistics")
+    return draw_stats(from_json(recorded)) if recorded else None
+
+
 def main() -> int:
     """Records what is asked for, draws everything recorded; returns 0, or 2 for a usage error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, metavar="RUN", help="folder of an evaluation to record")
     parser.add_argument("--as", dest="label", metavar="LABEL", help="its name in figures (default: the folder's)")
     parser.add_argument("--record-demo", type=Path, metavar="DIR", help="folder of a demo to record")
+    parser.add_argument("--record-stats", type=Path, metavar="JSON", help="counts of `prepare stats` to record")
     parser.add_argument("--table", action="store_true", help="print the README's table of printed numbers and stop")
     args = parser.parse_args()
     if args.table:
@@ -230,6 +239,10 @@ def main() -> int:
             record(args.record, args.label or args.record.name)
         if args.record_demo:
             record_demo(args.record_demo)
+        if args.record_stats:
+            new = json.loads(args.record_stats.read_text(encoding="utf-8"))
+            kept = [own for own in read("statistics") or [] if own["title"] not in {other["title"] for other in new}]
+            write("statistics", kept + new, indent=None)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     import matplotlib
@@ -240,6 +253,7 @@ def main() -> int:
         ("demo", draw_demo),
         ("lengths", draw_lengths),
         ("recipes", draw_recipes),
+        ("statistics", draw_statistics),
     ):
         figure = draw()
         if figure is None:

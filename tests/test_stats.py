@@ -1,5 +1,7 @@
 """prepare stats: counts against open_clip's own tokenizer, and mistakes that exit with 2."""
 
+import json
+
 import numpy as np
 import open_clip
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 from dataloaders import prepare
 from dataloaders.captions import split_caption
 from dataloaders.dci import read_dci
-from dataloaders.stats import caption_stats, token_counter
+from dataloaders.stats import caption_stats, format_stats, from_json, token_counter
 from eval_files import write_coco
 from support import LAYOUTS
 
@@ -32,6 +34,9 @@ def test_table_and_figure_of_sets_named_or_found(tmp_path, capsys):
     rows = {line.split()[0]: line.split() for line in said.splitlines() if line}
     assert rows["COCO"][1:3] == ["6", "30"] and "DCI" in rows and "--flickr30k-retrieval" in err
     assert Image.open(out).width > 1000
+    # The counts beside it hold all that the figure shows, and no caption.
+    recorded = from_json(json.loads(out.with_suffix(".json").read_text()))
+    assert format_stats(recorded) in said
 
 
 @pytest.mark.parametrize(
