@@ -14,7 +14,12 @@ from pathlib import Path
 
 from record import DIRECTIONS, benchmarks_of, rows
 
-CHANGES = ("first sentence dropped", "sentences shuffled", "one sentence dropped at random")
+# Changes of captions -> headings.
+CHANGES = {
+    "first sentence dropped": "first dropped",
+    "sentences shuffled": "shuffled",
+    "one sentence dropped at random": "one dropped",
+}
 
 
 def one_line(result: dict) -> str:
@@ -59,11 +64,11 @@ def _diagnostics(recorded: dict) -> dict[str, dict]:
         for which, factor in (("2", 100), ("3", 100), ("K", 1)):
             score = factor * statistics.mean(own["himo"][which]["score"] for own in found)
             cells[f"HiMo@{which}"] = f"{score:.{1 if factor > 1 else 2}f}"
-        for change in CHANGES:
+        for change, heading in CHANGES.items():
             moved = [
                 100 * statistics.mean(own["changes"][change][d]["difference"] for own in found) for d in DIRECTIONS
             ]
-            cells[change] = " / ".join(f"{value:+.1f}" for value in moved)
+            cells[heading] = " / ".join(f"{value:+.1f}" for value in moved)
         table[name] = cells
     return table
 
