@@ -114,7 +114,7 @@ def test_weights_and_normalisations():
     ("options", "said"),
     [
         ({"normalisation": "none"}, "normalisation none: expected one of published, per-term"),
-        ({"terms": (LossTerm("a_loss", (0,)), LossTerm("a_loss", (1,)))}, "a_loss, a_loss: expected different names"),
+        ({"terms": (LossTerm("a_loss", (0,)), LossTerm("a_loss", (1,)))}, "a_loss, a_loss: expected unique names"),
     ],
 )
 def test_what_cant_be_is_said(options, said):

@@ -1,4 +1,4 @@
-"""Losses between images and several captions each; usable without the rest of the project."""
+"""Losses between images and several captions per image; usable without the rest of the project."""
 
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 from training.loss.terms import LossTerm

@@ -1,16 +1,18 @@
-"""Contrastive terms over pairs of feature sets in blocks of rows: no logits matrix is ever whole, none is kept.
+"""Contrastive terms over pairs of feature sets, in blocks of rows: a full logits matrix is never built or stored.
 
-The gradients are made in the forward pass, while a block's logits are at hand: the backward pass only weighs them.
-So what stays between the two is as large as the features, and a batch that fits one block costs no matrix product more
-than the plain loss. A larger one costs one more per pair of sets, as its column sums are known only after a first pass.
+Gradients are computed in the forward pass, while a block's logits are available; the backward pass only scales them.
+Memory between the two passes is therefore proportional to the features. A batch that fits in one block needs no more
+matrix products than the plain loss. A larger batch needs one more per pair of feature sets, because the column sums are
+known only after a first pass.
 
-Arithmetic for a global batch of 65,536 in fp32 on one process, T = 10 text features of D = 768: texts 2.01 GB and
-images 0.20 GB, their gradients by term 2.01 + 2 x 0.20 GB, and these once weighted 2.01 + 0.20 GB: 6.8 GB. The two
-softmaxes of ten matrices of logits, which the plain loss keeps, would be 344 GB.
+Memory for a global batch of 65,536 in fp32 on one process, with T = 10 text features of D = 768: texts 2.01 GB, images
+0.20 GB, their gradients per term 2.01 + 2 x 0.20 GB, and the weighted gradients 2.01 + 0.20 GB: 6.8 GB in total. The
+plain loss keeps two softmaxes of each of the ten logits matrices, which would take 344 GB.
 
-Source: the idea is that of Inf-CL (arXiv 2410.17243) and of fused cross-entropies. PyPI's `memeff` (0.3.1) was looked
-at and does not fit: CUDA kernels only, a temperature that is a constant, no double precision. GradCache (arXiv
-2101.06983) and DisCo-CLIP (arXiv 2304.08480) spare activations of the towers and the other ranks' rows, not the matrix.
+Source: the idea follows Inf-CL (arXiv 2410.17243) and fused cross-entropy kernels. PyPI's `memeff` (0.3.1) does not
+fit: it has CUDA kernels only, treats the temperature as a constant, and has no double precision. GradCache (arXiv
+2101.06983) and DisCo-CLIP (arXiv 2304.08480) save memory for the towers' activations and for other ranks' rows, but not
+for the logits matrix.
 """
 
 from collections.abc import Iterator
@@ -25,13 +27,13 @@ BLOCK_NUMBERS_CPU, BLOCK_NUMBERS_GPU = 2**21, 2**24
 
 
 class _Blocks:
-    """Rows of one feature set against all of another, some rows at a time, in the same two buffers.
+    """Compares rows of one feature set with all rows of another, block by block, reusing the same two buffers.
 
     Args:
-        block_numbers: logits in a block.
-        scale: [], what similarities are multiplied by.
-        bias: [], what is then added; or None.
-        smoothing: share of the target that goes to all rows alike.
+        block_numbers: maximum number of logits in a block.
+        scale: [], factor of the similarities.
+        bias: [], added to the scaled similarities; or None.
+        smoothing: label smoothing: the fraction of the target that is spread evenly over all rows.
     """
 
     def __init__(self, block_numbers: int, scale: torch.Tensor, bias: torch.Tensor | None, smoothing: float = 0.0):
@@ -39,26 +41,29 @@ class _Blocks:
         self.smoothing = smoothing
         self.buffers: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def of(self, num_rows: int, num_keys: int) -> list[slice]:
-        """As few blocks as the size allows, all of about the same height."""
+    def split(self, num_rows: int, num_keys: int) -> list[slice]:
+        """Splits the rows into as few blocks as the block size allows, all of about the same height."""
         height = max(1, self.block_numbers // num_keys)
         height = -(-num_rows // -(-num_rows // height))
         return [slice(start, min(start + height, num_rows)) for start in range(0, num_rows, height)]
 
     def buffer(self, number: int, num_rows: int, num_keys: int) -> torch.Tensor:
-        """Scratch [num_rows, num_keys], its content undefined."""
+        """Returns scratch memory [num_rows, num_keys] with undefined content."""
         name = (number, num_keys)
         if name not in self.buffers or len(self.buffers[name]) < num_rows:
             self.buffers[name] = self.scale.new_empty(num_rows, num_keys)
         return self.buffers[name][:num_rows]
 
     def logits(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """[n, dim], [N, dim] -> [n, N], good until the next call."""
+        """Logits [n, N] of rows [n, dim] and keys [N, dim]; overwritten by the next call."""
         logits = torch.mm(rows * self.scale, keys.T, out=self.buffer(0, len(rows), len(keys)))
         return logits if self.bias is None else logits.add_(self.bias)
 
     def target(self, positive: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Mean logit of the targets: of the pairs themselves, and with smoothing also of all pairs."""
+        """Expected logit under the target distribution, [n]: the matching pair's, mixed with the mean if smoothed.
+
+        The mean is taken over all of `rows` and `keys`, not per row, so only the mean of the result is exact.
+        """
         if not self.smoothing:
             return positive
         everything = self.scale * (rows.mean(0) @ keys.mean(0))
@@ -79,7 +84,7 @@ def _add_gradients(
     d_keys: torch.Tensor | None,
     factor: float,
 ) -> None:
-    """Adds factor x weights [n, N] times the other side's features; the logit scale is left out until the end."""
+    """Adds factor x weights [n, N] @ the other side's features; the logit scale is applied once, at the end."""
     if d_rows is not None:
         d_rows.addmm_(weights, keys, alpha=factor)
     if d_keys is not None:
@@ -91,9 +96,12 @@ def _part(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
 
 
 def _two_way(blocks: _Blocks, rows, keys, d_rows, d_keys, wants_grad: bool) -> torch.Tensor:
-    """Symmetric cross-entropy of rows and keys, both [N, dim], pairs on the diagonal; gradients are added."""
+    """Symmetric cross-entropy of rows and keys, both [N, dim], with matching pairs on the diagonal.
+
+    Adds the gradients to `d_rows` and `d_keys`.
+    """
     num = len(rows)
-    parts = blocks.of(num, num)
+    parts = blocks.split(num, num)
     row_lse, positive = rows.new_empty(num), rows.new_empty(num)
     key_lse = rows.new_full((num,), -torch.inf)
     for part in parts:
@@ -103,7 +111,7 @@ def _two_way(blocks: _Blocks, rows, keys, d_rows, d_keys, wants_grad: bool) -> t
         positive[part] = logits.diagonal(part.start)
     if wants_grad:
         for part in parts:
-            if len(parts) > 1:  # a single block's logits are still there
+            if len(parts) > 1:  # with a single block, the logits are still in the buffer
                 logits = blocks.logits(rows[part], keys)
             weights = torch.sub(logits, row_lse[part, None], out=blocks.buffer(1, *logits.shape)).exp_()
             weights += logits.sub_(key_lse).exp_()
@@ -113,10 +121,10 @@ def _two_way(blocks: _Blocks, rows, keys, d_rows, d_keys, wants_grad: bool) -> t
 
 
 def _one_way(blocks: _Blocks, rows, keys, first: int, d_rows, d_keys, wants_grad: bool) -> torch.Tensor:
-    """Half the cross-entropy from rows [n, dim] to keys [N, dim]; row i belongs to key first + i."""
+    """Half the cross-entropy from rows [n, dim] to keys [N, dim]; row i matches key first + i."""
     num = len(rows)
     losses = rows.new_empty(num)
-    for part in blocks.of(num, len(keys)):
+    for part in blocks.split(num, len(keys)):
         logits = blocks.logits(rows[part], keys)
         lse = logits.logsumexp(1)
         losses[part] = lse - blocks.target(logits.diagonal(first + part.start), rows[part], keys)
@@ -130,10 +138,10 @@ def _one_way(blocks: _Blocks, rows, keys, first: int, d_rows, d_keys, wants_grad
 def _sigmoid(
     blocks: _Blocks, rows, keys, first: int, d_rows, d_keys, wants_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """SigLIP's loss of rows [n, dim] and keys [N, dim], and its derivative by the bias."""
+    """SigLIP's loss of rows [n, dim] against keys [N, dim], and its derivative with respect to the bias."""
     num = len(rows)
     total, d_bias = rows.new_zeros(()), rows.new_zeros(())
-    for part in blocks.of(num, len(keys)):
+    for part in blocks.split(num, len(keys)):
         logits = blocks.logits(rows[part], keys)
         logits.diagonal(first + part.start).neg_()
         total += softplus(logits).sum()
@@ -152,10 +160,10 @@ class ContrastRule:
     Attributes:
         kind: ``softmax`` or ``sigmoid``.
         first: offset of this rank's rows in the gathered batch.
-        block_numbers: logits that are held at a time; None takes the device's default.
-        label_smoothing: share of the target that goes to all rows alike (softmax only).
-        pairs: comparisons as (term, view of the images, text), in the order of computation; the texts of different
-            terms are different ones. None compares view 0 with text 0 (term 0), and all views with all others (term 1).
+        block_numbers: maximum number of logits in memory; None uses the device's default.
+        label_smoothing: fraction of the target that is spread evenly over all rows (softmax only).
+        pairs: comparisons as (term, image view, text), in the order of computation. No two terms may share a text.
+            None compares view 0 with text 0 (term 0), and all views with all other texts (term 1).
     """
 
     kind: str = "softmax"
@@ -174,20 +182,19 @@ def contrast(
     bias: torch.Tensor | None,
     rule: ContrastRule,
 ) -> torch.Tensor:
-    """Compares views of the images with texts.
+    """Computes contrastive losses between image views and texts.
 
     Args:
-        images: [n, V, dim].
-        texts: [n, T, dim].
-        all_images, all_texts: all ranks' rows, [N, V, dim] and [N, T, dim], where `images` and `texts` are this rank's;
-            None where these are all there are.
-        scale: one number, positive.
+        images: this rank's image features, [n, V, dim].
+        texts: this rank's text features, [n, T, dim].
+        all_images, all_texts: the features gathered from all ranks, [N, V, dim] and [N, T, dim]; None on one process.
+        scale: one positive number.
         bias: one number, or None.
-        rule: kind of loss, comparisons, this rank's place among all.
+        rule: kind of loss, comparisons, and this rank's offset in the gathered batch.
 
     Returns:
-        Terms [K]: the sum of the losses of each term's comparisons, not normalised. Computed in fp32 for features of
-        16 bits. Differentiable once.
+        Terms [K]: for each term the sum of the losses of its comparisons, not normalised. 16-bit features are compared
+        in fp32. Differentiable once.
     """
     if rule.pairs is None:
         rule = replace(rule, pairs=tuple(_default_pairs(images.shape[1], texts.shape[1])))
@@ -202,7 +209,7 @@ def _default_pairs(num_views: int, num_texts: int) -> Iterator[tuple[int, int, i
 
 
 def _terms_of_texts(rule: ContrastRule, num_texts: int, device: torch.device) -> torch.Tensor:
-    """The term that each text belongs to [T]; 0 for a text that is not compared."""
+    """Returns the term that each text belongs to, [T]; 0 for a text that is not compared."""
     terms = dict.fromkeys(range(num_texts), 0) | {text: term for term, _, text in rule.pairs}
     return torch.tensor([terms[text] for text in range(num_texts)], device=device)
 
@@ -212,7 +219,7 @@ def _num_terms(rule: ContrastRule) -> int:
 
 
 class _Contrast(torch.autograd.Function):
-    """Terms [K] of `contrast`, with gradients made on the way."""
+    """Computes the terms [K] of `contrast` and, in the same forward pass, their gradients."""
 
     @staticmethod
     def forward(ctx, images, texts, all_images, all_texts, scale, bias, rule: ContrastRule, wants_grad: bool):
@@ -232,11 +239,12 @@ class _Contrast(torch.autograd.Function):
                 if features is not None and number % 2:
                     grads[number] = torch.zeros_like(features)
                 elif features is not None and needed:
-                    grads[number] = features.new_zeros(_num_terms(rule), *features.shape)  # terms share views
+                    # One gradient per term, because terms share views.
+                    grads[number] = features.new_zeros(_num_terms(rule), *features.shape)
         terms, d_bias = _all_terms(blocks, sets, grads, rule)
         if grads[1] is not None:
-            of_terms = [ctx.terms_of_texts == term for term in range(_num_terms(rule))]
-            d_scale = sum(_slopes(x, g, of_terms) for x, g in zip(sets[1::2], grads[1::2]) if g is not None)
+            members = [ctx.terms_of_texts == term for term in range(_num_terms(rule))]
+            d_scale = sum(_scale_gradients(x, g, members) for x, g in zip(sets[1::2], grads[1::2]) if g is not None)
             for grad in grads:
                 if grad is not None:
                     grad.mul_(one)
@@ -261,7 +269,7 @@ class _Contrast(torch.autograd.Function):
 
 
 def _all_terms(blocks: _Blocks, sets: list, grads: list, rule: ContrastRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Terms [K] and their derivatives by the bias [K]; gradients by the features are added to `grads`."""
+    """Returns the terms [K] and their derivatives with respect to the bias [K]; adds feature gradients to `grads`."""
     images, texts, all_images, all_texts = sets
     is_local, wants_grad = all_texts is not None, grads[1] is not None
     terms, d_bias = texts.new_zeros(_num_terms(rule)), texts.new_zeros(_num_terms(rule))
@@ -283,13 +291,19 @@ def _all_terms(blocks: _Blocks, sets: list, grads: list, rule: ContrastRule) -> 
 
 
 def _slot(grad: torch.Tensor | None, term: int | None, slot: int) -> torch.Tensor | None:
-    """The part [n, dim] of a gradient that belongs to a view (of images: of a term) or a text."""
+    """Returns the slice [n, dim] of a gradient for one text, or for one image view and term."""
     if grad is None:
         return None
     return grad[:, slot] if term is None else grad[term, :, slot]
 
 
-def _slopes(texts: torch.Tensor, grad: torch.Tensor, of_terms: list[torch.Tensor]) -> torch.Tensor:
-    """Derivatives [K] of the terms by the scale, from texts [n, T, dim] and their gradients without it."""
-    slots = torch.stack([(texts[:, t] * grad[:, t]).sum() for t in range(texts.shape[1])])
-    return torch.stack([slots[chosen].sum() for chosen in of_terms])
+def _scale_gradients(texts: torch.Tensor, grad: torch.Tensor, members: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the derivatives [K] of the terms with respect to the scale.
+
+    Args:
+        texts: [n, T, dim].
+        grad: gradients of `texts`, not yet multiplied by the scale.
+        members: for each term, which texts belong to it, [T] bool.
+    """
+    by_text = torch.stack([(texts[:, t] * grad[:, t]).sum() for t in range(texts.shape[1])])
+    return torch.stack([by_text[chosen].sum() for chosen in members])

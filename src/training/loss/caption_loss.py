@@ -1,12 +1,12 @@
-"""Losses between images and several captions each: the short one's [CLS], the long ones' [CLS] and corners.
+"""Losses between an image and several text features: [CLS] of the short caption, [CLS] and corners of the long ones.
 
     loss = LongCaptionLoss(short_weight=1.0, long_weight=1.0)
     terms = loss(image_features, text_features, logit_scale, output_dict=True)
     sum(terms.values()).backward()
 
-Under several processes every rank passes its own part of the batch; all features travel in one gather, or those of a
-locked image tower before, while the text tower computes. Memory grows with the features, not with the square of the
-batch: see `blockwise`.
+With several processes, each rank passes its own part of the batch. All features are gathered in one call; the features
+of a locked image tower can be gathered earlier, while the text tower is computing. Memory grows with the features, not
+with the square of the batch size: see `blockwise`.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from torch import nn
 from training.loss.blockwise import ContrastRule, contrast
 from training.loss.terms import NORMALISATIONS, LossTerm, reduce_features
 
-# torch 2.14 has given them new names.
+# torch 2.14 renamed these functions.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows in one tensor; each rank's gradient is the sum of all ranks' gradients of its rows."""
+    """Gathers all ranks' rows in one tensor; backward sums all ranks' gradients of this rank's rows."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, world_size: int) -> torch.Tensor:
@@ -46,30 +46,33 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Joins all ranks' rows, in rank order: [batch, ..] -> [world_size x batch, ..]; gradients flow back to each rank.
+    """Concatenates all ranks' rows in rank order; gradients flow back to each rank.
 
     Args:
-        rows: as many on every rank.
-        world_size: 1 returns `rows` themselves.
+        rows: [batch, ...], with the same batch on every rank.
+        world_size: number of ranks; 1 returns `rows` unchanged.
+
+    Returns:
+        [world_size x batch, ...].
     """
     return rows if world_size == 1 else _Gather.apply(rows, world_size)
 
 
 class EarlyGather:
-    """All ranks' rows, without a gradient, on their way while this rank computes something else.
+    """Gathers all ranks' rows, without a gradient, in the background.
 
     Args:
-        rows: as many on every rank.
-        world_size: of all that gather.
+        rows: [batch, ...], with the same batch on every rank.
+        world_size: number of ranks.
     """
 
     def __init__(self, rows: torch.Tensor, world_size: int):
-        self.rows = rows.detach().contiguous()  # held until it has been sent
+        self.rows = rows.detach().contiguous()  # kept alive until it has been sent
         self.everyone = rows.new_empty(world_size * len(rows), *rows.shape[1:])
         self.work = _all_gather(self.everyone, self.rows, async_op=True)
 
     def wait(self) -> torch.Tensor:
-        """Returns all ranks' rows, in rank order; may be called again."""
+        """Returns all ranks' rows in rank order, [world_size x batch, ...]; may be called repeatedly."""
         if self.work is not None:
             self.work.wait()
             self.work = None
@@ -77,24 +80,24 @@ class EarlyGather:
 
 
 class _CaptionLoss(nn.Module):
-    """What both losses share: views and captions as sets of features, the gather, the terms.
+    """Base of both losses: splits features into views and texts, gathers them, and computes the terms.
 
-    Each rank compares its own rows with all ranks' rows, and gradients flow through the gather: gradients that DDP
-    averages equal those of one process on the whole batch.
+    Each rank compares its own rows with all ranks' rows, and gradients flow through the gather: the gradients averaged
+    by DDP equal those of one process on the whole batch.
 
     Args:
         short_weight: weight of text feature 0, the short caption's (published as `--clip_lossweight`).
         long_weight: weight of all other text features (published as `--declip_lossweight`).
-        local_loss, gather_with_grad: no effect; open_clip's `ClipLoss` takes them, too.
-        rank, world_size: this process among those that share a batch.
-        block_numbers: logits that are held at a time; None takes the device's default. Sums differ in rounding alone.
-        terms: replaces the two terms that the weights define.
-        label_smoothing: share of the target that goes to all rows of the batch alike.
-        normalisation: ``published``: a term is the sum of its texts' losses over the number of all text features;
-            ``per-term``: the mean over its own, so that no term gets lighter as texts are added to another one.
+        local_loss, gather_with_grad: no effect; accepted because open_clip's `ClipLoss` has them.
+        rank, world_size: this process's rank, and the number of processes that share a batch.
+        block_numbers: maximum number of logits in memory; None uses the device's default. Affects rounding only.
+        terms: replaces the two terms defined by the weights.
+        label_smoothing: fraction of the target that is spread evenly over all rows of the batch.
+        normalisation: ``published``: a term is the sum of its texts' losses divided by the number of all text features;
+            ``per-term``: divided by the number of its own texts, so adding texts to one term does not weaken another.
 
     Raises:
-        ValueError: label smoothing of a sigmoid loss, an unknown normalisation, or two terms of one name.
+        ValueError: label smoothing with a sigmoid loss, an unknown normalisation, or two terms with the same name.
     """
 
     kind: str
@@ -125,7 +128,7 @@ class _CaptionLoss(nn.Module):
         )
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
-            raise ValueError(f"terms {', '.join(names)}: expected different names")
+            raise ValueError(f"terms {', '.join(names)}: expected unique names")
         self.rank, self.world_size, self.block_numbers = rank, world_size, block_numbers
         self.label_smoothing, self.normalisation = label_smoothing, normalisation
 
@@ -138,20 +141,21 @@ class _CaptionLoss(nn.Module):
         output_dict: bool = False,
         early: EarlyGather | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Compares images and captions.
+        """Computes the loss between images and captions.
 
         Args:
             image_features: [batch, dim], or [batch, num_views, dim]; L2-normalised.
-            text_features: [batch, T, dim], feature 0 of the short caption; or [batch, dim], one caption; L2-normalised.
-            logit_scale: exponentiated.
+            text_features: [batch, T, dim] with the short caption's feature first, or [batch, dim] for one caption;
+                L2-normalised.
+            logit_scale: already exponentiated.
             logit_bias: added to the logits (SigLIP).
             output_dict: return the terms instead of their sum.
-            early: what `gather_early` gave for these `image_features`.
+            early: result of `gather_early` for these `image_features`.
 
         Returns:
-            Their sum, or the terms by name. Without `terms`, a single caption [batch, dim] has the one term
-            ``contrastive_loss``, which is not weighted.
-            Of several views a term of text 0 alone takes the first, the others the mean over all.
+            The sum of the terms, or the terms by name. Without `terms`, a single caption [batch, dim] gives one
+            unweighted term, ``contrastive_loss``.
+            With several views, a term of text 0 alone uses the first view; other terms average over all views.
         """
         images = image_features if image_features.ndim == 3 else image_features[:, None]
         texts = text_features if text_features.ndim == 3 else text_features[:, None]
@@ -169,7 +173,7 @@ class _CaptionLoss(nn.Module):
 
     @staticmethod
     def _forms(images, texts, terms) -> tuple[torch.Tensor, torch.Tensor, list[list[tuple[int, int]]]]:
-        """Adds reduced forms behind images and texts; returns both, and the (view, text) pairs of each term."""
+        """Appends reduced features to images and texts; returns both, and the (view, text) pairs of each term."""
         all_images, all_texts, compared = list(images.unbind(1)), list(texts.unbind(1)), []
         used: set[int] = set()
         num_views = len(all_images)
@@ -181,7 +185,7 @@ class _CaptionLoss(nn.Module):
                 views = [len(all_images) - 1]
             if term.text_variance is not None:
                 forms = [reduce_features(all_texts[text], variance=term.text_variance) for text in columns]
-            else:  # a text of an earlier term, too, is compared as a copy: `contrast` keeps gradients by text
+            else:  # a text that an earlier term uses is copied, because `contrast` keeps one gradient per text
                 forms = [all_texts[text] for text in columns if text in used]
             if forms:
                 kept = [] if term.text_variance is not None else [text for text in columns if text not in used]
@@ -196,8 +200,11 @@ class _CaptionLoss(nn.Module):
         return images, texts, compared
 
     def gather_early(self, image_features: torch.Tensor) -> EarlyGather | None:
-        """Begins to gather a locked tower's features [batch, dim]; `forward` waits for them. None on one process, or
-        where a term needs other forms of them, too."""
+        """Starts to gather a locked tower's features [batch, dim]; `forward` waits for the result.
+
+        Returns:
+            What `forward` takes as `early`; None on one process, or if a term needs reduced image features.
+        """
         if self.world_size == 1 or any(term.image_components is not None for term in self.terms):
             return None
         return EarlyGather(image_features, self.world_size)
@@ -213,17 +220,18 @@ class _CaptionLoss(nn.Module):
         else:
             both = gather_rows(torch.cat([images, texts], dim=1), self.world_size)
             all_images, all_texts = both.split([images.shape[1], texts.shape[1]], dim=1)
-            if not images.requires_grad:  # a locked tower's got one from the texts they travelled with
+            if not images.requires_grad:  # concatenating them with the texts made them require a gradient
                 all_images = all_images.detach()
         rule = replace(rule, first=self.rank * len(images))
         return contrast(images, texts, all_images, all_texts, logit_scale, logit_bias, rule)
 
 
 class LongCaptionLoss(_CaptionLoss):
-    """The loss of LoTLIP: symmetric cross-entropy of the image with each text feature.
+    """LoTLIP's loss: symmetric cross-entropy between the image and each text feature.
 
-    With CE2(t) = cross-entropy over the global batch from images to text feature t plus that back, and T text features:
-    short term = short_weight x CE2(0) / 2T, long term = long_weight x sum over t >= 1 of CE2(t) / 2T.
+    Let CE2(t) be the cross-entropy over the global batch from images to text feature t, plus the cross-entropy from
+    text feature t to images. With T text features, the short term is short_weight x CE2(0) / 2T, and the long term is
+    long_weight x the sum over t >= 1 of CE2(t) / 2T.
 
     Args: see `_CaptionLoss`.
 
@@ -234,7 +242,7 @@ class LongCaptionLoss(_CaptionLoss):
 
 
 class LongCaptionSigLipLoss(_CaptionLoss):
-    """The same with SigLIP's pairwise sigmoid in place of cross-entropy (arXiv 2303.15343); ours, not published.
+    """`LongCaptionLoss` with SigLIP's pairwise sigmoid (arXiv 2303.15343) instead of cross-entropy; not published.
 
     Args: see `_CaptionLoss`.
     """

@@ -1,4 +1,4 @@
-"""What a loss is made of: terms that each compare one form of the images with some of the texts."""
+"""Loss terms: each compares one form of the image features with some of the text features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ NORMALISATIONS = ("published", "per-term")
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One term.
+    """One term of the loss.
 
     Attributes:
-        name: key in the loss's output, ending in ``_loss``; the log shows it.
-        texts: which of a sample's T text features; None takes all but the first.
-        weight: factor.
-        image_components: compare with the image features reduced to so many principal components of this process's
-            batch, as Long-CLIP does with short captions; None compares with the features themselves.
-        text_variance: compare reduced text features: as many principal components as hold this share of the variance
-            of this process's batch, as HiMo-CLIP does; None compares the features themselves.
+        name: key in the loss's output and in the log; ends in ``_loss``.
+        texts: indices into a sample's T text features; None means all but the first.
+        weight: factor of the term in the sum.
+        image_components: number of principal components of this process's batch to which the image features are
+            reduced, as Long-CLIP does for short captions; None uses the image features as they are.
+        text_variance: fraction of the variance of this process's batch that the principal components must explain to
+            which the text features are reduced, as HiMo-CLIP does; None uses the text features as they are.
     """
 
     name: str
@@ -30,22 +30,23 @@ class LossTerm:
     text_variance: float | None = None
 
     def columns(self, num_texts: int) -> list[int]:
-        """The text features of this term."""
+        """Returns the indices of this term's text features, of T = `num_texts`."""
         return list(range(1, num_texts) if self.texts is None else self.texts)
 
 
 def reduce_features(
     features: torch.Tensor, components: int | None = None, variance: float | None = None
 ) -> torch.Tensor:
-    """Replaces features [n, dim] by their projection on principal components of the batch.
+    """Projects features [n, dim] onto principal components of the batch.
 
-    The features are centred and projected, and their mean is added again; they are not normalised. Gradients flow
+    The features are centred and projected, and their mean is added back; the result is not normalised. Gradients flow
     through the projection, too.
 
     Args:
-        features: of this process's batch, [n, dim].
-        components: number of components; `dim`, or one fewer than the rows of the batch, leaves features as they are.
-        variance: in place of `components`: as few as hold this share of the variance (this waits for the device).
+        features: features of this process's batch, [n, dim].
+        components: number of components; with min(n - 1, dim) or more, the features are returned unchanged.
+        variance: instead of `components`: use the fewest components that explain this fraction of the variance. This
+            synchronises with the device.
 
     Source: Long-CLIP (arXiv 2403.15378), HiMo-CLIP (arXiv 2511.06653).
     """
@@ -55,15 +56,16 @@ def reduce_features(
         squares = torch.linalg.svdvals(centred.detach()).square()
         components = int((squares.cumsum(0) < variance * squares.sum()).sum()) + 1
     if components >= min(len(features) - 1, features.shape[1]):
-        return features  # these components hold all of the variance
+        return features  # the components explain all of the variance
     return _Projector.apply(centred @ centred.T, components) @ centred + mean
 
 
 class _Projector(torch.autograd.Function):
-    """Projector [n, n] on the eigenvectors of a symmetric matrix with the k largest eigenvalues.
+    """Projector [n, n] onto the eigenvectors with the k largest eigenvalues of a symmetric matrix.
 
-    Differentiating through the decomposition itself would divide by the differences of all eigenvalues, and those of
-    a centred batch hold pairs that nearly coincide; the projector depends on those between the two groups alone.
+    Differentiating through the decomposition would divide by the differences between all eigenvalues, and some
+    eigenvalues of a centred batch nearly coincide. The projector's gradient needs only the differences between the k
+    largest eigenvalues and the rest.
     """
 
     @staticmethod
