@@ -129,5 +129,5 @@ def test_clip_layout():
 
 def test_a_missing_tokenizer_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="not below --cache-dir"):
+    with pytest.raises(FileNotFoundError, match="not found in --cache-dir"):
         CornerHFTokenizer("no-such/tokenizer", cache_dir=str(tmp_path))

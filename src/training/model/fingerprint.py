@@ -1,4 +1,4 @@
-"""Tells models apart by hashes, so that what was computed with one is not taken for what another would give."""
+"""Fingerprints of models, so that results cached for one model are not used for another."""
 
 from collections.abc import Callable
 from hashlib import sha256
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-# What tokenizers treat differently: case, accents, sentence ends, white space, length.
+# Cover what tokenizers treat differently: case, accents, sentence ends, whitespace, length.
 PROBE_TEXTS = ["A dog.", "Naïve café, 3.5 &amp; more. THE END.\nNew  line </s>", "word " * 5000]
 
 
@@ -16,7 +16,7 @@ def fingerprint(module: nn.Module, leave_out: str | None = None) -> str:
 
     Args:
         module: on any device.
-        leave_out: names that begin so are passed over.
+        leave_out: parameters and buffers whose names start with this prefix are ignored.
     """
     digest = sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -28,12 +28,12 @@ def fingerprint(module: nn.Module, leave_out: str | None = None) -> str:
 
 
 def preprocessing_fingerprint(preprocess: Callable) -> str:
-    """Returns the SHA-256 of what a deterministic transform makes of a picture."""
+    """Returns the SHA-256 of a deterministic transform's output for a fixed image."""
     noise = torch.randint(0, 256, (401, 613, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return sha256(preprocess(Image.fromarray(noise.numpy())).contiguous().numpy()).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Callable) -> str:
-    """Returns the SHA-256 of the ids that a tokenizer gives a few texts."""
+    """Returns the SHA-256 of a tokenizer's ids for a few fixed texts."""
     ids = tokenizer(list(PROBE_TEXTS))
     return sha256(f"{tuple(ids.shape)} {ids.tolist()}".encode()).hexdigest()

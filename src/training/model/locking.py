@@ -1,4 +1,4 @@
-"""Which parts of a model a lock freezes; frozen parts stay in evaluation mode and give the same output every time."""
+"""Freezing parts of a model: frozen parts stay in evaluation mode, so that they always give the same output."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,11 +16,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def linear_head(visual: nn.Module) -> nn.Module | None:
     """Returns the projection [trunk_dim] -> [dim] that ``timm_proj: linear`` puts behind an image tower's trunk.
 
-    open_clip's lock freezes the trunk and leaves this head to be trained. A linear map without a bias commutes with
-    the length of its input, so that the trunk's features may be kept on disk normalised.
+    open_clip's lock freezes the trunk and leaves this head trainable. The head has no bias, so scaling its input scales
+    its output: the trunk's features can be cached on disk normalised.
 
     Returns:
-        The head; None for a tower without one, or with another kind of head.
+        The head; None for a tower with another kind of head or none.
     """
     head = getattr(visual, "head", None)
     if not hasattr(visual, "trunk") or not isinstance(head, nn.Sequential):
@@ -30,15 +30,24 @@ def linear_head(visual: nn.Module) -> nn.Module | None:
 
 
 def image_encoder_without_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns what gives an image's features [batch, trunk_dim] before its `linear_head`, if the tower has one."""
+    """Returns the function that encodes images, without the tower's `linear_head` if it has one.
+
+    Returns:
+        Images [batch, 3, H, W] -> [batch, trunk_dim], or [batch, dim] for a tower without a linear head.
+    """
     return model.encode_image if linear_head(model.visual) is None else model.visual.trunk
 
 
 @torch.no_grad()
 def apply_linear_head(visual: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Features [n, trunk_dim] of `image_encoder_without_head` -> the tower's own [n, dim], both normalised, float32.
+    """Applies the linear head to features of `image_encoder_without_head`.
 
-    Broken images stay zeros. A tower without a linear head gives the features back as they are.
+    Args:
+        visual: an image tower.
+        features: [n, trunk_dim], normalised; all zeros for an image that could not be read.
+
+    Returns:
+        [n, dim] float32, normalised, with zeros kept as zeros; `features` unchanged if the tower has no linear head.
     """
     head = linear_head(visual)
     if head is None or not len(features):
@@ -48,11 +57,10 @@ def apply_linear_head(visual: nn.Module, features: torch.Tensor) -> torch.Tensor
 
 
 def rest_frozen(model: Model) -> Model:
-    """Puts the parts of a model whose weights are all frozen into evaluation mode.
+    """Puts the frozen parts of a model into evaluation mode, which switches off their dropout.
 
-    A part counts as frozen if none of its matrices is trained; trained norms in it change nothing, as dropout there
-    would disturb what the frozen matrices compute. Batch norms keep their mode, except those that
-    `freeze_batch_norm_statistics` marked.
+    A part counts as frozen if none of its weight matrices is trained, even if its norms are. Batch norms keep their
+    mode, except those marked by `freeze_batch_norm_statistics`.
 
     Returns:
         The model.
@@ -66,9 +74,9 @@ def rest_frozen(model: Model) -> Model:
 
 
 def freeze_batch_norm_statistics(tower: nn.Module) -> None:
-    """Marks the locked batch norms of a tower, so that `rest_frozen` keeps them in evaluation mode, too.
+    """Marks the locked batch norms of a tower, so that `rest_frozen` puts them into evaluation mode, too.
 
-    open_clip's lock would replace them by a module that drops the activation inside timm's BatchNormAct2d.
+    open_clip's own lock replaces them by a module without the activation that timm's BatchNormAct2d includes.
     """
     for module in tower.modules():
         if isinstance(module, _BatchNorm) and not any(parameter.requires_grad for parameter in module.parameters()):

@@ -1,4 +1,4 @@
-"""Saving a model as a folder that ``local-dir:`` loads, and that may be pushed to the hub as it is."""
+"""Saves a model as a folder that ``local-dir:`` loads and that can be pushed to the hub unchanged."""
 
 import json
 from collections.abc import Callable
@@ -20,31 +20,32 @@ def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Callable | 
     """Writes config, weights and tokenizer.
 
     Args:
-        model: of `factory.create_model`.
-        folder: made if need be.
-        tokenizer: of `factory.get_tokenizer`; without it the folder's user needs the one that the config names.
+        model: from `factory.create_model`.
+        folder: created if it does not exist.
+        tokenizer: from `factory.get_tokenizer`; without it, loading the folder needs the tokenizer that the config
+            names.
 
     Returns:
-        The folder. ``create_model("local-dir:FOLDER")`` gives the same model, bit for bit; that of a SigLIP by ``hf:``
-        gets the nearest of timm's image towers, whose activation differs a little.
+        The folder. ``create_model("local-dir:FOLDER")`` gives the same model, bit for bit. Exception: a SigLIP model
+        loaded by ``hf:`` is saved with the nearest image tower in timm, whose activation differs slightly.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = deepcopy(model.lotlip_config)
     text_cfg = config["model_cfg"]["text_cfg"]
     if isinstance(getattr(model, "text", None), CornerHFText):
-        # Spelled out, so that nobody needs the hub to know the encoder's size.
+        # Written out in full, so that loading needs no hub access to get the encoder's size.
         encoder = model.text.transformer.config
         fields = {k: v for k, v in encoder.to_diff_dict().items() if k not in _NOT_ARCHITECTURE}
         fields["vocab_size"] = encoder.vocab_size - model.text.num_corners
         text_cfg["hf_config"] = {"model_type": encoder.model_type, **fields}
-    if getattr(model, "logit_bias", None) is not None:  # without this entry open_clip builds a model that has none
+    if getattr(model, "logit_bias", None) is not None:  # without this entry, open_clip builds a model without a bias
         config["model_cfg"].setdefault("init_logit_bias", float(model.logit_bias.detach()))
     vision_cfg = config["model_cfg"]["vision_cfg"]
     if timm_name := vision_cfg.get("timm_model_name"):
         vision_cfg["timm_model_name"] = nearest_timm_name(timm_name)
     if isinstance(tokenizer, FolderTokenizer) and text_cfg.get("vocab_size") != CLIP_VOCABULARY:
-        text_cfg["hf_tokenizer_name"] = "."  # open_clip looks into the folder itself
+        text_cfg["hf_tokenizer_name"] = "."  # open_clip reads the tokenizer from the model's folder
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file({name: tensor.clone() for name, tensor in state.items()}, folder / WEIGHTS_FILE, {"format": "pt"})

@@ -1,6 +1,6 @@
-"""Tokenizers that put corner tokens in: for Hugging Face text towers and for CLIP's own.
+"""Tokenizers that insert corner tokens, for Hugging Face text towers and for CLIP's own.
 
-Both are called as open_clip's are, ``tokenizer(texts) -> [n, context_length]``, and never change the caller's list.
+Both are called like open_clip's, ``tokenizer(texts) -> [n, context_length]``, and never change the caller's list.
 """
 
 import logging
@@ -18,52 +18,52 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.b
 
 
 class _CornerTokenizer:
-    """What both tokenizers share: one or many texts, padded or not, and how much did not fit."""
+    """Base of both tokenizers: truncation, padding, and counting of tokens."""
 
     context_length: int
     num_corners: int
-    num_behind: int  # special and corner tokens behind the words
+    num_behind: int  # number of special and corner tokens after the words
     pad_id: int
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int | None = None, padding: bool = True
     ) -> torch.Tensor | list[list[int]]:
-        """Tokenises.
+        """Tokenises one or several texts.
 
         Args:
             texts: one text or several; not changed.
-            context_length: longest result; None takes the tokenizer's own.
-            padding: fill up to the context length.
+            context_length: maximum number of tokens per text; None uses the tokenizer's own.
+            padding: pad to the context length.
 
         Returns:
-            [n, context_length] int64, or without padding a list of n lists of ids.
+            [n, context_length] int64; without padding, a list of n lists of ids.
         """
         length = context_length or self.context_length
         rows = [self._cut(row, length) for row in self._encode([texts] if isinstance(texts, str) else list(texts))]
         return self._pad(rows, length) if padding else rows
 
     def tokenise_and_count_lost(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
-        """Returns what a call returns, and what `count_lost_tokens` does, of one look at the texts."""
+        """Returns token ids [n, context_length] and the result of `count_lost_tokens`, tokenising only once."""
         rows, length = self._encode(list(texts)), self.context_length
         return self._pad([self._cut(row, length) for row in rows], length), self._lost(map(len, rows))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Returns the number of tokens of each text, special and corner tokens included, however many."""
+        """Returns the number of tokens of each text before truncation, special and corner tokens included."""
         return [len(row) for row in self._encode(list(texts))]
 
     def count_lost_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Returns for each text the number of tokens that do not fit the context length; 0 if it fits."""
+        """Returns for each text the number of tokens beyond the context length; 0 if the text fits."""
         return self._lost(self.count_tokens(texts))
 
     def _lost(self, lengths: Iterable[int]) -> list[int]:
         return [max(0, length - self.context_length) for length in lengths]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids with special and corner tokens, however many."""
+        """Returns the ids of each text, special and corner tokens included, before truncation."""
         raise NotImplementedError
 
     def _cut(self, row: list[int], length: int) -> list[int]:
-        """Leaves out words at the end; the tokens behind them stay."""
+        """Truncates the words but keeps the special and corner tokens after them."""
         return row if len(row) <= length else row[: length - self.num_behind] + row[-self.num_behind :]
 
     def _pad(self, rows: list[list[int]], length: int) -> torch.Tensor:
@@ -74,21 +74,21 @@ class _CornerTokenizer:
 
 
 class CornerHFTokenizer(_CornerTokenizer):
-    """A Hugging Face tokenizer; layout ``[CLS] [Corner0] .. w w [SEP] w w [SEP] [PAD] ..``
+    """A Hugging Face tokenizer with the layout ``[CLS] [Corner0] ... w w [SEP] w w [SEP] [PAD] ...``.
 
-    Where the vocabulary has a [SEP] of its own (BERT's), a text is split at every full stop and space, and the parts
-    are joined by [SEP]; RoBERTa's and XLM-R's ``</s>`` ends a text, so theirs stay whole.
+    If the vocabulary has a [SEP] (BERT), a text is split at every full stop followed by a space, and the sentences are
+    joined by [SEP]. With RoBERTa and XLM-R, whose ``</s>`` marks the end of a text, the text is not split.
 
     Args:
         source: folder or hub name.
-        context_length: default length of a row.
+        context_length: default maximum number of tokens.
         num_corners: m.
-        cache_dir: where downloads are kept.
+        cache_dir: folder for downloads.
 
     Raises:
-        FileNotFoundError: no such tokenizer here or on the hub.
+        FileNotFoundError: the tokenizer is neither on this machine nor on the hub.
 
-    Source: LoTLIP (arXiv 2410.05249); ids equal to the published tokenizer's.
+    Source: LoTLIP (arXiv 2410.05249); the ids equal those of the published tokenizer.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class CornerHFTokenizer(_CornerTokenizer):
         self.corner_ids = self.tokenizer.convert_tokens_to_ids(names)
         self.pad_id = self.tokenizer.pad_token_id
         self.separator = "[SEP]" if self.tokenizer.sep_token == "[SEP]" else None
-        self._clean = get_clean_fn("whitespace")  # ftfy, unescape HTML twice, strip, single spaces
+        self._clean = get_clean_fn("whitespace")  # ftfy, unescape HTML twice, strip, collapse whitespace
         logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_not_about_length)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -127,14 +127,15 @@ class CornerHFTokenizer(_CornerTokenizer):
 
 
 def _is_not_about_length(record: logging.LogRecord) -> bool:
-    return "longer than the specified maximum" not in record.getMessage()  # counting what is cut is our business
+    # `count_lost_tokens` reports truncation, so transformers' own warning is noise.
+    return "longer than the specified maximum" not in record.getMessage()
 
 
 class CornerCLIPTokenizer(_CornerTokenizer):
-    """CLIP's tokenizer; layout ``[SOT] w w .. [Corner0] .. [EOT] 0 ..``, corner ids after CLIP's own.
+    """CLIP's tokenizer with the layout ``[SOT] w w ... [Corner0] ... [EOT] 0 ...``; corner ids follow CLIP's own.
 
     Args:
-        context_length: default length of a row.
+        context_length: default maximum number of tokens.
         num_corners: m.
     """
 
@@ -152,11 +153,15 @@ class CornerCLIPTokenizer(_CornerTokenizer):
         return [start + self.tokenizer.encode(text) + end for text in texts]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Does nothing: open_clip brings CLIP's vocabulary."""
+        """Does nothing: CLIP's vocabulary is part of open_clip."""
 
 
 def create_tokenizer(spec: ModelSpec, cache_dir: str | None = None) -> CornerHFTokenizer | CornerCLIPTokenizer:
-    """Returns the tokenizer of one of our models: from the model's own folder if it holds one, else by its name."""
+    """Returns the tokenizer of one of our models: from the model's folder if it has one, otherwise by name.
+
+    Raises:
+        FileNotFoundError: the tokenizer is neither on this machine nor on the hub.
+    """
     name = spec.text_cfg.get("hf_tokenizer_name")
     if not name:
         return CornerCLIPTokenizer(spec.context_length, spec.num_corners)

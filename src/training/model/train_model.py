@@ -1,4 +1,4 @@
-"""The forward pass of training: pixels and captions in, what the loss takes out. One call, as DDP wants it."""
+"""The forward pass of training, from pixels and captions to the loss's inputs, as the single call that DDP needs."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,17 @@ from training.model.text_encoder import text_encoder
 
 
 class TrainModel(nn.Module):
-    """Both towers under one `forward`.
+    """Both towers in one `forward`.
 
-    A locked image tower runs in eval mode and without a graph; frozen parts of other towers run in eval mode. Short and
-    long captions go through the text tower together if they come arranged (see `packing`); else apart, each padded to
-    the longest of its own kind: a short one beside long ones would be mostly padding.
+    A locked image tower runs in eval mode and without a graph; frozen parts of other towers run in eval mode. Packed
+    captions (see `packing`) go through the text tower in one call. Otherwise short and long captions are encoded
+    separately, because a short caption padded to the length of the long ones would be mostly padding.
 
     Args:
-        model: a `LotlipCLIP`, or any model of open_clip's (whose captions give one feature each).
-        mean, std: per channel, to normalise images with that come as bytes.
-        corners: for each text of a sample, whether it gives all its m + 1 features, not [CLS] alone; None: all but the
-            first text do.
+        model: a `LotlipCLIP`, or any open_clip model (which gives one feature per caption).
+        mean, std: per channel, to normalise uint8 images.
+        corners: for each text of a sample, whether it contributes all m + 1 features or only [CLS]; None: all features
+            of all texts but the first.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class TrainModel(nn.Module):
         image_features: torch.Tensor | None = None,
         packed_text: Captions | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Encodes a batch; takes one form of the images, and one of the captions.
+        """Encodes a batch, given one form of the images and one form of the captions.
 
         Args:
             image: [batch, 3, H, W], normalised or uint8.
-            text: [batch, length], the short captions.
-            long_text: [batch, K, length], if there are long captions.
-            image_features: [batch, dim] of the locked tower, or [batch, trunk_dim] if it has a linear head, instead of
-                `image`.
+            text: short captions, [batch, length].
+            long_text: long captions, [batch, K, length]; None if there are none.
+            image_features: cached features of the locked tower instead of `image`: [batch, dim], or [batch, trunk_dim]
+                if the tower has a linear head.
             packed_text: all short captions, then all long ones, instead of `text` and `long_text`.
 
         Returns:
             ``image_features`` [batch, dim]; ``text_features`` [batch, T, dim], or [batch, dim] if K = 0; both
-            normalised; ``logit_scale`` exponentiated; ``logit_bias`` where the model has one.
+            normalised; ``logit_scale``, exponentiated; ``logit_bias`` if the model has one.
         """
         image_features = self.encode_images(image, image_features)
         batch = len(image_features)
@@ -79,7 +79,7 @@ class TrainModel(nn.Module):
             long = short[:0] if long_text is None else self.text.features(long_text.flatten(0, 1))
         corners = self.corners or (False, *[True] * (len(long) // batch))
         texts = [short[:, None], long.unflatten(0, (batch, -1))] if len(long) else [short[:, None]]
-        text_features = torch.cat(_features_wanted(texts, corners), dim=1)
+        text_features = torch.cat(_select_features(texts, corners), dim=1)
         if text_features.shape[1] == 1:
             text_features = text_features[:, 0]
         output = {
@@ -94,7 +94,7 @@ class TrainModel(nn.Module):
     def encode_images(
         self, image: torch.Tensor | None = None, image_features: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns normalised features [batch, dim] of images, or of their cached features; no graph if locked."""
+        """Returns normalised features [batch, dim] from images or from cached features; no graph for a locked tower."""
         if image_features is not None:
             head = linear_head(self.model.visual)
             image_features = image_features.float()
@@ -109,8 +109,16 @@ class TrainModel(nn.Module):
         return images.to(memory_format=torch.channels_last) if images.is_cuda else images
 
 
-def _features_wanted(texts: list[torch.Tensor], corners: Sequence[bool]) -> list[torch.Tensor]:
-    """[batch, K, m + 1, dim] of all texts in order -> [batch, k, dim], neighbouring texts of the same kind as one."""
+def _select_features(texts: list[torch.Tensor], corners: Sequence[bool]) -> list[torch.Tensor]:
+    """Keeps all features of the texts with corners, and [CLS] of the others.
+
+    Args:
+        texts: features of consecutive groups of K texts, [batch, K, m + 1, dim] each.
+        corners: for each text of a sample, whether to keep its corner features.
+
+    Returns:
+        [batch, k, dim] each, in the order of the texts.
+    """
     parts, start = [], 0
     for features in texts:
         own = corners[start : start + features.shape[1]]
