@@ -1,1 +1,1 @@
-"""Readers of the evaluation data: from folders on disk to image paths, captions and who belongs to whom."""
+"""Readers of the evaluation data: they turn folders on disk into image paths, captions and the pairs of both."""

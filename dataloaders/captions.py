@@ -2,7 +2,7 @@
 
 import re
 
-# A decimal point splits too ("3.5 m" -> "3. 5 m"): published numbers hang on it.
+# A decimal point splits too ("3.5 m" -> "3. 5 m"): the published numbers depend on it.
 _SENTENCE_END = re.compile(r"\n|</s>|\.")
 
 
@@ -12,8 +12,8 @@ def split_caption(text: str) -> list[str]:
 
 
 def normalise_caption(text: str) -> str:
-    """Returns the caption as the benchmarks hand it to a tokenizer: its sentences joined by ``". "``.
+    """Returns the caption as the benchmarks pass it to a tokenizer: its sentences joined by ``". "``.
 
-    Source: LoTLIP (arXiv 2410.05249), retrieval loaders; the same for DCI, IIW, ShareGPT4V and Urban1k.
+    Source: the retrieval loaders of LoTLIP (arXiv 2410.05249), which treat DCI, IIW, ShareGPT4V and Urban1k alike.
     """
     return ". ".join(split_caption(text))

@@ -1,4 +1,4 @@
-"""Parquet and Arrow tables, with images inside or beside them, as data sets on the Hugging Face hub have them."""
+"""Parquet and Arrow tables, with images inside or beside them, in the layout of data sets on the Hugging Face hub."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -9,22 +9,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-ROWS_AT_ONCE = 64  # with images inside, some 10 MB
-_HELD = b"."  # stands for an image's bytes where it matters only that they are there
+ROWS_AT_ONCE = 64  # about 10 MB if the table holds images
+_HELD = b"."  # replaces an image's bytes where it only matters that there are some
 
 
 class ColumnarFile:
-    """A Parquet file, or an Arrow file as `datasets.save_to_disk` writes it; rows are read as they are asked for.
+    """A Parquet file, or an Arrow file as `datasets.save_to_disk` writes it; rows are read lazily.
 
     Args:
         path: the file.
 
     Attributes:
         schema: names and types of the columns.
-        num_rows: in the file.
+        num_rows: the number of rows in the file.
 
     Raises:
-        ValueError: the file is no such table, or is cut short.
+        ValueError: the file is not a Parquet or Arrow table, or is truncated.
     """
 
     def __init__(self, path: str | Path):
@@ -48,14 +48,14 @@ class ColumnarFile:
 
     @property
     def image_columns(self) -> list[str]:
-        """The columns that hold images themselves: bytes, or structs of bytes and path."""
+        """The columns that hold the images themselves: bytes, or structs of bytes and path."""
         return [field.name for field in self.schema if _holds_images(field.type)]
 
     def batches(self, columns: Sequence[str], first: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
-        """Yields the rows `first` to `stop`, few at a time.
+        """Yields the rows from `first` up to, but not including, `stop` (None: to the end), a few at a time.
 
         Raises:
-            ValueError: the file is broken there.
+            ValueError: the file is broken within these rows.
         """
         stop = self.num_rows if stop is None else min(stop, self.num_rows)
         if self._table is not None:
@@ -74,7 +74,7 @@ class ColumnarFile:
             raise ValueError(f"{self.path}: broken ({str(error).splitlines()[0][:300]})") from error
 
     def rows(self, image_column: str, columns: Sequence[str]) -> Iterator[dict]:
-        """Yields each row as column -> value; the bytes of its image are replaced by `_HELD`."""
+        """Yields each row as a dict of column -> value; the bytes of its image are replaced by `_HELD`."""
         for batch in self.batches([image_column, *columns]):
             values = {name: batch.column(name) for name in columns}
             yield from pa.table({image_column: _without_bytes(batch.column(image_column))} | values).to_pylist()
@@ -103,7 +103,16 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def choose_image_column(path: Path, names: Sequence[str], embedded: Sequence[str], wanted: str) -> str | None:
-    """Returns the image column: the one that a flag names, else the only one that holds images; None if there is none.
+    """Chooses the image column of a table.
+
+    Args:
+        path: the table, for messages.
+        names: all its columns.
+        embedded: the columns that hold images themselves.
+        wanted: the column that --csv-img-key names.
+
+    Returns:
+        `wanted` if the table has it, else the only column that holds images; None if no column holds images.
 
     Raises:
         ValueError: several columns hold images, and the flag names none of them.
@@ -116,18 +125,18 @@ def choose_image_column(path: Path, names: Sequence[str], embedded: Sequence[str
 
 
 def image_bytes(value: object) -> bytes | None:
-    """Returns the image file that a cell holds; None if it holds none."""
+    """Returns the bytes of the image file in a cell; None if the cell holds none."""
     return (value.get("bytes") if isinstance(value, dict) else value if isinstance(value, bytes) else None) or None
 
 
 def read_image(path: Path, column: str, row: int) -> bytes:
-    """Returns the image file in a cell of a Parquet or Arrow file; empty if the cell holds none."""
+    """Returns the bytes of the image file in a cell of a Parquet or Arrow file; empty if the cell holds none."""
     start = row - row % ROWS_AT_ONCE
     return image_bytes(_stretch(path, column, start)[row - start].as_py()) or b""
 
 
 def _without_bytes(column: pa.Array) -> pa.Array:
-    """Replaces images by `_HELD`, so that no copy of them is made."""
+    """Replaces the images by `_HELD`, to avoid copying them."""
     kind = column.type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         held = pc.struct_field(column, "bytes")
@@ -149,7 +158,7 @@ def _opened(path: Path) -> ColumnarFile:
     return ColumnarFile(path)
 
 
-@lru_cache(maxsize=4)  # images are read in order, so the next one is nearly always in the same stretch
+@lru_cache(maxsize=4)  # images are read in order, so the next one is nearly always among the same rows
 def _stretch(path: Path, column: str, start: int) -> pa.Array:
     batches = list(_opened(path).batches([column], start, start + ROWS_AT_ONCE))
     return pa.chunked_array([batch.column(0) for batch in batches])

@@ -1,9 +1,9 @@
-"""Rows of CSV and TSV files, every physical line accounted for; evaluation, training and preparation read by this.
+"""The CSV and TSV reader of evaluation, training and preparation; no line of a file gets lost unnoticed.
 
-A CSV has no index, and a quoted caption may hold line ends, so only reading from its start tells where a row begins.
-`CsvRecords` knows the byte at which each row begins, so that a reader can continue from there. A quote that is opened
-and never closed would swallow the rows after it: where one of the swallowed lines is a row itself, the quote is taken
-for open and the row for bad, and reading continues with that line.
+A CSV has no index, and a quoted caption may contain line breaks, so finding where a row begins requires reading from
+the start of the file. `CsvRecords` reports the byte at which each row begins, so that a reader can continue from there.
+A quote that is opened and never closed would swallow the rows after it. If one of the swallowed lines is a row itself,
+the quote counts as unclosed and its row as bad, and reading continues with that line.
 """
 
 import csv
@@ -17,11 +17,11 @@ import numpy as np
 
 from dataloaders.csv_scan import plain_row_ends
 
-MAX_ROW_BYTES = 1 << 20  # an opened quote that is never closed would swallow the file
+MAX_ROW_BYTES = 1 << 20  # without a limit, a quote that is never closed would swallow the file
 _LINES_AHEAD = 200
-_BLOCK_BYTES = (1 << 16, 1 << 22)  # read at once: after a row that needs care, and at most
+_BLOCK_BYTES = (1 << 16, 1 << 22)  # block size after a row that needed the slow reader, and the largest one
 _QUOTING = {True: csv.QUOTE_MINIMAL, False: csv.QUOTE_NONE}
-# What a cell refers to by name: a URL, or a file name with a suffix.
+# A cell that refers to a file: a URL, or a file name with a suffix.
 _REFERENCE = re.compile(r"(?:[a-z][a-z0-9+.-]*://\S+|[^\s\t]*\S\.[A-Za-z0-9]{2,5})\s*")
 
 
@@ -30,8 +30,8 @@ class Record(NamedTuple):
 
     Attributes:
         cells: texts; None for a row with too few or too many cells, or with a quote that is never closed.
-        begin, end: its bytes in the file.
-        repaired: it was not UTF-8, and has been read as Windows-1252.
+        begin, end: the bytes of the file where the row begins and ends.
+        repaired: the row was not UTF-8 and has been read as Windows-1252.
     """
 
     cells: list[str] | None
@@ -41,12 +41,12 @@ class Record(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Neighbouring good rows of a CSV in UTF-8 that every CSV parser reads alike.
+    """Consecutive good rows of a UTF-8 CSV that every CSV parser reads the same way.
 
     Attributes:
         begin: byte of the file at which the first row begins.
         data: the bytes of the rows.
-        ends: int64 [num_rows], where each row ends in `data`.
+        ends: int64 [num_rows], the position in `data` at which each row ends.
     """
 
     begin: int
@@ -59,7 +59,8 @@ class CsvForm(NamedTuple):
 
     Attributes:
         separator: one character.
-        quoted: cells may be in quotes, and hold separators and line ends then; otherwise quotes are plain characters.
+        quoted: cells may be in quotes, and may then contain separators and line breaks; if False, quotes are ordinary
+            characters.
     """
 
     separator: str
@@ -67,15 +68,15 @@ class CsvForm(NamedTuple):
 
 
 class CsvRecords:
-    """Reads rows of a CSV file from a byte where a row begins.
+    """Reads rows of a CSV file, starting at a byte where a row begins.
 
-    A row of several lines that has the wrong number of cells, or that swallowed a line which is a row itself, is bad.
-    Reading continues with the next line after its first one that begins a good row.
+    A row is bad if it has the wrong number of cells, or if it spans several lines of which one is a row itself. After
+    a bad row, reading continues at the first of its further lines that begins a good row.
 
     Args:
         path: the file.
-        form: how it is written.
-        num_cells: of a good row; None where only the header is read.
+        form: how the file is written.
+        num_cells: the number of cells of a good row; None if only the header is read.
     """
 
     def __init__(self, path: Path, form: CsvForm, num_cells: int | None = None):
@@ -87,7 +88,7 @@ class CsvRecords:
         """Returns the names of the columns, and the byte at which the first row begins.
 
         Raises:
-            ValueError: no header, UTF-16, or two columns of one name.
+            ValueError: there is no header, the file is UTF-16 or has CR line ends, or two columns have the same name.
         """
         with open(self.path, "rb") as file:
             if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
@@ -95,7 +96,7 @@ class CsvRecords:
             file.seek(0)
             head = file.read(1 << 16)
             if b"\r" in head and b"\n" not in head:
-                raise ValueError(f"{self.path}: lines that end with CR alone; convert them first: tr '\\r' '\\n'")
+                raise ValueError(f"{self.path}: lines end with CR alone; convert them first: tr '\\r' '\\n'")
             file.seek(0)
             cells, end, _ = self._next(file, 0)
         if not cells:
@@ -110,7 +111,7 @@ class CsvRecords:
         return names, end
 
     def read(self, begin: int, end: int | None = None) -> Iterator[Record]:
-        """Yields the rows that begin at bytes `begin` to `end`; blank lines are none."""
+        """Yields the rows that begin from byte `begin` up to, not including, byte `end`; blank lines are skipped."""
         with open(self.path, "rb", buffering=1 << 20) as file:
             file.seek(begin)
             while end is None or begin < end:
@@ -122,7 +123,7 @@ class CsvRecords:
                 begin = stop
 
     def read_fast(self, begin: int, end: int | None = None) -> Iterator[Record | Stretch]:
-        """Yields the same rows as `read`, most of them together as stretches for a parser in C."""
+        """Yields the same rows as `read`, most of them grouped into stretches for a parser in C."""
         size = _BLOCK_BYTES[0]
         with open(self.path, "rb", buffering=0) as raw, open(self.path, "rb") as file:
             while end is None or begin < end:
@@ -149,7 +150,7 @@ class CsvRecords:
                 begin = stop
 
     def _record(self, file, begin: int) -> tuple[Record | None, int]:
-        """Returns (the row at byte `begin`, or None for a blank line, where the next one begins)."""
+        """Returns (the row at byte `begin` or None for a blank line, the byte at which the next row begins)."""
         cells, stop, repaired = self._next(file, begin)
         if stop == begin or cells == []:
             return None, stop
@@ -162,8 +163,8 @@ class CsvRecords:
         """Reads one row.
 
         Returns:
-            (cells, where the row ends, whether it was read as Windows-1252). No cells for a blank line, None for a row
-            that is none; at the file's end it ends where it begins.
+            (cells, the byte at which the row ends, whether it was read as Windows-1252). The cells are empty for a
+            blank line and None for a row that can't be parsed. At the end of the file, the row ends where it begins.
         """
         lines: list[bytes] = []
         taken, repaired = 0, False
@@ -190,7 +191,7 @@ class CsvRecords:
         return cells, position + taken, repaired
 
     def _is_open(self, lines: list[bytes]) -> bool:
-        """Whether a further line would belong to the same row, or the row can't be read."""
+        """Tells whether a further line would still belong to this row, or the row can't be parsed."""
         texts = [*(line.decode("utf-8", "replace") for line in lines), "further"]
         try:
             return len(list(csv.reader(texts, delimiter=self.form.separator))) == 1
@@ -198,7 +199,10 @@ class CsvRecords:
             return True
 
     def _swallows_rows(self, file, cells: list[str], begin: int, stop: int) -> bool:
-        """Whether a line within a row of several lines is a row itself: as many cells, one of them of the same kind."""
+        """Tells whether a row of several lines contains a line that is a row itself.
+
+        Such a line has as many cells, and a reference (see `_REFERENCE`) in a column where its row has one.
+        """
         if not self.form.quoted or not any("\n" in cell for cell in cells):
             return False
         file.seek(begin)
@@ -208,17 +212,21 @@ class CsvRecords:
         return any(self._is_row(line, kinds) for line in lines)
 
     def _is_row(self, line: str, kinds: Sequence[bool] | None = None) -> bool:
-        """Whether a line within a row is a row itself. `kinds` says which cells hold a reference; None: any may."""
+        """Tells whether a line within a row is a row itself.
+
+        `kinds` tells for each cell of the surrounding row whether it holds a reference; None if that is unknown.
+        """
         own = next(csv.reader([line], delimiter=self.form.separator), [])
         if len(own) != self.num_cells or self.num_cells == 1:
             return False
-        # Tabs hardly occur in captions; commas do, so a line needs a file name or URL where its row has one.
+        # Captions hardly ever contain tabs. They do contain commas, so a line also needs a file name or URL in a
+        # column where its row has one.
         if self.form.separator == "\t":
             return True
         return any(kind and _REFERENCE.fullmatch(cell) is not None for kind, cell in zip(kinds or repeat(True), own))
 
     def _resume(self, file, begin: int, stop: int) -> int:
-        """Returns where the next good row within a bad one from `begin` to `stop` begins, else `stop`."""
+        """Returns the byte at which the first good row inside the bad row `begin` to `stop` begins; else `stop`."""
         file.seek(begin)
         place = begin + len(file.readline(MAX_ROW_BYTES))
         for _ in range(_LINES_AHEAD):
@@ -236,13 +244,16 @@ class CsvRecords:
 
 
 def choose_form(path: Path, separator: str) -> tuple[CsvForm, list[str]]:
-    """Tells whether a file is written with quotes, and reads its header.
+    """Finds out whether a file uses quotes, and reads its header.
 
-    Quotes are taken for plain characters only if that makes every row good, which quoting does not, and if no cell is
-    quoted as a whole. Tables such as CC3M's are written so.
+    Quotes count as ordinary characters only if some rows are bad otherwise, if all rows are good this way, and if no
+    cell is quoted as a whole. CC3M's table is an example.
+
+    Returns:
+        The form of the file and the names of its columns.
 
     Raises:
-        ValueError: no header.
+        ValueError: the header can't be read (see `CsvRecords.header`).
     """
     quoted = CsvForm(separator)
     header, begin = CsvRecords(path, quoted).header()
@@ -261,19 +272,19 @@ def default_separator(path: Path) -> str:
 
 
 class BadRows:
-    """Counts the bad rows of a CSV and keeps the first one, to say where it is and what is wrong with it."""
+    """Counts the bad rows of a CSV and keeps the first one for the message."""
 
     def __init__(self, path: Path, form: CsvForm, header: list[str]):
         self.path, self.form, self.num_cells = path, form, len(header)
         self.count, self.first = 0, None
 
     def add(self, record: Record) -> None:
-        """Counts one."""
+        """Counts a bad row."""
         self.count += 1
         self.first = self.first or record
 
     def describe(self) -> str:
-        """Returns such as ``line 7: 3 cells, the header has 2 (1 such row)``."""
+        """Describes the first bad row, for example ``line 7: 3 cells, the header has 2 (1 bad row in all)``."""
         with open(self.path, "rb") as file:
             number = sum(block.count(b"\n") for block in _blocks(file, self.first.begin)) + 1
             file.seek(self.first.begin)

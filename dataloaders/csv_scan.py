@@ -1,11 +1,11 @@
-"""Where the rows of a CSV end, found a block at a time, as far as no row needs care."""
+"""Finds where the rows of a CSV end, a block at a time, up to the first row that needs the slow reader."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 _QUOTE, _LINE_END, _SEPARATOR, _ODD = 1, 2, 3, 4
-# Zero bytes and what Python takes for further line ends. A carriage return is odd where no line end follows.
+# Zero bytes, and what Python also takes for line ends. A carriage return is odd if no newline follows it.
 _ODD_BYTES = b"\0\x0b\x0c\r\x1c\x1d\x1e"
 _ODD_CHARACTERS = tuple(character.encode() for character in "\x85\u2028\u2029")
 
@@ -13,21 +13,22 @@ _ODD_CHARACTERS = tuple(character.encode() for character in "\x85\u2028\u2029")
 def plain_row_ends(
     block: bytes, separator: str, quoted: bool, num_cells: int, max_bytes: int, is_row: Callable[[str], bool]
 ) -> tuple[np.ndarray, bool]:
-    """Finds the leading rows of a block that are good, in UTF-8, and read alike by every CSV parser.
+    """Finds the plain rows at the start of a block. Every CSV parser reads a plain row the same way.
 
-    A row is plain if quotes stand only around whole cells or doubled within them, if it has the right number of cells,
-    and if none of its bytes or inner lines is suspicious.
+    A plain row is UTF-8, has the right number of cells, and has quotes only around whole cells or doubled within them.
+    It contains no byte on which parsers differ, and no line that may be a row itself.
 
     Args:
-        block: bytes of a CSV from the beginning of a row on.
+        block: bytes of a CSV; the first byte begins a row.
         separator: one character.
-        quoted: whether quotes have a meaning.
-        num_cells: of a good row.
-        max_bytes: a row of this size is not plain.
-        is_row: tells whether a line inside quotes might be a row itself, after a quote that was left open.
+        quoted: False if quotes are ordinary characters.
+        num_cells: the number of cells of a good row.
+        max_bytes: a row of this size or more is not plain.
+        is_row: tells whether a line inside quotes may be a row itself, which means that a quote was never closed.
 
     Returns:
-        int64 [num_rows], where each row ends; and whether all complete rows of the block are among them.
+        The position at which each plain row ends, int64 [num_rows]; and whether these are all complete rows of the
+        block.
     """
     if not separator.isascii():
         return np.zeros(0, dtype=np.int64), False
@@ -41,7 +42,7 @@ def plain_row_ends(
     wrong = (cells != num_cells) | (ends - begins >= max_bytes) | (ends - begins <= 2)
     odd = [begins[wrong], _odd_places(block, codes, places), _misplaced_quotes(block, separator, places, codes, inside)]
     stop = min([int(found[0]) for found in odd if len(found)] + [int(ends[-1]) if len(ends) else 0])
-    # Lines that end inside quotes, and begin another one with enough separators for a row.
+    # Line breaks inside quotes after which a line follows that has enough separators for a row.
     lines, separators = places[is_end] + 1, np.cumsum(is_separator)[is_end]
     inner = ~row_end[is_end][:-1] & (lines[:-1] < stop) & (np.diff(separators) >= num_cells - 1)
     for line in np.flatnonzero(inner):
@@ -53,7 +54,7 @@ def plain_row_ends(
 
 
 def _marks(block: bytes, separator: str, quoted: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (codes, places) of the bytes that matter."""
+    """Returns the codes and positions of quotes, line ends, separators and odd bytes."""
     table = bytearray(256)
     for byte in _ODD_BYTES:
         table[byte] = _ODD
@@ -66,7 +67,10 @@ def _marks(block: bytes, separator: str, quoted: bool) -> tuple[np.ndarray, np.n
 
 
 def _odd_places(block: bytes, codes: np.ndarray, places: np.ndarray) -> list[int]:
-    """Returns the first place that is not UTF-8 or that parsers read differently, if there is one."""
+    """Returns the positions of bytes that are not UTF-8 or that parsers read differently, sorted.
+
+    Only the first position of each kind is included.
+    """
     array = np.frombuffer(block, dtype=np.uint8)
     odd = places[codes == _ODD]
     following = array[np.minimum(odd + 1, len(array) - 1)]
@@ -83,7 +87,7 @@ def _odd_places(block: bytes, codes: np.ndarray, places: np.ndarray) -> list[int
 def _misplaced_quotes(
     block: bytes, separator: str, places: np.ndarray, codes: np.ndarray, inside: np.ndarray
 ) -> np.ndarray:
-    """Returns the quotes that neither begin nor end a cell and are not doubled."""
+    """Returns the positions of quotes that neither begin nor end a cell and are not doubled."""
     quotes, opening = places[codes == _QUOTE], inside[codes == _QUOTE]
     array = np.frombuffer(b"\n" + block + b" ", dtype=np.uint8)
     before, after = array[quotes], array[quotes + 2]

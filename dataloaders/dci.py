@@ -19,18 +19,18 @@ SOURCE = "see DCI in EVAL_DATASETS.md: annotations from the DCI release, photos 
 
 
 def read_dci(root: str | Path, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
-    """Reads DCI: all splits one after another; ``long-dci`` takes every annotation file, sorted by name.
+    """Reads DCI: all splits, one after another; ``long-dci`` reads every annotation file instead, sorted by name.
 
-    Protocols: ``dci/short+extra`` (LoTLIP, FLAIR) takes the short caption, a newline and the extra caption by the long
-    rule; ``dci/extra-lower`` (FG-CLIP) takes the extra caption alone, in lower case and not split; ``long-dci`` (TULIP,
-    HiMo-CLIP) takes the extra caption as it is, and leaves out annotations without one.
+    Protocols: ``dci/short+extra`` (LoTLIP, FLAIR) joins the short caption, a newline and the extra caption, and applies
+    `normalise_caption`; ``dci/extra-lower`` (FG-CLIP) takes the extra caption alone, in lower case and not split;
+    ``long-dci`` (TULIP, HiMo-CLIP) takes the extra caption unchanged, and leaves out annotations without one.
 
     Args:
         root: the folder that holds `densely_captioned_images`, or that folder itself.
         protocol: one of `PROTOCOLS`.
 
     Raises:
-        FileNotFoundError, ValueError: `splits.json` or an annotation is absent, broken or of another shape.
+        FileNotFoundError, ValueError: `splits.json` is missing, or a file is broken or has an unexpected structure.
     """
     base = find_dci_base(root)
     splits = read_json(base / "splits.json")
@@ -53,7 +53,7 @@ def read_dci(root: str | Path, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
 
 
 def _read_annotation(path: Path, protocol: str) -> tuple[str, str] | None:
-    """Returns (photo's file name, caption), or None if there is no such file."""
+    """Returns (the photo's file name, its caption), or None if there is no such annotation file."""
     if not path.is_file():
         return None
     row = read_json(path)
@@ -64,7 +64,11 @@ def _read_annotation(path: Path, protocol: str) -> tuple[str, str] | None:
 
 
 def find_dci_base(root: str | Path) -> Path:
-    """Returns the folder with `splits.json`: ROOT/densely_captioned_images or ROOT."""
+    """Returns the folder with `splits.json`: ROOT/densely_captioned_images or ROOT.
+
+    Raises:
+        FileNotFoundError: neither has one.
+    """
     root = require_dir(root, FLAG)
     for base in (root / "densely_captioned_images", root):
         if (base / "splits.json").is_file():

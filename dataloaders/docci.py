@@ -27,7 +27,7 @@ def read_docci(root: str | Path, sentences: bool = False) -> list[RetrievalSet]:
         sentences: return a second set, in which every sentence is a caption of its own.
 
     Raises:
-        FileNotFoundError, ValueError: the descriptions are absent, broken or hold no test split.
+        FileNotFoundError, ValueError: the descriptions are missing, broken or without a test split.
     """
     root = require_dir(root, FLAG)
     path = root / ANNOTATIONS

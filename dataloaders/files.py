@@ -1,4 +1,4 @@
-"""Small file helpers: JSON with errors that name the place, and many small reads at once."""
+"""Small file helpers: JSON with errors that name the file and line, and many small reads in parallel."""
 
 import glob
 import io
@@ -21,12 +21,12 @@ NUM_THREADS = 32  # a network disk answers one small request in milliseconds; th
 
 @dataclass(frozen=True)
 class ShardMember:
-    """A file inside a tar file, read in place; stands where a path does.
+    """A file inside a tar file, read in place; used like a `Path`.
 
     Attributes:
         shard: the tar file.
-        offset, size: where the content lies in it, in bytes.
-        member: name inside.
+        offset, size: position and length of the content in the tar file, in bytes.
+        member: the file's name inside the tar file.
     """
 
     shard: Path
@@ -58,12 +58,12 @@ class ShardMember:
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image in a cell of a Parquet or Arrow file, read when it is needed; stands where a path does.
+    """An image in a cell of a Parquet or Arrow file, read when it is needed; used like a `Path`.
 
     Attributes:
-        shard: the file.
-        column: of bytes, or of structs with ``bytes``.
-        row: from 0.
+        shard: the Parquet or Arrow file.
+        column: the name of the column, which holds bytes, or structs with ``bytes``.
+        row: counted from 0.
     """
 
     shard: Path
@@ -93,13 +93,17 @@ class EmbeddedImage:
 
 
 def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Applies a function that waits for the disk to every item, in threads; results keep the order."""
+    """Applies a function to every item in threads, for functions that wait for the disk; results keep the order."""
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(function, items))
 
 
 def read_json(path: Path) -> object:
-    """Reads a UTF-8 JSON file; ValueError names the file and the place if it is broken."""
+    """Reads a UTF-8 JSON file.
+
+    Raises:
+        ValueError: the file is broken; the message names the file and the position.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -107,7 +111,14 @@ def read_json(path: Path) -> object:
 
 
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
-    """Reads a JSON-lines file of objects as (``FILE line N``, object); ValueError names file and line."""
+    """Reads a JSON-lines file of objects.
+
+    Returns:
+        (``FILE line N``, object) for each line that is not blank.
+
+    Raises:
+        ValueError: a line is broken or not an object; the message names file and line.
+    """
     rows = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -128,7 +139,11 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
 
 
 def text_field(row: object, key: str, where: str | Path) -> str:
-    """Returns ``row[key]`` if it is a string; ValueError names the place and the keys found otherwise."""
+    """Returns ``row[key]``, a string.
+
+    Raises:
+        ValueError: `row` is not an object, or has no string under `key`; the message begins with `where`.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     if not isinstance(row.get(key), str):
@@ -137,7 +152,7 @@ def text_field(row: object, key: str, where: str | Path) -> str:
 
 
 def require_dir(path: str | Path, flag: str) -> Path:
-    """Returns the folder; FileNotFoundError with the flag's name if it is none."""
+    """Returns the path of a folder; raises FileNotFoundError that names `flag` if there is no such folder."""
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{flag} {path}: no such folder")
@@ -145,7 +160,10 @@ def require_dir(path: str | Path, flag: str) -> Path:
 
 
 def matching_files(pattern: str) -> list[str]:
-    """Returns the file of this name, else all that match it as a pattern; a folder's name is never a pattern."""
+    """Returns the file of this name, else all files that match the name as a pattern, sorted.
+
+    If the folder part names an existing folder, its characters are not treated as a pattern.
+    """
     folder, name = os.path.split(pattern)
     if os.path.isfile(pattern):
         return [pattern]
@@ -153,17 +171,20 @@ def matching_files(pattern: str) -> list[str]:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts ``2`` before ``10``."""
+    """Returns a sort key that puts ``2`` before ``10``."""
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]
 
 
 def first_present(places: Sequence[Sequence[Path]]) -> list[Path]:
-    """Returns for each file the first of its possible places where there is one; the first place if there is none."""
+    """Returns for each file the first of its possible paths that exists; if none exists, the first path."""
     return parallel_map(lambda own: next((p for p in own if file_identity(p) is not None), own[0]), places)
 
 
 def file_identity(path: Path | ShardMember | EmbeddedImage) -> object | None:
-    """Returns (device, inode) of a file, the path itself where there are no inodes, None if there is no file."""
+    """Returns a value that is equal for paths to the same file; None if there is no file.
+
+    The value is (device, inode), or the path itself if the file system has no inodes.
+    """
     if hasattr(path, "shard"):  # in a tar or Parquet file
         return path if path.shard.is_file() else None
     try:

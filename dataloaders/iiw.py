@@ -21,7 +21,7 @@ SUBSETS = {"DOCCI_Test": "docci", "IIW-400": "docci_aar", "DCI_Test": "dci"}
 
 
 def read_iiw(root: str | Path, annotations: str | Path | None = None, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
-    """Reads IIW: DOCCI_Test, IIW-400, DCI_Test in this order, field `IIW`.
+    """Reads IIW: the captions under `IIW` of DOCCI_Test, IIW-400 and DCI_Test, in this order.
 
     Protocols: ``iiw/612`` takes whole captions; in ``iiw/sentences`` (FLAIR's fine-grained set) every sentence is a
     caption of its own.
@@ -32,7 +32,7 @@ def read_iiw(root: str | Path, annotations: str | Path | None = None, protocol: 
         protocol: one of `PROTOCOLS`.
 
     Raises:
-        FileNotFoundError, ValueError: an annotation file is absent, broken or of another shape.
+        FileNotFoundError, ValueError: an annotation file is missing, broken or has an unexpected structure.
     """
     root = require_dir(root, FLAG)
     pairs = [

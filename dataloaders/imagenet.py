@@ -1,7 +1,7 @@
 """ImageNet-1k's validation images and ImageNet-v2, for zero-shot classification.
 
 VAL/n01440764/*.JPEG    one folder per class, named by its WordNet id
-V2/0/*.jpeg             one folder per class, named by its number (0 .. 999)
+V2/0/*.jpeg             one folder per class, named by its number (0 to 999)
 """
 
 import hashlib
@@ -21,20 +21,20 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
 def read_imagenet(root: str | Path, prompts: str | Path | None = None) -> ClassificationSet:
-    """Reads ImageNet-1k's validation images; only some of the classes will do.
+    """Reads ImageNet-1k's validation images; some of the classes may be missing.
 
     Args:
         root: the folder with a folder per class.
         prompts: a file of class descriptions, see `read_prompts`.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder, or none of its folders is named by a class.
+        FileNotFoundError, ValueError: there is no such folder, or none of its folders is named after a class.
     """
     numbers = {name: number for number, name in enumerate(_wordnet_ids())}
     root = require_dir(root, "--imagenet-val")
     if any(name.startswith("ILSVRC2012_val_") for name in os.listdir(root)):
         raise ValueError(
-            f"--imagenet-val {root}: its images lie in one folder; sort them into a folder per class, {SOURCE}"
+            f"--imagenet-val {root}: all images are in one folder; sort them into a folder per class, {SOURCE}"
         )
     paths, labels = _read_classes(root, numbers, "--imagenet-val", "a WordNet id such as n01440764")
     texts = read_prompts(prompts) if prompts else None
@@ -42,14 +42,14 @@ def read_imagenet(root: str | Path, prompts: str | Path | None = None) -> Classi
 
 
 def read_imagenet_v2(root: str | Path, prompts: str | Path | None = None) -> ClassificationSet:
-    """Reads ImageNet-v2, matched-frequency; folders count as numbers (10 comes after 9).
+    """Reads ImageNet-v2, matched-frequency; folders are sorted as numbers (10 comes after 9).
 
     Args:
-        root: the folder with the numbered folders, or the one above it.
+        root: the folder with the numbered folders, or its parent folder.
         prompts: a file of class descriptions, see `read_prompts`.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder, or none of its folders is named by a number.
+        FileNotFoundError, ValueError: there is no such folder, or none of its folders is named by a number.
     """
     root = require_dir(root, "--imagenet-v2")
     root = next((root / name for name in V2_FOLDERS if (root / name).is_dir()), root)
@@ -62,12 +62,13 @@ def read_imagenet_v2(root: str | Path, prompts: str | Path | None = None) -> Cla
 def read_prompts(path: str | Path) -> ClassTexts:
     """Reads descriptions of ImageNet's classes: a JSON object of class name or WordNet id -> list of texts.
 
-    This is the format of CuPL (arXiv 2209.03320). An object of objects, as CLIP_benchmark's ``cupl_prompts.json`` is,
-    has the classes under ``imagenet1k``. Names are open_clip's; the two pairs of classes that share one also share its
-    texts, unless their WordNet ids are given.
+    This is the format of CuPL (arXiv 2209.03320). In a file of several data sets, such as CLIP_benchmark's
+    ``cupl_prompts.json``, the classes are under ``imagenet1k``. Class names are open_clip's. Two names stand for two
+    classes each; both classes then get the same texts, unless the file gives their WordNet ids.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, another format, a class without texts, or an unknown class.
+        FileNotFoundError, ValueError: there is no such file, it has another format, a class has no texts, or a class
+            is unknown.
     """
     from open_clip import IMAGENET_CLASSNAMES  # imports PyTorch
 
@@ -109,7 +110,7 @@ def _is_image(name: str) -> bool:
 
 
 def _wordnet_ids() -> list[str]:
-    """The 1,000 classes in ImageNet's order, which open_clip's class names follow; from timm's own list of them."""
+    """Returns the ids of the 1,000 classes in ImageNet's order (open_clip's names follow it), from timm's list."""
     timm = find_spec("timm")  # found, not imported: that would load PyTorch
     path = Path(timm.submodule_search_locations[0]) / "data" / "_info" / "imagenet_synsets.txt"
     return path.read_text(encoding="ascii").split()

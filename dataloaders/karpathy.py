@@ -1,4 +1,4 @@
-"""COCO and Flickr30k: photos with five short captions each, in Karpathy's splits. The captions stay as they are.
+"""COCO and Flickr30k: photos with five short captions each, in Karpathy's splits. Captions are left unchanged.
 
 ANNO  {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg", "split": "test",
                    "sentences": [{"raw": ..}, ..]}, ..]}                      dataset_coco.json, dataset_flickr30k.json
@@ -23,7 +23,7 @@ VAL2017 = "coco/val2017"
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """What differs between the two: names, where files usually lie, and per split its number of images and protocol."""
+    """What differs between COCO and Flickr30k: names, usual file locations, image counts and protocols by split."""
 
     key: str
     title: str
@@ -58,7 +58,7 @@ FLICKR30K = _Benchmark(
 
 
 def read_coco(root: str | Path, annotations: str | Path | None = None, split: str = "test") -> RetrievalSet:
-    """Reads COCO captions; arguments and errors as `read_flickr30k`."""
+    """Reads COCO captions; for arguments and errors see `read_flickr30k`."""
     return _read(COCO, root, annotations, split)
 
 
@@ -66,12 +66,12 @@ def read_flickr30k(root: str | Path, annotations: str | Path | None = None, spli
     """Reads Flickr30k.
 
     Args:
-        root: folder with the images, in one of the usual trees.
-        annotations: the list of captions; looked for below the root if None.
-        split: ``test`` or ``val`` of Karpathy's, or ``all`` of Flickr30k; a list without splits is taken whole.
+        root: folder with the images, in one of the usual layouts.
+        annotations: the list of captions; if None, it is searched for below the root.
+        split: ``test`` or ``val`` (Karpathy's splits), or ``all`` images; a list without splits is read completely.
 
     Raises:
-        FileNotFoundError, ValueError: no list, a broken one, or none of that split.
+        FileNotFoundError, ValueError: the list is missing or broken, or has no image of this split.
     """
     return _read(FLICKR30K, root, annotations, split)
 
@@ -85,7 +85,7 @@ def _read(which: _Benchmark, root: str | Path, annotations: str | Path | None, s
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         rows = _official_rows(content, path)
         protocol = f"{key}/{_official_name(path)}"
-        # Other images than Karpathy's test split: never under the same name.
+        # These are not the images of Karpathy's test split, so they need another name.
         key, title, expected = f"{key}-{_official_name(path)}", f"{title} {_official_name(path)}", None
         if _official_name(path) == "val2017":
             expected = 5000
@@ -128,7 +128,7 @@ def _find_annotations(which: _Benchmark, root: Path, annotations: str | Path | N
 
 
 def _karpathy_rows(items: list, path: Path, split: str) -> list[tuple[str, list[str]]]:
-    """(path of the image, its captions) of each image of a split, in file order."""
+    """Returns (path of the image, its captions) for each image of a split, in file order."""
     rows = []
     for number, item in enumerate(items):
         where = f"{path} image {number}"
@@ -174,15 +174,15 @@ def _official_name(path: Path) -> str:
 
 
 def _candidates(which: _Benchmark, root: Path, name: str) -> list[Path]:
-    """Where an image may lie; the first place is where it is said to be missing."""
+    """Returns the paths at which an image may be; a message about a missing image names the first one."""
     names = dict.fromkeys([name, name.rsplit("/", 1)[-1]])
     number = re.fullmatch(r"COCO_(?:train|val)2014_(\d{12}\.jpg)", name.rsplit("/", 1)[-1])
-    if number:  # the release of 2017 has the same pictures under shorter names
+    if number:  # the release of 2017 has the same images under shorter names
         names |= dict.fromkeys(f"{folder}/{number[1]}" for folder in ("val2017", "train2017"))
     return [root / folder / n for n in names for folder in which.folders]
 
 
-SPLIT = Option("--karpathy-split", "of COCO and Flickr30k (default: %(default)s)", default="test", choices=SPLITS)
+SPLIT = Option("--karpathy-split", "split of COCO and Flickr30k (default: %(default)s)", default="test", choices=SPLITS)
 
 
 def _read_chosen(which: _Benchmark, args: argparse.Namespace, root: str, annotations: str | None) -> list[RetrievalSet]:
@@ -201,7 +201,7 @@ def _read_chosen(which: _Benchmark, args: argparse.Namespace, root: str, annotat
 def _declare(which: _Benchmark, order: int, read: Callable[[argparse.Namespace], list[RetrievalSet]]) -> Benchmark:
     annotations = Option(
         f"--{which.key}-anno",
-        f"dataset_{which.key}.json (default: looked for in DIR)",
+        f"dataset_{which.key}.json (default: searched for in DIR)",
         metavar="FILE",
         aliases=("--anno",),
     )

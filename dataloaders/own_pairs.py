@@ -1,8 +1,8 @@
-"""A user's own pairs of images and captions in tar shards, as a training reads them.
+"""A user's own pairs of images and captions in tar shards, in the format of training shards.
 
-SHARDS .tar: KEY.jpg (.jpeg, .png, .webp) with KEY.txt, or with captions in KEY.json
+SHARD.tar: KEY.jpg (.jpeg, .png, .webp) with KEY.txt, or with captions in KEY.json
 
-Captions stay as they are, unless the rule of the long benchmarks is asked for.
+Captions are left unchanged, unless the rule of the long benchmarks is chosen.
 """
 
 import json
@@ -18,16 +18,17 @@ from dataloaders.tar import IMAGE_SUFFIXES, BrokenTarError, Member, TarReader, T
 
 
 def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines: bool = False) -> RetrievalSet:
-    """Reads pairs from local tar shards; the images stay inside and are read from there.
+    """Reads pairs from local tar shards; the images are not extracted, but read from the shards when needed.
 
     Args:
-        shards: files with ``{000..123}`` or ``*``, or a folder (its ``*.tar``).
-        caption_keys: of ``.json``: texts or lists of texts; all that are there count. ``.txt`` is used without any.
-        rule: as `read_table_pairs`.
+        shards: files, with ``{000..123}`` or ``*``, or a folder (all its ``*.tar``).
+        caption_keys: keys of the ``.json`` that hold a text or a list of texts; all that exist are read. If none does,
+            the ``.txt`` is read.
+        rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
         lines: each line of a ``.txt`` is a caption of its own, as in CLIP_benchmark's shards.
 
     Raises:
-        FileNotFoundError, ValueError: no such shard, a broken one, or a sample without an image or a caption.
+        FileNotFoundError, ValueError: a shard is missing or broken, or a sample lacks an image or a caption.
     """
     pairs, num_with_lines = [], 0
     for path in _local_shards(shards):
@@ -55,7 +56,7 @@ def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines:
 
 def _local_shards(shards: str) -> list[str]:
     if not is_local(shards):
-        raise ValueError(f"--retrieval-wds {shards}: expected local files; download them first")
+        raise ValueError(f"--retrieval-wds {shards}: expected local files; download the shards first")
     try:
         paths = expand_shards(shards)
     except ValueError as error:
@@ -71,16 +72,16 @@ def _text(tar: TarReader, suffix: str, member: Member) -> bytes | None:
 
 
 def _image_of(sample: TarSample, path: str, texts: list[str], keys: Sequence[str], where: str) -> ShardMember:
-    """The image of a sample that has all it needs."""
+    """Returns the image of a sample; ValueError if an image or a caption is missing or can't be read."""
     if fault := sample.fault(("json", "txt", *IMAGE_SUFFIXES)):
         found = ", ".join(member.name for member in sample.members.values() if member.kind in ("link", "sparse"))
-        raise ValueError(f"{where}: {fault}: {found}; pack the shard anew with tar --hard-dereference -h, without -S")
+        raise ValueError(f"{where}: {fault}: {found}; pack the shard again with tar --hard-dereference -h, without -S")
     image = next((sample.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.members), None)
     if image is None or not texts:
         raise ValueError(
             f"{where}: sample {sample.key} lacks an image or a caption (found {', '.join(sorted(sample.members))}; "
-            f"captions are looked for in .json under {', '.join(keys)}, --retrieval-caption-keys, else in .txt). The "
-            "files of a sample must lie together in the tar: tar --sort=name"
+            f"captions are read from .json under {', '.join(keys)}, see --retrieval-caption-keys, else from .txt). The "
+            "files of a sample must be next to each other in the tar: tar --sort=name"
         )
     return ShardMember(Path(path), image.offset, image.size, image.name)
 

@@ -1,4 +1,4 @@
-"""What a user's own pairs have in common, whether they come in tables or in shards."""
+"""What a user's own pairs have in common, whether they are in tables or in shards."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from dataloaders.values import names
 CAPTION_RULES = ("raw", "long")
 CAPTION_KEYS = Option(
     "--retrieval-caption-keys",
-    "their captions: columns of the table, keys in a shard's .json (default: caption)",
+    "where the captions are: columns of the table, or keys in a shard's .json (default: caption)",
     metavar="KEYS",
     default=("caption",),
     type=names,
@@ -18,17 +18,17 @@ CAPTION_KEYS = Option(
 )
 CAPTION_RULE = Option(
     "--retrieval-caption-rule",
-    "captions as they are, or split and joined as in the long benchmarks (default: %(default)s)",
+    "raw: captions unchanged; long: split and joined as in the long benchmarks (default: %(default)s)",
     default="raw",
     choices=CAPTION_RULES,
 )
 
 
 def texts_of(value: object, where: str) -> list[str]:
-    """Returns the captions that a cell or a JSON value holds: a text, or a list of texts; empty ones are none.
+    """Returns the captions in a cell or a JSON value, which is a text or a list of texts; empty texts are left out.
 
     Raises:
-        ValueError: the value is no text; the message begins with `where`.
+        ValueError: the value is something else; the message begins with `where`.
     """
     if value is None:
         return []
@@ -46,11 +46,11 @@ def texts_of(value: object, where: str) -> list[str]:
 
 
 def as_set(name: str, pairs: Iterable[tuple], rule: str) -> RetrievalSet:
-    """Makes a set of a user's own pairs.
+    """Builds a retrieval set from a user's own pairs.
 
     Args:
-        name: of the set; its results are under ``NAME-retrieval``.
-        pairs: (image, its captions); an image may come several times.
+        name: name of the set; the keys of its results begin with ``NAME-retrieval``.
+        pairs: (image, its captions) for each image.
         rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
     """
     apply = normalise_caption if rule == "long" else str

@@ -1,8 +1,8 @@
 """A user's own pairs of images and captions in tables.
 
 A table has a column of image paths, which are relative to the table's folder, and one or more columns of captions.
-Parquet may hold the images themselves, as data sets on the Hugging Face hub do. Rows that name the same image are
-further captions of it. Captions stay as they are, unless the rule of the long benchmarks is asked for.
+Parquet may hold the images themselves, as data sets on the Hugging Face hub do. Rows that name the same image give it
+further captions. Captions are left unchanged, unless the rule of the long benchmarks is chosen.
 """
 
 import logging
@@ -25,15 +25,17 @@ def read_table_pairs(
     """Reads pairs from tables.
 
     Args:
-        spec: what `table_files` takes: one file or several, or a folder.
-        image_column: paths, absolute or relative to the table's folder, or in Parquet the images themselves.
-        caption_columns: of texts, or in Parquet lists of texts; those that are there are read, empty ones are none.
+        spec: one or several files, or a folder; see `table_files`.
+        image_column: column of paths, absolute or relative to the table's folder, or in Parquet of the images
+            themselves.
+        caption_columns: columns of texts, or in Parquet of lists of texts. Columns that the table lacks and empty
+            texts are ignored.
         rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
-        separator: of a CSV; None takes a comma, in ``.tsv`` a tab.
+        separator: separator of a CSV; None means a comma, or a tab in ``.tsv``.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no such column, a row without a caption, a caption that is no text,
-            or a row with too few or too many cells; the message names the line.
+        FileNotFoundError, ValueError: a file or a column is missing, a row lacks an image or a caption, a caption is
+            not a text, or a row has too few or too many cells; the message names the row.
     """
     try:
         paths = table_files(str(spec))
@@ -50,7 +52,7 @@ def read_table_pairs(
 
 
 def _name(spec: str, paths: Sequence[Path]) -> str:
-    """A single file gives a set its name, else the folder that holds them."""
+    """Returns the name of the set: that of a single file, or of the folder that holds several."""
     if len(paths) == 1 and not Path(spec).is_dir():
         return paths[0].stem
     return (Path(spec) if Path(spec).is_dir() else paths[0].parent).resolve().name
@@ -83,7 +85,7 @@ def _pairs(
 
 
 def _image_of(value: object, path: Path, column: str, number: int, where: str) -> Path | EmbeddedImage | None:
-    if isinstance(value, dict) and ("bytes" in value or "path" in value):  # as Hugging Face's data sets have them
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):  # the form of Hugging Face's data sets
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return EmbeddedImage(path, column, number - 1) if value else None
@@ -92,16 +94,18 @@ def _image_of(value: object, path: Path, column: str, number: int, where: str) -
 
 
 class _CsvFile:
-    """A CSV whose bad rows are refused; the counterpart of `ColumnarFile`."""
+    """A CSV in which any bad row is an error; the counterpart of `ColumnarFile`."""
 
     def __init__(self, path: Path, separator: str | None):
         self.path = path
         self.form, self.names = choose_form(path, separator or default_separator(path))
         if not self.form.quoted:
-            logger.warning(f"--retrieval-csv {path}: quotation marks are plain characters there, as no cell is quoted")
+            logger.warning(
+                f"--retrieval-csv {path}: no cell is quoted, so quotation marks are read as plain characters"
+            )
 
     def rows(self, image_column: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-        """Yields each row as column -> text; raises ValueError at the end if a row was bad."""
+        """Yields each row as a dict of column -> text; raises ValueError at the end if a row was bad."""
         records, bad = CsvRecords(self.path, self.form, len(self.names)), BadRows(self.path, self.form, self.names)
         for record in records.read(records.header()[1]):
             if record.cells is None or record.repaired:
@@ -117,7 +121,7 @@ class _CsvFile:
 
 IMAGE_KEY = Option(
     "--csv-img-key",
-    "image column: paths, or images themselves (default: %(default)s, else the only column of images)",
+    "image column: paths, or the images themselves (default: %(default)s, else the only column of images)",
     metavar="COL",
     default="filepath",
     aliases=("--image-key",),

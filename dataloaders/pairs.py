@@ -1,4 +1,4 @@
-"""What every benchmark reader returns, and the check that its image files are there."""
+"""What every benchmark reader returns, and the check that its image files exist."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ class RetrievalSet:
         title: heading in tables, e.g. ``SV-1k``.
         image_paths: one file per image, in the published order.
         captions: normalised captions, in the published order.
-        image_of_caption: for each caption the index of its image; several captions may share one.
-        num_published: number of pairs of the full benchmark, or None where there is no such number.
-        missing: what had to be left out, one readable line per pair; empty if complete.
-        source: how to get what is missing, one line.
+        image_of_caption: for each caption the index of its image; several captions may share an image.
+        num_published: number of pairs of the full benchmark; None if there is no such number.
+        missing: one readable line for each pair that had to be left out; empty if the set is complete.
+        source: how to get the missing files, one line.
         protocol: name of the variant that was read, e.g. ``dci/short+extra``; empty for a user's own pairs.
     """
 
@@ -45,7 +45,7 @@ class RetrievalSet:
         """Returns the set without some images and their captions.
 
         Args:
-            reasons: image index -> the line that goes into `missing`.
+            reasons: image index -> the line to add to `missing`.
         """
         if not reasons:
             return self
@@ -76,16 +76,16 @@ def several_captions_per_image(
     image_of_caption = tuple(number for number, (_, own) in enumerate(rows) for _ in own)
     empty = sum(not c for c in captions)
     if empty:
-        logging.warning(f"{title}: {empty:,} of {len(captions):,} captions are empty; they are kept, as pairs.")
+        logging.warning(f"{title}: {empty:,} of {len(captions):,} captions are empty; their pairs are kept.")
     return RetrievalSet(key, title, paths, captions, image_of_caption, **fields)
 
 
 @dataclass(frozen=True)
 class ClassTexts:
-    """What describes the classes of a classification set, in place of their names in templates.
+    """Descriptions of the classes of a classification set, used instead of templates with their names.
 
     Attributes:
-        name: what they are, for tables and results.
+        name: where the texts come from, for tables and results.
         texts: for each class its texts, at least one.
     """
 
@@ -95,16 +95,16 @@ class ClassTexts:
 
 @dataclass(frozen=True)
 class ClassificationSet:
-    """Images and the number of each one's class.
+    """A classification benchmark: images, and the class of each.
 
     Attributes:
         key: prefix of the result keys, e.g. ``imagenet-zeroshot-val`` (open_clip's).
         title: heading in tables.
         image_paths: one file per image.
-        labels: for each image its class, 0 .. 999 in ImageNet's usual order.
+        labels: for each image its class, 0 to 999 in ImageNet's usual order.
         num_published: number of images of the full set.
-        source: how to get what is missing.
-        class_texts: None takes open_clip's class names and templates.
+        source: how to get the missing files.
+        class_texts: descriptions of the classes; None means open_clip's class names and templates.
     """
 
     key: str
@@ -118,11 +118,11 @@ class ClassificationSet:
 
 @dataclass(frozen=True)
 class FoundImages:
-    """Distinct image files behind several sets, and who uses which.
+    """The distinct image files of several sets, and which of them each set uses.
 
     Attributes:
         paths: one path per distinct file.
-        index: per set, for each of its images the position in `paths`.
+        index: for each set, the position in `paths` of each of its images.
     """
 
     paths: tuple[Path, ...]
@@ -133,8 +133,8 @@ def find_images(sets: list[RetrievalSet]) -> tuple[list[RetrievalSet], FoundImag
     """Looks up every image file of all sets, in parallel.
 
     Returns:
-        The sets without the images that have no file (named in `missing`), and the distinct files behind them. Files
-        are the same if the file system says so, so links between benchmarks are encoded once.
+        The sets without the images that have no file (these are named in `missing`), and the distinct files of all
+        sets. Files are compared by inode, so an image that is linked into several benchmarks is encoded once.
     """
     wanted = list(dict.fromkeys(path for s in sets for path in s.image_paths))
     identity = dict(zip(wanted, parallel_map(file_identity, wanted)))
@@ -154,7 +154,7 @@ def find_images(sets: list[RetrievalSet]) -> tuple[list[RetrievalSet], FoundImag
 
 def describe_missing(retrieval_set: RetrievalSet) -> str:
     """Returns a paragraph with the count, the first ten missing items and how to get them."""
-    different = list(dict.fromkeys(retrieval_set.missing))  # an image's captions go missing together
+    different = list(dict.fromkeys(retrieval_set.missing))  # a missing image gives one line per caption
     shown = different[:10]
     total = len(retrieval_set.missing) + len(retrieval_set.captions)
     lines = [f"{retrieval_set.title}: {len(retrieval_set.missing):,} of {total:,} pairs are missing:"]

@@ -1,4 +1,4 @@
-"""Puts evaluation data into place, tells whether it is complete, and how long its captions are. See EVAL_DATASETS.md.
+"""Arranges evaluation data, checks that it is complete, and counts how long its captions are. See EVAL_DATASETS.md.
 
 python -m dataloaders.prepare share4v share-captioner_coco_lcs_sam_1246k_1107.json data/share4v/anno.json
 python -m dataloaders.prepare iiw data/iiw --annotations imageinwords --docci data/docci --dci data/dci
@@ -30,9 +30,9 @@ def prepare_share4v(captions: Path, out: Path, num: int) -> str:
     """Cuts a ShareGPT4V caption list to its first `num` items with an SA-1B image, in order.
 
     Raises:
-        FileNotFoundError, ValueError: the list is absent, broken, or has too few such items.
+        FileNotFoundError, ValueError: the list is missing or broken, or has too few such items.
     """
-    read_items(captions)  # its shape, with errors that name the item
+    read_items(captions)  # checks the structure, with errors that name the item
     items = json.loads(captions.read_text(encoding="utf-8-sig"))
     chosen = [item for item in items if re.fullmatch(r"sa_\d+\.jpe?g", Path(item["image"]).name)][:num]
     if len(chosen) < num:
@@ -47,7 +47,7 @@ def prepare_share4v(captions: Path, out: Path, num: int) -> str:
 
 @dataclass
 class _Placed:
-    """What became of one subset's images."""
+    """How many images of one subset are in place, and which are missing."""
 
     present: int = 0
     train_names: int = 0
@@ -55,19 +55,19 @@ class _Placed:
 
 
 def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, list[Path]], copy: bool) -> tuple[str, bool]:
-    """Brings IIW's annotation files and images into the layout that `read_iiw` reads.
+    """Arranges IIW's annotation files and images in the layout that `read_iiw` reads.
 
     Args:
-        out: IIW's root; made if need be. Files that are there already stay.
+        out: IIW's root, created if it doesn't exist. Existing files are kept.
         annotations: a clone of google/imageinwords, or a folder with DOCCI_Test/data.jsonl and so on.
-        image_roots: image folder of the layout (`docci`, `docci_aar`, `dci`) -> folders to look through, at any depth.
+        image_roots: image folder of the layout (`docci`, `docci_aar`, `dci`) -> folders to search, at any depth.
         copy: copy the images; otherwise link to them.
 
     Returns:
         A report, and whether everything is in place.
 
     Raises:
-        FileNotFoundError, ValueError: an annotation file is absent or broken.
+        FileNotFoundError, ValueError: an annotation file is missing or broken, or an image was found twice.
     """
     base = annotations / "datasets" if (annotations / "datasets").is_dir() else annotations
     wanted = {s: [name for name, _ in read_iiw_subset(base, s)] for s in SUBSETS}
@@ -82,7 +82,7 @@ def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, list[Path]]
         lines.append(f"{subset}: {placed.present:,} of {len(wanted[subset]):,} images in {out / folder}")
         if placed.train_names:
             lines.append(
-                f"  NOTE: {placed.train_names:,} of them were there only under their train_ name; look at a few before "
+                f"  NOTE: {placed.train_names:,} of them were found only under their train_ name; look at a few before "
                 f"you trust the numbers"
             )
         if placed.missing:
@@ -114,8 +114,8 @@ def _place_images(names: list[str], folder: Path, sources: list[dict[str, list[P
                 missing.append(name)
                 continue
             if len(places) > 1:
-                raise ValueError(f"{name} lies in {places[0].parent} and {places[1].parent}; name the folder to take")
-            target.unlink(missing_ok=True)  # a link that points nowhere any more
+                raise ValueError(f"{name} is in {places[0].parent} and {places[1].parent}; name the folder to use")
+            target.unlink(missing_ok=True)  # it may be a dangling link
             if copy:
                 shutil.copyfile(places[0], target)
             else:
@@ -130,7 +130,7 @@ def check_benchmark(sets: list[RetrievalSet], read_images: bool) -> tuple[str, b
     """Looks for every image of a benchmark; with `read_images` also decodes each.
 
     Returns:
-        A report, and whether everything is there.
+        A report, and whether the benchmark is complete.
     """
     sets, images = find_images(sets)
     broken = {}
@@ -144,7 +144,7 @@ def check_benchmark(sets: list[RetrievalSet], read_images: bool) -> tuple[str, b
         if s.missing:
             lines.append(describe_missing(s))
         elif len(s.captions) < expected:
-            lines.append(f"{s.title}: all images are there, but only {len(s.captions):,} of {expected:,} pairs listed")
+            lines.append(f"{s.title}: no image is missing, but only {len(s.captions):,} of {expected:,} pairs listed")
         else:
             lines.append(f"{s.title}: complete, {len(s.captions):,} pairs")
         complete &= not s.missing and len(s.captions) >= expected
@@ -163,7 +163,7 @@ def read_for_check(args: argparse.Namespace) -> list[RetrievalSet]:
     """Reads the benchmark that ``check`` names; classification sets become pairs.
 
     Raises:
-        ValueError, FileNotFoundError: as the benchmark's reader, or a flag that it needs is missing.
+        ValueError, FileNotFoundError: the benchmark's reader raised it, or a flag that it needs is missing.
     """
     benchmark = _benchmark_at(args, args.benchmark, args.root)
     sets = (benchmark.check or benchmark.read)(args)
@@ -171,10 +171,10 @@ def read_for_check(args: argparse.Namespace) -> list[RetrievalSet]:
 
 
 def read_for_stats(args: argparse.Namespace) -> list[RetrievalSet]:
-    """Reads the benchmarks that ``stats`` names, and those below ``--data-root``; prints what is not there.
+    """Reads the benchmarks that ``stats`` names, and those below ``--data-root``; prints which are missing there.
 
     Raises:
-        ValueError, FileNotFoundError: as the readers; an unknown name, or nothing to read.
+        ValueError, FileNotFoundError: a reader raised it, a name is unknown, or there is nothing to read.
     """
     for benchmark in benchmarks():
         setattr(args, destination(benchmark.flag), None)
@@ -194,7 +194,7 @@ def read_for_stats(args: argparse.Namespace) -> list[RetrievalSet]:
 
 
 def write_stats(found: list[CaptionStats], path: Path) -> str:
-    """Writes the figure, and beside it the counts as JSON; returns where they are."""
+    """Writes the figure, and the counts as JSON beside it; returns a line that names both files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,7 +205,7 @@ def write_stats(found: list[CaptionStats], path: Path) -> str:
 
 
 def _benchmark_at(args: argparse.Namespace, name: str, root: str) -> Benchmark:
-    """Sets a benchmark's flag to its folder; ValueError if it needs another flag."""
+    """Sets a benchmark's flag to its folder; ValueError if another flag that it needs is missing."""
     benchmark = next(b for b in benchmarks() if b.name == name)
     for flag, what in benchmark.requires:
         if not getattr(args, destination(flag)):
@@ -215,7 +215,7 @@ def _benchmark_at(args: argparse.Namespace, name: str, root: str) -> Benchmark:
 
 
 def _as_pairs(s: ClassificationSet) -> RetrievalSet:
-    """Images with their class as a caption: all that a check looks at are files and counts."""
+    """Uses the class of each image as its caption: a check looks only at files and counts."""
     pairs = [(path, str(label)) for path, label in zip(s.image_paths, s.labels)]
     return one_caption_per_image(s.key, s.title, pairs, num_published=s.num_published, source=s.source)
 
@@ -233,14 +233,14 @@ def build_parser() -> argparse.ArgumentParser:
     share4v.add_argument("captions", type=Path, metavar="LIST", help="share-captioner_coco_lcs_sam_1246k_1107.json")
     share4v.add_argument("out", type=Path, metavar="OUT", help="the file for --share4v-anno")
     share4v.add_argument("--num", type=int, default=10000, metavar="N", help="items to keep (default: %(default)s)")
-    iiw = commands.add_parser("iiw", help="bring ImageInWords' annotations and images into place")
+    iiw = commands.add_parser("iiw", help="arrange ImageInWords' annotations and images")
     iiw.add_argument("out", type=Path, metavar="OUT", help="the folder for --iiw-retrieval")
     iiw.add_argument("--annotations", required=True, metavar="DIR", help="a clone of google/imageinwords")
     iiw.add_argument("--docci", required=True, metavar="DIR", help="DOCCI's images, with images_aar/ below or beside")
-    iiw.add_argument("--docci-aar", metavar="DIR", help="DOCCI-AAR's images (default: looked for below --docci)")
+    iiw.add_argument("--docci-aar", metavar="DIR", help="DOCCI-AAR's images (default: searched for below --docci)")
     iiw.add_argument("--dci", required=True, metavar="DIR", help="DCI's folder, with the photos below it")
     iiw.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
-    check = commands.add_parser("check", help="say complete, or what is missing")
+    check = commands.add_parser("check", help="tell whether a benchmark is complete, or what is missing")
     known = [b.name for b in benchmarks()]
     check.add_argument("benchmark", choices=known, metavar="BENCHMARK", help=", ".join(known))
     check.add_argument("root", metavar="ROOT", help="the folder given to the benchmark's flag")
@@ -270,7 +270,7 @@ def _add_options(check: argparse.ArgumentParser) -> None:
 
 
 class _Alias(argparse.Action):
-    """A flag that sets others: whichever of them the benchmark reads."""
+    """A flag that sets several flags, of which the benchmark reads one."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, flags: Sequence[str], help: str):
         super().__init__(option_strings, argparse.SUPPRESS, metavar="X", help=help)
@@ -286,7 +286,7 @@ class _Alias(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0 if all is in place, 1 if something is missing, 2 for a usage error."""
+    """Runs the command line; returns 0 if everything is in place, else 1; exits with 2 on usage errors."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:

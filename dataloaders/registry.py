@@ -1,7 +1,7 @@
-"""The registry of benchmarks. Each file in this folder that assigns ``BENCHMARKS`` is found here, and nowhere else.
+"""The registry of benchmarks: it finds each file in this folder that assigns ``BENCHMARKS``.
 
-`training.main`, `dataloaders.prepare check`, evaluation, training and the report take everything they need to know of a
-benchmark from its declaration, so a new benchmark is one new file.
+`training.main`, `dataloaders.prepare check`, evaluation, training and the report take everything they need to know
+about a benchmark from its declaration, so a new benchmark is one new file.
 """
 
 import argparse
@@ -21,17 +21,17 @@ _DECLARES = re.compile(r"^BENCHMARKS\b", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Option:
-    """A further flag of a benchmark; benchmarks that share a flag name the same object.
+    """A further flag of a benchmark; benchmarks that share a flag use the same object.
 
     Attributes:
         flag: its name, such as ``--iiw-anno``.
         help: its line in --help.
-        metavar: what stands for the value; None for a switch, which has no value, or with `choices`.
-        default: its value where it is not given.
-        type: text -> value.
+        metavar: placeholder for the value in --help; None with `choices`, or for a switch, which takes no value.
+        default: the value if the flag is not given.
+        type: function that converts the text of the command line to the value.
         choices: allowed values.
         aliases: further names in ``prepare check``.
-        of_training: training declares this flag in `training.main`; only ``prepare check`` needs it added.
+        of_training: `training.main` already declares this flag for training; only ``prepare check`` adds it.
     """
 
     flag: str
@@ -45,12 +45,12 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
-        """Tells whether it is given without a value."""
+        """Tells whether the flag takes no value."""
         return self.metavar is None and self.choices is None
 
     @property
     def keywords(self) -> dict[str, object]:
-        """What `argparse.add_argument` takes beside the name; for a switch, `action` is missing."""
+        """The keyword arguments of `argparse.add_argument`, except for the `action` of a switch."""
         if self.is_switch:
             return {"help": self.help}
         keywords = {"default": self.default, "type": self.type, "choices": self.choices, "help": self.help}
@@ -61,12 +61,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Tree:
-    """Where a benchmark lies below ``--data-root``, as EVAL_DATASETS.md has it.
+    """Where a benchmark is below ``--data-root``, as described in EVAL_DATASETS.md.
 
     Attributes:
-        folder: below the root; upper and lower case are the same.
-        holds: files or folders of which at least one is in it; without them the benchmark counts as absent.
-        flags: further flags of the benchmark -> their path in the folder.
+        folder: path below the root; upper and lower case don't matter.
+        holds: files or folders of which at least one must be in the folder for the benchmark to count as present.
+        flags: (further flag of the benchmark, its path in the folder).
     """
 
     folder: str
@@ -74,7 +74,7 @@ class Tree:
     flags: tuple[tuple[str, str], ...] = ()
 
     def find(self, root: Path) -> Path | None:
-        """Returns the folder below the root, or None."""
+        """Returns the benchmark's folder below the root, or None if it isn't there."""
         found = root
         for part in self.folder.split("/"):
             names = [path for path in found.iterdir() if path.name.lower() == part.lower() and path.is_dir()]
@@ -90,19 +90,19 @@ class Benchmark:
 
     Attributes:
         name: its name in ``prepare check``.
-        flag: the flag of `training.main` that gives its folder.
+        flag: the flag of `training.main` that names its folder.
         help: the flag's line in --help.
-        read: all flags -> its sets. The flag's value is under the flag's own name.
+        read: function that takes the parsed flags and returns the benchmark's sets.
         group: one of `GROUPS`, the heading in --help.
-        metavar: what stands for the flag's value.
-        order: place in tables; those of one number are sorted by name.
+        metavar: placeholder for the flag's value in --help.
+        order: position in tables within the group; benchmarks with the same number are sorted by name.
         options: further flags.
         classification: `read` returns classification sets.
-        requires: flags of `options` without which it can't be read -> what to do.
+        requires: (flag of `options` that must be given, what it is and how to get it).
         protocols: variants that ``--protocol`` chooses from, the default first.
-        check: as `read`, for ``prepare check``, where that reads something else.
-        tree: where ``--data-root`` finds it; None if it has no place of its own.
-        suites: names that ``--suite`` chooses it by.
+        check: replaces `read` in ``prepare check``; None if `read` will do.
+        tree: where ``--data-root`` finds it; None if it has no fixed location.
+        suites: the values of ``--suite`` that include it.
         source: how to get it, one line.
     """
 
@@ -124,7 +124,7 @@ class Benchmark:
 
 
 def destination(flag: str) -> str:
-    """``--iiw-anno`` -> ``iiw_anno``, the flag's name in a namespace."""
+    """Returns the attribute of a flag in the namespace of parsed flags: ``--iiw-anno`` -> ``iiw_anno``."""
     return flag[2:].replace("-", "_")
 
 
@@ -133,12 +133,12 @@ def benchmarks() -> tuple[Benchmark, ...]:
     """Imports every file of this package that declares benchmarks; returns them in the order of tables.
 
     Raises:
-        ValueError: two benchmarks have one name or one flag, or a group is unknown.
+        ValueError: two benchmarks have the same name or the same flag, or a group is unknown.
     """
     found: list[Benchmark] = []
     for folder in dataloaders.__path__:
         for path in sorted(Path(folder).glob("*.py")):
-            # Other files of the folder import libraries that --help has no time for.
+            # Other files of the folder import libraries that would slow down --help.
             if _DECLARES.search(path.read_text(encoding="utf-8")):
                 found += importlib.import_module(f"dataloaders.{path.stem}").BENCHMARKS
     for benchmark in found:
@@ -150,12 +150,12 @@ def benchmarks() -> tuple[Benchmark, ...]:
 
 
 def chosen_protocols(args: argparse.Namespace, offered: Sequence[str]) -> list[str]:
-    """Returns those of a benchmark's protocols that ``--protocol`` names; the first one if it names none of them."""
+    """Returns the protocols of a benchmark that ``--protocol`` names; the first one if it names none of them."""
     return [name for name in offered if name in args.protocol] or [offered[0]]
 
 
 def options_of(chosen: Sequence[Benchmark]) -> dict[Option, list[str]]:
-    """Returns the options of benchmarks, each once -> the flags of the benchmarks that have it."""
+    """Returns a dict of each option of the benchmarks -> the flags of the benchmarks that have it."""
     owners: dict[Option, list[str]] = {}
     for benchmark in chosen:
         for option in benchmark.options:
@@ -164,18 +164,18 @@ def options_of(chosen: Sequence[Benchmark]) -> dict[Option, list[str]]:
 
 
 def suites() -> tuple[str, ...]:
-    """Returns what ``--suite`` takes: ``all``, and every suite that a benchmark declares."""
+    """Returns the values of ``--suite``: ``all``, and every suite that a benchmark declares."""
     return ("all", *sorted({name for benchmark in benchmarks() for name in benchmark.suites}))
 
 
 def find_below_data_root(args: argparse.Namespace) -> str | None:
-    """Sets the flags of the benchmarks that lie below ``--data-root``; those given go before.
+    """Sets the flags of the benchmarks found below ``--data-root``, except flags that were given explicitly.
 
     Returns:
-        What is not there and how to get it, in one message; None if everything is.
+        A message that lists the missing benchmarks and how to get them; None if none is missing.
 
     Raises:
-        ValueError: no such folder, or no benchmark in it.
+        ValueError: there is no such folder, or no benchmark in it.
     """
     if not args.data_root:
         return None
@@ -196,5 +196,5 @@ def find_below_data_root(args: argparse.Namespace) -> str | None:
         for flag, path in benchmark.tree.flags:
             setattr(args, destination(flag), getattr(args, destination(flag)) or str(folder / path))
     if not any_found:
-        raise ValueError("\n".join([f"--data-root {root}: no benchmark is there; looked for", *absent]))
-    return "\n".join([f"--data-root {root}: these are not there and left out:", *absent]) if absent else None
+        raise ValueError("\n".join([f"--data-root {root}: found no benchmark; looked for", *absent]))
+    return "\n".join([f"--data-root {root}: left out because they are missing:", *absent]) if absent else None

@@ -1,6 +1,6 @@
-"""Drawn scenes: one large and two to five small coloured shapes on a background, and the words for them. Pure.
+"""Drawn scenes: one large and two to five small coloured shapes on a background, with captions. Nothing is written.
 
-A scene is a function of (seed, split, index) alone, so any process can draw any part of a set.
+A scene depends on (seed, split, index) alone, so any process can draw any part of a set.
 """
 
 import math
@@ -46,7 +46,7 @@ BACKGROUND_SENTENCES = (
     "Behind all of it there is only {colour}.",
 )
 IMAGE_SIZE = 64
-_SUPERSAMPLING = 4  # drawn larger, then shrunk: Pillow's shapes have no smooth edges
+_SUPERSAMPLING = 4  # draw larger, then shrink, because Pillow doesn't smooth the edges of shapes
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class SceneObject:
 
     @property
     def place(self) -> str:
-        """Which of the nine parts of the picture its centre is in, in words."""
+        """Which of the nine parts of the image its centre is in, in words."""
         return PLACES[min(2, int(self.y * 3))][min(2, int(self.x * 3))]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects, the large one first, on a background, with one short caption and any number of long ones."""
+    """Objects on a background, the large one first, with one short caption and any number of long ones."""
 
     background: str
     objects: tuple[SceneObject, ...]
@@ -76,16 +76,16 @@ class Scene:
 
     @property
     def label(self) -> int:
-        """Class of the large object: its place among `large_object_prompts()`."""
+        """Class of the large object: its index in `large_object_prompts()`."""
         large = self.objects[0]
         return list(COLOURS).index(large.colour) * len(SHAPES) + SHAPES.index(large.shape)
 
     def short_caption(self) -> str:
-        """Names the large object alone, as alt text does."""
+        """Returns a caption that names only the large object, as alt text does."""
         return short_prompt(self.objects[0].colour, self.objects[0].shape)
 
     def long_caption(self, variant: int) -> list[str]:
-        """Returns one sentence per object and one for the background, in an order and wording of the variant's own."""
+        """Returns one sentence per object and one for the background; order and wording depend on the variant."""
         rng = random.Random(f"{self.seed}/caption{variant}")
         sentences = [
             rng.choice(OBJECT_SENTENCES).format(size=o.size, colour=o.colour, shape=o.shape, place=o.place)
@@ -97,17 +97,17 @@ class Scene:
 
 
 def short_prompt(colour: str, shape: str) -> str:
-    """The short caption of a scene whose large object is this one."""
+    """Returns the short caption of a scene with this large object."""
     return f"a large {colour} {shape}"
 
 
 def large_object_prompts() -> list[str]:
-    """All 48 short captions, in the order of `Scene.label`."""
+    """Returns all 48 short captions, in the order of `Scene.label`."""
     return [short_prompt(colour, shape) for colour in COLOURS for shape in SHAPES]
 
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
-    """Returns the scene number `index` of a split (`train`, `test`); different splits never share a random stream."""
+    """Returns scene number `index` of a split (`train`, `test`); different splits never share a random stream."""
     name = f"{seed}/{split}/{index}"
     rng = random.Random(name)  # text seeds are hashed with SHA-512: the same on every machine and Python
     kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.randint(3, 6))
@@ -118,7 +118,7 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def _place_objects(rng: random.Random, kinds: list[tuple[str, str]]) -> tuple[SceneObject, ...] | None:
-    """Draws centres until no shape touches another; None if the first ones leave too little room for the last."""
+    """Draws centres at random until no shapes touch; returns None if the first shapes leave too little room."""
     objects: list[SceneObject] = []
     for number, (colour, shape) in enumerate(kinds):
         radius = rng.uniform(0.21, 0.25) if number == 0 else rng.uniform(0.11, 0.13)
@@ -134,7 +134,7 @@ def _place_objects(rng: random.Random, kinds: list[tuple[str, str]]) -> tuple[Sc
 
 
 def _is_clearly_placed(centre: float) -> bool:
-    """Not so near the line between two thirds of the picture that either could be said."""
+    """Tells whether a coordinate is far enough from the lines between thirds that its third is unambiguous."""
     return min(abs(centre - 1 / 3), abs(centre - 2 / 3)) > 0.05
 
 

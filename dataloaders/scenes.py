@@ -7,7 +7,7 @@
     OUT/train/00000.tar, ..     1,000 samples each: KEY.jpg, KEY.txt, KEY.json (raw and three long captions)
     OUT/test_labels.json        class of each test scene's large object, and the 48 prompts
 
-All four benchmarks show the same scenes, each described in words of its own. The same seed gives the same bytes.
+All four benchmarks show the same scenes, each with its own wording. The same seed gives the same bytes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SAMPLES_PER_SHARD = 1000
 MANIFEST = "scenes.json"
 PARTS = ("dci", "iiw", "share4v", "urban1k", "train")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions")
-# (subset, image folder, key of the file name, how the name is written): each published file has its own way
+# (subset, image folder, key of the file name, format of the name), which differ between the published files.
 IIW_PARTS = (
     ("DOCCI_Test", "docci", "image", "test_{:05d}"),
     ("IIW-400", "docci_aar", "image/key", "aar_test_{:05d}"),
@@ -37,24 +37,24 @@ IIW_PARTS = (
 
 
 def write_scenes(out: str | Path, num_train: int, num_test: int, seed: int) -> None:
-    """Writes the whole set below `out`, replacing one that an earlier call left there.
+    """Writes the whole set below `out`, replacing the set of an earlier call.
 
     Args:
-        out: folder; made if need be. A folder that holds anything else is refused.
-        num_train: training scenes, in shards of 1,000.
-        num_test: test scenes, in the layouts of the four benchmarks.
-        seed: the same one gives the same bytes (with the same release of Pillow).
+        out: folder, created if it doesn't exist. A folder with other content is refused.
+        num_train: number of training scenes, in shards of 1,000.
+        num_test: number of test scenes, in the layouts of the four benchmarks.
+        seed: the same seed gives the same bytes (with the same release of Pillow).
 
     Raises:
-        ValueError: `out` is a file, or a folder with other things in it.
+        ValueError: `out` is a file, or a folder with other content.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, expected a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise ValueError(f"{out}: holds other things (no {MANIFEST}); name a new or empty folder")
+        raise ValueError(f"{out}: holds other files (no {MANIFEST}); name a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    # First of all, so that an interrupted run is recognised and can be done again.
+    # Written first, so that an interrupted run is recognised and can be repeated.
     _write_json(out / MANIFEST, {"seed": seed, "train": num_train, "test": num_test})
     for part in PARTS:
         shutil.rmtree(out / part, ignore_errors=True)
@@ -77,7 +77,7 @@ def _write_benchmarks(out: Path, num_test: int, seed: int, pool: ProcessPoolExec
 
 
 def _write_dci(base: Path, shorts: list[str], captions: list[str], pictures: list[bytes]) -> list[Path]:
-    """Returns the photos: the other benchmarks link to them."""
+    """Returns the paths of the photos, to which the other benchmarks link."""
     (base / "photos").mkdir(parents=True)
     photos, names = [], []
     for i, (short, caption, picture) in enumerate(zip(shorts, captions, pictures)):
@@ -136,7 +136,7 @@ def _write_shard(seed: int, path: Path, start: int, stop: int) -> None:
             row |= {key: " ".join(scene.long_caption(variant)) for variant, key in enumerate(LONG_KEYS)}
             files = {"jpg": _jpeg(seed, "train", index), "txt": short.encode(), "json": json.dumps(row).encode()}
             for suffix, content in files.items():
-                member = tarfile.TarInfo(f"{index:09d}.{suffix}")  # its time and owner are 0: equal bytes
+                member = tarfile.TarInfo(f"{index:09d}.{suffix}")  # time and owner are 0, so the bytes are reproducible
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
@@ -148,7 +148,7 @@ def _jpeg(seed: int, split: str, index: int) -> bytes:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link where the disk has them, else a copy."""
+    """Makes a hard link if the disk supports it, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -166,7 +166,7 @@ def _write_text(path: Path, content: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 for a usage error."""
+    """Runs the command line; returns 0, or exits with 2 on a usage error."""
     parser = argparse.ArgumentParser(
         prog="python -m dataloaders.scenes",
         description=__doc__,

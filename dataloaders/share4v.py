@@ -27,18 +27,19 @@ def read_share4v(
 ) -> list[RetrievalSet]:
     """Reads the first N items of the list, for each N of `sizes`.
 
-    Protocols: ``sv/sam`` (LoTLIP, FLAIR) reads a list of SA-1B images alone, by the long rule; ``sv/first`` (Long-CLIP,
-    FG-CLIP) reads the uncut list, where newlines become blanks and nothing is split.
+    Protocols: ``sv/sam`` (LoTLIP, FLAIR) reads a list of SA-1B images alone and applies `normalise_caption`;
+    ``sv/first`` (Long-CLIP, FG-CLIP) reads the uncut list, replaces newlines by spaces and splits nothing.
 
     Args:
-        root: folder with SA-1B images. An image is looked up by its path in the list, else by its file name anywhere
-            below the root: published trees differ.
-        annotations: the JSON list, as `python -m dataloaders.prepare share4v` cuts it.
+        root: folder with SA-1B images. An image is searched for at its path in the list, else by its file name
+            anywhere below the root, because the layouts of published copies differ.
+        annotations: the JSON list; for ``sv/sam`` as `python -m dataloaders.prepare share4v` cuts it.
         sizes: numbers of pairs; 1000 and 10000 are the published ones.
         protocol: one of `PROTOCOLS`.
 
     Raises:
-        FileNotFoundError, ValueError: list absent, broken or shorter than asked for; a file name found twice.
+        FileNotFoundError, ValueError: the list is missing, broken or shorter than a size; or a file name was found
+            twice.
     """
     root = require_dir(root, FLAG)
     items = read_items(annotations)[: max(sizes)]
@@ -87,10 +88,10 @@ def resolve_images(root: Path, names: list[str]) -> list[Path]:
     """Finds each image below the root: by its path, else by its file name anywhere.
 
     Returns:
-        One path per name; ROOT/name where there is no such file, for the caller to report.
+        One path per name; ROOT/name if there is no such file, for the caller to report.
 
     Raises:
-        ValueError: a file name that is needed lies in two folders; nobody can tell which one is meant.
+        ValueError: a file name is in several folders, so it is ambiguous.
     """
     by_path = [root / name for name in names]
     unresolved = {p.name for p, found in zip(by_path, parallel_map(file_identity, by_path)) if found is None}
@@ -103,14 +104,14 @@ def resolve_images(root: Path, names: list[str]) -> list[Path]:
     for name, places in found.items():
         if len(places) > 1:
             raise ValueError(
-                f"{FLAG} {root}: {name} lies in {len(places)} folders ({', '.join(sorted(places)[:2])}); "
-                f"remove one, or arrange the tree as the list names it"
+                f"{FLAG} {root}: {name} is in {len(places)} folders ({', '.join(sorted(places)[:2])}); "
+                f"keep one of them, or arrange the images at their paths in the list"
             )
     return [Path(found[p.name][0]) if p.name in found else p for p in by_path]
 
 
 def _check(args: argparse.Namespace) -> list[RetrievalSet]:
-    """Reads as many pairs as the list has: `check` then counts what is lacking."""
+    """Reads as many pairs as the list has; `check` then counts how many are missing."""
     wanted = max(args.share4v_val_num)
     listed = min(wanted, len(read_items(args.share4v_anno)))
     return [replace(s, num_published=wanted) for s in read_share4v(args.share4v_retrieval, args.share4v_anno, [listed])]
@@ -129,7 +130,7 @@ BENCHMARKS = (
         protocols=PROTOCOLS,
         order=30,
         options=(
-            Option(ANNO_FLAG, "its list of captions (dataloaders.prepare share4v)", metavar="FILE"),
+            Option(ANNO_FLAG, "ShareGPT4V's list of captions (dataloaders.prepare share4v)", metavar="FILE"),
             Option(
                 "--share4v-val-num",
                 "sizes to evaluate, from the start of the list (default: 1000,10000)",

@@ -1,4 +1,4 @@
-"""How long the captions of benchmarks are: images, captions, sentences and tokens, as a table and a figure."""
+"""Caption lengths of benchmarks: images, captions, sentences and tokens, as a table and a figure."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ KINDS = ("sentences", "tokens")
 
 @dataclass(frozen=True)
 class CaptionStats:
-    """Of one benchmark.
+    """Counts of one benchmark.
 
     Attributes:
-        title: as in tables.
-        num_images, num_captions: in its list; image files are not looked at.
-        sentences, tokens: of each caption [num_captions]; tokens with the two special ones.
+        title: its heading in tables.
+        num_images, num_captions: numbers of images and captions in its list; image files are not opened.
+        sentences, tokens: int64 [num_captions], counts per caption; tokens include the two special ones.
     """
 
     title: str
@@ -30,12 +30,12 @@ class CaptionStats:
     tokens: np.ndarray
 
     def share_over(self, context: int) -> float:
-        """Returns the share of captions that a context of so many tokens cuts."""
+        """Returns the fraction of captions that are longer than a context of this many tokens."""
         return float((self.tokens > context).mean())
 
 
 def caption_stats(s: RetrievalSet, count_tokens: Callable[[str], int]) -> CaptionStats:
-    """Counts sentences by the benchmarks' rule, and tokens by a function that leaves special ones out."""
+    """Counts sentences by `split_caption`, and tokens by `count_tokens`, which doesn't count special tokens."""
     sentences = np.array([len(split_caption(text)) for text in s.captions])
     tokens = np.array([count_tokens(text) + 2 for text in s.captions])
     return CaptionStats(s.title, len(s.image_paths), len(s.captions), sentences, tokens)
@@ -45,10 +45,10 @@ def token_counter(name: str) -> Callable[[str], int]:
     """Returns a function that counts the tokens of a text, without special ones.
 
     Args:
-        name: ``clip`` for CLIP's byte pairs, else a tokenizer of transformers: a folder, or a name on its hub.
+        name: ``clip`` for CLIP's tokenizer, else a tokenizer of transformers: a folder, or a name on the hub.
 
     Raises:
-        ValueError: no such tokenizer.
+        ValueError: there is no such tokenizer.
     """
     if name == "clip":
         from open_clip.tokenizer import SimpleTokenizer
@@ -65,7 +65,7 @@ def token_counter(name: str) -> Callable[[str], int]:
 
 
 def format_stats(found: Sequence[CaptionStats]) -> str:
-    """Returns the table for a terminal: means, with the range of the middle 90% of captions; shares in percent."""
+    """Returns a table for the terminal: means, with the range of the middle 90% of captions; fractions in percent."""
     from tabulate import tabulate
 
     rows = []
@@ -83,7 +83,7 @@ def format_stats(found: Sequence[CaptionStats]) -> str:
 
 
 def to_json(found: Sequence[CaptionStats]) -> list[dict]:
-    """Returns counts, without any caption: per benchmark how many captions have each number of sentences and tokens."""
+    """Returns, for each benchmark, how many captions have each number of sentences and tokens; no caption texts."""
 
     def counts(values: np.ndarray) -> dict[str, int]:
         return {str(value): int(number) for value, number in zip(*np.unique(values, return_counts=True))}
@@ -95,7 +95,7 @@ def to_json(found: Sequence[CaptionStats]) -> list[dict]:
 
 
 def from_json(content: Sequence[dict]) -> list[CaptionStats]:
-    """Returns what `to_json` was given; captions come in another order."""
+    """Returns the statistics that `to_json` was given, with captions in another order."""
 
     def values(counts: dict[str, int]) -> np.ndarray:
         return np.repeat(np.array([int(value) for value in counts]), list(counts.values()))
@@ -107,7 +107,11 @@ def from_json(content: Sequence[dict]) -> list[CaptionStats]:
 
 
 def draw_stats(found: Sequence[CaptionStats]) -> object:
-    """Draws images, sentences and tokens per caption (box: quartiles, whiskers: 5 to 95%), and shares cut."""
+    """Draws images, sentences and tokens per caption (box: quartiles, whiskers: 5 to 95%), and captions cut.
+
+    Returns:
+        The matplotlib figure.
+    """
     from matplotlib import pyplot
 
     names = [s.title.replace("$", r"\$") for s in found]

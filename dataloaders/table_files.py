@@ -1,4 +1,4 @@
-"""Which files a table flag names: one, several, a pattern, or a folder of a Hugging Face data set."""
+"""Finds the files that a table flag names: one, several, a pattern, or a folder of a Hugging Face data set."""
 
 import json
 import re
@@ -7,8 +7,8 @@ from pathlib import Path
 from dataloaders.files import TABLE_SUFFIXES, matching_files
 
 COLUMNAR = (".parquet", ".arrow")
-FEATURES = "features.json"  # in a folder of image features, whose files are Parquet, too
-_OTHER_TABLES = (".csv.gz", ".tsv.gz", ".json", ".jsonl", ".xlsx", ".feather")  # named as tables, so refused as such
+FEATURES = "features.json"  # marks a folder of image features, whose files are Parquet as well
+_OTHER_TABLES = (".csv.gz", ".tsv.gz", ".json", ".jsonl", ".xlsx", ".feather")  # recognised, to refuse them clearly
 _LONGEST_PATH = 4096  # PATH_MAX of Linux
 _SPLIT_FILE = re.compile(r"(?P<split>[\w.]+)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.(parquet|arrow)")
 
@@ -22,7 +22,7 @@ def names_tables(spec: str | None) -> bool:
 
 
 def names_csv(spec: str | None) -> bool:
-    """Tells whether a flag's value names tables of text, which have a separator."""
+    """Tells whether a flag's value names CSV or TSV tables, which have a separator."""
     if not names_tables(spec):
         return False
     try:
@@ -41,11 +41,11 @@ def table_files(spec: str) -> list[Path]:
     """Returns the files that a flag's value names.
 
     Args:
-        spec: names separated by ``::``, each a file, a pattern (``part-*.parquet``, ``{000..012}.csv``) or a folder: of
-            tables, of a data set as `datasets.save_to_disk` writes it, or of one cloned from the Hugging Face hub.
+        spec: names separated by ``::``. Each is a file, a pattern (``part-*.parquet``, ``{000..012}.csv``) or a folder
+            of tables, also one that `datasets.save_to_disk` wrote or that was cloned from the Hugging Face hub.
 
     Raises:
-        FileNotFoundError, ValueError: nothing is there, a folder leaves open which files are meant, or lacks some.
+        FileNotFoundError, ValueError: no file was found, a folder is ambiguous, or a folder lacks some of its files.
     """
     files = [path for part in spec.split("::") for path in _expand(part)]
     twice = sorted({str(path) for path in files if files.count(path) > 1})
@@ -80,10 +80,10 @@ def _checked(path: Path) -> Path:
 
 
 def check_image_path(value: object, where: str) -> str | None:
-    """Returns what a cell of an image column says, None for an empty one.
+    """Returns the image path in a cell; None for an empty cell.
 
     Raises:
-        ValueError: it is no path; the message begins with `where`.
+        ValueError: the cell doesn't hold a path; the message begins with `where`.
     """
     if not value:
         return None
@@ -95,13 +95,13 @@ def check_image_path(value: object, where: str) -> str | None:
         found = f"a text of {len(value):,} characters that begins with {value[:12]!r}; decode base64 to bytes"
     else:
         return value
-    raise ValueError(f"{where}: the image is {found}. Expected a path, or bytes and path as the hub has")
+    raise ValueError(f"{where}: the image is {found}. Expected a path, or bytes and path as on the hub")
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """The tables directly in a folder, else those in its ``data`` folder."""
+    """Returns the tables directly in a folder; if there are none, those in its ``data`` folder."""
     state = folder / "state.json"
-    if state.is_file():  # of `save_to_disk`, which leaves cached results beside the data
+    if state.is_file():  # written by `save_to_disk`, which leaves cached results beside the data
         try:
             return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
         except (ValueError, KeyError, TypeError):
@@ -129,7 +129,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
             f"'{where / splits[0]}-*{files[0].suffix}'"
         )
     if matches and len(matches) < int(matches[0]["total"]):
-        raise ValueError(f"{folder}: {len(matches)} of {int(matches[0]['total'])} files are there; fetch the others")
+        raise ValueError(f"{folder}: found {len(matches)} of {int(matches[0]['total'])} files; fetch the others")
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]}: no such file, but {folder / 'state.json'} names it")

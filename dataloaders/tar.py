@@ -1,11 +1,11 @@
-"""Tar files as shards of samples: the one reader of training, evaluation and preparation.
+"""The tar reader of training, evaluation and preparation: tar files as shards of samples.
 
-A sample is a run of neighbouring members whose names agree up to the first full stop of the file name: ``a/0001.jpg``
-and ``a/0001.json``. A name that comes twice begins a new sample, and so does a new archive in a file that was made by
+A sample is a run of consecutive members whose names agree up to the first full stop of the file name: ``a/0001.jpg``
+and ``a/0001.json``. A repeated name begins a new sample, and so does a new archive in a file that was made by
 ``cat a.tar b.tar``. Hidden files (``._0001.jpg`` of macOS) belong to no sample.
 
-Headers are parsed here because Python's tarfile takes about three times as long and ends silently at a broken header.
-Nothing is unpacked to disk, so no name can lead outside a folder.
+This module parses headers itself because Python's tarfile takes about three times as long and stops silently at a
+broken header. Nothing is unpacked to disk, so a member's name can't lead outside a folder.
 """
 
 import glob
@@ -22,22 +22,22 @@ _CHUNK, _MAX_NOTES = 1 << 20, 1 << 20
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "sparse", b"1": "link", b"2": "link"}
 _EMPTY_KINDS = b"123456"  # links, devices, folders and pipes have no content, whatever their header says
-_SPARSE_CONTINUES, _EXTENSION_CONTINUES = 482, 504  # where headers of sparse files say that another one follows
+_SPARSE_CONTINUES, _EXTENSION_CONTINUES = 482, 504  # bytes of a sparse file's headers that say another one follows
 
 
 class BrokenTarError(ValueError):
-    """A file that is no tar file, or that breaks off; the message says where."""
+    """A file that is not a tar file, is broken, or is truncated; the message says where."""
 
 
 class Member(NamedTuple):
     """An entry of a tar file.
 
     Attributes:
-        name: as the tar file has it; bytes that are not UTF-8 are surrogates.
-        kind: ``file``, ``sparse`` (a file of which holes were left out), ``link`` or ``other``.
+        name: its name in the tar file; bytes that are not UTF-8 are decoded as surrogates.
+        kind: ``file``, ``sparse`` (a file stored without its holes), ``link`` or ``other``.
         start: byte where its headers begin.
         offset: byte where its content begins.
-        size: of the content, in bytes.
+        size: size of the content in bytes.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Member(NamedTuple):
 
 @dataclass
 class TarSample:
-    """Neighbouring members with the same key.
+    """Consecutive members with the same key.
 
     Attributes:
-        number: of the sample, from 0.
-        key: what their names have in common.
-        members: by suffix, in lower case.
-        loaded: by suffix, what was loaded of their content.
+        number: index of the sample in the tar file, from 0.
+        key: the part that the names of its members share.
+        members: suffix in lower case -> member.
+        loaded: suffix -> content, for the members whose content was loaded.
     """
 
     number: int
@@ -78,9 +78,9 @@ class TarReader:
     """Reads a tar file in one pass.
 
     Args:
-        stream: at the beginning of a member; it need not be able to seek.
-        name: of the file, for messages.
-        position: of the stream in the file, in bytes.
+        stream: the open file, positioned at the beginning of a member; it doesn't have to be seekable.
+        name: name of the file, for messages.
+        position: position of the stream in the file, in bytes.
     """
 
     def __init__(self, stream: IO[bytes], name: str, position: int = 0):
@@ -89,10 +89,10 @@ class TarReader:
         self.size = os.fstat(stream.fileno()).st_size if seekable and seekable() else None
 
     def members(self) -> Iterator[Member | None]:
-        """Yields the members in their order, and None where an archive ends.
+        """Yields the members in order, and None where an archive ends.
 
         Raises:
-            BrokenTarError: not a tar file, or it breaks off.
+            BrokenTarError: the file is not a tar file, is broken, or is truncated.
         """
         while header := self._block():
             if _is_empty(header):
@@ -119,7 +119,7 @@ class TarReader:
             yield member
             if self.size is not None and member.end > self.size:
                 there = f"{self.size:,} of at least {member.end:,} bytes are there"
-                raise BrokenTarError(f"{self.name}: cut short, {there}")
+                raise BrokenTarError(f"{self.name}: truncated, {there}")
             self._skip_to(member.end)
 
     def read(self, member: Member, most: int | None = None) -> bytes:
@@ -127,13 +127,14 @@ class TarReader:
         return self._take(member.size if most is None else min(member.size, most), padded=False)
 
     def samples(self, load: Callable[[int, str, Member], bytes | None] | None = None) -> Iterator[TarSample]:
-        """Yields the samples in their order.
+        """Yields the samples in order.
 
         Args:
-            load: (number of the sample, suffix, member) -> what to keep of its content, or None; it may call `read`.
+            load: function of (number of the sample, suffix, member) that returns the content to put into
+                `TarSample.loaded`, or None; it may call `read`.
 
         Raises:
-            BrokenTarError: as `members`, in place of the sample that is not whole.
+            BrokenTarError: see `members`; raised instead of yielding the sample that is incomplete.
         """
         sample, number = None, 0
         for member in self.members():
@@ -153,7 +154,7 @@ class TarReader:
             yield sample
 
     def _block(self) -> bytes:
-        """The next header; empty at the end of the file."""
+        """Reads the next header; returns empty bytes at the end of the file."""
         start = self.position
         header = self.stream.read(BLOCK)
         self.position += len(header)
@@ -178,7 +179,7 @@ class TarReader:
         return BrokenTarError(f"{self.name}: broken before byte {self.position:,}: {what}")
 
     def _cut_short(self) -> BrokenTarError:
-        return BrokenTarError(f"{self.name}: cut short after {self.position:,} bytes")
+        return BrokenTarError(f"{self.name}: truncated after {self.position:,} bytes")
 
     def _take(self, size: int, padded: bool = True) -> bytes:
         content = self.stream.read(size)
@@ -206,14 +207,14 @@ def is_local(url: str) -> bool:
 
 
 def expand_shards(name: str) -> list[str]:
-    """Returns the shards that a name stands for; a local one that is not there is among them.
+    """Returns the shards that a name stands for; local shards that don't exist are included.
 
     Args:
-        name: a file, a folder (its ``*.tar``), or paths and URLs with ``{000..123}``; local ones may hold ``*``. What
-            is there under the very name is taken as it is, whatever characters the name holds.
+        name: a file, a folder (all its ``*.tar``), or paths and URLs with ``{000..123}``; local paths may contain
+            ``*``. A file with exactly this name is returned as it is, whatever characters the name contains.
 
     Raises:
-        ValueError: no shard is in the folder.
+        ValueError: the folder has no shard.
     """
     from braceexpand import braceexpand
 
@@ -251,7 +252,7 @@ def _name(header: bytes) -> str:
 
 
 def _number(field: bytes) -> int | None:
-    """A number of a header: octal text, or base 256 for large files; None if it is neither."""
+    """Parses a number in a header: octal text, or base 256 for large files; None if it is neither."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.split(b"\0", 1)[0].strip()
@@ -262,7 +263,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _notes(kind: bytes, content: bytes) -> dict[str, str]:
-    """What an entry of its own says about the next member: a long name, or the records of a pax header."""
+    """Parses an extra entry about the next member: a long name, or the records of a pax header."""
     if kind == b"L":
         return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     notes = {}

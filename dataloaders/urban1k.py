@@ -1,6 +1,6 @@
-"""Urban1k: 1,000 busy street scenes with captions of about 100 words, in either public form.
+"""Urban1k: 1,000 busy street scenes with captions of about 100 words, in either published layout.
 
-ROOT/image/N.jpg   ROOT/caption/N.txt                     caption = first line; images/ for image/ will do
+ROOT/image/N.jpg   ROOT/caption/N.txt                     caption = first line; images/ is read as well as image/
 ROOT/images/N.jpg  ROOT/annotations/annotations.json      {"annotations": [{"image", "caption", ..}]}
 """
 
@@ -17,10 +17,10 @@ SOURCE = "see Urban1k in EVAL_DATASETS.md: Urban1k.zip of the Long-CLIP project"
 
 
 def read_urban1k(root: str | Path) -> RetrievalSet:
-    """Reads Urban1k, sorted by name (1, 2, .., 10), so that the order never depends on the file system.
+    """Reads Urban1k, sorted by number (2 before 10), so that the order never depends on the file system.
 
     Raises:
-        FileNotFoundError, ValueError: neither public form is there, or a caption file is broken.
+        FileNotFoundError, ValueError: neither layout is there, or a caption file is broken.
     """
     root = require_dir(root, FLAG)
     for base in (root, root / "Urban1k"):

@@ -1,11 +1,11 @@
-"""How the words after a flag are read. Each function says what it expected if the text is wrong."""
+"""Functions that parse the value of a flag; if the text is wrong, the message says what was expected."""
 
 import argparse
 from decimal import Decimal, InvalidOperation
 
 
 def whole_number(text: str, minimum: int) -> int:
-    """Reads a whole number, also in the form ``4e8``."""
+    """Parses a whole number, which may be written as ``4e8``."""
     try:
         number = Decimal(text)
         whole = number.is_finite() and number == int(number)
@@ -17,10 +17,10 @@ def whole_number(text: str, minimum: int) -> int:
 
 
 def positive_numbers(text: str) -> tuple[int, ...]:
-    """``1000,10000`` -> (1000, 10000)."""
+    """Parses a list of positive numbers without duplicates: ``1000,10000`` -> (1000, 10000)."""
     return tuple(dict.fromkeys(whole_number(part, 1) for part in text.split(",")))
 
 
 def names(text: str) -> tuple[str, ...]:
-    """``a,b`` -> (a, b); empty text gives none."""
+    """Parses a list of names: ``a,b`` -> (a, b); an empty text gives an empty tuple."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -76,7 +76,7 @@ def test_what_is_absent_is_listed_once_and_the_rest_evaluated(tmp_path, tiny_cli
     ("words", "said"),
     [
         (["--data-root", "none"], "--data-root none: no such folder"),
-        (["--data-root", "."], "no benchmark is there; looked for"),
+        (["--data-root", "."], "found no benchmark; looked for"),
         (["--dci-retrieval", "D", "--suite", "long"], "--suite: no effect without --data-root"),
     ],
 )

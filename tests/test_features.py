@@ -199,8 +199,8 @@ def test_a_table_of_images_is_extracted_too(scenes, tmp_path):
     [
         (["--train-data", "{features}"], "features of a locked image tower; add --lock-image"),
         (["--train-data", "{features}", *TRAINING, "--seed", "1"], "another image tower (tower differ)"),
-        (["--train-data", "{features}::{shards}", *TRAINING], "image features beside images"),
-        (["--train-data", "{cut}", *TRAINING], "1 of 3 files of features are lacking"),
+        (["--train-data", "{features}::{shards}", *TRAINING], "some sources are image features, others are images"),
+        (["--train-data", "{cut}", *TRAINING], "1 of 3 feature files are missing"),
         (["--train-data", "{shards}", "--extract-image-features", "{features}", "--seed", "1"], "holds other features"),
         (["--train-data", "{shards}", "--extract-image-features", "{shards}"], "is not empty"),
         (["--train-data", "{features}", "--extract-image-features", "{here}/x"], "these are image features already"),

@@ -64,7 +64,10 @@ def test_a_set_of_bad_samples_alone_is_refused_by_kind(tmp_path, capsys, samples
 
 def test_images_before_captions_and_images_that_are_not_there(tmp_path, capsys):
     message = train(tmp_path, interleaved(tmp_path), capsys)
-    assert "4 no caption, 4 no image; the files of a sample must lie together in the tar: tar --sort=name" in message
+    assert (
+        "4 no caption, 4 no image; the files of a sample must be next to each other in the tar: tar --sort=name"
+        in message
+    )
     (tmp_path / "t.csv").write_text("filepath,caption\n" + "".join(f"{n}.jpg,number {n}\n" for n in range(5)))
     message = train(tmp_path, tmp_path / "t.csv", capsys)
     assert (

@@ -69,7 +69,7 @@ def test_iiw_takes_train_names_loudly_and_reports_what_is_missing(tmp_path, caps
     argv = ["iiw", str(tmp_path / "iiw"), "--annotations", str(tmp_path / "anno"), "--docci", str(sources)]
     assert prepare.main([*argv, "--dci", str(tmp_path / "dci")]) == 1
     out = capsys.readouterr().out
-    assert "1 of them were there only under their train_ name" in out
+    assert "1 of them were found only under their train_ name" in out
     assert "missing: x.jpg" in out
     assert (tmp_path / "iiw" / "docci" / "test_00001.jpg").read_bytes() == b"1"
 
@@ -82,4 +82,4 @@ def test_iiw_image_in_two_folders_is_an_error(tmp_path, capsys):
     argv = ["iiw", str(tmp_path / "iiw"), "--annotations", str(LAYOUTS / "iiw_annotations"), "--docci", str(sources)]
     with pytest.raises(SystemExit) as stop:
         prepare.main([*argv, "--dci", str(LAYOUTS / "iiw" / "dci")])
-    assert stop.value.code == 2 and "docci_test_00000.jpg lies in" in capsys.readouterr().err
+    assert stop.value.code == 2 and "docci_test_00000.jpg is in" in capsys.readouterr().err

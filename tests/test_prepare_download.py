@@ -155,7 +155,7 @@ def test_going_on_after_a_stop_fetches_what_is_missing(downloaded, tmp_path, cap
     (base / "shards" / "00003.tar").write_bytes(whole[:1500])
     assert main([*download_words(base), "--check-only"]) == 1
     out = capfd.readouterr().out
-    assert "missing shards: 1 (00002)" in out and "bad shard:" in out and "00003.tar: cut short" in out
+    assert "missing shards: 1 (00002)" in out and "bad shard:" in out and "00003.tar: truncated" in out
     for name in ("00003.tar", "00003_stats.json"):
         (base / "shards" / name).unlink()
     assert main(download_words(base)) == 0

@@ -190,7 +190,7 @@ def test_broken_shards_are_named_and_the_others_done(tmp_path, capsys):
     broken.write_bytes(broken.read_bytes()[:5000])
     assert join(tables, "--shards", tmp_path / "set", "--in-place") == 1
     out = capsys.readouterr().out
-    assert f"not done: {broken}: cut short" in out and "30 samples by url: 30 matched" in out
+    assert f"not done: {broken}: truncated" in out and "30 samples by url: 30 matched" in out
     assert broken.stat().st_size == 5000
     assert members(tmp_path / "set" / "2.tar") != before["2.tar"]
 

@@ -90,7 +90,7 @@ def test_share4v_name_in_two_folders_is_an_error_only_when_the_path_does_not_dec
     shutil.copy(image, root / "copy" / "sa_3.jpg")
     assert read_share4v(root, layouts / "share4v_sam.json", [12])[0].image_paths.count(image) == 1
     image.rename(root / "sa_3.jpg")
-    with pytest.raises(ValueError, match="sa_3.jpg lies in 2 folders"):
+    with pytest.raises(ValueError, match="sa_3.jpg is in 2 folders"):
         read_share4v(root, layouts / "share4v_sam.json", [12])
 
 

@@ -82,7 +82,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
         scenes.main([str(tmp_path)])
-    assert stop.value.code == 2 and "holds other things" in capsys.readouterr().err
+    assert stop.value.code == 2 and "holds other files" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 

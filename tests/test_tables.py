@@ -72,7 +72,7 @@ def test_a_file_written_without_quoting_is_read_whole(tmp_path, caplog):
     path.write_text("filepath\tcaption\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
     with caplog.at_level(logging.WARNING):
         assert pairs(path) == rows == trained(path)
-    assert caplog.text.count("quotation marks are plain characters") == 2
+    assert caplog.text.count("quotation marks are read as plain characters") == 2
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -177,7 +177,7 @@ def test_folders_of_data_sets(tmp_path):
     assert table_files(f"{hub}/train-*.parquet") == files
     (hub / "test-00000-of-00001.parquet").unlink()
     files[1].unlink()
-    with pytest.raises(ValueError, match="1 of 2 files are there"):
+    with pytest.raises(ValueError, match="found 1 of 2 files"):
         table_files(str(tmp_path / "hub"))
 
     saved = tmp_path / "saved"

@@ -98,7 +98,7 @@ FORMS = {
         {"link in the tar": 1},
         "link in the tar: 1.jpg",
     ),
-    "images first": (interleaved, [], {"no caption": 4, "no image": 4}, "must lie together"),
+    "images first": (interleaved, [], {"no caption": 4, "no image": 4}, "must be next to each other"),
 }
 
 

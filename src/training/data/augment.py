@@ -1,4 +1,4 @@
-"""Image augmentation by flag: open_clip's own, or the strong one of the published project."""
+"""Image augmentation: open_clip's, or the strong one of the published LoTLIP project."""
 
 import ast
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ from dataloaders.images import to_rgb
 
 
 def parse_augmentation(words: Sequence[str]) -> dict[str, object]:
-    """Reads ``--aug-cfg``: ``scale=0.4,1.0`` -> {"scale": (0.4, 1.0)}; ``none`` -> {}.
+    """Parses ``--aug-cfg``: ``scale=0.4,1.0`` -> {"scale": (0.4, 1.0)}; ``none`` -> {}.
 
     Raises:
-        ValueError: a name that open_clip's AugmentationCfg does not have, or a value that is no Python literal.
+        ValueError: open_clip's AugmentationCfg has no such name, or a value is not a Python literal.
     """
     known = [field.name for field in fields(AugmentationCfg)]
     config = {}
@@ -31,10 +31,11 @@ def parse_augmentation(words: Sequence[str]) -> dict[str, object]:
 
 
 def strong_augmentation(size: int | tuple[int, int], mean: list[float], std: list[float]) -> Callable:
-    """Returns PIL image -> [3, H, W]: crop 0.2-1.0, colour jitter, grey, blur, flip, two random ops of magnitude 7.
+    """Returns a transform from PIL image to [3, H, W].
 
-    Source: the published training flags name these operations; the strengths of jitter, grey and blur are SimCLR's
-    (arXiv 2002.05709), ours to choose.
+    It crops 0.2 to 1.0 of the image, and applies colour jitter, greyscale, blur, a flip and two random operations of
+    magnitude 7. Source: the published training flags name these operations. They don't give the strengths of jitter,
+    greyscale and blur; these are our choice, taken from SimCLR (arXiv 2002.05709).
     """
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
     blur = transforms.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))
@@ -54,23 +55,27 @@ def strong_augmentation(size: int | tuple[int, int], mean: list[float], std: lis
 
 
 def without_normalisation(transform: Callable) -> Callable:
-    """Returns PIL image -> [3, H, W] uint8: a transform whose last steps, on floats, are left to the device.
+    """Returns a transform from PIL image to [3, H, W] uint8, without the final conversion to floats and normalisation.
 
-    A transform that does not end in conversion and normalisation (timm's random erasing, ..) stays as it is.
+    These steps are left to `normalise_pixels` on the device. A transform that doesn't end in them, for example with
+    timm's random erasing, is returned unchanged.
     """
     steps = getattr(transform, "transforms", [])
     last = [type(step) for step in steps[-2:]]
-    # open_clip's own conversion is a ToTensor, too.
+    # open_clip's own conversion is a subclass of ToTensor.
     if len(last) < 2 or not issubclass(last[0], transforms.ToTensor) or last[1] is not transforms.Normalize:
         return transform
     return transforms.Compose([*steps[:-2], transforms.PILToTensor()])
 
 
 def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Does what `without_normalisation` left to do: [n, 3, H, W] uint8 -> float32, bit for bit as torchvision.
+    """Converts and normalises pixels after `without_normalisation`; the result is bit-equal to torchvision's.
 
     Args:
-        pixels: bytes.
-        mean, std: [3, 1, 1], of pixels in [0, 1].
+        pixels: [n, 3, H, W] uint8.
+        mean, std: [3, 1, 1], for pixels in [0, 1].
+
+    Returns:
+        [n, 3, H, W] float32.
     """
     return (pixels.float() / 255 - mean) / std

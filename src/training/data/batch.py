@@ -1,4 +1,4 @@
-"""What travels from the loader to the model: a dict of the model's inputs, with its sample keys and position beside it.
+"""What the loader passes to the model: a dict of the model's inputs, together with sample keys and position.
 
 The keys of `TrainBatch.inputs` are open_clip's, and the arguments of `TrainModel.forward`:
 
@@ -6,8 +6,8 @@ The keys of `TrainBatch.inputs` are open_clip's, and the arguments of `TrainMode
 |---|---|---|
 | ``image`` | [batch, 3, H, W], normalised, or uint8 to be normalised on the device | unless features are cached |
 | ``image_features`` | [batch, dim] of a locked image tower | if features are cached |
-| ``text`` | [batch, length] int64, the short captions, padded to the longest of them | unless captions are packed |
-| ``long_text`` | [batch, num_long, length] int64, likewise | likewise, and if there are long captions |
+| ``text`` | [batch, length] int64, short captions, padded to the longest of them | unless captions are packed |
+| ``long_text`` | [batch, num_long, length] int64, long captions, padded likewise | with long captions, unless packed |
 | ``packed_text`` | all captions as `model.packing` arranges them | if captions are packed |
 """
 
@@ -22,12 +22,12 @@ class TrainBatch(NamedTuple):
     """One micro-batch of one process.
 
     Attributes:
-        inputs: arguments of the model by name; see above.
-        num_tokens: tokens of all captions, without padding.
-        num_slots: tokens that the text tower computes, padding included.
+        inputs: name -> argument of the model; see above.
+        num_tokens: number of tokens of all captions, without padding.
+        num_slots: number of tokens that the text tower computes, padding included.
         keys: shard/key of each sample.
-        bad_samples: (kind, shard/key) of each bad sample that was skipped on the way to this batch.
-        position: (worker, slots of its share that it has read, up to this batch).
+        bad_samples: (kind, shard/key) of each bad sample that was skipped while filling this batch.
+        position: (worker, slots of its part of the epoch that it has read up to and including this batch).
     """
 
     inputs: dict[str, object]
@@ -38,12 +38,12 @@ class TrainBatch(NamedTuple):
     position: tuple[int, int]
 
     def inputs_on(self, device: torch.device) -> dict[str, object]:
-        """Returns the inputs on a device; the copy may still be under way."""
+        """Returns the inputs on a device; the copy is asynchronous."""
         return {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
 
 
 def to_device(batches: Iterator[TrainBatch], device: torch.device) -> Iterator[tuple[TrainBatch, dict[str, object]]]:
-    """Yields (batch, its inputs on the device). On a GPU the next batch is copied while this one is computed."""
+    """Yields (batch, its inputs on the device). On a GPU the next batch is copied while the current one is computed."""
     if device.type != "cuda":
         for batch in batches:
             yield batch, batch.inputs_on(device)
@@ -65,7 +65,7 @@ def to_device(batches: Iterator[TrainBatch], device: torch.device) -> Iterator[t
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """All tensors in nested dicts and tuples."""
+    """Yields all tensors in nested dicts and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, Mapping)):

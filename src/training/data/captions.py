@@ -1,4 +1,4 @@
-"""Which texts of a sample a step sees. Pure: a record, a rule and a random stream give the texts."""
+"""Chooses the texts of a sample that a step trains on: a pure function of a record, a rule and a random stream."""
 
 import itertools
 import random
@@ -11,32 +11,31 @@ from training.data.views import Entry, View, parse_views, views_by_flags
 
 RAW_KEYS = ("raw_caption", "caption", "txt")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption")
-
-
 MAX_CHARACTERS = 100_000
 
 
 class NoCaptionError(ValueError):
-    """A sample without a usable caption under the keys asked for; the message is the kind of fault."""
+    """A sample without a usable caption under the rule's keys; the message is one of `faults.FAULT_KINDS`."""
 
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """How to pick captions.
+    """How to choose captions.
 
     Attributes:
-        raw_keys: where the raw caption is looked for; the first that is there counts.
-        short_keys: further short captions; the short one of a step is drawn among these and the raw one.
-        long_keys: where long captions are; each one found counts.
-        num_long: long captions per step, K.
-        captions: ``both``: the short one, then K long ones. ``raw``: the short one alone. ``long``: K long ones, of
-            which the first takes the short one's place.
-        num_sentences: take so many consecutive sentences of a long caption, afresh each epoch; 0 takes it whole.
-        views: the texts as a list, see `views`; in place of the three attributes before.
+        raw_keys: keys of the raw caption; the first key that a sample has is used.
+        short_keys: keys of further short captions; a step's short caption is drawn from these and the raw one.
+        long_keys: keys of long captions; all that a sample has are used.
+        num_long: number of long captions per step, K.
+        captions: ``both``: the short caption, then K long ones. ``raw``: the short caption alone. ``long``: K long
+            captions, of which the first is used as the short one.
+        num_sentences: take this many consecutive sentences of a long caption, drawn anew in each epoch; 0 takes the
+            whole caption.
+        views: the list of texts, see `training.data.views`; replaces the three attributes before it.
 
-    A sample with more than K long captions gives K different ones, drawn afresh each epoch; one with fewer repeats its
-    own in turn; one without any gives its short caption in their place. One without short captions gives the first
-    sentence of its first long caption as the short one.
+    From a sample with more than K long captions, K different ones are drawn anew in each epoch. If a sample has fewer,
+    they are repeated in turn; if it has none, its short caption replaces them. If a sample has no short caption, the
+    first sentence of its first long caption replaces it.
     """
 
     raw_keys: tuple[str, ...] = RAW_KEYS
@@ -49,22 +48,22 @@ class CaptionRule:
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """The list of views, parsed."""
+        """The parsed list of views."""
         return parse_views(self.views or views_by_flags(self.captions, self.num_long, self.num_sentences))
 
     @cached_property
     def texts(self) -> tuple[Entry, ...]:
-        """The entry that each text belongs to."""
+        """For each text of a sample, the entry that it belongs to."""
         return tuple(entry for entry in self.entries for _ in range(entry.count))
 
     @property
     def num_captions(self) -> int:
-        """Texts per sample."""
+        """Number of texts per sample."""
         return len(self.texts)
 
     @cached_property
     def num_long_used(self) -> int:
-        """Different long captions that a sample can show."""
+        """The largest number of different long captions of a sample that a step can use."""
         counts: dict[View, int] = {}
         for entry in self.texts:
             for view in entry.views:
@@ -74,18 +73,19 @@ class CaptionRule:
 
 
 def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list[str]:
-    """Picks a sample's texts.
+    """Chooses the texts of a sample.
 
     Args:
-        record: caption key -> text, or list of sentences; other keys and kinds of value are passed over.
-        rule: what to pick.
-        rng: the sample's own stream.
+        record: caption key -> text, or list of sentences; other keys and types of value are ignored.
+        rule: what to choose.
+        rng: the sample's own random stream.
 
     Returns:
         `rule.num_captions` texts, in the order of the rule's entries.
 
     Raises:
-        NoCaptionError: nothing under the keys, only empty text, or one that is no caption: endless, or no Unicode.
+        NoCaptionError: there is nothing under the keys, only empty text, only values that are not text, or a text of
+            more than `MAX_CHARACTERS`.
     """
     shorts, longs = _shorts(record, rule), _longs(record, rule)
     if not shorts and not longs:
@@ -102,7 +102,7 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
 
 
 class _Chooser:
-    """Picks the texts of one sample; counts how many long captions each kind of view has used."""
+    """Chooses the texts of one sample; remembers how many long captions each kind of view has used."""
 
     def __init__(self, raw: str, short: str, longs: list[list[str]], everything: list[list[str]], rng: random.Random):
         self.raw, self.short, self.longs, self.everything, self.rng = raw, short, longs, everything, rng
@@ -130,13 +130,13 @@ class _Chooser:
         return first if view.name == "first-sentence" else rest.strip() or first
 
     def _long(self, view: View) -> list[str]:
-        """The next long caption of this kind of view, as its pieces."""
+        """Returns the next long caption for this kind of view, as its pieces."""
         key = view.name, view.pool
         self.used[key] = self.used.get(key, -1) + 1
         return self.longs[self.used[key] % len(self.longs)]
 
     def _pool(self, view: View) -> list[str]:
-        """The texts whose sentences a view takes."""
+        """Returns the texts from which a view takes sentences."""
         if view.pool == "all":
             return [piece for pieces in self.everything for piece in pieces]
         if view.pool in ("raw", "short"):
@@ -159,7 +159,7 @@ class _Chooser:
         return join_sentences(sentences[start : start + number])
 
     def _distinct(self, entry: Entry) -> list[str]:
-        """Runs of sentences that begin at different ones."""
+        """Returns runs of consecutive sentences that begin at different sentences, as long as there are enough."""
         view = entry.views[0]
         pool = [self.short] if view.uses_long and not self.longs else self._pool(view)
         sentences = [sentence for piece in pool for sentence in split_caption(piece)] or pool
@@ -178,23 +178,23 @@ def _why_none(record: dict, rule: CaptionRule) -> str:
 
 
 def captions_found(record: dict, rule: CaptionRule) -> tuple[bool, bool]:
-    """Tells whether a sample has (a short caption, a long one) under the rule's keys."""
+    """Returns (whether a sample has a short caption, whether it has a long one) under the rule's keys."""
     return bool(_shorts(record, rule)), bool(_longs(record, rule))
 
 
 def _shorts(record: dict, rule: CaptionRule) -> list[str]:
-    """The raw caption, if any, and further short ones."""
+    """Returns the raw caption, if there is one, and the further short captions."""
     raws = [text for text in (_text(record.get(key)) for key in rule.raw_keys) if text]
     return raws[:1] + [text for text in (_text(record.get(key)) for key in rule.short_keys) if text]
 
 
 def _longs(record: dict, rule: CaptionRule) -> list[list[str]]:
-    """Each long caption as its pieces."""
+    """Returns each long caption as a list of its pieces."""
     return [pieces for pieces in (_sentences(record.get(key)) for key in rule.long_keys) if pieces]
 
 
 def _text(value: object) -> str | None:
-    """A text, or a list of sentences joined; None for anything else and for blank text."""
+    """Returns a text, or a list of sentences joined; None for a blank text or any other value."""
     if isinstance(value, str):
         return value.strip() or None
     sentences = _sentences(value)
@@ -202,7 +202,7 @@ def _text(value: object) -> str | None:
 
 
 def _sentences(value: object) -> list[str]:
-    """A caption as pieces: a list as it is, a text as one piece; blank ones dropped."""
+    """Returns a caption as pieces: the texts of a list, or a text as one piece; blank pieces are dropped."""
     pieces = value if isinstance(value, list) else [value]
     return [piece.strip() for piece in pieces if isinstance(piece, str) and piece.strip()]
 
@@ -216,5 +216,5 @@ def _first_sentence(pieces: Sequence[str]) -> str:
 
 
 def join_sentences(sentences: Sequence[str]) -> str:
-    """Makes one text of sentences; those without an end get a full stop."""
+    """Joins sentences to one text; adds a full stop to sentences that don't end in ``.``, ``!`` or ``?``."""
     return " ".join(s if s[-1] in ".!?" else s + "." for s in sentences)

@@ -1,4 +1,4 @@
-"""Tables that hold the images themselves, as data sets on the Hugging Face hub do: read file by file, as shards are."""
+"""Tables that hold the images themselves, as data sets on the Hugging Face hub do; each file is read like a shard."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,18 +9,18 @@ from dataloaders.columnar import ColumnarFile, choose_image_column, image_bytes
 from dataloaders.table_files import COLUMNAR, names_tables, table_files
 from training.data.tar import BrokenShardError, RawSample
 
-_PREFERRED = "image"  # among several columns of images
+_PREFERRED = "image"  # the column to use if several hold images
 
 
 def embedded_sources(spec: str, image_column: str) -> list[list[str]] | None:
     """Returns the files of each source if the flag names tables with images inside; None if it names anything else.
 
     Args:
-        spec: what ``--train-data`` says.
-        image_column: what ``--csv-img-key`` says.
+        spec: value of ``--train-data``.
+        image_column: value of ``--csv-img-key``.
 
     Raises:
-        FileNotFoundError, ValueError: as `table_files`; tables with and without images together.
+        FileNotFoundError, ValueError: `table_files` raised it, or only some of the sources are tables with images.
     """
     if not names_tables(spec):
         return None
@@ -38,7 +38,8 @@ def holds_images(path: Path, image_column: str) -> bool:
     """Tells whether the image column of a table holds images rather than paths.
 
     Raises:
-        ValueError: not a table, or another of its columns would be taken by `read_rows`.
+        ValueError: the file is not a table, or it has several columns of images and `image_column` is not the one that
+            `read_rows` uses.
     """
     if path.suffix not in COLUMNAR:
         return False
@@ -60,14 +61,14 @@ def count_rows(path: str) -> int:
 
 
 def read_rows(path: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
-    """Reads the rows `first` to `stop` of a table as samples, whose record is made of its columns of texts.
+    """Reads rows of a table as samples; a sample's record holds the columns of texts.
 
     Args:
         path: ``.parquet`` or ``.arrow``.
-        first, stop: row numbers from 0; None reads to the end.
+        first, stop: the first row, from 0, and the row before which to stop; None reads to the end.
 
     Raises:
-        BrokenShardError: the file can't be opened, or breaks off; rows before that have been yielded.
+        BrokenShardError: the file can't be opened, or is broken; the rows before the break have been yielded.
     """
     try:
         file = ColumnarFile(path)

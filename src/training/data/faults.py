@@ -1,4 +1,4 @@
-"""Why samples are passed over, and how many were."""
+"""Kinds of bad samples, and counts of them."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ FAULT_KINDS = (
 
 
 class TooManyBadSamplesError(RuntimeError):
-    """More samples were passed over than the user allows; raised on all ranks alike."""
+    """More samples were skipped than the user allows; raised on all ranks."""
 
 
 class BadSample(ValueError):
@@ -34,11 +34,11 @@ class BadSample(ValueError):
 
 @dataclass
 class Totals:
-    """Samples that loaders have read.
+    """Counts of the samples that loaders have read.
 
     Attributes:
-        num_seen: all, bad ones included.
-        faults: kind -> how many were passed over for it.
+        num_seen: number of all samples, bad ones included.
+        faults: kind of fault -> number of samples skipped because of it.
     """
 
     num_seen: int = 0
@@ -46,29 +46,29 @@ class Totals:
 
     @classmethod
     def from_dict(cls, content: dict) -> "Totals":
-        """Takes back what `to_dict` gave."""
+        """Restores what `to_dict` returned."""
         return cls(content["seen"], Counter(content["skipped"]))
 
     def to_dict(self) -> dict:
-        """Plain numbers, for checkpoints and results."""
+        """Returns plain numbers, for checkpoints and results."""
         return {"seen": self.num_seen, "skipped": dict(self.faults)}
 
     def add(self, other: "Totals") -> None:
-        """Counts another's samples, too."""
+        """Adds the counts of another."""
         self.num_seen += other.num_seen
         self.faults.update(other.faults)
 
     def clear(self) -> None:
-        """Begins anew."""
+        """Sets all counts to 0."""
         self.num_seen = 0
         self.faults.clear()
 
     @property
     def num_bad(self) -> int:
-        """Samples passed over."""
+        """Number of skipped samples."""
         return sum(self.faults.values())
 
     def describe(self) -> str:
-        """``12,000 samples read, 3 skipped (2 no image, 1 broken JSON)``."""
+        """Returns, for example, ``12,000 samples read, 3 skipped (2 no image, 1 broken JSON)``."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.faults.items()))
         return f"{self.num_seen:,} samples read, {self.num_bad:,} skipped" + (f" ({kinds})" if kinds else "")

@@ -1,10 +1,10 @@
-"""Image features of a locked tower, computed once: a Parquet file per shard, read as a tar shard is.
+"""Image features of a locked tower, computed once: one Parquet file per shard, which is read like a tar shard.
 
-    FOLDER/features.json                    whose features they are (`FeatureInfo`), of what, how many
+    FOLDER/features.json                    the model (`FeatureInfo`), the sources and the counts
     FOLDER/000000.features.parquet, ..      columns key, record (the captions, as JSON), features (float16, views x dim)
 
-Features take 2 x views x dim bytes a sample (1,536 for one view of ViT-B: 154 GB for 100M images), captions what zstd
-leaves of them.
+Features take 2 x views x dim bytes per sample (1,536 for one view of ViT-B: 154 GB for 100M images). Captions are
+compressed with zstd.
 """
 
 import json
@@ -24,21 +24,21 @@ from training.runtime.messages import first_line
 
 SUFFIX = ".features.parquet"
 INDEX = "features.json"
-ROWS_PER_GROUP = 1000  # what is read at a time
+ROWS_PER_GROUP = 1000  # rows that are read at a time
 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """Whose features they are.
+    """Which model and preprocessing made the features.
 
     Attributes:
-        model: its name, for messages.
+        model: name of the model, for messages.
         tower: fingerprint of the image tower's weights.
-        preprocessing: the image tower's size, mean, std, ..
-        views: augmented views of each image; 0: one view as in evaluation.
-        augmentation: of the views, for messages.
-        precision: the tower's.
-        image_decoding: one of `pictures.MODES`.
+        preprocessing: size, mean, std and other settings of the image tower.
+        views: number of augmented views of each image; 0 means one view, preprocessed as in evaluation.
+        augmentation: how the views were augmented, for messages.
+        precision: precision in which the tower ran.
+        image_decoding: one of `images.MODES`.
     """
 
     model: str
@@ -50,27 +50,27 @@ class FeatureInfo:
     image_decoding: str = "exact"
 
     def differences(self, other: "FeatureInfo") -> list[str]:
-        """Names what makes two sets of features no match for each other."""
+        """Returns the names of the attributes because of which two sets of features can't be used together."""
         return [name for name in ("tower", "preprocessing") if getattr(self, name) != getattr(other, name)]
 
 
 def is_feature_folder(path: str) -> bool:
-    """Whether a folder holds features."""
+    """Tells whether a folder holds features."""
     return os.path.isfile(os.path.join(path, INDEX))
 
 
 def write_index(folder: Path, info: FeatureInfo, sources: Sequence[str], counts: dict | None) -> None:
-    """Writes FOLDER/features.json; without `counts` it says that files are still lacking."""
+    """Writes FOLDER/features.json; `counts` of None marks the folder as incomplete."""
     content = {"info": asdict(info), "sources": list(sources), "counts": counts}
     with whole_file(folder / INDEX) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_index(folder: str | Path) -> tuple[FeatureInfo, list[str], dict | None]:
-    """Returns (info, sources, counts) of FOLDER/features.json.
+    """Returns (info, sources, counts) from FOLDER/features.json.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: the file is not an index of image features.
     """
     path = Path(folder) / INDEX
     try:
@@ -81,51 +81,51 @@ def read_index(folder: str | Path) -> tuple[FeatureInfo, list[str], dict | None]
 
 
 def feature_files(folder: str) -> list[str]:
-    """Returns a folder's files in order.
+    """Returns the feature files of a folder in order.
 
     Raises:
-        ValueError: some are lacking.
+        ValueError: some are missing.
     """
     _, sources, counts = read_index(folder)
     paths = [os.path.join(folder, f"{number:06d}{SUFFIX}") for number in range(len(sources))]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing or counts is None:
         raise ValueError(
-            f"{folder}: {len(missing):,} of {len(paths):,} files of features are lacking; run the same "
-            "--extract-image-features once more, it goes on where it stopped"
+            f"{folder}: {len(missing):,} of {len(paths):,} feature files are missing; run the same "
+            "--extract-image-features again: it continues where it stopped"
         )
     return paths
 
 
 def feature_info(spec: str) -> FeatureInfo | None:
-    """Returns whose features the sources of ``--train-data`` hold; None if they hold images.
+    """Returns the model of the features that ``--train-data`` names; None if it names images.
 
     Raises:
-        ValueError: features beside images, or features of different towers.
+        ValueError: some sources hold features and others images, or the features are from different towers.
     """
     parts = spec.split("::")
     infos = [read_index(part)[0] for part in parts if is_feature_folder(part)]
     if not infos:
         return None
     if len(infos) != len(parts):
-        raise ValueError(f"{spec}: image features beside images; extract all sources, or none")
+        raise ValueError(f"{spec}: some sources are image features, others are images; extract all of them, or none")
     for part, info in zip(parts, infos):
         if different := infos[0].differences(info):
-            raise ValueError(f"{part}: features of another image tower than {parts[0]}'s ({', '.join(different)})")
+            raise ValueError(f"{part}: its image tower is not the one of {parts[0]} ({', '.join(different)} differ)")
     return infos[0]
 
 
 def write_features(
     path: Path, source: str, keys: Sequence[str], records: Sequence[dict], features: np.ndarray, totals: Totals
 ) -> None:
-    """Writes a shard's samples, whole or not at all.
+    """Writes the features of a shard's samples; an interrupted call leaves no partial file.
 
     Args:
         path: ``NUMBER.features.parquet``.
-        source: the shard they come from; with the key it names a sample in random streams.
+        source: name of the shard; together with the key it seeds the random stream of a sample.
         keys, records: one per sample.
         features: [samples, views, dim] float16.
-        totals: samples read and passed over.
+        totals: counts of samples read and skipped.
     """
     count, views, dim = features.shape
     flat = pa.array(np.ascontiguousarray(features).reshape(-1))
@@ -144,10 +144,10 @@ def write_features(
 
 
 def count_features(path: str) -> int:
-    """Samples of a file.
+    """Returns the number of samples in a feature file.
 
     Raises:
-        BrokenShardError: it is none.
+        BrokenShardError: the file can't be read.
     """
     try:
         return pq.read_metadata(path).num_rows
@@ -156,7 +156,7 @@ def count_features(path: str) -> int:
 
 
 def read_totals(paths: Sequence[str]) -> Totals:
-    """Adds up the samples that files were made from."""
+    """Adds up the counts of samples read and skipped of several feature files."""
     totals = Totals()
     for path in paths:
         totals.add(Totals.from_dict(json.loads(pq.read_metadata(path).metadata[b"totals"])))
@@ -164,7 +164,7 @@ def read_totals(paths: Sequence[str]) -> Totals:
 
 
 def read_features(path: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
-    """Reads the samples number `first` to `stop` of a file; arguments and errors as `tar.read_samples`."""
+    """Reads samples of a feature file; for arguments and errors see `tar.read_samples`."""
     try:
         with pq.ParquetFile(path) as file:
             meta = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}

@@ -1,4 +1,4 @@
-"""A look at the first samples of a source before a model is built: mistakes in the flags or the data are found now."""
+"""Checks the first samples of a source before a model is built, to find mistakes in flags or data early."""
 
 import random
 from collections import Counter
@@ -13,15 +13,15 @@ NUM_LOOKED_AT = 100
 
 
 def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
-    """Checks that training can begin.
+    """Checks that the first samples can be read and have the captions that the rule needs.
 
     Args:
         source: the samples.
-        rule: captions to look for.
-        spec: what the flag names, for messages.
+        rule: the captions to look for.
+        spec: value of the flag that names the source, for messages.
 
     Raises:
-        ValueError: no sample, none of the first can be used, or none has the captions asked for.
+        ValueError: there is no sample, none of the first `NUM_LOOKED_AT` can be used, or none has the captions.
     """
     if not source.num_samples:
         raise ValueError(f"{spec}: no samples in it")
@@ -34,7 +34,7 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
             short, long = captions_found(record, rule)
             has_short, has_long = has_short + short, has_long + long
             choose_captions(record, rule, random.Random(0))
-            if not num_usable and raw.features is None:  # one that can be decoded is enough
+            if not num_usable and raw.features is None:  # one image that can be decoded is enough
                 read_image(raw)
             num_usable += 1
         except (BadSample, BrokenShardError, NoCaptionError) as error:
@@ -58,7 +58,7 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
 
 
 def _record(raw: RawSample | BrokenShardError) -> dict:
-    """The captions of a sample that has an image, too."""
+    """Returns the captions of a sample; raises if the sample has no image."""
     if isinstance(raw, BrokenShardError):
         raise raw
     record = read_record(raw)
@@ -69,7 +69,7 @@ def _record(raw: RawSample | BrokenShardError) -> dict:
 
 def _describe(kinds: Counter, reason: str) -> str:
     if set(kinds) == {"no image", "no caption"}:
-        return f"{_counts(kinds)}; the files of a sample must lie together in the tar: tar --sort=name"
+        return f"{_counts(kinds)}; the files of a sample must be next to each other in the tar: tar --sort=name"
     return f"{_counts(kinds)} ({reason})"
 
 

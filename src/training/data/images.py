@@ -1,12 +1,12 @@
-"""From a picture file to the tensor that a tower takes: as published, or several times faster and nearly the same.
+"""From an image file to the tensor that a tower takes: exactly as published, or faster with nearly the same pixels.
 
-- ``exact``: Pillow decodes, the transform resizes with Pillow. The published numbers were made so.
-- ``fast``: torchvision decodes JPEGs, to the same pixels, and torch resizes, by Pillow's filter with the processor's
-  vector instructions: 2 values in 1,000 of 165 photographs differ, by one of 255 levels.
-- ``scaled``: besides, large JPEGs are decoded at a half, a quarter or an eighth of their size: 0.21 levels on average
-  of the same photographs. A random crop then falls elsewhere.
+- ``exact``: Pillow decodes, and the transform resizes with Pillow. The published numbers were made this way.
+- ``fast``: torchvision decodes JPEGs, to the same pixels, and torch resizes with Pillow's filter and the processor's
+  vector instructions. On 165 photographs, 2 of 1,000 values differ, by one of 255 levels.
+- ``scaled``: like ``fast``, but large JPEGs are decoded at a half, a quarter or an eighth of their size. On the same
+  photographs, values differ by 0.21 levels on average. A random crop is then taken at another place.
 
-What comes after a transform's resize (crop, colours, ..) is the transform's own, on a Pillow image of the final size.
+The steps of a transform after its resize (crop, colours and so on) always run on a Pillow image of the final size.
 """
 
 import io
@@ -26,17 +26,18 @@ from dataloaders.files import EmbeddedImage, ShardMember
 from dataloaders.images import BrokenImageError, check_shape, load_rgb, to_rgb
 
 MODES = ("exact", "fast", "scaled")
-IN_EVALUATION, IN_TRAINING = "exact", "fast"  # where --image-decoding is not given
+IN_EVALUATION, IN_TRAINING = "exact", "fast"  # defaults of --image-decoding
 Source = str | Path | ShardMember | EmbeddedImage | bytes
 
 
 class PictureReader:
-    """Reads picture files through a transform.
+    """Reads image files and applies a transform.
 
     Args:
-        transform: PIL image -> [3, H, W].
-        mode: one of `MODES`. A transform that does not begin with torchvision's own resize or random crop is always
-            given Pillow's image; one with another random crop never a scaled one.
+        transform: function from PIL image to [3, H, W].
+        mode: one of `MODES`. A transform that doesn't begin with torchvision's resize or random resized crop always
+            gets an image decoded by Pillow. A transform with another random crop never gets an image decoded at a
+            reduced size.
     """
 
     def __init__(self, transform: Callable, mode: str = "exact"):
@@ -45,21 +46,21 @@ class PictureReader:
         self.at_least = pixels_needed(transform) if mode == "scaled" else None
 
     def __call__(self, source: Source) -> torch.Tensor:
-        """Reads one picture.
+        """Reads one image.
 
         Args:
             source: a file in any format that Pillow reads, or its bytes.
 
         Returns:
-            What the transform makes of it.
+            The output of the transform.
 
         Raises:
-            BrokenImageError: as `load_rgb`.
+            BrokenImageError: see `load_rgb`.
         """
         return self.transform(self.decode(source))
 
     def read(self, sources: Sequence[Source]) -> list[torch.Tensor | BrokenImageError]:
-        """Reads several pictures; returns for each what the transform makes of it, or why it can't be read."""
+        """Reads several images; returns for each the output of the transform, or the error if it can't be read."""
         found = []
         for source in sources:
             try:
@@ -69,31 +70,31 @@ class PictureReader:
         return found
 
     def decode(self, source: Source) -> Image.Image | torch.Tensor:
-        """Returns the picture as `transform` takes it, which may be called several times."""
+        """Returns the decoded image, the argument of `transform`; it may be transformed several times."""
         if self.resize is None:
             return load_rgb(source, self.at_least)
         return decode_bytes(source, self.at_least)
 
     def transform(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Returns what the transform makes of a decoded picture."""
+        """Applies the transform to a decoded image."""
         if self.resize is None:
             return self.whole(picture)
         return self.rest(functional.to_pil_image(self.resize(picture)))
 
 
 def decode_bytes(source: Source, at_least: int | None = None) -> torch.Tensor:
-    """Decodes a picture to [3, H, W] uint8: JPEGs by torchvision, all else as `load_rgb` does.
+    """Decodes an image to [3, H, W] uint8: JPEGs by torchvision, everything else by `load_rgb`.
 
     Args:
         source: a file or its bytes.
-        at_least: as of `load_rgb`.
+        at_least: see `load_rgb`.
 
     Raises:
-        BrokenImageError: as `load_rgb`.
+        BrokenImageError: see `load_rgb`.
     """
     try:
         return _decode(source, at_least)
-    except Exception:  # whatever it is, Pillow alone decides whether it is a fault, and names it
+    except Exception:  # whatever went wrong, Pillow decides whether the image is broken, and names the fault
         return _as_tensor(load_rgb(source, at_least))
 
 
@@ -102,11 +103,11 @@ def _as_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def _decode(source: Source, at_least: int | None) -> torch.Tensor:
-    """By torchvision what is a plain colour JPEG, and not to be decoded at a reduced size."""
+    """Decodes colour JPEGs at full size by torchvision, everything else by Pillow."""
     if isinstance(source, (ShardMember, EmbeddedImage)):
         source = source.open().getvalue()
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    with Image.open(io.BytesIO(data)) as image:  # reads the header alone, refuses decompression bombs
+    with Image.open(io.BytesIO(data)) as image:  # reads only the header, and refuses decompression bombs
         check_shape(image)
         size = image.size
         if at_least:
@@ -117,7 +118,10 @@ def _decode(source: Source, at_least: int | None) -> torch.Tensor:
 
 
 def _split(transform: Callable) -> tuple[Callable | None, Callable | None]:
-    """The first step of a transform, on bytes [3, H, W], and the others, on a Pillow image; None if that can't be."""
+    """Splits a transform into its resize, for [3, H, W] uint8, and the further steps, for a Pillow image.
+
+    Returns (None, None) if the transform doesn't begin with torchvision's resize or random resized crop.
+    """
     steps = list(getattr(transform, "transforms", []))
     if steps[:1] == [to_rgb]:
         steps = steps[1:]
@@ -135,17 +139,17 @@ def _as_list(size: int | tuple[int, int]) -> list[int]:
 
 
 def _random_crop(crop: transforms.RandomResizedCrop, pixels: torch.Tensor) -> torch.Tensor:
-    """The crop's own draw, its resize in torch's bytes."""
+    """Draws the crop's area as torchvision does, and resizes it with torch on uint8."""
     top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
     part = pixels[:, top : top + height, left : left + width]
     return functional.resize(part, list(crop.size), interpolation=crop.interpolation, antialias=True)
 
 
 def pixels_needed(transform: Callable) -> int | None:
-    """Returns how short an image's short side may be before a transform notices: twice what it makes of it.
+    """Returns the length in pixels to which an image's short side may be reduced before a transform.
 
-    With open_clip's random crop that is twice what the smallest crop needs; without randomness, twice the pixels that
-    come out. None for a transform with another random crop.
+    For open_clip's random crop this is twice the length that the smallest crop needs; for a transform without
+    randomness, twice the length of the output. Returns None for a transform with another random crop.
     """
     steps = getattr(transform, "transforms", [])
     crops = [s for s in steps if isinstance(s, transforms.RandomResizedCrop)]

@@ -17,7 +17,7 @@ from training.runtime.workers import Loader
 
 
 class NoUsableSampleError(RuntimeError):
-    """A loader process found nothing at all that it could train on."""
+    """A loader process found no sample that it could train on."""
 
 
 class TrainBatches(IterableDataset):
@@ -25,14 +25,14 @@ class TrainBatches(IterableDataset):
 
     Args:
         source: the samples.
-        reader: sample -> pixels and texts.
+        reader: turns a raw sample into pixels and texts.
         share: this process's part of the epoch.
-        refill: in place of bad samples, read the first ones of the worker's spans again, with other crops and captions,
-            so that each process makes its number of whole batches. Otherwise each slot is read once, and the last batch
-            may be smaller, down to bad samples alone.
+        refill: replace bad samples by reading the first samples of the worker's spans again, with other crops and
+            captions, so that each process makes its number of full batches. If False, each slot is read once, and the
+            last batch may be smaller, or consist only of bad samples.
 
     Raises:
-        NoUsableSampleError: while iterating, if no slot of a worker holds a usable sample and `refill` is set.
+        NoUsableSampleError: raised while iterating if `refill` is set and no slot of a worker holds a usable sample.
     """
 
     def __init__(self, source: Source, reader: SampleReader, share: Share, refill: bool = True):
@@ -41,7 +41,8 @@ class TrainBatches(IterableDataset):
     def __iter__(self) -> Iterator[TrainBatch]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        # The loader asks its workers in turn, beginning with 0: whoever's batch comes next must be that one.
+        # The loader asks its workers in turn, beginning with 0. After resuming, worker 0 therefore has to take the role
+        # of the worker whose batch comes next.
         worker = (worker + self.share.batches_done) % num_workers
         spans, num_batches = self.share.of_worker(worker, num_workers)
         slots_done = self.share.slots_done[worker] if self.share.slots_done else 0
@@ -57,7 +58,7 @@ class TrainBatches(IterableDataset):
     def _usable(self, spans: list[Span], slots_done: int) -> Iterator[tuple[str, Sample | None, str | None]]:
         """Yields (shard/key, sample, None) or (shard/key, None, kind of bad sample), one for each slot.
 
-        With `refill` it never ends: every process must make its number of batches, or the others would wait for it.
+        With `refill` it never ends: each process must make its number of batches, or the other processes would wait.
         """
         num_slots, num_good, kinds = count_slots(spans), slots_done, Counter()
         if not num_slots:
@@ -91,7 +92,7 @@ class TrainBatches(IterableDataset):
             yield from islice(self.source.read(self.reader.epoch, start, stop, first), last - first)
 
     def _make_batch(self, samples: Iterator) -> tuple[TrainBatch, int]:
-        """Returns a batch, and how many slots it took."""
+        """Returns a batch, and the number of slots read for it."""
         rows, keys, bad_samples = [], [], []
         for name, sample, kind in samples:
             if kind:
@@ -110,14 +111,15 @@ class TrainBatches(IterableDataset):
 
 
 def collate_captions(reader: SampleReader, rows: list[Sample]) -> tuple[dict[str, object], int, int]:
-    """Tokenises the captions of a batch; short and long ones are padded apart, or packed together.
+    """Tokenises the captions of a batch; short and long ones are padded separately, or packed together.
 
     Args:
-        reader: has the tokenizer and says how captions are arranged.
-        rows: with as many texts each.
+        reader: provides the tokenizer, and the function that packs captions.
+        rows: samples with the same number of texts each.
 
     Returns:
-        (``text`` and ``long_text``, or ``packed_text``; tokens without padding; tokens with padding).
+        (dict with ``text`` and ``long_text``, or with ``packed_text``; number of tokens without padding; number of
+        tokens with padding).
     """
     texts, fronts = [row.texts for row in rows], [row.fronts for row in rows]
     num_long = len(texts[0]) - 1
@@ -136,5 +138,5 @@ def collate_captions(reader: SampleReader, rows: list[Sample]) -> tuple[dict[str
 def make_loader(
     source: Source, reader: SampleReader, share: Share, num_workers: int, pin: bool, refill: bool = True
 ) -> Loader:
-    """Returns a loader of one epoch's `TrainBatch`es; their order does not depend on how fast workers are."""
+    """Returns a loader of one epoch's batches; their order doesn't depend on how fast the workers are."""
     return Loader(TrainBatches(source, reader, share, refill), num_workers, pin)

@@ -1,4 +1,4 @@
-"""From flags to data: opens what --train-data names, checks it, and says how long an epoch is."""
+"""From flags to data: opens and checks the source that --train-data or --val-data names."""
 
 import argparse
 import logging
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainData:
-    """A source with what its batches are made by.
+    """A source of samples, with everything needed to make batches of it.
 
     Attributes:
         source: the samples.
-        reader: sample -> pixels and texts, of epoch 0.
-        workers: loader processes.
+        reader: turns a raw sample of epoch 0 into pixels and texts.
+        workers: number of loader processes.
     """
 
     source: Source
@@ -71,15 +71,15 @@ def open_source(
     """Opens data on every rank; rank 0 looks for files, counts samples and checks captions.
 
     Args:
-        args: flags about tables, order and factors.
+        args: the parsed flags; those about tables, order and upsampling factors are used.
         flag: ``--train-data`` or ``--val-data``, for messages.
-        spec: what it names.
-        rule: captions to look for.
+        spec: the flag's value.
+        rule: the captions to look for.
         env: this process.
         resampled: draw shards with replacement.
 
     Raises:
-        FileNotFoundError, ValueError: on all ranks; names what is missing or does not fit.
+        FileNotFoundError, ValueError: raised on all ranks; the message names what is missing or wrong.
     """
 
     def table() -> TableSource:
@@ -118,7 +118,7 @@ def open_source(
     if not inside and names_tables(spec):
         if resampled:
             raise ValueError("--dataset-resampled is for shards; each row of a table comes once per epoch")
-        # A table is not sent around: once rank 0 has found its own good, the others read theirs.
+        # A table is too large to send to other ranks: rank 0 reads and checks it, then the other ranks read it as well.
         opened: list[Source] = []
         agree(lambda: opened.append(checked(table)), env)
         return together(lambda: opened[0] if opened else table(), env)
@@ -129,11 +129,11 @@ def _check_type(dataset_type: str, flag: str, spec: str) -> None:
     is_table = names_tables(spec)
     if dataset_type != "auto" and is_table != (dataset_type == "csv"):
         found = "a table" if is_table else "no table (.csv, .tsv, .parquet or .arrow)"
-        raise ValueError(f"--dataset-type {dataset_type}: {flag} {spec} is {found}; take auto")
+        raise ValueError(f"--dataset-type {dataset_type}: {flag} {spec} is {found}; use auto")
 
 
 def _with_flag(flag: str, call: Callable[[], T]) -> T:
-    """Calls; a message about a file begins with the flag that named it."""
+    """Calls a function; puts the flag in front of the message of a ValueError or OSError."""
     try:
         return call()
     except (ValueError, OSError) as error:
@@ -148,7 +148,18 @@ def open_train_data(
     source: Source,
     arrange: Callable | None = None,
 ) -> TrainData:
-    """Puts a source together with what its samples are read through."""
+    """Combines a source with the reader of its samples.
+
+    Args:
+        args: the parsed flags.
+        transform: function from PIL image to [3, H, W].
+        tokenizer: function from a list of texts to token ids.
+        source: the samples.
+        arrange: function that packs the captions of a batch; None pads them.
+
+    Raises:
+        ValueError: a view needs padding in front of the text, and the tokenizer doesn't support that.
+    """
     pictures = PictureReader(without_normalisation(transform), args.image_decoding or IN_TRAINING)
     rule = caption_rule(args)
     if any(entry.front for entry in rule.entries):
@@ -166,6 +177,7 @@ def _factors(text: str | None, num_sources: int) -> list[float]:
         factors = []
     if len(factors) != num_sources or min(factors) < 0 or not sum(factors):
         raise ValueError(
-            f"--train-data-upsampling-factors {text}: expected {num_sources} numbers apart by ::, one for each source"
+            f"--train-data-upsampling-factors {text}: expected {num_sources} numbers separated by ::, one for each "
+            "source, none negative and not all 0"
         )
     return factors

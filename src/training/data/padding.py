@@ -1,4 +1,4 @@
-"""Padding in front of a caption's text (--text-views .. pad=front), as DeBias-CLIP trains CLIP's own text tower."""
+"""Padding in front of a caption's text (pad=front in --text-views), as DeBias-CLIP trains CLIP's text tower."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -10,24 +10,24 @@ from training.data.captions import CaptionRule
 
 
 def check_front_padding(tokenizer: Callable) -> None:
-    """Raises ValueError if a model's text tower can't have padding in front of the text."""
+    """Raises ValueError if a model's text tower doesn't support padding in front of the text."""
     if not isinstance(getattr(tokenizer, "tokenizer", tokenizer), SimpleTokenizer):
         raise ValueError(
-            "--text-views pad=front: this model's text tower ignores padding; take one with CLIP's tokenizer, such as "
-            "ViT-B-16, or leave pad=front out"
+            "--text-views pad=front: this model's text tower ignores padding; use a model with CLIP's tokenizer, such "
+            "as ViT-B-16, or leave pad=front out"
         )
 
 
 def front_shares(stream: str, keys: Sequence[str], rule: CaptionRule) -> list[list[float]]:
-    """Draws which share of the free places of each text goes in front of it.
+    """Draws, for each text, the fraction of its padding that is put in front of it.
 
     Args:
-        stream: names the random stream; with a sample's key it seeds the draws of that sample.
-        keys: of the samples.
-        rule: says which texts are padded in front.
+        stream: name of the random stream; together with a sample's key it seeds the draws of that sample.
+        keys: keys of the samples.
+        rule: tells which texts are padded in front.
 
     Returns:
-        By sample and text: from 0 to below 1, 0 where it is not wanted.
+        For each sample and text a fraction, 0 <= fraction < 1; 0 for texts that are not padded in front.
     """
     wanted = [entry.front for entry in rule.texts]
     if not any(wanted):
@@ -39,13 +39,16 @@ def front_shares(stream: str, keys: Sequence[str], rule: CaptionRule) -> list[li
 def pad_in_front(ids: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
     """Moves padding from behind the text to between its start token and its first word.
 
-    With f free places, floor(share x (f + 1)) of them go in front: 0 to f, evenly.
+    Of f padding tokens, floor(share x (f + 1)) are moved: 0 to f with equal probability.
 
     Args:
-        ids: [n, context_length] of CLIP's tokenizer, padded with 0.
-        shares: of each row's free places.
+        ids: int64 [n, context_length] from CLIP's tokenizer, padded with 0.
+        shares: for each row the fraction of its padding to move, 0 <= share < 1.
 
-    Source: DeBias-CLIP (CVPR 2026) as others describe it; see scripts/recipes/debias-clip.yaml.
+    Returns:
+        int64 [n, context_length].
+
+    Source: DeBias-CLIP (CVPR 2026) as other papers describe it; see scripts/recipes/debias-clip.yaml.
     """
     places = torch.arange(ids.shape[1])
     lengths = ((ids != 0) * (places + 1)).amax(dim=1)

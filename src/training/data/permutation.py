@@ -1,4 +1,4 @@
-"""A pseudo-random order of n items of which any part can be computed alone, without a list of all n."""
+"""A pseudo-random order of n items, any part of which can be computed without a list of all n."""
 
 from collections.abc import Iterator
 from hashlib import sha256
@@ -11,10 +11,10 @@ _STEP, _MIX_1, _MIX_2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1C
 
 
 def permuted(size: int, name: str, start: int, stop: int) -> Iterator[int]:
-    """Yields the items at positions `start` to `stop` of a permutation of ``range(size)``.
+    """Yields the items at positions `start` up to, but not including, `stop` of a permutation of ``range(size)``.
 
-    The permutation is a Feistel network over a power of four that is not below `size`; numbers outside the range
-    are encrypted again until they fall into it (cycle walking). Memory does not grow with `size`.
+    The permutation is a Feistel network over a power of four that is at least `size`; numbers outside the range are
+    encrypted again until they fall into it (cycle walking). Memory doesn't grow with `size`.
 
     Args:
         size: number of items, below 2**62.
@@ -22,7 +22,7 @@ def permuted(size: int, name: str, start: int, stop: int) -> Iterator[int]:
         start, stop: positions, 0 <= start, stop <= size.
     """
     keys = np.frombuffer(sha256(name.encode()).digest() + sha256(name.encode() + b"/").digest(), np.uint64)[:_ROUNDS]
-    half_bits = max(((size - 1).bit_length() + 1) // 2, 4)  # of fewer bits, the network is visibly uneven
+    half_bits = max(((size - 1).bit_length() + 1) // 2, 4)  # with fewer bits, the order is visibly non-uniform
     for begin in range(start, stop, _CHUNK):
         numbers = _encrypt(np.arange(begin, min(begin + _CHUNK, stop), dtype=np.uint64), keys, half_bits)
         while (outside := numbers >= size).any():

@@ -1,10 +1,10 @@
-"""Where in an epoch every process is, exactly; and how others take over what is left of it. Pure arithmetic.
+"""The exact position of every process in an epoch, and how the rest of it is divided among other processes.
 
-An epoch is a row of **slots**, each of which holds one sample, good or bad. The nouns of this project:
+This is pure arithmetic. An epoch is a sequence of **slots**, each of which holds one sample, good or bad. Terms:
 
 - slot: one place in the order of an epoch.
-- span: neighbouring slots of an epoch, as a source reads them.
-- share: the spans of an epoch that one process trains on, and what of them it has done.
+- span: consecutive slots of an epoch, as a source reads them.
+- share: the spans of an epoch that one process trains on, and how far it has come in them.
 - position: how far all processes have come in an epoch.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """Slots number `first` to `last` of those that ``source.read(epoch, start, stop)`` yields."""
+    """The slots from number `first` up to, but not including, `last` among ``source.read(epoch, start, stop)``."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ def count_slots(spans: Sequence[Span]) -> int:
 
 
 def cut(spans: Sequence[Span], begin: int, end: int) -> list[Span]:
-    """Returns slots number `begin` to `end` of spans laid end to end."""
+    """Returns the slots from number `begin` up to, but not including, `end` of the concatenated spans."""
     parts, passed = [], 0
     for start, stop, first, last in spans:
         low, high = max(begin - passed, 0), min(end - passed, last - first)
@@ -44,11 +44,11 @@ class Share:
 
     Attributes:
         batch_size: samples in a batch of this process.
-        num_batches: batches of this process in the whole epoch, or in what is `left` of one.
-        rank, world_size: this process among all.
-        batches_done: batches that are done already; the number of workers must then be what it was.
-        slots_done: per worker, slots that were read for them.
-        left: the spans that an earlier division left of the epoch; empty for the whole epoch.
+        num_batches: batches of this process in the whole epoch, or in the rest that `left` describes.
+        rank, world_size: number of this process, and of all processes.
+        batches_done: batches that are done already; if there are any, the number of workers must not change.
+        slots_done: for each worker, the number of slots it read for these batches.
+        left: the spans that were still unread when the epoch was divided again; empty for a whole epoch.
     """
 
     batch_size: int
@@ -60,7 +60,7 @@ class Share:
     left: tuple[Span, ...] = ()
 
     def of_worker(self, worker: int, num_workers: int) -> tuple[list[Span], int]:
-        """Returns (spans, number of batches) of a worker; worker w makes the batches w, w + num_workers, .."""
+        """Returns (spans, number of batches) of a worker; worker w makes batches w, w + num_workers and so on."""
         batches = [len(range(w, self.num_batches, num_workers)) for w in range(num_workers)]
         begin = (self.rank * self.num_batches + sum(batches[:worker])) * self.batch_size
         end = begin + batches[worker] * self.batch_size
@@ -75,8 +75,8 @@ class EpochPosition:
 
     Attributes:
         world_size, num_workers, batch_size, num_batches: how the epoch was divided.
-        batches_done: batches that each process has done.
-        slots_done: per rank and worker, slots that were read for them.
+        batches_done: number of batches that each process has done.
+        slots_done: for each rank and worker, the number of slots read for these batches.
         left: see `Share`.
     """
 
@@ -90,26 +90,26 @@ class EpochPosition:
 
     @classmethod
     def from_dict(cls, content: dict) -> "EpochPosition":
-        """Restores what `to_dict` gave, perhaps by way of a file."""
+        """Restores what `to_dict` returned, also after it was written to a file."""
         slots_done = tuple(map(tuple, content["slots_done"]))
         left = tuple(Span(*span) for span in content["left"])
         return cls(**{**content, "slots_done": slots_done, "left": left})
 
     def to_dict(self) -> dict:
-        """Returns numbers and tuples alone, for a checkpoint."""
+        """Returns only numbers and tuples, for a checkpoint."""
         return asdict(self) | {"left": tuple(map(tuple, self.left))}
 
     def same_division(self, world_size: int, num_workers: int, batch_size: int) -> bool:
-        """Returns whether processes like these can continue in the same order."""
+        """Tells whether these processes can continue in the same order, because the epoch is divided the same way."""
         return (self.world_size, self.num_workers, self.batch_size) == (world_size, num_workers, batch_size)
 
     def share(self, rank: int) -> Share:
-        """Returns one process's share, from here on in the same order."""
+        """Returns the share of one process, which continues from this position in the same order."""
         done = self.batches_done, self.slots_done[rank]
         return Share(self.batch_size, self.num_batches, rank, self.world_size, *done, self.left)
 
     def unread(self) -> tuple[Span, ...]:
-        """Returns everything that no process has read."""
+        """Returns the spans that no process has read."""
         spans = []
         for rank in range(self.world_size):
             for worker in range(self.num_workers):

@@ -1,6 +1,6 @@
-"""Tables of image paths and captions: CSV, TSV or Parquet, held as Arrow columns (compact, and shared with workers).
+"""Tables of image paths and captions: CSV, TSV or Parquet, kept as Arrow columns (compact, and shared with workers).
 
-Tables that hold the images themselves are read as shards are: see embedded.py.
+Tables that hold the images themselves are read like shards: see embedded.py.
 """
 
 import logging
@@ -20,17 +20,17 @@ from training.data.permutation import permuted
 from training.data.tar import Part, RawSample
 
 ROWS_PER_PART = 10_000
-ROWS_AT_ONCE = 50_000  # of a CSV that is read row by row, before they are put into Arrow's compact form
+ROWS_AT_ONCE = 50_000  # rows of a CSV that are collected before they are converted to Arrow's compact form
 logger = logging.getLogger(__name__)
 
 
 class TableSource:
-    """Rows of tables, each once an epoch in an order drawn anew.
+    """Rows of tables, each once per epoch, in an order that differs between epochs.
 
     Args:
-        tables: (path, its image column and caption columns); all have the same columns.
-        image_column: its name.
-        seed: of the order.
+        tables: (path, its image column and caption columns); all tables have the same columns.
+        image_column: name of the image column.
+        seed: seed of the order.
     """
 
     def __init__(self, tables: Sequence[tuple[str, pa.Table]], image_column: str, seed: int):
@@ -44,7 +44,7 @@ class TableSource:
         self.num_samples = table.num_rows
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
-        """As `sources.Source.read`."""
+        """Yields samples of an epoch; see `Source.read`."""
         return self._rows(permuted(self.num_samples, f"{self.seed}/{epoch}/rows", start + skip, stop))
 
     def _rows(self, numbers: Iterable[int]) -> Iterator[RawSample]:
@@ -55,7 +55,7 @@ class TableSource:
             yield RawSample(str(row), os.path.basename(file), {}, record, path)
 
     def parts(self) -> list[Part]:
-        """Stretches of the tables, in their own order."""
+        """Returns the tables as parts of up to `ROWS_PER_PART` rows, in file order."""
         parts = []
         for file, first, end in zip(self.files, self.starts, [*self.starts[1:], self.num_samples]):
             for start in range(first, end, ROWS_PER_PART):
@@ -64,7 +64,7 @@ class TableSource:
         return parts
 
     def fingerprint(self) -> str:
-        """As `sources.Source.fingerprint`."""
+        """Returns a text that identifies data and order; see `Source.fingerprint`."""
         ends = [self.paths[row].as_py() for row in (0, -1)] if self.num_samples else []
         return f"table 2 of {self.num_samples} rows, {ends}, seed {self.seed}"
 
@@ -77,15 +77,15 @@ def read_tables(
     Bad rows of a CSV are left out and counted in a warning, which names the first.
 
     Args:
-        paths: ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``.
-        image_column: image paths, absolute or relative to the table's folder.
-        caption_columns: those that are there are read.
-        separator: of a CSV; None takes a comma, in ``.tsv`` a tab.
-        seed: of the order.
+        paths: ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow`` files.
+        image_column: column of image paths, absolute or relative to the table's folder.
+        caption_columns: columns of captions; those that a table lacks are ignored.
+        separator: separator of a CSV; None means a comma, or a tab in ``.tsv``.
+        seed: seed of the order.
 
     Raises:
-        ValueError: no such column, none of the caption columns, not a table, an image that is no path, or tables with
-            different columns.
+        ValueError: a file is not a table, lacks the image column or all caption columns, its first image is not a
+            path, or the tables have different columns.
     """
     tables = []
     for path in paths:
@@ -117,7 +117,7 @@ def _wanted_columns(path: Path, columns: list[str], image_column: str, caption_c
     lacking = "any caption column" if image_column in columns else f"the image column --csv-img-key {image_column}"
     raise ValueError(
         f"{path}: {lacking} is not among its columns ({', '.join(columns)}), which the first line of a CSV names; "
-        f"captions are looked for in {', '.join(caption_columns)} "
+        f"captions are read from {', '.join(caption_columns)} "
         "(--raw-caption-keys, --short-caption-keys, --long-caption-keys)"
     )
 
@@ -131,7 +131,7 @@ def _read_csv(path: Path, separator: str | None, image_column: str, caption_colu
 
 
 def _read_plain_csv(path: Path, separator: str, wanted: list[str]) -> pa.Table | None:
-    """Reads a CSV by Arrow, several million rows a second; None unless each line of it is a row without fault."""
+    """Reads a CSV with Arrow, several million rows per second; returns None unless every line is a good row."""
     try:
         table = pacsv.read_csv(
             path,
@@ -140,14 +140,14 @@ def _read_plain_csv(path: Path, separator: str, wanted: list[str]) -> pa.Table |
                 include_columns=wanted, column_types={c: pa.large_string() for c in wanted}
             ),
         )
-    except (pa.ArrowInvalid, pa.ArrowKeyError):  # malformed rows, not UTF-8, or a header that Arrow reads otherwise
+    except (pa.ArrowInvalid, pa.ArrowKeyError):  # bad rows, not UTF-8, or a header that Arrow reads differently
         return None
     with open(path, "rb", buffering=1 << 20) as file:
         num_lines, last = 0, b""
         for line in file:
             if not line.isspace():
                 num_lines, last = num_lines + 1, line
-    # Otherwise a quoted cell has swallowed lines, or the last one is never closed.
+    # Otherwise a quoted cell has swallowed lines, or the last quote is never closed.
     return table if table.num_rows == num_lines - 1 and last.count(b'"') % 2 == 0 else None
 
 
@@ -155,7 +155,7 @@ def _read_rows(path: Path, separator: str, wanted: list[str]) -> pa.Table:
     """Reads a CSV row by row; bad rows are counted and left out."""
     form, header = choose_form(path, separator)
     if not form.quoted:
-        logger.warning(f"{path}: quotation marks are plain characters there, as no cell is quoted as a whole")
+        logger.warning(f"{path}: no cell is quoted as a whole, so quotation marks are read as plain characters")
     bad, places = BadRows(path, form, header), [header.index(name) for name in wanted]
     schema = pa.schema([(name, pa.large_string()) for name in wanted])
     batches, columns, repaired = [], [[] for _ in wanted], 0

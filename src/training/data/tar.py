@@ -1,4 +1,4 @@
-"""Tar shards, local or remote: how many samples are inside, and the samples as bytes. Nothing in them is run."""
+"""Tar shards, local or remote: reads the samples as bytes and finds where they begin; no content is ever executed."""
 
 import json
 import logging
@@ -15,16 +15,16 @@ from webdataset.gopen import Pipe, gopen
 
 from dataloaders.tar import IMAGE_SUFFIXES, BrokenTarError, Member, TarReader, TarSample, is_local
 
-SUFFIXES = ("json", "txt", *IMAGE_SUFFIXES)  # what is read of a sample; the rest is passed over
-PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset and others would run these
+SUFFIXES = ("json", "txt", *IMAGE_SUFFIXES)  # the files of a sample that are read; others are ignored
+PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset and other libraries would execute these
 MAX_FILE_BYTES = 1 << 28
-RETRY_WAITS = (1.0, 4.0, 16.0)  # seconds before each further attempt at a shard that can't be reached
-_NPY_HEADER = 512  # bytes of an array's file that say what is in it
+RETRY_WAITS = (1.0, 4.0, 16.0)  # seconds to wait before each new attempt to reach a shard
+_NPY_HEADER = 512  # bytes at the start of an array's file that tell its type
 logger = logging.getLogger(__name__)
 
 
 class BrokenShardError(OSError):
-    """A shard that can't be read (on), whatever it is asked."""
+    """A shard that can't be read, or can't be read any further."""
 
     kind = "broken shard"
 
@@ -37,16 +37,16 @@ class UnreachableShardError(BrokenShardError):
 
 @dataclass(frozen=True)
 class RawSample:
-    """Neighbouring members of a shard with the same key, as bytes by suffix; or a table's row.
+    """A sample before decoding: consecutive members of a shard with the same key, or a row of a table.
 
     Attributes:
-        key: name within the shard, or the row's number.
-        source: shard's or table's name.
+        key: name within the shard, or number of the row.
+        source: name of the shard or table.
         files: suffix -> content.
-        record: captions that come with the row; those of a shard are in its ``json`` and ``txt``.
-        image_path: where a row's image is.
+        record: captions of a row; the captions of a shard are in its ``json`` and ``txt`` files.
+        image_path: path of a row's image.
         fault: kind of fault that makes the whole sample unusable.
-        features: [views, dim] float16 in place of an image: see features.py.
+        features: [views, dim] float16, instead of an image; see features.py.
     """
 
     key: str
@@ -64,9 +64,9 @@ class RawSample:
 
 
 class Part(NamedTuple):
-    """A shard, or a stretch of a table: `read` yields its samples in the order they lie there.
+    """A shard, or consecutive rows of a table.
 
-    A part that breaks off raises BrokenShardError.
+    `read` yields its samples in file order, and raises BrokenShardError at the place where a file is broken.
     """
 
     name: str
@@ -79,8 +79,8 @@ class ShardIndex:
     """Where the samples of a local shard begin.
 
     Attributes:
-        offsets: in bytes, one per sample; the last one may not be whole if there is a fault.
-        fault: why the list ends before the file does; None for a whole shard.
+        offsets: position of each sample in bytes; if there is a fault, the last sample may be incomplete.
+        fault: why the list ends before the end of the file; None if it doesn't.
     """
 
     offsets: list[int]
@@ -92,7 +92,7 @@ def index_shard(path: str | Path, stop: int | None = None) -> ShardIndex:
 
     Args:
         path: the shard.
-        stop: ends after so many samples; None reads to the end.
+        stop: maximum number of samples; None reads to the end.
 
     Raises:
         OSError: the file can't be opened.
@@ -113,14 +113,14 @@ def index_shard(path: str | Path, stop: int | None = None) -> ShardIndex:
 
 
 def read_samples(url: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
-    """Reads the samples number `first` to `stop` of a shard; where the network or disk fails, tries again from there.
+    """Reads samples of a shard; after a failure of network or disk, tries again from the first sample not yet read.
 
     Args:
         url: path, URL or ``pipe:COMMAND``, as webdataset opens them.
-        first, stop: sample numbers; None reads to the end.
+        first, stop: number of the first sample, and the number before which to stop; None reads to the end.
 
     Raises:
-        BrokenShardError: the shard can't be opened, or breaks off; samples before that have been yielded.
+        BrokenShardError: the shard can't be opened, or is broken; the samples before the break have been yielded.
     """
     for wait in (*RETRY_WAITS, None):
         try:
@@ -128,8 +128,8 @@ def read_samples(url: str, first: int = 0, stop: int | None = None) -> Iterator[
                 yield sample
                 first += 1
             return
-        except (OSError, ValueError) as error:  # webdataset raises ValueError for a kind of URL that it does not know
-            # A remote shard that breaks off may be the connection's fault; a local one is what it is.
+        except (OSError, ValueError) as error:  # webdataset raises ValueError for a kind of URL that it doesn't know
+            # If a remote shard breaks off, the connection may be at fault; a broken local shard will not get better.
             passing = isinstance(error, OSError) or not is_local(url)
             if wait is None or not passing:
                 kind = UnreachableShardError if isinstance(error, OSError) else BrokenShardError
@@ -181,7 +181,7 @@ def _read_once(url: str, first: int, stop: int | None) -> Iterator[RawSample]:
 
 
 def _close(stream: IO[bytes], to_the_end: bool) -> None:
-    """Closes a stream; raises OSError if the command behind it failed, unless nobody wanted the rest of its output."""
+    """Closes a stream; raises OSError if its command failed, unless the stream was not read to the end."""
     if isinstance(stream, Pipe) and not to_the_end:
         stream.ignore_errors = True
         stream.proc.kill()
@@ -197,13 +197,13 @@ def _fault(sample: TarSample) -> str | None:
 
 
 def _holds_objects(npy: bytes) -> bool:
-    """Whether an array's header says that its elements are pickled; one that can't be read is passed over anyway."""
+    """Tells whether an array's header says that its elements are pickled; arrays are never read in any case."""
     header = npy.split(b"\n", 1)[0]
     return b"|O" in header or b"'O" in header
 
 
 def read_sizes(folder_url: str) -> dict[str, int]:
-    """Returns shard name -> samples from the ``sizes.json`` beside the shards; empty if there is none."""
+    """Returns shard name -> number of samples from the ``sizes.json`` beside the shards; empty if there is none."""
     url = f"{folder_url}/sizes.json" if folder_url else "sizes.json"
     try:
         with open(url, "rb") if is_local(url) else gopen(url) as stream:

@@ -1,17 +1,22 @@
 """--text-views: the list of texts that a training step sees of a sample, such as "raw, long*3".
 
-The list is separated by commas. An entry is a view, or several views separated by |, of which one is drawn; then *COUNT
-for so many texts. Views:
+Entries are separated by commas. An entry is a view, or several views separated by |, of which one is drawn for each
+text; *COUNT after an entry gives that many texts. Views:
 
-    raw, short, long        a caption, by --raw-caption-keys, --short-caption-keys, --long-caption-keys
-    first-sentence          of a long caption: what is before its first ". "
-    long-without-first      the rest of it
-    sentences(1..3)         1 to 3 sentences; without numbers 1 to all
+    raw, short, long        a caption, from --raw-caption-keys, --short-caption-keys, --long-caption-keys
+    first-sentence          the part of a long caption before its first ". "
+    long-without-first      the rest of the long caption
+    sentences(1..3)         1 to 3 sentences; without numbers, 1 to all
 
-In parentheses, separated by commas: of=raw|short|long|long-without-first|all (sentences: where they are from), ordered
-or any (neighbouring sentences, or any in any order; else one of both is drawn), distinct (no sentence twice in the
-entry); share=X (how often a view is drawn among those separated by |); weight=X (of its loss), corners=yes|no (whether
-its corner tokens have a loss), pad=front (padding also in front of the text).
+Options are in parentheses, separated by commas:
+
+    of=POOL                 source of the sentences: raw, short, long, long-without-first or all
+    ordered, any            consecutive sentences, or any sentences in any order; without either, one of both is drawn
+    distinct                the texts of the entry begin at different sentences
+    share=X                 how often a view is drawn, relative to the others separated by |
+    weight=X                weight of the entry's loss
+    corners=yes|no          whether its corner tokens have a loss
+    pad=front               padding also in front of the text
 """
 
 import re
@@ -30,11 +35,11 @@ class View:
 
     Attributes:
         name: one of `NAMES`.
-        least, most: sentences; a `most` of None takes up to all there are.
-        pool: whose sentences, one of `POOLS`.
-        order: ``ordered``, ``any``, or ``either``: one of both, drawn for each text.
-        distinct: texts of an entry do not share a sentence, as long as there are enough.
-        share: of the draws among an entry's views.
+        least, most: range of the number of sentences; None as `most` means all.
+        pool: source of the sentences, one of `POOLS`.
+        order: ``ordered``, ``any``, or ``either``, which draws one of both for each text.
+        distinct: the texts of an entry begin at different sentences, as long as there are enough.
+        share: weight of the view when one of an entry's views is drawn.
     """
 
     name: str
@@ -47,7 +52,7 @@ class View:
 
     @property
     def uses_long(self) -> bool:
-        """Whether it takes a long caption."""
+        """Whether the view is made from a long caption."""
         return self.name in ("long", "first-sentence", "long-without-first") or (
             self.name == "sentences" and self.pool in ("long", "long-without-first")
         )
@@ -58,12 +63,12 @@ class Entry:
     """One entry of the list.
 
     Attributes:
-        name: as declared; names its loss in the log.
+        name: names of its views, with a number if an earlier entry has the same; used for its loss in the log.
         views: one of them is drawn for each text.
-        count: texts.
-        weight: of the loss of each of its text features, relative to other entries.
-        corners: whether corner tokens give features to the loss, beside [CLS].
-        front: pad texts in front, too.
+        count: number of texts.
+        weight: weight of the loss of each of its text features, relative to other entries.
+        corners: whether the loss uses the features of corner tokens as well as those of [CLS].
+        front: also put padding in front of the texts.
     """
 
     name: str
@@ -75,10 +80,10 @@ class Entry:
 
 
 def parse_views(text: str) -> tuple[Entry, ...]:
-    """Reads a list of views; the module's docstring describes it.
+    """Parses a list of views; the module's docstring describes the syntax.
 
     Raises:
-        ValueError: names the entry, what was found and what is expected.
+        ValueError: the message names the entry, what was found and what is expected.
     """
     entries = tuple(_entry(part.strip()) for part in _ENTRY_END.split(text))
     names = [entry.name for entry in entries]
@@ -89,7 +94,13 @@ def parse_views(text: str) -> tuple[Entry, ...]:
 
 
 def views_by_flags(captions: str, num_long: int, num_sentences: int) -> str:
-    """The list that ``--captions``, ``--num-long-captions`` and ``--sub-caption-sentences`` stand for."""
+    """Returns the list of views that is equivalent to these three flags.
+
+    Args:
+        captions: value of ``--captions``.
+        num_long: value of ``--num-long-captions``.
+        num_sentences: value of ``--sub-caption-sentences``.
+    """
     long = f"sentences({num_sentences}, ordered, of=long" if num_sentences else "long("
     if captions == "raw" or (captions == "both" and not num_long):
         return "short"
@@ -121,7 +132,7 @@ def _entry(text: str) -> Entry:
 
 
 def _view(name: str, words: list[str]) -> tuple[View, dict[str, object]]:
-    """A view, and what its words say about the entry."""
+    """Returns a view, and the options among its words that concern the entry."""
     view, options = View(name), {}
     for word in words:
         key, _, value = word.partition("=")
