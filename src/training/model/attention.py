@@ -1,4 +1,4 @@
-"""What [CLS] (or [EOT]) and the corner tokens look at, and which words their positions hold."""
+"""Attention of [CLS] (or [EOT]) and the corner tokens over the words of a caption."""
 
 from collections.abc import Callable
 
@@ -13,15 +13,15 @@ from training.model.tokenizer import CornerCLIPTokenizer, CornerHFTokenizer
 
 @torch.no_grad()
 def special_attention(tower: nn.Module, ids: torch.Tensor, layer: int = -1) -> torch.Tensor:
-    """Attention of the pooled token and of each corner over all positions, in one layer, mean over its heads.
+    """Attention of the pooled token and of each corner over all positions, in one layer, averaged over its heads.
 
     Args:
-        tower: `CornerHFText` of BERT or its kin, or `CornerCLIPText`, in eval mode.
+        tower: `CornerHFText` with a BERT-like encoder, or `CornerCLIPText`, in eval mode.
         ids: [batch, seq_len] int64.
-        layer: 0 the first, -1 the last.
+        layer: index of the layer, from 0 for the first; negative indices count from the last.
 
     Returns:
-        [batch, m + 1, seq_len], each row sums to 1.
+        [batch, m + 1, seq_len]; each row sums to 1.
 
     Raises:
         ValueError: another kind of tower, or no such layer.
@@ -32,14 +32,14 @@ def special_attention(tower: nn.Module, ids: torch.Tensor, layer: int = -1) -> t
         layers = tower.family.layers(tower.transformer)
     else:
         raise ValueError(
-            f"attention is shown of BERT and its kin, and of CLIP's text tower with corner tokens; this one is a "
-            f"{type(tower).__name__}: take a model of ours, or add --num-corner-tokens 2"
+            f"attention can be shown for BERT-like encoders and for CLIP's text tower with corner tokens, not for a "
+            f"{type(tower).__name__}; use one of our models, or add --num-corner-tokens 2"
         )
     if not -len(layers) <= layer < len(layers):
-        raise ValueError(f"--layer {layer}: the text tower has {len(layers)} layers, from 0, or from the last with -1")
+        raise ValueError(f"--layer {layer}: the text tower has layers 0 to {len(layers) - 1}, or -1 for the last")
     inputs: list[torch.Tensor] = []
     watched = layers[layer].ln_1 if isinstance(tower, CornerCLIPText) else layers[layer].attention.self.key
-    # The keys' linear layer, or the norm before it: what goes in, or comes out, is what attention works on.
+    # Attention's input is the output of CLIP's layer norm, or the input of BERT's linear map for keys.
     handle = watched.register_forward_hook(
         lambda _, args, output: inputs.append(output if isinstance(tower, CornerCLIPText) else args[0])
     )
@@ -72,14 +72,14 @@ def _clip_attention(
 
 
 def words_of(tokenizer: Callable, ids: list[int]) -> list[tuple[str, list[int]]]:
-    """Joins word pieces.
+    """Joins word pieces into words.
 
     Args:
         tokenizer: `CornerHFTokenizer` or `CornerCLIPTokenizer`.
-        ids: of one caption.
+        ids: ids of one caption.
 
     Returns:
-        Each word with the positions of its pieces; special tokens, corners and padding belong to none.
+        Each word with the positions of its pieces, without special tokens, corners and padding.
     """
     if isinstance(tokenizer, CornerCLIPTokenizer):
         return _clip_words(tokenizer, ids)
@@ -87,18 +87,18 @@ def words_of(tokenizer: Callable, ids: list[int]) -> list[tuple[str, list[int]]]
     inner = tokenizer.tokenizer
     special = set(inner.all_special_ids) | set(tokenizer.corner_ids)
     pieces = inner.convert_ids_to_tokens(ids)
-    marks = any(piece.startswith(("\u0120", "\u2581")) for piece in pieces)  # RoBERTa's and XLM-R's sign of a new word
+    marks = any(piece.startswith(("\u0120", "\u2581")) for piece in pieces)  # RoBERTa and XLM-R mark the start of words
     words: list[tuple[str, list[int]]] = []
     for position, (number, piece) in enumerate(zip(ids, pieces)):
         if number in special:
             continue
         if marks:
-            goes_on = bool(words) and not piece.startswith(("\u0120", "\u2581"))
+            continues_word = bool(words) and not piece.startswith(("\u0120", "\u2581"))
             piece = piece.lstrip("\u0120\u2581")
         else:
-            goes_on = piece.startswith("##")
+            continues_word = piece.startswith("##")
             piece = piece.removeprefix("##")
-        if goes_on and words and words[-1][1][-1] == position - 1:
+        if continues_word and words and words[-1][1][-1] == position - 1:
             words[-1] = (words[-1][0] + piece, [*words[-1][1], position])
         else:
             words.append((piece, [position]))

@@ -1,4 +1,4 @@
-"""CLIP's causal text tower with corner tokens right before [EOT]."""
+"""CLIP's causal text tower with corner tokens directly before [EOT]."""
 
 from collections.abc import Sequence
 
@@ -13,23 +13,25 @@ CLIP_PAD_ID = 0
 
 
 class CornerCLIPText(CornerTower):
-    """open_clip's causal text transformer with corner tokens right before [EOT].
+    """open_clip's causal text transformer with corner tokens directly before [EOT].
 
-    CLIP's ids and pretrained embeddings stay as they are; corner ids come after them and have a table of their own,
-    ``corner_embedding``. With m = 0 it equals the transformer it was made from.
+    CLIP's ids and pretrained embeddings are unchanged. Corner ids follow CLIP's ids and have their own table,
+    ``corner_embedding``. With m = 0 the tower equals the transformer it was built from.
 
     Args:
-        tower: an open_clip `TextTransformer` as CLIP has it; its parts are taken over under their names.
+        tower: an open_clip `TextTransformer` as CLIP uses it; its parts keep their names.
         num_corners: m.
 
     Raises:
-        ValueError: a tower that is not causal or does not pool the end token.
+        ValueError: the tower is not causal or does not pool the end token.
     """
 
     def __init__(self, tower: nn.Module, num_corners: int):
         super().__init__()
         if tower.pool_type != "argmax" or tower.attn_mask is None or tower.cls_emb is not None:
-            raise ValueError("corner tokens need a causal text tower that pools [EOT], as CLIP's; this one is another")
+            raise ValueError(
+                "corner tokens need a causal text tower that pools [EOT], like CLIP's; this tower does not"
+            )
         self.num_corners = num_corners
         self.context_length = tower.context_length
         self.output_dim = tower.output_dim
@@ -56,9 +58,9 @@ class CornerCLIPText(CornerTower):
         hidden = (self._embed(ids) + self.positional_embedding[: ids.shape[1]]).to(dtype)
         if self.num_corners:
             mask = additive_mask(suffix_attention(end, ids.shape[1], self.num_corners), dtype)
-            # torch's attention takes one mask per head: [batch x heads, seq_len, seq_len].
+            # torch's attention expects one mask per head: [batch x heads, seq_len, seq_len].
             mask = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
-        else:  # the causal order alone: one mask for all captions and heads
+        else:  # only the causal mask, shared by all captions and heads
             mask = self.attn_mask[: ids.shape[1], : ids.shape[1]]
         hidden = self.ln_final(self.transformer(hidden, attn_mask=mask))
         pooled = rows_before_end(hidden, end, self.num_corners)
@@ -86,18 +88,18 @@ class CornerCLIPText(CornerTower):
     def lock(
         self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = False, **_: object
     ) -> None:
-        """Freezes the tower but for its last groups, as open_clip does: the projection is the last group.
+        """Freezes the tower except its last groups, as open_clip does; the projection is the last group.
 
         Args:
-            unlocked_layers: number of last groups that stay trainable.
-            freeze_layer_norm: has to be True: this tower treats layer norms as other weights.
+            unlocked_layers: number of groups at the end that stay trainable.
+            freeze_layer_norm: must be True: layer norms are frozen with the other weights of their group.
             pooler_in_head: open_clip 4's argument; this tower has no pooler.
 
         Raises:
             ValueError: `freeze_layer_norm` is False.
         """
         if not freeze_layer_norm:
-            raise ValueError("--lock-text-freeze-layer-norm: open_clip's own text tower has no such choice")
+            raise ValueError("--lock-text-freeze-layer-norm: open_clip's own text tower always freezes its layer norms")
         lock_text_tower(self, unlocked_layers)
         if self.num_corners:
             self.corner_embedding.requires_grad_(self.token_embedding.weight.requires_grad)
@@ -108,18 +110,20 @@ class CornerCLIPText(CornerTower):
 
         Args:
             enable: switch it on or off.
-            impl: open_clip 4's argument; open_clip 3's transformer has one way only.
+            impl: open_clip 4's argument; open_clip 3's transformer has only one implementation.
         """
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that do not decay under timm's optimizers (``--opt timm/NAME``); under AdamW they do, as
-        in open_clip's trainer."""
+        """Returns the parameters that timm's optimizers (``--opt timm/NAME``) exclude from weight decay.
+
+        AdamW does not call this and decays them, as in open_clip's trainer.
+        """
         return {"positional_embedding"}
 
 
 def project(features: torch.Tensor, projection: nn.Module | torch.Tensor | None) -> torch.Tensor:
-    """Applies a projection in one of the forms that open_clip's text transformer has."""
+    """Projects features [..., width] -> [..., dim], with a projection in any of open_clip's forms."""
     if projection is None:
         return features
     return projection(features) if isinstance(projection, nn.Linear) else features @ projection

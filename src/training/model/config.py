@@ -141,7 +141,7 @@ def read_config_file(path: Path) -> dict:
     """
     if not path.is_file():
         flag = f"--model {LOCAL_DIR}{path.parent}" if path.name == CONFIG_FILE else f"--model-config {path}"
-        raise FileNotFoundError(f"{flag}: {path} does not exist")
+        raise FileNotFoundError(f"{flag}: no {path.name} in {path.parent}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What both text towers with corner tokens share: features of single captions and of several captions per image."""
+"""Base of both text towers with corner tokens: features of single captions, and of several captions per image."""
 
 import torch
 from torch import nn
@@ -10,8 +10,8 @@ from training.model.locking import rest_frozen
 class CornerTower(nn.Module):
     """A text tower with corner tokens.
 
-    It takes token ids [batch, seq_len] and returns [batch, dim], or [batch, num_captions, seq_len] and returns
-    [batch, T, dim] with T = 1 + (num_captions - 1)(m + 1): see `corner.features_of_captions`.
+    It maps token ids [batch, seq_len] to features [batch, dim], and [batch, num_captions, seq_len] to [batch, T, dim]
+    with T = 1 + (num_captions - 1)(m + 1): see `corner.features_of_captions`.
     """
 
     num_corners: int
@@ -20,16 +20,23 @@ class CornerTower(nn.Module):
     pad_id: int
 
     def train(self, mode: bool = True) -> "CornerTower":
-        """As `nn.Module.train`; frozen parts stay in evaluation mode, so that their dropout stays off."""
+        """Sets the mode like `nn.Module.train`, but keeps frozen parts in evaluation mode, with dropout off."""
         super().train(mode)
         return rest_frozen(self)
 
     def all_features(self, ids: torch.Tensor) -> torch.Tensor:
-        """[batch, seq_len] -> [batch, m + 1, dim]: the pooled token's feature, then one per corner, not normalised."""
+        """Returns the pooled token's feature, then one feature per corner, not normalised.
+
+        Args:
+            ids: [batch, seq_len].
+
+        Returns:
+            [batch, m + 1, dim].
+        """
         raise NotImplementedError
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Features, not normalised.
+        """Computes features, not normalised.
 
         Args:
             ids: [batch, seq_len], or [batch, num_captions, seq_len] with the short caption first.

@@ -1,4 +1,4 @@
-"""FLAIR's text-conditioned pooling: a feature of an image for each text that it is compared with.
+"""FLAIR's text-conditioned pooling: an image gets a separate feature for each text that it is compared with.
 
 Source: Xiao et al., FLAIR: VLM with Fine-grained Language-informed Image Representations, CVPR 2025.
 """
@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-MAX_PAIRS = 8192  # of images and texts at a time: the attention of 8 heads over 196 patches takes 50 MB
+MAX_PAIRS = 8192  # pairs of an image and a text per block: attention of 8 heads over 196 patches takes 50 MB
 
 
 class TextConditionedPooling(nn.Module):
-    """Attention of texts over the patches of an image, with an all-zero key to look at where nothing fits.
+    """Attention of texts over the patches of an image, with an additional all-zero key for texts that match no patch.
 
     Args:
-        dim: of the features.
-        heads: of the attention.
+        dim: dimension of the features.
+        heads: number of attention heads.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -24,7 +24,7 @@ class TextConditionedPooling(nn.Module):
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True, add_zero_attn=True)
 
     def forward(self, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Pools.
+        """Pools the patches of each image for each text.
 
         Args:
             queries: [batch, num_texts, dim], text features that are not normalised.
@@ -38,7 +38,7 @@ class TextConditionedPooling(nn.Module):
 
 
 def encode_patches(visual: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Projects the patches of images as the class token is.
+    """Computes features of image patches, with the projection of the class token.
 
     Args:
         visual: open_clip's `VisionTransformer`.
@@ -56,13 +56,13 @@ def encode_patches(visual: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 def conditioned_scores(
     pooling: nn.Module, queries: torch.Tensor, patches: torch.Tensor, max_pairs: int = MAX_PAIRS
 ) -> torch.Tensor:
-    """Cosines of texts with the features that they pool from images, a block of pairs at a time.
+    """Cosines between texts and the features that they pool from images, computed in blocks of pairs.
 
     Args:
         pooling: a `TextConditionedPooling`.
         queries: [batch, num_texts, dim], text features that are not normalised.
         patches: [batch, num_patches, dim].
-        max_pairs: of images and texts in a block.
+        max_pairs: maximum number of pairs of an image and a text in a block.
 
     Returns:
         [batch, num_texts] float32.

@@ -1,7 +1,7 @@
-"""Captions of a batch arranged so that little padding is computed: in buckets by length, or all in one row.
+"""Arranges the captions of a batch so that little padding is computed: in buckets by length, or all in one row.
 
-Done where batches are made, on the CPU, so that no step has to ask the device for lengths. The text tower takes the
-result and gives features in the order of the captions, whatever the arrangement.
+This happens on the CPU, where batches are built, so that no training step has to read lengths back from the device.
+The text tower returns features in the original order of the captions, whatever the arrangement.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,22 @@ import torch
 
 MODES = ("padded", "buckets", "flex")
 ROW_BLOCK = 128  # tokens in a block of a row's attention mask
-# What one more bucket costs beside its tokens, in tokens: launching the layers' kernels. Estimates, not measured.
+# Fixed cost of a bucket (kernel launches), expressed in tokens. Estimates, not measured.
 BUCKET_COST_CPU, BUCKET_COST_GPU = 32, 1024
 
 
 class Row(NamedTuple):
-    """All captions one after another; the rest of the row is padding.
+    """All captions concatenated in one row, padded at the end.
 
     Attributes:
-        ids: [1, budget] int64.
-        positions: [1, budget] int64, place of each token in its caption; 0 in the padding.
-        captions: [budget] int64, number of the caption; every token of padding has a number of its own.
-        starts: [n] int64, where each caption's first token is.
-        lengths: [n] int64, tokens of each caption.
-        first_blocks, last_blocks: [budget / ROW_BLOCK] int64; blocks that a block's captions reach to.
-        longest: tokens of the longest caption, or more.
+        ids: token ids, [1, budget] int64.
+        positions: position of each token within its caption, [1, budget] int64; 0 for padding.
+        captions: index of each token's caption, [budget] int64; each padding token has a different index, >= n.
+        starts: index in the row of each caption's first token, [n] int64.
+        lengths: number of tokens of each caption, [n] int64.
+        first_blocks, last_blocks: for each block of ROW_BLOCK tokens, the first and last block that its captions
+            extend to, [budget / ROW_BLOCK] int64.
+        longest: upper bound of the number of tokens of a caption.
     """
 
     ids: torch.Tensor
@@ -40,13 +41,13 @@ class Row(NamedTuple):
 
 
 class Captions(NamedTuple):
-    """A batch's captions as the text tower computes them.
+    """A batch's captions, arranged for the text tower.
 
     Attributes:
-        buckets: token ids [n_b, L_b] each, padded; none if there is a row.
-        places: [n] int64, where among the captions of all buckets each caption is.
-        row: or all in one row.
-        num_slots: tokens computed, padding included.
+        buckets: token ids of each bucket, [n_b, L_b], padded; empty if the captions are in a row.
+        places: index of each caption among the captions of all buckets in order, [n] int64.
+        row: all captions in one row; None if they are in buckets.
+        num_slots: number of tokens to compute, padding included.
     """
 
     buckets: tuple[torch.Tensor, ...]
@@ -55,7 +56,7 @@ class Captions(NamedTuple):
     num_slots: int
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Captions":
-        """The same on a device."""
+        """Returns a copy on a device."""
 
         def move(value: object) -> object:
             return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
@@ -65,23 +66,30 @@ class Captions(NamedTuple):
 
 
 def caption_lengths(ids: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """Number of tokens of each caption up to its last one [n], of ids [n, seq_len] padded behind.
+    """Returns the length of each caption, up to its last token that is not padding.
 
-    Not the number of tokens that are no padding: padding's id may occur within a caption (CLIP's is an exclamation
-    mark, and BERT's tokenizer takes ``[PAD]`` in a text literally), and padding may stand in front of a text.
+    This is not the number of tokens that differ from `pad_id`. That id may also occur within a caption (CLIP's is an
+    exclamation mark, and BERT's tokenizer reads ``[PAD]`` in a text as the token), or before it.
+
+    Args:
+        ids: [n, seq_len].
+        pad_id: id of padding.
+
+    Returns:
+        [n] int64.
     """
     return ((ids != pad_id) * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(dim=1)
 
 
 def bucket_bounds(lengths: Sequence[int], cost: int) -> list[int]:
-    """Divides captions into buckets so that all tokens, and `cost` more for each bucket, are as few as can be.
+    """Divides captions into buckets so that the total of padded tokens, plus `cost` per bucket, is minimal.
 
     Args:
-        lengths: of captions, ascending.
-        cost: of a bucket, in tokens.
+        lengths: lengths of the captions, ascending.
+        cost: fixed cost of a bucket, in tokens.
 
     Returns:
-        Where each bucket ends in `lengths`, ascending; a bucket is as wide as its last caption.
+        The end of each bucket in `lengths`, ascending; a bucket is as wide as its last caption.
     """
     ends = [i + 1 for i in range(len(lengths)) if i + 1 == len(lengths) or lengths[i + 1] != lengths[i]]
     best, before = {0: 0}, {}
@@ -101,9 +109,9 @@ class CaptionArranger:
 
     Attributes:
         mode: ``buckets`` or ``flex``.
-        pad_id: of padding in token ids.
-        bucket_cost: as of `bucket_bounds`.
-        multiple: widths of buckets are rounded up to it, to keep the number of different shapes small.
+        pad_id: id of padding.
+        bucket_cost: fixed cost of a bucket, in tokens.
+        multiple: bucket widths are rounded up to a multiple of this, so that few different shapes occur.
     """
 
     mode: str
@@ -115,10 +123,10 @@ class CaptionArranger:
         """Arranges captions.
 
         Args:
-            groups: token ids [n, L] or [n, K, L] on the CPU, [CLS] first and padding last.
+            groups: token ids [n, L] or [n, K, L] on the CPU, with [CLS] first and padding last.
 
         Returns:
-            All captions, those of a group after those of the one before.
+            All captions, in the order of the groups.
         """
         groups = [ids.flatten(0, -2) for ids in groups if ids.shape[-2]]
         if self.mode == "flex":
@@ -140,7 +148,7 @@ class CaptionArranger:
         return Captions(buckets, order.argsort(), None, sum(bucket.numel() for bucket in buckets))
 
     def _row(self, groups: list[torch.Tensor]) -> Captions:
-        # Padding's id within a caption is left out, as nobody attends to it; the tokens keep their positions.
+        # Tokens with padding's id within a caption are dropped: no token attends to them. Others keep their positions.
         lengths = torch.cat([(ids != self.pad_id).sum(dim=1) for ids in groups])
         total, longest = int(lengths.sum()), max(ids.shape[1] for ids in groups)
         budget = token_budget(total, sum(ids.numel() for ids in groups))
@@ -161,6 +169,11 @@ class CaptionArranger:
 
 
 def token_budget(total: int, num_slots: int) -> int:
-    """Tokens of a row: `total` rounded up by at most a 64th of what padding would take, so that few sizes occur."""
+    """Returns the length of a row: `total`, rounded up so that few sizes occur.
+
+    Args:
+        total: number of tokens of all captions.
+        num_slots: number of tokens with all captions padded; the step of rounding is at most 1/64 of it, or one block.
+    """
     step = max(1, num_slots // 64 // ROW_BLOCK) * ROW_BLOCK
     return -(-total // step) * step

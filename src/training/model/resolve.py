@@ -1,4 +1,4 @@
-"""Where a model's config and weights come from: checked, downloaded and fingerprinted before a model is built."""
+"""Finds a model's config and weights: they are checked, downloaded and hashed before the model is built."""
 
 import difflib
 import hashlib
@@ -22,19 +22,19 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
 
 def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = None) -> Path | None:
-    """Finds the weights file that open_clip will load, downloading it if need be.
+    """Finds a model's weights file, and downloads it if necessary.
 
     Args:
-        name: as `config.resolve_model_config`.
+        name: see `config.resolve_model_config`.
         pretrained: open_clip's tag or a weights file; None for an untrained model.
-        cache_dir: where downloads are kept and looked up first.
+        cache_dir: folder for downloads, searched first.
 
     Returns:
         The file, or None for an untrained model.
 
     Raises:
-        ValueError: unknown model, or neither a tag of it nor a file.
-        FileNotFoundError: folder, config or file not there, or the download failed.
+        ValueError: unknown model, or `pretrained` is neither one of its tags nor a file.
+        FileNotFoundError: a folder, config or file does not exist, or the download failed.
     """
     if name.startswith(LOCAL_DIR) and not (pretrained and Path(pretrained).is_file()):
         return _weights_in_folder(Path(name.removeprefix(LOCAL_DIR)))
@@ -68,18 +68,18 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
     except Exception as error:  # urllib's, huggingface_hub's and open_clip's own errors have no common base
         raise FileNotFoundError(
             f"--pretrained {pretrained} of --model {name}: download failed ({first_line(error)}); check the network, "
-            f"or download it elsewhere and give the file"
+            f"or download the file on another machine and give its path"
         ) from error
 
 
 def check_model_name(name: str) -> None:
-    """Raises ValueError with the nearest names if open_clip knows no such model."""
+    """Raises ValueError with the most similar names if open_clip knows no such model."""
     register_model_configs()
     known = open_clip.list_models()
     if name.replace("/", "-") not in known:
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known[:4]
         raise ValueError(
-            f"--model {name}: no such model; the nearest of {len(known)} names: {', '.join(near)} "
+            f"--model {name}: no such model; the most similar of {len(known)} names: {', '.join(near)} "
             f"(all: python -c 'import open_clip; print(open_clip.list_models())'), or local-dir:FOLDER, hf-hub:ORG/REPO"
         )
 
@@ -90,7 +90,7 @@ def _weights_in_folder(folder: Path) -> Path | None:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """Returns a folder's weights file by open_clip's own preference; None if there is none."""
+    """Returns a folder's weights file by open_clip's order of preference; None if there is none."""
     files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     # Safetensors first, open_clip's own file names first.
     files.sort(key=lambda p: (WEIGHT_SUFFIXES.index(p.suffix), not p.name.startswith("open_clip")))
@@ -98,17 +98,17 @@ def find_weights(folder: Path) -> Path | None:
 
 
 def _about_folder(folder: Path) -> str:
-    """What a folder in place of a weights file may be, and what to do."""
+    """Returns what kind of folder was given in place of a weights file, and what to do about it."""
     names = {path.name for path in folder.iterdir()}
     if any(name.endswith(".distcp") for name in names):
         return (
-            "a folder of PyTorch's distributed checkpoints; make one file of it: python -m "
+            "a PyTorch distributed checkpoint; convert it to one file: python -m "
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pt"
         )
     if "zero_to_fp32.py" in names or any(name.startswith("zero_pp_rank") for name in names):
-        return f"a DeepSpeed checkpoint; make one file of it: cd {folder} && python zero_to_fp32.py . weights.pt"
+        return f"a DeepSpeed checkpoint; convert it to one file: cd {folder} && python zero_to_fp32.py . weights.pt"
     if CONFIG_FILE in names:
-        return f"a folder with a config of its own; give it as --model {LOCAL_DIR}{folder}"
+        return f"a folder with its own model config; give it as --model {LOCAL_DIR}{folder}"
     return "a folder; give the weights file in it"
 
 

@@ -1,4 +1,4 @@
-"""Text features of any two-tower model, from captions cut after their last token where the tower allows it."""
+"""Text features of any two-tower model, from captions without their padding where the tower allows it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,18 +13,19 @@ from training.model.clip_tower import CLIP_PAD_ID, project
 from training.model.corner_tower import CornerTower
 from training.model.packing import Captions, Row, caption_lengths
 
-_HF_FAMILIES = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")  # encoders that open_clip gives a padding mask
+_HF_FAMILIES = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")  # encoders that open_clip runs with a padding mask
+PADDING_MULTIPLE = 8  # lengths are rounded up to a multiple, so that few different shapes occur
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """How to get features from a model's text tower.
+    """Computes features with a model's text tower.
 
     Attributes:
         features: token ids [n, seq_len] -> [n, m + 1, dim], not normalised; m = 0 for towers without corner tokens.
-        pad_id: padding behind a caption, which may be cut off; None where the tower reads it (SigLIP) and every row
-            has to be as long as the context.
-        row_features: the same for all captions in one row; None where the tower can't.
+        pad_id: id of the padding after a caption, which may be cut off; None for towers that attend to padding
+            (SigLIP), whose input has to be padded to the context length.
+        row_features: computes the features [n, m + 1, dim] of captions packed in one row; None if not supported.
     """
 
     features: Callable[[torch.Tensor], torch.Tensor]
@@ -32,11 +33,11 @@ class TextEncoder:
     row_features: Callable[[Row], torch.Tensor] | None = None
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [n, seq_len] -> [n, dim], as `encode_text` of open_clip's models gives them."""
+        """Token ids [n, seq_len] -> [n, dim], equal to `encode_text` of open_clip's models."""
         return self.features(ids)[:, 0]
 
     def packed_features(self, captions: Captions) -> torch.Tensor:
-        """Features [n, m + 1, dim] of captions as `packing.CaptionArranger` arranges them, in their own order."""
+        """Features [n, m + 1, dim] of captions arranged by `packing.CaptionArranger`, in their original order."""
         if captions.row is not None:
             return self.row_features(captions.row)
         parts = [self.features(ids) for ids in captions.buckets]
@@ -44,10 +45,10 @@ class TextEncoder:
 
 
 def text_encoder(model: nn.Module) -> TextEncoder:
-    """Returns how to encode captions with a model of ours or of open_clip's.
+    """Returns the text encoder of one of our models or of open_clip's.
 
-    A causal tower that pools the end token and a Hugging Face encoder give the same features, up to rounding, whatever
-    padding follows: nothing that is read attends to it.
+    With a causal tower that pools the end token, or with a Hugging Face encoder, padding does not affect the features
+    beyond rounding, because no token whose output is used attends to it.
     """
     text = getattr(model, "text", model)  # open_clip.CLIP holds the parts of its text tower itself
     if isinstance(text, CornerTower):
@@ -62,7 +63,7 @@ def text_encoder(model: nn.Module) -> TextEncoder:
 
 
 def _reads_up_to_the_end(text: nn.Module, pool: str | None, end_id: int | None) -> bool:
-    """Whether this is a causal transformer of open_clip's that pools the end token."""
+    """Whether this is one of open_clip's causal transformers that pools the end token."""
     pools_end = pool == "argmax" or (pool == "eos" and end_id != CLIP_PAD_ID)
     is_causal = isinstance(getattr(text, "attn_mask", None), torch.Tensor)
     return (
@@ -71,7 +72,7 @@ def _reads_up_to_the_end(text: nn.Module, pool: str | None, end_id: int | None) 
 
 
 def _causal_features(text: nn.Module, pool: str, end_id: int | None, ids: torch.Tensor) -> torch.Tensor:
-    """[n, seq_len] -> [n, 1, dim], for any seq_len up to the context length."""
+    """Features [n, 1, dim] of ids [n, seq_len], for any seq_len up to the context length."""
     length, dtype = ids.shape[1], text.transformer.get_cast_dtype()
     hidden = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
     hidden = text.transformer(hidden, attn_mask=text.attn_mask[:length, :length])
@@ -79,15 +80,18 @@ def _causal_features(text: nn.Module, pool: str, end_id: int | None, ids: torch.
     return project(pooled, text.text_projection)[:, None]
 
 
-def cut_padding(ids: torch.Tensor, pad_id: int | None, multiple: int = 8) -> torch.Tensor:
-    """Cuts token ids [n, seq_len] after the longest caption, rounded up so that few different shapes occur.
+def cut_padding(ids: torch.Tensor, pad_id: int | None) -> torch.Tensor:
+    """Cuts token ids after the longest caption.
 
     Args:
-        ids: padded behind.
-        pad_id: as of `TextEncoder`; None leaves the ids as they are.
-        multiple: the result's length is one of it, or `seq_len`.
+        ids: [n, seq_len], padded at the end.
+        pad_id: see `TextEncoder`; None returns the ids unchanged.
+
+    Returns:
+        [n, length], where length is `seq_len` or a smaller multiple of `PADDING_MULTIPLE`.
     """
     if pad_id is None:
         return ids
     longest = int(caption_lengths(ids, pad_id).max()) if len(ids) else 1
-    return ids[:, : min(ids.shape[1], -(-max(longest, 1) // multiple) * multiple)].contiguous()
+    length = -(-max(longest, 1) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+    return ids[:, : min(ids.shape[1], length)].contiguous()

@@ -1,4 +1,4 @@
-"""How long captions are for a tokenizer, and how much of them it cuts off; for any of open_clip's tokenizers."""
+"""Counts how many tokens captions have and how many of them a tokenizer cuts off, for any open_clip tokenizer."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,14 @@ from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, basic_clean, canon
 
 
 def count_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
-    """Counts the tokens of each text, special tokens included, as if the context had no end.
+    """Counts the tokens of each text before truncation, special tokens included.
 
     Args:
-        tokenizer: an open_clip tokenizer, or one with a method `count_tokens(texts)` of its own.
+        tokenizer: an open_clip tokenizer, or any object with a method `count_tokens(texts)`.
         texts: any number of captions.
 
     Raises:
-        TypeError: a tokenizer of another kind.
+        TypeError: another kind of tokenizer.
     """
     if hasattr(tokenizer, "count_tokens"):
         return tokenizer.count_tokens(texts)
@@ -23,7 +23,7 @@ def count_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
         return [len(tokenizer.encode(text)) + 2 for text in texts]  # + start and end of text
     if isinstance(tokenizer, HFTokenizer):
         texts = [tokenizer.clean_fn(text) for text in texts]
-        class_token = tokenizer.tokenizer_mode == "clips"  # at the end
+        class_token = tokenizer.tokenizer_mode == "clips"  # this mode appends a class token
     elif isinstance(tokenizer, SigLipTokenizer):
         texts, class_token = [canonicalize_text(basic_clean(text)) for text in texts], False
     else:
@@ -33,19 +33,19 @@ def count_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
 
 
 def count_lost_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
-    """Returns per text the number of tokens that do not fit the tokenizer's context length; 0 if it fits.
+    """Returns for each text the number of tokens beyond the tokenizer's context length; 0 if the text fits.
 
     Raises:
-        TypeError: as `count_tokens`.
+        TypeError: see `count_tokens`.
     """
     return [max(0, length - tokenizer.context_length) for length in count_tokens(tokenizer, texts)]
 
 
 def tokenise_and_count_lost(tokenizer: Callable, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
-    """Returns token ids [n, context_length], and what `count_lost_tokens` does; ours takes one look at the texts.
+    """Returns token ids [n, context_length] and the result of `count_lost_tokens`; our tokenizers tokenise only once.
 
     Raises:
-        TypeError: as `count_tokens`.
+        TypeError: see `count_tokens`.
     """
     if hasattr(tokenizer, "tokenise_and_count_lost"):
         return tokenizer.tokenise_and_count_lost(texts)
