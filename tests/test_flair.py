@@ -153,7 +153,7 @@ def test_rerank_equals_brute_force(small, scenes, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model", "ViT-S-32-alt", "--rerank", "4"], "take flair-ViT-B-16"),
+        (["--model", "ViT-S-32-alt", "--rerank", "4"], "use --model flair-ViT-B-16"),
         (["--model", "ViT-S-32-alt", "--rerank", "0"], "--rerank"),
     ],
 )

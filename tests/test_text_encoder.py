@@ -86,7 +86,7 @@ def test_towers_that_read_padding_get_it():
     ids = open_clip.SimpleTokenizer(context_length=77)(TEXTS)
     assert encoder.pad_id is None and make_arranger(siglip, "auto", CPU, False) is None
     assert torch.equal(encoder(ids), siglip.encode_text(ids))
-    with pytest.raises(ValueError, match="--text-packing buckets: this model's text tower reads padding"):
+    with pytest.raises(ValueError, match="--text-packing buckets: this model's text tower attends to padding"):
         make_arranger(siglip, "buckets", CPU, False)
     for more in ({"pool_type": "eos", "eos_id": 0}, {"pool_type": "last"}, {"embed_cls": True}):
         assert text_encoder(stock("custom text", **more)).pad_id is None

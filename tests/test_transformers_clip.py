@@ -151,8 +151,8 @@ def test_a_folder_of_transformers_is_evaluated_trained_and_given_corners(scenes,
     [
         (None, "no config.json"),
         ({"model_type": "jina_clip", "auto_map": {"AutoModel": "x"}}, "never run.*--features"),
-        ({"model_type": "siglip2"}, "fixed resolution"),
-        ({"model_type": "bert"}, "model_type bert is not converted"),
+        ({"model_type": "siglip2"}, "fixed-resolution"),
+        ({"model_type": "bert"}, "model_type bert is not supported"),
         ({"model_type": "clip", "text_config": {"hidden_act": "gelu"}}, "different activations"),
     ],
 )

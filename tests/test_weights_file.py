@@ -54,8 +54,8 @@ UNUSABLE = [
     ("gzip.pth", lambda path: path.write_bytes(b"\x1f\x8b\x08rest"), "a gzip archive; unpack it"),
     ("tar.pt", lambda path: path.write_bytes(b"a" * 257 + b"ustar" + b"a" * 300), "a tar archive"),
     ("noise.pt", lambda path: path.write_bytes(b"noise" * 99), "unknown format.*tried as safetensors, PyTorch"),
-    ("module.pt", lambda path: torch.save(nn.Linear(2, 2), path), "Linear is in it.*save_file"),
-    ("config.json", lambda path: path.write_text("{}"), "a JSON text"),
+    ("module.pt", lambda path: torch.save(nn.Linear(2, 2), path), "it contains [a-z.]*Linear, which .*save_file"),
+    ("config.json", lambda path: path.write_text("{}"), "a JSON file"),
 ]
 
 
@@ -172,7 +172,7 @@ def test_a_torchscript_archive_that_names_a_function_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
         archive.writestr("evil/data.pkl", b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00echo\x85R.")
         archive.writestr("evil/constants.pkl", b"\x80\x02).")
-    with pytest.raises(ValueError, match="posix.system is in it"):
+    with pytest.raises(ValueError, match="it contains posix.system"):
         read_state_dict(tmp_path / "evil.pt")
 
 

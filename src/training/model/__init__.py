@@ -1,1 +1,1 @@
-"""Models by name: config, towers, tokenizers, weights."""
+"""Models: configs, towers, tokenizers and weights."""

@@ -1,4 +1,4 @@
-"""From flags to a model: the one place where both evaluation and training build what they run."""
+"""Builds models from flags, for both evaluation and training."""
 
 import argparse
 import math
@@ -20,26 +20,26 @@ _SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # as in 
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raises ValueError for a precision that the device does not compute in."""
+    """Raises ValueError if the device does not support a precision."""
     if device.type == "cpu" and precision not in CPU_PRECISIONS:
-        raise ValueError(f"--precision {precision} needs a GPU; on CPU take one of {', '.join(CPU_PRECISIONS)}")
+        raise ValueError(f"--precision {precision} needs a GPU; on CPU use one of {', '.join(CPU_PRECISIONS)}")
 
 
 def check_pooling(name: str, cache_dir: str | None) -> None:
     """Raises ValueError for a model without text-conditioned pooling, which ``--rerank`` needs."""
     if not resolve_model_config(name, cache_dir=cache_dir).model_cfg.get(POOLING):
         raise ValueError(
-            f"--rerank: --model {name} has no text-conditioned pooling; take flair-ViT-B-16, or leave --rerank out"
+            f"--rerank: --model {name} has no text-conditioned pooling; use --model flair-ViT-B-16, or omit --rerank"
         )
 
 
 def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderParts:
-    """Builds tokenizer and model as the flags say, in eval mode, with the locked parts frozen.
+    """Builds the tokenizer and the model that the flags ask for, in eval mode and with the locked parts frozen.
 
-    Every rank builds the same weights: those of an untrained model come from ``--seed``.
+    Every rank builds the same weights, because random weights are drawn with ``--seed``.
 
     Raises:
-        ValueError, FileNotFoundError: as `factory.create_model`.
+        ValueError, FileNotFoundError: see `factory.create_model`.
     """
     torch.manual_seed(args.seed)
     overrides = {
@@ -69,7 +69,7 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
         if args.lock_image_freeze_bn_stats:
             freeze_batch_norm_statistics(model.visual)
     if args.lock_text:
-        # open_clip's own text tower knows no other way than to freeze its layer norms with the rest.
+        # open_clip's own text tower can only freeze its layer norms together with all other weights.
         is_hf = hasattr(getattr(model, "text", model).transformer, "config")
         model.lock_text_tower(
             unlocked_layers=args.lock_text_unlocked_layers,
@@ -84,16 +84,16 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
 
 
 def make_arranger(model: torch.nn.Module, mode: str, device: torch.device, compiled: bool) -> CaptionArranger | None:
-    """Returns how ``--text-packing`` arranges a batch's captions for a model; None leaves them padded.
+    """Returns the arranger of ``--text-packing`` for a model's captions; None leaves the captions padded.
 
     Args:
-        model: one of ours or of open_clip's, or a text tower of ours.
+        model: one of our models or of open_clip's, or one of our text towers.
         mode: ``auto``, or one of `packing.MODES`.
-        device: where the model runs.
-        compiled: the model is compiled and new shapes are expensive: ``auto`` takes no buckets.
+        device: device of the model.
+        compiled: the model is compiled, so new shapes are expensive and ``auto`` does not choose buckets.
 
     Raises:
-        ValueError: the model's text tower can't take what is asked for by name.
+        ValueError: the model's text tower does not support the mode.
     """
     pad_id = text_encoder(model).pad_id
     text = getattr(model, "text", model)
@@ -103,7 +103,7 @@ def make_arranger(model: torch.nn.Module, mode: str, device: torch.device, compi
     if mode == "padded":
         return None
     if pad_id is None:
-        raise ValueError(f"--text-packing {mode}: this model's text tower reads padding; take auto or padded")
+        raise ValueError(f"--text-packing {mode}: this model's text tower attends to padding; use auto or padded")
     if mode == "flex":
         if not in_rows:
             able = ", ".join(name for name, family in families().items() if family.packs_rows)

@@ -1,6 +1,6 @@
-"""Hugging Face text encoders as text towers need them: config, random or pretrained weights, room for corner tokens.
+"""Builds Hugging Face text encoders for text towers: config, random or pretrained weights, rows for corner tokens.
 
-How an encoder of each family is run is in `encoders`.
+`encoders` defines how the encoders of each family are run.
 """
 
 import torch
@@ -14,11 +14,11 @@ POOLERS = ("cls_pooler", "cls_last_hidden_state_pooler", "mean_pooler", "max_poo
 
 
 def encoder_config(text_cfg: dict, cache_dir: str | None) -> PretrainedConfig:
-    """Returns the encoder's config: ``hf_config`` if the model config spells it out, else that of ``hf_model_name``.
+    """Returns the encoder's config: ``hf_config`` if the model config has it, otherwise that of ``hf_model_name``.
 
     Raises:
-        FileNotFoundError: neither on this machine nor on the hub.
-        ValueError: an encoder of a family that has no [CLS] to put corner tokens beside.
+        FileNotFoundError: the config is neither on this machine nor on the hub.
+        ValueError: the encoder's family does not support corner tokens.
     """
     if text_cfg.get("hf_config"):
         fields = dict(text_cfg["hf_config"])
@@ -31,14 +31,14 @@ def encoder_config(text_cfg: dict, cache_dir: str | None) -> PretrainedConfig:
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"hf_model_name {name}: {not_found(cache_dir, error)}; "
-                f"put its folder (config.json, tokenizer files) below --cache-dir DIR"
+                f"put its folder (config.json, tokenizer files) into --cache-dir DIR"
             ) from error
     family_of(config)
     return config
 
 
 def fit_context(config: PretrainedConfig, context_length: int) -> None:
-    """Lengthens the position table of a config to be built, if the context needs it."""
+    """Raises a config's number of positions to what the context length needs, in place."""
     needed = context_length + family_of(config).position_offset(config)
     config.max_position_embeddings = max(config.max_position_embeddings, needed)
 
@@ -47,12 +47,12 @@ def build_encoder(config: PretrainedConfig, with_pooler: bool, extra_rows: int) 
     """Builds an encoder with random weights.
 
     Args:
-        config: as `encoder_config` gives it.
+        config: from `encoder_config`.
         with_pooler: keep BERT's dense + tanh pooler.
-        extra_rows: rows to add to the word embedding, last.
+        extra_rows: number of rows to append to the word embedding.
     """
     family = family_of(config)
-    # sdpa: flash attention can't take a mask of ours.
+    # sdpa, because flash attention does not accept our masks.
     encoder = AutoModel.from_config(config, attn_implementation="sdpa", **_pooler(family, with_pooler))
     if getattr(config, "sinusoidal_start", None):
         _start_with_sinusoids(encoder.embeddings.position_embeddings.weight, config.sinusoidal_start)
@@ -68,9 +68,10 @@ def _pooler(family: EncoderFamily, with_pooler: bool) -> dict[str, bool]:
 
 @torch.no_grad()
 def _start_with_sinusoids(table: torch.Tensor, amplitude: float) -> None:
-    """Fills learned positions [rows, width] with the Transformer's waves (arXiv 1706.03762, section 3.5), scaled.
+    """Fills learned positions [rows, width] with scaled sinusoids of the Transformer (arXiv 1706.03762, section 3.5).
 
-    A BERT trained from nothing tells neighbouring words from distant ones much earlier than with random positions.
+    A BERT trained from scratch then learns to distinguish neighbouring from distant words much earlier than with random
+    positions.
     """
     rows, width = table.shape
     rates = 10_000.0 ** (-torch.arange(0, width, 2) / width)
@@ -82,7 +83,7 @@ def load_pretrained_encoder(name: str, with_pooler: bool, cache_dir: str | None)
     """Returns the weights of a pretrained encoder, from a local folder or the hub.
 
     Raises:
-        FileNotFoundError: not there, or no weights in it.
+        FileNotFoundError: the encoder was not found, or has no weights.
     """
     folder = find_pretrained_folder(name, cache_dir)
     try:

@@ -1,8 +1,8 @@
-"""Attention within each of many captions that stand one after another in a row, under the corner rule.
+"""Attention within each caption of a packed row, with the corner tokens' mask.
 
-Two kernels for the same: FlexAttention, which skips what lies outside a caption's blocks; and, where that can't be had
-(attention dropout, the CPU), PyTorch's own attention over the captions side by side, padded for this alone: the linear
-layers, nearly all of a text tower's work, see no padding either way.
+There are two implementations. FlexAttention skips blocks outside a caption. Where FlexAttention is not available
+(attention dropout, CPU), PyTorch's own attention runs on the captions as a padded batch. The padding affects only the
+attention; the linear layers, nearly all of a text tower's work, always run on the row without padding.
 """
 
 import logging
@@ -18,18 +18,18 @@ from training.model.packing import ROW_BLOCK, CaptionArranger, Row
 from training.runtime.messages import first_line
 
 NAME = "lotlip_rows"
-FLEX_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # of numbers about 1; fp32 may be TF32 on a GPU
+FLEX_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # for values of about 1; fp32 may be TF32 on a GPU
 logger = logging.getLogger(__name__)
 
 
 class RowMask(NamedTuple):
-    """What the layers' attention needs to know of a row; either `blocks` or the rest.
+    """A row's attention mask: either `blocks`, or all the other attributes.
 
     Attributes:
-        blocks: a BlockMask of FlexAttention.
-        slots: [n, longest] int64, index in the row of each caption's tokens.
-        home: [budget] int64, index in `slots` (flat) of each token of the row.
-        allowed: [n, 1, longest, longest], additive.
+        blocks: BlockMask of FlexAttention.
+        slots: index in the row of each caption's tokens, [n, longest] int64.
+        home: index in the flattened `slots` of each token of the row, [budget] int64.
+        allowed: additive mask, [n, 1, longest, longest].
     """
 
     blocks: object | None
@@ -39,26 +39,29 @@ class RowMask(NamedTuple):
 
 
 def row_slots(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index in the row of each caption's tokens [n, longest], and whether there is such a token."""
+    """Returns the index in the row of each caption's tokens, and whether the caption has that token; [n, longest]."""
     position = torch.arange(row.longest, device=row.starts.device)
     keep = position < row.lengths[:, None]
     return (row.starts[:, None] + position).clamp(max=row.ids.shape[1] - 1), keep
 
 
 def row_places(row: Row) -> torch.Tensor:
-    """For each token of a row, the number of tokens before it in its caption [budget]; below `longest` in padding."""
+    """Returns for each token of a row the number of tokens before it in its caption, [budget].
+
+    The values for padding are arbitrary but below `longest`.
+    """
     captions = row.captions.clamp(max=len(row.starts) - 1)
     return (torch.arange(len(captions), device=captions.device) - row.starts[captions]).clamp(max=row.longest - 1)
 
 
 def make_row_mask(row: Row, num_corners: int, dtype: torch.dtype, use_flex: bool) -> RowMask:
-    """Prepares a row's attention.
+    """Creates a row's attention mask.
 
     Args:
-        row: of `packing.CaptionArranger`, on the device.
+        row: from `packing.CaptionArranger`, on the device.
         num_corners: m; the corners are at positions 1..m of each caption.
-        dtype: of the hidden states.
-        use_flex: take FlexAttention.
+        dtype: dtype of the hidden states.
+        use_flex: create the mask for FlexAttention.
     """
     if use_flex:
         return RowMask(_block_mask(row, num_corners), None, None, None)
@@ -69,7 +72,7 @@ def make_row_mask(row: Row, num_corners: int, dtype: torch.dtype, use_flex: bool
 
 
 def _block_mask(row: Row, num_corners: int) -> object:
-    """The rule of `corner.prefix_attention` within each caption; made on the device, without looking at its values."""
+    """Mask of `corner.prefix_attention` within each caption, built on the device without synchronisation."""
     from torch.nn.attention.flex_attention import BlockMask
 
     captions, positions = row.captions, row.positions[0]
@@ -83,7 +86,7 @@ def _block_mask(row: Row, num_corners: int) -> object:
     num_blocks = len(row.first_blocks)
     count = row.last_blocks - row.first_blocks + 1
     index = torch.arange(num_blocks, device=count.device)
-    indices = (row.first_blocks[:, None] + index) % num_blocks  # those that count come first
+    indices = (row.first_blocks[:, None] + index) % num_blocks  # only the first `count` entries of a row are used
     return BlockMask.from_kv_blocks(
         count.int()[None, None],
         indices.int()[None, None],
@@ -107,15 +110,15 @@ def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: o
     return kernel(query, key, value, block_mask=blocks, scale=scaling).transpose(1, 2).contiguous()
 
 
-def _side_by_side(query, key, value, mask: RowMask, dropout: float, scaling: float) -> torch.Tensor:
-    """[1, heads, budget, d] each -> [1, budget, heads, d], by way of [n, heads, longest, d]."""
+def _attend_padded(query, key, value, mask: RowMask, dropout: float, scaling: float) -> torch.Tensor:
+    """Attention of [1, heads, budget, d] each -> [1, budget, heads, d], computed as a batch [n, heads, longest, d]."""
 
-    def spread(rows: torch.Tensor) -> torch.Tensor:
+    def unpack(rows: torch.Tensor) -> torch.Tensor:
         rows = rows[0].transpose(0, 1).index_select(0, mask.slots.flatten())  # [n x longest, heads, d]
         return rows.unflatten(0, mask.slots.shape).transpose(1, 2)
 
     out = scaled_dot_product_attention(
-        spread(query), spread(key), spread(value), mask.allowed, dropout_p=dropout, scale=scaling
+        unpack(query), unpack(key), unpack(value), mask.allowed, dropout_p=dropout, scale=scaling
     )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, mask.home)[None]
 
@@ -130,18 +133,18 @@ def attend(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function as transformers calls it: of rows here, of anything else as its own ``sdpa``."""
+    """An attention function with transformers' signature: handles packed rows, and passes other input to ``sdpa``."""
     if not isinstance(attention_mask, RowMask):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask.blocks is not None:
         return _flex(query, key, value, attention_mask.blocks, scaling), None
-    return _side_by_side(query, key, value, attention_mask, dropout, scaling), None
+    return _attend_padded(query, key, value, attention_mask, dropout, scaling), None
 
 
 def can_attend_in_rows(encoder: nn.Module) -> bool:
-    """Tells whether this transformers lets an encoder's attention be replaced."""
+    """Returns whether the encoder's attention function can be replaced."""
     try:
         from torch.nn.attention.flex_attention import BlockMask  # noqa: F401
         from transformers import AttentionInterface  # noqa: F401
@@ -152,10 +155,10 @@ def can_attend_in_rows(encoder: nn.Module) -> bool:
 
 
 def let_attend_in_rows(encoder: nn.Module, device: torch.device) -> None:
-    """Makes `attend` the encoder's attention, for good; without rows it is ``sdpa`` as before.
+    """Replaces the encoder's attention function by `attend`; input that is not packed still uses ``sdpa``.
 
-    On CUDA it runs as FlexAttention, which knows no attention dropout, if that passes `flex_fault`. The check compiles
-    for some seconds, so it is left out where training has attention dropout.
+    On CUDA, FlexAttention is used if `flex_fault` finds no fault. FlexAttention does not support attention dropout, and
+    the check compiles for some seconds, so it is skipped for encoders with attention dropout.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -169,14 +172,14 @@ def let_attend_in_rows(encoder: nn.Module, device: torch.device) -> None:
         fault = flex_fault(device, heads, encoder.config.hidden_size // heads)
         encoder.attends_by_flex = fault is None
         if fault:
-            logger.warning(f"FlexAttention can't be used here ({fault}): attention runs caption by caption instead")
+            logger.warning(f"FlexAttention can't be used here ({fault}): attention runs on padded captions instead")
 
 
 def flex_fault(device: torch.device, num_heads: int, head_dim: int) -> str | None:
-    """Tries FlexAttention on a small row, forwards and backwards, against PyTorch's own attention.
+    """Compares FlexAttention's output and gradients on a small row with PyTorch's own attention.
 
     Returns:
-        What is wrong with it; None if nothing is.
+        A description of the fault; None if both agree.
     """
     lengths = torch.tensor([3, 40, 128, 7, 90])
     ids = (torch.arange(128) < lengths[:, None]).long()
@@ -191,12 +194,12 @@ def flex_fault(device: torch.device, num_heads: int, head_dim: int) -> str | Non
                 mask = make_row_mask(row, 2, dtype, use_flex)
                 rows = [tensor.clone().requires_grad_() for tensor in inputs]
                 out = attend(None, *rows, mask, scaling=head_dim**-0.5)[0]
-                used = int(lengths.sum())  # what the padding gets is nobody's business
+                used = int(lengths.sum())  # the output for padding is arbitrary
                 grads = torch.autograd.grad((out * weights.transpose(1, 2))[:, :used].sum(), rows)
                 results.append(torch.cat([out.detach().transpose(1, 2), *grads])[:, :, :used].float())
             error = float((results[0] - results[1]).abs().max())
             if not error <= tolerance * max(1.0, float(results[1].abs().max())):
                 return f"{dtype}: off by {error:.1e}"
-    except Exception as error:  # compilers raise anything
+    except Exception as error:  # compilers raise errors of any type
         return f"{type(error).__name__}: {first_line(error)}"
     return None

@@ -1,4 +1,4 @@
-"""The text tower of LoTLIP, a Hugging Face encoder with corner tokens, and the two-tower model around it."""
+"""LoTLIP's text tower, a Hugging Face encoder with corner tokens, and the two-tower model."""
 
 from collections.abc import Sequence
 
@@ -20,18 +20,18 @@ CORNER_ATTENTION = ("published", "ordinary")
 class CornerHFText(CornerTower):
     """A bidirectional Hugging Face encoder with corner tokens at positions 1..m.
 
-    State-dict names are the published ones: ``transformer.*`` (the encoder's own), ``proj.*``.
+    State-dict names are the published ones: ``transformer.*`` (the encoder's own names) and ``proj.*``.
 
     Args:
-        config: the encoder's; its position table is lengthened if `context_length` needs it.
-        output_dim: dim of the features.
+        config: the encoder's config; its position table is lengthened if `context_length` needs it.
+        output_dim: dimension of the features.
         num_corners: m.
-        context_length: longest sequence.
-        proj_type: ``linear``, ``mlp`` or None (as open_clip).
-        pooler_type: one of `hf_encoders.POOLERS`; None takes the family's. Mean and max leave the corners out, whose
-            features are then their hidden states.
-        corner_attention: one of `CORNER_ATTENTION`. ``published``: nobody attends to a corner; ``ordinary``: everybody
-            does, as to any token, which shows what the rule contributes.
+        context_length: maximum number of tokens.
+        proj_type: ``linear``, ``mlp`` or None, as in open_clip.
+        pooler_type: one of `hf_encoders.POOLERS`; None uses the family's default. Mean and max pooling exclude the
+            corners; the corners' features are always their own hidden states.
+        corner_attention: one of `CORNER_ATTENTION`. ``published``: no other token attends to a corner;
+            ``ordinary``: corners are attended to like any other token, an ablation of the published rule.
 
     Raises:
         ValueError: unknown pooler, projection or attention.
@@ -67,7 +67,7 @@ class CornerHFText(CornerTower):
 
     @property
     def position_offset(self) -> int:
-        """Rows of the position table before the first token's."""
+        """Number of rows of the position table before the first token's row."""
         return self.family.position_offset(self.transformer.config)
 
     def all_features(self, ids: torch.Tensor) -> torch.Tensor:
@@ -79,11 +79,11 @@ class CornerHFText(CornerTower):
 
     @property
     def attends_in_rows(self) -> bool:
-        """Whether captions may stand one after another in a row (``--text-packing flex``)."""
+        """Whether captions can be packed in a row (``--text-packing flex``)."""
         return self.family.packs_rows and can_attend_in_rows(self.transformer)
 
     def row_features(self, row: Row) -> torch.Tensor:
-        """Features of captions that `packing.CaptionArranger` has put in a row, as `all_features` gives them."""
+        """Features [n, m + 1, dim] of captions packed in a row by `packing.CaptionArranger`, as in `all_features`."""
         if self._reads_all:
             slots, keep = row_slots(row)
             hidden = self.family.run_on_row(self.transformer, row, self.num_hidden_corners)[0]  # [budget, width]
@@ -93,7 +93,7 @@ class CornerHFText(CornerTower):
 
     @property
     def _reads_all(self) -> bool:
-        """Whether the pooler needs every token's hidden state; the others need [CLS]'s and the corners' alone."""
+        """Whether the pooler needs all tokens' hidden states; other poolers need only [CLS] and the corners."""
         return self.pooler_type in ("mean_pooler", "max_pooler")
 
     def _pool_all(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class CornerHFText(CornerTower):
         return torch.cat([pooled[:, None], hidden[:, 1 : self.num_corners + 1]], dim=1)
 
     def _pool(self, special: torch.Tensor) -> torch.Tensor:
-        """[batch, m + 1, width], as long."""
+        """Applies BERT's pooler, if used, to the states of [CLS] and the corners: [batch, m + 1, width], unchanged."""
         pooler = getattr(self.transformer, "pooler", None)
         if self.pooler_type == "cls_pooler" and pooler is not None:
             return pooler.activation(pooler.dense(special))
@@ -113,7 +113,7 @@ class CornerHFText(CornerTower):
         """Returns all parts with parameters as (name, modules), from the input to the output.
 
         Args:
-            pooler_in_head: BERT's pooler belongs to the projection; False makes it a group of its own.
+            pooler_in_head: put BERT's pooler into the projection's group; False makes it a separate group.
         """
         layers = [(f"layer.{i}", [layer]) for i, layer in enumerate(self.family.layers(self.transformer))]
         layers[-1][1].extend(self.family.after_layers(self.transformer))
@@ -126,11 +126,11 @@ class CornerHFText(CornerTower):
     def lock(
         self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = False, **_: object
     ) -> None:
-        """Freezes the encoder but for its last layers; the projection stays trainable, as in open_clip.
+        """Freezes the encoder except its last layers; the projection stays trainable, as in open_clip.
 
         Args:
-            unlocked_layers: number of last layers that stay trainable, and BERT's pooler with them.
-            freeze_layer_norm: freeze the layer norms of frozen layers, too.
+            unlocked_layers: number of layers at the end that stay trainable; if it is not 0, so does BERT's pooler.
+            freeze_layer_norm: also freeze the layer norms of frozen layers.
             pooler_in_head: keep BERT's pooler trainable even if no layer is (open_clip 4's argument).
         """
         groups = self.layer_groups(pooler_in_head=pooler_in_head or unlocked_layers > 0)
@@ -145,7 +145,7 @@ class CornerHFText(CornerTower):
 
         Args:
             enable: switch it on or off.
-            impl: open_clip 4's argument; transformers has one way only.
+            impl: open_clip 4's argument; transformers has only one implementation.
         """
         encoder = self.transformer
         # Late releases of transformers 5 have a new name for it, and warn of the old one.
@@ -157,7 +157,7 @@ class CornerHFText(CornerTower):
 
 
 def _projection(proj_type: str | None, width: int, output_dim: int) -> nn.Module:
-    """The projections of open_clip's Hugging Face adapter, under the same names."""
+    """Builds the projection of open_clip's Hugging Face adapter, with the same parameter names."""
     if proj_type is None and width == output_dim:
         return nn.Identity()
     if proj_type == "linear":
@@ -172,7 +172,7 @@ class LotlipCLIP(open_clip.CustomTextCLIP):
     """open_clip's two-tower model with one of our text towers as `text`.
 
     Args:
-        stock: open_clip's model, whose image tower, temperature and settings are taken over.
+        stock: open_clip's model; its image tower, temperature and settings are used.
         text: `CornerHFText` or `CornerCLIPText`.
     """
 

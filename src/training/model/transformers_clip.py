@@ -1,7 +1,7 @@
-"""CLIP and SigLIP of transformers in open_clip's form: config, tokenizer and preprocessing.
+"""Converts transformers' CLIP and SigLIP to open_clip's form: config, tokenizer and preprocessing.
 
-The conversion is exact, so that training, corner tokens and export work as for open_clip's own models. No remote code
-is run.
+The conversion is exact, so training, corner tokens and export work as they do for open_clip's own models. Remote code
+is never run.
 """
 
 import json
@@ -25,10 +25,10 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 
 
 def find_folder(name: str, cache_dir: str | None = None) -> Path:
-    """Returns the folder of ``hf:FOLDER`` or ``hf:ORG/REPO``, downloaded if need be.
+    """Returns the folder of ``hf:FOLDER`` or ``hf:ORG/REPO``, downloaded if necessary.
 
     Raises:
-        FileNotFoundError: no such folder, nor a repository that can be reached.
+        FileNotFoundError: there is no such folder, and the download failed.
     """
     source = name.removeprefix(HF)
     if Path(source).is_dir():
@@ -43,13 +43,13 @@ def find_folder(name: str, cache_dir: str | None = None) -> Path:
         return folder
     except Exception as error:  # huggingface_hub's errors have no common base
         raise FileNotFoundError(
-            f"--model {name}: no such folder, and not from the hub ({first_line(error)}); download it elsewhere "
-            "and give its folder"
+            f"--model {name}: no such folder, and not available from the hub ({first_line(error)}); download it on "
+            "another machine and give its folder"
         ) from error
 
 
 def find_weights(folder: Path) -> Path | None:
-    """Returns the weights file of a folder of transformers', None if there is none."""
+    """Returns the weights file of a folder in transformers' format, None if there is none."""
     return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
 
 
@@ -60,11 +60,12 @@ def read_config(folder: Path) -> tuple[dict, dict]:
         model_cfg and preprocess_cfg in open_clip's form.
 
     Raises:
-        FileNotFoundError, ValueError: no config, or one of a model that has no exact counterpart.
+        FileNotFoundError: the folder has no config.
+        ValueError: the model has no exact counterpart in open_clip.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--model {HF}{folder}: no config.json there")
+        raise FileNotFoundError(f"--model {HF}{folder}: no config.json in this folder")
     kind = _json(path).get("model_type")
     if kind not in FAMILIES:
         raise ValueError(_refusal(folder, kind, _json(path)))
@@ -83,11 +84,11 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     }
     quick = {text.hidden_act == "quick_gelu", vision.hidden_act == "quick_gelu"}
     if len(quick) > 1:
-        raise ValueError(f"{path}: two towers with different activations have no counterpart in open_clip")
+        raise ValueError(f"{path}: open_clip has no model whose towers have different activations")
     if kind == "clip":
         model_cfg = {"embed_dim": config.projection_dim, "quick_gelu": quick == {True}, "text_cfg": text_cfg}
         model_cfg["vision_cfg"] = _clip_vision(vision)
-        if text.eos_token_id not in (2, text.vocab_size - 1):  # 2 stands for OpenAI's rule: the largest id
+        if text.eos_token_id not in (2, text.vocab_size - 1):  # 2 means OpenAI's rule: pool at the largest id
             text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
     else:
         text_cfg |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
@@ -105,15 +106,15 @@ def read_config(folder: Path) -> tuple[dict, dict]:
 
 
 def _refusal(folder: Path, kind: str | None, content: dict) -> str:
-    reason = f"--model {HF}{folder}: model_type {kind} is not converted, only {' and '.join(FAMILIES)}"
+    reason = f"--model {HF}{folder}: model_type {kind} is not supported, only {' and '.join(FAMILIES)}"
     if kind == "siglip2":
-        return f"{reason}; take one of SigLIP 2's checkpoints of a fixed resolution, whose model_type is siglip"
+        return f"{reason}; use one of SigLIP 2's fixed-resolution checkpoints, whose model_type is siglip"
     if "auto_map" in content:
         return (
             f"{reason}, and code that comes with a model is never run; compute its features in its own software "
-            "(docs/models.md has the lines for FG-CLIP, jina-clip and LLM2CLIP), and give them with --features"
+            "(docs/models.md shows how for FG-CLIP, jina-clip and LLM2CLIP), and give them with --features"
         )
-    return f"{reason}; open_clip's own format goes with --model local-dir:"
+    return f"{reason}; for a folder in open_clip's format use --model local-dir:"
 
 
 def _json(path: Path) -> dict:
@@ -125,7 +126,7 @@ def _json(path: Path) -> dict:
 
 
 def _ratio(config: object) -> float:
-    """mlp_ratio, such that int(width x ratio) is the hidden width."""
+    """Returns the mlp_ratio for which int(width x ratio) is exactly the MLP's hidden width."""
     ratio = config.intermediate_size / config.hidden_size
     exact = int(config.hidden_size * ratio) == config.intermediate_size
     return ratio if exact else (config.intermediate_size + 0.5) / config.hidden_size
@@ -153,7 +154,7 @@ def _clip_vision(vision: object) -> dict:
 
 
 def _register_siglip(vision: object) -> str:
-    """Makes timm know an image tower of exactly this config; returns its name."""
+    """Registers an image tower with exactly this config in timm; returns its name."""
     sizes = (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
     sizes += (vision.num_attention_heads, vision.intermediate_size)
     name = f"{_REGISTERED}{'_'.join(map(str, sizes))}_{vision.hidden_act}_{vision.layer_norm_eps:g}".replace("-", "m")
@@ -184,10 +185,10 @@ def _register_siglip(vision: object) -> str:
 
 
 def nearest_timm_name(name: str) -> str:
-    """Returns the image tower of timm's own that has the sizes of one registered here; other names as they are.
+    """Returns timm's own image tower with the same sizes as one registered here; other names are returned unchanged.
 
     Raises:
-        ValueError: timm has none of these sizes.
+        ValueError: timm has no image tower with these sizes.
     """
     if not name.startswith(_REGISTERED):
         return name
@@ -201,7 +202,7 @@ def nearest_timm_name(name: str) -> str:
 
 
 def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
-    """preprocess_cfg; what a folder does not say is the family's default."""
+    """Returns the preprocess_cfg of a folder; missing settings get the family's defaults."""
     clip = kind == "clip"
     found = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
@@ -215,8 +216,8 @@ def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
     crop = crop.get("height") if isinstance(crop, dict) else crop
     if edge != image_size or (crops and crop != edge):
         raise ValueError(
-            f"{folder}: images are resized to {edge} and cropped to {crop}, the tower takes {image_size}; one size for "
-            "all three is supported"
+            f"{folder}: images are resized to {edge} and cropped to {crop}, but the tower takes {image_size}; all "
+            "three sizes must be equal"
         )
     return {
         "size": image_size,
@@ -228,27 +229,27 @@ def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
 
 
 class CenterCrop(transforms.CenterCrop):
-    """transformers' crop, which rounds its offset down where torchvision rounds to the nearest."""
+    """transformers' center crop, which rounds its offset down; torchvision rounds to the nearest integer."""
 
     def forward(self, img: object) -> object:
-        """Crops a PIL image, or a tensor [.., H, W]."""
+        """Crops a PIL image, or a tensor [..., H, W]."""
         _, height, width = functional.get_dimensions(img)
         rows, columns = self.size
         return functional.crop(img, (height - rows) // 2, (width - columns) // 2, rows, columns)
 
 
 def adapt_transform(transform: transforms.Compose) -> transforms.Compose:
-    """open_clip's preprocessing with transformers' crop."""
+    """Replaces the center crop in open_clip's preprocessing by transformers'."""
     steps = transform.transforms
     return transforms.Compose([CenterCrop(s.size) if type(s) is transforms.CenterCrop else s for s in steps])
 
 
 class FolderTokenizer:
-    """The tokenizer of a folder of transformers', called as open_clip's are.
+    """The tokenizer of a folder in transformers' format, called like open_clip's tokenizers.
 
     Args:
-        folder: with tokenizer files.
-        context_length: rows are cut and padded to it.
+        folder: folder with tokenizer files.
+        context_length: number of tokens to which texts are truncated and padded.
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.
@@ -260,7 +261,9 @@ class FolderTokenizer:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
-            raise FileNotFoundError(f"--model {HF}{folder}: no tokenizer there ({first_line(error)})") from error
+            raise FileNotFoundError(
+                f"--model {HF}{folder}: no tokenizer in this folder ({first_line(error)})"
+            ) from error
         self.context_length = context_length
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> torch.Tensor:
@@ -271,7 +274,7 @@ class FolderTokenizer:
         return torch.tensor(self.tokenizer(texts, **options).input_ids, dtype=torch.int64).reshape(len(texts), length)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Returns the number of tokens of each text, special tokens included, however many."""
+        """Returns the number of tokens of each text before truncation, special tokens included."""
         return [len(row) for row in self.tokenizer(list(texts), verbose=False).input_ids] if texts else []
 
     def save_pretrained(self, folder: str | Path) -> None:

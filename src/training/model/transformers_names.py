@@ -1,11 +1,11 @@
-"""Names and shapes of transformers' CLIP and SigLIP weights against open_clip's. The tables serve both directions."""
+"""Converts weights of CLIP and SigLIP between transformers' and open_clip's names. The tables serve both directions."""
 
 from collections.abc import Sequence
 
 import torch
 
 _QKV = ("q", "k", "v")
-# transformers' name -> open_clip's; linear maps under _TRANSPOSED are stored [in, out] by open_clip.
+# transformers' name -> open_clip's name. open_clip stores the linear maps in _TRANSPOSED as [in, out].
 _TEXT = (
     ("text_model.embeddings.token_embedding.", "token_embedding."),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
@@ -53,10 +53,10 @@ def is_transformers(state: dict[str, torch.Tensor]) -> bool:
 
 
 def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames transformers' weights to open_clip's; unknown names stay.
+    """Converts transformers' weights to open_clip's names; unknown names stay.
 
     Args:
-        state: of `CLIPModel` or `SiglipModel`; not changed.
+        state: weights of `CLIPModel` or `SiglipModel`; not changed.
     """
     siglip = "vision_model.head.probe" in state
     state = {key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")}
@@ -73,10 +73,10 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the weights of an open_clip model with CLIP's own towers to those of transformers' `CLIPModel`.
+    """Converts the weights of an open_clip model with CLIP's own towers to the names of transformers' `CLIPModel`.
 
     Args:
-        state: text keys at top level or below ``text.``; not changed.
+        state: weights with text keys at the top level or below ``text.``; not changed.
     """
     result = {}
     for key, value in state.items():
@@ -111,7 +111,7 @@ def _renamed(key: str, table: Sequence[tuple[str, str]], forward: bool) -> str:
 
 
 def _convert_pooling(state: dict[str, torch.Tensor]) -> None:
-    """Gives SigLIP's attention pooling timm's form: one map for the queries, one for keys and values."""
+    """Converts SigLIP's attention pooling to timm's form, in place: one map for queries, one for keys and values."""
     state["visual.trunk.pos_embed"] = state["visual.trunk.pos_embed"][None]
     for kind in ("weight", "bias"):
         rows = state.pop(f"visual.trunk.attn_pool.in_proj_{kind}")

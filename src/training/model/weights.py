@@ -1,7 +1,7 @@
-"""From a weights file to a model: converted, stretched to a longer context, loaded strictly.
+"""Loads a weights file into a model: converts names, stretches position tables to a longer context, loads strictly.
 
-One loader serves our models and open_clip's. It takes published LoTLIP files, training checkpoints, open_clip's and
-OpenAI's CLIP weights and those of Long-CLIP's family.
+One loader serves our models and open_clip's. It reads published LoTLIP files, training checkpoints, CLIP weights of
+open_clip and OpenAI, and weights of Long-CLIP and its derivatives.
 """
 
 import logging
@@ -23,32 +23,37 @@ _EMBEDDINGS = "text.transformer.embeddings."
 WORD_TABLES = (_EMBEDDINGS + "word_embeddings.weight", _EMBEDDINGS + "tok_embeddings.weight")
 POSITION_TABLES = ("text.positional_embedding", _EMBEDDINGS + "position_embeddings.weight")
 CORNER_TABLE = "text.corner_embedding.weight"
-NUM_KEPT_POSITIONS = 20  # CLIP's first 20 positions are well trained, the rest hardly: Long-CLIP, arXiv 2403.15378
+NUM_KEPT_POSITIONS = 20  # only CLIP's first 20 positions are well trained: Long-CLIP, arXiv 2403.15378
+NUM_LISTED = 4  # names of tensors shown in a message
 _FLAIR_PROJECTIONS = {"image_post.proj": "visual.proj", "text_post.proj": "text_projection"}
 _NAMES_TRIED = "open_clip's, OpenAI's, LoTLIP's, Long-CLIP's, FLAIR's, MobileCLIP's, transformers' CLIP's and SigLIP's"
-_OTHER_SOFTWARE = "for a model of none of them, compute features in its own software and evaluate them with --features"
+_OTHER_SOFTWARE = "for any other model, compute features in its own software and evaluate them with --features"
 _NOT_WEIGHTS = (_EMBEDDINGS + "position_ids", "text.input_resolution", "text.context_length", "text.vocab_size")
 
 
 def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Brings weights of other makes into the names and shapes of a model; unknown keys stay for the strict load.
+    """Converts weights of other software to a model's names and shapes; the strict load reports unknown keys later.
 
-    - MobileCLIP's own names and transformers' become open_clip's;
+    - MobileCLIP's names and transformers' names become open_clip's;
     - FLAIR's projections get CLIP's names;
-    - text keys move below ``text.`` or to top level, as the model has them;
-    - Long-CLIP's two position tables become one: rows 0..19 of the first, the rest of the second. Further heads in
-      such a file (HiMo-CLIP, DeBias-CLIP) are named in a warning and left out;
-    - a position table that is shorter than the model's is stretched, one of another image size is interpolated;
-    - a logit_bias that the model does not have is left out, one that the file does not have stays untrained.
+    - text keys move below ``text.`` or to the top level, whichever the model uses;
+    - Long-CLIP's two position tables become one: rows 0..19 of the first, the remaining rows of the second. Additional
+      heads in such a file (HiMo-CLIP, DeBias-CLIP) are dropped with a warning that names them;
+    - a text position table that is shorter than the model's is stretched; an image position table for another image
+      size is interpolated;
+    - a logit_bias that the model does not have is dropped; a logit_bias that the file lacks keeps its initial value.
 
     Args:
-        state: of `weights_file.read_state_dict`; not changed.
-        model: a `LotlipCLIP`, or any model of open_clip's.
+        state: result of `weights_file.read_state_dict`; not changed.
+        model: a `LotlipCLIP`, or any open_clip model.
+
+    Returns:
+        The converted state dict.
     """
     state = to_open_clip(state) if is_transformers(state) else state
     state = {_FLAIR_PROJECTIONS.get(key, key): value for key, value in state.items()}
     state = {_below_text(key): value for key, value in convert_foreign_names(model, state).items()}
-    tensors = model.state_dict()  # once: it takes milliseconds
+    tensors = model.state_dict()  # called only once, because it takes milliseconds
     names = {_below_text(key): key for key in tensors}
     own = {short: tensors[key] for short, key in names.items()}
     state = {key: value for key, value in state.items() if key in own or key not in _NOT_WEIGHTS}
@@ -58,28 +63,28 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
         state["text.positional_embedding"] = torch.cat([head[:NUM_KEPT_POSITIONS], tail[NUM_KEPT_POSITIONS:]])
         extra = sorted(state.keys() - own.keys())
         if extra and own.keys() <= state.keys() | {"logit_bias", CORNER_TABLE}:
-            logging.warning(f"{len(extra)} tensors beside the two towers are left out: {', '.join(extra[:8])}")
+            logging.warning(f"{len(extra)} tensors outside the two towers are ignored: {', '.join(extra[:8])}")
             state = {key: value for key, value in state.items() if key in own}
     _fit_positions(state, own, model)
-    for key in ("logit_scale", "logit_bias"):  # [] and [1] are both in use
+    for key in ("logit_scale", "logit_bias"):  # both shapes occur: [] and [1]
         if key in state and key in own and state[key].numel() == own[key].numel():
             state[key] = state[key].reshape(own[key].shape)
     if "logit_bias" in own and "logit_bias" not in state:
-        logging.warning("the weights have no logit_bias: it starts as an untrained model's")
+        logging.warning("the weights have no logit_bias: it keeps its initial value")
         state["logit_bias"] = own["logit_bias"]
     elif "logit_bias" in state and "logit_bias" not in own:
-        logging.warning("logit_bias, which a pairwise sigmoid was trained with, is left out: it changes no ranking")
+        logging.warning("the weights' logit_bias (of a sigmoid loss) is ignored: it does not affect rankings")
         del state["logit_bias"]
     return {names.get(key, key): value for key, value in state.items()}
 
 
 def _below_text(key: str) -> str:
-    """A text key of OpenAI's, Long-CLIP's and open_clip's `CLIP` as `CustomTextCLIP` has it."""
+    """Returns a key in `CustomTextCLIP`'s form: OpenAI, Long-CLIP and open_clip's `CLIP` have no ``text.`` prefix."""
     return key if key.startswith(("visual.", "text.", "logit_")) else f"text.{key}"
 
 
 def _fit_positions(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Lengthens position tables, in place."""
+    """Fits position tables in `state` to the model's context length and image size, in place."""
     for key in POSITION_TABLES:
         if key in state and key in own and len(state[key]) < len(own[key]):
             logging.warning(f"text positions stretched: {len(state[key])} to {len(own[key])}; not trained yet")
@@ -94,12 +99,12 @@ def _fit_positions(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor],
 
 
 def stretch_positions(table: torch.Tensor, num_rows: int, num_kept: int = NUM_KEPT_POSITIONS) -> torch.Tensor:
-    """Lengthens a position table: the first rows as they are, the others interpolated linearly, both ends exact.
+    """Lengthens a position table: keeps the first rows and interpolates the others linearly between their end points.
 
     Args:
         table: [rows, width].
-        num_rows: at least `rows`.
-        num_kept: rows that do not move.
+        num_rows: new number of rows, at least `rows`.
+        num_kept: number of rows at the start that are kept.
 
     Returns:
         [num_rows, width], in the table's dtype.
@@ -117,11 +122,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads a file into a model, strictly.
 
     Args:
-        model: a `LotlipCLIP`, or any model of open_clip's.
+        model: a `LotlipCLIP`, or any open_clip model.
         path: see `weights_file.read_state_dict`; for open_clip's SigLIP models also big_vision's NumPy archive.
 
     Raises:
-        ValueError: the file can't be read, or keys are missing, unexpected or of another shape; the message names
+        ValueError: the file can't be read, or keys are missing, unexpected or have another shape; the message names
             them and the likely reason.
     """
     if is_big_vision(path) and _is_siglip(model):
@@ -130,7 +135,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     state = convert_state_dict(read_state_dict(path), model)
     own = model.state_dict()
     if CORNER_TABLE in own and CORNER_TABLE not in state and "text.positional_embedding" in state:
-        logging.warning(f"{path} has no corner tokens: they start from random numbers; train before you trust them")
+        logging.warning(f"{path} has no corner tokens: their embeddings are random; train the model before using them")
         state[CORNER_TABLE] = own[CORNER_TABLE]
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
@@ -152,14 +157,12 @@ def _load_big_vision(model: nn.Module, path: str | Path) -> None:
     try:
         load_big_vision_weights(model, str(path))
     except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path}: big_vision's weights of another model ({first_line(error)}); check --model"
-        ) from error
+        raise ValueError(f"{path}: big_vision weights of another model ({first_line(error)}); check --model") from error
 
 
-def _listed(title: str, items: list[str], num_shown: int = 4) -> list[str]:
-    more = [f"    .. and {len(items) - num_shown:,} more"] if len(items) > num_shown else []
-    return [f"  {title}: {len(items):,}", *(f"    {item}" for item in items[:num_shown]), *more] if items else []
+def _listed(title: str, items: list[str]) -> list[str]:
+    more = [f"    .. and {len(items) - NUM_LISTED:,} more"] if len(items) > NUM_LISTED else []
+    return [f"  {title}: {len(items):,}", *(f"    {item}" for item in items[:NUM_LISTED]), *more] if items else []
 
 
 def _likely_reason(missing: list[str], unexpected: list[str], reshaped: list[str], shapes: dict) -> str:
@@ -167,25 +170,25 @@ def _likely_reason(missing: list[str], unexpected: list[str], reshaped: list[str
         if reshaped == [key] and not missing and not unexpected:
             (theirs, width), (ours, own_width) = shapes[key]
             if width == own_width:
-                return f"it has {theirs - ours:+d} corner tokens against the model's number (--num-corner-tokens)"
+                return f"it has {theirs - ours:+d} corner tokens compared with the model (--num-corner-tokens)"
     if any("visual_proj." in key for key in unexpected):
-        return "they are FLAIR's (--model flair-ViT-B-16)"
+        return "it has FLAIR's weights (--model flair-ViT-B-16)"
     if unexpected == [CORNER_TABLE] or (reshaped == [CORNER_TABLE] and not missing):
         return "another number of corner tokens (--num-corner-tokens)"
     if reshaped and set(reshaped) <= set(POSITION_TABLES) and not missing and not unexpected:
         return f"another context length (--context-length {shapes[reshaped[0]][0][0]})"
     if not shapes:
-        return f"wrong --model, or names of another format; tried as {_NAMES_TRIED}; {_OTHER_SOFTWARE}"
-    return "wrong --model, most likely"
+        return f"wrong --model, or tensor names of another format; tried as {_NAMES_TRIED}; {_OTHER_SOFTWARE}"
+    return "most likely a wrong --model"
 
 
 def load_pretrained_text(text: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
-    """Loads a pretrained encoder's weights into a text tower; the corners keep their random rows.
+    """Loads a pretrained encoder's weights into a text tower; the corners keep their random embeddings.
 
     Args:
         text: a `CornerHFText`.
-        state: of `hf_encoders.load_pretrained_encoder`.
-        name: for messages.
+        state: result of `hf_encoders.load_pretrained_encoder`.
+        name: name of the weights, for messages.
 
     Raises:
         ValueError: weights of another architecture.
@@ -201,18 +204,18 @@ def load_pretrained_text(text: nn.Module, state: dict[str, torch.Tensor], name: 
 
 
 def load_pretrained_image(trunk: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
-    """Loads timm weights into an image tower's trunk; the classifier among them is left out.
+    """Loads timm weights into an image tower's trunk, ignoring the classifier.
 
     Args:
-        trunk: of any timm model.
-        state: name -> tensor, as timm's own files have them.
-        name: for messages.
+        trunk: any timm model.
+        state: name -> tensor, with timm's names.
+        name: name of the weights, for messages.
 
     Raises:
         ValueError: weights of another architecture.
     """
     own = trunk.state_dict()
-    # timm's own converter, which also fits position tables to another image size.
+    # timm's own conversion, which also fits position tables to another image size.
     convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     classifier = trunk.pretrained_cfg.get("classifier") or ()
     heads = ("head", "fc", "classifier", *([classifier] if isinstance(classifier, str) else classifier))
@@ -229,15 +232,18 @@ def load_pretrained_image(trunk: nn.Module, state: dict[str, torch.Tensor], name
 def _renamed_in_order(
     state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], name: str
 ) -> dict[str, torch.Tensor]:
-    """Gives weights of the same architecture in other software their names here, or returns them as they are.
+    """Renames weights of the same architecture from other software by matching the tensors in order.
 
-    Both list the layers in the order of computation. The last part of each name (weight, running_mean, ..) and each
-    shape must agree; a classifier may follow.
+    Both sides list the layers in the order of computation. The last part of each name (weight, running_mean, ...) and
+    each shape must agree; a classifier may follow.
+
+    Returns:
+        The renamed weights, or `state` itself if the tensors do not match.
     """
     theirs = list(state.items())[: len(own)]
     kind = [(key.rpartition(".")[2], value.shape) for key, value in own.items()]
     if len(state) - len(own) in (0, 2) and [(key.rpartition(".")[2], value.shape) for key, value in theirs] == kind:
-        logging.warning(f"{name}: other names ({theirs[0][0]}, ..); its {len(own)} tensors fit the tower in order")
+        logging.warning(f"{name}: unknown names ({theirs[0][0]}, ...); its {len(own)} tensors match the tower in order")
         return {key: value for key, (_, value) in zip(own, theirs)}
     return state
 

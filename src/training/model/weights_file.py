@@ -1,7 +1,7 @@
-"""Reads weights files of any make as plain tensors, without running code from them.
+"""Reads weights files of many formats as plain tensors, without running code from them.
 
-A file is recognised by its content. What cannot be read is refused by one message that names the format found and how
-to convert it.
+The format is detected from the content. A file that can't be read is refused with a message that names the format found
+and how to convert it.
 """
 
 import argparse
@@ -20,16 +20,14 @@ from safetensors.torch import load_file
 
 from training.runtime.messages import first_line
 
-INDEX_SUFFIXES = (
-    ".safetensors.index.json",
-    ".bin.index.json",
-)  # of weights that transformers has split over several files
+# Index files of weights that transformers has split into several files.
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _TRIED = "safetensors, PyTorch (zip and legacy), TorchScript, big_vision's NumPy archive"
 _UNPACK = "unpack it and give the weights file inside"
-_FORMATS = (  # what a file begins with, what it is, what to do
+_FORMATS = (  # first bytes of a file, its format, what to do
     (b"version https://git-lfs", "a Git LFS pointer, not the weights themselves", "fetch them with: git lfs pull"),
     (b"\x89HDF", "an HDF5 file (Keras)", "load it in its own software and save the tensors as safetensors"),
-    (b"GGUF", "a GGUF file (llama.cpp)", "take the safetensors that it was made from"),
+    (b"GGUF", "a GGUF file (llama.cpp)", "use the safetensors file that it was converted from"),
     (b"\x93NUMPY", "a single NumPy array", "save a dict of tensors as safetensors"),
     (b"\x1f\x8b", "a gzip archive", _UNPACK),
     (b"\xfd7zXZ", "an xz archive", _UNPACK),
@@ -37,8 +35,9 @@ _FORMATS = (  # what a file begins with, what it is, what to do
     (b"7z\xbc\xaf", "a 7z archive", _UNPACK),
     (b"(\xb5/\xfd", "a zstd archive", _UNPACK),
 )
-_WEB_PAGE = "a web page, as download services send in place of a file"
-# Where checkpoints keep the weights. Averaged weights (EMA) come first, as in timm: they are what was evaluated.
+_WEB_PAGE = "a web page, such as download services send instead of a file"
+# Keys under which checkpoints store the weights. Averaged weights (EMA) come first, as in timm: results are usually
+# reported for them.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model", "module")
 _WRAPPING_MODULES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch.compile, FSDP
@@ -48,14 +47,14 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """Reads a weights file without running code from it.
 
     Args:
-        path: safetensors (one file, or the ``.index.json`` of several); a PyTorch file of plain tensors: a bare state
-            dict, or a checkpoint that holds one; a TorchScript archive (OpenAI's), whose tensors are read as data.
+        path: a safetensors file (or the ``.index.json`` of several); a PyTorch file of plain tensors, either a state
+            dict or a checkpoint that contains one; or a TorchScript archive (OpenAI's), whose tensors are read as data.
 
     Returns:
-        Name -> tensor on the CPU. Prefixes of DDP, FSDP, torch.compile and Lightning are taken off.
+        Name -> tensor on the CPU, without the prefixes of DDP, FSDP, torch.compile and Lightning.
 
     Raises:
-        ValueError: the file is broken, holds more than plain tensors, or no weights.
+        ValueError: the file is broken, contains more than plain tensors, or contains no weights.
     """
     path = Path(path)
     content = _read(path)
@@ -64,7 +63,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         if not found:
             break
         if found[0] in _AVERAGED and len(found) > 1:
-            logging.warning(f"{path}: its averaged weights are read ({found[0]}), not {found[1]}")
+            logging.warning(f"{path}: reading the averaged weights ({found[0]}), not {found[1]}")
         content = content[found[0]]
     tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
     if not tensors:
@@ -76,7 +75,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def is_big_vision(path: str | Path) -> bool:
-    """Whether a file is a NumPy archive of big_vision's SigLIP, whatever its name."""
+    """Whether a file is big_vision's NumPy archive of a SigLIP model, whatever its name."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -99,7 +98,7 @@ def _describe(content: object) -> str:
 
 
 def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Takes off what wrappers put before and between the names."""
+    """Removes the parts that wrappers add before and within the names."""
     if any(key.startswith("module.") for key in state):
         state.pop("n_averaged", None)  # torch's AveragedModel
     state = {".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES): v for key, v in state.items()}
@@ -129,9 +128,8 @@ def _read(path: Path) -> object:
             raise ValueError(
                 f"{path}: unknown format, begins with {head[:8]!r}; tried as {_TRIED}; convert it to safetensors"
             )
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # many trainers keep their flags beside the weights
+        # Many trainers store their flags, a Namespace, with the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: {_unsafe(error)}") from error
@@ -150,34 +148,34 @@ def _read(path: Path) -> object:
 def _unsafe(error: Exception) -> str:
     found = re.search(r"(?:GLOBAL|global) `?([a-z_]\w*\.[\w.]+)", str(error))
     return (
-        f"not a file of plain tensors ({found[1] if found else 'a pickle'} is in it), and nothing else is loaded, "
-        "as it could run code; where you trust it, convert it: safetensors.torch.save_file(model.state_dict(), "
+        f"not a file of plain tensors: it contains {found[1] if found else 'a pickle'}, which could run code and is "
+        "not loaded; if you trust the file, convert it: safetensors.torch.save_file(model.state_dict(), "
         "'model.safetensors')"
     )
 
 
 def _unusable(path: Path, head: bytes) -> str | None:
-    """What a file is that cannot hold weights for us, and what to do; None if it may."""
+    """Returns what an unsupported file is, and what to do; None if the file may contain weights."""
     if not head:
         return "an empty file (0 bytes); fetch it again"
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        return f"{_WEB_PAGE}; open the link in a browser, and fetch the file again"
+        return f"{_WEB_PAGE}; open the link in a browser and download the file again"
     for start, what, remedy in _FORMATS:
         if head.startswith(start):
             return f"{what}; {remedy}"
     if head[257:262] == b"ustar":
         return f"a tar archive; {_UNPACK}"
     if path.suffix == ".onnx":
-        return "an ONNX graph; take the PyTorch weights that it was exported from"
+        return "an ONNX graph; use the PyTorch weights that it was exported from"
     if path.suffix == ".msgpack":
         return "Flax weights; in transformers: from_pretrained(.., from_flax=True).save_pretrained(FOLDER)"
     if re.match(rb"\s*[{\[]", head):
-        return "a JSON text; give the weights file (.safetensors, .pt), or a folder with --model local-dir: or hf:"
+        return "a JSON file; give the weights file (.safetensors, .pt), or a folder with --model local-dir: or hf:"
     return None
 
 
 def _kind_of_zip(path: Path) -> str:
-    """``PyTorch``, ``TorchScript``, or a message about another zip."""
+    """Returns ``PyTorch``, ``TorchScript``, or a message about another kind of zip archive."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     ends = {name.partition("/")[2] for name in names}
@@ -186,8 +184,8 @@ def _kind_of_zip(path: Path) -> str:
     if names and all(name.endswith(".npy") for name in names):
         if any("img/" in name for name in names):
             return (
-                "big_vision's NumPy archive, which only open_clip's SigLIP models read: give --model ViT-B-16-SigLIP "
-                "or one of its kin, without --num-corner-tokens and --context-length"
+                "big_vision's NumPy archive, which only open_clip's SigLIP models can load: give --model "
+                "ViT-B-16-SigLIP or a similar one, without --num-corner-tokens and --context-length"
             )
         return "a NumPy archive (.npz); save its arrays as safetensors under the names of a state dict"
     return f"a zip archive of {len(names)} files ({', '.join(names[:3])}); {_UNPACK}"
@@ -197,12 +195,12 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
     try:
         files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not an index of weights files ('weight_map' is missing or broken)") from error
+        raise ValueError(f"{path}: not an index of weights files ('weight_map' is missing or invalid)") from error
     state = {}
     for name in files:
         part = path.parent / Path(name).name
         if not part.is_file():
-            raise ValueError(f"{path}: {part.name}, one of {len(files)} parts, is not there; fetch it")
+            raise ValueError(f"{path}: {part.name}, one of {len(files)} parts, is missing; download it")
         state |= _read(part)
     return state
 
@@ -219,11 +217,11 @@ _STORAGES = {
 
 
 class _Module:
-    """Stands for any module of a TorchScript archive: holds attributes, has no code."""
+    """Placeholder for the modules of a TorchScript archive: it stores attributes and has no code."""
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads a TorchScript archive's modules as holders of tensors; every name but those here is refused."""
+    """Reads the modules of a TorchScript archive as `_Module`; refuses every global that is not listed here."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(f"{root}/data.pkl"))
@@ -252,7 +250,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
-    """The parameters and buffers of a TorchScript archive; its code is not looked at."""
+    """Returns the parameters and buffers of a TorchScript archive; its code is never read."""
     with zipfile.ZipFile(path) as archive:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
         module = _TensorUnpickler(archive, root).load()

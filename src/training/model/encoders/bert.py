@@ -1,7 +1,7 @@
-"""BERT, RoBERTa and their kin: run through embeddings and encoder, whose interface has stayed the same.
+"""BERT, RoBERTa and similar encoders, run via their `embeddings` and `encoder` modules, whose interface is stable.
 
-Their last layer computes queries, and all that follows from them, only for the positions that are read. The other
-positions need keys and values alone, which saves nearly one layer's work.
+The last layer computes queries, and everything after attention, only for the positions whose output is used. All other
+positions need only keys and values, which saves nearly one layer's work.
 """
 
 import torch
@@ -16,7 +16,7 @@ from training.model.row_attention import RowMask, make_row_mask, row_places, row
 
 
 class Bert(EncoderFamily):
-    """BERT: positions count from 0, and a pooler is there."""
+    """BERT: positions start at 0, and there is a pooler."""
 
     model_types = ("bert",)
     default_pooler = "cls_pooler"
@@ -55,20 +55,20 @@ class Bert(EncoderFamily):
         return encoder.encoder.layer
 
     def places(self, row: Row) -> torch.Tensor:
-        """Returns the position of each token of a row in its caption, before `position_offset`: [1, budget]."""
+        """Returns the position of each token of a row within its caption, without `position_offset`: [1, budget]."""
         return row.positions
 
     def _start_row(self, encoder: nn.Module, row: Row, num_corners: int) -> tuple[torch.Tensor, RowMask]:
-        """Returns the embedded row [1, budget, width] and what its attention needs."""
+        """Returns the embedded row [1, budget, width] and its attention mask."""
         positions = self.places(row) + self.position_offset(encoder.config)
         hidden = encoder.embeddings(input_ids=row.ids, position_ids=positions)
-        # FlexAttention has no dropout.
+        # FlexAttention does not support dropout.
         has_dropout = encoder.training and encoder.config.attention_probs_dropout_prob > 0
         return hidden, make_row_mask(row, num_corners, hidden.dtype, encoder.attends_by_flex and not has_dropout)
 
 
 class Roberta(Bert):
-    """RoBERTa and its kin: positions count from padding's id + 1, and pass over padding."""
+    """RoBERTa and similar encoders: positions start at padding's id + 1, and padding is not counted."""
 
     model_types = ("roberta", "xlm-roberta", "camembert")
     default_pooler = EncoderFamily.default_pooler
@@ -101,8 +101,18 @@ def _all_layers_but_last(encoder: nn.Module, hidden: torch.Tensor, mask: object)
 def _last_layer(
     encoder: nn.Module, read: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor, slots: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """BERT's last layer at the positions of `read` [n, k, width], which look at `hidden`: [n, seq_len, width], or
-    [budget, width] with `slots` [n, seq_len] that say where in it each one's tokens are; mask [n, 1, k, seq_len]."""
+    """Computes BERT's last layer for some positions only.
+
+    Args:
+        encoder: a BERT-like encoder.
+        read: hidden states of these positions, the queries, [n, k, width].
+        hidden: hidden states of all tokens, the keys and values: [n, seq_len, width], or [budget, width] with `slots`.
+        mask: additive, [n, 1, k, seq_len].
+        slots: for packed captions, the index in `hidden` of each caption's tokens, [n, seq_len].
+
+    Returns:
+        [n, k, width].
+    """
     layer = encoder.encoder.layer[-1]
     attention = layer.attention.self
 

@@ -1,8 +1,8 @@
-"""What a family of Hugging Face encoders has to say to become a text tower with corner tokens.
+"""The interface of a family of Hugging Face encoders that can be a text tower with corner tokens.
 
-A family is one file in this folder that assigns ``FAMILIES``; it is found here, and nowhere else. The encoders' own
-`forward` builds its attention mask in ways that change from release to release (transformers 4 takes a 3-D mask and
-refuses a 4-D one, 5 the reverse), so a family runs its encoder under a mask of ours.
+A family is one file in this folder that assigns ``FAMILIES``; no other registration is needed. How the encoders'
+`forward` builds its attention mask changes between releases of transformers, so a family runs its encoder with our own
+mask.
 """
 
 import functools
@@ -19,14 +19,14 @@ from training.model.packing import Row
 
 
 class EncoderFamily:
-    """One family; `run` and `layers` have to be given.
+    """A family of encoders; subclasses must define `run` and `layers`.
 
     Attributes:
-        model_types: of the encoder's config.
-        default_pooler: one of `hf_encoders.POOLERS`, where a model config names none.
-        has_pooler: the encoder may end in BERT's pooler (``add_pooling_layer``).
-        packs_rows: captions may stand one after another in a row; needs `run_on_row`.
-        shows_attention: its layers have their keys at ``attention.self.key``, where `attention` looks.
+        model_types: values of ``model_type`` in the encoder's config.
+        default_pooler: one of `hf_encoders.POOLERS`, used if a model config names none.
+        has_pooler: the encoder can end in BERT's pooler (``add_pooling_layer``).
+        packs_rows: captions can be packed in a row; needs `run_on_row`.
+        shows_attention: the layers compute keys in ``attention.self.key``, which `model.attention` relies on.
     """
 
     model_types: tuple[str, ...] = ()
@@ -40,13 +40,13 @@ class EncoderFamily:
         return 0
 
     def prepare(self, encoder: nn.Module) -> None:
-        """Changes what has to be changed in an encoder that was just built."""
+        """Adapts an encoder that has just been built, in place."""
 
     def run(self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        """Runs an encoder under an attention mask.
+        """Runs an encoder with an attention mask.
 
         Args:
-            encoder: of `hf_encoders.build_encoder`.
+            encoder: from `hf_encoders.build_encoder`.
             ids: [batch, seq_len] int64.
             allowed: [batch, seq_len, seq_len] bool, (query, key).
 
@@ -58,11 +58,11 @@ class EncoderFamily:
     def first_states(
         self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor, num_first: int
     ) -> torch.Tensor:
-        """As `run`, of the first positions alone: [batch, num_first, width]."""
+        """Returns the same as `run`, for the first positions only: [batch, num_first, width]."""
         return self.run(encoder, ids, allowed)[:, :num_first]
 
     def run_on_row(self, encoder: nn.Module, row: Row, num_corners: int) -> torch.Tensor:
-        """Runs an encoder on captions that stand in one row, each under the corner rule.
+        """Runs an encoder on captions packed in one row, with the corner tokens' mask for each.
 
         Args:
             encoder: after `row_attention.let_attend_in_rows`.
@@ -75,7 +75,7 @@ class EncoderFamily:
         raise NotImplementedError
 
     def first_states_in_row(self, encoder: nn.Module, row: Row, num_corners: int, num_first: int) -> torch.Tensor:
-        """As `run_on_row`, of the first positions of each caption alone: [n, num_first, width]."""
+        """Returns the same as `run_on_row`, for the first positions of each caption only: [n, num_first, width]."""
         raise NotImplementedError
 
     def layers(self, encoder: nn.Module) -> Sequence[nn.Module]:
@@ -83,16 +83,16 @@ class EncoderFamily:
         raise NotImplementedError
 
     def after_layers(self, encoder: nn.Module) -> list[nn.Module]:
-        """Returns the parts between the last layer and the pooler."""
+        """Returns the modules between the last layer and the pooler."""
         return []
 
 
 @functools.cache
 def families() -> dict[str, EncoderFamily]:
-    """Imports every file of this folder that assigns ``FAMILIES``; returns model type -> family.
+    """Imports the families from all files of this folder; returns model type -> family.
 
     Raises:
-        ValueError: two families have one model type.
+        ValueError: two families have the same model type.
     """
     found: dict[str, EncoderFamily] = {}
     for path in sorted(path for place in folder.__path__ for path in Path(place).glob("*.py")):
@@ -110,7 +110,7 @@ def family_of(encoder: nn.Module | PretrainedConfig) -> EncoderFamily:
     """Returns the family of an encoder or of its config.
 
     Raises:
-        ValueError: none takes this model type.
+        ValueError: no family supports this model type.
     """
     model_type = getattr(encoder, "config", encoder).model_type
     if model_type not in families():

@@ -1,4 +1,4 @@
-"""ModernBERT: rotary positions, and layers that see all or a window around each position."""
+"""ModernBERT: rotary positions, and layers that attend to all tokens or to a window around each position."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from training.model.encoders.family import EncoderFamily
 
 
 class ModernBert(EncoderFamily):
-    """ModernBERT: every third layer sees all, the others a window."""
+    """ModernBERT: every third layer attends to all tokens, the others to a window."""
 
     model_types = ("modernbert",)
     default_pooler = "cls_last_hidden_state_pooler"
