@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 
-# Lowest first: a file imports only from its own folder and from folders on lower floors.
-FLOORS = [
+# Lowest first: a file imports only from its own folder and from folders of lower layers.
+LAYERS = [
     {"dataloaders", "training.runtime"},
     {"training.data", "training.loss"},
     {"training.flags"},
@@ -49,12 +49,12 @@ def folder_of(module: str) -> str:
 
 
 def test_imports_point_down():
-    floor_of = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
+    layer_of = {folder: number for number, folders in enumerate(LAYERS) for folder in folders}
     known = modules()
     for module, path in known.items():
         for other in imports_of(path, known):
             mine, its = folder_of(module), folder_of(other)
-            assert mine == its or floor_of[its] < floor_of[mine], f"{module} imports {other}, which is not below it"
+            assert mine == its or layer_of[its] < layer_of[mine], f"{module} imports {other}, which is not below it"
 
 
 # Imported where they are asked for, and named by a message where they are not installed.

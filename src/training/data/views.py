@@ -21,8 +21,29 @@ Options are in parentheses, separated by commas:
 
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-NAMES = ("raw", "short", "long", "first-sentence", "long-without-first", "sentences")
+
+class _Kind(NamedTuple):
+    """A kind of view.
+
+    Attributes:
+        uses_long: it is made from a long caption.
+        corners: its corner tokens have a loss, unless the entry says otherwise.
+    """
+
+    uses_long: bool
+    corners: bool
+
+
+KINDS = {
+    "raw": _Kind(uses_long=False, corners=False),
+    "short": _Kind(uses_long=False, corners=False),
+    "long": _Kind(uses_long=True, corners=True),
+    "first-sentence": _Kind(uses_long=True, corners=False),
+    "long-without-first": _Kind(uses_long=True, corners=True),
+    "sentences": _Kind(uses_long=False, corners=True),  # made from a long caption if its pool is one, see `View`
+}
 POOLS = ("raw", "short", "long", "long-without-first", "all")
 _ENTRY_END = re.compile(r",(?![^()]*\))")
 _VIEW = re.compile(r"([a-z-]+)\s*(?:\(([^()]*)\))?")
@@ -34,7 +55,7 @@ class View:
     """One text of a sample.
 
     Attributes:
-        name: one of `NAMES`.
+        name: one of `KINDS`.
         least, most: range of the number of sentences; None as `most` means all.
         pool: source of the sentences, one of `POOLS`.
         order: ``ordered``, ``any``, or ``either``, which draws one of both for each text.
@@ -53,9 +74,7 @@ class View:
     @property
     def uses_long(self) -> bool:
         """Whether the view is made from a long caption."""
-        return self.name in ("long", "first-sentence", "long-without-first") or (
-            self.name == "sentences" and self.pool in ("long", "long-without-first")
-        )
+        return KINDS[self.name].uses_long or (self.name == "sentences" and self.pool in ("long", "long-without-first"))
 
 
 @dataclass(frozen=True)
@@ -117,8 +136,8 @@ def _entry(text: str) -> Entry:
     views, options = [], {}
     for part in body.split("|"):
         match = _VIEW.fullmatch(part.strip())
-        if not match or match[1] not in NAMES:
-            raise ValueError(f"{part.strip()!r}: expected one of {', '.join(NAMES)}")
+        if not match or match[1] not in KINDS:
+            raise ValueError(f"{part.strip()!r}: expected one of {', '.join(KINDS)}")
         view, more = _view(match[1], [word.strip() for word in (match[2] or "").split(",") if word.strip()])
         views.append(view)
         options |= more
@@ -126,7 +145,7 @@ def _entry(text: str) -> Entry:
         raise ValueError(f"{text!r}: share= needs several views, separated by |")
     if not any(view.share for view in views):
         raise ValueError(f"{text!r}: expected a share above 0")
-    corners = options.pop("corners", any(view.name not in ("raw", "short", "first-sentence") for view in views))
+    corners = options.pop("corners", any(KINDS[view.name].corners for view in views))
     name = "-or-".join(view.name for view in views)
     return Entry(name, tuple(views), int(count) if star else 1, corners=corners, **options)
 
