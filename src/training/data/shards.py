@@ -92,7 +92,7 @@ class ShardSource:
 
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
-        return _fingerprint("shards 2", _names(self.urls), self.sizes, self.seed, self.window, self.lanes)
+        return _fingerprint("shards 3", _names(self.urls), self.sizes, self.seed, self.window, self.lanes)
 
     def _in_order(self, order, ends, start, stop) -> Iterator[RawSample | BrokenShardError]:
         for place in range(bisect_right(ends, start), len(order)):
@@ -151,7 +151,7 @@ class ResampledShards:
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
         order = self.seed, self.window, self.lanes
-        return _fingerprint("resampled 3", _names(self.urls), self.factors, self.num_samples, *order)
+        return _fingerprint("resampled 4", _names(self.urls), self.factors, self.num_samples, *order)
 
     def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample | BrokenShardError]:
         """Yields what one draw after another gives, without the first `skip` items, which are not read if sizes are

@@ -138,14 +138,14 @@ def _add_more_data_args(group: argparse._ArgumentGroup) -> None:
         type=positive,
         default=SHUFFLE_WINDOW,
         metavar="N",
-        help="number of samples of shards that a loader process shuffles together (default: %(default)s)",
+        help="number of samples that a loader process holds and shuffles, from shards (default: %(default)s)",
     )
     group.add_argument(
         "--shuffle-shards",
         type=positive,
         default=SHUFFLE_SHARDS,
         metavar="N",
-        help="number of shards that a loader process reads at once (default: %(default)s)",
+        help="number of shards that a loader process reads side by side (default: %(default)s)",
     )
 
 
