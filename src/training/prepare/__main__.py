@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        Exit code: 0 done, 1 failed on some data, 2 the command can't be run as it stands, 130 Ctrl-C.
+        Exit code: 0: done; 1: failed on some data; 2: usage error; 130: Ctrl-C.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog} {args.command}: error: {error}\n")
     except OSError as error:  # a full disk, a lost mount
-        print(f"{parser.prog} {args.command}: {error}; the same command goes on from here", file=sys.stderr)
+        print(f"{parser.prog} {args.command}: {error}; the same command continues from here", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from here", file=sys.stderr)
         return 130
 
 

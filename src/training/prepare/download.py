@@ -1,7 +1,7 @@
-"""`prepare download`: the images of caption tables into shards, fetched by img2dataset, and what became of each.
+"""`prepare download`: fetches the images of caption tables into shards with img2dataset, and counts the failures.
 
-img2dataset runs as a command of its own. It asks for another webdataset than we do, so it may live in another
-environment, and on a cluster it often does.
+img2dataset runs as a separate command. It needs another version of webdataset than this project, so it may be installed
+in another environment; on a cluster it often is.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from training.prepare.work import format_counts, load_json, progress, write_json
 from training.runtime.messages import first_line
 
 STATE = ".download"
-# Fewer kinds than messages: addresses and numbers in them differ.
+# (pattern in a message, kind of failure): messages differ in addresses and numbers, so they are grouped into kinds.
 FAILURE_KINDS = (
     (r"HTTP Error (\d+)", r"HTTP \1"),
     (r"timed? ?out", "timed out"),
@@ -43,11 +43,11 @@ FAILURE_KINDS = (
 
 @dataclass(frozen=True)
 class Tables:
-    """What is to be fetched.
+    """The caption tables whose images are fetched.
 
     Attributes:
-        path: Parquet file, or folder of them.
-        sizes: rows of each file.
+        path: Parquet file, or folder of Parquet files.
+        sizes: number of rows of each file.
         captions: caption columns.
     """
 
@@ -56,12 +56,12 @@ class Tables:
     captions: tuple[str, ...]
 
     def num_shards(self, per_shard: int) -> int:
-        """img2dataset begins a new shard with each table."""
+        """Returns the number of shards; img2dataset begins a new shard with each table."""
         return sum(-(-size // per_shard) for size in self.sizes)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns 0 if every shard is there and whole, else 1."""
+    """Runs the command; returns 0 if every shard is there and complete, else 1."""
     tables = read_tables(Path(args.tables))
     out = Path(args.out)
     words = command_line(tables, args)
@@ -72,16 +72,16 @@ def run(args: argparse.Namespace) -> int:
     settings |= {"image_size": args.image_size, "resize_mode": args.resize_mode}
     known = load_json(out / STATE / "settings.json")
     if known not in (None, settings):
-        raise ValueError(f"--out {out}: begun from other tables or with other sizes; take another folder")
+        raise ValueError(f"--out {out}: begun from other tables or with other sizes; name another folder")
     if not args.check_only:
         words[0] = _find_engine(words)
         write_json(out / STATE / "settings.json", settings)
-        (out / "sizes.json").unlink(missing_ok=True)  # img2dataset takes every .json there for one of its own
+        (out / "sizes.json").unlink(missing_ok=True)  # img2dataset would read it as one of its own .json files
         code = subprocess.run(words, check=False, env=_engine_environment(words[0])).returncode
         if code:
             print(f"img2dataset ended with exit code {code}", file=sys.stderr)
     report = check(out, tables, args.samples_per_shard)
-    if not args.check_only:  # img2dataset writes in the order of arrival
+    if not args.check_only:  # img2dataset writes samples in the order in which they arrive
         whole = [out / name for name in report["sizes"]]
         list(progress(map(order_shard, whole), len(whole), "ordering", "shard"))
     write_json(out / STATE / "report.json", report)
@@ -93,16 +93,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_tables(path: Path) -> Tables:
-    """Reads the size and columns of tables written by `tables`.
+    """Reads the sizes and columns of tables written by `tables`.
 
     Raises:
-        FileNotFoundError, ValueError: not there, or no such tables.
+        FileNotFoundError, ValueError: the path doesn't exist, or is not such a table.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{path}: no *.parquet in this folder; it is made by: python -m training.prepare tables")
+        raise ValueError(f"{path}: no *.parquet in this folder; make some with python -m training.prepare tables")
     try:
         metadata = [pq.read_metadata(file) for file in files]
     except pa.ArrowInvalid as error:
@@ -116,7 +116,7 @@ def read_tables(path: Path) -> Tables:
 def command_line(tables: Tables, args: argparse.Namespace) -> list[str]:
     """Returns img2dataset's command line.
 
-    The raw caption becomes its ``.txt`` and ``caption``; the others stay under their names in the ``.json``.
+    The raw caption is written to the ``.txt`` and under ``caption``; other captions keep their names in the ``.json``.
     """
     values = {
         "url_list": tables.path,
@@ -146,35 +146,38 @@ def command_line(tables: Tables, args: argparse.Namespace) -> list[str]:
 
 
 def _engine_environment(command: str) -> dict[str, str]:
-    """Spark starts its workers with a Python of its own choice; they need the one that has img2dataset."""
+    """Returns the environment for img2dataset.
+
+    Spark chooses the Python of its workers itself; this makes it use the one that has img2dataset.
+    """
     beside = Path(command).parent / "python"
     return ({"PYSPARK_PYTHON": str(beside.absolute())} if beside.exists() else {}) | dict(os.environ)
 
 
 def _find_engine(words: list[str]) -> str:
-    """Path of the command: as named, on PATH, or beside the interpreter that runs us."""
+    """Returns the path of the command: as named, on PATH, or beside the current Python interpreter."""
     beside = Path(sys.executable).parent / words[0]
     found = shutil.which(words[0]) or (str(beside) if beside.is_file() else None)
     if not found:
         raise FileNotFoundError(
-            f"--img2dataset {words[0]}: no such command. In an environment of its own: python -m venv img2dataset && "
-            f"img2dataset/bin/pip install img2dataset, then --img2dataset img2dataset/bin/img2dataset. "
-            f"It would be called so: {shlex.join(words)}"
+            f"--img2dataset {words[0]}: no such command. Install it in a separate environment: "
+            "python -m venv img2dataset && img2dataset/bin/pip install img2dataset, then add "
+            f"--img2dataset img2dataset/bin/img2dataset. The command would be: {shlex.join(words)}"
         )
     return found
 
 
 def check(out: Path, tables: Tables, per_shard: int) -> dict:
-    """Compares what is there with what was asked for.
+    """Compares the shards in a folder with the tables they were fetched for.
 
     Args:
         out: folder of the shards.
-        tables: what was asked for.
-        per_shard: rows of a shard.
+        tables: the tables.
+        per_shard: number of rows per shard.
 
     Returns:
-        Counts of rows and failures by kind, shards that are missing or not what img2dataset says of them, and under
-        ``sizes`` the samples of each whole shard.
+        Counts of rows and failures by kind; shards that are missing, broken, or have another size than img2dataset
+        reports; and under ``sizes`` the number of samples of each complete shard.
     """
     names = [f"{number:05d}" for number in range(tables.num_shards(per_shard))]
     report: dict = {"rows": sum(tables.sizes), "images": 0, "failed": 0, "shards": len(names)}
@@ -202,7 +205,7 @@ def check(out: Path, tables: Tables, per_shard: int) -> dict:
 
 
 def _look_at(out: Path, name: str) -> tuple[dict | None, int, str | None]:
-    """Returns (img2dataset's counts, samples in the shard, why it is not whole)."""
+    """Returns (img2dataset's counts, number of samples in the shard, why it is not complete)."""
     stats = load_json(out / f"{name}_stats.json")
     if not isinstance(stats, dict):
         return None, 0, None
@@ -214,7 +217,7 @@ def _look_at(out: Path, name: str) -> tuple[dict | None, int, str | None]:
 
 
 def failure_kind(message: str) -> str:
-    """A short name for the reason why an image was not fetched."""
+    """Returns a short name for the reason why an image was not fetched."""
     for pattern, kind in FAILURE_KINDS:
         found = re.search(pattern, message, re.IGNORECASE)
         if found:
@@ -223,7 +226,7 @@ def failure_kind(message: str) -> str:
 
 
 def describe(report: dict) -> str:
-    """The counts for a terminal."""
+    """Returns the counts as text for the terminal."""
     lines = [f"{report['images']:,} images of {report['rows']:,} rows in {report['shards']:,} shards"]
     lines.append(f"not fetched: {format_counts(report['failures'])}")
     if report["missing_shards"]:

@@ -1,6 +1,6 @@
-"""Vision-language models behind one method: images and a prompt in, one text each out.
+"""Vision-language models behind one method, which returns a text for each image and a prompt.
 
-Both engines decode greedily, so that the same model gives the same captions.
+Both engines decode greedily, so the same model gives the same captions.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from PIL import Image
 
 from training.runtime.messages import first_line
 
-# What each is for is said in TRAIN_DATASETS.md; how the published captions were asked for is not published with them.
+# TRAIN_DATASETS.md describes the use of each prompt. The prompts of the published captions are not published.
 PROMPTS = {
     "detailed": "Describe the image in detail.",
     "short": "Describe the image in one sentence.",
@@ -25,11 +25,11 @@ PROMPTS = {
 
 
 class Generated(NamedTuple):
-    """What a model wrote.
+    """The answer of a model.
 
     Attributes:
-        text: without special tokens.
-        complete: it came to an end by itself, before the most tokens it was allowed.
+        text: the text without special tokens.
+        complete: the model ended the text itself, before the maximum number of tokens.
     """
 
     text: str
@@ -37,16 +37,16 @@ class Generated(NamedTuple):
 
 
 class Engine(Protocol):
-    """What `recaption` needs of a model.
+    """A model for `recaption`.
 
     Attributes:
-        batch_size: images it works well with at once.
+        batch_size: default number of images per call of `caption`.
     """
 
     batch_size: int
 
     def caption(self, images: Sequence[Image.Image], prompt: str) -> list[Generated]:
-        """Answers the prompt for each RGB image."""
+        """Returns the answer to the prompt for each RGB image."""
 
 
 def make_engine(
@@ -61,21 +61,21 @@ def make_engine(
     """Loads a model.
 
     Args:
-        name: ``vllm``, ``transformers``, or ``auto``: the first if it is installed.
-        vlm: folder or hub name.
-        max_tokens: most tokens of a caption.
-        device: for transformers; None takes a GPU if there is one.
-        tensor_parallel: GPUs that share one model, with vLLM.
-        cache_dir: where downloads are kept.
-        vllm_args: more arguments of `vllm.LLM`.
+        name: ``vllm``, ``transformers``, or ``auto`` for vLLM if it is installed and transformers otherwise.
+        vlm: folder, or name on the hub.
+        max_tokens: maximum number of tokens of a caption.
+        device: device for transformers; None means a GPU if there is one.
+        tensor_parallel: number of GPUs that share one model, with vLLM.
+        cache_dir: folder for downloads.
+        vllm_args: further arguments of `vllm.LLM`.
 
     Raises:
-        FileNotFoundError: no such model, or it is not one that reads images.
-        ValueError: vLLM is asked for and not installed, or can't be run so.
+        FileNotFoundError: there is no such model, or it doesn't read images.
+        ValueError: vLLM is needed and not installed, or can't run with these arguments.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
-        raise ValueError("--engine vllm: not installed; pip install vllm, or take --engine transformers")
+        raise ValueError("--engine vllm: not installed; pip install vllm, or use --engine transformers")
     if name == "vllm" or (name == "auto" and installed):
         return VllmEngine(vlm, max_tokens, tensor_parallel, cache_dir, vllm_args or {})
     if tensor_parallel > 1:
@@ -86,7 +86,7 @@ def make_engine(
 
 
 def own_device(device: str | None) -> torch.device:
-    """The device of this process: with several on one machine each takes its own GPU."""
+    """Returns the device of this process; several processes on one machine use different GPUs."""
     if device or not torch.cuda.is_available():
         return torch.device(device or "cpu")
     rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
@@ -94,16 +94,16 @@ def own_device(device: str | None) -> torch.device:
 
 
 class TransformersEngine:
-    """Any model of `AutoModelForImageTextToText`: InstructBLIP, LLaVA, Qwen-VL, InternVL, ..
+    """Any model of `AutoModelForImageTextToText`, such as InstructBLIP, LLaVA, Qwen-VL or InternVL.
 
     Args:
-        vlm: folder or hub name; code that lies there is not run.
-        max_tokens: most tokens of a caption.
-        device: None takes a GPU if there is one.
-        cache_dir: where downloads are kept.
+        vlm: folder, or name on the hub; code in it is not executed.
+        max_tokens: maximum number of tokens of a caption.
+        device: None means a GPU if there is one.
+        cache_dir: folder for downloads.
 
     Raises:
-        FileNotFoundError: no such model, or none that reads images.
+        FileNotFoundError: there is no such model, or it doesn't read images.
     """
 
     batch_size = 32
@@ -124,14 +124,14 @@ class TransformersEngine:
         self.model = model.to(self.device).eval()
         self.dtype, self.max_tokens = dtype, max_tokens
         self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"  # what is written must follow the prompt at once
+        self.tokenizer.padding_side = "left"  # the answer must follow the prompt directly
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         ends = model.generation_config.eos_token_id
         self.end_ids = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
 
     def caption(self, images: Sequence[Image.Image], prompt: str) -> list[Generated]:
-        """As `Engine.caption`."""
+        """Returns the answers for the images; see `Engine.caption`."""
         text = self._with_image(prompt)
         inputs = self.processor(images=list(images), text=[text] * len(images), return_tensors="pt", padding=True)
         inputs = inputs.to(self.device, self.dtype)
@@ -143,7 +143,7 @@ class TransformersEngine:
                 num_beams=1,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
-        # Most models give the prompt back first, some only what they wrote.
+        # Most models return the prompt before their answer, some only the answer.
         length = inputs["input_ids"].shape[1]
         if ids.shape[1] >= length and torch.equal(ids[:, :length], inputs["input_ids"]):
             ids = ids[:, length:]
@@ -151,44 +151,45 @@ class TransformersEngine:
         return [Generated(text.strip(), self._has_end(row)) for text, row in zip(texts, ids.tolist())]
 
     def _has_end(self, row: list[int]) -> bool:
-        """The first token may be a start that looks like an end (OPT's does)."""
+        """Tells whether the model ended the text. OPT's start token equals its end token, so the first is ignored."""
         nothing = set(row) <= self.end_ids | {self.tokenizer.pad_token_id}
         return nothing or any(token in self.end_ids for token in row[1:])
 
     def _with_image(self, prompt: str) -> str:
-        """The prompt in the model's own form."""
+        """Returns the prompt in the model's own format."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
             turns = [{"role": "user", "content": content}]
             return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         if "Blip" in type(self.processor).__name__:
-            return prompt  # it puts its image tokens in by itself
+            return prompt  # the processor inserts the image tokens itself
         token = getattr(self.processor, "image_token", None)
         return f"{token}\n{prompt}" if token else prompt
 
 
 class VllmEngine:
-    """A model under vLLM, which batches by itself and may spread one model over several GPUs.
+    """A model in vLLM, which makes its own batches and can spread one model over several GPUs.
 
     Args:
-        vlm: folder or hub name.
-        max_tokens: most tokens of a caption.
-        tensor_parallel: GPUs that share the model.
-        cache_dir: where downloads are kept.
-        vllm_args: more arguments of `vllm.LLM`; they go before what is set here.
+        vlm: folder, or name on the hub.
+        max_tokens: maximum number of tokens of a caption.
+        tensor_parallel: number of GPUs that share the model.
+        cache_dir: folder for downloads.
+        vllm_args: further arguments of `vllm.LLM`; they override the ones set here.
 
     Raises:
-        ValueError: started by torchrun, whose process group vLLM would take for its own.
+        ValueError: vLLM can't load the model, or the process was started by torchrun, whose process group vLLM would
+            use as its own.
     """
 
-    batch_size = 512  # vLLM makes its own batches out of these, 256 at a time by default
+    batch_size = 512  # vLLM makes its own batches of these, by default 256
 
     def __init__(
         self, vlm: str, max_tokens: int, tensor_parallel: int, cache_dir: str | None, vllm_args: Mapping[str, Any]
     ):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
-                "--engine vllm under torchrun: start one process per model with srun or a SLURM array instead, or by "
+                "--engine vllm under torchrun: start one process per model instead, with srun, a SLURM array, or by "
                 "hand with CUDA_VISIBLE_DEVICES and --shard-range"
             )
         from vllm import LLM, SamplingParams
@@ -206,7 +207,7 @@ class VllmEngine:
         self.sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
 
     def caption(self, images: Sequence[Image.Image], prompt: str) -> list[Generated]:
-        """As `Engine.caption`."""
+        """Returns the answers for the images; see `Engine.caption`."""
         conversations = [
             [
                 {

@@ -1,4 +1,4 @@
-"""Flags of `python -m training.prepare`. Imports nothing heavy, so that --help answers at once."""
+"""Flags of `python -m training.prepare`. This module imports nothing heavy, so that --help is fast."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from training.flags.types import json_object, names, not_negative, positive, pos
 COMMANDS = {
     "tables": "clean published caption tables into Parquet parts",
     "download": "fetch the images of such parts into shards, with img2dataset",
-    "join": "add captions of tables to shards that are there",
+    "join": "add captions from tables to existing shards",
     "inspect": "statistics of a shard set, and a page of samples to look at",
     "recaption": "write long captions for images in shards with a vision-language model",
 }
@@ -21,7 +21,7 @@ From caption tables and images to training shards. See TRAIN_DATASETS.md.
   python -m training.prepare join data/cc3m-tables --shards data/own --out data/own-captioned
   python -m training.prepare recaption data/own --out data/own-captioned --caption long_caption=detailed --vlm FOLDER
 
-A command that was killed goes on when it is run again. What is whole on disk is not made again.
+If a command was killed, run it again: it continues, and does not repeat what is complete on disk.
 """
 
 
@@ -53,58 +53,69 @@ def _workers(parser: argparse.ArgumentParser, most: int = 64) -> None:
 
 
 def add_tables_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of `tables`."""
+    """Adds the flags of `tables`."""
     parser.add_argument("tables", nargs="+", metavar="IN", help=".csv, .tsv or .parquet tables, or folders of them")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for part-*.parquet and summary.json")
-    parser.add_argument("--summary", metavar="FILE", help="a further place for the summary")
-    parser.add_argument("--url-column", metavar="COL", help="image URLs (default: Image Path, url, URL, image_url)")
+    parser.add_argument("--summary", metavar="FILE", help="write the summary to this file as well")
     parser.add_argument(
-        "--key-column", metavar="COL", help="keys (default: key; made from the URL where there is none)"
+        "--url-column", metavar="COL", help="column of image URLs (default: Image Path, url, URL, image_url)"
     )
     parser.add_argument(
-        "--raw-column", metavar="COL", help="raw captions (default: raw_caption, org_caption, caption, TEXT)"
+        "--key-column", metavar="COL", help="column of keys (default: key; without one, keys are made from URLs)"
+    )
+    parser.add_argument(
+        "--raw-column", metavar="COL", help="column of raw captions (default: raw_caption, org_caption, caption, TEXT)"
     )
     parser.add_argument(
         "--long-columns",
         type=names,
         metavar="COL[=NAME],..",
-        help="long captions, and names to write them under (default: the published names, vlm_caption, re_caption)",
+        help="columns of long captions, and names to write them under (default: the published names, vlm_caption, "
+        "re_caption)",
     )
     parser.add_argument(
-        "--short-columns", type=names, metavar="COL[=NAME],..", help="the same of short ones (default: published names)"
-    )
-    parser.add_argument("--separator", metavar="C", help="of .csv and .tsv tables (default: a comma; a tab in .tsv)")
-    parser.add_argument("--no-quotes", action="store_true", help="quotes are plain characters, as in many .tsv")
-    parser.add_argument(
-        "--keep-cut-off", action="store_true", help="leave unfinished last sentences of long captions where they are"
+        "--short-columns",
+        type=names,
+        metavar="COL[=NAME],..",
+        help="columns of short captions, likewise (default: the published names)",
     )
     parser.add_argument(
-        "--keep-without-long", action="store_true", help="keep rows that have a raw or short caption only"
+        "--separator", metavar="C", help="separator of .csv and .tsv tables (default: a comma; a tab in .tsv)"
     )
     parser.add_argument(
-        "--rows-per-part", type=positive, default=100_000, metavar="N", help="rows of a chunk (default: %(default)s)"
+        "--no-quotes", action="store_true", help="read quotes as plain characters, as many .tsv files need it"
     )
-    _workers(parser, most=8)  # together under 2 GB
+    parser.add_argument(
+        "--keep-cut-off", action="store_true", help="do not remove unfinished last sentences of long captions"
+    )
+    parser.add_argument(
+        "--keep-without-long", action="store_true", help="keep rows that have only a raw or short caption"
+    )
+    parser.add_argument(
+        "--rows-per-part", type=positive, default=100_000, metavar="N", help="rows per chunk (default: %(default)s)"
+    )
+    _workers(parser, most=8)  # they use less than 2 GB together
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", metavar="DIR", help="folder for the new shards, under their old names, and sizes.json")
     where.add_argument(
-        "--in-place", action="store_true", help="write over the shards; each is replaced when it is whole"
+        "--in-place", action="store_true", help="overwrite the shards; each is replaced when its new file is complete"
     )
     parser.add_argument("--summary", metavar="FILE", help="write the counts as JSON")
     parser.add_argument(
         "--shard-range",
         metavar="A:B",
-        help="only the shards number A to B - 1 (jobs of a SLURM array and processes of srun share all by themselves)",
+        help="only shards number A to B - 1 (the jobs of a SLURM array and the processes of srun divide the shards "
+        "among themselves without this)",
     )
 
 
 def add_join_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of `join`."""
+    """Adds the flags of `join`."""
     parser.add_argument(
-        "tables", nargs="+", metavar="IN", help="Parquet tables, or folders of them, as `tables` writes"
+        "tables", nargs="+", metavar="IN", help="Parquet tables, or folders of them, as `tables` writes them"
     )
     parser.add_argument(
         "--shards", required=True, metavar="SHARDS", help="as --train-data: a folder, 'data/{0..9}.tar'"
@@ -113,56 +124,61 @@ def add_join_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--match",
         choices=("url", "key"),
-        help="url: the same in table and JSON; key: the table's is the sample's name or the JSON's key "
-        "(default: url if the first samples have one)",
+        help="url: match the url in table and JSON; key: match the table's key with the sample's name or the JSON's "
+        "key (default: url if the first samples have one)",
     )
     parser.add_argument(
         "--columns", type=names, metavar="COL,..", help="captions to add (default: all columns of text)"
     )
-    parser.add_argument("--keep-existing", action="store_true", help="leave captions that samples have as they are")
+    parser.add_argument("--keep-existing", action="store_true", help="never overwrite captions that samples have")
     parser.add_argument(
         "--samples-per-pass",
         type=positive,
         default=300_000,
         metavar="N",
-        help="samples whose captions are held in memory, about 3 KB each (default: %(default)s)",
+        help="number of samples whose captions are kept in memory, about 3 KB each (default: %(default)s)",
     )
     _workers(parser)
 
 
 def add_inspect_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of `inspect`."""
+    """Adds the flags of `inspect`."""
     parser.add_argument("shards", metavar="SHARDS", help="as --train-data: a folder, 'data/{0..9}.tar', URLs, A::B")
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for inspect.json, inspect.png, samples.html"
     )
     parser.add_argument(
-        "--model", default="lotlip_bert-ViT-B-16", metavar="NAME", help="whose tokenizer counts (default: %(default)s)"
+        "--model",
+        default="lotlip_bert-ViT-B-16",
+        metavar="NAME",
+        help="model whose tokenizer counts tokens (default: %(default)s)",
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="where its files are, as in training.main")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the model's files, as in training.main")
     parser.add_argument(
         "--context-lengths",
         type=positive_numbers,
         default="77,128,248,512",
         metavar="N,N",
-        help="tell the share of captions that are longer (default: %(default)s, and the model's own)",
+        help="report the fraction of captions longer than each (default: %(default)s, and the model's own)",
     )
     parser.add_argument(
         "--caption-keys",
         type=names,
         metavar="K,K",
-        help="what to count (default: known keys, and ..caption, ..captions)",
+        help="caption keys (default: known keys, and those that end in caption or captions)",
     )
     parser.add_argument("--show", type=not_negative, default=50, metavar="N", help="samples on the page (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of their choice (default: %(default)s)")
-    parser.add_argument("--read-images", action="store_true", help="decode every image, not its header alone")
-    parser.add_argument("--shard-range", metavar="A:B", help="only the shards number A to B - 1")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the choice of samples (default: %(default)s)"
+    )
+    parser.add_argument("--read-images", action="store_true", help="decode every image instead of only its header")
+    parser.add_argument("--shard-range", metavar="A:B", help="only shards number A to B - 1")
     _workers(parser)
 
 
 def add_download_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of `download`."""
-    parser.add_argument("tables", metavar="IN", help="a Parquet table, or a folder of them, as `tables` writes")
+    """Adds the flags of `download`."""
+    parser.add_argument("tables", metavar="IN", help="a Parquet table, or a folder of them, as `tables` writes them")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards and sizes.json")
     parser.add_argument("--summary", metavar="FILE", help="write the counts as JSON")
     parser.add_argument("--image-size", type=positive, default=256, metavar="N", help="pixels (default: %(default)s)")
@@ -170,42 +186,55 @@ def add_download_args(parser: argparse.ArgumentParser) -> None:
         "--resize-mode",
         default="keep_ratio",
         choices=("no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"),
-        help="img2dataset's; keep_ratio: the shorter side gets --image-size, smaller images stay (default: keep_ratio)",
+        help="img2dataset's resize mode; keep_ratio: reduce the shorter side to --image-size, leave smaller images as "
+        "they are (default: keep_ratio)",
     )
     parser.add_argument(
-        "--samples-per-shard", type=positive, default=10_000, metavar="N", help="rows of a shard (default: %(default)s)"
+        "--samples-per-shard",
+        type=positive,
+        default=10_000,
+        metavar="N",
+        help="rows per shard (default: %(default)s)",
     )
     parser.add_argument(
         "--processes", type=positive, default=os.cpu_count() or 1, metavar="N", help="default: one per CPU core"
     )
-    parser.add_argument("--threads", type=positive, default=64, metavar="N", help="a process (default: %(default)s)")
-    parser.add_argument("--timeout", type=positive, default=10, metavar="S", help="seconds (default: %(default)s)")
     parser.add_argument(
-        "--retries", type=not_negative, default=1, metavar="N", help="of an image (default: %(default)s)"
+        "--threads", type=positive, default=64, metavar="N", help="threads per process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=10, metavar="S", help="seconds to wait for an image (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--retries", type=not_negative, default=1, metavar="N", help="retries per image (default: %(default)s)"
     )
     parser.add_argument(
         "--distributor",
         default="multiprocessing",
         choices=("multiprocessing", "pyspark", "ray"),
-        help="one machine, or a cluster of yours (default: %(default)s)",
+        help="run on one machine, or on a cluster with PySpark or Ray (default: %(default)s)",
     )
     parser.add_argument(
-        "--img2dataset", default="img2dataset", metavar="COMMAND", help="its command (default: %(default)s)"
+        "--img2dataset", default="img2dataset", metavar="COMMAND", help="img2dataset's command (default: %(default)s)"
     )
     parser.add_argument(
-        "--engine-flag", action="append", default=[], metavar="=--K=V", help="one more flag for it; may be repeated"
+        "--engine-flag",
+        action="append",
+        default=[],
+        metavar="=--K=V",
+        help="a further flag for img2dataset; may be repeated",
     )
-    parser.add_argument("--print-command", action="store_true", help="say how it would be called, and stop")
+    parser.add_argument("--print-command", action="store_true", help="print img2dataset's command line, and stop")
     parser.add_argument(
-        "--check-only", action="store_true", help="fetch nothing: compare what is there, write sizes.json"
+        "--check-only", action="store_true", help="fetch nothing; only check the shards and write sizes.json"
     )
 
 
 def add_recaption_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recaption`."""
+    """Adds the flags of `recaption`."""
     parser.add_argument("shards", metavar="SHARDS", help="as --train-data: a folder, 'data/{0..9}.tar'")
     _output(parser)
-    parser.add_argument("--vlm", required=True, metavar="NAME", help="the model: a folder or a name of the hub")
+    parser.add_argument("--vlm", required=True, metavar="NAME", help="the model: a folder, or a name on the hub")
     parser.add_argument(
         "--caption",
         action="append",
@@ -216,16 +245,24 @@ def add_recaption_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", default="auto", choices=("auto", "vllm", "transformers"), help="auto: vLLM if it is installed"
     )
-    parser.add_argument("--max-tokens", type=positive, default=256, metavar="N", help="of a caption (default: 256)")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images (default: 512 with vLLM, else 32)")
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="maximum number of tokens per caption (default: 256)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="images per batch (default: 512 with vLLM, else 32)"
+    )
     parser.add_argument(
         "--vllm-args",
         type=json_object,
         metavar="JSON",
-        help='more arguments of vllm.LLM, e.g. \'{"max_model_len": 4096, "gpu_memory_utilization": 0.8}\'',
+        help='further arguments of vllm.LLM, e.g. \'{"max_model_len": 4096, "gpu_memory_utilization": 0.8}\'',
     )
     parser.add_argument(
         "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share one model, with vLLM"
     )
-    parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1, .. (default: a GPU of this process, else cpu)")
-    parser.add_argument("--cache-dir", metavar="DIR", help="where downloads from the hub are kept")
+    parser.add_argument("--device", metavar="DEV", help="for example cpu or cuda:1 (default: a GPU, else cpu)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder for downloads from the hub")

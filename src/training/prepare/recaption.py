@@ -1,7 +1,7 @@
-"""`prepare recaption`: long captions for images in shards, written by a vision-language model.
+"""`prepare recaption`: writes long captions for images in shards with a vision-language model.
 
-What the model writes for a shard is kept in a file beside the new shards, so that nothing is written twice; then the
-shard gets it into its JSON files as `prepare join` does.
+The captions of a shard are first kept in a file beside the new shards, so that none has to be generated twice. Then
+they are added to the shard's JSON files as in `prepare join`.
 """
 
 import argparse
@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompts(pairs: list[str]) -> dict[str, str]:
-    """``KEY=detailed`` or ``KEY=Some text.`` -> key -> prompt.
+    """Parses ``KEY=detailed`` or ``KEY=Some text.`` to a dict of key -> prompt.
 
     Raises:
-        ValueError: not of this form, or a key twice.
+        ValueError: a text has another form, or a key is given twice.
     """
     prompts = {}
     for pair in pairs:
@@ -82,13 +82,23 @@ def read_prompts(pairs: list[str]) -> dict[str, str]:
 
 
 def recaption_shard(place: Place, engine: Engine, prompts: dict[str, str], batch_size: int, mark: str) -> dict:
-    """Writes one shard with captions by a model.
+    """Writes one shard with the captions of a model.
+
+    Args:
+        place: the shard, and where to write it.
+        engine: the model.
+        prompts: key -> prompt.
+        batch_size: number of images per call of the model.
+        mark: fingerprint of model and prompts; captions with another fingerprint are generated again.
 
     Returns:
-        Counts: `SAMPLE_KINDS`, and under ``captions`` by key `CAPTION_KINDS`.
+        Counts of `SAMPLE_KINDS`, and under ``captions`` for each key counts of `CAPTION_KINDS`.
+
+    Raises:
+        BrokenShardError, BrokenShardFile, OSError: the shard can't be read or written.
     """
     written = place.state / "captions" / f"{place.target.name}.{mark}.jsonl"
-    samples = read_json_samples(place.source)  # whole, or not worth a model's time
+    samples = read_json_samples(place.source)  # raises for a broken shard, before the model spends time on it
     lines = _read_lines(written)
     if [line["key"] for line in lines] != [sample.key for sample in samples]:
         with whole_file(written) as path, open(path, "w", encoding="utf-8") as file:
@@ -114,7 +124,7 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def caption_samples(url: str, engine: Engine, prompts: dict[str, str], batch_size: int, total: int) -> Iterator[dict]:
-    """Yields per sample of a shard its captions and what was wrong, in order."""
+    """Yields for each sample of a shard, in order, its captions and faults as the dict to write to the file."""
     samples = iter(progress(read_samples(url), total, os.path.basename(url), "image"))
     while batch := list(islice(samples, batch_size)):
         images = [_image(sample) for sample in batch]
@@ -136,7 +146,7 @@ def caption_samples(url: str, engine: Engine, prompts: dict[str, str], batch_siz
 
 
 def _image(sample: RawSample) -> tuple[Image.Image | None, str | None]:
-    """Returns (image, None) or (None, training's kind of fault)."""
+    """Returns (image, None), or (None, one of training's kinds of fault)."""
     if sample.fault:
         return None, sample.fault
     try:
@@ -146,10 +156,10 @@ def _image(sample: RawSample) -> tuple[Image.Image | None, str | None]:
 
 
 def judge(answer: Generated) -> tuple[str | None, list[str]]:
-    """Decides what to keep of an answer.
+    """Decides which part of an answer to keep as a caption.
 
     Returns:
-        (the caption or None, which of `CAPTION_KINDS` to count). A text that was cut short loses its last sentence.
+        (the caption or None, the `CAPTION_KINDS` to count). An incomplete answer loses its last sentence.
     """
     kinds = [] if answer.complete else ["cut short"]
     cleaned = clean_caption(answer.text)

@@ -1,4 +1,4 @@
-"""What all commands share: whole files or none, work spread over processes, a share of it for each job of an array."""
+"""What all commands share: complete files or none, worker processes, and the division of work among jobs."""
 
 import json
 import os
@@ -20,13 +20,13 @@ R = TypeVar("R")
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a JSON file; an interrupted call leaves no partial file."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def load_json(path: Path) -> object | None:
-    """Content of a JSON file of ours; None if it is not there or not whole."""
+    """Returns the content of a JSON file; None if it doesn't exist or is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -34,13 +34,13 @@ def load_json(path: Path) -> object | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed runs left half-written in a folder. Call it where no other job writes to that folder."""
+    """Removes partial files that killed runs left in a folder. No other job may be writing to that folder."""
     for path in folder.glob("*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def add_counts(total: dict, more: Mapping) -> None:
-    """Adds numbers, and numbers in mappings within, to those under the same keys."""
+    """Adds the numbers in `more`, also those in nested mappings, to the numbers in `total` under the same keys."""
     for key, value in more.items():
         if isinstance(value, Mapping):
             add_counts(total.setdefault(key, {}), value)
@@ -49,15 +49,15 @@ def add_counts(total: dict, more: Mapping) -> None:
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
-    """``12 matched, 3 unmatched``; those that are 0 are left out."""
+    """Returns, for example, ``12 matched, 3 unmatched``; zeros are left out."""
     return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number) or "none"
 
 
 class WorkerPool(ProcessPoolExecutor):
-    """Worker processes that end when the process that started them does, even if that was killed.
+    """Worker processes that end when the process that started them ends, even if it was killed.
 
     Args:
-        workers: their number.
+        workers: number of processes.
     """
 
     def __init__(self, workers: int):
@@ -75,7 +75,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def processes(workers: int) -> Iterator[WorkerPool | None]:
-    """Starts worker processes for `spread`; yields None for one, which is this process."""
+    """Starts worker processes for `spread`; for one worker yields None, which means the current process."""
     if workers == 1:
         yield None
         return
@@ -88,14 +88,14 @@ def processes(workers: int) -> Iterator[WorkerPool | None]:
 
 
 def spread(function: Callable[[T], R], items: Iterable[T], pool: WorkerPool | None) -> Iterator[R]:
-    """Applies a function in processes; yields results as they are ready, which is in any order.
+    """Applies a function in worker processes; yields results as they become ready, in any order.
 
-    Items are taken as workers ask for them, so that there may be any number of large ones.
+    Items are taken from the iterable only when workers need them, so there may be any number of large ones.
 
     Args:
-        function: at a module's top level, as processes need it.
-        items: its arguments.
-        pool: of `processes`.
+        function: a function at the top level of a module, so that it can be sent to processes.
+        items: the arguments of its calls.
+        pool: the pool that `processes` yields.
     """
     if pool is None:
         yield from map(function, items)
@@ -110,32 +110,33 @@ def spread(function: Callable[[T], R], items: Iterable[T], pool: WorkerPool | No
 
 
 def progress(items: Iterable[T] | None, total: int | None, what: str, unit: str, scaled: bool = False) -> tqdm:
-    """Shows a bar for work of more than a few seconds; without items its `update` is for the caller to call."""
+    """Shows a progress bar for work of more than 2 seconds; without items, the caller calls its `update`."""
     return tqdm(items, total=total, desc=what, unit=unit, delay=2, unit_scale=scaled)
 
 
 def my_share(items: Sequence[T], span: str | None, environ: Mapping[str, str]) -> list[T]:
-    """Picks the items that this job of many has to do; together they do each once.
+    """Returns the items that this job has to do; all jobs together do each item once.
 
     Args:
-        items: all of them.
-        span: ``A:B``, those number A to B - 1 alone; None takes all.
-        environ: SLURM's or torchrun's description of the job; an array's jobs and a job's processes both share.
+        items: all items.
+        span: ``A:B`` for only the items number A to B - 1; None means all.
+        environ: environment variables of SLURM or torchrun; items are divided among the jobs of an array, and among
+            the processes of a job.
 
     Raises:
-        ValueError: `span` is none.
+        ValueError: `span` has another form.
     """
     if span:
         first, colon, last = span.partition(":")
         if not colon or not all(part.isdecimal() or not part for part in (first, last)):
-            raise ValueError(f"--shard-range {span}: expected A:B, the shards number A to B - 1, e.g. 0:100")
+            raise ValueError(f"--shard-range {span}: expected A:B for the shards number A to B - 1, e.g. 0:100")
         items = items[int(first or 0) : int(last) if last else None]
     place, parts = job_place(environ)
     return list(items[place::parts])
 
 
 def job_place(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Returns (number of this job, number of jobs), from SLURM's array and step or torchrun's ranks."""
+    """Returns (number of this job, number of jobs), from SLURM's array and step or from torchrun's ranks."""
 
     def number(*names: str) -> int:
         return int(next((environ[name] for name in names if environ.get(name, "").isdecimal()), 0))
@@ -145,7 +146,7 @@ def job_place(environ: Mapping[str, str]) -> tuple[int, int]:
         step = number("SLURM_ARRAY_TASK_STEP") or 1
         place = (number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN")) // step
         parts = number("SLURM_ARRAY_TASK_COUNT")
-    # Of srun's step, not of the job: a batch script that runs us once has many tasks and one process.
+    # The tasks of srun's step, not of the job: a batch script that starts one process may have many tasks.
     ranks = number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
     if ranks > 1:
         place, parts = place * ranks + number("RANK", "SLURM_PROCID"), parts * ranks

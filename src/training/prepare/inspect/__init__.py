@@ -1,1 +1,1 @@
-"""`prepare inspect`: what a shard set holds, as numbers and as pages."""
+"""`prepare inspect`: the content of a shard set, as numbers and as a page of samples."""

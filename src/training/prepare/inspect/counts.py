@@ -1,4 +1,4 @@
-"""What is counted of a shard set, and adding it up."""
+"""Counts of a shard set, and their sum over shards."""
 
 import heapq
 from collections import Counter
@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MAX_TOKENS = 2048  # lengths of this and more are counted as one
+MAX_TOKENS = 2048  # longer captions are counted with this length
 
 
 @dataclass
 class Counts:
-    """What was found in one shard, or in several.
+    """Counts of one or several shards.
 
     Attributes:
-        samples: all, bad ones included.
-        bad: kind of fault -> samples.
-        captions: key -> how many samples have such a caption.
-        lengths: key -> number of captions with 0, 1, 2, .. tokens.
-        refused: key -> captions in which a model refuses.
-        with_short, with_long: samples that have one, by training's default keys.
-        widths, heights: pixels -> images.
-        hashes: ``key``, ``url``, ``image`` -> 64 bits of each.
+        samples: number of all samples, bad ones included.
+        bad: kind of fault -> number of samples.
+        captions: key -> number of samples that have such a caption.
+        lengths: key -> int64 [MAX_TOKENS + 1], number of captions with 0, 1, 2 and so on tokens.
+        refused: key -> number of captions in which a model refuses to answer.
+        with_short, with_long: number of samples with a short and with a long caption, by training's default keys.
+        widths, heights: pixels -> number of images.
+        hashes: ``key``, ``url``, ``image`` -> 64-bit hashes of these.
         picked: samples to show, as (order, shard, key, captions, image).
     """
 
@@ -38,7 +38,7 @@ class Counts:
     picked: list[tuple] = field(default_factory=list)
 
     def add(self, other: "Counts", num_picked: int) -> None:
-        """Adds another's counts to these."""
+        """Adds the counts of other shards; keeps `num_picked` of the samples to show."""
         for name in ("samples", "with_short", "with_long"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("bad", "captions", "refused", "widths", "heights"):

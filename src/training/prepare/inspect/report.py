@@ -1,4 +1,4 @@
-"""Counts of a shard set as a table, as JSON, as a picture, and as a page of samples to look at."""
+"""Shows the counts of a shard set as a table, as JSON and as a figure, and samples of it as a page."""
 
 import base64
 from collections import Counter
@@ -17,11 +17,11 @@ TEMPLATE = Path(__file__).with_name("samples.html.j2")
 
 
 def summarise(counts: Counts, context_lengths: list[int]) -> dict:
-    """Returns what is worth knowing, ready for JSON.
+    """Returns the content of inspect.json, except for lists of shards.
 
     Args:
-        counts: of the whole set.
-        context_lengths: for each, the share of captions that are longer is told.
+        counts: counts of the whole set.
+        context_lengths: context lengths, for each of which the fraction of longer captions is computed.
     """
     captions = {}
     for key in sorted(counts.captions, key=lambda k: (-counts.captions[k], k)):
@@ -67,13 +67,13 @@ def _of_sizes(sizes: Counter) -> dict[str, float]:
 
 
 def _num_repeated(arrays: list[np.ndarray]) -> int:
-    """How many come again after a first."""
+    """Returns how many values are repetitions of another."""
     values = np.concatenate(arrays) if arrays else np.zeros(0)
     return int(len(values) - len(np.unique(values)))
 
 
 def describe(report: dict) -> str:
-    """The table for a terminal."""
+    """Returns the report as text for the terminal."""
     lines = [f"{report['samples']:,} samples in {report['shards']:,} shards, {report['usable']:,} usable"]
     lines.append(f"bad: {format_counts(report['bad'])}")
     if report["miscounted"]:
@@ -105,7 +105,7 @@ def describe(report: dict) -> str:
 
 
 def write_png(path: Path, counts: Counts, context_lengths: list[int]) -> None:
-    """Draws the token lengths of all captions, and image sizes."""
+    """Draws the lengths of all captions in tokens, and the sizes of images."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,7 +137,7 @@ def write_png(path: Path, counts: Counts, context_lengths: list[int]) -> None:
 
 
 def write_html(path: Path, picked: list[tuple], title: str) -> None:
-    """Writes a page of samples; whatever comes from the data is escaped."""
+    """Writes a page of samples; all text from the data is escaped."""
     samples = [
         {
             "name": f"{shard}/{key}",

@@ -1,6 +1,7 @@
-"""`prepare inspect`: what is in a shard set, counted with the tokenizer that training will use.
+"""`prepare inspect`: counts the content of a shard set, with the tokenizer that training will use.
 
-Shards are counted in processes, and the counts added up: the result depends neither on their number nor on the order.
+Processes count shards, and their counts are added up. The result depends neither on the number of processes nor on the
+order.
 """
 
 import argparse
@@ -40,11 +41,11 @@ class Task:
 
     Attributes:
         url: the shard.
-        model: whose tokenizer counts.
-        cache_dir: where its files are.
-        num_picked: samples to show at most.
-        seed: of their choice.
-        keys: caption keys; empty: the known ones, and others that end in ``caption`` or ``captions``.
+        model: the model whose tokenizer counts tokens.
+        cache_dir: folder of the tokenizer's files.
+        num_picked: maximum number of samples to show.
+        seed: seed of the choice of these samples.
+        keys: caption keys; if empty, the known ones and all others that end in ``caption`` or ``captions``.
         read_images: decode every image completely.
     """
 
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 @cache
 def _tokenizer(model: str, cache_dir: str | None):
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are many already
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there are several processes already
     return get_tokenizer(model, cache_dir=cache_dir)
 
 
@@ -133,7 +134,7 @@ def _look_at(sample: RawSample, task: Task) -> tuple[dict, tuple[int, int]]:
 
 
 def _size_of(content: bytes) -> tuple[int, int]:
-    """The size that an image's header states; raises as `load_rgb` where the header tells."""
+    """Returns the size in an image's header; raises `load_rgb`'s errors, as far as the header shows them."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             check_shape(image)
@@ -162,7 +163,7 @@ def _note(counts: Counts, hashes: dict[str, list[int]], sample: RawSample, recor
 
 
 def _pick(counts: Counts, sample: RawSample, found: dict[str, str], task: Task) -> None:
-    """Keeps the samples whose names come first in an order that the seed draws."""
+    """Keeps the samples whose names come first in a pseudo-random order that depends on the seed."""
     order = url_hash(f"{task.seed}/{sample.source}/{sample.key}")
     if len(counts.picked) == task.num_picked and (not task.num_picked or order >= counts.picked[-1][0]):
         return
@@ -174,7 +175,7 @@ def _thumbnail(sample: RawSample) -> bytes | None:
     try:
         image = read_image(sample)
     except BadSample:
-        return None  # its header was fine
+        return None  # broken, though its header was read without an error
     image.thumbnail((224, 224))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)

@@ -1,1 +1,1 @@
-"""`prepare join`, and reading and writing shards for all commands."""
+"""`prepare join`, and functions to read and write shards for all commands."""

@@ -1,7 +1,7 @@
-"""Shards on disk: which of them are ours to do, what their samples are called, and writing them anew.
+"""Shards on disk: which of them this job has to write, what their JSON files hold, and how they are rewritten.
 
-A rewritten shard has the same members, byte for byte and in the same order, but for JSON files whose content changes
-or that are added.
+A rewritten shard has the same members, byte for byte and in the same order, except for JSON files that were changed or
+added.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BROKEN_JSON, NO_OBJECT = "broken JSON", "JSON not an object"
 
 
 class BrokenShardFile(ValueError):
-    """A shard that can't be read to its end; the message says where it breaks off."""
+    """A shard that can't be read to its end; the message says where it is broken."""
 
 
 class JsonSample(NamedTuple):
@@ -31,8 +31,8 @@ class JsonSample(NamedTuple):
 
     Attributes:
         key: name within the shard.
-        record: content of its JSON file; empty if it has none.
-        fault: why the JSON can't be used; None if it can.
+        record: content of its JSON file; empty if there is none.
+        fault: why the JSON file can't be used; None if it can.
     """
 
     key: str
@@ -42,12 +42,12 @@ class JsonSample(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where one shard comes from and goes to.
+    """Where one shard is read and where it is written.
 
     Attributes:
         source: the shard.
         target: the shard to write, which may be the same.
-        state: folder for notes about what is done.
+        state: folder for notes about shards that are done.
     """
 
     source: Path
@@ -56,15 +56,15 @@ class Place:
 
     @property
     def note(self) -> Path:
-        """The note that says that the target is whole, and what is in it."""
+        """The note which says that the target is complete, and what it holds."""
         return self.state / f"{self.target.name}.json"
 
 
 def local_shards(spec: str, flag: str) -> list[Path]:
-    """Expands what a flag names, as `--train-data` does, to files on disk.
+    """Expands the value of a flag to files on disk, with the syntax of `--train-data`.
 
     Raises:
-        FileNotFoundError, ValueError: shards are missing, none are there, or they are not on a disk.
+        FileNotFoundError, ValueError: some shards are missing, there are none, or they are not on a disk.
     """
     urls = [url for source in expand_sources(spec) for url in source]
     remote = [url for url in urls if not is_local(url)]
@@ -77,12 +77,12 @@ def places(shards: list[Path], out: str | None, state: str) -> list[Place]:
     """Decides where each shard goes.
 
     Args:
-        shards: all of them.
-        out: folder to write to; None writes each in its own place.
+        shards: all shards.
+        out: folder to write to; None overwrites each shard.
         state: name of the folder for notes, beside the shards that are written.
 
     Raises:
-        ValueError: two shards would be written under one name, or over themselves.
+        ValueError: two shards would be written under the same name, or `out` is the folder of a shard.
     """
     if out is None:
         return [Place(path, path, path.parent / state) for path in shards]
@@ -92,12 +92,12 @@ def places(shards: list[Path], out: str | None, state: str) -> list[Place]:
             raise ValueError(f"--out {out}: {seen[path.name]} and {path} have the same name; do one folder at a time")
         seen[path.name] = path
         if Path(out).resolve() == path.parent.resolve():
-            raise ValueError(f"--out {out}: the shards lie there themselves; add --in-place to write over them")
+            raise ValueError(f"--out {out}: this is the folder of the shards; use --in-place to overwrite them")
     return [Place(path, Path(out) / path.name, Path(out) / state) for path in shards]
 
 
 def done_counts(place: Place, mark: str) -> dict | None:
-    """What a note says about a shard written by the same command; None if it is to be written yet."""
+    """Returns the counts in the note about a shard that the same command has written; None if it has not."""
     note = load_json(place.note)
     if not isinstance(note, dict) or note.get("fingerprint") != mark or not place.target.exists():
         return None
@@ -105,17 +105,17 @@ def done_counts(place: Place, mark: str) -> dict | None:
 
 
 def my_places(args: argparse.Namespace, spec: str, flag: str, state: str) -> tuple[list[Place], list[Place]]:
-    """Returns (all shards, those that this job has to do), by --out, --in-place, --shard-range and the environment.
+    """Returns (all shards, the shards of this job), by --out, --in-place, --shard-range and the environment.
 
     Raises:
-        FileNotFoundError, ValueError: as `local_shards`, `places` and `my_share`.
+        FileNotFoundError, ValueError: see `local_shards`, `places` and `my_share`.
     """
     everything = places(local_shards(spec, flag), None if args.in_place else args.out, state)
     return everything, my_share(everything, args.shard_range, os.environ)
 
 
 def not_done(mine: list[Place], mark: str, total: dict) -> list[Place]:
-    """Returns what is left to do; adds the counts of what is done."""
+    """Returns the shards that are not done yet; adds the counts of the others to `total`."""
     done = [done_counts(place, mark) for place in mine]
     for counts in done:
         add_counts(total, counts or {})
@@ -123,13 +123,13 @@ def not_done(mine: list[Place], mark: str, total: dict) -> list[Place]:
 
 
 def finish(args: argparse.Namespace, everything: list[Place], summary: dict, lines: list[str]) -> int:
-    """Writes sizes and summary, prints what was done.
+    """Writes sizes and summary, and prints the counts.
 
     Args:
-        args: --out, --in-place, --summary.
+        args: the parsed flags, of which --out, --in-place and --summary are used.
         everything: all shards.
         summary: counts, with ``shards``, ``done_before`` and ``broken_shards``.
-        lines: what to print between the number of shards and those that were not done.
+        lines: lines to print between the number of shards and the list of broken ones.
 
     Returns:
         Exit code: 0, or 1 if shards can't be read.
@@ -146,18 +146,18 @@ def finish(args: argparse.Namespace, everything: list[Place], summary: dict, lin
 
 
 def fingerprint(settings: dict) -> str:
-    """A short name for everything that a result depends on."""
+    """Returns a hash of the settings that a result depends on."""
     return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def write_note(place: Place, mark: str, counts: Mapping) -> None:
-    """Notes that a shard is whole."""
+    """Writes the note that a shard is complete."""
     content = {"fingerprint": mark, "bytes": os.path.getsize(place.target), "counts": dict(counts)}
     write_json(place.note, content)
 
 
 def write_sizes(folder: Path, state: Path) -> None:
-    """Writes ``sizes.json`` from the notes about all shards that are there so far."""
+    """Writes ``sizes.json`` from the notes about all shards written so far."""
     notes = {path.name.removesuffix(".json"): load_json(path) for path in sorted(state.glob("*.tar.json"))}
     sizes = {name: note["counts"]["samples"] for name, note in notes.items() if isinstance(note, dict)}
     write_json(folder / "sizes.json", {name: size for name, size in sizes.items() if (folder / name).exists()})
@@ -174,18 +174,18 @@ def _parse(key: str, content: bytes | None) -> JsonSample:
 
 
 def read_json_samples(path: Path) -> list[JsonSample]:
-    """Reads the JSON files of a shard; images are passed over without reading them.
+    """Reads the JSON files of a shard; images are skipped without reading them.
 
     Raises:
-        BrokenShardFile: the shard breaks off, or is no tar file.
-        OSError: can't be read.
+        BrokenShardFile: the shard is broken, or not a tar file.
+        OSError: the file can't be read.
     """
     with open(path, "rb", buffering=1 << 16) as file:
         return [_parse(sample.key, sample.loaded.get("json")) for sample in _samples(file, path)]
 
 
 def _samples(file: IO[bytes], path: Path) -> list[TarSample]:
-    """All samples of a shard, with the content of their JSON files."""
+    """Returns all samples of a shard, with the content of their JSON files."""
     tar = TarReader(file, str(path))
 
     def load(_: int, suffix: str, member: Member) -> bytes | None:
@@ -198,21 +198,22 @@ def _samples(file: IO[bytes], path: Path) -> list[TarSample]:
 
 
 def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
-    """Writes a shard with more in its JSON files.
+    """Writes a shard with additional entries in its JSON files.
 
     Args:
         source: the shard.
-        target: where the new one goes, once it is whole; may be the source.
-        additions: per sample, in order, what to put under which keys; an empty one leaves the sample as it is.
+        target: path of the new shard, which appears there when it is complete; may be the source.
+        additions: for each sample, in order, the entries to add; an empty dict leaves the sample unchanged.
 
     Raises:
-        BrokenShardFile: the source breaks off, or is no tar file.
-        OSError: can't be read or written.
+        BrokenShardFile: the source is broken, or not a tar file.
+        OSError: a file can't be read or written.
     """
     with whole_file(target) as path, open(path, "wb") as out, open(source, "rb") as raw:
         samples = _samples(raw, source)
         assert len(samples) == len(additions), f"{source}: {len(samples)} samples, {len(additions)} additions"
-        changed, added = {}, {}  # byte where a JSON file begins, or where the last member does -> the new JSON file
+        # Byte where a JSON file begins -> its new content; byte where a sample's last member begins -> a new JSON file.
+        changed, added = {}, {}
         for sample, addition in zip(samples, additions):
             if "json" in sample.loaded:
                 record = json.loads(sample.loaded["json"]) | addition if addition else None
@@ -229,13 +230,13 @@ def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
                 out.write(raw.read(member.end - member.start))
             if member.start in added:
                 _write_member(*added[member.start], out)
-            raw.seek(member.offset)  # where the reader left it
+            raw.seek(member.offset)  # the position that the reader expects
         out.write(bytes(2 * BLOCK))
         out.write(bytes(-out.tell() % tarfile.RECORDSIZE))
 
 
 def _header(member: Member, raw: IO[bytes]) -> tarfile.TarInfo:
-    """The member's own header, for its owner, time and mode."""
+    """Returns the member's own header, to keep owner, time and mode."""
     raw.seek(member.offset - BLOCK)
     header = tarfile.TarInfo.frombuf(raw.read(BLOCK), "utf-8", "surrogateescape")
     header.name = member.name

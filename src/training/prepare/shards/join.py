@@ -1,7 +1,7 @@
-"""`prepare join`: captions of tables into the JSON files of shards that are there.
+"""`prepare join`: adds captions from tables to the JSON files of existing shards.
 
-A pass reads the URLs (or keys) of some shards, looks their rows up in the tables, and writes the shards anew, several
-at a time. A note beside each written shard says that it is done, so that the same command goes on from there.
+A pass reads the URLs (or keys) of some shards, looks up their rows in the tables, and rewrites the shards, several in
+parallel. A note beside each written shard says that it is done, so that the same command can continue after a stop.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _guess_match(shards: list[Path]) -> str:
-    """``url`` if the first shard that can be read has such a key, else ``key``."""
+    """Returns ``url`` if samples of the first readable shard have such a key, else ``key``."""
     for path in shards:
         try:
             samples = read_json_samples(path)
@@ -70,14 +70,14 @@ def _guess_match(shards: list[Path]) -> str:
 
 
 def sample_values(sample: JsonSample, match: str) -> list[str]:
-    """What may stand for a sample in a table's match column; the first that is found there counts."""
+    """Returns the values that may identify a sample in a table's match column; the first one found there is used."""
     value = sample.record.get(match)
     values = [value.strip()] if isinstance(value, str) and value.strip() else []
     return values if match == "url" else [sample.key, sample.key.rpartition("/")[2], *values]
 
 
 def _read(job: tuple[Place, str]) -> tuple[Place, list[list[str]] | None, list[str | None], str | None]:
-    """Returns (place, per sample its values, per sample what is wrong with it, why the shard can't be read)."""
+    """Returns (place, values of each sample or None, fault of each sample, why the shard can't be read)."""
     place, match = job
     try:
         samples = read_json_samples(place.source)
@@ -87,7 +87,7 @@ def _read(job: tuple[Place, str]) -> tuple[Place, list[list[str]] | None, list[s
 
 
 def _jobs(left: list[Place], tables: CaptionTables, mark: str, args, pool, broken: dict[str, str]) -> Iterator[tuple]:
-    """Yields what `_write` needs for each shard, looking rows up for `--samples-per-pass` samples at once."""
+    """Yields the argument of `_write` for each shard; looks up rows for `--samples-per-pass` samples at a time."""
     held: list[tuple] = []
 
     def found() -> Iterator[tuple]:
@@ -99,7 +99,7 @@ def _jobs(left: list[Place], tables: CaptionTables, mark: str, args, pool, broke
             yield place, kinds, captions.combine_chunks(), mark, args.keep_existing
         held.clear()
 
-    # A few at a time, so that a pass does not grow by more than the shards being read.
+    # Read a few shards at a time, so that a pass exceeds its number of samples by no more than these.
     for start in range(0, len(left), args.workers):
         some = [(place, tables.match) for place in left[start : start + args.workers]]
         for place, samples, faults, fault in sorted(spread(_read, some, pool), key=lambda r: str(r[0].source)):
@@ -121,7 +121,7 @@ def _kind(fault: str | None, values: list[str], row: int | None) -> str:
 
 
 def _write(job: tuple) -> tuple[Place, dict, str | None]:
-    """Writes one shard; returns (place, counts, why it can't be done)."""
+    """Writes one shard; returns (place, counts, why it can't be written)."""
     place, kinds, captions, mark, keep_existing = job
     rows = iter(captions.to_pylist())
     matched = [next(rows) if kind == "matched" else {} for kind in kinds]

@@ -1,7 +1,7 @@
 """Finds the rows of large caption tables that belong to given samples.
 
-Beside the shards that are written lies one array of hashes per table, made once: a pass over it finds which rows are
-wanted, and only row groups with such rows are read.
+For each table, an array of hashes is written once, beside the new shards. A pass over it finds the wanted rows, and
+only row groups with such rows are read.
 """
 
 import logging
@@ -19,18 +19,18 @@ from training.prepare.tables.records import cell_text
 from training.runtime.files import whole_file
 from training.runtime.messages import first_line
 
-# Never captions: what samples have beside them already.
+# Text columns that are never captions.
 NOT_CAPTIONS = (URL, KEY, "status", "error_message", "exif", "sha256", "md5", "url_hash")
 
 
 @dataclass(frozen=True)
 class CaptionTables:
-    """Parquet tables, in their order.
+    """Parquet tables in order.
 
     Attributes:
         paths: the files.
-        match: the column that says which sample a row belongs to.
-        columns: captions to take.
+        match: the column that identifies the sample of a row, ``url`` or ``key``.
+        columns: the caption columns to use.
         index: folder for the hashes.
     """
 
@@ -40,13 +40,13 @@ class CaptionTables:
     index: Path
 
     def describe(self) -> dict:
-        """What the result depends on."""
+        """Returns the properties of the tables that the result depends on."""
         files = [[path.name, path.stat().st_size] for path in self.paths]
         return {"tables": files, "match": self.match, "columns": list(self.columns)}
 
     @property
     def num_rows(self) -> int:
-        """Rows of all tables."""
+        """Number of rows of all tables."""
         return sum(pq.read_metadata(path).num_rows for path in self.paths)
 
 
@@ -55,12 +55,12 @@ def open_tables(names: Sequence[str], match: str, columns: Sequence[str] | None,
 
     Args:
         names: Parquet files, or folders of them.
-        match: column to match by.
-        columns: captions to take; None takes all columns of text.
+        match: the column to match by.
+        columns: the caption columns to use; None means all columns of text.
         index: folder for the hashes.
 
     Raises:
-        FileNotFoundError, ValueError: not there, no Parquet, or without these columns.
+        FileNotFoundError, ValueError: a file is missing, not Parquet, or lacks one of the columns.
     """
     paths: list[Path] = []
     for name in names:
@@ -72,7 +72,7 @@ def open_tables(names: Sequence[str], match: str, columns: Sequence[str] | None,
             raise FileNotFoundError(f"{name}: no such file")
         if inside[0].suffix != ".parquet":
             raise ValueError(
-                f"{name}: expected .parquet; make it so: python -m training.prepare tables {name} --out DIR"
+                f"{name}: expected .parquet; convert it with python -m training.prepare tables {name} --out DIR"
             )
         paths += inside
     found: list[str] = []
@@ -98,7 +98,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def make_index(job: tuple[CaptionTables, int]) -> None:
-    """Writes the hashes of one table's rows, unless they are there."""
+    """Writes the hashes of one table's rows, unless the file exists. The argument is (tables, number of the table)."""
     tables, number = job
     target = _index_file(tables, number)
     if target.exists():
@@ -124,11 +124,15 @@ def find_rows(tables: CaptionTables, values: set[str]) -> tuple[dict[str, int], 
     """Finds the rows with given values in the match column.
 
     Args:
-        tables: with their index made.
+        tables: the tables, for each of which `make_index` was called.
         values: URLs or keys.
 
     Returns:
-        (value -> row of the table, the rows' captions). Of several rows with one value the first counts.
+        (value -> row in the returned table, the captions of these rows). If several rows have the same value, the first
+        one is used.
+
+    Raises:
+        OSError: a table can't be read.
     """
     wanted = np.unique(np.array([url_hash(value) for value in values], dtype=np.uint64))
     schema = pa.schema([(name, pa.large_string()) for name in (tables.match, *tables.columns)])
@@ -149,12 +153,12 @@ def find_rows(tables: CaptionTables, values: set[str]) -> tuple[dict[str, int], 
     for row, value in enumerate(table.column(tables.match).to_pylist()):
         if value in values:  # two values may share a hash
             found.setdefault(value, row)
-    logging.debug(f"{len(values):,} values asked for, {len(found):,} found")
+    logging.debug(f"{len(found):,} of {len(values):,} values found")
     return found, table.select(list(tables.columns))
 
 
 def _take_rows(tables: CaptionTables, number: int, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
-    """Reads some rows of one table, one row group after another."""
+    """Reads some rows of one table, row group by row group."""
     parts = []
     with pq.ParquetFile(tables.paths[number]) as file:
         names = [name for name in schema.names if name in file.schema_arrow.names]
@@ -170,7 +174,7 @@ def _take_rows(tables: CaptionTables, number: int, rows: np.ndarray, schema: pa.
 
 
 def _as_text(table: pa.Table, schema: pa.Schema, match: str) -> pa.Table:
-    """The same columns everywhere; lists of sentences become texts."""
+    """Converts a table to the common schema; lists of sentences become texts, missing columns become null."""
     columns = []
     for name in schema.names:
         if name not in table.column_names:

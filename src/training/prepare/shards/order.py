@@ -1,4 +1,4 @@
-"""Shards without traces of who came first: samples by their keys, no times in the headers."""
+"""Makes shards reproducible: samples are sorted by key, and headers have no times and owners."""
 
 import tarfile
 from pathlib import Path
@@ -9,10 +9,10 @@ from training.runtime.files import whole_file
 
 
 def order_shard(path: Path) -> bool:
-    """Sorts a whole shard's samples by key and drops the members' times and owners; what is in them stays.
+    """Sorts the samples of a complete shard by key, and removes times and owners; contents are unchanged.
 
     Returns:
-        Whether anything had to be done.
+        Whether the shard was rewritten; False if it was in this form already.
     """
     with open(path, "rb") as source:
         members = [m for m in TarReader(source, str(path)).members() if m and m.kind == "file"]

@@ -1,1 +1,1 @@
-"""`prepare tables`: published caption tables to clean Parquet files."""
+"""`prepare tables`: converts published caption tables to clean Parquet files."""

@@ -1,4 +1,4 @@
-"""One chunk of a caption table: its rows cleaned, written as Parquet, and counted. Runs in worker processes."""
+"""Cleans, counts and writes the rows of one chunk of a caption table; runs in worker processes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from training.prepare.tables.records import Chunk, Rows, Table, read_rows
 from training.prepare.work import add_counts, load_json, write_json
 from training.runtime.files import whole_file
 
-ROW_GROUP = 4_000  # rows that a worker holds at once: 25 MB of dicts and Arrow
+ROW_GROUP = 4_000  # rows that a worker keeps in memory: 25 MB of dicts and Arrow
 ROW_KINDS = ("rows", "kept", "duplicates", "empty", "refused", "malformed")
 CAPTION_KINDS = ("kept", "empty", "refused", "repaired", "cut_off")
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is done to every row.
+    """How every row is cleaned.
 
     Attributes:
-        captions: caption columns to write, in order; those that a table lacks are null.
-        trim: take cut-off last sentences away.
+        captions: caption columns to write, in order; columns that a table lacks are null.
+        trim: remove incomplete last sentences.
         keep_without_long: keep rows without a usable long caption.
     """
 
@@ -36,7 +36,7 @@ class Rules:
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the parts: url, key, raw_caption, long captions, short ones."""
+        """Schema of the parts: url, key, raw_caption, long captions, short captions."""
         return pa.schema([(name, pa.string()) for name in (URL, KEY, *self.captions)])
 
 
@@ -46,9 +46,9 @@ class Task:
 
     Attributes:
         table: the input.
-        chunk: which part of it.
-        rules: what to do.
-        base: file names of the results begin so: ``BASE.parquet``, ``BASE.npy``, ``BASE.json``.
+        chunk: the part of it to clean.
+        rules: how to clean it.
+        base: common part of the results' paths: ``BASE.arrow``, ``BASE.npy``, ``BASE.json``.
     """
 
     table: Table
@@ -57,14 +57,14 @@ class Task:
     base: Path
 
     def file(self, suffix: str) -> Path:
-        """A result's path."""
+        """Returns the path of a result."""
         return self.base.with_name(f"{self.base.name}.{suffix}")
 
 
 def url_hash(text: str) -> int:
-    """64 bits that stand for a URL or key.
+    """Returns a 64-bit hash of a URL or key.
 
-    Among 100 million different ones the chance that any two share them is 3 in 10,000.
+    For 100 million different URLs, the probability that any two have the same hash is 3 in 10,000.
     """
     return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
@@ -72,9 +72,11 @@ def url_hash(text: str) -> int:
 def clean_chunk(task: Task) -> dict:
     """Cleans one chunk, unless that has been done before.
 
+    Writes the rows, a hash of each row by which duplicates are found later, and last the counts: that file says that
+    the others are complete.
+
     Returns:
-        Counts: `ROW_KINDS`, and under ``captions`` by column `CAPTION_KINDS`. The last file written holds them too, and
-        says that the others are complete: the rows, and a hash of each, by which duplicates are found later.
+        Counts of `ROW_KINDS`, and under ``captions`` for each column counts of `CAPTION_KINDS`.
     """
     done = load_json(task.file("json"))
     if done is not None:
@@ -109,10 +111,11 @@ def _one_batch(table: pa.Table) -> pa.RecordBatch:
 def _clean_rows(rows: Rows, task: Task, counts: dict, captions: dict) -> tuple[pa.Table, list[int]]:
     """Cleans some rows and counts them.
 
-    A row is kept if a long caption is left of it (any caption, if the table has no long ones or the rules say so).
+    A row is kept if it has a usable long caption, or any usable caption if the table has no long ones or the rules say
+    so.
 
     Returns:
-        The rows to write, and the hash of each one's URL or key.
+        The rows to write, and the hash of the URL or key of each.
     """
     columns, rules = task.table.columns, task.rules
     counts["rows"] += len(rows.texts) + rows.num_malformed
@@ -145,16 +148,16 @@ def _clean_rows(rows: Rows, task: Task, counts: dict, captions: dict) -> tuple[p
 
 
 def first_of_each(hash_files: list[Path], per_pass: int = 2_000_000) -> tuple[list[np.ndarray], Counter]:
-    """Finds the rows that come for the first time, over all chunks in their order.
+    """Finds the first row of each hash, over all chunks in order.
 
-    Hashes are taken a range at a time, so that memory does not grow with their number.
+    Each pass handles one range of hashes, so that memory doesn't grow with their number.
 
     Args:
         hash_files: one array of uint64 per chunk.
-        per_pass: about as many hashes are held at once.
+        per_pass: approximate number of hashes in memory.
 
     Returns:
-        Per chunk a bool array, True for a row to keep; and the number of duplicates.
+        For each chunk a bool array, True for rows to keep; and the number of duplicates.
     """
     sizes = [len(np.load(path)) for path in hash_files]
     keep = [np.zeros(size, dtype=bool) for size in sizes]
@@ -179,16 +182,16 @@ def first_of_each(hash_files: list[Path], per_pass: int = 2_000_000) -> tuple[li
 
 
 def write_part(job: tuple[Path, Path, np.ndarray]) -> int:
-    """Writes the rows of a cleaned chunk that are to be kept.
+    """Writes the rows of a cleaned chunk that are kept.
 
     Args:
-        job: (the chunk's rows, where to write them, which of them to keep).
+        job: (file of the chunk's rows, file to write, bool [num_rows] that tells which rows to keep).
 
     Returns:
-        Rows written. A chunk of which nothing is kept leaves no file.
+        Number of rows written. If no row is kept, no file is written.
     """
     source, target, keep = job
-    if keep.any() and not target.exists():  # else written by a run that was killed
+    if keep.any() and not target.exists():  # a run that was killed may have written it
         with pa.memory_map(str(source)) as file, whole_file(target) as path:
             reader = pa.ipc.open_file(file)
             with pq.ParquetWriter(path, reader.schema, compression="zstd") as out:

@@ -1,7 +1,7 @@
-"""What is wrong with a caption, and what can be repaired. Pure strings.
+"""Finds and repairs faults of captions.
 
-Captions come from models: they refuse, they stop in the middle of a sentence, they repeat themselves; and files have
-been through wrong encodings on the way.
+Captions are written by models, which may refuse to answer, stop in the middle of a sentence or repeat themselves; and
+files may have been decoded wrongly at some point.
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-# Only what makes text wrong; the tokenizers straighten quotes and widths themselves.
+# Repair only what is wrong; tokenizers normalise quotes and character widths themselves.
 _REPAIR = ftfy.TextFixerConfig(
     uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, normalization=None
 )
@@ -36,14 +36,16 @@ _REFUSAL = re.compile(
 _AS_AN_AI = re.compile(r"\b[Aa]s an? (?:AI|[Aa]rtificial [Ii]ntelligence)(?: language)? (?:model|assistant)\b")
 _END = re.compile("[.!?\u3002][\"'\u201d\u2019)\\]]*$")
 _SENTENCE = re.compile(r"(?<!\w\.\w)[.!?][\"'\u201d\u2019)\]]*(?=\s)|\u3002")
-# For RE2, in which words and spaces are ASCII: any text that _REFUSAL matches is matched by this, too.
+# For RE2, where word and space classes are ASCII only: this matches every text that _REFUSAL matches.
 _MAY_REFUSE = re.sub(r"\(\?!.*?\)\)|\\b", "", _REFUSAL.pattern).replace("\\u2019", "\u2019")
-# Words of ASCII between single spaces and line ends, with characters of Western Europe that stand alone: text decoded
-# wrongly has two such neighbours, and ftfy leaves a single one alone. "&", "<" and "\\" may begin something to repair.
+# Words of ASCII between single spaces and line ends, with isolated Western European characters: wrongly decoded text
+# has two of these side by side, and ftfy leaves isolated ones unchanged. "&", "<" and "\\" may begin something that
+# needs repair, so they are excluded.
 _LETTER = "[\u00c0\u00c1\u00c4-\u00c8\u00c9\u00e0-\u00f6\u00f8-\u00ff\u2013\u2014\u2018\u2019\u201c\u201d\u2026]"
 _ASCII = r"[!-%'-;=-\[\]-~]"
 _WORD = f"(?:(?:{_LETTER}?{_ASCII})+{_LETTER}?|{_LETTER})"
 _USUAL = rf"^{_WORD}(?:[ \n]{_WORD})*$"
+_LONGEST_LOOP, _LOOPS = 12, 4  # words that a model repeats at the end of a text, and how often at least
 _LIST_NUMBER = re.compile(r"(?:^|\s)\d{1,2}[.!?]$")
 
 
@@ -51,10 +53,10 @@ class Cleaned(NamedTuple):
     """A caption after cleaning.
 
     Attributes:
-        text: the caption; None if nothing usable is left of it.
-        fault: ``empty`` or ``refused`` then.
-        repaired: whether its encoding was mended.
-        cut_off: whether its last sentence is not complete; where others come before it, it has been taken off.
+        text: the caption; None if it is not usable.
+        fault: ``empty`` or ``refused`` if it is not usable.
+        repaired: whether its encoding was repaired.
+        cut_off: whether its last sentence was incomplete; see `without_cut_sentence` for its removal.
     """
 
     text: str | None
@@ -64,17 +66,17 @@ class Cleaned(NamedTuple):
 
 
 def clean_caption(text: str | None, generated: bool = True, long: bool = False, trim: bool = True) -> Cleaned:
-    """Repairs a caption, or says why it is none.
+    """Repairs a caption, or tells why it is not usable.
 
     Args:
-        text: as the table has it.
-        generated: written by a model, which may have refused.
-        long: whole sentences are expected, of which the last may be cut off.
-        trim: take a cut-off last sentence away.
+        text: the text in the table.
+        generated: the caption was written by a model, which may have refused.
+        long: the caption should consist of complete sentences, of which the last may be cut off.
+        trim: remove a cut-off last sentence.
     """
     if not text:
         return Cleaned(None, "empty")
-    if "</s>" in text:  # before the repair, which takes text with tags for HTML and leaves its entities alone
+    if "</s>" in text:  # before the repair, which doesn't decode entities in text with tags
         text = text.replace("</s>", "\n")
     mended = repair_text(text)
     repaired = mended != text
@@ -91,8 +93,8 @@ class CleanedColumn(NamedTuple):
     """A column of captions after cleaning.
 
     Attributes:
-        texts: the captions; null where nothing usable is left.
-        refused, repaired, cut_off: bool [num_rows], as in `Cleaned`.
+        texts: the captions; null where a caption is not usable.
+        refused, repaired, cut_off: bool [num_rows], see `Cleaned`.
     """
 
     texts: pa.ChunkedArray
@@ -102,7 +104,7 @@ class CleanedColumn(NamedTuple):
 
     @property
     def is_text(self) -> np.ndarray:
-        """bool [num_rows], where a caption is left."""
+        """Bool [num_rows], True where a caption is usable."""
         return np.asarray(self.texts.is_valid())
 
     def mark_repaired(self, rows: np.ndarray) -> "CleanedColumn":
@@ -110,14 +112,14 @@ class CleanedColumn(NamedTuple):
         return self._replace(repaired=self.repaired | (rows & self.is_text))
 
     def counts(self) -> dict[str, int]:
-        """How many captions are kept, empty, refused, repaired and cut off."""
+        """Returns how many captions are kept, empty, refused, repaired and cut off."""
         kept, refused = int(self.is_text.sum()), int(self.refused.sum())
         marks = {"repaired": int(self.repaired.sum()), "cut_off": int(self.cut_off.sum())}
         return {"kept": kept, "empty": len(self.texts) - kept - refused, "refused": refused} | marks
 
 
 def clean_captions(texts: pa.ChunkedArray, generated: bool, long: bool, trim: bool) -> CleanedColumn:
-    """Cleans a column as `clean_caption` cleans each text; texts that certainly stay as they are cost little."""
+    """Applies `clean_caption` to a column; texts that certainly need no change are found fast, in Arrow."""
     usual = np.asarray(is_usual(texts, generated, long))
     places = np.flatnonzero(~usual)
     found = [clean_caption(text, generated, long, trim) for text in texts.filter(pa.array(~usual)).to_pylist()]
@@ -129,7 +131,7 @@ def clean_captions(texts: pa.ChunkedArray, generated: bool, long: bool, trim: bo
 
 
 def is_usual(texts: pa.ChunkedArray, generated: bool, long: bool) -> pa.ChunkedArray:
-    """Tells which texts `clean_caption` certainly leaves as they are. Most captions are; the others may be."""
+    """Tells which texts `clean_caption` certainly leaves unchanged; it may leave others unchanged as well."""
     usual = pc.and_(pc.match_substring_regex(texts, _USUAL), pc.match_substring_regex(texts, "[0-9A-Za-z]"))
     usual = pc.and_(usual, pc.greater(pc.binary_length(texts), 4))
     if generated:
@@ -141,14 +143,14 @@ def is_usual(texts: pa.ChunkedArray, generated: bool, long: bool) -> pa.ChunkedA
 
 
 def repair_text(text: str) -> str:
-    """Mends wrongly decoded text, HTML entities and control characters, with ftfy; plain ASCII is left alone."""
+    """Repairs wrongly decoded text, HTML entities and control characters with ftfy; plain ASCII is left unchanged."""
     if text.isascii() and "&" not in text and (text.isprintable() or not _CONTROL.search(text)):
-        return text  # nine of ten captions, at a hundredth of the time
+        return text  # nine of ten captions, in a hundredth of the time
     return ftfy.fix_text(text, _REPAIR).encode("utf-8", "replace").decode("utf-8")
 
 
 def _tidy(text: str) -> str:
-    """Without written-out newlines and double spaces."""
+    r"""Replaces newlines written as ``\n`` by real ones, and repeated spaces by single ones."""
     if "\\n" in text:
         text = text.replace("\\n", "\n")
     text = text.strip()
@@ -158,37 +160,31 @@ def _tidy(text: str) -> str:
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a model speaks of itself instead of the image; only how a caption begins counts, or "as an AI model"."""
+    """Tells whether a model refused to answer: a refusal at the beginning, or "as an AI model" anywhere."""
     if _REFUSAL.match(text[:200]):
         return True
     return (" AI " in text or "rtificial" in text) and bool(_AS_AN_AI.search(text))
 
 
 def is_cut_off(text: str) -> bool:
-    """Whether a long caption ends without the end of a sentence."""
+    """Tells whether a long caption ends in the middle of a sentence."""
     return not _END.search(text[-8:])
 
 
 def without_cut_sentence(text: str) -> str:
-    """Takes an unfinished last sentence away, if that leaves at least half of the text: else it is no prose."""
+    """Removes an incomplete last sentence if at least half of the text remains; otherwise the text is not prose."""
     ends = [match.end() for match in _SENTENCE.finditer(text) if not _LIST_NUMBER.search(text[: match.end()][-4:])]
     return text[: ends[-1]] if ends and 2 * ends[-1] >= len(text) else text
 
 
-def is_repetitive(text: str, longest: int = 12, times: int = 4) -> bool:
-    """Whether a text ends in the same words over and over, as a model does that found no end.
-
-    Args:
-        text: any text.
-        longest: most words of the part that repeats.
-        times: how often it has to come in a row.
-    """
+def is_repetitive(text: str) -> bool:
+    """Tells whether a text ends in up to `_LONGEST_LOOP` words repeated `_LOOPS` times, as a model in a loop writes."""
     words = text.lower().split()
-    for size in range(1, longest + 1):
-        if size * times > len(words):
+    for size in range(1, _LONGEST_LOOP + 1):
+        if size * _LOOPS > len(words):
             return False
-        for shift in range(size):  # the last time round may have been cut in the middle
-            tail = words[len(words) - shift - size * times : len(words) - shift]
-            if len(tail) == size * times and tail == tail[:size] * times:
+        for shift in range(size):  # the last repetition may be incomplete
+            tail = words[len(words) - shift - size * _LOOPS : len(words) - shift]
+            if len(tail) == size * _LOOPS and tail == tail[:size] * _LOOPS:
                 return True
     return False

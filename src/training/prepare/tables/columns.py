@@ -1,4 +1,4 @@
-"""Which column of a table is what: published names are known, others are named by flags."""
+"""Finds the columns of a table: published names are known, other names are given by flags."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +21,11 @@ SHORT_NAMES = {name: name for name in ("shortIB_captions", "shortSV_captions", "
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a table has what.
+    """The columns of a table.
 
     Attributes:
-        url, key, raw: names in the table; None for what it does not have.
-        long, short: name in the table -> name to write it under.
+        url, key, raw: names of the columns of image URLs, keys and raw captions; None if the table has no such column.
+        long, short: name of a caption column -> name to write it under.
     """
 
     url: str | None
@@ -36,7 +36,7 @@ class Columns:
 
     @property
     def captions(self) -> dict[str, str]:
-        """Name in the table -> name to write it under, of all captions, the raw one first."""
+        """Name of each caption column -> name to write it under; the raw caption is first."""
         return ({self.raw: RAW} if self.raw else {}) | dict(self.long) | dict(self.short)
 
 
@@ -53,12 +53,13 @@ def find_columns(
 
     Args:
         where: the table's name, for messages.
-        header: its columns.
-        url, key, raw: names given by flags; None looks for known ones.
-        long, short: ``NAME`` or ``NAME=NAME_TO_WRITE`` given by flags; None looks for known ones, none is allowed.
+        header: names of all its columns.
+        url, key, raw: names given by flags; None means the known names.
+        long, short: ``NAME`` or ``NAME=NAME_TO_WRITE`` given by flags; None means the known names. May be empty.
 
     Raises:
-        ValueError: a name from a flag is not there, or there is no URL and no key, or no caption at all.
+        ValueError: there is no column with a name given by a flag, there is neither a URL nor a key, or there is no
+            caption column; or two columns would be written under the same name.
     """
 
     def single(given: str | None, known: Sequence[str], flag: str) -> str | None:
@@ -107,7 +108,7 @@ def _listed(header: Sequence[str]) -> str:
 
 
 def output_captions(tables: Sequence[Columns]) -> list[str]:
-    """Caption columns of several tables together, in one order: raw, long, short."""
+    """Returns the names of the caption columns of all tables to write, in the order raw, long, short."""
     raw = [RAW] if any(columns.raw for columns in tables) else []
     longs = [name for columns in tables for name in columns.long.values()]
     shorts = [name for columns in tables for name in columns.short.values()]

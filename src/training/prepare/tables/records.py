@@ -1,4 +1,4 @@
-"""Stretches of tables that do not fit memory: bytes of a CSV file, or row groups of a Parquet file."""
+"""Reads tables that don't fit into memory in chunks: bytes of a CSV file, or row groups of a Parquet file."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 4_000  # 10 to 20 MB
 
 
 class Chunk(NamedTuple):
-    """A stretch of a table: bytes of a CSV file, or row groups of a Parquet file."""
+    """A part of a table: the bytes `begin` to `end` of a CSV file, or these row groups of a Parquet file."""
 
     begin: int
     end: int
@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """One input.
+    """An input table.
 
     Attributes:
         path: the file.
@@ -56,8 +56,8 @@ class Rows(NamedTuple):
 
     Attributes:
         texts: the wanted columns, as strings.
-        repaired: bool [num_rows], rows that were not UTF-8 and have been read as Windows-1252.
-        num_malformed: rows before or between these that can't be read.
+        repaired: bool [num_rows], True for rows that were not UTF-8 and have been read as Windows-1252.
+        num_malformed: number of rows before or between these that can't be read.
     """
 
     texts: pa.Table
@@ -66,7 +66,7 @@ class Rows(NamedTuple):
 
 
 def csv_chunks(records: CsvRecords, begin: int, num_rows: int) -> Iterator[Chunk]:
-    """Cuts what follows byte `begin` into stretches of `num_rows` rows."""
+    """Divides the rows after byte `begin` into chunks of `num_rows` rows."""
     end, missing = begin, num_rows
     for part in records.read_fast(begin):
         ends = part.begin + part.ends if isinstance(part, Stretch) else np.array([part.end])
@@ -79,7 +79,7 @@ def csv_chunks(records: CsvRecords, begin: int, num_rows: int) -> Iterator[Chunk
 
 
 def parquet_chunks(group_sizes: Sequence[int], num_rows: int) -> Iterator[Chunk]:
-    """Puts neighbouring row groups together until they have `num_rows` rows."""
+    """Combines consecutive row groups into chunks of at least `num_rows` rows."""
     begin = held = 0
     for number, size in enumerate(group_sizes, start=1):
         held += size
@@ -106,7 +106,7 @@ def read_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
 
 
 def _csv_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
-    records: list[Record] = []  # those that need care are seldom alone in a file of another encoding
+    records: list[Record] = []  # collected, because a file in another encoding has many in a row
     for part in CsvRecords(table.path, table.form, len(table.header)).read_fast(chunk.begin, chunk.end):
         if isinstance(part, Record):
             records.append(part)
@@ -165,7 +165,7 @@ def _strings(column: pa.Array) -> pa.Array:
 
 
 def cell_text(value: object) -> str | None:
-    """What a Parquet cell says: a text, or a list of sentences joined; None for anything else."""
+    """Returns the text in a Parquet cell, with a list of sentences joined; None for anything else."""
     if isinstance(value, str):
         return value
     sentences = [s.strip() for s in value if isinstance(s, str) and s.strip()] if isinstance(value, list) else []

@@ -1,9 +1,9 @@
-"""`prepare tables`: published caption tables to clean Parquet parts with the same columns everywhere.
+"""`prepare tables`: converts published caption tables to clean Parquet parts, all with the same columns.
 
-A table is cut into chunks of rows. Worker processes clean a chunk each; duplicates are then found by hashes of the
-URLs over all chunks, in their order; and each chunk's remaining rows become one part. Nothing here grows with the
-number of rows but 9 bytes of hashes and marks on disk and a byte in memory each, and whatever is whole on disk is not
-made again.
+A table is divided into chunks of rows. Worker processes clean one chunk each; then duplicates are found by hashes of
+the URLs, over all chunks in order; and the remaining rows of each chunk become one part. Each row takes 9 bytes of
+hashes and marks on disk and one byte in memory; nothing else grows with the number of rows. Files that are complete on
+disk are not made again.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from training.prepare.work import (
 from training.runtime.messages import first_line
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-VERSION = 1  # of the cleaning; parts of another one are not mixed with these
+VERSION = 1  # version of the cleaning; parts of different versions are never mixed
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     complete = isinstance(summary, dict)
     if complete:
         if summary.get("settings") != settings:
-            raise ValueError(f"--out {out}: made from other tables or with other flags; take another folder")
-        print(f"{out}: complete already")
+            raise ValueError(f"--out {out}: made from other tables or with other flags; name another folder")
+        print(f"{out}: already complete")
         shutil.rmtree(out / ".work", ignore_errors=True)
     else:
         summary = _make(tables, rules, args, settings)
@@ -79,9 +79,9 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
     work = out / ".work"
     known = load_json(work / "settings.json")
     if known is None and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out}: holds something else; take a folder that is empty or not there")
+        raise ValueError(f"--out {out}: holds something else; name an empty or new folder")
     if known not in (None, settings):
-        raise ValueError(f"--out {out}: begun from other tables or with other flags; take another folder, or remove it")
+        raise ValueError(f"--out {out}: begun from other tables or with other flags; name another folder, or remove it")
     write_json(work / "settings.json", settings)
     for folder in (out, work):
         remove_leftovers(folder)
@@ -100,7 +100,7 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
             for base, size, result in spread(_clean, all_tasks(), pool):
                 results[base] = result
                 bar.update(size)
-        # Rows that others of their URL come before.
+        # A row is a duplicate if an earlier row has the same URL.
         keep, duplicates = first_of_each([task.file("npy") for task in tasks])
         jobs = [(task.file("arrow"), out / f"{task.base.name}.parquet", mask) for task, mask in zip(tasks, keep)]
         kept = sum(progress(spread(write_part, jobs, pool), len(jobs), "writing", "part"))
@@ -114,7 +114,7 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
 
 
 def _clean(task: Task) -> tuple[Path, int, dict]:
-    """Returns (name of the results, bytes of the table, counts)."""
+    """Returns (base of the results' paths, number of bytes of the table, counts)."""
     size = task.chunk.end - task.chunk.begin
     if task.table.form is None:
         with pq.ParquetFile(task.table.path) as file:
@@ -124,10 +124,10 @@ def _clean(task: Task) -> tuple[Path, int, dict]:
 
 
 def expand_inputs(names: list[str]) -> list[Path]:
-    """Returns the tables that are named, those of folders in the order of their names.
+    """Returns the named tables; the tables of a folder are sorted by name.
 
     Raises:
-        FileNotFoundError, ValueError: not there, of an unknown kind, or named twice.
+        FileNotFoundError, ValueError: a file is missing, has an unknown suffix, or is named twice.
     """
     paths = []
     for name in names:
@@ -153,7 +153,7 @@ def open_table(path: Path, args: argparse.Namespace) -> Table:
     """Reads a table's header and finds its columns.
 
     Raises:
-        ValueError: not a table, or columns are not found.
+        ValueError: the file is not a table, or columns are missing (see `find_columns`).
     """
     form, begin = None, 0
     if path.suffix == ".parquet":
@@ -171,7 +171,7 @@ def open_table(path: Path, args: argparse.Namespace) -> Table:
 
 
 def table_tasks(table: Table, number: int, rules: Rules, num_rows: int, work: Path) -> Iterator[Task]:
-    """Cuts a table into tasks; where it was cut is kept on disk, so that going on needs no second search."""
+    """Divides a table into tasks; the chunks are written to disk, so that a restart doesn't search for them again."""
     draft = Task(table, Chunk(0, 0), rules, work)
     journal = work / f"{number:03d}.chunks"
     known = _read_journal(journal)
@@ -192,7 +192,7 @@ def table_tasks(table: Table, number: int, rules: Rules, num_rows: int, work: Pa
 
 
 def _read_journal(path: Path) -> list[Chunk]:
-    """Chunks found so far; a last line that was cut is taken off the file."""
+    """Returns the chunks found so far; removes an incomplete last line from the file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -204,7 +204,7 @@ def _read_journal(path: Path) -> list[Chunk]:
 
 
 def _settings(tables: list[Table], rules: Rules, rows_per_part: int) -> dict:
-    """What the parts depend on."""
+    """Returns the settings that the parts depend on."""
     return {
         "version": VERSION,
         "tables": [
@@ -226,7 +226,7 @@ def _settings(tables: list[Table], rules: Rules, rows_per_part: int) -> dict:
 
 
 def describe(summary: dict) -> str:
-    """The counts for a terminal."""
+    """Returns the counts as text for the terminal."""
     dropped = {name: summary[name] for name in ROW_KINDS[2:]}
     lines = [f"{summary['kept']:,} of {summary['rows']:,} rows kept in {summary['parts']:,} parts"]
     lines.append(f"dropped rows: {format_counts(dropped)}")
@@ -236,7 +236,7 @@ def describe(summary: dict) -> str:
 
 
 def _peak_memory(workers: int) -> str:
-    """Of this process and, if there are any, of all workers, had each been as large as the largest."""
+    """Returns the peak memory of this process and its workers, with each worker counted like the largest."""
     unit = 1 if sys.platform == "darwin" else 1024
     own, child = (
         resource.getrusage(who).ru_maxrss * unit / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
