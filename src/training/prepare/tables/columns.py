@@ -58,8 +58,7 @@ def find_columns(
         long, short: ``NAME`` or ``NAME=NAME_TO_WRITE`` given by flags; None means the known names. May be empty.
 
     Raises:
-        ValueError: there is no column with a name given by a flag, there is neither a URL nor a key, or there is no
-            caption column; or two columns would be written under the same name.
+        ValueError: a column named by a flag, URL and key, or all captions are missing; or two would get the same name.
     """
 
     def single(given: str | None, known: Sequence[str], flag: str) -> str | None:
