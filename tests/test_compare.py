@@ -66,7 +66,7 @@ def test_other_pairs_are_not_compared(tmp_path, capsys):
     for runs, said in (
         (["a", "b"], "not comparable"),
         (["a"], "two runs or more"),
-        (["a", "nowhere"], "no ranks.npz there"),
+        (["a", "nowhere"], "no ranks.npz in this folder"),
     ):
         with pytest.raises(SystemExit) as stop:
             compare.main([str(tmp_path / run) for run in runs])

@@ -162,7 +162,7 @@ def test_features_of_a_file_are_asked_the_same_questions(data, tiny_clip, tmp_pa
 
     other = ["--features", file, *common, "--model", "lotlip_tiny", "--name", "other"]
     assert main([*other, "--pretrained", str(save_tiny(tmp_path))]) == 2
-    assert "text_features are not what --model makes of the same captions" in capsys.readouterr().err
+    assert "text_features are not those of --model for the same captions" in capsys.readouterr().err
 
 
 def flat(content, path=()):
@@ -182,7 +182,7 @@ def save_tiny(folder):
 def test_a_model_at_chance_gets_no_card_and_is_told_so(data, tiny_clip, tmp_path, capsys):
     run = ByHand(data, tiny_clip, tmp_path)
     said = capsys.readouterr().out
-    assert "first moved to fourth place" in said and "No long-text card: the model finds fewer than 10" in said
+    assert "first moved to fourth place" in said and "No long-text card: with fewer than 10 right answers" in said
     assert not (run.folder / "long_text_card.png").exists()
     assert "Long-text card" not in (run.folder / "report.html").read_text()
 

@@ -86,5 +86,5 @@ def test_broken_caches_and_other_preprocessing_are_usage_errors(tmp_path, tiny_c
     file.write_bytes(file.read_bytes()[:100])
     assert main(argv) == 2
     assert "can't be read" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no step of this model's preprocessing is ToTensor"):
+    with pytest.raises(ValueError, match="this model's preprocessing has no step ToTensor"):
         CachedReader(tmp_path, lambda image: image, "exact")

@@ -96,7 +96,7 @@ def test_sensitivity_and_files(run):
     assert found["as it is"]["similarity"] == pytest.approx(1)
     assert all(-1 <= found[name]["similarity"] < 1 for name in ("sentences shuffled", "one sentence dropped"))
     assert Image.open(folder / "lengths.png").width > 500
-    assert "How much of a caption counts" in (folder / "report.html").read_text()
+    assert "Recall with shortened captions" in (folder / "report.html").read_text()
     with open(folder / "cut_captions.csv") as file:
         rows = list(csv.DictReader(file))
     share = record["urban1k-retrieval-truncated-share"]

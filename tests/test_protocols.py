@@ -119,7 +119,7 @@ def test_results_report_and_compare_name_what_was_read(tmp_path, tiny_clip, caps
     capsys.readouterr()
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "logs" / name) for name in ("first", "second")])
-    assert f"than first (urban1k/first-line {own}); not comparable" in capsys.readouterr().err
+    assert f"and first (urban1k/first-line {own}) ranked different pairs; not comparable" in capsys.readouterr().err
     evaluate(tmp_path, tiny_clip, "--urban1k-retrieval", root, name="third")
     capsys.readouterr()
     written = tmp_path / "compared.json"

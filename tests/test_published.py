@@ -75,7 +75,7 @@ def test_a_planted_number_is_found_and_compared(tmp_path, tiny_clip, capsys):
     low, high = result["urban1k-retrieval-i2t-top1-ci95"]
     assert i2t["half_intervals"] == pytest.approx(i2t["difference"] / ((high - low) / 2))
     said = capsys.readouterr().out
-    assert "Printed numbers of ours" in said and "97.50" in said and "0.50" in said
+    assert "Published numbers of ours" in said and "97.50" in said and "0.50" in said
     assert "6 of 1,000 pairs; fewer candidates" in said and "urban1k/raw 50.0 / 0.5" in said
     page = (tmp_path / "logs" / "second" / "report.html").read_text()
     assert "97.50" in page and "a &lt;b&gt;paper" in page
@@ -85,7 +85,7 @@ def test_no_number_of_that_protocol_is_said(tmp_path, tiny_clip, capsys, caplog)
     root = write_docci(tmp_path / "docci")
     flags = ("--docci-retrieval", root, "--published", "LoTLIP ViT-B/32")
     assert "published" not in evaluate(tmp_path, tiny_clip, *flags)
-    assert "no printed number has the protocol" in caplog.text
+    assert "there are no published numbers for the protocols" in caplog.text
 
 
 @pytest.mark.parametrize(("asked", "said"), [("LoTLIP", "expected one of"), ("none.json", "no such file")])

@@ -108,7 +108,7 @@ def test_filters_by_rank_and_search(page, features):
     wait_for_status(page, f"{NUM // 2 - 1} of {NUM} queries")  # all odd ones but 7
     page.fill("#search", "no such words")
     wait_for_status(page, f"0 of {NUM} queries")
-    assert page.inner_text("#detail") == "No query fits."
+    assert page.inner_text("#detail") == "No query matches."
     page.fill("#search", "")
     page.select_option("#order", "worst")
     # The list is drawn a moment after the search: it may still be empty.
@@ -125,7 +125,7 @@ def test_what_the_model_found_in_both_directions(page, features):
     names = page.locator("#detail .matches li > img, #detail .matches li > .none").evaluate_all(
         "all => all.map(e => e.alt || e.textContent)"
     )
-    assert names == [f"{n}.jpg" if n != 3 else "no picture" for n in order]
+    assert names == [f"{n}.jpg" if n != 3 else "no image" for n in order]
     page.select_option("#direction", "i2t")
     page.click("#list li:nth-child(5) button")
     order = np.argsort(-(images.features[4] @ texts.features.T).numpy())[:10]
@@ -148,7 +148,7 @@ def test_pictures_load_when_shown(page):
     assert page.locator("#detail img").count() >= 10
     assert page.evaluate("document.images.length") < 70  # of 129: those of one page of the list, and of one query
     page.click("#list li:nth-child(4) button")
-    assert "no picture" in page.inner_text("#detail")
+    assert "no image" in page.inner_text("#detail")
 
 
 def test_code_in_a_caption_stays_text(page):
@@ -246,7 +246,10 @@ def test_saved_features_give_the_same_numbers_and_page(tmp_path, tiny_clip):
         ({"image_features": np.ones((3, 4)), "text_features": np.ones((3, 5))}, "different numbers of columns"),
         ({"image_features": np.ones((3, 4)), "text_features": np.ones((4, 4))}, "no image_of_caption"),
         ({"image_features": np.full((3, 4), np.nan), "text_features": np.ones((3, 4))}, "NaN"),
-        ({"image_features": np.ones((2, 4)), "text_features": np.ones((2, 4)), "captions": ["a"]}, "captions is of"),
+        (
+            {"image_features": np.ones((2, 4)), "text_features": np.ones((2, 4)), "captions": ["a"]},
+            "captions has shape",
+        ),
         ({"image_features": np.ones((2, 4)), "text_features": np.ones((2, 4)), "image_of_caption": [0, 2]}, "rows of"),
         (
             {"image_features": np.ones((2, 4)), "text_features": np.ones((2, 4)), "captions": np.array(["a", None])},

@@ -1,1 +1,1 @@
-"""Evaluation: benchmark -> encode -> rank -> report."""
+"""Evaluation: encodes benchmarks, ranks them, and reports the results."""

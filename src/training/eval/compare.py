@@ -1,8 +1,8 @@
-"""Puts evaluations side by side: differences in R@1 with paired bootstrap intervals, and which queries flipped.
+"""Compares evaluations: differences in R@1 with paired bootstrap intervals, and the queries that flipped.
 
-    python -m training.compare logs/first logs/second [logs/third ..] [--flips flips.csv] [--json compared.json]
+    python -m training.compare logs/first logs/second [logs/third ...] [--flips flips.csv] [--json compared.json]
 
-Every run is compared with the first one, on the benchmarks of which both ranked the same pairs.
+Every run is compared with the first one, on the benchmarks that both evaluated with the same pairs.
 """
 
 import argparse
@@ -15,18 +15,19 @@ from training.eval.results_table import flags_that_differ
 
 
 def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
-    """Compares runs with the first of them.
+    """Compares all runs with the first one.
 
     Args:
         runs: folders LOGS/NAME of evaluations.
 
     Returns:
-        One record per benchmark, direction and run: ``benchmark``, ``protocol``, ``fingerprint``,
-        ``direction``, ``run``, ``top1``, and for all runs but the first ``difference``, ``low``, ``high`` (95%
-        interval), ``p`` and the number of queries ``gained`` and ``lost``; and notes on what could not be compared.
+        Records and notes. There is one record per benchmark, direction and run: ``benchmark``, ``protocol``,
+        ``fingerprint``, ``direction``, ``run``, ``top1``, and for all runs except the first ``difference``, ``low``,
+        ``high`` (95% interval), ``p``, the numbers of queries ``gained`` and ``lost``, and ``num_queries``. The notes
+        say what could not be compared.
 
     Raises:
-        FileNotFoundError, ValueError: a run without ranks, or no benchmark in common.
+        FileNotFoundError, ValueError: a run has no ranks, or no benchmark is common to two runs.
     """
     from training.eval.metrics import paired_bootstrap
     from training.eval.record import DIRECTIONS
@@ -41,15 +42,14 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
                 notes.append(f"{first.title}: not evaluated in {name}")
             elif other[key].digest != first.digest:
                 read = [f"{ranks.protocol} {ranks.digest[:16]}".strip() for ranks in (other[key], first)]
-                notes.append(
-                    f"{first.title}: {name} ranked other pairs ({read[0]}) than {names[0]} ({read[1]}); not comparable"
-                )
+                pair = f"{name} ({read[0]}) and {names[0]} ({read[1]})"
+                notes.append(f"{first.title}: {pair} ranked different pairs; not comparable")
         same = [(n, o[key]) for n, o in zip(names, loaded) if key in o and o[key].digest == first.digest]
         if len(same) < 2:
             continue
         for direction in DIRECTIONS:
             before = first.top1[direction]
-            # Captions of one image are no independent draws: images are resampled, with all their captions.
+            # Captions of one image are not independent, so images are resampled with all their captions.
             clusters = first.owner if direction == "t2i" else None
             for name, ranks in same:
                 after = ranks.top1[direction]
@@ -66,7 +66,7 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
 
 
 def _names(runs: Sequence[str]) -> list[str]:
-    """Last part of each path where that tells them apart."""
+    """Returns the last part of each path if these are distinct, otherwise the full paths."""
     short = [Path(run).resolve().name for run in runs]
     return short if len(set(short)) == len(short) else [str(run) for run in runs]
 
@@ -95,10 +95,10 @@ def format_comparison(records: Sequence[dict[str, object]]) -> str:
 
 
 def write_flips(runs: Sequence[str], path: Path) -> int:
-    """Writes a CSV of the queries of which the right answer comes first in some runs and not in others.
+    """Writes a CSV of the queries whose right answer comes first in some runs but not in others.
 
     Returns:
-        Number of queries in it.
+        The number of queries.
     """
     from training.eval.record import DIRECTIONS
     from training.eval.report.ranks import read_ranks
@@ -125,8 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m training.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of an evaluation, LOGS/NAME; two or more")
-    parser.add_argument("--flips", type=Path, metavar="FILE", help="CSV of the queries that flipped, with their ranks")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the table's numbers, as fractions")
+    parser.add_argument("--flips", type=Path, metavar="FILE", help="write the queries that flipped as CSV, with ranks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of the table, as fractions")
     return parser
 
 
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     differing = flags_that_differ(dict(zip(args.runs, _names(args.runs))))
     if len(differing):
         print(f"\nFlags that differ:\n{differing.to_string(na_rep='-')}")
-    print("\n* p < 0.05, two-sided paired bootstrap over images; not corrected for several comparisons.")
+    print("\n* p < 0.05, two-sided paired bootstrap over images, not corrected for multiple comparisons.")
     for note in notes:
         print(note)
     if args.flips:

@@ -1,9 +1,9 @@
-"""Shows what the corner tokens of a model see: attention over the words of a caption, and how alike the features are.
+"""Shows a model's corner tokens for a caption: their attention over the words, and the similarity of their features.
 
     python -m training.corner_view "A red car. Two dogs run on the left." --model lotlip_bert-ViT-B-16 \\
       --pretrained model.pt --out corners.png
 
-Writes the figure (.png, .svg or .pdf, by the suffix) and its numbers beside it (.json).
+Writes a figure (.png, .svg or .pdf, by the suffix) and a .json file of the same name with its numbers.
 """
 
 import argparse
@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SUFFIXES = (".png", ".svg", ".pdf")
-LINE = 88  # characters of a caption in a line of the figure
+LINE = 88  # characters per line of the caption in the figure
 
 
 def view(args: argparse.Namespace) -> dict[str, object]:
-    """Runs a caption through a model.
+    """Encodes a caption and collects attention and features.
 
     Returns:
-        ``words``; ``tokens``: names of [CLS] (or [EOT]) and the corners; ``attention``: for each of them the share that
-        each word gets, pieces summed; ``elsewhere``: the share that special tokens get; ``similarity``: cosines of
-        their features, [m + 1, m + 1].
+        ``words``; ``tokens``: names of [CLS] (or [EOT]) and the corners; ``attention``: for each of these tokens, its
+        attention to each word, summed over word pieces; ``elsewhere``: its attention to special tokens;
+        ``similarity``: cosines between the tokens' features, [m + 1, m + 1]; ``model``, ``pretrained`` and ``layer``.
 
     Raises:
-        ValueError, FileNotFoundError: as `factory.create_model`, or a model without corner tokens.
+        ValueError, FileNotFoundError: see `factory.create_model`; or the model's attention can't be shown.
     """
     import torch
 
@@ -33,7 +33,7 @@ def view(args: argparse.Namespace) -> dict[str, object]:
     from training.model.resolve import resolve_weights
     from training.model.tokenizer import CornerHFTokenizer
 
-    resolve_weights(args.model, args.pretrained, args.cache_dir)  # a wrong name shows before anything is built
+    resolve_weights(args.model, args.pretrained, args.cache_dir)  # reports a wrong name before anything is built
     overrides = {"num_corner_tokens": args.num_corner_tokens, "context_length": args.context_length}
     tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir, **overrides)
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def view(args: argparse.Namespace) -> dict[str, object]:
     attention = special_attention(getattr(model, "text", model), ids, args.layer)[0]  # [m + 1, seq_len]
     words = words_of(tokenizer, ids[0].tolist())
     if not words:
-        raise ValueError(f"caption {args.caption!r}: no word in it")
+        raise ValueError(f"caption {args.caption!r} contains no word")
     with torch.no_grad():
         features = torch.nn.functional.normalize(model.text.all_features(ids)[0], dim=-1)
     first = "[CLS]" if isinstance(tokenizer, CornerHFTokenizer) else "[EOT]"
@@ -60,7 +60,7 @@ def view(args: argparse.Namespace) -> dict[str, object]:
 
 
 def draw(found: dict[str, object]) -> object:
-    """Draws the caption once per token, words shaded by attention, and the similarity matrix; returns the figure."""
+    """Draws the caption per token, with words shaded by attention, and the similarity matrix; returns the figure."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,12 +84,12 @@ def draw(found: dict[str, object]) -> object:
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(tokens)), tokens, rotation=45, ha="right")
     axes.set_yticks(range(len(tokens)), tokens)
-    axes.set_title("cosine of their features", fontsize=10)
+    axes.set_title("cosine between features", fontsize=10)
     return figure
 
 
 def _lines(words: list[str]) -> list[list[tuple[int, int]]]:
-    """Breaks words into lines; each entry is (number of the word, column)."""
+    """Breaks words into lines; each entry is (index of the word, column)."""
     lines, column = [[]], 0
     for number, word in enumerate(words):
         if column and column + len(word) > LINE:
@@ -111,7 +111,7 @@ def _write_words(axes: object, lines: list[list[tuple[int, int]]], words: list[s
             box.set_alpha(0.85 * strength)
             axes.add_patch(box)
             text = words[number].replace("$", r"\$")
-            # Monospaced at this size, a character is about as wide as one unit of the axes.
+            # At this font size, a monospaced character is about as wide as one unit of the axes.
             axes.text(
                 column + len(words[number]) / 2, row, text, family="monospace", fontsize=8, ha="center", va="center"
             )
@@ -122,13 +122,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.corner_view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("caption", metavar="CAPTION", help="a text, in quotes")
+    parser.add_argument("caption", metavar="CAPTION", help="the caption, in quotes")
     parser.add_argument("--model", default="lotlip_bert-ViT-B-16", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--pretrained", metavar="TAG|FILE", help="weights; without them the model is untrained")
-    parser.add_argument("--cache-dir", metavar="DIR", help="as in training.main")
-    parser.add_argument("--num-corner-tokens", type=int, metavar="M", help="as in training.main")
-    parser.add_argument("--context-length", type=int, metavar="L", help="as in training.main")
-    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="0 the first, -1 the last (default)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="same as in training.main")
+    parser.add_argument("--num-corner-tokens", type=int, metavar="M", help="same as in training.main")
+    parser.add_argument("--context-length", type=int, metavar="L", help="same as in training.main")
+    parser.add_argument(
+        "--layer", type=int, default=-1, metavar="N", help="from 0 for the first; default: -1, the last"
+    )
     parser.add_argument("--out", type=Path, default=Path("corners.png"), metavar="FILE", help="default: %(default)s")
     return parser
 
@@ -146,6 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if not args.pretrained and not args.model.startswith(("local-dir:", "hf-hub:")):
-        print(f"{args.model} is UNTRAINED: no --pretrained is given, so this shows nothing that was learned.")
+        print(f"{args.model} is UNTRAINED: without --pretrained, the figure shows random weights.")
     print(f"Figure: {args.out}   Numbers: {args.out.with_suffix('.json')}")
     return 0

@@ -1,10 +1,10 @@
-"""Diagnostics of long text: what recall loses when captions change, and whether similarity grows with every sentence.
+"""Long-text diagnostics: how recall drops when captions are changed, and whether similarity grows with each sentence.
 
-Only captions change; images are encoded once. All texts of all diagnostics are encoded in one pass, and texts of the
-same token ids once: what a model's context cuts ties exactly.
+Only captions change; images are encoded once. The texts of all diagnostics are encoded in one pass, and texts with the
+same token ids only once, so texts that differ only beyond the model's context get exactly equal scores.
 
-Sources: the changes are DeBias-CLIP's (arXiv 2602.22419), its "move" in both of its readings; HiMo is HiMo-CLIP's
-(arXiv 2511.06653). Both leave details open; what is chosen here is said below.
+Sources: the changes are those of DeBias-CLIP (arXiv 2602.22419), with both interpretations of its "move"; HiMo is from
+HiMo-CLIP (arXiv 2511.06653). Both papers leave details open; the docstrings below state our choices.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,16 +24,16 @@ from training.runtime.distributed import DistEnv
 
 NEUTRAL = "This is a photo"
 SEGMENTS = (2, 3)  # of HiMo@2 and HiMo@3
-MIN_CAPTIONS = 10  # that have a sentence at a position; with fewer, its recall is not given
-_TOKENISED_AT_ONCE = 4096
+MIN_CAPTIONS = 10  # recall by position is reported for positions with at least this many captions
+_TOKENIZER_BATCH = 4096
 
 
 def _reordered(*order: int) -> Callable[[list[str], int], list[str]]:
-    """The first sentences in another order; a caption with fewer of them stays."""
+    """Returns a change that reorders the first sentences; a caption with fewer sentences is not changed."""
     return lambda own, seed: own if len(own) < len(order) else [*(own[n] for n in order), *own[len(order) :]]
 
 
-# A caption that is too short for a change stays as it is, and is counted as unchanged.
+# A caption that is too short for a change is not changed, and is counted as unchanged.
 CHANGES: dict[str, Callable[[list[str], int], list[str]]] = {
     "first sentence dropped": lambda own, seed: own[1:] if len(own) > 1 else own,
     "first moved to fourth place": _reordered(1, 2, 3, 0),
@@ -53,20 +53,21 @@ def diagnose(
     options: ComputeOptions,
     seed: int = 0,
 ) -> dict[str, dict[str, object]]:
-    """Measures every diagnostic on every benchmark.
+    """Runs all diagnostics on every benchmark.
 
     Args:
         parts: the model.
-        ranked: the benchmarks, without what could not be read.
+        ranked: the benchmarks, without unreadable images.
         images: features of their images.
-        env: all ranks share the encoding; all get the result.
+        env: the ranks share the encoding; all get the result.
         options: batch size, workers, precision.
-        seed: of shuffling and dropping.
+        seed: seed of shuffling and dropping.
 
     Returns:
-        Title -> ``changes``: per change, how many captions it ``changed``, and per direction ``top1`` and the paired
-        ``difference``, ``low``, ``high``, ``p`` to the captions as they are, their sentences joined by ``". "``;
-        ``himo``: of `monotonicity`; ``positions``: of `recall_by_position`. Fractions.
+        For each benchmark's title: ``changes``, for each change the number of captions ``changed``, and for each
+        direction ``top1`` and the paired ``difference``, ``low``, ``high``, ``p`` relative to the original captions
+        with their sentences joined by ``". "``; ``himo``, see `monotonicity`; ``positions``, see `recall_by_position`.
+        Recall is given as fractions.
 
     Raises:
         FloatingPointError: the model returned NaN or infinity.
@@ -88,13 +89,13 @@ def diagnose(
 
 
 def _prefixes(sentences: Sequence[str]) -> list[str]:
-    """The first sentence, the first two, and so on to the whole caption."""
+    """Returns the first sentence, the first two, and so on up to the whole caption."""
     return [". ".join(sentences[: n + 1]) for n in range(len(sentences))]
 
 
 @dataclass(frozen=True)
 class _Features:
-    """Features of texts; those of the same token ids share a row of `rows` [num_rows, dim]."""
+    """Features of texts; texts with the same token ids share a row of `rows` [num_rows, dim]."""
 
     rows: torch.Tensor
     row_of: dict[str, int]
@@ -105,8 +106,8 @@ class _Features:
 
 def _encode_distinct(parts: EncoderParts, texts: list[str], env: DistEnv, options: ComputeOptions) -> _Features:
     row_of, row_of_ids, first = {}, {}, []
-    for start in range(0, len(texts), _TOKENISED_AT_ONCE):
-        part = texts[start : start + _TOKENISED_AT_ONCE]
+    for start in range(0, len(texts), _TOKENIZER_BATCH):
+        part = texts[start : start + _TOKENIZER_BATCH]
         for text, ids in zip(part, parts.tokenizer(part).numpy()):
             row_of[text] = row_of_ids.setdefault(ids.tobytes(), len(first))
             if row_of[text] == len(first):
@@ -152,20 +153,23 @@ def _measure_himo(r: RankedSet, sentences: list[list[str]], images: Encoding, fe
 def monotonicity(
     similarity: Sequence[np.ndarray], cut: Sequence[Sequence[bool]], owner: torch.Tensor
 ) -> dict[str, dict[str, object]]:
-    """Tells whether similarity to the image grows with the sentences of its caption.
+    """Measures whether the similarity to the image grows as more sentences of its caption are used.
 
     Args:
-        similarity: per caption, to its image, of the first sentence, the first two, .. [num_sentences].
-        cut: per caption, whether each of these texts has the token ids of the next [num_sentences - 1].
-        owner: [num_captions], image of each caption; intervals resample images.
+        similarity: for each caption, the similarities between its image and the first sentence, the first two
+            sentences, and so on, [num_sentences].
+        cut: for each caption and each of these texts but the last, whether the next text has the same token ids,
+            [num_sentences - 1].
+        owner: image of each caption, [num_captions]; intervals resample images.
 
     Returns:
-        Under ``2`` and ``3``, HiMo@2 and @3: a caption is cut into that many segments of about equal numbers of
-        sentences, segment k ending after sentence floor(k n / K); ``score`` is the share of captions of which every
-        further segment raises the similarity. A tie is wrong. Under ``K``: mean over captions of Pearson's correlation
-        of 1 .. n with the similarities, 0 if those are constant. Each with ``ci95``, ``captions`` that count,
-        ``left_out`` (captions with fewer sentences; for ``K`` than 2), ``tied``, and ``tied_by_cut``: of these, where
-        the context of the model cuts both texts to the same.
+        ``2`` and ``3`` are HiMo@2 and HiMo@3: a caption is divided into K segments of about equal numbers of sentences,
+        where segment k ends after sentence floor(k n / K); ``score`` is the fraction of captions for which every
+        additional segment raises the similarity. A tie counts as a failure. ``K`` is the mean over captions of
+        Pearson's correlation between 1, ..., n and the similarities, 0 if the similarities are constant. Each has
+        ``ci95``; the number of ``captions`` used; ``left_out``, the captions with fewer sentences than segments (for
+        ``K``: than 2); ``tied``; and ``tied_by_cut``, the ties whose texts are equal after truncation to the model's
+        context.
     """
     found = {}
     for segments in (*SEGMENTS, None):
@@ -203,11 +207,11 @@ def recall_by_position(
     features: Callable[[Sequence[str]], torch.Tensor],
     env: DistEnv,
 ) -> dict[str, dict[str, object]]:
-    """Looks for each image by each sentence of its caption alone.
+    """Measures text-to-image recall with single sentences of the captions as queries, by position of the sentence.
 
     Returns:
-        Position, from 1 -> ``t2i``: R@1 among all images, its interval ``ci95``, and the ``captions`` that have such a
-        sentence; positions with fewer than `MIN_CAPTIONS` are left out.
+        For each position, starting at 1: ``t2i``, R@1 among all images; its interval ``ci95``; and the number of
+        ``captions`` with such a sentence. Positions with fewer than `MIN_CAPTIONS` captions are omitted.
     """
     owner = torch.tensor([i for i, own in zip(r.pairs.image_of_caption, sentences) for _ in own])
     place = torch.tensor([n for own in sentences for n in range(1, len(own) + 1)])

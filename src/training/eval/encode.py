@@ -1,7 +1,7 @@
-"""From image files and captions to features, divided over all ranks.
+"""Encodes image files and captions into features, distributed over all ranks.
 
-Work is divided by whole batches whose content does not depend on the number of processes: batch b goes to rank
-b mod world_size. So every feature is computed in the same company, and is the same to the last bit, for any world size.
+The content of a batch does not depend on the number of processes: rank b mod world_size encodes batch b. Every feature
+is therefore computed in the same batch, and bit-identical, for any world size.
 """
 
 import logging
@@ -35,13 +35,13 @@ class ComputeOptions:
     """How to run a tower.
 
     Attributes:
-        batch_size: images per step.
-        workers: loader processes.
-        precision: by open_clip's names.
-        sort_texts: put captions of about the same length into a batch, and pad it to its longest only.
-        text_batch_size: captions per step; None takes `batch_size`.
+        batch_size: number of images per batch.
+        workers: number of loader processes.
+        precision: precision, by open_clip's names.
+        sort_texts: batch captions of similar length, and pad each batch only to its longest caption.
+        text_batch_size: number of captions per batch; None uses `batch_size`.
         image_decoding: one of `data.images.MODES`.
-        image_cache: folder of pixels, see `image_cache`.
+        image_cache: folder of decoded pixels, see `image_cache`; None does not cache.
     """
 
     batch_size: int = 64
@@ -59,8 +59,8 @@ class Encoding:
 
     Attributes:
         features: [num_items, dim] float32 on the CPU, L2-normalised; zeros for a broken item.
-        broken: item -> why it could not be read.
-        lost_tokens: [num_items] int64, tokens that the tokenizer cut off (zeros for images).
+        broken: index of each item that could not be read -> the reason.
+        lost_tokens: [num_items] int64, number of tokens that the tokenizer cut off (zeros for images).
     """
 
     features: torch.Tensor
@@ -69,7 +69,7 @@ class Encoding:
 
 
 class Batch(NamedTuple):
-    """What a loader hands to a tower: `inputs` of the items at `positions`; `broken` holds those left out."""
+    """A loader's batch: `inputs` of the items at `positions`, and the reasons for items that are `broken`."""
 
     positions: list[int]
     inputs: torch.Tensor | None
@@ -78,12 +78,12 @@ class Batch(NamedTuple):
 
 
 class ImageBatches(Dataset):
-    """Item b: the pixels [n, 3, H, W] of the readable files among `batches[b]`.
+    """Data set whose item b is the pixels [n, 3, H, W] of the readable files in `batches[b]`.
 
     Args:
         paths: all files.
-        read: files -> per file its pixels, or why it can't be read.
-        batches: positions in `paths`.
+        read: files -> for each file its pixels, or the error.
+        batches: indices into `paths`.
     """
 
     def __init__(self, paths: Sequence[Path], read: Callable, batches: list[list[int]]):
@@ -101,7 +101,7 @@ class ImageBatches(Dataset):
 
 
 class TextBatches(Dataset):
-    """Item b: the token ids [n, seq_len] of the captions in `batches[b]`; padding of `pad_id` is cut off."""
+    """Data set whose item b is the token ids [n, seq_len] of the captions in `batches[b]`, without common padding."""
 
     def __init__(
         self, texts: Sequence[str], tokenizer: Callable, batches: list[list[int]], pad_id: int | None, count_lost: bool
@@ -122,7 +122,7 @@ class TextBatches(Dataset):
 
 
 def image_batches(preprocess: Callable, paths: Sequence[Path], env: DistEnv, options: ComputeOptions) -> ImageBatches:
-    """Returns this rank's share of image files, read through a transform; arguments as `encode_images`."""
+    """Returns this rank's batches of image files, read with a transform; see `encode_images` for the arguments."""
     reader = PictureReader(preprocess, options.image_decoding)
     if options.image_cache:
         reader = CachedReader(options.image_cache, preprocess, options.image_decoding)
@@ -138,7 +138,7 @@ def encode_images(
     allow_broken: bool = False,
     without_head: bool = False,
 ) -> Encoding:
-    """Encodes image files with `model.encode_image`; each rank does its share and gets all features.
+    """Encodes image files with `model.encode_image`; each rank encodes its share and gets all features.
 
     Args:
         model: any open_clip model on `env.device`, in eval mode.
@@ -147,10 +147,10 @@ def encode_images(
         env: this process.
         options: batch size, workers, precision.
         allow_broken: report unreadable files in the result instead of raising.
-        without_head: leave out the image tower's `linear_head`, if it has one.
+        without_head: return features before the image tower's `linear_head`, if it has one.
 
     Raises:
-        BrokenImageError: on all ranks, naming the first unreadable file, unless allowed.
+        BrokenImageError: a file can't be read, unless allowed; raised on all ranks.
         FloatingPointError: the model returned NaN or infinity.
     """
     dataset = image_batches(preprocess, paths, env, options)
@@ -166,7 +166,9 @@ def encode_texts(
     options: ComputeOptions,
     count_lost: bool = True,
 ) -> Encoding:
-    """Encodes captions, without their padding where the text tower ignores it; each rank does its share and gets all.
+    """Encodes captions; each rank encodes its share and gets all features.
+
+    Padding is cut off where it does not affect the features.
 
     Args:
         model: any open_clip model on `env.device`, in eval mode.
@@ -177,12 +179,13 @@ def encode_texts(
         count_lost: count the tokens that the tokenizer cuts off.
 
     Raises:
-        TypeError: a tokenizer whose cut tokens can't be counted.
+        TypeError: the tokenizer's truncated tokens can't be counted.
         FloatingPointError: the model returned NaN or infinity.
     """
     order = range(len(texts))
     if options.sort_texts:
-        # Characters stand for tokens, which are not known yet. Longest first: what does not fit a device shows at once.
+        # The number of characters approximates that of tokens, which is not known yet. Longest first, so that running
+        # out of memory happens immediately.
         order = sorted(order, key=lambda i: -len(texts[i]))
     batches = _own_batches(order, env, options.text_batch_size or options.batch_size)
     encoder = text_encoder(model)
@@ -211,21 +214,21 @@ def _encode(
     error = None
     try:
         for batch in load_batches(dataset, unit, env, options):
-            SIGNALS.check()  # in the middle of a training, a signal must not wait for the whole evaluation
+            SIGNALS.check()  # during training, a signal must not wait for the end of the evaluation
             broken.update(batch.broken)
             if batch.broken and not allow_broken:
                 reason = next(iter(batch.broken.values()))
-                raise BrokenImageError(f"{reason}; replace the file, or add --allow-missing to leave it out")
+                raise BrokenImageError(f"{reason}; replace the file, or add --allow-missing to skip it")
             if batch.positions:
                 features.append((batch.positions, _forward(tower, batch.inputs, env, options)))
                 lost_tokens[batch.positions] = batch.lost_tokens
-    except Exception as caught:  # whatever it is, the other ranks must hear of it before they wait for this one
+    except Exception as caught:  # any error has to reach the other ranks before they wait for this one
         error = caught
     raise_together(error, env)
 
     broken = merge_over_ranks(broken, env)
     if broken and env.is_main:
-        logger.warning(f"{len(broken):,} {unit}s can't be read and are left out, the first: {broken[min(broken)]}")
+        logger.warning(f"{len(broken):,} {unit}s can't be read and are skipped; the first: {broken[min(broken)]}")
     dim = max_over_ranks(max((rows.shape[1] for _, rows in features), default=0), env)
     everything = torch.zeros(num_items, dim)
     for positions, rows in features:
@@ -236,11 +239,11 @@ def _encode(
 def load_batches(
     dataset: ImageBatches | TextBatches, unit: str, env: DistEnv, options: ComputeOptions
 ) -> Iterator[Batch]:
-    """Yields batches that worker processes load, under a bar that counts items, on rank 0.
+    """Yields batches loaded by worker processes, with a progress bar of items on rank 0.
 
     Args:
-        dataset: this rank's share.
-        unit: what an item is called.
+        dataset: this rank's batches.
+        unit: name of an item in the progress bar.
         env: this process.
         options: number of workers.
     """
@@ -250,8 +253,8 @@ def load_batches(
         desc=f"encode {unit}s{share}",
         total=sum(len(batch) for batch in dataset.batches),
         unit=unit,
-        delay=2,  # short work is quiet
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants a line now and then
+        delay=2,  # no bar for short work
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # few lines in a log file
         disable=not env.is_main,
     ) as bar:
         for batch in loader:
@@ -265,11 +268,11 @@ def _forward(tower: Callable, inputs: torch.Tensor, env: DistEnv, options: Compu
     dtype = get_input_dtype(options.precision) if inputs.is_floating_point() else None
     with get_autocast(options.precision, device_type=env.device.type)():
         features = tower(inputs.to(env.device, dtype, non_blocking=True))
-    # Normalised in fp32 even where the tower runs in 16 bits: that rounding would cost R@1.
+    # Normalised in fp32 even if the tower runs in 16 bits, because rounding here would reduce R@1.
     features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
     if not features.isfinite().all():
         remedy = "try --precision fp32"
         if options.precision == "fp32":
-            remedy = "no flag mends that: the weights are broken, or their training diverged"
+            remedy = "the weights are broken, or their training diverged; no flag can fix this"
         raise FloatingPointError(f"the model returned NaN or infinity in {options.precision}; {remedy}")
     return features

@@ -1,10 +1,10 @@
-"""Features of an evaluation kept on disk: what a tower has encoded once, it is not asked for again.
+"""Cache of features on disk, so that an evaluation encodes each image and text only once per tower.
 
-    DIR/TOWER/features.safetensors    [n, dim] float32, lost_tokens [n], key [n, 32] (SHA-256 of each item)
+    DIR/TOWER/features.safetensors    features [n, dim] float32, lost_tokens [n], key [n, 32] (SHA-256 of each item)
 
-TOWER is a hash of the tower's weights, of what its items pass through before and of the precision, so another model, or
-other preprocessing, never meets these features. Of an image tower with a linear head the trunk's features are kept, so
-that models with the same locked trunk share them.
+TOWER is a hash of the tower's weights, of the preprocessing or tokenizer, and of the precision, so features are never
+used for another model or other preprocessing. For an image tower with a linear head, the trunk's features are cached,
+so that models with the same locked trunk share them.
 """
 
 import json
@@ -25,12 +25,12 @@ from training.model.locking import HEAD, apply_linear_head, linear_head
 from training.runtime.distributed import DistEnv, agree
 from training.runtime.files import whole_file
 
-FORMAT = 2  # of what is kept; a change makes old files unknown
+FORMAT = 2  # part of the hash: after a change, old files are not used
 NAME = "features.safetensors"
 
 
 def text_key(text: str) -> bytes:
-    """Tells captions apart."""
+    """Returns the key of a caption."""
     return sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -60,7 +60,12 @@ def encode_images_once(
     options: ComputeOptions,
     allow_broken: bool = False,
 ) -> Encoding:
-    """As `encode_images`; files whose features the cache of the image tower keeps are not encoded again."""
+    """Returns the result of `encode_images`, encoding only files whose features are not in the image tower's cache.
+
+    Args:
+        cache: the cache; None encodes all files.
+        parts, paths, env, options, allow_broken: see `encode_images`, which also documents what is raised.
+    """
 
     def encode(positions: Sequence[int], without_head: bool = True) -> Encoding:
         chosen = [paths[p] for p in positions]
@@ -73,12 +78,12 @@ def encode_images_once(
 
 
 class FeatureCache:
-    """Keeps the features of one tower.
+    """Cache of one tower's features.
 
     Args:
-        folder: ``--feature-cache``.
-        tower: everything that features depend on, beside the item: plain values.
-        env: rank 0 reads and writes; all ranks get the same.
+        folder: folder of ``--feature-cache``.
+        tower: everything that features depend on except the item, as values for JSON.
+        env: rank 0 reads and writes the file; all ranks get the features.
     """
 
     def __init__(self, folder: str | Path, tower: dict, env: DistEnv):
@@ -87,11 +92,14 @@ class FeatureCache:
         self.env = env
 
     def encode(self, keys: Sequence[bytes], encode: Callable[[list[int]], Encoding]) -> Encoding:
-        """Returns the features of all items; encodes those that are not kept yet, and keeps them.
+        """Returns the features of all items; encodes and adds those that are not in the cache.
 
         Args:
-            keys: one per item.
-            encode: positions of items -> their encoding, complete on every rank.
+            keys: one key per item.
+            encode: indices of items -> their encoding, complete on every rank.
+
+        Raises:
+            ValueError: the cache's file can't be read.
         """
         kept = agree(self._load, self.env)
         row_of = {bytes(row): number for number, row in enumerate(kept["key"].numpy())}

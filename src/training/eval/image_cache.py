@@ -1,11 +1,10 @@
-"""Decoded and resized images kept on disk, so that the next model of the same size reads pixels instead of files.
+"""Cache of decoded and resized images on disk, for evaluating several models with the same image size.
 
     DIR/READING/BATCH.safetensors    pixels [n, H, W, 3] uint8, key [n, 32] (SHA-256 of each image file's identity)
 
-READING is a hash of what makes bytes of a file: the steps of the transform before it turns an image into a tensor, the
-decoding, and the versions of the libraries that do it. The steps after them (scaling, normalisation) are done each
-time, on the bytes that they would have had: results are equal to the last bit, and models that normalise differently
-share.
+READING is a hash of everything that determines the pixels: the steps of the transform before ToTensor, the decoding,
+and the versions of the libraries involved. The later steps (scaling, normalisation) are applied after reading. Results
+are therefore bit-identical with and without the cache, and models that normalise differently share it.
 """
 
 import json
@@ -30,23 +29,23 @@ FORMAT = 1
 
 
 def image_key(path: Path | ShardMember | EmbeddedImage) -> bytes:
-    """Identifies an image file by place, size and time of change."""
+    """Returns a key that identifies an image file by path, size and modification time."""
     status = path.stat()
     return sha256(f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()).digest()
 
 
 class CachedReader:
-    """Reads image files through a transform, and keeps their pixels.
+    """Reads image files with a transform and caches their pixels.
 
-    Several processes may use one folder: files are only added, each whole.
+    Several processes may share a folder: files are only added, and each is written atomically.
 
     Args:
-        folder: ``--image-cache``.
-        transform: PIL image -> [3, H, W], with torchvision's ToTensor among its steps.
+        folder: folder of ``--image-cache``.
+        transform: PIL image -> [3, H, W], with torchvision's ToTensor as one of its steps.
         mode: one of `data.images.MODES`.
 
     Raises:
-        ValueError: a transform that can't be divided, or a file of the cache that can't be read.
+        ValueError: the transform can't be split, or a file of the cache can't be read.
     """
 
     def __init__(self, folder: str | Path, transform: Callable, mode: str):
@@ -60,11 +59,11 @@ class CachedReader:
             "versions": [version(name) for name in ("pillow", "torchvision")],
         }
         self.folder = Path(folder) / sha256(json.dumps(reading).encode()).hexdigest()[:32]
-        self.place: dict[bytes, tuple[Path, int]] = {}
+        self.place: dict[bytes, tuple[Path, int]] = {}  # key of an image -> file and row of its pixels
         for path in sorted(self.folder.glob("*.safetensors")):
-            self._learn(path)
+            self._index(path)
 
-    def _learn(self, path: Path) -> None:
+    def _index(self, path: Path) -> None:
         try:
             with safe_open(path, "numpy") as file:
                 keys = file.get_tensor("key")
@@ -73,17 +72,17 @@ class CachedReader:
         self.place |= {key.tobytes(): (path, row) for row, key in enumerate(keys)}
 
     def read(self, sources: Sequence[Source]) -> list[torch.Tensor | BrokenImageError]:
-        """Reads image files, and keeps those that are not kept yet.
+        """Reads image files, and adds those that are not in the cache.
 
         Returns:
-            Per file what the transform makes of it, or why it can't be read.
+            For each file the transformed image, or the error.
         """
         found, new = [], {}
         for source in sources:
             key = image_key(source)
             try:
                 if key in self.place:
-                    pixels = self._kept(*self.place[key])
+                    pixels = self._read_cached(*self.place[key])
                 else:
                     pixels = new[key] = np.asarray(self.reader(source))
             except BrokenImageError as error:
@@ -91,14 +90,14 @@ class CachedReader:
                 continue
             found.append(self.after(Image.fromarray(pixels)))
         if new:
-            self._keep(new)
+            self._add(new)
         return found
 
-    def _kept(self, path: Path, row: int) -> np.ndarray:
+    def _read_cached(self, path: Path, row: int) -> np.ndarray:
         with safe_open(path, "numpy") as file:
             return file.get_slice("pixels")[row]
 
-    def _keep(self, new: dict[bytes, np.ndarray]) -> None:
+    def _add(self, new: dict[bytes, np.ndarray]) -> None:
         content = {
             "pixels": torch.from_numpy(np.stack(list(new.values()))),
             "key": torch.from_numpy(np.frombuffer(b"".join(new), dtype=np.uint8).reshape(-1, 32).copy()),
@@ -106,19 +105,17 @@ class CachedReader:
         path = self.folder / f"{sha256(b''.join(new)).hexdigest()[:32]}.safetensors"
         with whole_file(path) as temporary:
             save_file(content, temporary)
-        self._learn(path)
+        self._index(path)
 
 
 def split_at_tensor(transform: Callable) -> tuple[Callable, Callable]:
-    """Returns the steps of a transform up to the image of its final size, and those from ToTensor on.
+    """Splits a transform into the steps before ToTensor and those from ToTensor on.
 
     Raises:
-        ValueError: it has no such steps.
+        ValueError: no step of the transform is ToTensor.
     """
     steps = list(getattr(transform, "transforms", []))
     places = [n for n, step in enumerate(steps) if isinstance(step, transforms.ToTensor)]
     if not places:
-        raise ValueError(
-            f"--image-cache: no step of this model's preprocessing is ToTensor ({transform}); leave it out"
-        )
+        raise ValueError(f"--image-cache: this model's preprocessing has no step ToTensor ({transform}); omit the flag")
     return transforms.Compose(steps[: places[0]]), transforms.Compose(steps[places[0] :])

@@ -1,7 +1,7 @@
-"""How much of a caption a model makes use of: recall with captions cut, shuffled, or short of a sentence.
+"""Measures how much of a caption a model uses: recall with truncated or shuffled captions, or without a sentence.
 
-Every variant changes the captions alone; images are encoded once. A model that reads a text to its end gains with every
-token; one that looks at the first twenty gains nothing after them.
+Every variant changes only the captions; images are encoded once. The recall of a model that uses the whole text keeps
+growing with the number of tokens; that of a model that uses only the first twenty tokens stops growing after these.
 """
 
 import copy
@@ -23,12 +23,12 @@ from training.runtime.distributed import DistEnv
 EFFECTIVE_SHARE = 0.95
 CARD_TOKENS, CARD_SENTENCES = (10, 20, 40, 77, 128, 248), (1, 2, 3, 4, 6, 8)
 NUM_RESAMPLES = 1000
-MIN_RIGHT = 10  # right answers below which a curve is mostly chance
+MIN_RIGHT = 10  # with fewer right answers, a curve is considered chance
 
 
 @dataclass(frozen=True)
 class LengthQuestions:
-    """What to find out: recall at these numbers of ``tokens`` and ``sentences``, and ``sensitivity`` to their order."""
+    """What to measure: recall at these numbers of ``tokens`` and ``sentences``, and ``sensitivity`` to their order."""
 
     tokens: tuple[int, ...] = ()
     sentences: tuple[int, ...] = ()
@@ -39,11 +39,12 @@ class LengthQuestions:
 
 
 class CutTokenizer:
-    """A tokenizer of open_clip's that cuts texts earlier, and fills up to the length that its model wants.
+    """Truncates texts to fewer tokens than an open_clip tokenizer does, and pads them to the model's context length.
 
     Args:
-        tokenizer: whose last special token of a cut text stays, as always; after it comes padding alone.
-        length: tokens to keep, special ones included.
+        tokenizer: an open_clip tokenizer that ends each text, truncated or not, with its last special token, followed
+            only by padding.
+        length: number of tokens to keep, special tokens included.
     """
 
     def __init__(self, tokenizer: Callable, length: int):
@@ -58,8 +59,8 @@ class CutTokenizer:
 
 
 def cut_tokenizer(tokenizer: Callable, length: int) -> Callable:
-    """Returns a tokenizer that keeps `length` tokens of each text."""
-    if hasattr(tokenizer, "num_corners"):  # ours: its towers take rows of any length
+    """Returns a tokenizer that keeps at most `length` tokens of each text."""
+    if hasattr(tokenizer, "num_corners"):  # one of ours, whose towers accept any length
         tokenizer = copy.copy(tokenizer)
         tokenizer.context_length = length
         return tokenizer
@@ -67,21 +68,21 @@ def cut_tokenizer(tokenizer: Callable, length: int) -> Callable:
 
 
 def token_lengths(tokenizer: Callable, asked: Sequence[int]) -> list[int]:
-    """Returns the lengths to measure, in order: those below the context length, and the context length itself.
+    """Returns the lengths to measure, ascending: those below the context length, and the context length itself.
 
     Raises:
-        ValueError: a length without room for a word, or a tokenizer that can't be cut.
+        ValueError: a length has no room for a word, or the tokenizer can't truncate earlier.
     """
     if getattr(tokenizer, "tokenizer_mode", None) == "clips":
-        raise ValueError("--retrieval-lengths: this model's tokenizer puts a token after the padding; leave it out")
+        raise ValueError("--retrieval-lengths: this model's tokenizer puts a token after the padding; omit the flag")
     shortest = getattr(tokenizer, "num_corners", 0) + 3
     if min(asked) < shortest:
-        raise ValueError(f"--retrieval-lengths {min(asked)}: this model's tokens begin to hold words at {shortest}")
+        raise ValueError(f"--retrieval-lengths {min(asked)}: expected at least {shortest}, special tokens included")
     return [*sorted(length for length in asked if length < tokenizer.context_length), tokenizer.context_length]
 
 
 def default_questions(tokenizer: Callable) -> LengthQuestions:
-    """Returns the curves of a long-text card, as far as a tokenizer can be cut."""
+    """Returns the curves of a long-text card; without those over tokens if the tokenizer can't truncate earlier."""
     if getattr(tokenizer, "tokenizer_mode", None) == "clips":
         return LengthQuestions(sentences=CARD_SENTENCES)
     shortest = getattr(tokenizer, "num_corners", 0) + 3
@@ -103,17 +104,18 @@ def analyse_lengths(
     Args:
         parts: the model.
         work: benchmarks.
-        images, texts: features of the images and of the whole captions.
+        images, texts: features of the images and of the original captions.
         questions: what to measure.
-        env: all ranks share the encoding.
+        env: the ranks share the encoding.
         options: batch size, workers, precision.
-        seed: of shuffling and dropping; a caption is changed alike in every run.
+        seed: seed of shuffling and dropping; a caption is changed in the same way in every run.
 
     Returns:
-        ``context_length``; ``sets``: title -> ``tokens``, ``sentences``, ``sensitivity``, each number or change ->
-        ``i2t``, ``t2i`` (R@1, fractions); ``effective_length``: title -> tokens, and under ``all`` that of the model;
-        None with fewer than `MIN_RIGHT` right answers; ``effective_length_ci95``: the same -> [low, high].
-        In ``sensitivity`` also ``similarity``: mean cosine with the feature of the whole caption.
+        ``context_length``. ``sets``: for each title, ``tokens``, ``sentences`` and ``sensitivity``, which map each
+        number or change to ``i2t`` and ``t2i`` (R@1 as fractions); in ``sensitivity`` also to ``similarity``, the mean
+        cosine with the feature of the original caption. ``effective_length``: tokens for each title, and for ``all``
+        benchmarks together; None with fewer than `MIN_RIGHT` right answers. ``effective_length_ci95``: the intervals
+        [low, high].
 
     Raises:
         FloatingPointError: the model returned NaN or infinity.
@@ -150,7 +152,7 @@ def analyse_lengths(
 
 
 def shuffle_sentences(text: str, seed: int) -> str:
-    """Returns a caption with its sentences in an order of chance; another one than it has, if it has two or more."""
+    """Returns a caption with its sentences shuffled; the order always changes if two sentences are distinct."""
     sentences = split_caption(text)
     if len(set(sentences)) < 2:
         return text
@@ -161,7 +163,7 @@ def shuffle_sentences(text: str, seed: int) -> str:
 
 
 def drop_sentence(text: str, seed: int) -> str:
-    """Returns a caption without one of its sentences; a single one stays."""
+    """Returns a caption without one random sentence; a single sentence is returned unchanged."""
     sentences = split_caption(text)
     if len(sentences) < 2:
         return text
@@ -170,7 +172,8 @@ def drop_sentence(text: str, seed: int) -> str:
 
 
 def _similarity(work: RetrievalWork, before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
-    """Per set the mean cosine of its captions of two sentences or more, before and after a change."""
+    """Returns for each set the mean cosine between features before and after a change, over captions of two sentences
+    or more."""
     cosine = (before.double() * after.double()).sum(dim=1)
     several = torch.tensor([len(split_caption(text)) > 1 for text in work.texts])
     means = {}
@@ -183,12 +186,14 @@ def _similarity(work: RetrievalWork, before: torch.Tensor, after: torch.Tensor) 
 def effective_length(lengths: Sequence[float], recall: Sequence[float]) -> float | None:
     """Returns the number of tokens at which recall first reaches 95% of its best value.
 
-    Between two measured lengths recall is taken to grow in a straight line. The shortest length if that is enough; None
-    if nothing was ever found.
+    Recall is interpolated linearly between measured lengths.
 
     Args:
-        lengths: in tokens, growing.
-        recall: at each of them.
+        lengths: numbers of tokens, ascending.
+        recall: recall at each length.
+
+    Returns:
+        The number of tokens, at least the shortest length; None if recall is 0 everywhere.
     """
     target = EFFECTIVE_SHARE * max(recall)
     if target == 0:
@@ -200,20 +205,24 @@ def effective_length(lengths: Sequence[float], recall: Sequence[float]) -> float
 
 
 def _hits_by_image(r: RankedSet) -> np.ndarray:
-    """Per image: 1 if it was found by itself, how many of its captions found it, how many it has. [num_images, 3]."""
+    """Returns for each image its own hit, the number of hits of its captions, and the number of its captions.
+
+    Returns:
+        [num_images, 3].
+    """
     owner = np.array(r.pairs.image_of_caption)
     captions = np.bincount(owner, hit_probability(r.t2i, 1).numpy())
     return np.stack([hit_probability(r.i2t, 1).numpy(), captions, np.bincount(owner)], axis=1)
 
 
 def _effective_lengths(found: dict[str, dict], hits: dict[str, list[np.ndarray]]) -> dict[str, dict[str, object]]:
-    """Effective lengths and their 95% intervals, per set, and ``all``: of the mean over the sets.
+    """Returns effective lengths and their 95% intervals for each set, and for the mean over the sets as ``all``.
 
-    Recall is the mean of both directions. None where it is near chance. Intervals resample the images of each set.
+    Recall is the mean of both directions. Sets near chance get None. Intervals resample the images of each set.
 
     Args:
-        found: title -> ``tokens``: the lengths.
-        hits: title -> of `_hits_by_image` at each length.
+        found: title -> ``tokens``, whose keys are the lengths.
+        hits: title -> result of `_hits_by_image` at each length.
     """
     rng = np.random.default_rng(0)
     lengths, curves, result, intervals = [], [], {}, {}
@@ -221,7 +230,7 @@ def _effective_lengths(found: dict[str, dict], hits: dict[str, list[np.ndarray]]
         lengths = [int(length) for length in found[title]["tokens"]]
         num_images = len(by_length[0])
         weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=NUM_RESAMPLES)
-        weights = np.concatenate([np.ones((1, num_images)), weights])  # the first row is the set itself
+        weights = np.concatenate([np.ones((1, num_images)), weights])  # the first row is the original set
         sums = np.stack([weights @ per_image for per_image in by_length], axis=1)  # [draws, lengths, 3]
         recall = (sums[..., 0] / num_images + sums[..., 1] / sums[..., 2]) / 2
         near_chance = recall[0].max() * by_length[0][:, 2].sum() < MIN_RIGHT
@@ -233,6 +242,6 @@ def _effective_lengths(found: dict[str, dict], hits: dict[str, list[np.ndarray]]
 
 
 def _with_interval(lengths: list[int], recall: np.ndarray) -> tuple[float | None, list[float]]:
-    """Effective length of the first curve, and the 95% interval over all others. `recall`: [1 + draws, lengths]."""
+    """Returns the effective length of the first row of `recall` [1 + draws, lengths], and the others' 95% interval."""
     drawn = [length for curve in recall[1:] if (length := effective_length(lengths, curve.tolist())) is not None]
     return effective_length(lengths, recall[0].tolist()), [float(b) for b in np.percentile(drawn, [2.5, 97.5])]

@@ -1,10 +1,10 @@
-"""Retrieval metrics: ranks in blocks, recall with fair ties, bootstrap intervals. Pure tensors, no files, no model.
+"""Retrieval metrics: ranks, recall with fair handling of ties, bootstrap intervals. Pure tensors, no files, no model.
 
-Orientation: `image_features` are [num_images, dim], `text_features` [num_captions, dim], `image_of_caption`
-[num_captions] holds for each caption the row of its image. A rank counts from 1 (the best).
+Shapes: `image_features` are [num_images, dim], `text_features` are [num_captions, dim], and `image_of_caption`
+[num_captions] is the row of each caption's image. Ranks start at 1 (the best).
 
-Ties: where `t` wrong candidates score exactly as much as the `p` right ones, the order among them is a coin toss, and
-the metrics are its expectation. So a model that gives every pair the same score has R@1 = 1/N, not 1.
+Ties: if `t` wrong candidates have exactly the same score as the `p` right ones, their order is taken to be random, and
+the metrics are expectations over it. A model that gives every pair the same score therefore has R@1 = 1/N, not 1.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# Scores are computed in float64: below this, two scores differ by rounding only, whatever block they came from.
+# Scores are computed in float64; a smaller difference between two scores is rounding, which depends on the block.
 TIE_TOLERANCE = 1e-12
+NUM_PAIRED_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class RankCounts:
-    """What stands between each query and its right answer; three int64 tensors [num_queries].
+    """For each query, the numbers of candidates that determine its rank; three int64 tensors [num_queries].
 
     Attributes:
-        better: wrong candidates that score higher than the best right one.
-        tied: wrong candidates that score the same as the best right one.
-        right: right candidates that share the best right score (1 unless there are duplicates).
+        better: wrong candidates with a higher score than the best right one.
+        tied: wrong candidates with the same score as the best right one.
+        right: right candidates with the best right score (1 unless there are duplicates).
     """
 
     better: torch.Tensor
@@ -43,16 +44,16 @@ def count_ranks(
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[RankCounts, RankCounts]:
-    """Compares every image with every caption, one block of each at a time.
+    """Compares every image with every caption, in blocks.
 
     Args:
         image_features: [num_images, dim], L2-normalised, on any device.
         text_features: [num_captions, dim], L2-normalised, on any device.
         image_of_caption: [num_captions] int64; every image has at least one caption.
-        device: where blocks are multiplied. Memory: about 10 bytes x block_size^2 plus two blocks of features.
-        block_size: rows per block.
-        rank, world_size: with several processes, process `rank` handles every world_size-th block of images; the sums
-            of `better` and `tied` over all processes are the answer, `right` is complete everywhere.
+        device: device that multiplies the blocks. It needs about 10 bytes x block_size^2 plus two blocks of features.
+        block_size: number of images and of captions per block.
+        rank, world_size: with several processes, process `rank` handles every world_size-th block of images. `better`
+            and `tied` have to be summed over all processes; `right` is complete in each.
 
     Returns:
         Counts for image queries (image to text) and for caption queries (text to image), on the CPU.
@@ -74,7 +75,7 @@ def count_ranks(
     i2t = RankCounts(torch.zeros(num_images, dtype=torch.int64), -right, right)
     ones = torch.ones(len(own_score), dtype=torch.int64)
     t2i = RankCounts(torch.zeros_like(ones), -ones, ones)
-    if rank != 0:  # the right candidates are taken off the ties once, not once per process
+    if rank != 0:  # right candidates are subtracted from the ties only once, not once per process
         i2t.tied.zero_(), t2i.tied.zero_()
     image_blocks = list(range(0, num_images, block_size))[rank::world_size]
     for i in image_blocks:
@@ -95,7 +96,7 @@ def _score_of_pairs(
     device: torch.device | str,
     block_size: int,
 ) -> torch.Tensor:
-    """Similarity of each caption with its own image, float64 [num_captions] on the CPU."""
+    """Returns the similarity of each caption with its own image, float64 [num_captions] on the CPU."""
     scores = []
     for t in range(0, text_features.shape[0], block_size):
         index = image_of_caption[t : t + block_size].to(image_features.device)
@@ -112,14 +113,14 @@ def _add_counts(counts: RankCounts, rows: slice, score: torch.Tensor, target: to
 
 
 def hit_probability(counts: RankCounts, k: int) -> torch.Tensor:
-    """Returns for each query the probability, over the order of ties, that a right answer is among the first k.
+    """Returns the probability that a right answer is among the first k, for a random order of ties.
 
     Without ties this is 1.0 if `better` < k, else 0.0. Shape [num_queries], float64.
     """
     free_slots = (k - counts.better).clamp(min=0)
     miss = torch.ones(len(counts.better), dtype=torch.float64)
     for slot in range(k):
-        # Drawing tied candidates one by one without replacement: the chance that this slot holds a wrong one too.
+        # Tied candidates are drawn without replacement: the probability that this slot gets another wrong one.
         wrong_left = (counts.tied - slot).clamp(min=0).double()
         chance = wrong_left / (wrong_left + counts.right)
         miss = torch.where(slot < free_slots, miss * chance, miss)
@@ -127,7 +128,7 @@ def hit_probability(counts: RankCounts, k: int) -> torch.Tensor:
 
 
 def expected_rank(counts: RankCounts) -> torch.Tensor:
-    """Returns for each query the mean rank of its first right answer over the order of ties. [num_queries], float64."""
+    """Returns the expected rank of the first right answer for a random order of ties. [num_queries], float64."""
     return 1.0 + counts.better + counts.tied / (counts.right + 1.0)
 
 
@@ -138,10 +139,10 @@ def bootstrap_interval(
 
     Args:
         values: [num_queries], e.g. the probability of a hit.
-        clusters: [num_queries] int64; the queries of a cluster are drawn together. Captions of one image are such a
-            cluster: treated as independent, they would make the interval too narrow. None: every query alone.
+        clusters: [num_queries] int64; the queries of a cluster are drawn together. Captions of one image form a
+            cluster: treating them as independent would make the interval too narrow. None: each query is a cluster.
         num_resamples: number of bootstrap draws.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     clusters = np.arange(len(values)) if clusters is None else clusters.numpy()
     means = _resampled_means(values.numpy(), clusters, num_resamples, seed)
@@ -150,17 +151,17 @@ def bootstrap_interval(
 
 
 def _resampled_means(values: np.ndarray, clusters: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Draws clusters with replacement and returns the mean of their values per draw [num_resamples].
+    """Draws clusters with replacement and returns the mean of their values in each draw, [num_resamples].
 
-    Clusters with the same sum and size are alike, so a draw is multinomial over the distinct pairs of sum and size.
-    Without ties there are only a few, and a million queries cost as much as a thousand.
+    Clusters with the same sum and size are interchangeable, so a draw is multinomial over the distinct pairs of sum and
+    size. Without ties there are only a few such pairs, and a million queries take no longer than a thousand.
     """
     totals = np.stack([np.bincount(clusters, values), np.bincount(clusters)], axis=1).round(9)
     totals = totals[totals[:, 1] > 0]
     kinds, counts = np.unique(totals, axis=0, return_counts=True)
     rng, num_clusters = np.random.default_rng(seed), int(counts.sum())
     means = []
-    for start in range(0, num_resamples, 500):  # in parts: with many ties there are many kinds
+    for start in range(0, num_resamples, 500):  # in parts, because many ties give many kinds
         draws = rng.multinomial(num_clusters, counts / num_clusters, size=min(500, num_resamples - start))
         sums = draws @ kinds
         means.append(sums[:, 0] / sums[:, 1])
@@ -168,7 +169,7 @@ def _resampled_means(values: np.ndarray, clusters: np.ndarray, num_resamples: in
 
 
 class PairedDifference(NamedTuple):
-    """Mean of second minus first, its 95% bootstrap interval, and the two-sided p-value of there being none."""
+    """Mean of second minus first, its 95% bootstrap interval, and the two-sided p-value for no difference."""
 
     difference: float
     low: float
@@ -176,28 +177,22 @@ class PairedDifference(NamedTuple):
     p: float
 
 
-def paired_bootstrap(
-    first: np.ndarray,
-    second: np.ndarray,
-    clusters: np.ndarray | None = None,
-    *,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-) -> PairedDifference:
-    """Compares two systems on the same queries.
+def paired_bootstrap(first: np.ndarray, second: np.ndarray, clusters: np.ndarray | None = None) -> PairedDifference:
+    """Compares two systems on the same queries, with `NUM_PAIRED_RESAMPLES` draws.
 
     Args:
         first, second: [num_queries], e.g. 1 where the right answer came first.
-        clusters: [num_queries] int; queries of a cluster (captions of an image) are drawn together. None: each alone.
-        num_resamples: drawn; p is no smaller than 2 / (num_resamples + 1).
-        seed: of the draws.
+        clusters: [num_queries] int; see `bootstrap_interval`.
+
+    Returns:
+        The difference; its p-value is at least 2 / (NUM_PAIRED_RESAMPLES + 1).
     """
     change = second.astype(np.float64) - first.astype(np.float64)
     clusters = np.arange(len(change)) if clusters is None else clusters
-    means = _resampled_means(change, clusters, num_resamples, seed)
+    means = _resampled_means(change, clusters, NUM_PAIRED_RESAMPLES, seed=0)
     low, high = np.percentile(means, [2.5, 97.5])
     beyond = min((means <= 0).sum(), (means >= 0).sum())
-    p = min(1.0, 2.0 * (beyond + 1) / (num_resamples + 1))
+    p = min(1.0, 2.0 * (beyond + 1) / (NUM_PAIRED_RESAMPLES + 1))
     return PairedDifference(float(change.mean()), float(low), float(high), float(p))
 
 
@@ -207,12 +202,12 @@ def summarise(
     """Returns recall and ranks over all queries.
 
     Args:
-        counts: of each query.
-        ks: recall is reported at each of them.
-        clusters: as in `bootstrap_interval`; for caption queries, the image of each caption.
+        counts: counts of all queries.
+        ks: values of k for recall at k; the interval is that of the first.
+        clusters: see `bootstrap_interval`; for caption queries, the image of each caption.
 
     Returns:
-        ``top1, top5, top10`` (fractions), ``top1-ci95`` [low, high], ``mean-rank`` and ``median-rank``.
+        ``top1``, ``top5``, ``top10`` (fractions), ``top1-ci95`` [low, high], ``mean-rank`` and ``median-rank``.
     """
     hits = {k: hit_probability(counts, k) for k in ks}
     ranks = expected_rank(counts)

@@ -1,12 +1,12 @@
-"""Features on disk, one .npz per benchmark: written by --save-features, read by --features, from any framework.
+"""Features on disk, one .npz file per benchmark, written by --save-features or any other software, read by --features.
 
-image_features    [num_images, dim]     floating point, of any length: normalised when read
-text_features     [num_captions, dim]
-image_of_caption  [num_captions]        optional: row of each caption's image; else caption i belongs to image i
+image_features    [num_images, dim]     floating point, of any norm: they are normalised when read
+text_features     [num_captions, dim]   likewise
+image_of_caption  [num_captions]        optional: row of each caption's image; default: caption i belongs to image i
 captions          [num_captions]        optional: texts
-image_paths       [num_images]          optional: image files, absolute or relative to the .npz; for thumbnails
-lost_tokens       [num_captions]        optional: tokens that a tokenizer cut off
-title             ()                    optional: name in tables; else the file's
+image_paths       [num_images]          optional: image files for thumbnails, absolute or relative to the .npz file
+lost_tokens       [num_captions]        optional: number of tokens that the tokenizer cut off
+title             ()                    optional: name in tables; default: name of the file
 protocol          ()                    optional: name of the benchmark's variant, such as dci/short+extra
 """
 
@@ -26,17 +26,20 @@ from training.runtime.distributed import DistEnv
 
 SUFFIX = "-retrieval"
 KINDS = ("image", "text")
-NUM_CHECKED = 32  # captions that are encoded again to recognise a model
-SAME_MODEL = 0.99  # bf16 against fp32 reaches 0.999
+NUM_CHECKED = 32  # number of captions encoded again to check that the features are those of the model
+SAME_MODEL = 0.99  # minimum cosine; bf16 compared with fp32 reaches 0.999
 
 
 def write_features(ranked: RankedSet, images: Encoding, texts: Encoding, folder: Path) -> Path:
     """Writes one benchmark to ``FOLDER/KEY.npz``.
 
     Args:
-        ranked: which rows belong to it.
-        images, texts: what they are rows of.
-        folder: made if need be.
+        ranked: the benchmark.
+        images, texts: all encoded features, of which `ranked` gives the rows.
+        folder: created if it does not exist.
+
+    Returns:
+        The path of the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{ranked.result.key}.npz"
@@ -55,13 +58,14 @@ def write_features(ranked: RankedSet, images: Encoding, texts: Encoding, folder:
 
 
 def read_features(paths: list[str]) -> tuple[RetrievalWork, Encoding, Encoding]:
-    """Reads benchmarks as features.
+    """Reads benchmarks from files of features.
 
     Returns:
-        The sets, and features of their images and captions, one set after another, L2-normalised float32.
+        The sets, and the features of their images and captions, concatenated over the sets, L2-normalised float32.
 
     Raises:
-        FileNotFoundError, ValueError: a file is absent, no .npz, or its arrays do not fit together.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is not an .npz file, or its arrays are inconsistent.
     """
     loaded = [_read_one(Path(path)) for path in paths]
     sets = [s for s, _ in loaded]
@@ -75,7 +79,7 @@ def read_features(paths: list[str]) -> tuple[RetrievalWork, Encoding, Encoding]:
     text_index = [list(range(first_text[n], first_text[n + 1])) for n in range(len(sets))]
     work = RetrievalWork(sets, found, tuple(c for s in sets for c in s.captions), text_index)
     dim = max(arrays["image"].shape[1] for _, arrays in loaded)
-    # Zeros at the end change no similarity: files of different models go into one table.
+    # Appending zeros does not change similarities, so files of models with different dimensions can be combined.
     images, texts = (torch.cat([pad(a[kind], (0, dim - a[kind].shape[1])) for _, a in loaded]) for kind in KINDS)
     lost = torch.cat([arrays["lost"] for _, arrays in loaded])
     return work, Encoding(images, {}, torch.zeros(len(images), dtype=torch.int64)), Encoding(texts, {}, lost)
@@ -84,10 +88,12 @@ def read_features(paths: list[str]) -> tuple[RetrievalWork, Encoding, Encoding]:
 def check_text_model(
     parts: EncoderParts, captions: Sequence[str], texts: Encoding, env: DistEnv, options: ComputeOptions
 ) -> None:
-    """Encodes some captions again: changed ones are compared with the features of a file, so both must be of one model.
+    """Checks that features from a file are those of the model, by encoding some captions again.
+
+    Changed captions, encoded by the model, are compared with the file's features, so both must be of the same model.
 
     Raises:
-        ValueError: the features of the file are not those of the model.
+        ValueError: the features in the file are not those of the model.
     """
     rows = torch.linspace(0, len(captions) - 1, min(NUM_CHECKED, len(captions))).long()
     own = encode_texts(parts.model, parts.tokenizer, [captions[i] for i in rows], env, options).features
@@ -95,8 +101,8 @@ def check_text_model(
     cosine = float((own[:, :dim] * texts.features[rows, :dim]).sum(dim=1).min())
     if own.shape[1] > texts.features.shape[1] or cosine < SAME_MODEL:
         raise ValueError(
-            f"--features: text_features are not what --model makes of the same captions (cosine {cosine:.3f}, expected "
-            f"{SAME_MODEL} at least); give the model and the weights that made the file, and captions in it"
+            f"--features: text_features are not those of --model for the same captions (cosine {cosine:.3f}, expected "
+            f"at least {SAME_MODEL}); give the model and weights that the file was made with, and put captions into it"
         )
 
 
@@ -115,10 +121,10 @@ def _read_one(path: Path) -> tuple[RetrievalSet, dict[str, torch.Tensor]]:
     lengths = {"captions": num_captions, "image_of_caption": num_captions, "lost_tokens": num_captions}
     for name, expected in (lengths | {"image_paths": num_images}).items():
         if name in arrays and arrays[name].shape != (expected,):
-            raise ValueError(f"{where}: {name} is of shape {arrays[name].shape}, expected ({expected},)")
+            raise ValueError(f"{where}: {name} has shape {arrays[name].shape}, expected ({expected},)")
     if not np.issubdtype(owner.dtype, np.integer) or not np.array_equal(np.unique(owner), np.arange(num_images)):
-        raise ValueError(f"{where}: image_of_caption must hold rows of image_features, and each of them at least once")
-    # A place under a file that is no folder is nowhere: images without a path have no thumbnail.
+        raise ValueError(f"{where}: image_of_caption must contain rows of image_features, each of them at least once")
+    # Images without a path get one that can't exist, below the .npz file, and so have no thumbnail.
     names = arrays.get("image_paths", [path / f"image {n}" for n in range(num_images)])
     texts = arrays.get("captions", [f"caption {n}" for n in range(num_captions)])
     key = path.stem.removesuffix(SUFFIX)
@@ -152,5 +158,5 @@ def _normalised(features: np.ndarray | None, where: str) -> torch.Tensor:
         raise ValueError(f"{where}: expected floating point [number, dim], found {found}")
     tensor = torch.from_numpy(features.astype(np.float32))
     if not tensor.isfinite().all():
-        raise ValueError(f"{where}: holds NaN or infinity")
+        raise ValueError(f"{where}: contains NaN or infinity")
     return normalize(tensor, dim=-1)

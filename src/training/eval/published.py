@@ -1,10 +1,10 @@
-"""Printed numbers beside measured ones. The numbers are data: `published.json`, or a file of the same form.
+"""Compares measured numbers with published ones, which are read from `published.json` or a file of the same format.
 
 {"models": {"NAME": {"size", "year", "data", "match": [["MODEL", "TAG"]], "weights_sha256": ["64 hex digits"]}},
  "numbers": [{"model": "NAME", "protocol", "pairs", "i2t", "t2i", "source", "note"}]}
 
-Numbers are R@1 in percent. ``pairs`` is given where a protocol has several sizes; ``match``, ``weights_sha256`` and
-``note`` may be missing.
+Numbers are R@1 in percent. ``pairs`` is given if a protocol has several sizes; ``match``, ``weights_sha256`` and
+``note`` are optional.
 """
 
 import json
@@ -20,15 +20,15 @@ FILE = Path(__file__).parent / "published.json"
 
 @dataclass(frozen=True)
 class Printed:
-    """One printed pair of numbers, R@1 in percent.
+    """One published pair of numbers, R@1 in percent.
 
     Attributes:
-        model: its name in the file.
-        protocol: as results have it.
-        i2t, t2i: image to text, text to image.
-        source: where it is printed.
-        pairs: size of the set, where the protocol has several.
-        note: what the source did otherwise.
+        model: name of the model in the file.
+        protocol: name of the protocol, as in results.
+        i2t, t2i: R@1 of image to text and of text to image.
+        source: where the numbers are published.
+        pairs: number of pairs, if the protocol has several sizes.
+        note: how the source's evaluation differs from ours.
     """
 
     model: str
@@ -42,15 +42,15 @@ class Printed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measured number and the printed one; fractions.
+    """A measured number and the published one, as fractions.
 
     Attributes:
-        benchmark, protocol, direction: which number.
-        model, source, note: whose, and where it is printed.
+        benchmark, protocol, direction: what was measured.
+        model, source, note: see `Printed`.
         measured, low, high: R@1 of this run and its 95% interval.
-        printed: as the source has it.
-        difference: measured minus printed.
-        half_intervals: the difference over half the width of the interval; None where that is 0.
+        printed: the published number.
+        difference: measured minus published.
+        half_intervals: the difference divided by half the width of the interval; None if the width is 0.
     """
 
     benchmark: str
@@ -68,10 +68,11 @@ class Comparison:
 
 
 def read_published(path: str | Path = FILE) -> tuple[dict[str, dict], list[Printed]]:
-    """Reads a file of printed numbers: models by name, and the numbers.
+    """Reads a file of published numbers; returns models by name, and the numbers.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or one of another form; names the entry.
+        FileNotFoundError: there is no such file.
+        ValueError: the file has another format; the message names the entry.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,20 +87,21 @@ def read_published(path: str | Path = FILE) -> tuple[dict[str, dict], list[Print
         except TypeError as error:
             raise ValueError(f"--published {path}: entry {place} of numbers: {error}") from error
         if numbers[-1].model not in content["models"]:
-            raise ValueError(f"--published {path}: entry {place} of numbers: its model is not under models")
+            raise ValueError(f"--published {path}: entry {place} of numbers: its model is not listed in models")
     return content["models"], numbers
 
 
 def find_published(asked: str | None, model: str, pretrained: str | None, weights_sha256: str | None) -> list[Printed]:
-    """Returns the printed numbers of a run's model; none if it is in no list.
+    """Returns the published numbers of a run's model; an empty list if there are none.
 
     Args:
-        asked: ``--published``: a model's name in our list, or a file, in which the model must be; None searches ours.
-        model, pretrained: as given to the run.
-        weights_sha256: of its weights file. It decides before `model` and `pretrained` do.
+        asked: value of ``--published``: a model's name in our list, or a file that must contain the model; None
+            searches our list.
+        model, pretrained: the run's ``--model`` and ``--pretrained``.
+        weights_sha256: hash of the weights file; a match takes precedence over `model` and `pretrained`.
 
     Raises:
-        FileNotFoundError, ValueError: a name or a file was asked for, and the model is not there.
+        FileNotFoundError, ValueError: the name or file given does not exist or does not contain the model.
     """
     is_file = bool(asked) and asked.endswith(".json")
     models, numbers = read_published(asked if is_file else FILE)
@@ -113,7 +115,7 @@ def find_published(asked: str | None, model: str, pretrained: str | None, weight
         name = next(iter(hashed + named), None)
         if is_file and name is None:
             raise ValueError(
-                f"--published {asked}: no model there has the weights {weights_sha256} or matches "
+                f"--published {asked}: no model in this file has the weights {weights_sha256} or matches "
                 f"[{json.dumps(model)}, {json.dumps(pretrained)}]; add weights_sha256 or match to one of "
                 f"{', '.join(models)}"
             )
@@ -121,7 +123,7 @@ def find_published(asked: str | None, model: str, pretrained: str | None, weight
 
 
 def compare_with_published(results: Sequence[RetrievalResult], printed: Sequence[Printed]) -> list[Comparison]:
-    """Puts each measured number beside every printed one of the same protocol and size."""
+    """Compares each measured number with every published one of the same protocol and size."""
     found = []
     for result in results:
         for number in printed:
@@ -158,14 +160,14 @@ def explain(
     precision: str,
     decoding: str,
 ) -> list[str]:
-    """Returns what may explain differences in this run, a sentence each; none if all lie inside their intervals.
+    """Returns possible explanations of the differences, one sentence each; none if no difference exceeds its interval.
 
     Args:
-        comparisons: of this run.
-        results: of this run.
-        printed: numbers of this model, of all protocols.
-        precision: of this run, by open_clip's name.
-        decoding: of images, one of `data.images.MODES`.
+        comparisons: comparisons of this run.
+        results: results of this run.
+        printed: published numbers of this model for all protocols.
+        precision: precision of this run, by open_clip's name.
+        decoding: how images were decoded, one of `data.images.MODES`.
     """
     outside = {c.benchmark for c in comparisons if c.half_intervals is None or abs(c.half_intervals) > 1}
     if not outside:
@@ -175,8 +177,8 @@ def explain(
         if not result.is_complete:
             lines.append(f"{result.title}: {result.pairs} pairs; fewer candidates make retrieval easier.")
         if result.truncated_share:
-            share = f"{100 * result.truncated_share:.1f}% of captions are cut"
-            lines.append(f"{result.title}: {share}; another context length gives other numbers.")
+            share = f"{100 * result.truncated_share:.1f}% of captions are truncated"
+            lines.append(f"{result.title}: {share}; another context length gives different numbers.")
     names = {c.benchmark: c.protocol.split("/")[0].removeprefix("long-") for c in comparisons}
     for benchmark in sorted(outside):
         others = [
@@ -185,14 +187,16 @@ def explain(
             if names[benchmark] in p.protocol and all(p.protocol != c.protocol for c in comparisons)
         ]
         if others:
-            lines.append(f"{benchmark}: other protocols of that name have {', '.join(others)}.")
+            lines.append(f"{benchmark}: other protocols with this name have {', '.join(others)}.")
     if precision == "fp32":
-        lines.append("Papers often evaluate in fp16 or AMP: about one query of 1,000 moves (Urban1k, DeBias-CLIP).")
+        lines.append(
+            "Papers often evaluate in fp16 or AMP, which changes about 1 in 1,000 queries (Urban1k, DeBias-CLIP)."
+        )
     else:
-        lines.append(f"This run is in {precision}: --precision fp32 decides about one query of 1,000 otherwise.")
+        lines.append(f"This run used {precision}; --precision fp32 changes about 1 in 1,000 queries.")
     if decoding != "exact":
-        lines.append(f"Images were read with --image-decoding {decoding}: exact gives the pixels that papers had.")
-    lines.append("Captions here are split and joined (EVAL_DATASETS.md); Long-CLIP and its followers leave them raw.")
+        lines.append(f"Images were decoded with --image-decoding {decoding}; exact gives the same pixels as in papers.")
+    lines.append("Captions are split and joined here (EVAL_DATASETS.md); Long-CLIP and its derivatives use them raw.")
     return lines
 
 
@@ -208,11 +212,11 @@ def format_published(comparisons: Sequence[Comparison]) -> str:
         rows.append(
             [c.benchmark, DIRECTIONS[c.direction], measured, printed, f"{100 * c.difference:+.2f}", ratio, source]
         )
-    headers = ["benchmark", "", "measured", "printed", "difference", "in half\nintervals", "printed in"]
+    headers = ["benchmark", "", "measured", "published", "difference", "in half\nintervals", "source"]
     align = ["left", "left", "right", "right", "right", "right", "left"]
     return tabulate(rows, headers=headers, colalign=align, disable_numparse=True, maxcolwidths=[None] * 6 + [60])
 
 
 def to_json(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
-    """Returns what results.jsonl holds of them."""
+    """Returns the comparisons as stored in results.jsonl."""
     return [asdict(c) for c in comparisons]

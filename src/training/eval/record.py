@@ -1,6 +1,6 @@
-"""What an evaluation found, as values with names and types, and the one place that turns it into JSON.
+"""Typed results of an evaluation, and their conversion to JSON.
 
-JSON keys are the published ones: ``dci-retrieval-i2t-top1``, ``imagenet-zeroshot-val-top1``.
+The JSON keys are the published ones, such as ``dci-retrieval-i2t-top1`` and ``imagenet-zeroshot-val-top1``.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ DIRECTIONS = {"i2t": "I2T", "t2i": "T2I"}
 
 @dataclass(frozen=True)
 class Recall:
-    """Of the queries of one direction; fractions.
+    """Recall and ranks over the queries of one direction.
 
     Attributes:
-        top1, top5, top10: share of queries with a right answer among the first k.
+        top1, top5, top10: fraction of queries with a right answer among the first k.
         top1_ci95: 95% bootstrap interval of `top1`, [low, high].
-        mean_rank, median_rank: of the first right answer, from 1.
+        mean_rank, median_rank: mean and median rank of the first right answer; ranks start at 1.
     """
 
     top1: float
@@ -28,11 +28,11 @@ class Recall:
 
     @classmethod
     def of(cls, summary: dict) -> "Recall":
-        """Takes what `metrics.summarise` returns."""
+        """Creates a `Recall` from the result of `metrics.summarise`."""
         return cls(**{field.name: summary[_json_name(field.name)] for field in fields(cls)})
 
     def to_json(self) -> dict[str, object]:
-        """Returns the values by their published names."""
+        """Returns the values under their published names."""
         return {_json_name(field.name): getattr(self, field.name) for field in fields(self)}
 
 
@@ -42,14 +42,14 @@ def _json_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What results of all kinds of benchmarks share.
+    """Base of the results of all kinds of benchmarks.
 
     Attributes:
-        title: heading in tables.
-        key: prefix of its JSON keys.
-        num_pairs: pairs (retrieval) or images (classification) that were evaluated.
-        num_expected: of the complete benchmark.
-        num_missing, num_broken: left out, because there is no file, or an unreadable one.
+        title: name of the benchmark in tables.
+        key: prefix of the benchmark's JSON keys.
+        num_pairs: number of pairs (retrieval) or images (classification) evaluated.
+        num_expected: number of pairs or images in the complete benchmark.
+        num_missing, num_broken: numbers left out because the image file is missing or unreadable.
     """
 
     title: str
@@ -61,27 +61,27 @@ class Result:
 
     @property
     def is_complete(self) -> bool:
-        """Tells whether nothing was left out."""
+        """Whether the complete benchmark was evaluated."""
         return self.num_pairs == self.num_expected
 
     @property
     def pairs(self) -> str:
-        """``1,000`` for a complete benchmark, ``9,412 of 10,000`` for part of one."""
+        """``1,000`` for a complete benchmark, ``9,412 of 10,000`` for an incomplete one."""
         whole = f"{self.num_pairs:,}"
         return whole if self.is_complete else f"{whole} of {self.num_expected:,}"
 
 
 @dataclass(frozen=True)
 class RetrievalResult(Result):
-    """Of one retrieval benchmark.
+    """Result of one retrieval benchmark.
 
     Attributes:
-        protocol: name of the variant; empty for a user's own pairs.
-        fingerprint: of the exact list of image names and captions.
-        num_images: distinct images of it.
-        i2t, t2i: recall by images and by captions.
-        truncated_share: share of captions that the tokenizer cut; None if unknown.
-        truncated_mean_tokens_lost: mean number of tokens that a cut caption lost; None if unknown.
+        protocol: name of the benchmark's variant; empty for a user's own pairs.
+        fingerprint: hash of the exact list of image names and captions.
+        num_images: number of distinct images.
+        i2t, t2i: recall with images and with captions as queries.
+        truncated_share: fraction of captions that the tokenizer truncated; None if unknown.
+        truncated_mean_tokens_lost: mean number of tokens lost by truncated captions; None if unknown.
     """
 
     protocol: str
@@ -93,16 +93,11 @@ class RetrievalResult(Result):
     truncated_mean_tokens_lost: float | None
 
     def recall(self, direction: str) -> Recall:
-        """Returns that of one of `DIRECTIONS`."""
+        """Returns the recall in one of `DIRECTIONS`."""
         return {"i2t": self.i2t, "t2i": self.t2i}[direction]
 
-    @property
-    def mean_top1(self) -> float:
-        """R@1, mean of both directions."""
-        return (self.i2t.top1 + self.t2i.top1) / 2
-
     def to_json(self) -> dict[str, object]:
-        """Returns the published keys with their values."""
+        """Returns the values under their published keys."""
         flat = {
             f"{self.key}-{direction}-{name}": value
             for direction in DIRECTIONS
@@ -119,12 +114,12 @@ TEMPLATES = "open_clip's class names and templates"
 
 @dataclass(frozen=True)
 class ClassificationResult(Result):
-    """Of one set of images with classes; fractions.
+    """Result of zero-shot classification of one set of images.
 
     Attributes:
-        top1, top5: share of images whose class is among the first k.
+        top1, top5: fraction of images whose class is among the first k.
         top1_ci95: 95% bootstrap interval of `top1`, [low, high].
-        prompts: what the classes are described by.
+        prompts: which texts describe the classes.
     """
 
     top1: float
@@ -133,7 +128,7 @@ class ClassificationResult(Result):
     prompts: str = TEMPLATES
 
     def to_json(self) -> dict[str, object]:
-        """Returns open_clip's keys with their values, and counts."""
+        """Returns the values under open_clip's keys, and counts."""
         flat = {
             f"{self.key}-{_json_name(name)}": getattr(self, name)
             for name in ("top1", "top5", "top1_ci95", "title", "prompts")
@@ -143,10 +138,10 @@ class ClassificationResult(Result):
 
 
 def describe_pairs(title: str, protocol: str, fingerprint: str) -> str:
-    """``DCI: dci/short+extra, pairs 0f3a..``."""
+    """Returns a line such as ``DCI: dci/short+extra, pairs 0f3a...``."""
     return f"{title}: {protocol or 'your own pairs'}, pairs {fingerprint}"
 
 
 def to_json(results: Sequence[RetrievalResult | ClassificationResult]) -> dict[str, object]:
-    """Returns the keys of all benchmarks of a run, as a line of results.jsonl and a training's log hold them."""
+    """Returns all benchmarks' values as one flat dict, the form used in results.jsonl and in a training's log."""
     return {name: value for result in results for name, value in result.to_json().items()}

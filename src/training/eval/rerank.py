@@ -1,7 +1,7 @@
-"""Retrieval whose first candidates are scored anew by text-conditioned pooling, as FLAIR's top-k evaluation.
+"""Reranking: the best candidates are scored again by text-conditioned pooling, as in FLAIR's top-k evaluation.
 
-Of each image the k captions of the highest cosine are scored anew. Both directions read these scores: a caption is
-compared with the images that listed it, and all other pairs are tied behind them.
+For each image, the k captions with the highest cosine are scored again. Both directions use these scores: a caption is
+compared with the images that have it among their candidates, and all other pairs are tied behind those.
 """
 
 from collections.abc import Sequence
@@ -32,21 +32,21 @@ def rerank_sets(
     env: DistEnv,
     options: ComputeOptions,
 ) -> list[RetrievalResult]:
-    """Ranks benchmarks again.
+    """Reranks benchmarks.
 
     Args:
         parts: a model with `flair.TextConditionedPooling`.
         ranked: benchmarks, ranked by cosine.
-        images, texts: features that they were ranked by.
-        num_candidates: captions of each image that are scored anew.
-        env: each rank does its share of the images.
+        images, texts: the features used for that ranking.
+        num_candidates: number of captions per image that are scored again.
+        env: each rank processes its share of the images.
         options: batch size, workers, precision.
 
     Returns:
-        A result for each, under a key of its own.
+        One result per benchmark, with ``-reranked`` appended to its key.
 
     Raises:
-        BrokenImageError: an image can't be read any more.
+        BrokenImageError: an image that was read before can no longer be read.
     """
     results = []
     for r in ranked:
@@ -70,7 +70,7 @@ def rerank_sets(
 
 @torch.no_grad()
 def encode_queries(parts: EncoderParts, texts: Sequence[str], env: DistEnv, options: ComputeOptions) -> torch.Tensor:
-    """Returns text features as a pooling asks with them: [num_texts, dim] float32 on the CPU, not normalised."""
+    """Returns the text features that query the pooling: [num_texts, dim] float32 on the CPU, not normalised."""
     size = options.text_batch_size or options.batch_size
     found = []
     for start in range(0, len(texts), size):
@@ -89,20 +89,20 @@ def score_candidates(
     env: DistEnv,
     options: ComputeOptions,
 ) -> torch.Tensor:
-    """Scores each image with its candidates. Patches of one batch of images are held at a time.
+    """Scores each image with its candidates. Only the patches of one batch of images are in memory at a time.
 
     Args:
         parts: a model with `flair.TextConditionedPooling`.
         paths: image files.
-        queries: of `encode_queries`.
+        queries: result of `encode_queries`.
         candidates: [num_images, k] int64, rows of `queries`.
-        env, options: as `rerank_sets`.
+        env, options: see `rerank_sets`.
 
     Returns:
         [num_images, k] float32 on the CPU, complete on every rank.
 
     Raises:
-        BrokenImageError: on all ranks.
+        BrokenImageError: an image can't be read; raised on all ranks.
     """
     scores = torch.zeros(candidates.shape)
     error = None
@@ -115,7 +115,7 @@ def score_candidates(
                 patches = encode_patches(parts.model.visual, pixels)
                 own = queries[candidates[batch.positions]].to(env.device, patches.dtype)
                 scores[batch.positions] = conditioned_scores(parts.model.visual_proj, own, patches).cpu()
-    except Exception as caught:  # whatever it is, the other ranks must hear of it before they wait for this one
+    except Exception as caught:  # any error has to reach the other ranks before they wait for this one
         error = caught
     raise_together(error, env)
     return sum_over_ranks(scores, env)
@@ -124,15 +124,15 @@ def score_candidates(
 def count_listed(
     candidates: torch.Tensor, scores: torch.Tensor, image_of_caption: torch.Tensor
 ) -> tuple[RankCounts, RankCounts]:
-    """Counts what stands between queries and right answers where each image has scores for some captions only.
+    """Does what `metrics.count_ranks` does, if each image has scores for some captions only.
 
     Args:
-        candidates: [num_images, k] int64, captions.
-        scores: [num_images, k]; of any other pair the score is minus infinity.
+        candidates: captions with a score for each image, [num_images, k] int64.
+        scores: [num_images, k]; the score of all other pairs is taken to be minus infinity.
         image_of_caption: [num_captions] int64; every image has at least one caption.
 
     Returns:
-        As `metrics.count_ranks`.
+        Counts for image queries and for caption queries.
     """
     scores = scores.double()
     num_images, num_captions = len(candidates), len(image_of_caption)

@@ -1,4 +1,4 @@
-"""What is left of an evaluation: a table on the terminal, a line in results.jsonl, a row for a README."""
+"""Output of an evaluation: tables for the terminal, a line in results.jsonl, a row for a README."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def format_table(results: Sequence[RetrievalResult]) -> str:
             row += [f"{100 * recall.top1:.2f}", f"{low:.1f}-{high:.1f}"]
             row += [f"{100 * recall.top5:.2f}", f"{100 * recall.top10:.2f}"]
             row += [f"{recall.median_rank:.6g} / {recall.mean_rank:.1f}"]
-        unknown = result.truncated_share is None  # of features that came without token counts
+        unknown = result.truncated_share is None  # features from a file without token counts
         row.append("-" if unknown else f"{100 * result.truncated_share:.1f}%")
         row.append("-" if unknown else f"{result.truncated_mean_tokens_lost:.1f}")
         rows.append(row)
@@ -39,7 +39,7 @@ def format_table(results: Sequence[RetrievalResult]) -> str:
 
 
 def format_protocols(results: Sequence[RetrievalResult]) -> str:
-    """Returns a line per benchmark: what was read, and the hash of the exact list."""
+    """Returns one line per benchmark: its protocol, and the hash of the exact list of images and captions."""
     return "\n".join(describe_pairs(r.title, r.protocol, r.fingerprint) for r in results)
 
 
@@ -54,7 +54,7 @@ def format_zero_shot(results: Sequence[ClassificationResult]) -> str:
 
 
 def format_markdown(results: Sequence[RetrievalResult], label: str) -> str:
-    """Returns a Markdown table of one row, R@1 in percent, I2T / T2I, columns in the published order."""
+    """Returns a Markdown table with one row: R@1 in percent, I2T / T2I, with benchmarks in the published order."""
     cells = {"model": label}
     for r in results:
         partial = "" if r.is_complete else f" ({r.pairs} pairs)"
@@ -63,7 +63,7 @@ def format_markdown(results: Sequence[RetrievalResult], label: str) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Returns Python's version and those of the packages that numbers depend on."""
+    """Returns the versions of Python and of the packages that affect results."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -74,14 +74,14 @@ def package_versions() -> dict[str, str]:
 
 
 def label_of(args: argparse.Namespace) -> str:
-    """What an evaluation measures, in a few words."""
+    """Returns a short label of what is evaluated: the model and its weights, or ``features``."""
     if args.features:
         return "features"
     return args.model if args.pretrained is None else f"{args.model} {args.pretrained}"
 
 
 def run_name(*parts: str) -> str:
-    """A folder name for a run that was given none: the time, then model, precision, ..."""
+    """Returns a folder name for a run without ``--name``: the time, followed by `parts` (model, precision, ...)."""
     return "-".join([f"{datetime.now():%Y_%m_%d-%H_%M_%S}", *(p.replace("/", "-").replace(":", "-") for p in parts)])
 
 
@@ -95,11 +95,14 @@ def write_results(
     """Appends one line to ``FOLDER/results.jsonl``.
 
     Args:
-        results: of all benchmarks.
-        folder: made if need be.
+        results: results of all benchmarks.
+        folder: created if it does not exist.
         args: all flags of the run.
-        weights_sha256: of the weights file; None for an untrained model.
-        extra: more top-level entries (device, seconds, ..).
+        weights_sha256: hash of the weights file; None for an untrained model.
+        extra: additional top-level entries (device, seconds, ...).
+
+    Returns:
+        The path of the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"

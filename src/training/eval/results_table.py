@@ -1,4 +1,4 @@
-"""All evaluations below a folder as one table."""
+"""Reads all evaluations below a folder into one table."""
 
 import json
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ FACTS = ("model", "pretrained", "weights_sha256", "precision", "date", "epoch", 
 
 
 def load(*folders: str | Path, last: bool = False) -> "pandas.DataFrame":
-    """Reads every results.jsonl at or below some folders.
+    """Reads every results.jsonl in and below the given folders.
 
     Args:
-        folders: ``logs``, or runs, ``logs/NAME``.
-        last: of each run only its last evaluation.
+        folders: ``logs``, or single runs, ``logs/NAME``.
+        last: read only the last evaluation of each run.
 
     Returns:
-        A row for each evaluation and benchmark. Columns: ``run`` (its folder, from where `folders` is), facts of the
-        run (`FACTS`), ``key`` and ``benchmark`` (its title), the numbers by their published names without the key
-        (``i2t-top1``, ``num-pairs``, ``protocol``, ..; fractions; intervals are lists), and every flag by its own name,
-        ``--batch-size``. What a run does not have is missing.
+        One row per evaluation and benchmark. The columns are ``run`` (its folder, relative or absolute like `folders`);
+        properties of the run (`FACTS`); ``key`` and ``benchmark`` (the title); the numbers under their published names
+        without the key (``i2t-top1``, ``num-pairs``, ``protocol``, ...; recall as fractions, intervals as lists); and
+        every flag under its name, such as ``--batch-size``. Values that a run does not have are NaN.
 
     Raises:
-        FileNotFoundError: no results there.
-        ValueError: a line that is no JSON object; names file and line.
+        FileNotFoundError: a folder contains no results.
+        ValueError: a line is not a JSON object; the message names file and line.
     """
     import pandas
 
@@ -35,7 +35,7 @@ def load(*folders: str | Path, last: bool = False) -> "pandas.DataFrame":
     for folder in map(Path, folders):
         paths = sorted(folder.rglob(str(PLACE)))
         if not paths:
-            raise FileNotFoundError(f"{folder}: no {PLACE} at or below it; evaluate a model with --logs and --name")
+            raise FileNotFoundError(f"{folder}: no {PLACE} in or below it; evaluate a model with --logs and --name")
         for path in paths:
             lines = _read_lines(path)
             for line in lines[-1:] if last else lines:
@@ -57,7 +57,7 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _rows(run: str, line: dict) -> list[dict[str, object]]:
-    """A row per benchmark of an evaluation. Keys that begin with another benchmark's key belong to the longest one."""
+    """Returns one row per benchmark of an evaluation. If several keys are prefixes of a name, the longest counts."""
     keys = [name.removesuffix("-i2t-top1") for name in line if name.endswith("-i2t-top1")]
     keys += [name.removesuffix("-num-images") for name in line if name.endswith("-num-images")]
     numbers: dict[str, dict] = {key: {} for key in keys}
@@ -75,12 +75,15 @@ def _rows(run: str, line: dict) -> list[dict[str, object]]:
 
 
 def flags_that_differ(runs: Mapping[str, str]) -> "pandas.DataFrame":
-    """Returns the flags of which the last evaluations of runs have different values: a row per flag, a column per run.
+    """Returns the flags whose values differ between the last evaluations of some runs.
 
-    Flags that only name places (``--logs``, ``--name``) are left out; runs without results have no column.
+    The flags that only name output folders (``--logs``, ``--name``) are omitted.
 
     Args:
-        runs: folder -> heading of its column.
+        runs: folder of each run -> heading of its column.
+
+    Returns:
+        One row per flag and one column per run that has results.
     """
     import pandas
 

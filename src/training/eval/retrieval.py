@@ -1,6 +1,6 @@
-"""Long text-image retrieval: benchmarks -> features -> ranks -> numbers.
+"""Long text-image retrieval: reads and encodes benchmarks, ranks them, and computes recall.
 
-Benchmarks come from `dataloaders.registry`: a new one is one file in dataloaders/.
+Benchmarks come from `dataloaders.registry`; a new benchmark is one new file in dataloaders/.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from training.runtime.stop import SIGNALS
 
 @dataclass(frozen=True)
 class RetrievalWork:
-    """Everything to encode, each image file and each caption once, and which set uses what.
+    """The distinct image files and captions to encode, and which set uses which of them.
 
     Attributes:
         sets: the benchmarks in the published order.
-        images: distinct image files, and per set the file of each image.
+        images: distinct image files, and for each set the file of each image.
         texts: distinct captions.
-        text_index: per set, for each caption its position in `texts`.
-        classification: zero-shot sets, which share nothing with the others.
+        text_index: for each set and each of its captions, the index in `texts`.
+        classification: zero-shot sets, which are encoded separately.
     """
 
     sets: list[RetrievalSet]
@@ -41,7 +41,7 @@ class RetrievalWork:
 
 
 def read_benchmarks(args: argparse.Namespace) -> tuple[list[RetrievalSet], tuple[ClassificationSet, ...]]:
-    """Reads every benchmark that the flags name, in the order of the published table."""
+    """Reads every benchmark that the flags name; returns retrieval and classification sets, in the published order."""
     sets, classification = [], []
     for benchmark in benchmarks():
         if getattr(args, destination(benchmark.flag)):
@@ -50,10 +50,10 @@ def read_benchmarks(args: argparse.Namespace) -> tuple[list[RetrievalSet], tuple
 
 
 def plan_benchmarks(args: argparse.Namespace) -> RetrievalWork | None:
-    """Reads and checks everything that the flags name; None if that is nothing.
+    """Reads and checks every benchmark that the flags name; returns None if they name none.
 
     Raises:
-        FileNotFoundError, ValueError: as the readers and `plan_retrieval`.
+        FileNotFoundError, ValueError: a file is missing or broken; see also `plan_retrieval`.
     """
     sets, classification = read_benchmarks(args)
     check_names(sets)
@@ -63,19 +63,21 @@ def plan_benchmarks(args: argparse.Namespace) -> RetrievalWork | None:
 
 
 def check_names(sets: Sequence[RetrievalSet]) -> None:
-    """Raises ValueError if two sets would write their results under one name."""
+    """Raises ValueError if two sets would write their results under the same key."""
     keys = [s.key for s in sets]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"two data sets are called {key.removesuffix('-retrieval')}; rename one's file or folder")
+            name = key.removesuffix("-retrieval")
+            raise ValueError(f"two data sets are called {name}; rename the file or folder of one of them")
 
 
 def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWork:
-    """Checks that all images are there and finds what the sets share.
+    """Checks that all images exist, and collects the distinct images and captions of all sets.
 
     Raises:
-        FileNotFoundError: images or annotations are missing and may not be; names the first ten per set.
-        ValueError: a set has no pair left.
+        FileNotFoundError: images or annotations are missing and `allow_missing` is False; the message names the first
+            ten of each set.
+        ValueError: a set has no pairs.
     """
     sets, images = find_images(sets)
     incomplete = [describe_missing(s) for s in sets if s.missing]
@@ -93,13 +95,13 @@ def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWo
 
 @dataclass(frozen=True)
 class RankedSet:
-    """A benchmark and what came of it.
+    """A benchmark and its ranks.
 
     Attributes:
         result: the numbers.
         pairs: the set without the pairs whose image is broken.
-        image_rows, text_rows: where the features of its images and captions lie among the encoded ones.
-        i2t, t2i: per query, what stands between it and its right answer.
+        image_rows, text_rows: rows of its images and captions among all encoded features.
+        i2t, t2i: counts for image queries and for caption queries.
     """
 
     result: RetrievalResult
@@ -117,7 +119,7 @@ def evaluate_retrieval(
     options: ComputeOptions,
     allow_broken: bool = False,
 ) -> list[RetrievalResult]:
-    """Encodes and ranks every set; returns the results of `rank_sets`, raises as it and `encode_work`."""
+    """Encodes and ranks every set; see `encode_work` and `rank_sets`, also for what is raised."""
     images, texts = encode_work(parts, work, env, options, allow_broken)
     return [ranked.result for ranked in rank_sets(work, images, texts, env)]
 
@@ -130,21 +132,21 @@ def encode_work(
     allow_broken: bool = False,
     cache: str | None = None,
 ) -> tuple[Encoding, Encoding]:
-    """Encodes every distinct image and caption once, over all ranks.
+    """Encodes every distinct image and caption once, distributed over all ranks.
 
     Args:
-        parts: model and what it reads through.
-        work: of `plan_retrieval`.
+        parts: the model with its transforms and tokenizer.
+        work: result of `plan_retrieval`.
         env: this process.
         options: batch size, workers, precision.
         allow_broken: leave unreadable images out instead of raising.
-        cache: folder of features that were encoded earlier, and of those that are encoded now.
+        cache: folder of the feature cache, which is read and extended.
 
     Returns:
         Features of `work.images.paths` and of `work.texts`.
 
     Raises:
-        BrokenImageError: an unreadable image, unless allowed.
+        BrokenImageError: an image can't be read, unless allowed.
         FloatingPointError: the model returned NaN or infinity.
     """
 
@@ -161,20 +163,17 @@ def encode_work(
     return images, text_cache.encode([text_key(text) for text in work.texts], texts_at)
 
 
-def rank_sets(
-    work: RetrievalWork, images: Encoding, texts: Encoding, env: DistEnv, block_size: int = 4096
-) -> list[RankedSet]:
+def rank_sets(work: RetrievalWork, images: Encoding, texts: Encoding, env: DistEnv) -> list[RankedSet]:
     """Ranks every set.
 
     Args:
-        work: sets and where their items lie among the encoded ones.
-        images: features of `work.images.paths`; sets lose the pairs whose image is broken.
+        work: the sets, and which encoded items they use.
+        images: features of `work.images.paths`; pairs whose image is broken are left out.
         texts: features of `work.texts`.
-        env: each rank counts its share of the blocks; all get the same result.
-        block_size: rows of the similarity matrix that are held at a time.
+        env: each rank computes its share; all get the same result.
 
     Raises:
-        BrokenImageError: not one readable image is left in a set.
+        BrokenImageError: a set has no readable image.
     """
     ranked = []
     for number, whole in enumerate(work.sets):
@@ -183,11 +182,11 @@ def rank_sets(
         broken = {i: images.broken[file] for i, file in enumerate(files) if file in images.broken}
         kept = whole.without_images(broken)
         if not kept.captions:
-            raise BrokenImageError(f"{kept.title}: no readable image is left.\n{describe_missing(kept)}")
+            raise BrokenImageError(f"{kept.title}: no image can be read.\n{describe_missing(kept)}")
         own_images = [file for i, file in enumerate(files) if i not in broken]
         own_texts = [t for t, i in zip(work.text_index[number], whole.image_of_caption) if i not in broken]
         owner = torch.tensor(kept.image_of_caption)
-        i2t, t2i = count_over_ranks(images.features[own_images], texts.features[own_texts], owner, env, block_size)
+        i2t, t2i = count_over_ranks(images.features[own_images], texts.features[own_texts], owner, env)
         result = RetrievalResult(
             title=kept.title,
             key=kept.key,
@@ -207,18 +206,23 @@ def rank_sets(
 
 
 def count_over_ranks(
-    images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor, env: DistEnv, block_size: int = 4096
+    images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor, env: DistEnv
 ) -> tuple[RankCounts, RankCounts]:
-    """As `metrics.count_ranks`; each rank counts its share of the blocks, and all get the sums."""
-    counts = count_ranks(
-        images, texts, owner, device=env.device, block_size=block_size, rank=env.rank, world_size=env.world_size
-    )
+    """Does what `metrics.count_ranks` does, distributed over all ranks; all get the same result.
+
+    Args:
+        images: [num_images, dim], L2-normalised.
+        texts: [num_captions, dim], L2-normalised.
+        owner: [num_captions] int64, image of each caption.
+        env: this process.
+    """
+    counts = count_ranks(images, texts, owner, device=env.device, rank=env.rank, world_size=env.world_size)
     i2t, t2i = (RankCounts(sum_over_ranks(c.better, env), sum_over_ranks(c.tied, env), c.right) for c in counts)
     return i2t, t2i
 
 
 def _truncation(lost_tokens: torch.Tensor) -> dict[str, float | None]:
-    """Share of captions that were cut, and the mean number of tokens that a cut caption lost; None if unknown."""
+    """Returns the fraction of truncated captions and the mean number of tokens they lost; None if unknown."""
     if (lost_tokens < 0).any():
         return {"truncated_share": None, "truncated_mean_tokens_lost": None}
     cut = lost_tokens[lost_tokens > 0].double()

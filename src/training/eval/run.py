@@ -1,4 +1,4 @@
-"""One evaluation, top to bottom: check, build, encode, rank, report."""
+"""Runs one evaluation from start to end: check, build, encode, rank, report."""
 
 import argparse
 import logging
@@ -45,13 +45,13 @@ from training.runtime.distributed import DistEnv, agree, distributed, fail, toge
 
 @dataclass(frozen=True)
 class Plan:
-    """What rank 0 found out before any model is built; the same on every rank.
+    """Result of rank 0's checks before a model is built; the same on every rank.
 
     Attributes:
-        work: benchmarks; None where they come as features.
-        weights_sha256: of the weights file, if there is one.
-        folder: of this run, LOGS/NAME.
-        printed: numbers of this model in papers.
+        work: benchmarks; None if they are given as features.
+        weights_sha256: hash of the weights file; None without weights.
+        folder: folder of this run, LOGS/NAME.
+        printed: published numbers of this model.
     """
 
     work: RetrievalWork | None
@@ -62,7 +62,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured, and what it was measured on."""
+    """Everything that was measured, and its inputs."""
 
     work: RetrievalWork
     images: Encoding | None
@@ -75,15 +75,15 @@ class Outcome:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Evaluates every benchmark that the flags name; rank 0 prints the table and writes results.jsonl.
+    """Evaluates every benchmark that the flags name; rank 0 prints the tables and writes results.jsonl.
 
     Returns:
-        Exit code: 0; 1 if an image can't be read or the model gives NaN; 2 if flags, files or weights are not what
-        they should be.
+        Exit code: 0 for success; 1 if an image can't be read or the model returns NaN or infinity; 2 for wrong flags,
+        files or weights.
     """
     start = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
     with distributed(args.device, args.timeout_minutes) as env:
         try:
             plan = agree(lambda: _check(args, env), env)
@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> int:
             outcome = _measure(args, parts, plan.work, env, encoded)
         except (BrokenImageError, FloatingPointError) as error:
             return fail(error, 1, env)
-        except (ValueError, OSError) as error:  # a cache
+        except (ValueError, OSError) as error:  # from a cache
             return fail(error, 2, env)
         if env.is_main:
             _report(args, plan, outcome, env, time.monotonic() - start)
@@ -103,7 +103,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
-    """Everything that can be wrong with the command, found out before a model is built. Rank 0 only.
+    """Checks flags and files before a model is built. Rank 0 only.
 
     Raises:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
@@ -117,12 +117,12 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
         if args.rerank:
             check_pooling(args.model, args.cache_dir)
         if weights is None:
-            logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its numbers are those of chance.")
+            logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its numbers are at chance level.")
     sha256 = file_sha256(weights) if weights else None
     printed = find_published(args.published, args.model, args.pretrained, sha256)
     name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))
     folder = Path(args.logs) / name
-    # A full or read-only disk shows now, not after an hour of encoding.
+    # A full or read-only disk is noticed now, not after an hour of encoding.
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     return Plan(work, sha256, folder, printed)
 
@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
 def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
     parts = build_from_flags(args, env.device)
     if args.retrieval_lengths:
-        token_lengths(parts.tokenizer, args.retrieval_lengths)  # before an hour of encoding
+        token_lengths(parts.tokenizer, args.retrieval_lengths)  # raises now instead of after an hour of encoding
     return parts
 
 
@@ -141,11 +141,13 @@ def _measure(
     env: DistEnv,
     encoded: tuple[RetrievalWork, Encoding, Encoding] | None,
 ) -> Outcome:
-    """Encodes, ranks and asks all questions; of features `encoded` elsewhere, changed captions alone are encoded.
+    """Encodes and ranks the benchmarks, and runs all analyses; with features in `encoded`, only changed captions are
+    encoded.
 
     Raises:
-        BrokenImageError, FloatingPointError: an image can't be read; the model returned NaN or infinity.
-        ValueError: a broken cache, or features of another model.
+        BrokenImageError: an image can't be read.
+        FloatingPointError: the model returned NaN or infinity.
+        ValueError: a cache is broken, or the features are those of another model.
     """
     options = ComputeOptions(
         args.batch_size,
@@ -158,7 +160,7 @@ def _measure(
     )
     images, texts, ranked, reranked, lengths, diagnostics = None, None, [], [], None, None
     questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)
-    if args.diagnostics:  # the card has both curves
+    if args.diagnostics:  # the long-text card shows both curves
         usual = default_questions(parts.tokenizer)
         questions = replace(
             questions, tokens=questions.tokens or usual.tokens, sentences=questions.sentences or usual.sentences
@@ -195,12 +197,12 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     if results:
         print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
         print(format_table([*results, *outcome.reranked]))
-        print(f"\nProtocols and hashes of the exact lists of images and captions:\n{format_protocols(results)}")
+        print(f"\nProtocols, and hashes of the exact lists of images and captions:\n{format_protocols(results)}")
     _show_published(args, plan, results, comparisons)
     if outcome.zero_shot:
         print(f"\n{label}, {args.precision}: accuracy in percent, {outcome.zero_shot[0].prompts}\n")
         print(format_zero_shot(outcome.zero_shot))
-    _print_what_is_missing(outcome)
+    _print_missing(outcome)
     if results:
         print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(results, label)}")
     if outcome.lengths:
@@ -224,41 +226,41 @@ def _show_published(
     if not comparisons:
         if args.published and results:
             logging.warning(
-                f"--published {args.published}: no printed number has the protocol of a benchmark of this run."
+                f"--published {args.published}: there are no published numbers for the protocols of this run."
             )
         return
-    print(f"\nPrinted numbers of {comparisons[0].model} (R@1, percent):\n\n{format_published(comparisons)}")
+    print(f"\nPublished numbers of {comparisons[0].model} (R@1, percent):\n\n{format_published(comparisons)}")
     reasons = explain(comparisons, results, plan.printed, args.precision, args.image_decoding or IN_EVALUATION)
     if reasons:
-        print("\nWhat commonly explains a difference larger than the interval:")
+        print("\nPossible explanations of differences larger than the interval:")
         print("\n".join(f"  {reason}" for reason in reasons))
 
 
 def _show_lengths(plan: Plan, outcome: Outcome) -> None:
     from training.eval.report.lengths_view import draw_lengths, format_lengths, write_cut_captions
 
-    print(f"\nHow much of a caption counts (percent; both directions):\n\n{format_lengths(outcome.lengths)}")
+    print(f"\nRecall with shortened captions (percent; both directions):\n\n{format_lengths(outcome.lengths)}")
     if any({"tokens", "sentences"} & found.keys() for found in outcome.lengths["sets"].values()):
         figure = draw_lengths(outcome.lengths)
         figure.savefig(plan.folder / "lengths.png", dpi=120)
         print(f"Curves: {plan.folder / 'lengths.png'}")
     path = plan.folder / "cut_captions.csv"
     number = write_cut_captions(outcome.ranked, outcome.texts.lost_tokens.tolist(), path)
-    print(f"Captions that the model cuts: {number:,}, listed in {path}")
+    print(f"Captions that the tokenizer truncates: {number:,}, listed in {path}")
 
 
 def _show_diagnostics(plan: Plan, outcome: Outcome, label: str) -> None:
     from training.eval.report.card import above_chance, draw_card, format_diagnostics
 
-    print(f"\nDiagnostics of long text (percent and points):\n\n{format_diagnostics(outcome.diagnostics)}")
+    print(f"\nLong-text diagnostics (percent and points):\n\n{format_diagnostics(outcome.diagnostics)}")
     if above_chance(outcome.diagnostics):
         draw_card(label, outcome.lengths, outcome.diagnostics).savefig(plan.folder / "long_text_card.png", dpi=120)
         print(f"Long-text card: {plan.folder / 'long_text_card.png'}")
     else:
-        print("No long-text card: the model finds fewer than 10 right answers on every benchmark, as chance does.")
+        print("No long-text card: with fewer than 10 right answers on every benchmark, the model is at chance level.")
 
 
-def _print_what_is_missing(outcome: Outcome) -> None:
+def _print_missing(outcome: Outcome) -> None:
     missing = {s.key: describe_missing(s) for s in outcome.work.sets if s.missing}
     for result in [*(r.result for r in outcome.ranked), *outcome.zero_shot]:
         if not result.is_complete:
@@ -275,7 +277,7 @@ def _write_page(
     args: argparse.Namespace, plan: Plan, outcome: Outcome, label: str, env: DistEnv, comparisons: list[Comparison]
 ) -> Path:
     from training.eval.report.card import above_chance, draw_card, format_diagnostics
-    from training.eval.report.curves import to_svg  # matplotlib and templates only where they are wanted
+    from training.eval.report.curves import to_svg  # imported here because matplotlib is slow to import
     from training.eval.report.lengths_view import draw_lengths, format_lengths
     from training.eval.report.page import write_report
 
@@ -285,7 +287,9 @@ def _write_page(
         numbers = f"{format_lengths(outcome.lengths)}\n\n{format_diagnostics(outcome.diagnostics)}"
         figures.append(("Long-text card", numbers, card))
     elif outcome.lengths and (args.diagnostics or args.retrieval_lengths or args.retrieval_sentences):
-        figures.append(("How much of a caption counts", format_lengths(outcome.lengths), draw_lengths(outcome.lengths)))
+        figures.append(
+            ("Recall with shortened captions", format_lengths(outcome.lengths), draw_lengths(outcome.lengths))
+        )
 
     facts = {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}
     return write_report(

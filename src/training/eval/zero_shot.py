@@ -1,4 +1,4 @@
-"""Zero-shot classification: open_clip's class names and templates, its classifier, all ranks sharing the work."""
+"""Zero-shot classification with open_clip's class names, templates and classifier, distributed over all ranks."""
 
 import itertools
 import logging
@@ -32,18 +32,18 @@ def evaluate_zero_shot(
     allow_broken: bool = False,
     cache: str | None = None,
 ) -> list[ClassificationResult]:
-    """Classifies the images of every set among ImageNet's 1,000 classes.
-
-    Sets that have texts for the classes all have the same.
+    """Classifies the images of every set into ImageNet's 1,000 classes.
 
     Args:
-        cache: folder of features that were encoded earlier, and of those that are encoded now; of the classes, too.
+        parts, env, options, allow_broken: see `feature_cache.encode_images_once`.
+        sets: images with their labels; all sets have the same class texts, or none.
+        cache: folder of the feature cache, which is read and extended, also with features of the classes.
 
     Returns:
         One result per set.
 
     Raises:
-        BrokenImageError: an unreadable image, unless allowed; or not one readable image is left in a set.
+        BrokenImageError: an image can't be read, unless allowed; or a set has no readable image.
         FloatingPointError: the model returned NaN or infinity.
     """
     if not sets:
@@ -51,7 +51,7 @@ def evaluate_zero_shot(
     described = sets[0].class_texts
     if described:
         class_texts, prompts = described.texts, described.name
-        _warn_of_cut_texts(parts.tokenizer, described, env)
+        _warn_about_truncation(parts.tokenizer, described, env)
     else:
         class_texts = [[template(name) for template in OPENAI_IMAGENET_TEMPLATES] for name in IMAGENET_CLASSNAMES]
         prompts = TEMPLATES
@@ -66,7 +66,7 @@ def evaluate_zero_shot(
         images = encode_images_once(image_cache, parts, s.image_paths, env, options, allow_broken)
         kept = [i for i in range(len(s.labels)) if i not in images.broken]
         if not kept:
-            raise BrokenImageError(f"{s.title}: no readable image is left; {next(iter(images.broken.values()))}")
+            raise BrokenImageError(f"{s.title}: no image can be read; {next(iter(images.broken.values()))}")
         counts = count_label_ranks(images.features[kept], classifier, torch.tensor(s.labels)[kept])
         summary = summarise(counts, ks=(1, 5))
         results.append(
@@ -93,7 +93,7 @@ def _classifier_of(
     env: DistEnv,
     options: ComputeOptions,
 ) -> torch.Tensor:
-    """As `build_classifier`; the columns of classes whose texts were encoded earlier are those that the cache keeps."""
+    """Returns the result of `build_classifier`, with columns taken from the cache where it has them."""
 
     def encode(positions: list[int]) -> Encoding:
         columns = build_classifier(parts, [class_texts[p] for p in positions], env, options)
@@ -108,10 +108,13 @@ def build_classifier(
 ) -> torch.Tensor:
     """Builds open_clip's zero-shot classifier: the mean of the features of a class's texts.
 
-    Batch b of at most 10 classes, all with equally many texts, is the work of rank b mod world_size.
+    A batch has at most 10 classes, all with the same number of texts; rank b mod world_size encodes batch b.
 
     Args:
-        class_texts: for each class its texts.
+        parts: the model.
+        class_texts: the texts of each class.
+        env: the ranks share the work; all get the result.
+        options: precision.
 
     Returns:
         [dim, num_classes] float32 on the CPU, columns L2-normalised; the same on every rank.
@@ -124,7 +127,7 @@ def build_classifier(
     for start, end in _batch_classes([len(texts) for texts in class_texts])[env.rank :: env.world_size]:
         if stop := SIGNALS.error():
             break
-        # The "name" of a class is the list of its texts, and template k takes the k-th.
+        # open_clip is given a class's list of texts as its "name"; template k then selects the k-th text.
         take = [itemgetter(k) for k in range(len(class_texts[start]))]
         with get_autocast(options.precision, device_type=env.device.type)():
             built = build_zero_shot_classifier(
@@ -138,7 +141,7 @@ def build_classifier(
         columns[start] = built.float().cpu()
     raise_together(stop, env)
     dim = max_over_ranks(max((built.shape[0] for built in columns.values()), default=0), env)
-    classifier = torch.zeros(len(class_texts), dim)  # rows are classes: gathered by rows
+    classifier = torch.zeros(len(class_texts), dim)  # classes are rows here, because ranks contribute rows
     for start, built in columns.items():
         classifier[start : start + built.shape[1]] = built.T
     classifier = sum_over_ranks(classifier, env)
@@ -148,7 +151,7 @@ def build_classifier(
 
 
 def _batch_classes(num_texts: list[int]) -> list[tuple[int, int]]:
-    """Divides consecutive classes into batches [start, end) of equally many texts each."""
+    """Divides consecutive classes into batches [start, end) in which all classes have the same number of texts."""
     batches, start = [], 0
     for number, own in itertools.groupby(num_texts):
         end = start + len(list(own))
@@ -158,26 +161,26 @@ def _batch_classes(num_texts: list[int]) -> list[tuple[int, int]]:
     return batches
 
 
-def _warn_of_cut_texts(tokenizer: Callable, described: ClassTexts, env: DistEnv) -> None:
+def _warn_about_truncation(tokenizer: Callable, described: ClassTexts, env: DistEnv) -> None:
     texts = [text for own in described.texts for text in own]
     cut = sum(lost > 0 for lost in count_lost_tokens(tokenizer, texts)) if env.is_main else 0
     if cut:
         logging.warning(
             f"{described.name}: {cut:,} of {len(texts):,} class descriptions are longer than the model's context of "
-            f"{tokenizer.context_length} tokens and are cut."
+            f"{tokenizer.context_length} tokens and are truncated."
         )
 
 
 def count_label_ranks(
     features: torch.Tensor, classifier: torch.Tensor, labels: torch.Tensor, block_size: int = 4096
 ) -> RankCounts:
-    """Counts for each image how many classes score higher than the right one, and how many the same.
+    """Counts for each image the classes that score higher than the right one, and those that score the same.
 
     Args:
         features: [num_images, dim], L2-normalised.
         classifier: [dim, num_classes].
         labels: [num_images] int64.
-        block_size: images at a time.
+        block_size: number of images per block.
     """
     better, tied = [], []
     for features_block, labels_block in zip(features.split(block_size), labels.split(block_size)):

@@ -281,9 +281,9 @@ def _all_terms(blocks: _Blocks, sets: list, grads: list, rule: ContrastRule) -> 
             loss, slope = _sigmoid(blocks, image, keys, rule.first, d_image, d_keys, wants_grad)
             d_bias[term] += slope
         elif is_local:
-            everyone, d_everyone = all_images[:, view], _slot(grads[2], term, view)
+            gathered, d_gathered = all_images[:, view], _slot(grads[2], term, view)
             loss = _one_way(blocks, image, keys, rule.first, d_image, d_keys, wants_grad)
-            loss = loss + _one_way(blocks, own, everyone, rule.first, d_own, d_everyone, wants_grad)
+            loss = loss + _one_way(blocks, own, gathered, rule.first, d_own, d_gathered, wants_grad)
         else:
             loss = _two_way(blocks, image, own, d_image, d_own, wants_grad)
         terms[term] += loss

@@ -30,9 +30,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, world_size: int) -> torch.Tensor:
         ctx.world_size = world_size
-        everyone = rows.new_empty(world_size * len(rows), *rows.shape[1:])
-        _all_gather(everyone, rows.contiguous())
-        return everyone
+        gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+        _all_gather(gathered, rows.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -68,15 +68,15 @@ class EarlyGather:
 
     def __init__(self, rows: torch.Tensor, world_size: int):
         self.rows = rows.detach().contiguous()  # kept alive until it has been sent
-        self.everyone = rows.new_empty(world_size * len(rows), *rows.shape[1:])
-        self.work = _all_gather(self.everyone, self.rows, async_op=True)
+        self.gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+        self.work = _all_gather(self.gathered, self.rows, async_op=True)
 
     def wait(self) -> torch.Tensor:
         """Returns all ranks' rows in rank order, [world_size x batch, ...]; may be called repeatedly."""
         if self.work is not None:
             self.work.wait()
             self.work = None
-        return self.everyone
+        return self.gathered
 
 
 class _CaptionLoss(nn.Module):

@@ -99,7 +99,7 @@ class CornerHFTokenizer(_CornerTokenizer):
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"hf_tokenizer_name {source}: {not_found(cache_dir, error)}; "
-                f"put its folder (tokenizer.json, ..) into --cache-dir DIR"
+                f"put its folder (tokenizer.json, ...) into --cache-dir DIR"
             ) from error
         self.context_length = context_length
         self.num_corners = num_corners

@@ -161,7 +161,7 @@ def _load_big_vision(model: nn.Module, path: str | Path) -> None:
 
 
 def _listed(title: str, items: list[str]) -> list[str]:
-    more = [f"    .. and {len(items) - NUM_LISTED:,} more"] if len(items) > NUM_LISTED else []
+    more = [f"    ... and {len(items) - NUM_LISTED:,} more"] if len(items) > NUM_LISTED else []
     return [f"  {title}: {len(items):,}", *(f"    {item}" for item in items[:NUM_LISTED]), *more] if items else []
 
 

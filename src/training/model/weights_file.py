@@ -168,7 +168,7 @@ def _unusable(path: Path, head: bytes) -> str | None:
     if path.suffix == ".onnx":
         return "an ONNX graph; use the PyTorch weights that it was exported from"
     if path.suffix == ".msgpack":
-        return "Flax weights; in transformers: from_pretrained(.., from_flax=True).save_pretrained(FOLDER)"
+        return "Flax weights; in transformers: from_pretrained(..., from_flax=True).save_pretrained(FOLDER)"
     if re.match(rb"\s*[{\[]", head):
         return "a JSON file; give the weights file (.safetensors, .pt), or a folder with --model local-dir: or hf:"
     return None

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,7 @@ from open_clip_train.distributed import init_distributed_device_so
 from training.runtime.stop import StoppedError
 
 EXIT_LOST = 70  # sysexits.h: internal error
+CHUNK_ROWS = 65_536
 T = TypeVar("T")
 
 
@@ -76,24 +77,21 @@ def _end_alone(minutes: float) -> None:
     os._exit(EXIT_LOST)
 
 
-def check_launch(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Finds out whether the other processes that the environment announces will come, before anyone waits for them.
+def check_launch() -> None:
+    """Checks the environment variables of torchrun, srun or a batch script before a process waits for others.
 
-    A process that was started by hand inside a job of several tasks runs alone: ``WORLD_SIZE`` is set to 1, and a
-    warning is printed.
-
-    Args:
-        environ: what torchrun, srun or a batch script set; changed for a process that runs alone.
+    A process that was started by hand in a job with several tasks runs alone: ``WORLD_SIZE`` is set to 1, and a warning
+    is printed.
 
     Raises:
         ValueError: several processes were started, but the address where they meet is missing.
     """
-    name = "WORLD_SIZE" if "WORLD_SIZE" in environ else "SLURM_NTASKS"
-    number = environ.get(name, "1")
+    name = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_NTASKS"
+    number = os.environ.get(name, "1")
     if not number.isdecimal():
         raise ValueError(f"{name}={number}: expected the number of processes; unset it to run one")
-    by_torchrun = name == "WORLD_SIZE" and "RANK" in environ
-    by_srun = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 or int(environ.get("SLURM_PROCID") or 0) > 0
+    by_torchrun = name == "WORLD_SIZE" and "RANK" in os.environ
+    by_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 or int(os.environ.get("SLURM_PROCID") or 0) > 0
     if int(number) <= 1:
         return
     if not by_torchrun and not by_srun:
@@ -102,8 +100,8 @@ def check_launch(environ: MutableMapping[str, str] = os.environ) -> None:
             "with torchrun --nproc_per_node N -m -- training.main .., or with srun and MASTER_ADDR, MASTER_PORT set.",
             file=sys.stderr,  # logging is not set up yet
         )
-        environ["WORLD_SIZE"] = "1"
-    elif "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
+        os.environ["WORLD_SIZE"] = "1"
+    elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise ValueError(
             f"{name}={number}, but MASTER_ADDR or MASTER_PORT is not set, so the processes cannot meet. In a SLURM "
             'script put before srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
@@ -186,16 +184,16 @@ def raise_together(error: Exception | None, env: DistEnv) -> None:
         raise failed[0][1]
 
 
-def sum_over_ranks(tensor: torch.Tensor, env: DistEnv, chunk_rows: int = 65536) -> torch.Tensor:
-    """Adds a CPU tensor up over all ranks, in place, some rows at a time so that a GPU holds only a chunk.
+def sum_over_ranks(tensor: torch.Tensor, env: DistEnv) -> torch.Tensor:
+    """Sums a CPU tensor over all ranks, in place, in chunks of rows to save GPU memory.
 
-    Where each row is set on one rank and zero on the others, this is an exact gather: x + 0 = x.
+    If each row is nonzero on one rank only, this is an exact gather: x + 0 = x.
     """
     if env.world_size > 1:
-        for start in range(0, tensor.shape[0], chunk_rows):
-            chunk = tensor[start : start + chunk_rows].to(env.device)
+        for start in range(0, tensor.shape[0], CHUNK_ROWS):
+            chunk = tensor[start : start + CHUNK_ROWS].to(env.device)
             dist.all_reduce(chunk)
-            tensor[start : start + chunk_rows] = chunk.cpu()
+            tensor[start : start + CHUNK_ROWS] = chunk.cpu()
     return tensor
 
 

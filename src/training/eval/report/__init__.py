@@ -1,1 +1,1 @@
-"""What an evaluation leaves to look at: curves, ranks by query, and one HTML page. Takes features, never a model."""
+"""Reports of an evaluation: curves, ranks of each query, and one HTML page. It works on features, never on a model."""

@@ -1,4 +1,4 @@
-"""The long-text card of a model: its diagnostics as tables for a terminal and as one figure."""
+"""The long-text card of a model: its diagnostics as tables for the terminal and as one figure."""
 
 from collections.abc import Sequence
 from textwrap import fill
@@ -16,7 +16,7 @@ def format_diagnostics(result: dict[str, dict]) -> str:
     """Returns the tables of all benchmarks for a terminal.
 
     Args:
-        result: of `diagnostics.diagnose`.
+        result: result of `diagnostics.diagnose`.
     """
     tables = []
     for title, found in result.items():
@@ -67,10 +67,10 @@ def _format_positions(title: str, positions: dict[str, dict]) -> str:
 
 
 def above_chance(result: dict[str, dict]) -> list[str]:
-    """Returns the benchmarks on which a model gives enough right answers for a card to mean something.
+    """Returns the titles of the benchmarks on which the model has enough right answers for a meaningful card.
 
     Args:
-        result: of `diagnostics.diagnose`.
+        result: result of `diagnostics.diagnose`.
     """
     titles = []
     for title, found in result.items():
@@ -82,12 +82,15 @@ def above_chance(result: dict[str, dict]) -> list[str]:
 
 
 def draw_card(label: str, lengths: dict, result: dict[str, dict]) -> object:
-    """Draws the card: recall by tokens, by sentences and by position, and what changes of captions cost.
+    """Draws the card: recall by tokens, by sentences and by position, and the effect of changes to captions.
 
     Args:
         label: the model.
-        lengths: of `lengths.analyse_lengths`.
-        result: of `diagnostics.diagnose`; benchmarks at chance are left out.
+        lengths: result of `lengths.analyse_lengths`.
+        result: result of `diagnostics.diagnose`; benchmarks at chance level are left out.
+
+    Returns:
+        The matplotlib figure.
     """
     import matplotlib
 
@@ -130,7 +133,7 @@ def _draw_curve(axes: object, kind: str, lengths: dict, colours: dict[str, str])
             axes.axvspan(*lengths["effective_length_ci95"][title], color=colour, alpha=0.15, linewidth=0)
             axes.axvline(lengths["effective_length"][title], color=colour, linestyle=":")
     bands = "; band: effective length, 95%" if kind == "tokens" else ""
-    axes.set(xlabel=f"{kind} that are read{bands}", ylabel="R@1, percent, both directions", ylim=(0, None))
+    axes.set(xlabel=f"{kind} that are used{bands}", ylabel="R@1, percent, both directions", ylim=(0, None))
     axes.grid(alpha=0.3)
 
 
@@ -148,7 +151,7 @@ def _draw_positions(axes: object, result: dict[str, dict], colours: dict[str, st
         axes.bar(places, values, width, color=colour, yerr=errors, error_kw={"elinewidth": 0.8, "ecolor": "0.3"})
     last = max((int(p) for title in colours for p in result[title]["positions"]), default=1)
     axes.set_xticks(range(1, last + 1))
-    axes.set(xlabel="position of the one sentence that is searched by", ylabel="text to image R@1, percent")
+    axes.set(xlabel="position of the single sentence used as query", ylabel="text to image R@1, percent")
     axes.grid(axis="y", alpha=0.3)
 
 

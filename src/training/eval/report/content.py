@@ -1,4 +1,4 @@
-"""What the page's browser of queries knows: texts, ranks and best candidates of every benchmark, as plain lists."""
+"""Data for the query browser of the report: texts, ranks and best candidates of every benchmark, as plain lists."""
 
 from collections.abc import Sequence
 
@@ -15,18 +15,18 @@ NUM_MATCHES = 10
 def browser_content(
     ranked: Sequence[RankedSet], images: Encoding, texts: Encoding, device: torch.device | str = "cpu"
 ) -> dict[str, object]:
-    """Collects what the page shows of every query.
+    """Collects the data that the page shows for every query.
 
     Args:
         ranked: benchmarks.
-        images, texts: the features they were ranked by.
-        device: where similarities are computed.
+        images, texts: the features used for ranking.
+        device: device that computes similarities.
 
     Returns:
-        ``texts`` with the number of ``lost`` tokens of each (-1: unknown), ``names`` of images, and ``sets``: each with
-        its ``images`` and ``texts`` (numbers into the lists before), ``owner`` (image of each caption) and both
-        directions: ``rank``, and of the best `NUM_MATCHES` candidates ``top`` (numbers within the set) and ``score``
-        (thousandths), flat.
+        ``texts``; ``lost``, the number of truncated tokens of each text (-1: unknown); ``names`` of images; and
+        ``sets``. Each set has ``images`` and ``texts`` (indices into the lists above), ``owner`` (image of each
+        caption), and for each direction ``rank`` of all queries and, for the best `NUM_MATCHES` candidates of each
+        query, ``top`` (indices within the set) and ``score`` (in thousandths) as flat lists.
     """
     image_number = _number_all(row for r in ranked for row in r.image_rows)
     text_number = _number_all(row for r in ranked for row in r.text_rows)

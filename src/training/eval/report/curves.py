@@ -1,4 +1,4 @@
-"""Curves of a report, as SVG that is the same whenever it is drawn from the same numbers."""
+"""Recall curves of a report, as SVG that depends on the numbers only."""
 
 import io
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def draw_recall(curves: Sequence[dict[str, object]]) -> str:
 
 
 def plain(text: str) -> str:
-    """A label in which matplotlib looks for no formula."""
+    """Escapes a label so that matplotlib does not interpret it as a formula."""
     return text.replace("$", r"\$")
 
 

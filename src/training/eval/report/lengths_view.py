@@ -1,4 +1,4 @@
-"""The length analysis to look at: tables for a terminal, a figure, and the list of captions that a model cuts."""
+"""Output of the length analysis: tables for the terminal, a figure, and the list of truncated captions."""
 
 import csv
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def format_lengths(result: dict) -> str:
 
 
 def describe_effective_length(result: dict) -> str:
-    """``Effective length: 61 tokens of 128 (DCI 58, IIW 64)``."""
+    """Returns a line such as ``Effective length: 61 (95%: 55 to 70) tokens of 128 (DCI 58, IIW 64)``."""
     lengths = {title: "none" if n is None else f"{n:.0f}" for title, n in result["effective_length"].items()}
     overall = lengths.pop("all")
     interval = result["effective_length_ci95"]["all"]
@@ -44,7 +44,7 @@ def describe_effective_length(result: dict) -> str:
 
 
 def draw_lengths(result: dict) -> object:
-    """Draws R@1 (mean of both directions) over tokens and sentences, a curve per benchmark; returns the figure."""
+    """Draws R@1 (mean of both directions) over tokens and sentences, one curve per benchmark; returns the figure."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,7 +63,7 @@ def draw_lengths(result: dict) -> object:
             if kind == "tokens" and result["effective_length"][title] is not None:
                 axes.axvline(result["effective_length"][title], color=line.get_color(), linestyle=":", alpha=0.7)
         axes.set_xticks(list(places), names, rotation=45 if kind == "tokens" else 0)
-        axes.set(xlabel=f"{kind} of each caption that are read", ylim=(0, None))
+        axes.set(xlabel=f"{kind} of each caption that are used", ylim=(0, None))
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("R@1 in percent, mean of both directions")
     panels[0][-1].legend()
@@ -71,15 +71,15 @@ def draw_lengths(result: dict) -> object:
 
 
 def write_cut_captions(ranked: Sequence[RankedSet], lost_tokens: Sequence[int], path: Path) -> int:
-    """Writes a CSV of the captions that the tokenizer cuts, in the benchmarks' order.
+    """Writes a CSV of the captions that the tokenizer truncates, in the order of the benchmarks.
 
     Args:
         ranked: benchmarks.
-        lost_tokens: of each encoded caption.
+        lost_tokens: number of tokens cut off each encoded caption.
         path: the file.
 
     Returns:
-        Number of captions in it.
+        The number of captions written.
     """
     rows = []
     for r in ranked:

@@ -1,4 +1,4 @@
-"""The best candidates of every query, a block of queries at a time. Pure tensors."""
+"""Finds the best candidates of every query, in blocks of queries. Pure tensors."""
 
 import torch
 
@@ -10,17 +10,17 @@ def top_matches(
     device: torch.device | str = "cpu",
     block_size: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Finds the k candidates that score highest, in the precision in which ranks are counted.
+    """Finds the k candidates with the highest scores, in the precision that is also used to count ranks.
 
     Args:
         queries: [num_queries, dim], L2-normalised.
         candidates: [num_candidates, dim], L2-normalised.
-        k: how many; all, if there are fewer.
-        device: where blocks are multiplied.
-        block_size: queries at a time.
+        k: number of candidates to find; all if there are fewer.
+        device: device that multiplies the blocks.
+        block_size: number of queries per block.
 
     Returns:
-        Numbers of the candidates [num_queries, k] int64, best first, and their scores float64; on the CPU.
+        Indices of the candidates, [num_queries, k] int64, best first, and their scores, float64; on the CPU.
     """
     if torch.device(device).type == "mps":
         device = "cpu"  # Apple's GPUs have no float64

@@ -1,4 +1,4 @@
-"""The page: one HTML file that opens from disk, asks no network, and lets nothing but its own script run."""
+"""The HTML report: one file that opens from disk, needs no network, and allows only its own script to run."""
 
 import base64
 import gzip
@@ -21,7 +21,7 @@ from training.eval.retrieval import RankedSet
 from training.runtime.pages import render_page
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_BYTES = 19_500_000  # of the page: mail and chat programs take 20 MB
+MAX_BYTES = 19_500_000  # size of the page: mail and chat programs accept 20 MB
 MIN_THUMBNAIL_BYTES = 400
 
 
@@ -41,24 +41,27 @@ def write_report(
     """Writes the report of one evaluation.
 
     Args:
-        path: the file; its folder is there.
-        heading: the model, or where features came from.
+        path: the file; its folder must exist.
+        heading: the model, or the source of the features.
         facts: name -> value, shown below the heading.
         ranked: benchmarks; at least one.
-        images, texts: features they were ranked by.
-        image_paths: the files behind the rows of `images`.
+        images, texts: the features used for ranking.
+        image_paths: the file of each row of `images`.
         zero_shot: results of classification.
-        figures: more (title, description, SVG) to show below the recall curves.
-        published: printed numbers beside measured ones.
-        device: where similarities are computed.
+        figures: additional figures (title, description, SVG), shown below the recall curves.
+        published: comparisons with published numbers.
+        device: device that computes similarities.
+
+    Returns:
+        `path`.
     """
     content = browser_content(ranked, images, texts, device)
     rows = list(dict.fromkeys(row for r in ranked for row in r.image_rows))
     compressed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
     budget = max((MAX_BYTES * 3 // 4) - len(compressed) - 200_000, MIN_THUMBNAIL_BYTES * len(rows))
-    pictures = make_thumbnails([image_paths[row] for row in rows], budget)
-    # Padded to whole groups of 3 bytes, each picture is a slice of the base64 text.
-    padded = [picture + b"\0" * (-len(picture) % 3) for picture in pictures]
+    thumbnails = make_thumbnails([image_paths[row] for row in rows], budget)
+    # Padded to a multiple of 3 bytes, each thumbnail is a slice of the base64 text.
+    padded = [thumbnail + b"\0" * (-len(thumbnail) % 3) for thumbnail in thumbnails]
     curves = recall_curves(ranked)
     rows_of_numbers = [[c["title"], c["direction"], *(f"{100 * value:.1f}" for value in c["recall"])] for c in curves]
     recall_text = tabulate(rows_of_numbers, headers=["recall at", "", *KS], disable_numparse=True)
@@ -76,7 +79,7 @@ def write_report(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         ends=json.dumps(_ends(padded)),
-        pictures=base64.b64encode(b"".join(padded)).decode(),
+        thumbnails=base64.b64encode(b"".join(padded)).decode(),
         content=base64.b64encode(compressed).decode(),
         num_matches=NUM_MATCHES,
     )
@@ -84,11 +87,11 @@ def write_report(
     return path
 
 
-def _ends(pictures: Sequence[bytes]) -> list[int]:
-    """Where each picture ends, in characters of base64."""
+def _ends(thumbnails: Sequence[bytes]) -> list[int]:
+    """Returns the end of each thumbnail in the base64 text, in characters."""
     ends, total = [], 0
-    for picture in pictures:
-        total += len(picture) // 3 * 4
+    for thumbnail in thumbnails:
+        total += len(thumbnail) // 3 * 4
         ends.append(total)
     return ends
 

@@ -1,4 +1,4 @@
-"""Ranks of every query of a run, kept small beside its results: what two runs are compared by."""
+"""Stores the ranks of all queries of a run in a small file next to its results, for comparisons between runs."""
 
 import json
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ _META = "benchmarks"
 
 @dataclass(frozen=True)
 class QueryRanks:
-    """One benchmark of one run.
+    """Ranks of one benchmark in one run.
 
     Attributes:
-        title: as in tables.
-        digest: fingerprint of the list of images and captions: runs with the same one ranked the same pairs.
-        protocol: name of the variant; empty if unknown.
-        owner: [num_captions] int32, image of each caption.
-        images: [num_images], file names.
-        rank: direction -> [num_queries] float32, expected rank of the right answer.
-        top1: direction -> [num_queries] float32, 1 where it comes first, a share where it ties.
+        title: name of the benchmark in tables.
+        digest: fingerprint of the list of images and captions; it is equal for runs that ranked the same pairs.
+        protocol: name of the benchmark's variant; empty if unknown.
+        owner: image of each caption, [num_captions] int32.
+        images: file names, [num_images].
+        rank: direction -> expected rank of the right answer, [num_queries] float32.
+        top1: direction -> probability that a right answer comes first (0 or 1 without ties), [num_queries] float32.
     """
 
     title: str
@@ -40,7 +40,7 @@ class QueryRanks:
 
 
 def write_ranks(ranked: Sequence[RankedSet], path: Path) -> None:
-    """Writes the ranks of all benchmarks of a run, in place of those of an earlier evaluation."""
+    """Writes the ranks of all benchmarks of a run, replacing those of an earlier evaluation."""
     arrays, meta = {}, {}
     for r in ranked:
         key = r.result.key
@@ -55,21 +55,22 @@ def write_ranks(ranked: Sequence[RankedSet], path: Path) -> None:
 
 
 def read_ranks(run: str | Path) -> dict[str, QueryRanks]:
-    """Reads what an evaluation left.
+    """Reads the ranks of an evaluation.
 
     Args:
-        run: LOGS/NAME, or the file itself.
+        run: folder LOGS/NAME, or the file itself.
 
     Returns:
         Key of each benchmark -> its ranks.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or another one.
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not contain ranks.
     """
     path = Path(run) / FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{run}: no {FILE} there; evaluate the model with --logs and --name, then name that folder"
+            f"{run}: no {FILE} in this folder; evaluate the model with --logs and --name, then give that folder"
         )
     try:
         with np.load(path, allow_pickle=False) as file:

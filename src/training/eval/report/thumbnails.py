@@ -1,4 +1,4 @@
-"""Small pictures for the page, as large as a budget of bytes allows."""
+"""Thumbnails for the HTML report, as large as a budget of bytes allows."""
 
 import io
 import sys
@@ -11,20 +11,20 @@ from tqdm import tqdm
 from dataloaders.files import NUM_THREADS, ShardMember
 from dataloaders.images import BrokenImageError, load_rgb
 
-# Longest side in pixels and WebP quality, from what looks good on a phone down to what still tells scenes apart.
+# Longest side in pixels and WebP quality, from good on a phone down to barely recognisable scenes.
 STEPS = ((160, 60), (128, 55), (112, 50), (96, 45), (80, 40), (64, 40), (56, 35), (48, 30), (40, 20))
 SAMPLE = 48
 
 
 def make_thumbnails(paths: Sequence[Path | ShardMember], budget: int) -> list[bytes]:
-    """Makes a WebP picture of each image, at the largest step at which all together stay within the budget.
+    """Makes a WebP thumbnail of each image, with the largest of `STEPS` for which all thumbnails fit the budget.
 
     Args:
         paths: image files.
-        budget: bytes for all; kept unless even the smallest step does not fit.
+        budget: total number of bytes; exceeded only if even the smallest step does not fit.
 
     Returns:
-        One file per image; empty where there is no readable one.
+        One WebP file per image; empty for unreadable images.
     """
     distance = -(-len(paths) // SAMPLE) or 1
     sample = paths[::distance]
@@ -32,17 +32,17 @@ def make_thumbnails(paths: Sequence[Path | ShardMember], budget: int) -> list[by
     while step < len(STEPS) - 1:
         size = sum(map(len, _make_all(sample, STEPS[step])))
         if size * len(paths) <= 0.95 * budget * max(len(sample), 1):
-            pictures = _make_all(paths, STEPS[step])
-            if sum(map(len, pictures)) <= budget:
-                return pictures
+            thumbnails = _make_all(paths, STEPS[step])
+            if sum(map(len, thumbnails)) <= budget:
+                return thumbnails
         step += 1
     return _make_all(paths, STEPS[-1])
 
 
 def _make_all(paths: Sequence[Path | ShardMember], step: tuple[int, int]) -> list[bytes]:
-    with ThreadPoolExecutor(NUM_THREADS) as pool:  # Pillow decodes without Python's lock
+    with ThreadPoolExecutor(NUM_THREADS) as pool:  # threads, because Pillow releases the GIL while decoding
         work = pool.map(lambda path: _thumbnail(path, *step), paths)
-        interval = 0.5 if sys.stderr.isatty() else 30  # a log file wants a line now and then
+        interval = 0.5 if sys.stderr.isatty() else 30  # few lines in a log file
         return list(tqdm(work, "thumbnails", len(paths), unit="image", delay=2, mininterval=interval))
 
 

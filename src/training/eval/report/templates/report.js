@@ -1,10 +1,10 @@
 "use strict";
-// The browser of queries. Everything that came with the data goes through textContent, never through HTML.
+// The query browser. All data is inserted as textContent, never as HTML.
 (async () => {
   const PAGE = 50;
   const $ = (id) => document.getElementById(id);
   const ends = JSON.parse($("ends").textContent);
-  const pictures = $("pictures").textContent;
+  const thumbnails = $("thumbnails").textContent;
   const matches = Number($("content").dataset.matches);
   const data = await unpack($("content").textContent);
   const state = { set: 0, direction: "t2i", low: 1, high: Infinity, order: "set", search: "", found: [], page: 0, at: 0 };
@@ -36,12 +36,12 @@
   const nameOf = (set, image) => data.names[set.images[image]];
   const rankText = (rank) => `rank ${rank.toLocaleString("en")}${Number.isInteger(rank) ? "" : " (tied)"}`;
 
-  // An <img> of the thumbnail, cut out of the page's text when it is shown; or a box that says there is none.
-  function picture(set, image, alt) {
+  // Returns an <img> with the thumbnail, sliced from the page's text, or a box that says that there is none.
+  function thumbnail(set, image, alt) {
     const number = set.images[image];
     const start = number ? ends[number - 1] : 0;
-    if (ends[number] === start) return make("span", { className: "none", textContent: "no picture" });
-    const source = "data:image/webp;base64," + pictures.slice(start, ends[number]);
+    if (ends[number] === start) return make("span", { className: "none", textContent: "no image" });
+    const source = "data:image/webp;base64," + thumbnails.slice(start, ends[number]);
     return make("img", { src: source, alt, loading: "lazy", decoding: "async" });
   }
 
@@ -91,7 +91,7 @@
     const button = make(
       "button",
       { type: "button", onclick: () => { state.at = at; pick(); } },
-      picture(set, image, ""),
+      thumbnail(set, image, ""),
       make("span", { className: rank === 1 ? "good" : "bad", textContent: rank.toLocaleString("en") }),
       make("span", { className: "words", textContent: words.slice(0, 160) || "(empty caption)" }),
     );
@@ -106,17 +106,17 @@
     buttons[state.at - state.page * PAGE]?.scrollIntoView({ block: "nearest" });
     const query = state.found[state.at];
     if (query === undefined) {
-      $("detail").replaceChildren(make("p", { textContent: "No query fits." }));
+      $("detail").replaceChildren(make("p", { textContent: "No query matches." }));
       return;
     }
     $("detail").replaceChildren(...(state.direction === "t2i" ? textQuery(set, query) : imageQuery(set, query)));
-    clearTimeout(address); // browsers allow a page few changes of its address in a row
+    clearTimeout(address); // browsers limit how often a page may change its address
     address = setTimeout(() => history.replaceState(null, "", `#${state.set},${state.direction},${query}`), 200);
   }
 
   function cutNote(set, caption) {
     const lost = data.lost[set.texts[caption]];
-    return lost > 0 ? [make("p", { className: "faint", textContent: `The model does not read its last ${lost} tokens.` })] : [];
+    return lost > 0 ? [make("p", { className: "faint", textContent: `The tokenizer cuts off its last ${lost} tokens.` })] : [];
   }
 
   function verdict(rank) {
@@ -137,7 +137,7 @@
       return make(
         "li",
         { className: image === right ? "right" : "" },
-        picture(set, image, nameOf(set, image)),
+        thumbnail(set, image, nameOf(set, image)),
         make("div", { textContent: `${n + 1}. score ${score.toFixed(3)}${image === right ? ", right" : ""}` }),
         make("details", {}, make("summary", { textContent: "its caption" }), ...own.map((c) => make("p", { textContent: textOf(set, c) }))),
       );
@@ -148,10 +148,10 @@
       ...cutNote(set, query),
       verdict(rank),
       make("h3", { textContent: "Its image" }),
-      picture(set, right, nameOf(set, right)),
+      thumbnail(set, right, nameOf(set, right)),
       make("p", { className: "faint", textContent: nameOf(set, right) }),
-      make("h3", { textContent: "What the model found" }),
-      make("ol", { className: "matches pictures" }, ...found),
+      make("h3", { textContent: "Best candidates" }),
+      make("ol", { className: "matches grid" }, ...found),
     ];
   }
 
@@ -165,16 +165,16 @@
         { className: isRight ? "right" : "" },
         make("div", { textContent: `${n + 1}. score ${score.toFixed(3)}${isRight ? ", right" : ""}` }),
         make("p", { textContent: textOf(set, caption) }),
-        ...(isRight ? [] : [make("details", {}, make("summary", { textContent: "its image" }), picture(set, other, nameOf(set, other)))]),
+        ...(isRight ? [] : [make("details", {}, make("summary", { textContent: "its image" }), thumbnail(set, other, nameOf(set, other)))]),
       );
     });
     return [
       make("h3", { textContent: `Image ${query + 1}: ${nameOf(set, query)}` }),
-      picture(set, query, nameOf(set, query)),
+      thumbnail(set, query, nameOf(set, query)),
       verdict(rank),
       make("h3", { textContent: captionsOf(set, query).length > 1 ? "Its captions" : "Its caption" }),
       ...captionsOf(set, query).flatMap((c) => [make("p", { textContent: textOf(set, c) }), ...cutNote(set, c)]),
-      make("h3", { textContent: "What the model found" }),
+      make("h3", { textContent: "Best candidates" }),
       make("ol", { className: "matches" }, ...found),
     ];
   }
@@ -240,5 +240,5 @@
     if (at >= 0) { state.at = at; show(); }
   }
 })().catch((error) => {
-  document.getElementById("status").textContent = `The browser of queries could not start: ${error.message}`;
+  document.getElementById("status").textContent = `The query browser could not start: ${error.message}`;
 });
