@@ -151,9 +151,9 @@ def test_the_card_shows_the_runs_recipe_and_its_last_evaluation(runs, scenes, tm
 @pytest.mark.parametrize(
     ("source", "to", "said"),
     [
-        ("corners", "transformers", "take --to onnx"),
+        ("corners", "transformers", "use --to onnx"),
         ("nowhere", "onnx", "no such run"),
-        ("clip.json", "onnx", "name its architecture with --model"),
+        ("clip.json", "onnx", "give its architecture with --model"),
         (".", "onnx", "neither a run"),
     ],
 )

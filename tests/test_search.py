@@ -84,8 +84,8 @@ def test_only_new_and_changed_files_are_encoded_and_the_rest_is_forgotten(copies
     (copies / ".hidden.png").write_text("macOS leaves such files")
     out = search(copies, index, tiny_clip, capsys, "--export", tmp_path / "a.parquet")
     assert "24 images (1 new, 2 removed)" in out
-    assert "Unreadable and left out: 1 files" in out and "broken.jpg: not a readable image" in out
-    assert "Not images, left out: 1 files (1 .txt)" in out
+    assert "Unreadable files, skipped: 1" in out and "broken.jpg: not a readable image" in out
+    assert "Files other than images, skipped: 1 (1 .txt)" in out
     search(copies, tmp_path / "fresh", tiny_clip, capsys, "--export", tmp_path / "b.parquet")
     kept, fresh = exported(tmp_path / "a.parquet"), exported(tmp_path / "b.parquet")
     assert kept.keys() == fresh.keys()
@@ -150,13 +150,13 @@ def test_the_page_holds_thumbnails_and_takes_no_code_from_a_query(copies, tiny_c
 
 def test_a_text_that_is_too_long_is_named(copies, tiny_clip, tmp_path, capsys):
     out = search(copies, tmp_path / "index", tiny_clip, capsys, "--query", "star " * 100)
-    assert "the model reads 77 tokens; the last 25 of this text are cut" in out
+    assert "truncated to the model's 77 tokens; the last 25 tokens are ignored" in out
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--query", "  "], "--query: an empty text"),
+        (["--query", "  "], "--query: the text is empty"),
         (["--image", "nowhere.png"], "--image nowhere.png: no such file"),
         (["--html", "x.html"], "--html needs --query or --image"),
         (["--export", "x.csv"], "ends with .parquet"),
@@ -173,7 +173,11 @@ def test_an_empty_folder_and_a_broken_index_are_named(copies, tiny_clip, tmp_pat
     (tmp_path / "empty").mkdir()
     search(copies, tmp_path / "index", tiny_clip, capsys)
     next((tmp_path / "index").rglob("images.usearch")).write_bytes(b"junk" * 100)
-    for folder, said in (("empty", "no image file there"), ("nowhere", "no such folder"), ("images", "remove it")):
+    for folder, said in (
+        ("empty", "no image file in this folder"),
+        ("nowhere", "no such folder"),
+        ("images", "remove it"),
+    ):
         argv = [tmp_path / folder, "--index", tmp_path / "index", "--model", tiny_clip, "--device", "cpu"]
         with pytest.raises(SystemExit) as stop:
             main([str(word) for word in argv])

@@ -1,6 +1,6 @@
-"""Entry point of `python -m training.clip_benchmark`: CLIP_benchmark's own command line, with every model of ours.
+"""Entry point of `python -m training.clip_benchmark`: runs CLIP_benchmark with our models.
 
-Its flags and data sets are CLIP_benchmark's; ``--model`` and ``--pretrained`` are those of `training.main`.
+Flags and data sets are those of CLIP_benchmark; ``--model`` and ``--pretrained`` are those of `training.main`.
 """
 
 import sys
@@ -16,7 +16,7 @@ def main() -> int:
     try:
         from clip_benchmark import cli, models
         from clip_benchmark.metrics import zeroshot_classification
-    except ModuleNotFoundError as error:  # it does not declare all that it imports
+    except ModuleNotFoundError as error:  # CLIP_benchmark does not declare everything that it imports
         advice = "pip install clip-benchmark requests"
         print(f"training.clip_benchmark: error: {error.name} is not installed; {advice}", file=sys.stderr)
         return 2
@@ -28,10 +28,10 @@ def main() -> int:
 def load_model(
     model_name: str, pretrained: str, cache_dir: str | None, device: str | torch.device
 ) -> tuple[torch.nn.Module, Callable, Callable]:
-    """Returns (model in evaluation mode, transform, tokenizer), as CLIP_benchmark's loaders do.
+    """Returns (model in evaluation mode, transform, tokenizer), like CLIP_benchmark's loaders.
 
     Raises:
-        SystemExit: 2 if there is no such model, or if the weights do not fit it.
+        SystemExit: with code 2 if there is no such model, or if the weights do not fit it.
     """
     try:
         model, _, transform = create_model_and_transforms(
@@ -44,11 +44,11 @@ def load_model(
 
 
 def top_k_accuracy(output: torch.Tensor, target: torch.Tensor, topk: Sequence[int] = (1,)) -> list[float]:
-    """Returns the accuracy for each k; CLIP_benchmark 1.6's own function is a TypeError under NumPy 2.4 and later.
+    """Returns the accuracy for each k; CLIP_benchmark 1.6's own function raises TypeError with NumPy 2.4 and later.
 
     Args:
         output: scores, [num_images, num_classes].
-        target: numbers of the right classes, [num_images].
+        target: indices of the right classes, [num_images].
         topk: values of k.
     """
     right = output.topk(max(topk), dim=1).indices == target[:, None]

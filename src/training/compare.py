@@ -1,4 +1,4 @@
-"""Entry point of `python -m training.compare`: puts evaluations side by side."""
+"""Entry point of `python -m training.compare`: compares evaluations."""
 
 import sys
 

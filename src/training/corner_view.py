@@ -1,4 +1,4 @@
-"""Entry point of `python -m training.corner_view`: shows what corner tokens look at."""
+"""Entry point of `python -m training.corner_view`: shows the attention and the features of corner tokens."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The entry point: `python -m training.main --help`. Trains (or extracts) if --train-data is named, else evaluates.
+"""Entry point of `python -m training.main`: with --train-data it trains or extracts features, otherwise it evaluates.
 
 python -m training.main --train-data 'data/{00000..00575}.tar' --model lotlip_bert-ViT-B-16 --lock-image
 python -m training.main --urban1k-retrieval data/Urban1k --model ViT-B-16 --pretrained openai
@@ -20,10 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line.
 
     Returns:
-        Exit code: 0 done, 1 the run failed on its data, 2 the command can't be run as it stands, 70 a process has
-        ended or hangs, 75 stopped by a signal (the same command with --resume latest continues), 130 Ctrl-C.
+        Exit code. 0: success; 1: the data can't be used, or the model diverged; 2: usage error; 70: a process ended or
+        hangs; 75: stopped by a signal, continue with --resume latest; 130: Ctrl-C.
     """
-    args = parse_args(argv)  # before anything heavy is imported: --help and typos answer at once
+    args = parse_args(argv)  # before heavy imports, so that --help and usage errors appear immediately
     try:
         with SIGNALS.caught() if args.train_data else nullcontext():
             return _run(args)
@@ -49,17 +49,15 @@ def _run(args: argparse.Namespace) -> int:
         return fail(error, 2)
     try:
         return work(args)
-    except SystemExit as stop:  # this rank alone failed, and left without waiting for the others
+    except SystemExit as stop:  # only this rank failed; it exits without waiting for the others
         return stop.code
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        if SIGNALS.name:  # the others heard of the signal, too, and were faster
+        if SIGNALS.name:  # other ranks received the same signal and exited first
             return EXIT_STOPPED
         reason = " ".join(str(error).split())[:200]
-        return fail(
-            RuntimeError(f"another process of this run has ended; what it said tells why ({reason})"), EXIT_LOST
-        )
+        return fail(RuntimeError(f"another process of this run has ended; see its message ({reason})"), EXIT_LOST)
 
 
 if __name__ == "__main__":

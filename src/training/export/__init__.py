@@ -1,1 +1,1 @@
-"""Writes a model in the form that other software loads, and checks it there."""
+"""Exports a model to other software's format, and checks the features that the other software computes."""

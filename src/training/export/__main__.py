@@ -1,8 +1,9 @@
 """python -m training.export RUN_OR_FILE --to open_clip|transformers|onnx --out FOLDER
 
-RUN_OR_FILE: LOGS/NAME (its newest checkpoint), a checkpoint, any weights file with --model, or a folder of open_clip's
-or transformers'. The folder that is written holds a model card, README.md, and export.json with the largest difference
-between the features of 32 images and texts here and in the other software.
+RUN_OR_FILE is a run's folder LOGS/NAME (its newest checkpoint is exported), a checkpoint, any weights file with
+--model, or a folder in open_clip's or transformers' format. The output folder also contains a model card, README.md,
+and export.json, with the largest difference between the features of 32 images and texts computed here and by the other
+software.
 """
 
 import argparse
@@ -12,26 +13,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FORMATS = ("open_clip", "transformers", "onnx")
-TOLERANCE = 1e-3  # of normalised features; fp32 kernels differ by 1e-6, open_clip's SigLIP by its other activation
+# Maximum difference of normalised features. fp32 kernels differ by 1e-6; open_clip's SigLIP has another activation.
+TOLERANCE = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports one model.
 
     Returns:
-        Exit code: 0; 1 if the other software computes other features; 2 if the command can't be run as it stands.
+        Exit code: 0 for success; 1 if the other software computes different features; 2 for usage errors.
     """
     parser = argparse.ArgumentParser(
         prog="python -m training.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="RUN_OR_FILE", help="what to export")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="the other software")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format of the export")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument("--model", metavar="NAME", help="architecture of a weights file that lies in no run")
-    parser.add_argument("--num-corner-tokens", type=int, metavar="M", help="of that model, if not its config's")
-    parser.add_argument("--context-length", type=int, metavar="L", help="of that model, if not its config's")
-    parser.add_argument("--cache-dir", metavar="DIR", help="where tokenizers are looked up first")
-    parser.add_argument("--license", default="unknown", metavar="ID", help="of the weights, for the card: mit, ..")
+    parser.add_argument("--model", metavar="NAME", help="architecture of a weights file outside a run's folder")
+    parser.add_argument("--num-corner-tokens", type=int, metavar="M", help="overrides the value in the model's config")
+    parser.add_argument("--context-length", type=int, metavar="L", help="overrides the value in the model's config")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder where tokenizers are looked up first")
+    parser.add_argument("--license", default="unknown", metavar="ID", help="license for the model card: mit, ...")
     args = parser.parse_args(argv)
     try:
         return _export(args)
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out}: not empty; name a new folder")
+        raise ValueError(f"--out {args.out}: not empty; give a new folder")
     from training.export.card import write_card
     from training.export.source import NUM_CHECKED, load_source, own_features
 

@@ -1,4 +1,4 @@
-"""The model card of an exported model, made from its run."""
+"""Writes the model card of an exported model from the flags and results of its run."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ _RECIPE = (
 )
 _LIBRARY = {"open_clip": "open_clip", "transformers": "transformers", "onnx": "onnx"}
 _USE = {
-    "open_clip": """import training  # open_clip itself does for models without corner tokens
+    "open_clip": """import training  # for models without corner tokens, open_clip itself can be used
 model, _, preprocess = training.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = training.get_tokenizer("local-dir:FOLDER")
 """,
@@ -45,15 +45,20 @@ tokenizer = tokenizers.Tokenizer.from_file("FOLDER/tokenizer.json")
 tokenizer.enable_truncation({length})
 text = onnxruntime.InferenceSession("FOLDER/text.onnx").run(None, {{"input_ids": [tokenizer.encode(caption).ids]}})
 image = onnxruntime.InferenceSession("FOLDER/image.onnx").run(None, {{"pixel_values": pixels}})
-# pixels: [n, 3, {size}, {size}], RGB in 0..1, less {mean}, divided by {std}
+# pixels: [n, 3, {size}, {size}], RGB in 0..1, minus {mean}, divided by {std}
 """,
 }
 
 
 def write_card(source: Source, folder: Path, to: str, licence: str, largest: dict[str, float]) -> None:
-    """Writes ``README.md``: what the model is, how it was trained, what it reached, how it is used.
+    """Writes ``README.md``: architecture, training, results and usage; states what is unknown.
 
-    What the run does not say is written as missing.
+    Args:
+        source: the exported model.
+        folder: folder of the export.
+        to: format of the export, one of open_clip, transformers and onnx.
+        licence: license of the weights.
+        largest: largest difference of the features for ``image`` and ``text``.
     """
     model_cfg, preprocess = source.config["model_cfg"], source.config["preprocess_cfg"]
     head = {"license": licence, "library_name": _LIBRARY[to], "pipeline_tag": "zero-shot-image-classification"}
@@ -75,17 +80,17 @@ def write_card(source: Source, folder: Path, to: str, licence: str, largest: dic
     ]
     known = [(title, source.flags.get(key)) for key, title in _RECIPE]
     rows = [(title, value) for title, value in known if value not in (None, [], "") and value is not False]
-    lines += _table(("setting", "value"), rows) if rows else ["The recipe is not known: the export had no run."]
+    lines += _table(("setting", "value"), rows) if rows else ["Unknown: the model was not exported from a run."]
     lines += ["", "## Results", ""]
-    lines += _results(source.results) or ["Not evaluated in this run."]
+    lines += _results(source.results) or ["Not evaluated."]
     lines += ["", "## Use", "", "```python", _USE[to].format(**facts).strip(), "```", ""]
     worst = ", ".join(f"{kind} {value:.1e}" for kind, value in largest.items())
-    lines += [f"Checked: the largest difference of normalised features to the original is {worst} (32 samples).", ""]
+    lines += [f"Largest difference between normalised features and the original's, over 32 samples: {worst}.", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _results(results: dict) -> list[str]:
-    """A table of a line of results.jsonl: R@1 in percent with its 95% interval; empty without a retrieval benchmark."""
+    """Formats a line of results.jsonl as a table of R@1 in percent with 95% intervals; empty without retrieval."""
     rows = []
     for key in (name.removesuffix("-i2t-top1") for name in results if name.endswith("-i2t-top1")):
         row = [key, results.get(f"{key}-protocol") or "own pairs", results.get(f"{key}-pairs", "unknown")]

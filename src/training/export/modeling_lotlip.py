@@ -5,8 +5,9 @@
     ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
     text, image = model.get_text_features(ids), model.get_image_features(**processor(images, return_tensors="pt"))
 
-The text tower is a BERT with m corner tokens after [CLS], which the tokenizer puts in. They read the text and nobody
-reads them; the first feature of a caption is [CLS]'s. The image tower is CLIP's or one of timm's (pip install timm).
+The text tower is a BERT with m corner tokens after [CLS], which the tokenizer inserts. They attend to the text, but no
+other token attends to them; the first feature of a caption is that of [CLS]. The image tower is CLIP's or a timm model
+(pip install timm).
 """
 
 import torch
@@ -23,16 +24,19 @@ from transformers.utils import ModelOutput
 
 
 class LotlipConfig(PretrainedConfig):
-    """Sizes of both towers.
+    """Config of both towers.
 
     Args:
-        text_config: of the BERT.
-        vision_config: of a CLIP image tower, with vision_pool (``tok``: class token, ``avg``: mean of patches), or
-        timm_model_name, timm_pool: of a timm one; `vision_projection` says whether a linear map follows.
+        text_config: config of the BERT.
+        vision_config: config of a CLIP image tower; None for a timm model.
+        vision_pool: pooling of a CLIP image tower: ``tok`` (class token) or ``avg`` (mean of patches).
+        timm_model_name, timm_pool: name and pooling of a timm image tower.
+        vision_projection: whether a linear projection follows a timm image tower.
+        image_size: size of images in pixels.
         num_corner_tokens: m.
         pooler: ``cls_pooler`` (BERT's dense + tanh) or ``cls_last_hidden_state_pooler``.
         text_projection: ``linear``, ``mlp`` or None.
-        projection_dim: of the features.
+        projection_dim: dimension of the features.
     """
 
     model_type = "lotlip"
@@ -61,7 +65,7 @@ class LotlipConfig(PretrainedConfig):
 
 
 class LotlipModel(PreTrainedModel):
-    """Both towers; features are not normalised, as those of transformers' CLIPModel."""
+    """Both towers; like those of transformers' CLIPModel, the features are not normalised."""
 
     config_class = LotlipConfig
     main_input_name = "input_ids"
@@ -98,14 +102,14 @@ class LotlipModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
 
     def get_text_features(self, input_ids: torch.Tensor, all_features: bool = False) -> torch.Tensor:
-        """Features of captions.
+        """Returns features of captions.
 
         Args:
-            input_ids: [batch, seq_len] of the tokenizer in this folder.
-            all_features: those of the corner tokens, too.
+            input_ids: [batch, seq_len], from the tokenizer in this folder.
+            all_features: also return the features of the corner tokens.
 
         Returns:
-            [batch, dim], or [batch, m + 1, dim] with [CLS]'s first.
+            [batch, dim]; with `all_features` [batch, m + 1, dim], with that of [CLS] first.
         """
         text, corners = self.text_model, self.config.num_corner_tokens
         offset = text.config.pad_token_id + 1 if text.config.model_type in ("roberta", "xlm-roberta") else 0
@@ -126,7 +130,7 @@ class LotlipModel(PreTrainedModel):
         return features if all_features else features[:, 0]
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[batch, 3, H, W] of the processor in this folder -> [batch, dim]."""
+        """Returns features [batch, dim] of images [batch, 3, H, W] from the processor in this folder."""
         if self.config.vision_config:
             tower = self.vision_model.vision_model
             hidden = tower.post_layernorm(tower(pixel_values=pixel_values).last_hidden_state)
@@ -135,7 +139,7 @@ class LotlipModel(PreTrainedModel):
         return self.visual_projection(self.vision_model(pixel_values))
 
     def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> ModelOutput:
-        """Normalised features and ``logits_per_image`` [images, texts]."""
+        """Returns normalised features and ``logits_per_image`` [images, texts]."""
         text = nn.functional.normalize(self.get_text_features(input_ids), dim=-1)
         image = nn.functional.normalize(self.get_image_features(pixel_values), dim=-1)
         logits = self.logit_scale.exp() * image @ text.T

@@ -1,4 +1,4 @@
-"""One ONNX file per tower, run by onnxruntime without PyTorch: normalised features of pixels and of token ids."""
+"""Exports one ONNX file per tower, for onnxruntime without PyTorch: pixels or token ids -> normalised features."""
 
 import logging
 import warnings
@@ -29,7 +29,7 @@ class _Texts(_Images):
         model = self.model
         if not isinstance(model, open_clip.CLIP):
             return model.encode_text(ids, normalize=True)
-        # As `CLIP.encode_text`, which takes rows of the whole context length only.
+        # `CLIP.encode_text` for rows of any length; the original supports only the full context length.
         length = ids.shape[1]
         hidden = model.token_embedding(ids) + model.positional_embedding[:length]
         hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
@@ -40,7 +40,10 @@ class _Texts(_Images):
 
 
 def write_files(source: Source, folder: Path) -> dict[str, torch.Tensor]:
-    """Writes ``image.onnx``, ``text.onnx`` and the tokenizer; returns what onnxruntime makes of the samples.
+    """Writes ``image.onnx``, ``text.onnx`` and the tokenizer.
+
+    Returns:
+        The features of the samples, computed by onnxruntime, as ``image`` and ``text``.
 
     Raises:
         ValueError: onnx or onnxruntime is not installed.
@@ -54,7 +57,7 @@ def write_files(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     images, texts = check_samples()
     pixels = torch.stack([source.preprocess(image) for image in images])
     batch = torch.export.Dim("batch", min=1)
-    # A text tower without causal mask that pools its last position takes rows of one length only.
+    # A text tower without causal mask that pools its last position only works with the full context length.
     fixed = getattr(getattr(source.model, "text", source.model), "pool_type", "") == "last"
     length = source.tokenizer.context_length
     text_axes = {0: batch} if fixed else {0: batch, 1: torch.export.Dim("length", min=4, max=length)}
@@ -68,18 +71,18 @@ def write_files(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     for kind, values in inputs.items():
         session = onnxruntime.InferenceSession(str(folder / f"{kind}.onnx"), providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
-        parts = [session.run(None, {name: part})[0] for part in (values[:5], values[5:])]  # batches of two sizes
+        parts = [session.run(None, {name: part})[0] for part in (values[:5], values[5:])]  # two batch sizes
         found[kind] = torch.cat([torch.from_numpy(part) for part in parts])
     return found
 
 
 def _export(tower: nn.Module, example: torch.Tensor, axes: dict, path: Path, name: str) -> None:
     was_fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # has no counterpart in ONNX
+    torch.backends.mha.set_fastpath_enabled(False)  # the fast path can't be exported to ONNX
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            warnings.simplefilter("ignore")  # deprecation warnings of the exporter itself
             torch.onnx.export(
                 tower.eval(),
                 (example,),

@@ -1,4 +1,4 @@
-"""A folder for open_clip's ``local-dir:`` and ``hf-hub:``, which this project loads, too."""
+"""Exports a folder for open_clip's ``local-dir:`` and ``hf-hub:``, which this project loads, too."""
 
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from training.model.text_tower import LotlipCLIP
 
 
 def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
-    """Writes the folder; returns what its loader makes of the samples, normalised.
+    """Writes the folder.
 
-    The loader is open_clip's; a model with a text tower of this project is loaded by `training.create_model`.
+    Returns:
+        The normalised features of the samples, computed by loading the folder with open_clip, or with
+        `training.create_model` for a model with one of our text towers, as ``image`` and ``text``.
     """
     save_pretrained(source.model, folder, source.tokenizer)
     name = f"local-dir:{folder}"

@@ -1,4 +1,4 @@
-"""What is exported: the model of a run, of a weights file or of a folder, on the CPU in fp32."""
+"""Loads the model to export, on the CPU in fp32: from a run, a weights file or a folder."""
 
 import argparse
 import json
@@ -27,10 +27,10 @@ class Source:
         model: in eval mode.
         preprocess: PIL image -> [3, H, W].
         tokenizer: texts -> ids [n, context_length].
-        name: of the run, file or folder.
-        weights: the file that was read, None for a folder.
-        flags: of the run; empty without one.
-        results: of the run's last evaluation; empty without one.
+        name: name of the run, file or folder.
+        weights: the weights file; None for a folder.
+        flags: flags of the run; empty without a run.
+        results: results of the run's last evaluation; empty without one.
     """
 
     model: torch.nn.Module
@@ -48,12 +48,12 @@ class Source:
 
 
 def load_source(path: str, args: argparse.Namespace) -> Source:
-    """Loads what is to be exported.
+    """Loads the model to export.
 
     Args:
-        path: a run's folder (its newest checkpoint is taken), a checkpoint or other weights file, or a folder of
-            open_clip's or transformers'.
-        args: ``model``, ``num_corner_tokens``, ``context_length`` and ``cache_dir``, which a run brings itself.
+        path: a run's folder (its newest checkpoint is used), a checkpoint or other weights file, or a folder in
+            open_clip's or transformers' format.
+        args: ``model``, ``num_corner_tokens``, ``context_length`` and ``cache_dir``; None takes the run's flags.
 
     Raises:
         ValueError, FileNotFoundError: the message says what is missing.
@@ -70,10 +70,10 @@ def load_source(path: str, args: argparse.Namespace) -> Source:
     flags = json.loads((run / "params.json").read_text()) if (run / "params.json").is_file() else {}
     weights = newest_checkpoint(run / "checkpoints") if path.is_dir() else path
     if weights is None:
-        raise FileNotFoundError(f"{run / 'checkpoints'}: no checkpoint there")
+        raise FileNotFoundError(f"{run / 'checkpoints'}: no checkpoint in this folder")
     name = args.model or flags.get("model")
     if not name:
-        raise ValueError(f"{path}: not in a run's folder (no params.json); name its architecture with --model")
+        raise ValueError(f"{path}: not in a run's folder (no params.json); give its architecture with --model")
     results = run / "checkpoints" / "results.jsonl"
     last = results.read_text(encoding="utf-8").splitlines()[-1:] if results.is_file() else []
     return _load(name, weights, run.name if flags else path.stem, flags, json.loads(last[0]) if last else {}, args)
@@ -86,7 +86,7 @@ def _load(name: str, weights: Path | None, title: str, flags: dict, results: dic
     }
     extra = {}
     if weights and "logit_bias" in read_state_dict(weights):
-        extra["init_logit_bias"] = 0.0  # makes room for it
+        extra["init_logit_bias"] = 0.0  # builds a model that has a logit_bias
     pretrained = str(weights) if weights else None
     model, _, preprocess = create_model_and_transforms(name, pretrained, **overrides, **extra)
     tokenizer = get_tokenizer(name, **overrides)
@@ -94,14 +94,14 @@ def _load(name: str, weights: Path | None, title: str, flags: dict, results: dic
 
 
 def check_samples(count: int = NUM_CHECKED) -> tuple[list[Image.Image], list[str]]:
-    """Returns drawn images and their long captions, the same each time."""
+    """Returns synthetic images and their long captions, always the same."""
     scenes = [make_scene(0, "test", number) for number in range(count)]
     return [draw_scene(scene) for scene in scenes], [" ".join(scene.long_caption(0)) for scene in scenes]
 
 
 @torch.no_grad()
 def own_features(source: Source) -> dict[str, torch.Tensor]:
-    """Returns the model's own features of the samples, normalised, under ``image`` and ``text``."""
+    """Returns the normalised features of the samples, computed by the model itself, as ``image`` and ``text``."""
     images, texts = check_samples()
     pixels = torch.stack([source.preprocess(image) for image in images])
     image = source.model.encode_image(pixels, normalize=True)

@@ -1,7 +1,7 @@
-"""A model's tokenizer as transformers' files, ``tokenizer.json`` among them: the same ids without this project.
+"""Exports a model's tokenizer as transformers' files, including ``tokenizer.json``.
 
-Corner tokens are put in by the tokenizer's template, and BERT's [SEP] between sentences by its normaliser. What
-remains ours is the cleaning of text before: broken encodings (ftfy) and HTML entities.
+The tokenizer's template inserts corner tokens, and its normaliser inserts BERT's [SEP] between sentences. The only step
+that is not exported is the cleaning of text before: broken encodings (ftfy) and HTML entities.
 """
 
 from pathlib import Path
@@ -14,14 +14,14 @@ from training.export.source import Source
 from training.model.tokenizer import CornerCLIPTokenizer, CornerHFTokenizer
 from training.model.transformers_clip import FolderTokenizer
 
-_ENDS = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's names, transformers'
+_ENDS = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's name -> transformers'
 
 
 def write_tokenizer(source: Source, folder: Path) -> PreTrainedTokenizerBase:
-    """Writes the tokenizer and returns it as transformers loads it.
+    """Writes the tokenizer's files; returns the tokenizer that transformers loads from them.
 
     Raises:
-        ValueError: a tokenizer of another kind.
+        ValueError: the tokenizer has no counterpart in transformers.
     """
     tokenizer = source.tokenizer
     length = tokenizer.context_length
@@ -55,7 +55,7 @@ def _clip(tokenizer: open_clip.SimpleTokenizer | CornerCLIPTokenizer, length: in
     backend.post_processor = processors.TemplateProcessing(
         single=" ".join([start, "$A", *corners, end]), special_tokens=tokens
     )
-    # The end's id is looked for by the tower, so that padding must be another.
+    # The tower searches for the end token's id, so padding needs another id.
     names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "!", "model_max_length": length}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
@@ -66,7 +66,7 @@ def _with_corners(tokenizer: CornerHFTokenizer, length: int) -> PreTrainedTokeni
     start, end = (hugging_face.cls_token or hugging_face.bos_token), (hugging_face.sep_token or hugging_face.eos_token)
     corners = [f"[Corner{number}]" for number in range(tokenizer.num_corners)]
     if tokenizer.separator:
-        # Normalised like the text, or it would be looked for before the sentences are joined by it.
+        # normalized=True: otherwise the separator is searched before the normaliser has inserted it.
         backend.add_special_tokens([AddedToken(tokenizer.separator, normalized=True, special=True)])
         join = normalizers.Replace(". ", tokenizer.separator)
         backend.normalizer = normalizers.Sequence([join, *([backend.normalizer] if backend.normalizer else [])])

@@ -1,4 +1,4 @@
-"""A folder for transformers: `CLIPModel` for CLIP's own towers, one modelling file for LoTLIP's BERT tower."""
+"""Exports a folder for transformers: `CLIPModel` for CLIP's own towers, a modelling file for LoTLIP's BERT tower."""
 
 import json
 import shutil
@@ -20,20 +20,23 @@ from training.model.transformers_names import from_open_clip
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
 _END_ID = 49407
-_FIRST_TOWER_ONLY = ("logit_bias",)  # CLIPModel has none; it changes no ranking
+_NOT_EXPORTED = ("logit_bias",)  # CLIPModel has no such parameter, and it does not affect rankings
 
 
 def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
-    """Writes the folder; returns what transformers' own loaders make of the samples, normalised.
+    """Writes the folder.
+
+    Returns:
+        The normalised features of the samples, computed with transformers' own loaders, as ``image`` and ``text``.
 
     Raises:
-        ValueError: towers that have no counterpart.
+        ValueError: the towers have no counterpart in transformers.
     """
     text = getattr(source.model, "text", source.model)
     if isinstance(text, CornerHFText):
         model = _lotlip(source)
     elif getattr(text, "num_corners", 0):
-        raise ValueError("corner tokens in CLIP's own text tower have no counterpart in transformers; take --to onnx")
+        raise ValueError("corner tokens in CLIP's own text tower have no counterpart in transformers; use --to onnx")
     else:
         model = _clip(source)
     model.save_pretrained(folder)
@@ -41,7 +44,7 @@ def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
         shutil.copyfile(modeling_lotlip.__file__, folder / "modeling_lotlip.py")
     write_tokenizer(source, folder)
     _processor(source).save_pretrained(folder)
-    return _their_features(source, folder)
+    return _exported_features(folder)
 
 
 def _act(cfg: dict, model_cfg: dict) -> str:
@@ -75,7 +78,7 @@ def _clip(source: Source) -> CLIPModel:
     if not (isinstance(tower, CornerCLIPText) or getattr(tower, "text_pool_type", None) or hasattr(tower, "pool_type")):
         raise ValueError(f"the text tower, a {type(tower).__name__}, has no counterpart in transformers' CLIPModel")
     if source.model.visual.pool_type != "tok":
-        raise ValueError("the image tower averages its patches; transformers' CLIPModel reads the class token")
+        raise ValueError("the image tower averages its patches, but transformers' CLIPModel uses the class token")
     rows, width = tower.positional_embedding.shape
     fields = {
         "max_position_embeddings": rows,
@@ -93,7 +96,7 @@ def _clip(source: Source) -> CLIPModel:
     }
     config = CLIPConfig(text_config=fields, vision_config=_vision_fields(source), projection_dim=model_cfg["embed_dim"])
     model = CLIPModel(config)
-    _load(model, from_open_clip({k: v for k, v in source.model.state_dict().items() if k not in _FIRST_TOWER_ONLY}))
+    _load(model, from_open_clip({k: v for k, v in source.model.state_dict().items() if k not in _NOT_EXPORTED}))
     return model
 
 
@@ -111,7 +114,8 @@ def _lotlip(source: Source) -> LotlipModel:
     encoder = text.transformer.config
     if not text.family.shows_attention or text.pooler_type in ("mean_pooler", "max_pooler"):
         raise ValueError(
-            f"text tower {encoder.model_type} with {text.pooler_type}: only BERT's kin read at [CLS] go out"
+            f"text tower {encoder.model_type} with {text.pooler_type}: only BERT-like encoders that pool [CLS] can be "
+            "exported"
         )
     skipped = ("transformers_version", "architectures", "dtype", "torch_dtype")
     fields = {key: value for key, value in encoder.to_diff_dict().items() if key not in skipped}
@@ -160,8 +164,8 @@ def _processor(source: Source) -> CLIPImageProcessor:
 
 
 @torch.no_grad()
-def _their_features(source: Source, folder: Path) -> dict[str, torch.Tensor]:
-    """The samples through transformers alone: its model, tokenizer and image processor."""
+def _exported_features(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the features of the samples, computed only with transformers' model, tokenizer and image processor."""
     from transformers import AutoModel, AutoTokenizer
 
     images, texts = check_samples()
@@ -169,7 +173,7 @@ def _their_features(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     model = AutoModel.from_pretrained(folder, trust_remote_code=custom).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=custom)
     ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    # Pillow's resize, as the original has it, to compare towers rather than resize filters.
+    # With Pillow's resize, like the original, so that the comparison shows differences of the towers only.
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(images, return_tensors="pt").pixel_values

@@ -1,1 +1,1 @@
-"""Searches a folder of images by text or by image."""
+"""Searches a folder of images with a text or an image as query."""

@@ -1,9 +1,9 @@
-"""Searches a folder of images by a text of any length that the model reads, or by an image.
+"""Searches a folder of images with a text, as long as the model's context, or with an image.
 
-    python -m training.search IMAGES --model hf-hub:ORG/REPO --index INDEX --query "A red bicycle leans on a wall. .."
+    python -m training.search IMAGES --model hf-hub:ORG/REPO --index INDEX --query "A red bicycle leans on a wall. ..."
 
-The first call encodes the folder and keeps the vectors in INDEX; later calls encode new and changed files alone, and
-forget those that are gone. A call that is stopped goes on from its last save.
+The first call encodes the folder and stores the vectors in INDEX. Later calls encode only new and changed files, and
+remove deleted ones. An interrupted call continues from its last save.
 """
 
 import argparse
@@ -30,31 +30,31 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m training.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", metavar="IMAGES", type=Path, help="folder, with all folders below it")
-    parser.add_argument("--index", required=True, type=Path, metavar="DIR", help="where the vectors are kept")
-    group = parser.add_argument_group("what is searched for").add_mutually_exclusive_group()
+    parser.add_argument("--index", required=True, type=Path, metavar="DIR", help="folder that stores the vectors")
+    group = parser.add_argument_group("query").add_mutually_exclusive_group()
     group.add_argument("--query", metavar="TEXT", help="a text, in quotes")
     group.add_argument("--image", type=Path, metavar="FILE", help="an image file")
     group = parser.add_argument_group("results")
-    group.add_argument("--top", type=positive, default=20, metavar="N", help="images shown (default: %(default)s)")
+    group.add_argument("--top", type=positive, default=20, metavar="N", help="number of results (default: %(default)s)")
     group.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
     group.add_argument("--export", type=Path, metavar="FILE", help="write paths and vectors of all images: .parquet")
-    group = parser.add_argument_group("model, as in training.main")
+    group = parser.add_argument_group("model, with the flags of training.main")
     group.add_argument("--model", required=True, metavar="NAME", help="a name, local-dir:, hf-hub: or hf:")
     group.add_argument("--pretrained", metavar="TAG|FILE", help="weights")
-    group.add_argument("--cache-dir", metavar="DIR", help="where weights and tokenizers are looked up first")
-    group.add_argument("--num-corner-tokens", type=not_negative, metavar="M", help="of the model, if not its config's")
-    group.add_argument("--context-length", type=positive, metavar="L", help="of the model, if not its config's")
+    group.add_argument("--cache-dir", metavar="DIR", help="folder where weights and tokenizers are looked up first")
+    group.add_argument("--num-corner-tokens", type=not_negative, metavar="M", help="overrides the value in the config")
+    group.add_argument("--context-length", type=positive, metavar="L", help="overrides the value in the config")
     group.add_argument("--precision", default="fp32", choices=PRECISIONS, metavar="P", help="default: %(default)s")
     group = parser.add_argument_group("hardware")
-    group.add_argument("--device", metavar="DEV", help="cuda, cpu, .. (default: cuda if there is one)")
-    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per step")
+    group.add_argument("--device", metavar="DEV", help="cuda, cpu, ... (default: cuda if available)")
+    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch")
     group.add_argument("--workers", type=not_negative, default=4, metavar="N", help="processes that read images")
     group.add_argument(
         "--save-every",
         type=positive,
         default=4096,
         metavar="N",
-        help="images between two saves of the index: what a stopped call may lose (default: %(default)s)",
+        help="images between two saves of the index, the most an interrupted call loses (default: %(default)s)",
     )
     return parser
 
@@ -93,13 +93,13 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Finds out what is wrong with the command before anything is read.
+    """Checks the flags before anything is read.
 
     Raises:
         ValueError, FileNotFoundError: the message names the flag.
     """
     if args.query is not None and not args.query.strip():
-        raise ValueError("--query: an empty text")
+        raise ValueError("--query: the text is empty")
     if args.image and not args.image.is_file():
         raise FileNotFoundError(f"--image {args.image}: no such file")
     if args.export and args.export.suffix != ".parquet":
@@ -119,11 +119,11 @@ def _update(index: "ImageIndex", folder: "FolderContent", encoder: "SearchEncode
         raise ValueError(f"no readable image: {next(iter(broken.values()))}")
     print(f"Index: {len(index):,} images ({added:,} new, {removed:,} removed) in {index.path}")
     if broken:
-        print(f"Unreadable and left out: {len(broken):,} files")
+        print(f"Unreadable files, skipped: {len(broken):,}")
         print("\n".join(f"  {reason}" for reason in list(broken.values())[:10]))
     if folder.others:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in folder.others.most_common(5))
-        print(f"Not images, left out: {folder.others.total():,} files ({kinds})")
+        print(f"Files other than images, skipped: {folder.others.total():,} ({kinds})")
 
 
 def _answer(args: argparse.Namespace, index: "ImageIndex", folder: "FolderContent", query: "torch.Tensor") -> None:
@@ -133,7 +133,7 @@ def _answer(args: argparse.Namespace, index: "ImageIndex", folder: "FolderConten
     found = index.search(query, args.top)
     milliseconds = 1000 * (time.perf_counter() - start)
     results = [(folder.images[key], score) for key, score in found]
-    how = "every vector compared" if index.is_exact else "approximate, by usearch's graph"
+    how = "exact" if index.is_exact else "approximate, with usearch's graph"
     print(f"Search: {milliseconds:.1f} ms ({how})\n")
     rows = [(number, f"{score:.4f}", str(path)) for number, (path, score) in enumerate(results, start=1)]
     print(tabulate(rows, headers=["", "score", "image"], disable_numparse=True, colalign=["right", "right", "left"]))
@@ -147,7 +147,7 @@ def _answer(args: argparse.Namespace, index: "ImageIndex", folder: "FolderConten
 
 
 def _export(index: "ImageIndex", folder: "FolderContent", path: Path) -> None:
-    """Writes columns ``path`` and ``vector`` (float32, of length 1), a row for each image."""
+    """Writes a Parquet file with a row per image: ``path`` and ``vector`` (float32, L2-normalised)."""
     import pyarrow
     from pyarrow import parquet
 

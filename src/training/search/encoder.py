@@ -1,4 +1,4 @@
-"""The encoder of a search: a model with its preprocessing and tokenizer, on one device."""
+"""Encodes images and queries for the search, with one model on one device."""
 
 import argparse
 import logging
@@ -22,21 +22,21 @@ class SearchEncoder:
         args: the flags of `training.search`.
 
     Raises:
-        ValueError, FileNotFoundError: as `factory.create_model`.
+        ValueError, FileNotFoundError: see `factory.create_model`.
     """
 
     def __init__(self, args: argparse.Namespace):
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_precision(args.precision, device)
         if resolve_weights(args.model, args.pretrained, args.cache_dir) is None:
-            logging.warning(f"{args.model} is UNTRAINED: no weights are given, so it finds images by chance.")
+            logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its results are random.")
         overrides = {
             "cache_dir": args.cache_dir,
             "num_corner_tokens": args.num_corner_tokens,
             "context_length": args.context_length,
         }
         tokenizer = get_tokenizer(args.model, **overrides)
-        torch.manual_seed(0)  # an untrained model is the same one in the next call
+        torch.manual_seed(0)  # an untrained model has the same weights in every call
         model, train_transform, preprocess = create_model_and_transforms(
             args.model, args.pretrained, args.precision, device, **overrides
         )
@@ -45,7 +45,7 @@ class SearchEncoder:
         self._options = ComputeOptions(args.batch_size, args.workers, args.precision)
 
     def images(self, paths: Sequence[Path]) -> Encoding:
-        """Returns the features of image files; unreadable ones are among `Encoding.broken`."""
+        """Returns the features of image files; unreadable files are listed in `Encoding.broken`."""
         parts = self.parts
         return encode_images(parts.model, parts.preprocess, paths, self._env, self._options, allow_broken=True)
 
@@ -53,7 +53,7 @@ class SearchEncoder:
         """Returns the features [dim] of an image file.
 
         Raises:
-            BrokenImageError: it can't be read.
+            BrokenImageError: the file can't be read.
         """
         found = self.images([path])
         if found.broken:
@@ -61,9 +61,11 @@ class SearchEncoder:
         return found.features[0]
 
     def text(self, text: str) -> tuple[torch.Tensor, str]:
-        """Returns the features [dim] of a text, and a note if it is longer than the model reads."""
+        """Returns the features [dim] of a text, and a note if it was truncated (otherwise an empty string)."""
         found = encode_texts(self.parts.model, self.parts.tokenizer, [text], self._env, self._options)
         lost = int(found.lost_tokens[0])
         length = self.parts.tokenizer.context_length
-        note = f"Query: the model reads {length:,} tokens; the last {lost:,} of this text are cut." if lost else ""
+        note = (
+            f"Query: truncated to the model's {length:,} tokens; the last {lost:,} tokens are ignored." if lost else ""
+        )
         return found.features[0], note

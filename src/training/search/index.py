@@ -1,10 +1,10 @@
-"""The vectors of a folder's images on disk, kept in step with the folder.
+"""Stores the vectors of a folder's images on disk, and keeps them up to date with the folder.
 
-    DIR/READING/images.usearch    one vector of each image file, float16, in usearch's format
+    DIR/READING/images.usearch    one vector per image file, float16, in usearch's format
 
-READING is a hash of the folder, the image tower and all that its pixels pass through before, so that vectors of
-different models never meet. A vector's key is a hash of its file's path, size and time of change. The keys alone tell
-which files are new, changed or gone, so no second file has to agree with this one after a crash.
+READING is a hash of the folder, the image tower and the preprocessing, so vectors of different models are never mixed.
+A vector's key is a hash of its file's path, size and modification time. The keys show which files are new, changed or
+deleted, so there is no second file that could be inconsistent with this one after a crash.
 """
 
 import json
@@ -27,17 +27,17 @@ from training.runtime.files import whole_file
 FORMAT = 1
 FILE = "images.usearch"
 SUFFIXES = {f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "bmp", "gif", "tif", "tiff")}
-EXACT_UP_TO = 200_000  # images; above, usearch's graph is searched instead of every vector
-_EXPANSION = 512  # of the graph: how many candidates a search holds
+EXACT_UP_TO = 200_000  # number of images up to which every vector is compared; beyond, usearch's graph is searched
+_EXPANSION = 512  # number of candidates that a search in the graph keeps
 
 
 @dataclass(frozen=True)
 class FolderContent:
-    """What lies in a folder.
+    """The files in a folder.
 
     Attributes:
         images: key of each image file -> its path, in the order of paths.
-        others: suffix -> number of files that are no images by their name.
+        others: suffix -> number of other files.
     """
 
     images: dict[int, Path]
@@ -45,11 +45,11 @@ class FolderContent:
 
 
 def list_images(folder: Path) -> FolderContent:
-    """Lists the image files below a folder. Hidden files and folders are passed over.
+    """Lists the image files below a folder. Hidden files and folders are ignored.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no image file in it.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the folder contains no image file.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"IMAGES {folder}: no such folder")
@@ -62,18 +62,18 @@ def list_images(folder: Path) -> FolderContent:
             else:
                 images.setdefault(int.from_bytes(image_key(path)[:8], "big"), path)
     if not images:
-        raise ValueError(f"IMAGES {folder}: no image file there ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"IMAGES {folder}: no image file in this folder ({', '.join(sorted(SUFFIXES))})")
     return FolderContent(images, others)
 
 
 def index_path(index: Path, images: Path, model: torch.nn.Module, preprocess: Callable, reading: dict) -> Path:
-    """Returns the file that holds the vectors of one folder by one image tower.
+    """Returns the path of the file with the vectors of one folder and one image tower.
 
     Args:
-        index: ``--index``.
-        images: the folder.
-        model, preprocess: the tower is ``model.visual``.
-        reading: what else features depend on (precision, image decoding): plain values.
+        index: folder of ``--index``.
+        images: the folder of images.
+        model, preprocess: the model with the image tower ``visual``, and its preprocessing.
+        reading: everything else that features depend on (precision, image decoding), as values for JSON.
     """
     own = {"format": FORMAT, "images": str(images.resolve()), **reading}
     own |= {"tower": fingerprint(model.visual), "preprocessing": preprocessing_fingerprint(preprocess)}
@@ -81,10 +81,10 @@ def index_path(index: Path, images: Path, model: torch.nn.Module, preprocess: Ca
 
 
 class ImageIndex:
-    """Vectors by key, searched by cosine.
+    """Vectors by key, searched by cosine similarity.
 
     Args:
-        path: of `index_path`; read if it is there.
+        path: result of `index_path`; the file is read if it exists.
 
     Raises:
         ValueError: usearch is not installed, or the file is broken.
@@ -99,7 +99,7 @@ class ImageIndex:
         self.path, self._index = path, None
         if path.is_file():
             try:
-                # A view reads from the file what a search needs; it can't be changed.
+                # A view reads only what a search needs from the file; it can't be modified.
                 self._index = Index.restore(str(path), view=True)
             except Exception as error:  # usearch's errors have no common base
                 raise ValueError(f"--index: {path} can't be read ({error}); remove it") from error
@@ -122,16 +122,16 @@ class ImageIndex:
         save_every: int,
         report: Callable[[int, int], None],
     ) -> tuple[int, int, dict[Path, str]]:
-        """Encodes new and changed files, forgets those that are gone, and saves.
+        """Encodes new and changed files, removes deleted ones, and saves.
 
         Args:
-            images: of `list_images`.
+            images: `FolderContent.images`.
             encode: files -> their features.
-            save_every: files between two saves: what a killed run may have to repeat.
-            report: called after each save with the number of files done and the number to do.
+            save_every: number of files between two saves, the most that a killed run has to repeat.
+            report: called after each save with the number of files done and the total number.
 
         Returns:
-            Number of vectors added, number removed, and of each unreadable file why.
+            The number of vectors added, the number removed, and for each unreadable file the reason.
         """
         known = self.keys
         gone, new = sorted(known - images.keys()), [key for key in images if key not in known]
@@ -169,7 +169,7 @@ class ImageIndex:
 
         Args:
             query: [dim], L2-normalised.
-            top: how many; all, if there are fewer.
+            top: number of results; all vectors if there are fewer.
         """
         if not len(self):
             return []
@@ -179,9 +179,9 @@ class ImageIndex:
 
     @property
     def is_exact(self) -> bool:
-        """Whether a search compares the query with every vector."""
+        """Whether a search compares the query with all vectors."""
         return len(self) <= EXACT_UP_TO
 
     def vectors(self, keys: Sequence[int]) -> np.ndarray:
-        """Returns the vectors [len(keys), dim] float32 of images in the index."""
+        """Returns the vectors of the given keys, [len(keys), dim] float32."""
         return np.asarray(self._index.get(np.array(keys, dtype=np.uint64), dtype=np.float32))

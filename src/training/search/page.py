@@ -1,4 +1,4 @@
-"""The results of a search as one HTML file that opens from disk, asks no network and runs no script."""
+"""Writes the results of a search as one HTML file that opens from disk, needs no network and runs no script."""
 
 import base64
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def write_page(
         path: the file.
         query: the text, or the image file.
         results: image files and their scores, best first.
-        folder: names of images are shown relative to it.
+        folder: folder of the images, to which the names shown are relative.
         facts: name -> value, shown below the heading.
     """
     files = [path for path, _ in results]
