@@ -1,1 +1,1 @@
-"""How much faster than the published scheme: ``python -m benchmarks``. See README.md here."""
+"""Measures speed and memory against the published scheme: ``python -m benchmarks``. See README.md in this folder."""

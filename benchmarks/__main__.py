@@ -1,9 +1,9 @@
-"""Measures ours against the published scheme, figure by figure, in one process.
+"""Compares our implementation with the published scheme, figure by figure, in one process.
 
     python -m benchmarks [--quick] [--json FILE] [--only loss,text_step] [--device cpu]
 
-Every figure first checks that both sides give the same. Printed is a table of ratios (baseline over ours, so more is
-better); FILE gets all numbers, and a picture of the ratios beside it (.png).
+Every figure first checks that both sides give the same result. The command prints a table of ratios (baseline over
+ours, so higher is better), and writes all numbers to FILE and a plot of the ratios beside it (.png).
 """
 
 import argparse
@@ -29,7 +29,7 @@ FIGURES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, 1 if a figure's two sides differ, 2 for a usage error."""
+    """Runs the command line; returns 0, or 1 if the two sides of a figure differ; exits with 2 on a usage error."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only {args.only}: no figure is called {unknown[0]}; there are {', '.join(FIGURES)}")
     path = Path(args.json)
     if path.suffix == ".png" or path.is_dir():
-        parser.error(f"--json {args.json}: expected the name of a file; the picture gets the same with .png")
+        parser.error(f"--json {args.json}: expected the name of a JSON file; the plot gets the same name with .png")
     try:
         return _run(args, names, path)
     except AssertionError as error:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, names: list[str], path: Path) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, by which memory is counted on the CPU, is talkative
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory on the CPU, logs too much
     import torch
     from tqdm import tqdm
 
@@ -71,10 +71,10 @@ def _run(args: argparse.Namespace, names: list[str], path: Path) -> int:
         setting = Setting(device, args.quick, Path(folder), repeats=2 if args.quick else 3)
         for module in tqdm(modules, desc="benchmarks", disable=not sys.stderr.isatty()):
             figures += module.run(setting)
-            path.write_text(json.dumps(to_json(figures, setting), indent=1) + "\n")  # what is done stays
+            path.write_text(json.dumps(to_json(figures, setting), indent=1) + "\n")  # keeps results if interrupted
     draw(figures, path.with_suffix(".png"))
     print(format_table(figures))
-    print(f"\nRatios are baseline over ours. Numbers: {path}   Picture: {path.with_suffix('.png')}")
+    print(f"\nRatios are baseline over ours. Numbers: {path}   Plot: {path.with_suffix('.png')}")
     return 0
 
 

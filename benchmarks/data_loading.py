@@ -20,12 +20,12 @@ from training.data.shards import ShardSource, count_samples
 from training.model.from_flags import make_arranger
 
 MODEL = "lotlip_tiny"
-SIZE, MODEL_WIDTH = (384, 384), 224  # pixels: about what img2dataset leaves of a picture, and what ViT-B takes
-MAX_LEVELS = 0.02  # by which pixels may differ on average: ours are resized by torch
+SIZE, MODEL_WIDTH = (384, 384), 224  # pixels: about the size of images from img2dataset, and ViT-B's input
+MAX_LEVELS = 0.02  # by which pixels may differ on average, because ours are resized by torch
 
 
 def run(setting: Setting) -> list[Figure]:
-    """Decoding, the evaluation transform, one raw and three long captions tokenised."""
+    """Measures decoding, the evaluation transform, and the tokenizer on one raw and three long captions."""
     num, batch_size = setting.pick((96, 32), (512, 64), (2048, 256))
     urls = make_shards(setting.folder, num)
     model = training.create_model(MODEL, pretrained_text=False)
@@ -40,9 +40,8 @@ def run(setting: Setting) -> list[Figure]:
 
     def ours() -> list[torch.Tensor]:
         loader = make_loader(source, reader, share, 0, pin=False)
-        return [
-            normalise_pixels(batch.inputs["image"], mean, std) for batch in loader
-        ]  # in training the device does that
+        # In training, the device normalises pixels.
+        return [normalise_pixels(batch.inputs["image"], mean, std) for batch in loader]
 
     def baseline() -> list[torch.Tensor]:
         batches, pixels, ids = [], [], []
@@ -57,7 +56,7 @@ def run(setting: Setting) -> list[Figure]:
 
     means = [torch.cat(work()).double().mean(dim=(1, 2, 3)).sort().values for work in (ours, baseline)]
     if means[0].shape != means[1].shape or (means[0] - means[1]).abs().max() > MAX_LEVELS / 255 / float(std.min()):
-        raise AssertionError("data_loading: both sides must read the same pictures")
+        raise AssertionError("data_loading: both sides must read the same images")
     seconds = fastest({"baseline": baseline, "ours": ours}, setting)
     return [
         Figure(
@@ -70,7 +69,7 @@ def run(setting: Setting) -> list[Figure]:
 
 
 def make_shards(folder: Path, num: int) -> list[str]:
-    """Writes shards of scenes as large as photographs are in training data."""
+    """Writes shards of scenes, enlarged to the size of photographs in training data; returns their paths."""
     write_scenes(folder / "scenes_train", num_train=num, num_test=8, seed=9)
     urls = []
     for small in sorted((folder / "scenes_train" / "train").glob("*.tar")):

@@ -1,4 +1,4 @@
-"""How well one loader process mixes shards, and how much memory that takes: ours against open_clip's pipeline."""
+"""How well one loader process mixes shards, and how much memory it needs: ours against open_clip's pipeline."""
 
 import io
 import itertools
@@ -22,7 +22,7 @@ Place = tuple[str, int]  # shard, number of the sample in it
 
 
 def run(setting: Setting) -> list[Figure]:
-    """Reads an epoch of shards by both, images still encoded, as the samples wait for their turn."""
+    """Reads an epoch of shards with both; images stay encoded, as they are while they wait in the buffer."""
     num_shards, per_shard, image_bytes = setting.pick((6, 200, 2_000), (20, 1000, 20_000), (20, 5000, 20_000))
     urls = make_shards(setting.folder / "mixing", num_shards, per_shard, image_bytes)
     sides = {
@@ -33,7 +33,7 @@ def run(setting: Setting) -> list[Figure]:
     found = {name: _in_a_process_of_its_own(read) for name, read in sides.items()}
     orders = {name: order for name, (order, _) in found.items()}
     if any(sorted(order) != sorted(orders["baseline"]) for order in orders.values()):
-        raise AssertionError("data_mixing: all sides must read every sample once")
+        raise AssertionError("data_mixing: both sides must read every sample once")
     memory = {name: num_bytes for name, (_, num_bytes) in found.items()}
     return [
         Figure(
@@ -51,13 +51,13 @@ def run(setting: Setting) -> list[Figure]:
 
 
 def shards_per_batch(order: list[Place]) -> float:
-    """Returns the mean number of shards that a whole batch holds samples of."""
+    """Returns the mean number of shards from which a full batch has samples."""
     counts = [len({shard for shard, _ in batch}) for batch in _batches(order)]
     return sum(counts) / len(counts)
 
 
 def neighbours_together(order: list[Place]) -> float:
-    """Returns the share of neighbours in a shard that come in the same batch."""
+    """Returns the fraction of neighbours in a shard that are in the same batch."""
     batch_of = {place: number for number, batch in enumerate(_batches(order)) for place in batch}
     pairs = [(place, (place[0], place[1] + 1)) for place in batch_of]
     together = [batch_of[one] == batch_of[other] for one, other in pairs if other in batch_of]
@@ -85,7 +85,7 @@ def _open_clip(urls: list[str]) -> Iterator[Place]:
 
 
 def _in_a_process_of_its_own(read: Callable[[], Iterator[Place]]) -> tuple[list[Place], int]:
-    """Returns the order, and the bytes that the process grew by at most while it read."""
+    """Reads in a new process; returns the order, and the largest growth of the process in bytes."""
 
     def work(pipe) -> None:
         process, order, peak = psutil.Process(), [], 0
@@ -107,7 +107,7 @@ def _in_a_process_of_its_own(read: Callable[[], Iterator[Place]]) -> tuple[list[
 
 
 def make_shards(folder: Path, num_shards: int, per_shard: int, image_bytes: int) -> list[str]:
-    """Writes shards of samples whose images are random bytes."""
+    """Writes shards of samples whose images are random bytes; returns their paths."""
     folder.mkdir(parents=True)
     stream, urls = random.Random(0), []
     for number in range(num_shards):

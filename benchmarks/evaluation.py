@@ -1,8 +1,8 @@
-"""Retrieval from files to R@1: each picture once and captions by length, against every benchmark by itself.
+"""Retrieval from files to R@1: each image encoded once and captions batched by length, against each set by itself.
 
-The sets are drawn scenes in the published layouts, their sizes in the published proportion: SV-10k contains SV-1k, no
-other pictures are shared. Pictures are JPEGs of SA-1B's size; captions are two scenes' long, so that most fill the
-context, as the published ones do.
+The sets are drawn scenes in the published layouts, with sizes in the published proportion. SV-10k contains SV-1k; no
+other images are shared. Images are JPEGs of SA-1B's size. Each caption joins the captions of two scenes, so that most
+captions fill the context, as the published ones do.
 """
 
 import os
@@ -31,18 +31,18 @@ from training.eval.retrieval import evaluate_retrieval, plan_retrieval
 from training.model.factory import EncoderParts
 from training.runtime.distributed import DistEnv
 
-PICTURE_SIZE = (2250, 1500)  # SA-1B's
+IMAGE_SIZE = (2250, 1500)  # SA-1B's
 PUBLISHED_SIZES = {"share4v": 10_000, "dci": 7805, "iiw": 612, "urban1k": 1000}
 
 
-def make_sets(folder: Path, scale: int, picture_size: tuple[int, int] = PICTURE_SIZE) -> list[RetrievalSet]:
-    """All five sets, a `scale`-th of their published sizes, with pictures of (width, height)."""
+def make_sets(folder: Path, scale: int, image_size: tuple[int, int] = IMAGE_SIZE) -> list[RetrievalSet]:
+    """Writes and reads all five sets, at 1 / `scale` of their published sizes, with images of (width, height)."""
     roots = {}
     for seed, (name, size) in enumerate(PUBLISHED_SIZES.items()):
         roots[name] = folder / f"scenes_{name}"
         write_scenes(roots[name], num_train=0, num_test=max(8, size // scale), seed=seed)
-    pictures = [path for root in roots.values() for path in root.rglob("photos/*.jpg")]
-    parallel_map(partial(_enlarge, size=picture_size), pictures)
+    images = [path for root in roots.values() for path in root.rglob("photos/*.jpg")]
+    parallel_map(partial(_enlarge, size=image_size), images)
     share4v = roots["share4v"] / "share4v"
     sizes = (PUBLISHED_SIZES["share4v"] // 10 // scale, PUBLISHED_SIZES["share4v"] // scale)
     sets = [
@@ -59,18 +59,18 @@ def _enlarge(path: Path, size: tuple[int, int]) -> None:
 
 
 def load_parts(name: str, device: torch.device) -> EncoderParts:
-    """The model with random weights, the same each time."""
+    """Returns the model with random weights, which are the same on every call."""
     torch.manual_seed(0)
     model, _, preprocess = training.create_model_and_transforms(name, pretrained_text=False)
     return EncoderParts(model.to(device).eval(), preprocess, training.get_tokenizer(name), preprocess)
 
 
 def run(setting: Setting) -> list[Figure]:
-    """On one process; on a CPU without loader processes, so that what is left is the work itself, and over two."""
+    """Measures one process, on a CPU without loader processes; on a CPU also two processes."""
     name, scale = setting.pick(("lotlip_tiny", 1000), ("lotlip_tiny", 50), ("lotlip_bert-ViT-B-16", 4))
     workers = (os.cpu_count() or 1) if setting.on_gpu else 0
     parts = load_parts(name, setting.device)
-    sets = make_sets(setting.folder, scale, (750, 500) if setting.quick else PICTURE_SIZE)
+    sets = make_sets(setting.folder, scale, (750, 500) if setting.quick else IMAGE_SIZE)
     work = plan_retrieval(sets, False)
     env = DistEnv(0, 1, setting.device)
     options = ComputeOptions(batch_size=64, workers=workers)
@@ -84,9 +84,9 @@ def run(setting: Setting) -> list[Figure]:
 
     sides = {"baseline": baseline} | {m: partial(ours, replace(options, image_decoding=m)) for m in MODES}
     sides["image_cache"] = partial(ours, replace(options, image_cache=str(setting.folder / "cache")))
-    if sides["image_cache"]() != sides["image_cache"]():  # fills it, too
-        raise AssertionError("evaluation: images of the cache give other recalls")
-    # Untrained, the model hardly tells pictures apart: other pixels may change any answer.
+    if sides["image_cache"]() != sides["image_cache"]():  # the first call fills the cache
+        raise AssertionError("evaluation: images from the cache give other recalls")
+    # Only `exact` is compared: an untrained model hardly distinguishes images, so other pixels may change any answer.
     results = {mode: sides[mode]() for mode in MODES}
     check_recalls(sets, results["exact"], baseline())
     seconds = fastest(sides, setting)
@@ -113,14 +113,14 @@ def _figure(name: str, title: str, baseline: float, ours: float, facts: dict[str
 
 
 def check_recalls(sets: list[RetrievalSet], got: dict, expected: dict) -> None:
-    """Raises AssertionError if R@1 differs by more than a pair: near ties may fall either way in fp32."""
+    """Raises AssertionError if R@1 differs by more than one pair; near ties may be decided differently in fp32."""
     for s in sets:
         if any(abs(a - b) > 1.001 / len(s.captions) for a, b in zip(got[s.key], expected[s.key])):
             raise AssertionError(f"evaluation, {s.key}: R@1 {got[s.key]}, the baseline has {expected[s.key]}")
 
 
 def _over_processes(setting: Setting, name: str, sets: list[RetrievalSet], alone: float) -> Figure:
-    """Two processes of one thread each against this one (run with OMP_NUM_THREADS=1, or it has all cores)."""
+    """Measures two processes with one thread each against this process, which should have OMP_NUM_THREADS=1."""
     mp.spawn(_one_of_two, (name, sets, setting.repeats, setting.folder), nprocs=2)
     together = float((setting.folder / "seconds").read_text())
     title = f"the same over 2 processes of 1 thread, against one process of {torch.get_num_threads()}"

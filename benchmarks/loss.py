@@ -1,4 +1,4 @@
-"""The loss with its gradients: in blocks, against every logits matrix whole."""
+"""The loss with its gradients: computed in blocks, against whole logits matrices."""
 
 import torch
 from torch.nn.functional import normalize
@@ -9,7 +9,7 @@ from training.loss.caption_loss import LongCaptionLoss
 
 
 def run(setting: Setting) -> list[Figure]:
-    """Both towers are trained; the global batch on one device, features in fp32."""
+    """Measures the loss with gradients for both towers, with the global batch on one device and features in fp32."""
     batch, num_texts, dim = setting.pick((4096, 2, 64), (8192, 4, 256), (16384, 10, 768))
     torch.manual_seed(0)
     images = normalize(torch.randn(batch, dim, device=setting.device), dim=-1).requires_grad_()

@@ -1,4 +1,4 @@
-"""The loss at the largest published batch: what no whole logits matrix would fit beside. Ours alone."""
+"""The loss at the largest published batch size, where whole logits matrices don't fit; only ours is measured."""
 
 import torch
 from torch.nn.functional import normalize
@@ -8,7 +8,7 @@ from training.loss.caption_loss import LongCaptionLoss
 
 
 def run(setting: Setting) -> list[Figure]:
-    """Batch 65,536 with 10 text features of 768 on a GPU; features in fp32, as the loss takes them."""
+    """Measures batch 65,536 with 10 text features of 768 on a GPU, less on a CPU; features in fp32."""
     batch, num_texts, dim = setting.pick((4096, 2, 64), (16384, 4, 256), (65536, 10, 768))
     torch.manual_seed(0)
     images = normalize(torch.randn(batch, dim, device=setting.device), dim=-1).requires_grad_()

@@ -1,4 +1,4 @@
-"""What all figures share: sizes, timing in turns, peak memory, the caption lengths of the published data."""
+"""What all figures share: sizes, interleaved timing, peak memory, and captions with the published lengths."""
 
 import io
 import time
@@ -17,13 +17,13 @@ RAW_TOKENS, RAW_SPREAD, LONG_TOKENS, LONG_SPREAD = 18, 5, 121, 40
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large.
+    """Device and size of the measurements.
 
     Attributes:
-        device: of all figures.
-        quick: the smallest sizes.
-        folder: for data that figures make.
-        repeats: runs of each side, in turns; the fastest counts.
+        device: device of all figures.
+        quick: use the smallest sizes.
+        folder: folder for generated data.
+        repeats: number of runs of each side, of which the fastest counts.
     """
 
     device: torch.device
@@ -36,19 +36,19 @@ class Setting:
         return self.device.type == "cuda"
 
     def pick(self, quick: object, cpu: object, gpu: object) -> object:
-        """The size for this setting."""
+        """Returns the size for this setting."""
         return quick if self.quick else gpu if self.on_gpu else cpu
 
 
 @dataclass
 class Figure:
-    """What one figure found.
+    """The results of one figure.
 
     Attributes:
         name: key in the JSON file.
-        title: one line: what is measured, and at which size.
-        ratios: baseline over ours; ``time_ratio`` and others.
-        facts: further numbers, by name.
+        title: one line that says what is measured, and at which size.
+        ratios: name -> baseline over ours: ``time_ratio`` and others.
+        facts: name -> further number.
     """
 
     name: str
@@ -58,8 +58,11 @@ class Figure:
 
 
 def fastest(sides: dict[str, Callable[[], object]], setting: Setting) -> dict[str, float]:
-    """Seconds of the fastest run of each side; sides take turns, so that a busy machine hits them alike. The check that
-    both give the same has warmed them up."""
+    """Returns the seconds of the fastest run of each side.
+
+    The sides take turns, so that other load on the machine affects them alike. There is no warm-up here: the check that
+    both sides give the same result runs first.
+    """
     best = dict.fromkeys(sides, float("inf"))
     for _ in range(setting.repeats):
         for name, work in sides.items():
@@ -78,10 +81,10 @@ def synchronize(setting: Setting) -> None:
 
 
 def peak_bytes(work: Callable[[], object], setting: Setting) -> int:
-    """Most bytes that `work` holds at once, beyond those held before.
+    """Returns the peak number of bytes that `work` allocates, in addition to those allocated before.
 
-    On CUDA as its allocator counts them; on the CPU the running sum of all allocations and frees that torch's profiler
-    records from torch's CPU allocator, temporaries inside operators included.
+    On CUDA, the allocator counts them. On the CPU, this is the peak of the running sum of all allocations and frees of
+    torch's CPU allocator, as recorded by torch's profiler; it includes temporaries inside operators.
     """
     if setting.on_gpu:
         before = torch.cuda.memory_allocated(setting.device)
@@ -99,21 +102,22 @@ def peak_bytes(work: Callable[[], object], setting: Setting) -> int:
 
 
 def matrix_rate(setting: Setting) -> float:
-    """FLOP/s of one large matrix product: bf16 on a GPU, fp32 on the CPU."""
+    """Returns the FLOP/s of one large matrix product: in bf16 on a GPU, in fp32 on the CPU."""
     size = setting.pick(1024, 2048, 8192)
     a = torch.randn(size, size, device=setting.device, dtype=torch.bfloat16 if setting.on_gpu else torch.float32)
     a @ a
     return 2 * size**3 / fastest({"product": lambda: a @ a}, setting)["product"]
 
 
-def reference_captions(num_images: int, num_long: int, num_corners: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Random captions with the lengths of the published data: raw ones of about 18 tokens, long ones of about 136
-    which the context cuts to about 110 on average.
+def reference_captions(num_images: int, num_long: int, num_corners: int = 2) -> tuple[torch.Tensor, ...]:
+    """Draws random captions with the lengths of the published data; every call gives the same ones.
+
+    Raw captions have about 18 tokens. Long ones have 121 +- 40 and are cut to the context, which leaves about 110.
 
     Returns:
         Token ids [num_images, 128] of raw captions and [num_images, num_long, 128] of long ones, padded with 0.
     """
-    stream = torch.Generator().manual_seed(seed)
+    stream = torch.Generator().manual_seed(0)
 
     def draw(count: int, mean: float, spread: float, shortest: int) -> torch.Tensor:
         lengths = (mean + spread * torch.randn(count, generator=stream)).round().clamp(shortest, CONTEXT_LENGTH).long()
@@ -127,21 +131,21 @@ def reference_captions(num_images: int, num_long: int, num_corners: int = 2, see
     return short, draw(num_images * num_long, LONG_TOKENS, LONG_SPREAD, 20).unflatten(0, (num_images, num_long))
 
 
-def as_photograph(picture: bytes, size: tuple[int, int]) -> bytes:
-    """Enlarges a picture to (width, height); grain makes the JPEG as large for its pixels as a photograph's."""
-    with Image.open(io.BytesIO(picture)) as image:
+def as_photograph(content: bytes, size: tuple[int, int]) -> bytes:
+    """Enlarges an image file to (width, height); grain makes the JPEG as large as a photograph with as many pixels."""
+    with Image.open(io.BytesIO(content)) as image:
         pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
-    grain = np.random.default_rng(len(picture)).normal(0, 6, (size[1], size[0], 1)).astype(np.float32)
+    grain = np.random.default_rng(len(content)).normal(0, 6, (size[1], size[0], 1)).astype(np.float32)
     buffer = io.BytesIO()
     Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
 def check_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Both sides must give the same before they are timed.
+    """Checks that both sides of a figure give the same result.
 
     Raises:
-        AssertionError: they do not.
+        AssertionError: they differ by more than `tolerance` times the largest value.
     """
     error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     if not error <= tolerance:
@@ -149,7 +153,7 @@ def check_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance:
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:
-    """All gradients of a model in one vector; zeros them."""
+    """Returns all gradients of a model in one vector, and removes them from the model."""
     whole = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     return whole

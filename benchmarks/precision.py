@@ -1,4 +1,4 @@
-"""Agreement of R@1 between precisions: captions look for their own originals after some of their words have changed."""
+"""Agreement of R@1 between precisions: captions with some words changed are queries for their originals."""
 
 from contextlib import nullcontext
 
@@ -16,7 +16,10 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @torch.no_grad()
 def run(setting: Setting) -> list[Figure]:
-    """An untrained text tower still maps similar captions to similar features, so R@1 is far from chance."""
+    """Measures R@1 in each precision, with an untrained text tower.
+
+    It still maps similar captions to similar features, so R@1 is far from chance.
+    """
     name, count = setting.pick(("lotlip_tiny", 128), ("lotlip_tiny", 512), ("lotlip_bert-ViT-B-16", 4096))
     torch.manual_seed(0)
     tower = training.create_model(name, pretrained_text=False).text.to(setting.device).eval()
@@ -28,7 +31,7 @@ def run(setting: Setting) -> list[Figure]:
     recalls = {}
     for precision, dtype in PRECISIONS.items():
         if dtype is torch.float16 and not setting.on_gpu:
-            continue  # the CPU's fp16 is not what anybody evaluates with
+            continue  # nobody evaluates in fp16 on a CPU
         autocast = torch.autocast(setting.device.type, dtype) if dtype else nullcontext()
         with autocast:
             features = [_encode(tower, ids, setting) for ids in (queries, originals)]

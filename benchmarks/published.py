@@ -1,8 +1,8 @@
-"""The published scheme, written plainly by us: what ours is held against.
+"""The published scheme in a plain implementation of ours: the baseline of the benchmarks.
 
-Every caption is padded to the context length, masks are made sample by sample in Python, all captions run as one batch;
-the loss forms both logits matrices of every text feature; each benchmark is encoded by itself, in its own order, with a
-tokenizer call per caption.
+Every caption is padded to the context length, masks are made sample by sample in Python, and all captions run as one
+batch. The loss computes both logits matrices of every text feature. Each benchmark is encoded separately, in its own
+order, with one tokenizer call per caption.
 
 Source: LoTLIP (arXiv 2410.05249) and the behaviour of its published code; none of that code is used.
 """
@@ -19,7 +19,7 @@ from training.model.text_tower import CornerHFText
 
 
 def attention_by_sample(ids: torch.Tensor, pad_id: int, num_corners: int) -> torch.Tensor:
-    """Who may attend to whom [batch, seq_len, seq_len], one caption after another."""
+    """Returns the attention masks, bool [batch, seq_len (query), seq_len (key)], made caption by caption."""
     masks = []
     for caption in ids:
         length = len(caption)
@@ -33,7 +33,7 @@ def attention_by_sample(ids: torch.Tensor, pad_id: int, num_corners: int) -> tor
 
 
 def text_features(text: CornerHFText, ids: torch.Tensor) -> torch.Tensor:
-    """[batch, num_captions, 128] -> [batch, T, dim], not normalised."""
+    """Encodes token ids [batch, num_captions, 128] to text features [batch, T, dim], not normalised."""
     rows = ids.flatten(0, 1)
     hidden = text.family.run(text.transformer, rows, attention_by_sample(rows, text.pad_id, text.num_corners))
     special = hidden[:, : text.num_corners + 1]
@@ -42,7 +42,7 @@ def text_features(text: CornerHFText, ids: torch.Tensor) -> torch.Tensor:
 
 
 def loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[batch, dim] and [batch, T, dim], normalised; both weights 1."""
+    """Computes the loss of normalised features [batch, dim] and [batch, T, dim], with both weights 1."""
     target = torch.arange(len(images), device=images.device)
     total = 0.0
     for number in range(texts.shape[1]):
@@ -53,7 +53,7 @@ def loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torc
 
 
 class _Pairs(Dataset):
-    """Item i: pixels and token ids of pair i."""
+    """A data set whose item i is (pixels, token ids) of pair i."""
 
     def __init__(self, parts: EncoderParts, pairs: RetrievalSet):
         self.preprocess, self.tokenizer, self.pairs = parts.preprocess, parts.tokenizer, pairs
@@ -70,7 +70,7 @@ class _Pairs(Dataset):
 def evaluate_set(
     parts: EncoderParts, pairs: RetrievalSet, batch_size: int, workers: int, device: torch.device
 ) -> tuple[float, float]:
-    """R@1 image to text and text to image of one set, image i with caption i, by argmax."""
+    """Returns R@1 of image to text and of text to image for one set, in which caption i belongs to image i."""
     images, texts = [], []
     for pixels, ids in DataLoader(_Pairs(parts, pairs), batch_size, num_workers=workers):
         ids = ids.to(device)

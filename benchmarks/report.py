@@ -1,4 +1,4 @@
-"""Figures as a table, a picture and a JSON file."""
+"""Shows figures as a table, a plot and JSON."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ RATIOS = ("time_ratio", "memory_ratio", "token_ratio")
 
 
 def to_json(figures: Sequence[Figure], setting: Setting) -> dict[str, object]:
-    """All numbers: NAME.time_ratio and others, and under ``machine`` where they are from."""
+    """Returns all numbers by figure, and under ``machine`` a description of the machine."""
     content: dict[str, object] = {f.name: {"title": f.title, **f.ratios, **f.facts} for f in figures}
     device = torch.cuda.get_device_name(setting.device) if setting.on_gpu else platform.processor() or "CPU"
     content["machine"] = {
@@ -28,7 +28,7 @@ def to_json(figures: Sequence[Figure], setting: Setting) -> dict[str, object]:
 
 
 def format_table(figures: Sequence[Figure]) -> str:
-    """One row per figure: ratios, tokens per image, speed, peak memory."""
+    """Returns a table with one row per figure: ratios, seconds, peak memory, tokens per image, FLOP/s."""
     rows = []
     for figure in figures:
         facts, row = figure.facts, {"figure": figure.title}
@@ -51,7 +51,7 @@ def _pair(numbers: dict[str, float] | None, form: str, unit: float = 1) -> str:
 
 
 def draw(figures: Sequence[Figure], path: Path) -> None:
-    """Writes a picture of all ratios."""
+    """Writes a plot of all ratios; none if no figure has one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,7 +72,7 @@ def draw(figures: Sequence[Figure], path: Path) -> None:
     axes.bar_label(drawn, fmt="%.2f", padding=3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("published scheme over ours (more is better)")
+    axes.set_xlabel("published scheme over ours (higher is better)")
     axes.invert_yaxis()
     axes.margins(x=0.15)
     chart.tight_layout()

@@ -1,4 +1,4 @@
-"""What saving costs training: a copy in memory and a thread that writes, against writing while training waits."""
+"""The cost of saving a checkpoint: a copy in memory and a writer thread, against writing while training waits."""
 
 import time
 from pathlib import Path
@@ -18,7 +18,7 @@ MINUTES = 10  # --save-every-minutes
 
 
 def run(setting: Setting) -> list[Figure]:
-    """Steps with one save among them; weights and AdamW's state of all parameters."""
+    """Measures steps with one save in between, of the weights and AdamW's state of all parameters."""
     name, num_images, num_steps = setting.pick(
         ("lotlip_tiny", 8, 4), ("lotlip_tiny", 16, 20), ("lotlip_bert-ViT-B-16", 256, 40)
     )
@@ -56,7 +56,7 @@ def run(setting: Setting) -> list[Figure]:
             {"time_ratio": min(stalls["baseline"]) / min(stalls["ours"])},
             {
                 "seconds": {side: min(values) for side, values in stalls.items()},
-                "seconds_added": added,  # the writing thread takes its share of the processor, too
+                "seconds_added": added,  # includes the processor time of the writer thread
                 f"share_of_time_every_{MINUTES}_minutes": {side: s / (60 * MINUTES) for side, s in added.items()},
             },
         )

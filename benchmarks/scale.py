@@ -1,11 +1,11 @@
-"""What starting and shuffling cost with 10,000 shards on 512 ranks, and what 100M images x 10 epochs cost.
+"""The cost of starting and shuffling with 10,000 shards on 512 ranks, and of a run on 100M images x 10 epochs.
 
     python -m benchmarks.scale [--shards 10000] [--ranks 512] [--stat-ms 2] [--json FILE]
 
-No image is needed: shards are empty files of the size that 10,000 images would have, beside their ``sizes.json``, and
-a sample is only its place. Everything else is what a training does: shard names are expanded, checked and counted, the
-source is handed to a rank as ranks hand it on, and loader processes lay out their part of an epoch. The costs of a run
-are counted from the model's FLOPs and from published caption lengths, not measured.
+This needs no images: shards are empty files with the size of 10,000 images and a ``sizes.json`` beside them, and a
+sample is represented by its position. Everything else runs as in training: shard names are expanded, checked and
+counted, the source is sent to a rank, and loader processes plan their part of an epoch. The cost of a run is not
+measured, but calculated from the model's FLOPs and from published caption lengths.
 """
 
 import argparse
@@ -34,20 +34,20 @@ MODEL, EPOCHS, NUM_LONG = "lotlip_bert-ViT-B-16", 10, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; prints two tables."""
+    """Runs the command line, which prints two tables; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shards", type=int, default=10_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=512, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--stat-ms", type=float, default=0.0, metavar="X", help="let each look at a file take X ms more"
+        "--stat-ms", type=float, default=0.0, metavar="X", help="delay each file access by X ms (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args(argv)
     content = {
         "measured on this machine": measure_start(args.shards, args.ranks, args.stat_ms),
-        "counted": count_run(args.shards * PER_SHARD, args.ranks),
+        "calculated": count_run(args.shards * PER_SHARD, args.ranks),
     }
     for title, numbers in content.items():
         rows = [
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_start(num_shards: int, num_ranks: int, stat_ms: float = 0.0) -> dict[str, object]:
-    """Measures everything between the command and the first batch, apart from reading samples and building a model."""
+    """Measures everything between the command and the first batch, except reading samples and building a model."""
     with tempfile.TemporaryDirectory() as folder:
         spec = write_shards(Path(folder), num_shards)
         with patch.object(os, "stat", slowed(os.stat, stat_ms / 1000)):
@@ -74,7 +74,7 @@ def measure_start(num_shards: int, num_ranks: int, stat_ms: float = 0.0) -> dict
     received, unpickle_s = timed(lambda: pickle.loads(sent))
     held = tracemalloc.get_traced_memory()[0]
     with patch.object(shards, "read_exactly", places):
-        first_samples(received, 0, num_ranks, worker=0)  # what a process allocates once is not counted
+        first_samples(received, 0, num_ranks, worker=0)  # warm-up: allocations made once per process are not counted
         for rank in range(0, num_ranks, max(1, num_ranks // 32)):
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
@@ -86,22 +86,22 @@ def measure_start(num_shards: int, num_ranks: int, stat_ms: float = 0.0) -> dict
     return {
         "shards": num_shards,
         "samples": source.num_samples,
-        "ms added to each look at a file": stat_ms,
+        "delay of each file access, ms": stat_ms,
         "ranks x loader processes": f"{num_ranks} x {WORKERS}",
         "rank 0: list and check shards, s": listing_s,
         "rank 0: count samples from sizes.json, s": counting_s,
-        "index as it is sent to each rank, bytes": len(sent),
-        "pack and unpack it, s": pickle_s + unpickle_s,
-        "loader process: first window laid out, slowest, s": max(firsts),
+        "index sent to each rank, bytes": len(sent),
+        "pack and unpack the index, s": pickle_s + unpickle_s,
+        "loader process: plan the first window, slowest, s": max(firsts),
         "index in each rank, bytes": held,
-        "loader process: more while laying out, bytes": peak,
+        "loader process: additional memory while planning, bytes": peak,
         "shards in a loader process's first window": f"{min(lanes)} to {max(lanes)}",
         "sum up to the first read, s": listing_s + counting_s + pickle_s + unpickle_s + max(firsts),
     }
 
 
 def slowed(function: Callable, seconds: float) -> Callable:
-    """Returns a function that takes longer, as on a file system behind a network."""
+    """Returns a function that takes longer by `seconds`, as on a network file system."""
 
     def slow(*args: object, **kwargs: object) -> object:
         time.sleep(seconds)
@@ -111,7 +111,7 @@ def slowed(function: Callable, seconds: float) -> Callable:
 
 
 def write_shards(folder: Path, count: int) -> str:
-    """Makes empty files of a shard's size that take no disk, and their ``sizes.json``; returns the pattern."""
+    """Makes sparse files of a shard's size, and their ``sizes.json``; returns their brace pattern."""
     for number in range(count):
         path = folder / f"{number:05d}.tar"
         path.touch()
@@ -121,12 +121,12 @@ def write_shards(folder: Path, count: int) -> str:
 
 
 def places(url: str, first: int, stop: int, _: int) -> Iterator[tuple[str, int]]:
-    """Stands in for reading: yields where each sample lies."""
+    """Replaces reading: yields the position of each sample."""
     return ((url, number) for number in range(first, stop))
 
 
 def first_samples(source: shards.ShardSource, rank: int, num_ranks: int, worker: int) -> list[tuple[str, int]]:
-    """Returns the places of a loader process's first window."""
+    """Returns the positions of the samples in a loader process's first window."""
     share = Share(BATCH_SIZE, source.num_samples // (BATCH_SIZE * num_ranks), rank, num_ranks)
     (span,), _ = share.of_worker(worker, WORKERS)
     reading = source.read(0, span.start, span.stop)
@@ -134,7 +134,7 @@ def first_samples(source: shards.ShardSource, rank: int, num_ranks: int, worker:
 
 
 def count_run(num_images: int, num_ranks: int) -> dict[str, object]:
-    """Counts what a run computes, reads and sends."""
+    """Calculates how much a run computes, reads and sends."""
     model = training.create_model(MODEL, pretrained_text=False).eval()
     model.lock_image_tower()
     ids = torch.randint(1000, 2000, (1, CONTEXT_LENGTH))
@@ -145,32 +145,32 @@ def count_run(num_images: int, num_ranks: int) -> dict[str, object]:
     hours = {name: seen * flops / 0.4 / PEAKS["H100"] / 3600 for name, flops in (("images", per_image), ("text", text))}
     features = batch * (1 + (1 + NUM_LONG) * 3) * 512 * 4
     return {
-        "model": f"{MODEL}, image tower locked, {NUM_LONG} long captions, {tokens} tokens an image",
+        "model": f"{MODEL}, image tower locked, {NUM_LONG} long captions, {tokens} tokens per image",
         "images seen": seen,
         "steps": seen // batch,
-        "images a step": batch,
-        "GFLOPs an image: image tower, forward": per_image / 1e9,
-        "GFLOPs an image: text tower, forward and backward": text / 1e9,
+        "images per step": batch,
+        "GFLOPs per image: image tower, forward": per_image / 1e9,
+        "GFLOPs per image: text tower, forward and backward": text / 1e9,
         "H100 hours at 40% of the peak, image tower": hours["images"],
         "H100 hours at 40% of the peak, text tower": hours["text"],
-        "hours on so many ranks": sum(hours.values()) / num_ranks,
-        "images a second to read and decode meanwhile": round(seen / sum(hours.values()) * num_ranks / 3600),
-        "hours on so many ranks with cached image features": hours["text"] / num_ranks,
-        "TB read an epoch, at 100 kB an image": num_images * IMAGE_BYTES / 1e12,
+        "hours on all ranks": sum(hours.values()) / num_ranks,
+        "images to read and decode per second": round(seen / sum(hours.values()) * num_ranks / 3600),
+        "hours on all ranks with cached image features": hours["text"] / num_ranks,
+        "TB read per epoch, at 100 kB per image": num_images * IMAGE_BYTES / 1e12,
         "TB of cached image features": num_images * 768 * 2 / 1e12,
-        "MB of features gathered into each rank a step": features / 1e6,
+        "MB of features gathered into each rank per step": features / 1e6,
         "GB of a checkpoint": checkpoint_bytes(model) / 1e9,
         "GB read on all ranks for the first windows, at most": num_ranks * WORKERS * WINDOW * IMAGE_BYTES / 1e9,
     }
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """Weights, and two moments of those that are trained."""
+    """Returns the bytes of all weights, and of two optimizer moments for each trained weight."""
     return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
 
 
 def timed(work: Callable) -> tuple[object, float]:
-    """Returns a result and its seconds."""
+    """Calls a function; returns (its result, seconds)."""
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start

@@ -22,7 +22,7 @@ NUM_LONG = 1
 
 
 class _PublishedModel(nn.Module):
-    """Both towers as published: images through the locked tower, all captions padded in one batch."""
+    """Both towers in the published scheme: images pass the locked tower, all captions are padded in one batch."""
 
     def __init__(self, model: LotlipCLIP):
         super().__init__()

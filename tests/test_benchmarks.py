@@ -113,7 +113,7 @@ def test_sides_that_differ_are_an_error(monkeypatch, tmp_path, capsys):
     ("flags", "said"),
     [
         (["--only", "loss,speed"], "no figure is called speed; there are text_step, loss"),
-        (["--json", "x.png"], "the picture gets the same with .png"),
+        (["--json", "x.png"], "the plot gets the same name with .png"),
         (["--device", "warp"], "--device warp: not usable here"),
     ],
 )

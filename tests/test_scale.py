@@ -1,4 +1,4 @@
-"""The benchmark of scale: memory grows with shards alone, and loader processes share an epoch out."""
+"""The benchmark of scale: memory grows with shards alone, and loader processes divide an epoch."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_a_loader_process_needs_memory_for_shards_alone(monkeypatch):
     monkeypatch.setattr(scale, "PER_SHARD", 100_000)
     large = numbers(2000, 512)
     assert large["samples"] == 10 * small["samples"]
-    for key in ("index in each rank, bytes", "loader process: more while laying out, bytes"):
+    for key in ("index in each rank, bytes", "loader process: additional memory while planning, bytes"):
         assert large[key] == pytest.approx(small[key], rel=0.2), key
     fewer = numbers(500, 8)["index in each rank, bytes"]
     assert 4 * fewer == pytest.approx(small["index in each rank, bytes"], rel=0.1)

@@ -1,1 +1,1 @@
-"""Our commands beside those of the tools that people use today, as whole processes: `python -m benchmarks.peers`."""
+"""Compares our commands with those of other tools, as whole processes: `python -m benchmarks.peers`."""

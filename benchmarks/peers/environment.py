@@ -1,4 +1,4 @@
-"""Environments for the peers: each gets its own packages in front of those that are installed here."""
+"""Environments for the peers: each has its own packages, which take precedence over the ones installed here."""
 
 import subprocess
 import sys
@@ -12,9 +12,9 @@ REQUIREMENTS = {
 
 
 def make_environment(folder: Path, peer: str) -> Path:
-    """Makes a virtual environment for a peer once; returns its Python.
+    """Makes a virtual environment for a peer, unless it exists; returns its Python.
 
-    PyTorch and open_clip come from the environment that runs this, so both sides compute with the same libraries.
+    PyTorch and open_clip are those of the current environment, so that both sides compute with the same libraries.
 
     Raises:
         subprocess.CalledProcessError: pip can't install the peer's packages.

@@ -1,4 +1,4 @@
-"""What both sides read: photographs with one caption each, as shards and as CLIP_benchmark's folders, and one model."""
+"""The inputs of both sides: images with one caption each, in shards and in CLIP_benchmark's layout, and a model."""
 
 import io
 import json
@@ -16,7 +16,7 @@ WORDS = "a small dog runs over wet grass beside an old red house while two peopl
 
 
 def write_training(folder: Path, num_images: int) -> str:
-    """Writes shards of 320 x 240 pixel photographs with captions of about 16 words; returns their brace pattern."""
+    """Writes shards of images of 320 x 240 pixels with captions of 16 words; returns their brace pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = list(_samples(num_images, (320, 240)))
     per_shard = -(-len(samples) // NUM_SHARDS)
@@ -28,7 +28,7 @@ def write_training(folder: Path, num_images: int) -> str:
 
 
 def write_evaluation(folder: Path, num_images: int) -> Path:
-    """Writes one shard of 1,200 x 800 pixel photographs in CLIP_benchmark's layout; returns the shard."""
+    """Writes one shard of images of 1,200 x 800 pixels in CLIP_benchmark's layout; returns its path."""
     test = folder / "test"
     test.mkdir(parents=True, exist_ok=True)
     (test / "nshards.txt").write_text("1")
@@ -38,7 +38,7 @@ def write_evaluation(folder: Path, num_images: int) -> Path:
 
 
 def write_weights(path: Path) -> Path:
-    """Saves untrained weights whose features differ enough to be ranked, for both sides to load."""
+    """Saves untrained weights for both sides, with features that differ enough to be ranked; returns the path."""
     import open_clip
 
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def write_weights(path: Path) -> Path:
 
 
 def _samples(count: int, size: tuple[int, int]) -> Iterator[tuple[str, bytes, str]]:
-    """Yields (key, JPEG, caption). No photograph can be shipped: enlarged noise with a photograph's grain stands in."""
+    """Yields (key, JPEG, caption). The images are enlarged noise with grain, because we can't ship photographs."""
     from PIL import Image
 
     stream = torch.Generator().manual_seed(1)

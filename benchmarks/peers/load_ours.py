@@ -1,4 +1,4 @@
-"""Reads one epoch through our training loader; prints samples/s after the first batch.
+"""Reads one epoch with our training loader; prints samples/s, measured after the first batch.
 
 python load_ours.py SHARDS MODEL BATCH_SIZE NUM_SAMPLES WORKERS
 """
@@ -16,7 +16,7 @@ from training.runtime.distributed import DistEnv
 
 
 def main(shards: str, name: str, batch_size: str, num_samples: str, workers: str) -> None:
-    """Prints one number."""
+    """Prints samples/s."""
     flags = ["--train-data", shards, "--captions", "raw", "--num-long-captions", "0", "--batch-size", batch_size]
     args = parse_args([*flags, "--workers", workers, "--model", name])
     source = open_source(args, "--train-data", shards, caption_rule(args), DistEnv(0, 1, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Reads one epoch through open_clip's own training pipeline; prints samples/s after the first batch.
+"""Reads one epoch with open_clip's training pipeline; prints samples/s, measured after the first batch.
 
 python load_theirs.py SHARDS MODEL BATCH_SIZE NUM_SAMPLES WORKERS
 """
@@ -12,7 +12,7 @@ from open_clip_train.params import parse_args
 
 
 def main(shards: str, name: str, batch_size: str, num_samples: str, workers: str) -> None:
-    """Prints one number."""
+    """Prints samples/s."""
     flags = ["--train-data", shards, "--train-num-samples", num_samples, "--batch-size", batch_size]
     args = parse_args([*flags, "--workers", workers, "--model", name])
     args.distributed, args.rank, args.world_size = False, 0, 1

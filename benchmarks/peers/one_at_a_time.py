@@ -1,4 +1,4 @@
-"""Retrieval as published scripts of long-text models have it: one image and one caption at a time, argmax at the end.
+"""Retrieval as in published scripts of long-text models: one image and one caption at a time, then argmax.
 
 python one_at_a_time.py SHARD MODEL WEIGHTS
 """
@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 @torch.no_grad()
 def main(shard: str, name: str, weights: str) -> None:
-    """Prints R@1 image to text and text to image, as fractions."""
+    """Prints R@1 of image to text and of text to image, as fractions."""
     model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
     tokenizer = open_clip.get_tokenizer(name)
     model.eval()

@@ -1,4 +1,4 @@
-"""Commands as whole processes: seconds, peak memory of all their processes, and what they print."""
+"""Runs commands as whole processes; measures seconds and peak memory, and reads numbers from their output."""
 
 import os
 import statistics
@@ -15,12 +15,12 @@ POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Side:
-    """One tool's way of doing the work.
+    """One tool's command.
 
     Attributes:
         command: program and arguments.
-        read: standard output and error -> numbers to keep (a recall, samples/s), empty if there are none.
-        cleanup: run before each repetition, for commands that refuse to write over what is there.
+        read: function from standard output and error to the numbers in it (recalls, samples/s); may return none.
+        cleanup: function called before each repetition, for commands that refuse to overwrite their output.
     """
 
     command: Sequence[str]
@@ -33,9 +33,9 @@ class Measured:
     """All repetitions of one side.
 
     Attributes:
-        seconds, peak_bytes: per repetition; memory is the sum of the resident sets of the process and its children,
-            in which pages shared by several processes count several times.
-        numbers: what `Side.read` found the last time.
+        seconds, peak_bytes: one value per repetition. Memory is the sum of the resident sets of the process and its
+            children, so pages shared by several processes are counted several times.
+        numbers: the result of `Side.read` in the last repetition.
     """
 
     seconds: tuple[float, ...]
@@ -52,10 +52,16 @@ class Measured:
 
 
 def run_interleaved(sides: Mapping[str, Side], repeats: int, threads: int, folder: Path) -> dict[str, Measured]:
-    """Runs all sides `repeats` times in turns, so that a busy machine hits them alike.
+    """Runs all sides `repeats` times in turns, so that other load on the machine affects them alike.
+
+    Args:
+        sides: name -> side.
+        repeats: number of repetitions.
+        threads: OMP_NUM_THREADS of the commands.
+        folder: folder for their output.
 
     Raises:
-        RuntimeError: a command fails; the message ends with what it printed.
+        RuntimeError: a command failed; the message ends with its output.
     """
     seconds, memory = {name: [] for name in sides}, {name: [] for name in sides}
     numbers = {}

@@ -1,4 +1,4 @@
-"""The comparisons: which commands do the same work."""
+"""The comparisons: commands of several tools that do the same work."""
 
 import json
 import re
@@ -22,9 +22,9 @@ class Trial:
 
     Attributes:
         name: key in the JSON file.
-        title: what is done, and at which size.
+        title: the work, and its size.
         sides: ``ours`` and each peer.
-        metric: ``seconds`` of the whole process, or a number that every side prints, of which more is better.
+        metric: ``seconds`` of the whole process, or the name of a number that every side prints; higher is better.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Trial:
 
 
 def training(folder: Path, num_images: int) -> Trial:
-    """A stock model on short captions: our trainer beside open_clip's."""
+    """Training of a stock model on short captions: our trainer and open_clip's."""
     shards = write_training(folder / "train", num_images)
     theirs = make_environment(folder / "environments", "open_clip_train")
     same = ["--train-data", shards, "--train-num-samples", num_images, "--model", MODEL, "--batch-size", BATCH_SIZE]
@@ -86,7 +86,7 @@ def evaluation(folder: Path, num_images: int) -> Trial:
 
 
 def loading(folder: Path, num_images: int) -> Trial:
-    """Batches of images and tokens alone: our loader beside open_clip's pipeline, with one loader process each."""
+    """Loading of images and tokens without a model: our loader and open_clip's pipeline, one loader process each."""
     shards = write_training(folder / "train", num_images)
     theirs = make_environment(folder / "environments", "open_clip_train")
     words = [shards, MODEL, BATCH_SIZE, num_images, 1]
