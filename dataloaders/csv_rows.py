@@ -112,7 +112,9 @@ class CsvRecords:
 
     def read(self, begin: int, end: int | None = None) -> Iterator[Record]:
         """Yields the rows that begin from byte `begin` up to, not including, byte `end`; blank lines are skipped."""
-        with open(self.path, "rb", buffering=1 << 20) as file:
+        with open(
+            self.path, "rb", buffering=1 << 20 if end is None else min(max(end - begin, 1 << 13), 1 << 20)
+        ) as file:
             file.seek(begin)
             while end is None or begin < end:
                 record, stop = self._record(file, begin)
@@ -122,24 +124,20 @@ class CsvRecords:
                     yield record
                 begin = stop
 
-    def read_fast(self, begin: int, end: int | None = None) -> Iterator[Record | Stretch]:
-        """Yields the same rows as `read`, most of them grouped into stretches for a parser in C."""
+    def read_fast(self, begin: int) -> Iterator[Record | Stretch]:
+        """Yields the rows from byte `begin` on, most of them grouped into stretches for a parser in C."""
         size = _BLOCK_BYTES[0]
         with open(self.path, "rb", buffering=0) as raw, open(self.path, "rb") as file:
-            while end is None or begin < end:
+            while True:
                 raw.seek(begin)
                 block = raw.read(size)
                 ends, is_all = plain_row_ends(block, *self.form, self.num_cells, MAX_ROW_BYTES, self._is_row)
-                if end is not None:
-                    ends = ends[: np.searchsorted(ends, end - begin) + 1]
                 if len(ends):
                     yield Stretch(begin, block[: ends[-1]], ends)
                     begin += int(ends[-1])
                 if len(ends) and is_all:
                     size = min(4 * size, _BLOCK_BYTES[1])
                     continue
-                if end is not None and begin >= end:
-                    return
                 size = _BLOCK_BYTES[0]
                 file.seek(begin)
                 record, stop = self._record(file, begin)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +20,16 @@ ROWS_AT_ONCE = 4_000  # 10 to 20 MB
 
 
 class Chunk(NamedTuple):
-    """A part of a table: the bytes `begin` to `end` of a CSV file, or these row groups of a Parquet file."""
+    """A part of a table: the bytes `begin` to `end` of a CSV file, or these row groups of a Parquet file.
+
+    Attributes:
+        begin, end: bytes or row groups.
+        plain: (first byte, byte after the last, number of rows) of the stretches in a CSV that a parser in C may read.
+    """
 
     begin: int
     end: int
+    plain: Sequence[tuple[int, int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,21 @@ class Rows(NamedTuple):
 
 def csv_chunks(records: CsvRecords, begin: int, num_rows: int) -> Iterator[Chunk]:
     """Divides the rows after byte `begin` into chunks of `num_rows` rows."""
-    end, missing = begin, num_rows
+    end, missing, plain = begin, num_rows, []
     for part in records.read_fast(begin):
         ends = part.begin + part.ends if isinstance(part, Stretch) else np.array([part.end])
-        for stop in ends[missing - 1 :: num_rows].tolist():
-            yield Chunk(begin, stop)
-            begin = stop
-        end, missing = int(ends[-1]), (missing - len(ends) - 1) % num_rows + 1
+        end, first = part.begin, 0
+        while first < len(ends):
+            last = min(first + missing, len(ends))
+            stop, missing = int(ends[last - 1]), missing - (last - first)
+            if isinstance(part, Stretch):
+                plain.append((end, stop, last - first))
+            if not missing:
+                yield Chunk(begin, stop, plain)
+                begin, missing, plain = stop, num_rows, []
+            end, first = stop, last
     if end > begin:
-        yield Chunk(begin, end)
+        yield Chunk(begin, end, plain)
 
 
 def parquet_chunks(group_sizes: Sequence[int], num_rows: int) -> Iterator[Chunk]:
@@ -106,19 +119,18 @@ def read_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
 
 
 def _csv_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
-    records: list[Record] = []  # collected, because a file in another encoding has many in a row
-    for part in CsvRecords(table.path, table.form, len(table.header)).read_fast(chunk.begin, chunk.end):
-        if isinstance(part, Record):
-            records.append(part)
-        if records and (isinstance(part, Stretch) or len(records) == ROWS_AT_ONCE):
-            yield _careful_rows(table, records)
-            records = []
-        if isinstance(part, Stretch):
-            texts = _parse(table, part.data)
-            assert len(texts) == len(part.ends)
-            yield Rows(texts, np.zeros(len(texts), dtype=bool), 0)
-    if records:
-        yield _careful_rows(table, records)
+    slow, place = CsvRecords(table.path, table.form, len(table.header)), chunk.begin
+    with open(table.path, "rb") as file:
+        for begin, end, num_rows in [*chunk.plain, (chunk.end, chunk.end, 0)]:
+            records = slow.read(place, begin)
+            while some := list(islice(records, ROWS_AT_ONCE)):
+                yield _careful_rows(table, some)
+            if num_rows:
+                file.seek(begin)
+                texts = _parse(table, file.read(end - begin))
+                assert len(texts) == num_rows
+                yield Rows(texts, np.zeros(num_rows, dtype=bool), 0)
+            place = end
 
 
 def _careful_rows(table: Table, records: list[Record]) -> Rows:
