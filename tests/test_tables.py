@@ -21,6 +21,9 @@ from training.data.embedded import embedded_sources, read_rows
 from training.data.shards import ShardSource, count_samples
 from training.data.tables import read_tables
 from training.main import main
+from training.prepare.tables.columns import Columns
+from training.prepare.tables.records import Table, csv_chunks
+from training.prepare.tables.records import read_rows as read_table_rows
 
 
 def pairs(spec, image="filepath", captions=("caption",), separator=None):
@@ -319,3 +322,20 @@ def test_rows_that_are_found_in_blocks_are_those_that_are_read_one_by_one(tmp_pa
                 found.append(tuple(part))
         assert found == [tuple(record) for record in records.read(0)], (content, form)
     assert in_stretches > 3000
+
+
+def test_chunks_of_a_messy_table_hold_each_row_once(tmp_path):
+    rng, path = random.Random(1), tmp_path / "t.csv"
+    columns = Columns(url="a", key=None, raw="b", long={"c": "long_caption"})
+    for _ in range(150):
+        content, form = messy_table(rng)
+        path.write_bytes(content)
+        table, records = Table(path, form, ("a", "b", "c"), 0, columns), CsvRecords(path, form, 3)
+        good, malformed = [], 0
+        for chunk in csv_chunks(records, 0, rng.choice([1, 3, 20])):
+            for rows in read_table_rows(table, chunk):
+                good += zip(*(column.to_pylist() for column in rows.texts.columns), rows.repaired.tolist())
+                malformed += rows.num_malformed
+        expected = list(records.read(0))
+        assert sorted(good) == sorted((*r.cells, r.repaired) for r in expected if r.cells), (content, form)
+        assert malformed == sum(record.cells is None for record in expected)
