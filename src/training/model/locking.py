@@ -6,9 +6,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from torch.nn.modules.batchnorm import _BatchNorm
 
 HEAD = "head."
+BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 _FROZEN = "statistics_are_frozen"
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,7 +69,7 @@ def rest_frozen(model: Model) -> Model:
         matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
         if matrices and not any(parameter.requires_grad for parameter in matrices):
             for part in module.modules():
-                part.training &= isinstance(part, _BatchNorm) and not getattr(part, _FROZEN, False)
+                part.training &= isinstance(part, BATCH_NORMS) and not getattr(part, _FROZEN, False)
     return model
 
 
@@ -79,5 +79,5 @@ def freeze_batch_norm_statistics(tower: nn.Module) -> None:
     open_clip's own lock replaces them by a module without the activation that timm's BatchNormAct2d includes.
     """
     for module in tower.modules():
-        if isinstance(module, _BatchNorm) and not any(parameter.requires_grad for parameter in module.parameters()):
+        if isinstance(module, BATCH_NORMS) and not any(parameter.requires_grad for parameter in module.parameters()):
             setattr(module, _FROZEN, True)

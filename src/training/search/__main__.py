@@ -109,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _update(index: "ImageIndex", folder: "FolderContent", encoder: "SearchEncoder", save_every: int) -> None:
-    """Brings the index in step with the folder and prints what became of every file."""
+    """Updates the index and prints the numbers of files that were added, removed and skipped."""
 
     def report(done: int, total: int) -> None:
         print(f"Encoded {done:,} of {total:,} new images; saved.", flush=True)

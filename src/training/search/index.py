@@ -104,7 +104,7 @@ class ImageIndex:
             except Exception as error:  # usearch's errors have no common base
                 raise ValueError(f"--index: {path} can't be read ({error}); remove it") from error
             if self._index is None:
-                raise ValueError(f"--index: {path} is not an index of usearch; remove it")
+                raise ValueError(f"--index: {path} is not a usearch index; remove it")
         self._is_view = True
 
     def __len__(self) -> int:

@@ -53,7 +53,15 @@ def _format_himo(title: str, himo: dict[str, dict]) -> str:
         rows.append(
             [heading, score, interval, *(f"{own[k]:,}" for k in ("captions", "left_out", "tied", "tied_by_cut"))]
         )
-    headers = [f"{title}: similarity grows", "score", "95% interval", "captions", "too short", "tied", "of these cut"]
+    headers = [
+        f"{title}: similarity grows",
+        "score",
+        "95% interval",
+        "captions",
+        "too short",
+        "tied",
+        "of these truncated",
+    ]
     return tabulate(rows, headers=headers, colalign=["left"] + ["right"] * 6, disable_numparse=True)
 
 
