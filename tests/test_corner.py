@@ -92,8 +92,6 @@ def test_without_corners_it_is_the_hugging_face_model(family):
     ids = random_ids(text)
     keep = ids != text.pad_id
     pair = tower(family, num_corners=0, num_layers=4, pooler_type="cls_last_hidden_state_pooler").transformer
-    if hasattr(pair, "_update_attention_mask"):
-        del pair._update_attention_mask  # back to the class's own
     with torch.no_grad():
         expected = pair(input_ids=ids, attention_mask=keep.long()).last_hidden_state
     torch.testing.assert_close(hidden_states(text, ids)[keep], expected[keep], rtol=0, atol=1e-5)
@@ -140,14 +138,7 @@ def test_eager_and_sdpa_agree(family):
     text = tower(family, num_layers=4)
     ids = random_ids(text)
     expected = hidden_states(text, ids)
-    if hasattr(text.transformer, "set_attn_implementation"):
-        text.transformer.set_attn_implementation("eager")
-    else:  # transformers 4
-        config = text.transformer.config
-        config._attn_implementation = "eager"
-        state = text.state_dict()
-        text = tower(family, num_layers=4)
-        text.load_state_dict(state)
+    text.transformer.set_attn_implementation("eager")
     torch.testing.assert_close(hidden_states(text, ids), expected, rtol=0, atol=1e-5)
 
 

@@ -104,7 +104,6 @@ for row, got in zip(ids, text.all_features(ids)):
     hidden = states.hidden_states[0]
     for layer in text.transformer.encoder.layer:
         hidden = layer(hidden, torch.zeros(1, 1, len(row), len(row)).masked_fill(~seen, -1e30))
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
     torch.testing.assert_close(got, text.proj(hidden[0, :3]), rtol=0, atol=1e-4)
 """
 

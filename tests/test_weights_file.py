@@ -248,6 +248,35 @@ def test_image_towers_start_from_any_timm_file(corners, tmp_path):
         training.create_model(f"config:{tmp_path / 'model.json'}", pretrained_image=lite)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [("vit_tiny_patch16_224", 64, "224x224"), ("test_vit.r160_in1k", 72, "a multiple of 16x16")],
+)
+def test_a_timm_tower_of_another_image_size_is_refused(name, size, expected, scenes, tmp_path, capsys):
+    weights, config = tmp_path / "w.safetensors", tmp_path / "model.json"
+    save_file(timm.create_model(name, img_size=64).state_dict(), weights)
+    config.write_text(json.dumps(timm_config(name, size)))
+    argv = ["--train-data", str(scenes / "train"), "--model-config", str(config), "--pretrained-image", str(weights)]
+    assert main([*argv, "--batch-size", "8", "--logs", str(tmp_path / "logs")]) == 2
+    said = capsys.readouterr().err
+    assert f"{config}: image size {size}x{size}, but its timm image tower {name} accepts {expected};" in said
+
+
+def test_video_weights_are_no_image_weights(tmp_path):
+    torch.save({"patch_embed.proj.weight": torch.zeros(192, 3, 2, 8, 8)}, tmp_path / "video.pt")
+    (tmp_path / "model.json").write_text(json.dumps(timm_config("vit_tiny_patch16_224", 224)))
+    with pytest.raises(ValueError, match="video.pt: not weights of VisionTransformer"):
+        training.create_model(f"config:{tmp_path / 'model.json'}", pretrained_image=str(tmp_path / "video.pt"))
+
+
+def test_unknown_keys_of_a_vision_config_are_named(tmp_path):
+    config = timm_config("resnet10t")
+    config["vision_cfg"]["timm_model_kwargs"] = {"img_size": 64}
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="model.json: vision_cfg has the unknown key timm_model_kwargs; expected keys"):
+        training.create_model(f"config:{tmp_path / 'model.json'}")
+
+
 def test_broken_weights_are_not_blamed_on_fp32(stock, scenes, tmp_path, capsys):
     name, state = stock
     torch.save(state | {"ln_final.weight": torch.full((64,), float("nan"))}, tmp_path / "w.pt")

@@ -7,7 +7,7 @@ caller asks for corner tokens or another context length. All others are passed t
 import importlib.util
 import json
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import open_clip
@@ -152,6 +152,9 @@ def read_config_file(path: Path) -> dict:
     model_cfg = content.get("model_cfg") if isinstance(content, dict) else None
     if not isinstance(model_cfg, dict) or not needed <= set(model_cfg):
         raise ValueError(f"{path}: expected the key 'model_cfg' with {', '.join(sorted(needed))}")
+    known = [field.name for field in fields(open_clip.CLIPVisionCfg)]
+    if unknown := sorted(set(model_cfg["vision_cfg"]) - set(known)):
+        raise ValueError(f"{path}: vision_cfg has the unknown key {unknown[0]}; expected keys: {', '.join(known)}")
     return content
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from timm.layers import to_2tuple
 from torchvision.transforms import Compose
 
 from dataloaders.images import to_rgb
@@ -70,7 +71,8 @@ def create_model(
         **kwargs: open_clip's other arguments (``force_image_size``, ``output_dict``, ...).
 
     Raises:
-        ValueError: unknown model, weights that do not fit (with the likely reason), or an unsafe file.
+        ValueError: unknown model, an image size that the image tower does not accept, weights that do not fit (with the
+            likely reason), or an unsafe file.
         FileNotFoundError: a file or folder does not exist, or a download failed.
     """
     spec = resolve_model_config(
@@ -85,6 +87,7 @@ def create_model(
     else:
         stock = {"precision": precision, "cache_dir": cache_dir, "pretrained_text": pretrained_text, **kwargs}
         model = _create_stock(spec, pretrained, weights is not None, stock)
+    _check_image_size(model, spec)
     if weights:
         load_weights(model, weights)
     else:
@@ -187,6 +190,33 @@ def _vision_cfg(spec: ModelSpec, kwargs: dict) -> dict:
         if kwargs.get(argument) is not None:
             vision_cfg[key] = kwargs[argument]
     return vision_cfg
+
+
+def _check_image_size(model: torch.nn.Module, spec: ModelSpec) -> None:
+    """Raises ValueError if a timm image tower does not accept images of the configured size.
+
+    open_clip ignores the configured ``image_size`` when it builds a timm model, and most of timm's ViTs accept only the
+    size that they were built for.
+    """
+    embed = getattr(getattr(model.visual, "trunk", None), "patch_embed", None)
+    if getattr(embed, "img_size", None) is None or not hasattr(embed, "strict_img_size"):
+        return
+    size = to_2tuple(model.visual.preprocess_cfg["size"])
+    if embed.strict_img_size:
+        fits, expected = size == tuple(embed.img_size), _by(embed.img_size)
+    else:
+        fits = embed.dynamic_img_pad or not any(side % patch for side, patch in zip(size, embed.patch_size))
+        expected = f"a multiple of {_by(embed.patch_size)}"
+    if not fits:
+        timm_name = spec.model_cfg["vision_cfg"].get("timm_model_name")
+        raise ValueError(
+            f"--model {spec.name}: image size {_by(size)}, but its timm image tower {timm_name} accepts {expected}; "
+            "change image_size or timm_model_name in its vision_cfg"
+        )
+
+
+def _by(sides: tuple[int, int]) -> str:
+    return f"{sides[0]}x{sides[1]}"
 
 
 def _start_text(model: LotlipCLIP, spec: ModelSpec, cache_dir: str | None) -> None:

@@ -107,10 +107,7 @@ def make_arranger(model: torch.nn.Module, mode: str, device: torch.device, compi
     if mode == "flex":
         if not in_rows:
             able = ", ".join(name for name, family in families().items() if family.packs_rows)
-            raise ValueError(
-                f"--text-packing flex: needs transformers 5 and a text tower of ours of type {able}; take auto or "
-                "buckets"
-            )
+            raise ValueError(f"--text-packing flex: needs a text tower of ours of type {able}; take auto or buckets")
         let_attend_in_rows(text.transformer, device)
     if device.type == "cuda":
         return CaptionArranger(mode, pad_id, BUCKET_COST_GPU, multiple=8)

@@ -51,14 +51,12 @@ def build_encoder(config: PretrainedConfig, with_pooler: bool, extra_rows: int) 
         with_pooler: keep BERT's dense + tanh pooler.
         extra_rows: number of rows to append to the word embedding.
     """
-    family = family_of(config)
     # sdpa, because flash attention does not accept our masks.
-    encoder = AutoModel.from_config(config, attn_implementation="sdpa", **_pooler(family, with_pooler))
+    encoder = AutoModel.from_config(config, attn_implementation="sdpa", **_pooler(family_of(config), with_pooler))
     if getattr(config, "sinusoidal_start", None):
         _start_with_sinusoids(encoder.embeddings.position_embeddings.weight, config.sinusoidal_start)
     if extra_rows:
         encoder.resize_token_embeddings(config.vocab_size + extra_rows, mean_resizing=False)
-    family.prepare(encoder)
     return encoder
 
 

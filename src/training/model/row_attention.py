@@ -143,17 +143,6 @@ def attend(
     return _attend_padded(query, key, value, attention_mask, dropout, scaling), None
 
 
-def can_attend_in_rows(encoder: nn.Module) -> bool:
-    """Returns whether the encoder's attention function can be replaced."""
-    try:
-        from torch.nn.attention.flex_attention import BlockMask  # noqa: F401
-        from transformers import AttentionInterface  # noqa: F401
-        from transformers.masking_utils import AttentionMaskInterface  # noqa: F401
-    except ImportError:
-        return False
-    return bool(getattr(encoder, "_supports_attention_backend", False))
-
-
 def let_attend_in_rows(encoder: nn.Module, device: torch.device) -> None:
     """Replaces the encoder's attention function by `attend`; input that is not packed still uses ``sdpa``.
 

@@ -12,7 +12,7 @@ from training.model.corner_tower import CornerTower
 from training.model.encoders.family import EncoderFamily, family_of
 from training.model.hf_encoders import POOLERS, build_encoder, fit_context
 from training.model.packing import Row
-from training.model.row_attention import can_attend_in_rows, row_slots
+from training.model.row_attention import row_slots
 
 CORNER_ATTENTION = ("published", "ordinary")
 
@@ -80,7 +80,7 @@ class CornerHFText(CornerTower):
     @property
     def attends_in_rows(self) -> bool:
         """Whether captions can be packed in a row (``--text-packing flex``)."""
-        return self.family.packs_rows and can_attend_in_rows(self.transformer)
+        return self.family.packs_rows and self.transformer._supports_attention_backend
 
     def row_features(self, row: Row) -> torch.Tensor:
         """Features [n, m + 1, dim] of captions packed in a row by `packing.CaptionArranger`, as in `all_features`."""

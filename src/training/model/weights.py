@@ -222,7 +222,7 @@ def load_pretrained_image(trunk: nn.Module, state: dict[str, torch.Tensor], name
     state = {k: v for k, v in state.items() if k in own or not k.startswith(heads)}
     try:
         state = convert(state, trunk) if convert else state
-    except (RuntimeError, KeyError, ValueError, AttributeError) as error:
+    except (RuntimeError, LookupError, ValueError, AttributeError, TypeError, AssertionError) as error:
         raise ValueError(f"{name}: not weights of {type(trunk).__name__} ({first_line(error)})") from error
     if not own.keys() & state.keys():
         state = _renamed_in_order(state, own, name)

@@ -31,8 +31,6 @@ class Bert(EncoderFamily):
     def first_states(
         self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor, num_first: int
     ) -> torch.Tensor:
-        if not _can_shorten_last_layer(encoder):
-            return super().first_states(encoder, ids, allowed, num_first)
         hidden = encoder.embeddings(input_ids=ids)
         mask = additive_mask(allowed, hidden.dtype)
         hidden = _all_layers_but_last(encoder, hidden, mask)
@@ -44,8 +42,6 @@ class Bert(EncoderFamily):
 
     def first_states_in_row(self, encoder: nn.Module, row: Row, num_corners: int, num_first: int) -> torch.Tensor:
         slots, keep = row_slots(row)
-        if not _can_shorten_last_layer(encoder):
-            return self.run_on_row(encoder, row, num_corners)[0][slots[:, :num_first]]
         hidden, mask = self._start_row(encoder, row, num_corners)
         hidden = _all_layers_but_last(encoder, hidden, mask)[0]  # [budget, width]
         mask = additive_mask(prefix_attention(keep, num_corners, num_first), hidden.dtype)
@@ -83,18 +79,9 @@ class Roberta(Bert):
 FAMILIES = (Bert(), Roberta())
 
 
-def _can_shorten_last_layer(encoder: nn.Module) -> bool:
-    config = encoder.config
-    if getattr(config, "position_embedding_type", "absolute") != "absolute":
-        return False
-    # transformers 4 recomputes activations around its loop over the layers, 5 within each layer.
-    return not (encoder.training and getattr(encoder.encoder, "gradient_checkpointing", False))
-
-
 def _all_layers_but_last(encoder: nn.Module, hidden: torch.Tensor, mask: object) -> torch.Tensor:
     for layer in encoder.encoder.layer[:-1]:
         hidden = layer(hidden, mask)
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # transformers 4
     return hidden
 
 

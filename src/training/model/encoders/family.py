@@ -1,8 +1,7 @@
 """The interface of a family of Hugging Face encoders that can be a text tower with corner tokens.
 
-A family is one file in this folder that assigns ``FAMILIES``; no other registration is needed. How the encoders'
-`forward` builds its attention mask changes between releases of transformers, so a family runs its encoder with our own
-mask.
+A family is one file in this folder that assigns ``FAMILIES``; no other registration is needed. An encoder's own
+`forward` derives its attention mask from the padding alone, so a family runs its encoder with our own mask.
 """
 
 import functools
@@ -38,9 +37,6 @@ class EncoderFamily:
     def position_offset(self, config: PretrainedConfig) -> int:
         """Returns the number of rows at the start of the position table that no token uses."""
         return 0
-
-    def prepare(self, encoder: nn.Module) -> None:
-        """Adapts an encoder that has just been built, in place."""
 
     def run(self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Runs an encoder with an attention mask.

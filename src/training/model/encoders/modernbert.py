@@ -13,18 +13,11 @@ class ModernBert(EncoderFamily):
     model_types = ("modernbert",)
     default_pooler = "cls_last_hidden_state_pooler"
 
-    def prepare(self, encoder: nn.Module) -> None:
-        if hasattr(encoder, "_update_attention_mask"):
-            # transformers 4: its hook for masks, here told to take what it is given.
-            encoder._update_attention_mask = _take_masks_as_given
-
     def run(self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         position = torch.arange(ids.shape[1], device=ids.device)
         near = (position[:, None] - position[None, :]).abs() <= encoder.config.local_attention // 2
         dtype = encoder.get_input_embeddings().weight.dtype
         full, sliding = additive_mask(allowed, dtype), additive_mask(allowed & near, dtype)
-        if hasattr(encoder, "_update_attention_mask"):
-            return encoder(input_ids=ids, attention_mask=(full, sliding))[0]
         return encoder(input_ids=ids, attention_mask={"full_attention": full, "sliding_attention": sliding})[0]
 
     def layers(self, encoder: nn.Module) -> nn.ModuleList:
@@ -32,10 +25,6 @@ class ModernBert(EncoderFamily):
 
     def after_layers(self, encoder: nn.Module) -> list[nn.Module]:
         return [encoder.final_norm]
-
-
-def _take_masks_as_given(masks: tuple, output_attentions: bool) -> tuple:
-    return masks
 
 
 FAMILIES = (ModernBert(),)
