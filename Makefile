@@ -1,11 +1,12 @@
 # `make demo` and `make test` set everything up themselves and may be run again at any time.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help install install-training install-test demo figures gpu-check peers test lint
+.PHONY: help install install-training install-test demo figures gpu-check peers test test-minimum lint
 
 # For targets that have run setup_env.sh. Quoted: a checkout's path may hold spaces.
 PYTHON_IN_ENV = "$$(scripts/setup_env.sh path)/bin/python"
 DEMO := logs/demo
+export MINIMUM_ENV ?= .venv-minimum
 
 help:  ## This list
 	@echo "LoTLIP: long text-image pre-training and retrieval"
@@ -37,6 +38,10 @@ peers: install-test  ## Time our commands beside open_clip's trainer and CLIP_be
 
 test: install-test  ## Run all tests (CPU; GPU tests run where there is one)
 	$(PYTHON_IN_ENV) -m pytest
+
+test-minimum:  ## Run all tests with the oldest stated versions (7 GB in .venv-minimum, or MINIMUM_ENV=DIR)
+	@scripts/setup_env.sh minimum
+	"$(MINIMUM_ENV)/bin/python" -m pytest
 
 lint: install-test  ## Check style
 	$(PYTHON_IN_ENV) -m ruff format --check .

@@ -5,32 +5,46 @@
 #   scripts/setup_env.sh training          installs what evaluation and training need
 #   scripts/setup_env.sh demo              and what the demo needs
 #   scripts/setup_env.sh test              and what the tests need
+#   scripts/setup_env.sh minimum           installs what the tests need, each requirement at its oldest stated version
 #
 # The environment is the active virtualenv or conda environment (conda's base excepted), else .venv in the checkout,
-# made with the first of $PYTHON, python3, python3.13 .. python3.10 that is new enough.
+# made with the first of $PYTHON, python3, python3.13 .. python3.10 that is new enough. The oldest versions go into an
+# environment of their own: $MINIMUM_ENV, or .venv-minimum in the checkout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [[ -n "${VIRTUAL_ENV:-}" && -x "$VIRTUAL_ENV/bin/python" ]]; then
+level="${1:-training}"
+own_env="$PWD/.venv" # made here if it is not there
+newest=99            # the newest minor version of Python 3 that will do
+if [[ "$level" == minimum ]]; then
+    own_env=$(realpath -m "${MINIMUM_ENV:-.venv-minimum}")
+    newest=11 # the oldest versions have no wheels for later ones
+    env="$own_env"
+    if [[ ! -f "$env/pyvenv.cfg" && -n "$(ls -A "$env" 2>/dev/null)" ]]; then
+        echo "setup: MINIMUM_ENV $env holds files and is no virtual environment; name a new or an empty folder" >&2
+        exit 2
+    fi
+elif [[ -n "${VIRTUAL_ENV:-}" && -x "$VIRTUAL_ENV/bin/python" ]]; then
     env="$VIRTUAL_ENV"
 elif [[ -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-base}" != base && -x "$CONDA_PREFIX/bin/python" ]]; then
     env="$CONDA_PREFIX"
 else
-    env="$PWD/.venv"
+    env="$own_env"
 fi
 
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+wanted_python="Python 3.10 $([[ $newest == 99 ]] && echo "or newer" || echo "or 3.$newest")"
+will_do() { "$1" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null; }
 
 find_python() {
     local candidate
     for candidate in "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11 python3.10; do
-        if command -v "$candidate" >/dev/null && new_enough "$candidate"; then
+        if command -v "$candidate" >/dev/null && will_do "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    echo "setup: Python 3.10 or newer is needed, found: $(python3 --version 2>&1 || echo none)." \
-        "Install one, or name it: make PYTHON=/path/to/python3.12 .." >&2
+    echo "setup: $wanted_python is needed, found: $(python3 --version 2>&1 || echo none)." \
+        "Install one, or name it: make PYTHON=/path/to/python3.11 .." >&2
     exit 2
 }
 
@@ -44,20 +58,20 @@ make_venv() {
     fi
 }
 
-level="${1:-training}"
 case "$level" in
     path) echo "$env"; exit ;;
     training) target="." ;;
     demo | test) target=".[test]" ;;
-    *) echo "usage: $0 path|training|demo|test" >&2; exit 2 ;;
+    minimum) target="" ;; # resolved by uv, below
+    *) echo "usage: $0 path|training|demo|test|minimum" >&2; exit 2 ;;
 esac
 
-if [[ "$env" == "$PWD/.venv" ]] && ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
+if [[ "$env" == "$own_env" ]] && ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
     make_venv  # none yet, or one whose making was interrupted
 fi
 python="$env/bin/python"
-if ! new_enough "$python"; then
-    echo "setup: $env has $("$python" --version), Python 3.10 or newer is needed; activate another environment" >&2
+if ! will_do "$python"; then
+    echo "setup: $env has $("$python" --version), $wanted_python is needed; activate another environment" >&2
     exit 2
 fi
 
@@ -68,8 +82,15 @@ if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     exit
 fi
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
-echo "setup: installing into $env (PyTorch is large: a few minutes the first time)" >&2
-"$python" -m pip install --quiet --disable-pip-version-check --editable "$target"
+if [[ "$level" == minimum ]]; then
+    echo "setup: installing the oldest stated versions into $env (7 GB on disk, most of it PyTorch 2.6 for CUDA)" >&2
+    uv=$(command -v uv) || { "$python" -m pip install --quiet --disable-pip-version-check uv && uv="$env/bin/uv"; }
+    "$uv" pip install --quiet --python "$python" --upgrade --resolution lowest-direct \
+        -r requirements-training.txt -r requirements-test.txt --editable .
+else
+    echo "setup: installing into $env (PyTorch is large: a few minutes the first time)" >&2
+    "$python" -m pip install --quiet --disable-pip-version-check --editable "$target"
+fi
 
 install_chromium() { # the report is tested in a browser; without one its tests are skipped
     [[ -z "${SKIP_CHROMIUM:-}" ]] || return 0
@@ -86,7 +107,7 @@ install_img2dataset() { # wants an older webdataset than ours: an environment of
         >/dev/null 2>&1 || echo "setup: no img2dataset to be had; the tests of prepare download will be skipped" >&2
 }
 
-if [[ "$level" == test ]]; then
+if [[ "$level" == test || "$level" == minimum ]]; then
     command -v chromium >/dev/null || install_chromium
     [[ -x "$env/img2dataset/bin/img2dataset" ]] || install_img2dataset
 fi
