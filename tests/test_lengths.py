@@ -139,8 +139,8 @@ def test_lengths_are_those_a_model_can_read(tmp_path, data, capsys):
     [
         (["--train-data", "x", "--report"], "--report: no effect in training"),
         (["--imagenet-val", "x", "--report"], "no effect without a retrieval benchmark"),
-        (["--features", "x.npz", "--retrieval-lengths", "10"], "--retrieval-lengths: no effect on --features"),
-        (["--features", "x.npz", "--dci-retrieval", "x"], "leave out --dci-retrieval"),
+        (["--features", "x.npz", "--retrieval-lengths", "10"], "--retrieval-lengths: no effect for --features"),
+        (["--features", "x.npz", "--dci-retrieval", "x"], "omit --dci-retrieval"),
         (["--docci-sentences", "--dci-retrieval", "x"], "no effect without --docci-retrieval"),
     ],
 )

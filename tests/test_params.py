@@ -38,8 +38,8 @@ def test_hyphens_and_underscores_are_the_same():
         (["--dci-retrieval", "D", "--batch-size", "0"], "at least 1, found '0'"),
         (["--dci-retrieval", "D", "--workers", "many"], "found 'many'"),
         (["--dci-retrieval", "D", "--precision", "fp8"], "invalid choice: 'fp8'"),
-        (["--dci-retrieval", "D", "--model", "local-dir:X", "--pretrained", "y"], "brings its own weights"),
-        (["--dci-retrieval", "D", "--name", "a/b"], "expected one folder name"),
+        (["--dci-retrieval", "D", "--model", "local-dir:X", "--pretrained", "y"], "has its own weights"),
+        (["--dci-retrieval", "D", "--name", "a/b"], "expected a single folder name"),
         (["--dci-retrieval", "D", "--logs", __file__], "is a file"),
     ],
 )

@@ -227,7 +227,7 @@ def refused(capsys, *flags: str) -> str:
         (["--train-data", "{set}", "--resume", "{here}/no.pt"], "no such file"),
         (["--train-data", "{set}", "--batch-size", "8", "--resume", "{here}/zero.tar"], "broken file"),
         (["--train-data", "{set}", "--resume", "latest"], "needs --name"),
-        (["--train-data", "{set}", "--precision", "pure_fp16"], "take amp or amp_bf16"),
+        (["--train-data", "{set}", "--precision", "pure_fp16"], "use amp or amp_bf16"),
         (["--train-data", "{set}", "--precision", "amp"], "needs a GPU"),
         (["--train-data", "{set}", "--captions", "long", "--num-long-captions", "0"], "at least 1"),
         (["--val-data", "{set}", "--urban1k-retrieval", "x"], "no effect without --train-data"),

@@ -1,4 +1,4 @@
-"""--config: flags in YAML files. They are turned into words for the parser, so each is checked like a typed flag."""
+"""--config: flags in YAML files. They are converted to command-line words, so each is checked like a typed flag."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -10,31 +10,31 @@ _ON = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off"
 
 
 def config_words(paths: list[str], actions: Mapping[str, argparse.Action], check: Callable) -> list[str]:
-    """Reads configuration files, later ones over earlier ones.
+    """Reads configuration files; later files override earlier ones.
 
-    A file is one YAML mapping of flags to values; ``_`` and ``-`` are the same. A switch takes true or false; a flag of
-    several values takes a list, or a mapping for KEY=VALUE pairs. A key without a value gives a flag its default again.
-    The key ``config`` names files that are read first, relative to the file itself.
+    A file is one YAML mapping of flags to values; ``_`` and ``-`` are equivalent. A switch takes true or false; a flag
+    with several values takes a list, or a mapping for KEY=VALUE pairs. A key without a value restores a flag's default.
+    The key ``config`` names files that are read first; their paths are relative to the file itself.
 
     Args:
-        paths: in order.
+        paths: the files, in order.
         actions: flag -> its action in the parser.
         check: called with the words of one flag; raises ValueError if they are wrong.
 
     Returns:
-        The equivalent words of a command line.
+        The equivalent command-line words.
 
     Raises:
-        ValueError: names file, line and key.
+        ValueError: a file is wrong; the message names file, line and key.
     """
-    words: dict[str, list[str]] = {}  # by the flag's destination
+    words: dict[str, list[str]] = {}  # destination of a flag -> its words
     for path in paths:
         _read(Path(path), actions, check, words, ())
     return [word for flag in words.values() for word in flag]
 
 
 def _read(path: Path, actions: Mapping, check: Callable, words: dict[str, list[str]], above: tuple[Path, ...]) -> None:
-    import yaml  # only those who use files wait for it
+    import yaml  # imported here to keep commands without --config fast
 
     if path.resolve() in above:
         raise ValueError(f"--config {path}: includes itself")
@@ -78,7 +78,7 @@ def _read(path: Path, actions: Mapping, check: Callable, words: dict[str, list[s
 
 
 def _plain(node, place: str) -> str | list[str]:
-    """A value as text or as a list of texts; KEY=VALUE for a mapping. YAML's types are left to the parser."""
+    """Returns a value as text or as a list of texts, KEY=VALUE for a mapping. The parser converts types, not YAML."""
     import yaml
 
     if isinstance(node, yaml.ScalarNode):
@@ -106,7 +106,7 @@ def _words(flag: str, action: argparse.Action, value: str | list[str], place: st
 
 
 def format_config(args: argparse.Namespace, actions: Mapping[str, argparse.Action]) -> str:
-    """All flags that have a value, in the form that --config reads."""
+    """Returns all flags that have a value, in the format that --config reads."""
     import yaml
 
     values = {}

@@ -1,4 +1,4 @@
-"""Flags of training data: where samples are, how images are augmented, which captions a step sees."""
+"""Flags of training data: sources of samples, augmentation of images, selection of captions."""
 
 import argparse
 from collections.abc import Iterable
@@ -18,14 +18,14 @@ _CSV = Condition(
     "without a .csv or .tsv table",
     lambda args: any(map(names_csv, (args.train_data, args.val_data, args.retrieval_csv))),
 )
-_SHARDS = Condition("on a table of image paths, whose rows are all shuffled", lambda args: not _has_paths(args))
+_SHARDS = Condition("for a table of image paths, whose rows are all shuffled", lambda args: not _has_paths(args))
 LONG = Condition(
     "without a text from long captions; see --text-views", lambda args: reads(caption_entries(args), "long")
 )
 _SHORT = Condition(
     "without a text from short captions; see --text-views", lambda args: reads(caption_entries(args), "short")
 )
-_BY_FLAGS = Condition("with --text-views; leave out one or the other", lambda args: not args.text_views, refused=True)
+_BY_FLAGS = Condition("with --text-views; omit one or the other", lambda args: not args.text_views, refused=True)
 
 EFFECTS = (
     (TRAINING_MEANT, "--val-data --extract-image-features"),
@@ -46,13 +46,13 @@ EFFECTS = (
 
 
 def caption_entries(args: argparse.Namespace) -> tuple[Entry, ...]:
-    """The texts of a sample, from --text-views or the flags that stand for it."""
+    """Returns the texts of a sample, from --text-views or the flags that are equivalent to it."""
     by_flags = views_by_flags(args.captions, args.num_long_captions, args.sub_caption_sentences)
     return parse_views(args.text_views or by_flags)
 
 
 def reads(entries: Iterable[Entry], kind: str) -> bool:
-    """Whether any of the texts may be taken from captions of this kind, ``short`` or ``long``."""
+    """Whether any of the texts can come from captions of this kind, ``short`` or ``long``."""
     views = [view for entry in entries for view in entry.views]
     return any(
         (view.uses_long if kind == "long" else kind in (view.name, view.pool))
@@ -62,7 +62,7 @@ def reads(entries: Iterable[Entry], kind: str) -> bool:
 
 
 def text_views(text: str) -> str:
-    """Checks a list of views; returns it. Empty text leaves the list to other flags."""
+    """Checks a list of views and returns it; an empty text means that other flags define the views."""
     try:
         if text.strip():
             parse_views(text)
@@ -72,10 +72,10 @@ def text_views(text: str) -> str:
 
 
 def _has_paths(args: argparse.Namespace) -> bool:
-    """Whether the training data are tables, and not ones that hold the images themselves."""
+    """Whether the training data are tables of image paths, not tables that contain the images."""
     if not names_tables(args.train_data):
         return False
-    from training.data.embedded import embedded_sources  # --help has no time for pyarrow
+    from training.data.embedded import embedded_sources  # imports pyarrow, which would slow down --help
 
     try:
         return not embedded_sources(args.train_data, args.csv_img_key)
@@ -84,7 +84,7 @@ def _has_paths(args: argparse.Namespace) -> bool:
 
 
 def add_data_args(parser: argparse.ArgumentParser, everything: bool) -> None:
-    """Adds the groups about training data; `everything`: also the flags that few runs need."""
+    """Adds the groups of training data flags; `everything`: also those that are rarely needed."""
     group = parser.add_argument_group("training data")
     _add_common_data_args(group)
     if everything:
@@ -104,7 +104,7 @@ def _add_common_data_args(group: argparse._ArgumentGroup) -> None:
         "::), tables (.csv, .tsv, .parquet), or a folder of a Hugging Face data set",
     )
     group.add_argument(
-        "--val-data", metavar="DATA", help="measure loss and R@1 on this data during training; form as --train-data"
+        "--val-data", metavar="DATA", help="data for loss and R@1 during training, in any format of --train-data"
     )
     group.add_argument(
         "--train-num-samples", type=positive, metavar="N", help="samples per epoch (default: all of --train-data)"
@@ -113,7 +113,7 @@ def _add_common_data_args(group: argparse._ArgumentGroup) -> None:
         "--csv-img-key",
         default="filepath",
         metavar="COL",
-        help="image column of a table: paths or images (default: %(default)s, else the only column of images)",
+        help="image column of a table: paths or images (default: %(default)s, or else the only column of images)",
     )
 
 
@@ -121,7 +121,7 @@ def _add_more_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--csv-separator",
         metavar="C",
-        help="column separator of .csv and .tsv tables (default: a comma; in .tsv a tab)",
+        help="column separator of .csv and .tsv tables (default: comma; for .tsv tab)",
     )
     group.add_argument(
         "--dataset-resampled",
@@ -145,7 +145,7 @@ def _add_more_data_args(group: argparse._ArgumentGroup) -> None:
         type=positive,
         default=SHUFFLE_SHARDS,
         metavar="N",
-        help="number of shards that a loader process reads side by side (default: %(default)s)",
+        help="number of shards that a loader process reads at the same time (default: %(default)s)",
     )
 
 
@@ -153,7 +153,7 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--strong-augment",
         action=Switch,
-        help="augment images by crop 0.2-1, colour jitter, grey, blur, flip and two random operations "
+        help="augment images with crop 0.2-1, colour jitter, grayscale, blur, flip and two random operations "
         "(default: open_clip's crop 0.9-1)",
     )
     group.add_argument(
@@ -161,7 +161,7 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
         nargs="*",
         default=[],
         metavar="K=V",
-        help="settings of open_clip's augmentation, such as scale=0.4,1.0; none: preprocess images as in evaluation",
+        help="settings of open_clip's augmentation, such as scale=0.4,1.0; none: the preprocessing of evaluation",
     )
     group.add_argument(
         "--extract-image-features",
@@ -173,8 +173,8 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
         type=not_negative,
         default=0,
         metavar="V",
-        help="with --extract-image-features: augmented views of each image; 0: one view, preprocessed as in evaluation "
-        "(default: %(default)s)",
+        help="with --extract-image-features: number of augmented views of each image; 0: one view with the "
+        "preprocessing of evaluation (default: %(default)s)",
     )
 
 
@@ -185,14 +185,14 @@ def _add_common_caption_args(group: argparse._ArgumentGroup) -> None:
         default="",
         metavar="LIST",
         help="texts of a sample per step, such as 'raw, long*3' (LoTLIP) or 'sentences(1..3)*8' (FLAIR); see "
-        "docs/training.md (default: --captions, --num-long-captions and --sub-caption-sentences say)",
+        "docs/training.md (default: set by --captions, --num-long-captions and --sub-caption-sentences)",
     )
     group.add_argument(
         "--num-long-captions",
         type=not_negative,
         default=3,
         metavar="K",
-        help="long captions of a sample per step (default: %(default)s)",
+        help="number of long captions of a sample per step (default: %(default)s)",
     )
     group.add_argument(
         "--raw-caption-keys",
@@ -215,8 +215,8 @@ def _add_more_caption_args(group: argparse._ArgumentGroup) -> None:
         "--captions",
         default="both",
         choices=("both", "raw", "long"),
-        help="both: the short caption and K long ones; raw: the short one alone; long: K long ones, the first in the "
-        "place of the short one (default: %(default)s)",
+        help="both: the short caption and K long ones; raw: only the short one; long: K long ones, the first of which "
+        "replaces the short one (default: %(default)s)",
     )
     group.add_argument(
         "--sub-caption-sentences",
@@ -230,7 +230,7 @@ def _add_more_caption_args(group: argparse._ArgumentGroup) -> None:
         type=names,
         default="",
         metavar="K,K",
-        help="further short captions; each step draws one of these and the raw caption",
+        help="additional short captions; each step draws one of these or the raw caption",
     )
 
 
@@ -244,11 +244,11 @@ def validate_data_args(args: argparse.Namespace) -> None:
         raise ValueError("--feature-views needs --extract-image-features")
     if args.extract_image_features and (args.dataset_resampled or args.resume):
         raise ValueError(
-            "--extract-image-features reads every sample once and resumes by itself: leave out --dataset-resampled "
-            "and --resume"
+            "--extract-image-features reads every sample once and resumes by itself: omit --dataset-resampled and "
+            "--resume"
         )
     if args.train_data_upsampling_factors and not args.dataset_resampled:
-        raise ValueError("--train-data-upsampling-factors needs --dataset-resampled: without it each sample comes once")
+        raise ValueError("--train-data-upsampling-factors needs --dataset-resampled: otherwise each sample comes once")
     if args.dataset_resampled and not args.train_num_samples:
         raise ValueError("--dataset-resampled needs --train-num-samples: drawing with replacement has no end")
     if args.captions == "long" and not args.num_long_captions:
@@ -257,4 +257,4 @@ def validate_data_args(args: argparse.Namespace) -> None:
         raise ValueError("--strong-augment and --aug-cfg exclude each other")
     for word in args.aug_cfg:
         if "=" not in word and args.aug_cfg != ["none"]:
-            raise ValueError(f"--aug-cfg {word}: expected KEY=VALUE, or none alone")
+            raise ValueError(f"--aug-cfg {word}: expected KEY=VALUE, or only none")

@@ -1,7 +1,7 @@
-"""Which flags have an effect when: every flag is declared under the conditions that it needs.
+"""Conditions under which flags have an effect.
 
-Each file of flags has a table ``EFFECTS`` of (condition, flags). A flag that differs from its default while one of its
-conditions does not hold is reported once: as a warning, or as a usage error where the condition is `refused`.
+Each file of flags has a table ``EFFECTS`` of (condition, flags). A flag that differs from its default although one of
+its conditions does not hold is reported once: as a usage error if the condition is `refused`, otherwise as a warning.
 """
 
 import argparse
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Condition:
-    """When some flags have an effect.
+    """A condition under which some flags have an effect.
 
     Attributes:
-        otherwise: completes "--flag: no effect ..", such as "without --train-data".
-        holds: flags -> whether they have an effect.
+        otherwise: text that completes "--flag: no effect ...", such as "without --train-data".
+        holds: parsed flags -> whether the condition holds.
         refused: stop with a usage error instead of a warning.
     """
 
@@ -31,13 +31,11 @@ TRAINING = Condition("without --train-data", lambda args: args.train_data)
 TRAINING_MEANT = Condition("without --train-data", lambda args: args.train_data, refused=True)
 STEPS = Condition("with --extract-image-features, which does not train", lambda args: not args.extract_image_features)
 EVALUATION = Condition("in training; evaluate a checkpoint", lambda args: not args.train_data, refused=True)
-MODEL = Condition(
-    "with --features, which come without a model", lambda args: not args.features or asks_about_texts(args)
-)
+MODEL = Condition("with --features, which need no model", lambda args: not args.features or asks_about_texts(args))
 
 
 def asks_about_texts(args: argparse.Namespace) -> bool:
-    """Returns whether captions are changed and encoded anew."""
+    """Whether the flags ask for changed captions, which have to be encoded."""
     lengths = args.retrieval_lengths or args.retrieval_sentences or args.retrieval_sensitivity
     return bool(lengths or args.diagnostics)
 
@@ -45,15 +43,15 @@ def asks_about_texts(args: argparse.Namespace) -> bool:
 def idle_flags(
     args: argparse.Namespace, defaults: Mapping[str, object], effects: Iterable[tuple[Condition, str]]
 ) -> dict[Condition, list[str]]:
-    """Finds the flags that were given and have no effect.
+    """Finds flags that were given but have no effect.
 
     Args:
         args: all flags.
-        defaults: by the flags' names in `args`.
-        effects: the tables of all files of flags; of several rows that name a flag, all must hold.
+        defaults: default of each flag, by its name in `args`.
+        effects: the tables of all files of flags; a flag in several rows needs all their conditions.
 
     Returns:
-        The first condition that does not hold -> its flags.
+        Each condition that does not hold -> the flags for which it is the first such condition.
     """
     idle: dict[Condition, list[str]] = {}
     reported: set[str] = set()
@@ -69,5 +67,5 @@ def idle_flags(
 
 
 def describe_idle(condition: Condition, flags: list[str]) -> str:
-    """One line about flags without an effect."""
+    """Returns a line about flags without an effect."""
     return f"{', '.join(flags)}: no effect {condition.otherwise}"

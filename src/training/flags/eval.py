@@ -1,4 +1,4 @@
-"""Flags of evaluation: benchmarks, and what is written about them. Imports nothing heavy."""
+"""Flags of evaluation: benchmarks and output. Imports nothing heavy."""
 
 import argparse
 
@@ -19,25 +19,25 @@ INSIGHT_FLAGS = (
 
 
 def _needs(flags: list[str]) -> Condition:
-    """Condition of an option that says how to read the data of these flags."""
-    alone = len(flags) == 1  # nothing else could have been meant: refused
-    advice = "; add it or leave both" if alone else ""
+    """Condition of an option that applies to the data of these flags."""
+    alone = len(flags) == 1  # the missing flag is certain, so the command is refused
+    advice = "; add it or omit both" if alone else ""
     return Condition(
         f"without {' or '.join(flags)}{advice}", lambda args: any(_value(args, flag) for flag in flags), refused=alone
     )
 
 
 def has_retrieval(args: argparse.Namespace) -> bool:
-    """Tells whether any retrieval benchmark is asked for."""
+    """Whether the flags name a retrieval benchmark."""
     return any(_value(args, flag) for flag in RETRIEVAL_FLAGS)
 
 
 _TEXT_MODEL_NEEDED = Condition(
-    "on --features without --model and --pretrained, which encode the changed captions; add them or leave out",
+    "for --features without --model and --pretrained, which encode the changed captions; add them or omit the flag",
     lambda args: not args.features or args.pretrained or ":" in args.model,
     refused=True,
 )
-_MODEL_NEEDED = Condition("on --features; leave out", lambda args: not args.features, refused=True)
+_MODEL_NEEDED = Condition("with --features; omit it", lambda args: not args.features, refused=True)
 _RETRIEVAL = Condition(
     "without a retrieval benchmark; name one", lambda args: has_retrieval(args) or args.features, refused=True
 )
@@ -63,7 +63,7 @@ EFFECTS: Effects = (
 
 
 def add_eval_args(parser: argparse.ArgumentParser, everything: bool) -> None:
-    """Adds evaluation's groups of flags; `everything`: also those that few evaluations need."""
+    """Adds the groups of evaluation flags; `everything`: also those that are rarely needed."""
     group = parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)")
     _add_benchmarks(group, "long")
     _add_reading_args(group)
@@ -72,11 +72,11 @@ def add_eval_args(parser: argparse.ArgumentParser, everything: bool) -> None:
     _add_benchmarks(group, "own")
     _add_features_args(group)
     if everything:
-        _add_insight_args(parser.add_argument_group("insight (evaluation only)"))
+        _add_insight_args(parser.add_argument_group("analysis (evaluation only)"))
 
 
 def _add_benchmarks(group: argparse._ArgumentGroup, name: str) -> None:
-    """Adds the flags of the benchmarks of one group, each option after the last benchmark that has it."""
+    """Adds the benchmark flags of one group, and each option after the last benchmark that uses it."""
     chosen = [b for b in benchmarks() if b.group == name]
     owners = options_of(chosen)
     for benchmark in chosen:
@@ -91,37 +91,37 @@ def _add_reading_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--data-root",
         metavar="DIR",
-        help="evaluate every benchmark below it, in the places of EVAL_DATASETS.md: DIR/dci, DIR/iiw, DIR/Urban1k, ..",
+        help="evaluate every benchmark below DIR (layout: EVAL_DATASETS.md; DIR/dci, DIR/iiw, DIR/Urban1k, ...)",
     )
     group.add_argument(
         "--suite",
         choices=suites(),
         default="all",
-        help="which of them; long: the four of the paper (default: %(default)s)",
+        help="benchmarks of --data-root to evaluate; long: the four of the paper (default: %(default)s)",
     )
     group.add_argument(
         "--protocol",
         type=names,
         default=(),
         metavar="P,P",
-        help="variants of the benchmarks in place of their first one: "
+        help="variants of the benchmarks (default: the first of each): "
         + "; ".join(", ".join(b.protocols) for b in benchmarks() if len(b.protocols) > 1),
     )
     group.add_argument(
         "--feature-cache",
         metavar="DIR",
-        help="keep features there, and encode only what is not there yet for the same weights and preprocessing",
+        help="store features in DIR, and encode only what it does not contain for the same weights and preprocessing",
     )
     group.add_argument(
         "--image-cache",
         metavar="DIR",
-        help="keep decoded and resized images there (147 KiB each at 224 pixels), equal to the last bit, for every "
-        "model of the same image size",
+        help="store decoded and resized images in DIR (147 KiB each at 224 pixels), bit-identical for every model with "
+        "the same image size",
     )
     group.add_argument(
         "--allow-missing",
         action=Switch,
-        help="evaluate the pairs whose images are there and readable; every result then gives the count",
+        help="evaluate only the pairs whose images exist and can be read; results then state their number",
     )
 
 
@@ -131,48 +131,52 @@ def _add_features_args(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="NPZ",
-        help="evaluate these features in place of a model, one benchmark a file (form: EVAL_DATASETS.md)",
+        help="evaluate these features instead of a model, one benchmark per file (format: EVAL_DATASETS.md)",
     )
 
 
 def _add_insight_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--report", action=Switch, help="write LOGS/NAME/report.html, to look at every query")
+    group.add_argument("--report", action=Switch, help="write LOGS/NAME/report.html, for browsing every query")
     group.add_argument(
         "--published",
         metavar="NAME",
-        help="show printed numbers of this model of the project's list, or of your own list FILE.json, beside measured "
-        "ones (default: the model that has the same weights, or the same --model and tag)",
+        help="compare with the published numbers of this model in the project's list, or of your own list FILE.json "
+        "(default: the model with the same weights, or the same --model and tag)",
     )
     group.add_argument(
         "--retrieval-lengths",
         type=positive_numbers,
         default=(),
         metavar="L,L",
-        help="R@1 with captions cut to these numbers of tokens, e.g. 10,20,40,77,128,248, and the effective length",
+        help="R@1 with captions truncated to these numbers of tokens, e.g. 10,20,40,77,128,248; the effective length",
     )
     group.add_argument(
-        "--retrieval-sentences", type=positive_numbers, default=(), metavar="N,N", help="R@1 with their first sentences"
+        "--retrieval-sentences",
+        type=positive_numbers,
+        default=(),
+        metavar="N,N",
+        help="R@1 with the first N sentences of each caption",
     )
     group.add_argument(
-        "--retrieval-sensitivity", action=Switch, help="R@1 with sentences shuffled, and with one dropped"
+        "--retrieval-sensitivity", action=Switch, help="R@1 with sentences shuffled, and with one sentence dropped"
     )
     group.add_argument(
         "--diagnostics",
         action=Switch,
-        help="what dropped, moved and neutral sentences cost, whether similarity grows with each sentence (HiMo), R@1 "
-        "by the position of a sentence, and a long-text card of all that; with the curves of both flags above",
+        help="R@1 with dropped, moved and neutral sentences, growth of similarity with each sentence (HiMo), R@1 by "
+        "position of a sentence, both curves above, and a figure of everything, the long-text card",
     )
     group.add_argument(
         "--rerank",
         type=positive,
         metavar="K",
-        help="with FLAIR's text-conditioned pooling: score the first K captions of each image anew, 128 as published",
+        help="score the first K captions of each image again with FLAIR's text-conditioned pooling (published: 128)",
     )
     group.add_argument("--save-features", action=Switch, help="write LOGS/NAME/features/KEY.npz, for --features")
 
 
 def has_benchmark(args: argparse.Namespace) -> bool:
-    """Tells whether any benchmark is asked for."""
+    """Whether the flags name a benchmark."""
     return any(_value(args, flag) for flag in RETRIEVAL_FLAGS + ZERO_SHOT_FLAGS)
 
 
@@ -181,7 +185,7 @@ def _value(args: argparse.Namespace, flag: str) -> object:
 
 
 def validate_eval_args(args: argparse.Namespace) -> None:
-    """Checks evaluation's flags.
+    """Checks the evaluation flags.
 
     Raises:
         ValueError: the message names the flag, what was found and what to do.
@@ -195,10 +199,10 @@ def validate_eval_args(args: argparse.Namespace) -> None:
         if protocol not in known:
             raise ValueError(f"--protocol {protocol}: expected one of {', '.join(known)}")
         if not _value(args, known[protocol]):
-            raise ValueError(f"--protocol {protocol}: no effect without {known[protocol]}; add it or leave both")
+            raise ValueError(f"--protocol {protocol}: no effect without {known[protocol]}; add it or omit both")
     if args.features:
         flags = [*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data"]
         flags += [] if asks_about_texts(args) else ["--pretrained"]
         others = [flag for flag in flags if _value(args, flag)]
         if others:
-            raise ValueError(f"--features brings images and captions already encoded: leave out {', '.join(others)}")
+            raise ValueError(f"--features provides encoded images and captions: omit {', '.join(others)}")

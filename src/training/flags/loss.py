@@ -34,7 +34,7 @@ def add_loss_args(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="share of each target that goes to the whole batch alike (default: %(default)s; Long-CLIP: 0.1)",
+        help="fraction of each target spread evenly over the batch (default: %(default)s; Long-CLIP: 0.1)",
     )
     group.add_argument(
         "--loss-normalisation",
@@ -42,26 +42,26 @@ def add_loss_args(group: argparse._ArgumentGroup) -> None:
         default="published",
         metavar="HOW",
         help="published: divide every term by the number of all text features, as LoTLIP does; per-term: by the number "
-        "of its own, as Long-CLIP does (default: %(default)s)",
+        "of the term's own, as Long-CLIP does (default: %(default)s)",
     )
     group.add_argument(
         "--logit-scale",
         type=float,
         metavar="X",
-        help="value that the logit scale (1 / temperature) starts with (default: the model's; Long-CLIP: 100)",
+        help="initial logit scale, 1 / temperature (default: the model's; Long-CLIP: 100)",
     )
     group.add_argument("--lock-logit-scale", action=Switch, help="do not train the logit scale")
     group.add_argument("--siglip", action=Switch, help="SigLIP's pairwise sigmoid loss instead of cross-entropy")
     group.add_argument(
         "--local-loss",
         action=Switch,
-        help="no effect, for open_clip's launch lines: each process always compares its own rows with the whole batch",
+        help="no effect, for open_clip's commands: each process always compares its own rows with the whole batch",
     )
     group.add_argument(
         "--gather-with-grad",
         action=Switch,
         default=True,
-        help="no effect, for open_clip's launch lines: gradients always flow through the gathered features",
+        help="no effect, for open_clip's commands: gradients always flow through the gathered features",
     )
 
 
@@ -86,14 +86,14 @@ def _add_term_args(group: argparse._ArgumentGroup) -> None:
         "--short-image-components",
         type=int,
         metavar="K",
-        help="compare short captions with the K principal components of the images of a process's batch "
-        "(default: with the images; Long-CLIP: 32)",
+        help="compare short captions with image features reduced to K principal components of a process's batch "
+        "(default: not reduced; Long-CLIP: 32)",
     )
     group.add_argument(
         "--long-text-variance",
         type=float,
         metavar="TAU",
-        help="add a loss that compares images with long captions reduced to the principal components that hold this "
+        help="add a loss between images and long captions reduced to the principal components that explain this "
         "fraction of the variance of a process's batch (default: no such loss; HiMo-CLIP: 0.9)",
     )
     group.add_argument(
@@ -101,7 +101,7 @@ def _add_term_args(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=1.0,
         metavar="W",
-        help="weight of the loss that --long-text-variance adds, relative to the loss of the whole captions "
+        help="weight of the loss of --long-text-variance, relative to the loss of the long captions "
         "(default: %(default)s)",
     )
 
@@ -113,12 +113,12 @@ def validate_loss_args(args: argparse.Namespace) -> None:
         ValueError: the message names the flag, what was found and what was expected.
     """
     if not 0 <= args.label_smoothing < 1:
-        raise ValueError(f"--label-smoothing {args.label_smoothing:g}: expected a share from 0 to below 1")
+        raise ValueError(f"--label-smoothing {args.label_smoothing:g}: expected at least 0 and less than 1")
     if args.siglip and args.label_smoothing:
-        raise ValueError("--label-smoothing: not with --siglip, whose loss has no targets to smooth")
+        raise ValueError("--label-smoothing can't be used with --siglip, whose loss has no targets to smooth")
     if args.short_image_components is not None and args.short_image_components < 1:
         raise ValueError(f"--short-image-components {args.short_image_components}: expected at least 1")
     if args.long_text_variance is not None and not 0 < args.long_text_variance < 1:
         raise ValueError(f"--long-text-variance {args.long_text_variance:g}: expected a fraction between 0 and 1")
     if args.logit_scale is not None and not 1 <= args.logit_scale <= 100:
-        raise ValueError(f"--logit-scale {args.logit_scale:g}: expected 1 to 100, where training keeps it")
+        raise ValueError(f"--logit-scale {args.logit_scale:g}: expected 1 to 100, the range to which training clips it")

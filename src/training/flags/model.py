@@ -1,4 +1,4 @@
-"""Flags of the model, of what is trained of it, of the hardware and of the output folder. Imports nothing heavy."""
+"""Flags of the model, of its trainable parts, of hardware and of the output folder. Imports nothing heavy."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ EFFECTS = (
 
 
 class _ModelConfig(argparse.Action):
-    """``--model-config FILE`` is another spelling of ``--model config:FILE``."""
+    """``--model-config FILE`` is equivalent to ``--model config:FILE``."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
         super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **kwargs)
@@ -34,17 +34,17 @@ class _ModelConfig(argparse.Action):
 
 
 def add_model_args(parser: argparse.ArgumentParser, everything: bool) -> None:
-    """Adds the groups about the model.
+    """Adds the groups of model flags.
 
     Args:
-        parser: gets them.
-        everything: False leaves out what few runs need.
+        parser: the parser to extend.
+        everything: also add flags that are rarely needed.
     """
     group = parser.add_argument_group("model")
     _add_common_model_args(group)
     if everything:
         _add_more_model_args(group)
-    group = parser.add_argument_group("what is trained of the model")
+    group = parser.add_argument_group("frozen parts of the model")
     group.add_argument("--lock-image", action=Switch, help="freeze the image tower (locked-image tuning, LiT)")
     group.add_argument("--lock-text", action=Switch, help="freeze the text tower")
     if everything:
@@ -56,34 +56,34 @@ def _add_common_model_args(group: argparse._ArgumentGroup) -> None:
         "--model",
         default="ViT-B-32",
         metavar="NAME",
-        help="model of open_clip or of this project (lotlip_bert-ViT-B-16, long_clip-ViT-B-16, ..), local-dir:FOLDER, "
+        help="model of open_clip or of this project (lotlip_bert-ViT-B-16, long_clip-ViT-B-16, ...), local-dir:FOLDER, "
         "hf-hub:ORG/REPO, or hf:FOLDER and hf:ORG/REPO for transformers' CLIP and SigLIP (default: %(default)s)",
     )
     group.add_argument(
         "--model-config",
         action=_ModelConfig,
         metavar="FILE",
-        help="in place of --model: an architecture of your own, a JSON file in the form of open_clip's model configs",
+        help="instead of --model: your own architecture, a JSON file in the format of open_clip's model configs",
     )
     group.add_argument(
         "--pretrained",
         default=None,
         metavar="TAG|FILE",
-        help="weights: a tag of open_clip (openai, laion2b_s34b_b88k, ..), a .pt or a .safetensors file; "
+        help="weights: an open_clip tag (openai, laion2b_s34b_b88k, ...), a .pt or a .safetensors file; "
         "without this flag the model is untrained",
     )
     group.add_argument(
         "--cache-dir",
         default=None,
         metavar="DIR",
-        help="folder where weights and tokenizers are looked up first and downloaded to",
+        help="folder for downloaded weights and tokenizers, which is searched first",
     )
     group.add_argument(
         "--precision",
         default="fp32",
         choices=PRECISIONS,
         metavar="P",
-        help="arithmetic: %(choices)s (default: %(default)s; on CPU: fp32, bf16, amp_bf16)",
+        help="one of %(choices)s (default: %(default)s; on CPU only fp32, bf16, pure_bf16, amp_bf16 and amp_bfloat16)",
     )
     group.add_argument(
         "--pretrained-image",
@@ -91,8 +91,8 @@ def _add_common_model_args(group: argparse._ArgumentGroup) -> None:
         const=True,
         default=False,
         metavar="FILE",
-        help="start the image tower from the timm weights that its config names, or from those of a file or folder; "
-        "excludes --pretrained",
+        help="initialise the image tower with the timm weights that its config names, or with those in a file or "
+        "folder; not with --pretrained",
     )
 
 
@@ -101,7 +101,7 @@ def _add_more_model_args(group: argparse._ArgumentGroup) -> None:
         "--pretrained-text",
         action=Switch,
         default=None,
-        help="start the text tower from the weights that its config names (default: in training, if it names any)",
+        help="initialise the text tower with the weights that its config names (default: only in training)",
     )
     group.add_argument(
         "--num-corner-tokens",
@@ -116,7 +116,7 @@ def _add_more_model_args(group: argparse._ArgumentGroup) -> None:
         type=positive,
         default=None,
         metavar="L",
-        help="number of tokens that the text tower reads (default: the model's); "
+        help="maximum number of tokens of a text (default: the model's); "
         "a larger number interpolates pretrained position embeddings",
     )
 
@@ -144,12 +144,12 @@ def _add_lock_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lock-text-freeze-layer-norm",
         action=Switch,
-        help="with --lock-text: freeze the layer norms of the text tower, too (always so in CLIP's own tower)",
+        help="with --lock-text: freeze the layer norms of the text tower, too (CLIP's own tower always does)",
     )
 
 
 def add_compute_args(parser: argparse.ArgumentParser, everything: bool) -> None:
-    """Adds the groups about hardware and output; arguments as `add_model_args`."""
+    """Adds the groups of hardware and output flags; see `add_model_args` for the arguments."""
     group = parser.add_argument_group("hardware")
     group.add_argument(
         "--batch-size",
@@ -165,9 +165,7 @@ def add_compute_args(parser: argparse.ArgumentParser, everything: bool) -> None:
         metavar="N",
         help="loader processes of each process; 0 loads in the process itself (default: %(default)s)",
     )
-    group.add_argument(
-        "--device", default=None, metavar="DEV", help="cuda, cpu, mps, .. (default: cuda if there is one)"
-    )
+    group.add_argument("--device", default=None, metavar="DEV", help="cuda, cpu, mps, ... (default: cuda if available)")
     if everything:
         _add_more_compute_args(group)
     group = parser.add_argument_group("output")
@@ -191,15 +189,15 @@ def _add_more_compute_args(group: argparse._ArgumentGroup) -> None:
         "--text-batch-size",
         type=positive,
         metavar="N",
-        help="captions per step in an evaluation (default: as --batch-size)",
+        help="captions per step in evaluation (default: the same as --batch-size)",
     )
     group.add_argument(
         "--image-decoding",
         choices=("exact", "fast", "scaled"),
         metavar="D",
         help="exact: Pillow, the published pixels; fast: torchvision, three times faster on large JPEGs, pixels may "
-        "differ by one level; scaled: as fast, and large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where "
-        "that leaves twice the pixels needed (default: exact in evaluation, fast in training)",
+        "differ by one level; scaled: like fast, but large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that "
+        "leaves twice the pixels needed (default: exact in evaluation, fast in training)",
     )
     group.add_argument(
         "--text-packing",
@@ -219,10 +217,10 @@ def validate_model_args(args: argparse.Namespace) -> None:
     """
     brings_weights = args.model.startswith(("local-dir:", "hf-hub:"))
     if args.pretrained and brings_weights and not os.path.isfile(args.pretrained):
-        raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} brings its own weights")
+        raise ValueError(f"--pretrained {args.pretrained} has no effect: --model {args.model} has its own weights")
     if args.pretrained and (args.pretrained_image or args.pretrained_text):
         raise ValueError(
-            f"--pretrained {args.pretrained} brings both towers: leave out --pretrained-image and --pretrained-text"
+            f"--pretrained {args.pretrained} includes both towers: omit --pretrained-image and --pretrained-text"
         )
     if isinstance(args.pretrained_image, str) and not os.path.exists(args.pretrained_image):
         raise ValueError(f"--pretrained-image {args.pretrained_image}: no such file or folder")
@@ -231,8 +229,8 @@ def validate_model_args(args: argparse.Namespace) -> None:
     if (args.lock_text_unlocked_layers or args.lock_text_freeze_layer_norm) and not args.lock_text:
         raise ValueError("--lock-text-unlocked-layers and --lock-text-freeze-layer-norm need --lock-text")
     if args.context_length is not None and args.context_length < (args.num_corner_tokens or 0) + 3:
-        raise ValueError(f"--context-length {args.context_length}: no room for text beside the special tokens")
+        raise ValueError(f"--context-length {args.context_length}: the special tokens leave no room for text")
     if args.name and (os.sep in args.name or args.name in (".", "..")):
-        raise ValueError(f"--name {args.name}: expected one folder name; use --logs for the folder above it")
+        raise ValueError(f"--name {args.name}: expected a single folder name; use --logs for its parent folder")
     if os.path.exists(args.logs) and not os.path.isdir(args.logs):
         raise ValueError(f"--logs {args.logs}: is a file, expected a folder")

@@ -1,7 +1,7 @@
-"""Flags of open_clip 3.3's trainer that this project does not have by itself, so that its launch lines can be reused.
+"""Flags of open_clip 3.3's trainer that are not flags of this project, so that its commands can be reused.
 
-Each flag of its parser is one of ours, is declared here with the effect that it has there, is known to change nothing
-here, which is reported, or is refused with what does its work instead.
+Each flag of open_clip's parser is either one of our flags; or is declared here with the same effect as there; or is
+accepted with a warning that it has no effect here; or is refused with a message that names the alternative.
 """
 
 import argparse
@@ -17,42 +17,42 @@ _COOLDOWN = Condition(
 )
 _SCHEDULED = Condition("with --skip-scheduler", lambda args: not args.skip_scheduler)
 
-NO_EFFECT = "no_effect"  # where a namespace lists the given flags of the next table
+NO_EFFECT = "no_effect"  # attribute of the namespace that lists the given flags of _IDLE
 
-# Flags that change nothing here: flag -> (number of values, why).
+# Flags that have no effect here: flag -> (number of values, reason).
 _IDLE = {
-    "--val-num-samples": (1, "--val-data is counted and read whole"),
+    "--val-num-samples": (1, "--val-data is always counted and read completely"),
     "--dist-backend": (1, "the backend follows --device"),
-    "--ddp-static-graph": (0, "gradients of processes are added up without it"),
-    "--log-local": (0, "rank 0 alone writes a log, other ranks print their warnings"),
+    "--ddp-static-graph": (0, "gradients of processes are summed without it"),
+    "--log-local": (0, "only rank 0 writes a log, other ranks print their warnings"),
     "--debug": (0, "the log has one level; --log-every-n-steps 1 shows every step"),
-    "--remote-sync-protocol": (1, "the URL of --remote-sync names the protocol"),
+    "--remote-sync-protocol": (1, "the URL of --remote-sync contains the protocol"),
     "--loss-dist-impl": (1, "the sigmoid loss is computed in blocks of the gathered batch"),
 }
 
-# Flags that are refused: flag -> (number of values, what to do instead).
+# Flags that are refused: flag -> (number of values, alternative).
 _REFUSED = {
     "--force-image-size": ("+", "write image_size of vision_cfg in a file for --model-config"),
-    "--force-quick-gelu": (0, 'write "quick_gelu": true in a file for --model-config; OpenAI\'s weights switch it on'),
+    "--force-quick-gelu": (0, 'write "quick_gelu": true in a file for --model-config; OpenAI\'s weights enable it'),
     "--force-patch-dropout": (1, "write patch_dropout of vision_cfg in a file for --model-config"),
-    "--force-custom-text": (0, 'write "custom_text": true in a file for --model-config; weights of both forms load'),
+    "--force-custom-text": (0, 'write "custom_text": true in a file for --model-config; both forms of weights load'),
     "--image-mean": ("+", "write mean of preprocess_cfg in a file for --model-config"),
     "--image-std": ("+", "write std of preprocess_cfg in a file for --model-config"),
     "--image-interpolation": (1, "write interpolation of preprocess_cfg in a file for --model-config"),
     "--image-resize-mode": (1, "write resize_mode of preprocess_cfg in a file for --model-config"),
-    "--use-bn-sync": (0, "statistics of batch norms are each process's own; freeze them, or take a model without"),
+    "--use-bn-sync": (0, "batch-norm statistics are not synchronised; freeze them, or use a model without batch norms"),
     "--torchscript": (0, "train without it; python -m training.export writes ONNX files"),
     "--trace": (0, "evaluate without it; python -m training.export writes ONNX files"),
     "--dist-url": (1, "set MASTER_ADDR and MASTER_PORT, or start with torchrun, which sets them"),
-    "--no-set-device-rank": (0, "leave all devices visible to all processes; each takes that of its local rank"),
-    "--horovod": (0, "start with torchrun --nproc_per_node N -m -- training.main .."),
-    "--copy-codebase": (0, "flags are kept in params.json; keep the commit of the code beside them"),
+    "--no-set-device-rank": (0, "leave all devices visible to all processes; each uses the one of its local rank"),
+    "--horovod": (0, "start with torchrun --nproc_per_node N -m -- training.main ..."),
+    "--copy-codebase": (0, "flags are stored in params.json; note the commit of the code"),
     "--wandb-notes": (1, "set the environment variable WANDB_NOTES"),
     "--coca-caption-loss-weight": (1, "CoCa's captioning is not trained here; train it with open_clip_train.main"),
     "--coca-contrastive-loss-weight": (1, "CoCa is not trained here; train it with open_clip_train.main"),
     "--distill-model": (1, "distillation is not part of this project; train with open_clip_train.main"),
     "--distill-pretrained": (1, "distillation is not part of this project; train with open_clip_train.main"),
-    "--use-bnb-linear": (1, "take --precision amp_bf16; layers of bitsandbytes are not supported"),
+    "--use-bnb-linear": (1, "use --precision amp_bf16; bitsandbytes layers are not supported"),
 }
 
 EFFECTS: Effects = (
@@ -75,7 +75,7 @@ class _CaptionKey(argparse.Action):
 
 
 class _Idle(argparse.Action):
-    """Notes in the namespace's `NO_EFFECT` that the flag was given; `const` is the reason why it changes nothing."""
+    """Records in the namespace's `NO_EFFECT` that the flag was given; `const` is the reason why it has no effect."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, nargs: int | None, const: str, **kwargs: Any):
         super().__init__(
@@ -88,7 +88,7 @@ class _Idle(argparse.Action):
 
 
 class _Refused(argparse.Action):
-    """Ends with what to do instead, which is the action's `const`."""
+    """Raises a usage error with the alternative, which is the action's `const`."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, nargs: int | str, const: str, **kwargs: Any):
         super().__init__(
@@ -100,7 +100,7 @@ class _Refused(argparse.Action):
 
 
 def optimizer(text: str) -> str:
-    """Checks the form of an optimizer's name; timm checks the name itself, once it is imported."""
+    """Checks the format of an optimizer's name; timm checks the name itself later."""
     name = text.lower()
     if name != "adamw" and not name.startswith("timm/"):
         raise argparse.ArgumentTypeError(f"expected adamw or timm/NAME, found {text!r}")
@@ -108,13 +108,13 @@ def optimizer(text: str) -> str:
 
 
 def add_open_clip_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the group of flags for open_clip's launch lines."""
+    """Adds the group of flags for open_clip's commands."""
     group = parser.add_argument_group("open_clip compatibility")
     group.add_argument(
         "--dataset-type",
         choices=("auto", "webdataset", "csv"),
         default="auto",
-        help="what --train-data has to be: shards or a table; auto goes by its name (default: %(default)s)",
+        help="required type of --train-data: shards or a table; auto: by its name (default: %(default)s)",
     )
     group.add_argument(
         "--csv-caption-key", action=_CaptionKey, metavar="COL", help="short for --raw-caption-keys COL --captions raw"
@@ -124,25 +124,25 @@ def add_open_clip_args(parser: argparse.ArgumentParser) -> None:
         type=optimizer,
         default="adamw",
         metavar="NAME",
-        help="adamw, or timm/NAME for an optimizer of timm, such as timm/lion (default: %(default)s)",
+        help="adamw, or timm/NAME for a timm optimizer, such as timm/lion (default: %(default)s)",
     )
     group.add_argument("--momentum", type=float, metavar="X", help="momentum of timm's optimizers (default: theirs)")
     group.add_argument("--skip-scheduler", action=Switch, help="keep the learning rate at --lr, without a warm-up")
     group.add_argument(
-        "--epochs-cooldown", type=positive, metavar="N", help="length of const-cooldown's end: the last N epochs"
+        "--epochs-cooldown", type=positive, metavar="N", help="number of epochs of const-cooldown's final decay"
     )
     group.add_argument(
-        "--lr-cooldown-end", type=float, default=0.0, metavar="LR", help="its last learning rate (default: %(default)g)"
+        "--lr-cooldown-end", type=float, default=0.0, metavar="LR", help="final learning rate (default: %(default)g)"
     )
     group.add_argument(
         "--lr-cooldown-power",
         type=float,
         default=1.0,
         metavar="X",
-        help="exponent of its fall; 1 is linear (default: %(default)g)",
+        help="exponent of const-cooldown's decay; 1 is linear (default: %(default)g)",
     )
     group.add_argument(
-        "--wandb-project-name", default="lotlip", metavar="NAME", help="project of W&B (default: %(default)s)"
+        "--wandb-project-name", default="lotlip", metavar="NAME", help="W&B project (default: %(default)s)"
     )
     for flag, (nargs, why) in _IDLE.items():
         nargs = None if nargs == 1 else nargs
@@ -172,4 +172,4 @@ def validate_open_clip_args(args: argparse.Namespace) -> None:
             f"found {args.epochs_cooldown}"
         )
     if not args.lr_cooldown_end >= 0 or not args.lr_cooldown_power > 0:
-        raise ValueError("--lr-cooldown-end has to be 0 or more, --lr-cooldown-power above 0")
+        raise ValueError("--lr-cooldown-end must be at least 0 and --lr-cooldown-power greater than 0")

@@ -1,6 +1,6 @@
-"""The command line: one parser in groups, files of flags, one check before any work.
+"""The command line of training.main: the parser, files of flags, and checks before any work.
 
-Nothing here imports torch, so that --help and usage errors answer at once.
+Nothing here imports torch, so that --help and usage errors appear immediately.
 """
 
 import argparse
@@ -23,12 +23,12 @@ Train on short and long captions, or evaluate long text-image retrieval for any 
 
   python -m training.main --config scripts/recipes/lotlip-cc3m.yaml --train-data 'DATA/{00000..00575}.tar'
   python -m training.main --urban1k-retrieval DATA/Urban1k --model ViT-B-16 --pretrained openai
-  torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval DATA/dci --iiw-retrieval DATA/iiw ..
+  torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval DATA/dci --iiw-retrieval DATA/iiw ...
 """
 EPILOG = """\
-Flags may be written with - or _ between words. A switch --x that a --config file turns on is turned off by --no-x.
-Exit codes: 0 done, 1 failed on its data, 2 usage error, 70 another process has ended or does not respond,
-75 stopped by a signal after saving (70, 75: continue with --resume latest), 130 Ctrl-C.
+Flags may be written with - or _ between words. --no-x turns off a switch --x that a --config file turned on.
+Exit codes: 0 success, 1 the data can't be used or the model diverged, 2 usage error, 70 another process has ended or
+does not respond, 75 stopped by a signal after saving (70, 75: continue with --resume latest), 130 Ctrl-C.
 """
 
 
@@ -37,20 +37,20 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors can be caught."""
+    """A parser that raises its errors."""
 
     def error(self, message: str) -> None:
-        """Raises UsageError in place of argparse's exit."""
+        """Raises UsageError instead of exiting."""
         raise UsageError(message)
 
     @property
     def actions(self) -> dict[str, argparse.Action]:
-        """Flag -> its action."""
+        """All flags and their actions."""
         return dict(self._option_string_actions)  # argparse has no public name for it
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the one form of a switch that changes its default."""
+    """Shows only the form of a switch that changes its default."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not isinstance(action, Switch):
@@ -59,7 +59,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Help(argparse.Action):
-    """Prints help and ends; `const`: whether to show every flag."""
+    """Prints help and exits; `const` is whether to show every flag."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, const: bool, help: str):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
@@ -70,15 +70,15 @@ class _Help(argparse.Action):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses and checks the command line; the result is read-only from here on.
+    """Parses and checks the command line; the result must not be changed afterwards.
 
-    Flags without an effect are reported in one line each, by rank 0.
+    Rank 0 prints a warning for each group of flags without an effect.
 
     Args:
         argv: words after the program's name; `sys.argv[1:]` if None. Flags are accepted with `-` or `_` between words.
 
     Raises:
-        SystemExit: code 2 with one clear line for a usage error, 0 after --help and --print-config.
+        SystemExit: with code 2 and a one-line message for a usage error, 0 after --help and --print-config.
     """
     parser = build_parser()
     words = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
@@ -110,19 +110,19 @@ def build_parser(everything: bool = True) -> Parser:
     """Returns the parser.
 
     Args:
-        everything: False leaves out the flags that few runs need, for a short --help.
+        everything: False leaves out rarely needed flags, for a short --help.
     """
     parser = Parser(
         prog="python -m training.main",
-        usage="%(prog)s [--FLAG VALUE ..]",
+        usage="%(prog)s [--FLAG VALUE ...]",
         description=DESCRIPTION,
         formatter_class=_Formatter,
         allow_abbrev=False,
         add_help=False,
         epilog=EPILOG,
     )
-    group = parser.add_argument_group("help and files of flags")
-    group.add_argument("--help", "-h", action=_Help, const=False, help="show the flags that most runs need, and exit")
+    group = parser.add_argument_group("help and config files")
+    group.add_argument("--help", "-h", action=_Help, const=False, help="show the most common flags and exit")
     group.add_argument("--help-all", action=_Help, const=True, help="show all flags and exit")
     _add_config_args(group)
     model.add_model_args(parser, everything)
@@ -147,14 +147,16 @@ def _add_config_args(group: argparse._ActionsContainer) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help="read flags from YAML files (scripts/recipes/*.yaml); later files override earlier ones, the command line "
-        "overrides all",
+        help="read flags from YAML files (scripts/recipes/*.yaml); later files override earlier ones, and the command "
+        "line overrides all",
     )
-    group.add_argument("--print-config", action=Switch, help="print all flags of this command as such a file, and exit")
+    group.add_argument(
+        "--print-config", action=Switch, help="print all flags of this command as a config file and exit"
+    )
 
 
 def validate_args(args: argparse.Namespace) -> list[str]:
-    """Checks combinations of flags and the paths that need no reading.
+    """Checks combinations of flags, and paths as far as possible without reading files.
 
     Returns:
         One line for each group of flags without an effect.
@@ -166,7 +168,7 @@ def validate_args(args: argparse.Namespace) -> list[str]:
     evaluation.validate_eval_args(args)
     if not evaluation.has_benchmark(args) and not args.train_data and not args.features:
         flags = (*evaluation.RETRIEVAL_FLAGS, *evaluation.ZERO_SHOT_FLAGS, "--features")
-        raise ValueError(f"nothing to do: name --train-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}")
+        raise ValueError(f"nothing to do: give --train-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}")
     model.validate_model_args(args)
     idle = idle_flags(args, _defaults(), EFFECTS)
     for condition, flags in idle.items():

@@ -13,7 +13,7 @@ REPORTERS = ("tensorboard", "wandb")
 _VALIDATION = Condition("without --val-data", lambda args: args.val_data)
 _BENCHMARK = Condition("without a benchmark, such as --urban1k-retrieval", has_benchmark)
 _MID_EPOCH = Condition(
-    "with --save-every-minutes 0 and --save-every-steps 0, which never save in mid-epoch",
+    "with --save-every-minutes 0 and --save-every-steps 0, which never save within an epoch",
     lambda args: args.save_every_minutes or args.save_every_steps,
 )
 _WHOLE_EPOCHS = Condition("with --save-frequency 0, which never saves epoch_N.pt", lambda args: args.save_frequency)
@@ -47,7 +47,7 @@ EFFECTS: Effects = (
 
 
 def add_train_args(parser: argparse.ArgumentParser, everything: bool) -> None:
-    """Adds training's groups of flags; `everything`: also those that few runs need."""
+    """Adds the groups of training flags; `everything`: also those that are rarely needed."""
     data.add_data_args(parser, everything)
     group = parser.add_argument_group("optimization")
     _add_common_optimization_args(group)
@@ -79,7 +79,7 @@ def _add_common_optimization_args(group: argparse._ArgumentGroup) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="batches per step: their features are compared as one batch, for the memory of one (default: %(default)s)",
+        help="batches per step, compared as one large batch with the memory of a single one (default: %(default)s)",
     )
     group.add_argument(
         "--grad-checkpointing", action=Switch, help="recompute activations: less memory, about a third more time"
@@ -96,11 +96,11 @@ def _add_more_optimization_args(group: argparse._ArgumentGroup) -> None:
         "--lr-scheduler",
         default="cosine",
         choices=("cosine", "const", "const-cooldown"),
-        help="learning rate after the warm-up: cosine falls to 0 at the end, const stays, const-cooldown stays and "
-        "falls in the last --epochs-cooldown (default: %(default)s)",
+        help="learning rate after the warm-up: cosine decays to 0, const is constant, const-cooldown is constant and "
+        "decays in the last --epochs-cooldown (default: %(default)s)",
     )
     group.add_argument(
-        "--grad-clip-norm", type=float, metavar="X", help="largest norm of the gradient (default: no limit)"
+        "--grad-clip-norm", type=float, metavar="X", help="maximum norm of the gradient (default: no limit)"
     )
     group.add_argument(
         "--torchcompile",
@@ -108,21 +108,21 @@ def _add_more_optimization_args(group: argparse._ArgumentGroup) -> None:
         const="model",
         choices=("model", "image"),
         metavar="WHAT",
-        help="compile the model, or with the value image the image tower alone, whose shapes never change "
+        help="compile the model, or with the value image only the image tower, whose shapes never change "
         "(default: compile nothing)",
     )
 
 
 def _add_common_logging_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--resume", metavar="FILE|latest", help="continue from a checkpoint; latest: the newest one of --name"
+        "--resume", metavar="FILE|latest", help="continue from a checkpoint; latest: the newest checkpoint of --name"
     )
     group.add_argument(
         "--report-to",
         type=names,
         default="",
         metavar="R,R",
-        help="tensorboard, wandb or both, beside metrics.jsonl, which is always written",
+        help="tensorboard, wandb or both, in addition to metrics.jsonl, which is always written",
     )
     group.add_argument(
         "--save-frequency",
@@ -145,7 +145,7 @@ def _add_more_logging_args(group: argparse._ArgumentGroup) -> None:
         "--log-every-n-steps", type=positive, default=100, metavar="N", help="steps per log line (default: %(default)s)"
     )
     group.add_argument(
-        "--profile", metavar="DIR", help="record 5 steps: a trace, and a table of the ten dearest operations, in DIR"
+        "--profile", metavar="DIR", help="profile 5 steps: write a trace and a table of the ten slowest operations"
     )
     group.add_argument("--save-most-recent", action=Switch, help="also save epoch_latest.pt after every epoch")
     group.add_argument(
@@ -185,21 +185,21 @@ def _add_safety_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--remote-sync",
         metavar="URL",
-        help="copy checkpoints and logs to URL/NAME (such as s3://..) while training; --resume latest looks there, too",
+        help="copy checkpoints and logs to URL/NAME (such as s3://...) during training; --resume latest also reads it",
     )
     group.add_argument(
         "--remote-sync-frequency",
         type=positive,
         default=300,
         metavar="S",
-        help="seconds from copy to copy of the logs; checkpoints are copied at once (default: %(default)s)",
+        help="seconds between copies of the logs; checkpoints are copied immediately (default: %(default)s)",
     )
     group.add_argument(
         "--max-bad-samples",
         type=float,
         default=0.1,
         metavar="SHARE",
-        help="largest tolerated fraction of bad samples; training stops above it (default: %(default)s)",
+        help="maximum tolerated fraction of bad samples; training stops above it (default: %(default)s)",
     )
     group.add_argument(
         "--max-skipped-steps",
@@ -219,7 +219,7 @@ def _add_safety_args(group: argparse._ArgumentGroup) -> None:
 
 
 def validate_train_args(args: argparse.Namespace) -> None:
-    """Checks training's flags.
+    """Checks the training flags.
 
     Raises:
         ValueError: the message names the flag, what was found and what to do.
@@ -250,6 +250,6 @@ def validate_train_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--timeout-minutes {args.timeout_minutes:g}: expected a positive number")
     if args.precision in ("bf16", "pure_bf16", "fp16", "pure_fp16") and not args.extract_image_features:
         raise ValueError(
-            f"--precision {args.precision}: weights of 16 bits lose small updates; take amp or amp_bf16, which keep "
-            "weights in 32 bits"
+            f"--precision {args.precision}: 16-bit weights lose small updates; use amp or amp_bf16, which keep weights "
+            "in 32 bits"
         )

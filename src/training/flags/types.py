@@ -1,4 +1,4 @@
-"""How the words after a flag are read. Each function takes the text; its error names what was expected."""
+"""Types of flag values. Each function parses a text; its error says what was expected."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ __all__ = ["Switch", "json_object", "names", "not_negative", "positive", "positi
 
 
 class Switch(argparse.Action):
-    """A flag without a value: ``--name`` turns it on, ``--no-name`` off, as when a --config file has turned it on."""
+    """A flag without a value: ``--name`` turns it on; ``--no-name`` turns it off, overriding a --config file."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, default: bool | None = False, help: str | None = None):
         self.negatives = ["--no-" + name[2:] for name in option_strings]
