@@ -25,7 +25,7 @@ demo:  ## Train a small LoTLIP and one on short captions only, compare them (min
 	@scripts/setup_env.sh demo
 	$(PYTHON_IN_ENV) scripts/demo.py $(DEMO)
 
-figures: install-training  ## Draw figures/ anew from the recorded results in it
+figures: install-training  ## Draw the figures from the recorded results in figures/
 	$(PYTHON_IN_ENV) scripts/figures.py
 	$(PYTHON_IN_ENV) scripts/method_figure.py
 	$(PYTHON_IN_ENV) scripts/studies/report.py figures/{flickr8k,flickr8k_3epochs,scenes,corner_probes}.json --out figures

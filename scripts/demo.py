@@ -1,17 +1,17 @@
-"""Shows in a few minutes what long captions are good for: trains LoTLIP, then the same with short captions only.
+"""Shows in a few minutes what long captions are good for: trains LoTLIP, and the same model with short captions only.
 
     python scripts/demo.py [logs/demo]
 
-Draws scenes of coloured shapes, trains twice on the same pictures, looks for 1,000 unseen scenes by their long
-captions, names the large object of each by short ones, and leaves:
+Draws scenes of coloured shapes and trains two models on the same images. Evaluates both on 1,000 unseen scenes:
+retrieval by long captions, and classification of the large object by short prompts. Writes:
 
     OUT/summary.json    {"lotlip": {"long_i2t_top1", "long_t2i_top1", "short_top1"}, "short_only": {..}, "seconds": ..}
     OUT/curves.png      loss and R@1 during both trainings
-    OUT/lotlip/report.html, OUT/short_only/report.html    every query, and what each model found
+    OUT/lotlip/report.html, OUT/short_only/report.html    every query, and the images that each model found
     OUT/lotlip/long_text_card.png, ..    how each model reads long text
-    OUT/data, OUT/lotlip, OUT/short_only    the set, and both runs with their logs and checkpoints
+    OUT/data, OUT/lotlip, OUT/short_only    the data set, and both runs with their logs and checkpoints
 
-``seconds`` is the time of both trainings together, with their evaluations.
+``seconds`` is the time of both trainings together, including their evaluations.
 """
 
 import json
@@ -34,13 +34,13 @@ from dataloaders.urban1k import read_urban1k
 
 MODEL = "lotlip_tiny"
 RUNS = {"lotlip": "short and long captions", "short_only": "short captions only"}
-# Chosen on development scenes (seed 1), see docs/findings.md: single sentences and the weight serve the short prompts.
+# Chosen on development scenes (seed 1), see docs/findings.md: single sentences and the weight help short prompts.
 BOTH = ["--text-views", "raw, long, sentences(1, of=long, corners=no)", "--loss-normalisation", "per-term"]
 FLAGS = {"lotlip": [*BOTH, "--short-loss-weight", "2.5"], "short_only": ["--captions", "raw"]}
-# An epoch is about a third of the set, other scenes each time, so that the curves have points.
+# An epoch is about a third of the set, with other scenes each time, so that the curves have enough points.
 SCHEDULE = ["--train-num-samples", "3840", "--batch-size", "48", "--epochs", "18"]
 OPTIMIZER = ["--lr", "2e-3", "--warmup", "80", "--wd", "0.05"]
-# Places are in the captions: pictures stay whole.
+# Captions name positions in the image, so images are not cropped.
 WHOLE = ["--aug-cfg", "scale=1.0,1.0"]
 OFTEN = ["--log-every-n-steps", "20", "--zeroshot-frequency", "3", "--save-frequency", "0"]
 BENCHMARK = "urban1k-retrieval"
@@ -49,7 +49,7 @@ NUM_EXAMPLES = 3
 
 
 def main() -> int:
-    """Runs the demo; returns the exit code of whatever failed first, else 0."""
+    """Runs the demo; returns the exit code of the first command that failed, else 0."""
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "logs/demo")
     data = out / "data"
     if code := call("dataloaders.scenes", data, "--train", 12000, "--test", 1000):
@@ -58,7 +58,7 @@ def main() -> int:
     if code := train_both(out, data):
         return code
     seconds = time.monotonic() - start
-    print("\n== Looking closer at both ==", flush=True)
+    print("\n== Evaluating both models in detail ==", flush=True)
     for name in RUNS:
         flags = ["--retrieval-lengths", LENGTHS, "--diagnostics", "--report"]
         flags += ["--workers", 1, "--logs", out, "--name", name]
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def train_both(out: Path, data: Path) -> int:
-    """Trains both models at once, each on half of the cores: small models gain little from more threads.
+    """Trains both models in parallel, each on half of the cores: small models gain little from more threads.
 
     Returns:
         The exit code of the first training that failed, else 0.
@@ -82,12 +82,12 @@ def train_both(out: Path, data: Path) -> int:
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(RUNS)))}
     commands = {}
     for name in RUNS:
-        shutil.rmtree(out / name, ignore_errors=True)  # of an earlier demo
+        shutil.rmtree(out / name, ignore_errors=True)  # the run of an earlier demo
         flags = [*SCHEDULE, *OPTIMIZER, *WHOLE, *OFTEN, *FLAGS[name], "--workers", 1, "--logs", out, "--name", name]
         places = ["--train-data", data / "train", f"--{BENCHMARK}", data / "urban1k"]
         commands[name] = ["-m", "training.main", *map(str, ["--model", MODEL, *places, *flags])]
     log = out / "short_only.log"
-    print(f"\n== Training on short captions only, beside the other: {log} ==", flush=True)
+    print(f"\n== Training on short captions only, in parallel; log: {log} ==", flush=True)
     print(shlex.join(["python", *commands["short_only"]]), flush=True)
     print("\n== Training on short and long captions ==", flush=True)
     print(shlex.join(["python", *commands["lotlip"]]), flush=True)
@@ -102,25 +102,25 @@ def train_both(out: Path, data: Path) -> int:
 
 
 def call(module: str, *words: object) -> int:
-    """Runs a command as a user would, and shows it."""
+    """Prints and runs a command; returns its exit code."""
     command = ["-m", module, *map(str, words)]
     print(shlex.join(["python", *command]), flush=True)
     return subprocess.run([sys.executable, *command]).returncode
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """All lines that a training logged."""
+    """Returns all lines of a training's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoint_of(run: Path) -> Path:
-    """The one checkpoint that a training left: its last epoch's."""
+    """Returns the only checkpoint of a training, which is that of its last epoch."""
     (checkpoint,) = (run / "checkpoints").glob("epoch_*.pt")
     return checkpoint
 
 
 def measure(run: Path, data: Path) -> dict[str, float]:
-    """Long retrieval of the last evaluation, and classification by the last checkpoint."""
+    """Returns long retrieval of the last evaluation, and classification accuracy of the last checkpoint."""
     last = next(line for line in reversed(read_metrics(run)) if f"{BENCHMARK}-i2t-top1" in line)
     return {
         "long_i2t_top1": last[f"{BENCHMARK}-i2t-top1"],
@@ -130,25 +130,25 @@ def measure(run: Path, data: Path) -> dict[str, float]:
 
 
 def show_examples(out: Path, data: Path) -> None:
-    """Prints three long captions with the image that each model finds for them, and where to look next."""
+    """Prints three long captions with the image that each model finds for them, and what to look at next."""
     pairs = read_urban1k(data / "urban1k")
     found = {
         name: find(checkpoint_of(out / name), pairs.image_paths, list(pairs.captions[:NUM_EXAMPLES])) for name in RUNS
     }
-    print(f"\n{NUM_EXAMPLES} of the 1,000 long captions, and the image that comes first:")
+    print(f"\n{NUM_EXAMPLES} of the 1,000 long captions, and the image that each model ranks first:")
     for number, (caption, own) in enumerate(zip(pairs.captions, pairs.image_of_caption[:NUM_EXAMPLES])):
         print(f"\n  {caption}\n    its image: {pairs.image_paths[own]}")
         for name, ranking in found.items():
             place = ranking[number].index(own) + 1
-            right = "right" if place == 1 else f"{pairs.image_paths[ranking[number][0]]}; its image is number {place:,}"
+            right = "right" if place == 1 else f"{pairs.image_paths[ranking[number][0]]}; its image has rank {place:,}"
             print(f"    trained on {RUNS[name]}: {right}")
     print("\nReports with every query, to open in a browser: " + "   ".join(f"{out / n / 'report.html'}" for n in RUNS))
-    print("Your own images next: see README.md, or python -m training.main --help")
+    print("To use your own images, see README.md, or python -m training.main --help")
 
 
 @torch.inference_mode()
 def find(checkpoint: Path, images: Sequence[Path], captions: Sequence[str]) -> list[list[int]]:
-    """All images for each caption, the most similar first."""
+    """Returns the indices of all images for each caption, the most similar first."""
     model, _, preprocess = training.create_model_and_transforms(MODEL, pretrained=str(checkpoint))
     pixels = torch.stack([preprocess(Image.open(path)) for path in images])
     features = torch.cat([model.eval().encode_image(part, normalize=True) for part in pixels.split(200)])
@@ -158,7 +158,7 @@ def find(checkpoint: Path, images: Sequence[Path], captions: Sequence[str]) -> l
 
 @torch.inference_mode()
 def classify(checkpoint: Path, data: Path) -> float:
-    """Accuracy of naming each scene's large object by the nearest of 48 short prompts."""
+    """Returns the accuracy of classifying each scene's large object by the nearest of 48 short prompts."""
     model, _, preprocess = training.create_model_and_transforms(MODEL, pretrained=str(checkpoint))
     tokenizer = training.get_tokenizer(MODEL)
     model.eval()
@@ -182,7 +182,7 @@ def show(out: Path, summary: dict[str, dict[str, float]], seconds: float) -> Non
 
 
 def draw_curves(out: Path) -> None:
-    """Left the loss, right R@1 of long captions, both over steps."""
+    """Draws the loss (left) and R@1 of long captions (right) over steps."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

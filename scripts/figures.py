@@ -1,16 +1,18 @@
-"""Draws figures/*.png from the recorded results in figures/*.json; `make figures` does it.
+"""Draws figures/*.png from the recorded results in figures/*.json; `make figures` runs it.
 
     python scripts/figures.py                                       draw
     python scripts/figures.py --record logs/NAME --as "our B/16"    record an evaluation first
     python scripts/figures.py --record-demo logs/demo               record a demo first
 
-    ours.json    evaluations of ours on the same benchmarks
-    demo.json    the demo's comparison      lengths.json    R@1 by tokens, of evaluations and of the demo
-    recipes.json losses of scripts/run_recipes.py    statistics.json    counts of `python -m dataloaders.prepare stats`
+    ours.json        our evaluations on the published benchmarks
+    demo.json        the demo's comparison
+    lengths.json     R@1 by number of tokens, for evaluations and the demo
+    recipes.json     losses of scripts/run_recipes.py
+    statistics.json  counts of `python -m dataloaders.prepare stats`
 
-Printed numbers come from src/training/eval/published.json; `--table` prints them as the README's table.
+Published numbers are in src/training/eval/published.json; `--table` prints them as the README's table.
 
-What has not been recorded is not drawn. An evaluation is recorded on whole benchmarks only.
+Figures without recorded results are not drawn. Evaluations are recorded only on complete benchmarks.
 """
 
 import argparse
@@ -23,8 +25,8 @@ from dataloaders.stats import draw_stats, from_json
 FIGURES = Path(__file__).parents[1] / "figures"
 PUBLISHED = FIGURES.parent / "src" / "training" / "eval" / "published.json"
 DEMO_RUNS = {"lotlip": "short and long captions", "short_only": "short captions only"}
-DEMO_LAYOUT = "Urban1k"  # the demo's scenes lie on disk as that benchmark does, and are none of it
-# title -> key of results, protocol and size of printed numbers
+DEMO_LAYOUT = "Urban1k"  # the demo's scenes have the layout of this benchmark, but are not its images
+# title -> key of results; protocol and number of pairs of published numbers
 KEYS = {
     "DCI": ("dci-retrieval", "dci/short+extra", None),
     "IIW": ("iiw-retrieval", "iiw/612", None),
@@ -37,7 +39,7 @@ SIZE = "B/16"
 
 
 def read(name: str) -> dict | list | None:
-    """Returns figures/NAME.json, None if there is none."""
+    """Returns the content of figures/NAME.json; None if there is no such file."""
     path = FIGURES / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -56,7 +58,7 @@ def last_result(run: Path) -> dict:
 
 
 def record(run: Path, label: str) -> None:
-    """Takes an evaluation's R@1 on whole benchmarks into ours.json, and its length curves into lengths.json."""
+    """Adds an evaluation's R@1 on complete benchmarks to ours.json, and its length curves to lengths.json."""
     result, ours = last_result(run), read("ours") or {"models": {}}
     recall = {}
     for title, (key, *_) in KEYS.items():
@@ -69,11 +71,11 @@ def record(run: Path, label: str) -> None:
     if "lengths" in result:
         _record_lengths(label, result["lengths"], facts)
     if not recall and "lengths" not in result:
-        raise ValueError(f"{run}: neither a whole benchmark of {', '.join(KEYS)} nor --retrieval-lengths in its result")
+        raise ValueError(f"{run}: its result has neither a complete {', '.join(KEYS)} nor --retrieval-lengths")
 
 
 def record_demo(folder: Path) -> None:
-    """Takes a demo's summary and length curves in."""
+    """Writes a demo's summary to demo.json, and adds its length curves to lengths.json."""
     path = folder / "summary.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run make demo first")
@@ -97,7 +99,10 @@ def _record_lengths(label: str, found: dict, facts: dict) -> None:
 
 
 def published() -> dict[str, tuple[dict, dict[str, list[float]]]]:
-    """Returns the printed numbers: model -> what it is, and per benchmark its R@1 [I2T, T2I]. Of several, the first."""
+    """Returns the published numbers: model -> (its description, benchmark -> R@1 [I2T, T2I]).
+
+    If several papers print a number, the first in the file is used.
+    """
     content = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     found = {name: (about, {}) for name, about in content["models"].items()}
     for title, (_, protocol, pairs) in KEYS.items():
@@ -108,7 +113,7 @@ def published() -> dict[str, tuple[dict, dict[str, list[float]]]]:
 
 
 def published_table() -> str:
-    """Returns the README's table of printed numbers of base-size models, I2T / T2I, oldest first."""
+    """Returns the README's table of published numbers of base-size models, I2T / T2I, oldest first."""
     base = ((name, own) for name, own in published().items() if own[0]["size"].startswith("B/"))
     models = sorted(base, key=lambda item: item[1][0]["year"])
     lines = [["model", "year", "data", *KEYS], ["---"] * (3 + len(KEYS))]
@@ -120,7 +125,7 @@ def published_table() -> str:
 
 
 def draw_published() -> object:
-    """Printed numbers of models of one size, the best on top; our evaluations among them."""
+    """Draws the published numbers of models of one size together with our evaluations, the best on top."""
     from matplotlib import pyplot
 
     ours = read("ours") or {"models": {}}
@@ -150,7 +155,7 @@ def draw_published() -> object:
 
 
 def draw_demo() -> object:
-    """The demo's comparison as bars."""
+    """Draws the demo's comparison as bars."""
     from matplotlib import pyplot
 
     demo = read("demo")
@@ -170,7 +175,7 @@ def draw_demo() -> object:
 
 
 def draw_lengths() -> object:
-    """R@1 by tokens of all recorded runs; None if there is none."""
+    """Draws R@1 by number of tokens for all recorded runs; returns None if there are none."""
     from matplotlib import pyplot
 
     lengths = read("lengths")
@@ -191,7 +196,7 @@ def draw_lengths() -> object:
 
 
 def draw_recipes() -> object:
-    """Losses of the recipes on scenes, a panel each; None if there are none."""
+    """Draws the losses of the recipes on scenes, one panel each; returns None if none are recorded."""
     from matplotlib import pyplot
 
     content = read("recipes")
@@ -217,19 +222,19 @@ def draw_recipes() -> object:
 
 
 def draw_statistics() -> object:
-    """How long the captions of benchmarks are; None if no counts are recorded."""
+    """Draws the caption lengths of benchmarks; returns None if no counts are recorded."""
     recorded = read("statistics")
     return draw_stats(from_json(recorded)) if recorded else None
 
 
 def main() -> int:
-    """Records what is asked for, draws everything recorded; returns 0, or 2 for a usage error."""
+    """Records the given results and draws all figures; returns 0, or exits with 2 on a usage error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, metavar="RUN", help="folder of an evaluation to record")
-    parser.add_argument("--as", dest="label", metavar="LABEL", help="its name in figures (default: the folder's)")
+    parser.add_argument("--as", dest="label", metavar="LABEL", help="its name in figures (default: the folder's name)")
     parser.add_argument("--record-demo", type=Path, metavar="DIR", help="folder of a demo to record")
     parser.add_argument("--record-stats", type=Path, metavar="JSON", help="counts of `prepare stats` to record")
-    parser.add_argument("--table", action="store_true", help="print the README's table of printed numbers and stop")
+    parser.add_argument("--table", action="store_true", help="print the README's table of published numbers and stop")
     args = parser.parse_args()
     if args.table:
         print(published_table())

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes OpenAI's CLIP ViT-B/16 for long captions: context stretched from 77 to 248 tokens, both towers trained.
 # Set the three variables, then: bash scripts/finetune_openai_clip.sh
-# Flags: scripts/recipes/finetune-openai-clip.yaml; further ones are appended.
+# Flags are in scripts/recipes/finetune-openai-clip.yaml; flags given to this script are appended.
 set -euo pipefail
 DATA="${DATA:-data/long_captions}" # shards, or a .csv, .tsv or .parquet with images and captions
 CACHE="${CACHE:-cache}"            # CLIP's weights are fetched here
@@ -9,7 +9,7 @@ LOGS="${LOGS:-logs}"               # results: LOGS/clip-long
 
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1  # decoding runs in the workers
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarts would meet what is left of the last try (pytorch issue 135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # otherwise restarts find old addresses (pytorch issue 135712)
 exec torchrun --standalone --nproc_per_node "${GPUS:-gpu}" --max-restarts 3 -m -- training.main \
     --config "$PWD/scripts/recipes/finetune-openai-clip.yaml" --train-data "$DATA" --cache-dir "$CACHE" --logs "$LOGS" "$@"
 # Then: python -m training.main --model ViT-B-16-quickgelu --context-length 248 \

@@ -1,4 +1,4 @@
-"""Draws figures/method.svg: the two towers, the corner tokens, who attends to whom, and the two terms of the loss.
+"""Draws figures/method.svg: the two towers, the corner tokens, the attention rule, and the two terms of the loss.
 
 python scripts/method_figure.py [OUT.svg]
 """
@@ -36,7 +36,7 @@ def arrow(axes, start: tuple[float, float], end: tuple[float, float], color: str
 
 
 def draw_towers(axes) -> None:
-    """Draws image and captions at the bottom, towers above them, features and the loss on top."""
+    """Draws image and captions at the bottom, the towers above them, and features and loss at the top."""
     axes.set_xlim(0, 10.4)
     axes.set_ylim(0, 6.6)
     axes.axis("off")
@@ -73,7 +73,7 @@ def may_attend(query: int, key: int) -> bool:
 
 
 def draw_attention(axes) -> None:
-    """Draws the attention rule as a grid: row attends to column where it is filled."""
+    """Draws the attention rule as a grid: a row attends to a column if their cell is filled."""
     count = len(TOKENS)
     for query in range(count):
         for key in range(count):
@@ -93,7 +93,7 @@ def draw_attention(axes) -> None:
 
 
 def main() -> int:
-    """Writes the figure; the same bytes each time."""
+    """Writes the figure, with the same bytes each time; returns 0."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else OUT
     pyplot.rcParams["svg.hashsalt"] = "lotlip"
     chart, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 4.8), width_ratios=(2.3, 1))

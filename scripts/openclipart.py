@@ -1,9 +1,9 @@
-"""A training on real pictures that needs no hub: Debian's Open Clip Art library with its titles and keywords.
+"""Trains on real images without a hub: Debian's Open Clip Art library, with titles and keywords as captions.
 
     python scripts/openclipart.py OUT [flags of training.main]
 
-Needs Debian or Ubuntu (apt-get, dpkg-deb). Downloads 160 MB, writes OUT/train.csv and 500 held-out pictures in
-Urban1k's layout to OUT/test, and trains lotlip_tiny for a few hundred steps; R@1 of chance is 0.2%.
+Needs Debian or Ubuntu (apt-get, dpkg-deb). Downloads 160 MB, writes OUT/train.csv and 500 held-out images in
+Urban1k's layout to OUT/test, and trains lotlip_tiny for a few hundred steps; R@1 at chance is 0.2%.
 """
 
 import csv
@@ -30,7 +30,7 @@ FLAGS = "--batch-size 128 --epochs 12 --lr 1e-3 --warmup 50 --num-long-captions 
 
 
 def main() -> int:
-    """Downloads what is not there yet, writes the set, trains; returns training's exit code."""
+    """Downloads and writes the data set unless it exists, and trains; returns the exit code of training."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(__doc__, file=sys.stderr)
         return 2
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def fetch(folder: Path) -> Path:
-    """Downloads and unpacks the packages; returns the folder of png/ and svg/."""
+    """Downloads and unpacks the packages; returns the folder that holds png/ and svg/."""
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, check=True)
     for package in folder.glob("*.deb"):
@@ -52,7 +52,7 @@ def fetch(folder: Path) -> Path:
 
 
 def write_set(out: Path, clipart: Path) -> None:
-    """Writes pictures on white and their captions; only captions that occur once are held out."""
+    """Writes images on a white background and their captions; only images with a unique caption are held out."""
     samples = [s for path in sorted((clipart / "svg").rglob("*.svg")) if (s := describe(path, clipart))]
     by_caption: dict[str, list] = {}
     for sample in samples:
@@ -64,11 +64,11 @@ def write_set(out: Path, clipart: Path) -> None:
         shutil.rmtree(out / folder, ignore_errors=True)
         (out / folder).mkdir(parents=True)
     rows, num_broken = [], 0
-    for number, (picture, short, long) in enumerate(tqdm(samples, desc="pictures", unit="image")):
-        small = on_white(picture)
+    for number, (path, short, long) in enumerate(tqdm(samples, desc="images", unit="image")):
+        small = on_white(path)
         if small is None:
             num_broken += 1
-        elif picture in test:
+        elif path in test:
             small.save(out / "test" / "image" / f"{number}.jpg", quality=92)
             (out / "test" / "caption" / f"{number}.txt").write_text(long + "\n", encoding="utf-8")
         else:
@@ -76,17 +76,17 @@ def write_set(out: Path, clipart: Path) -> None:
             rows.append([f"images/{number}.jpg", short, long])
     with open(out / "train.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["filepath", "raw_caption", "long_caption"], *rows])
-    print(f"{len(rows):,} pictures to train on, {len(test):,} held out, {num_broken:,} unreadable; in {out}")
+    print(f"{out}: {len(rows):,} images for training, {len(test):,} held out, {num_broken:,} unreadable")
 
 
 def describe(svg: Path, clipart: Path) -> tuple[Path, str, str] | None:
-    """Returns (picture, short caption, long caption) from an SVG's metadata and its place; None without a picture."""
+    """Returns (path of the PNG, short caption, long caption) from an SVG's metadata and path; None without a PNG."""
     place = svg.relative_to(clipart / "svg")
-    picture = clipart / "png" / place.with_suffix(".png")
+    path = clipart / "png" / place.with_suffix(".png")
     content = svg.read_bytes()
     content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     work = re.search(rb"<(?:\w+:)?Work\b.*?</(?:\w+:)?Work>", content, re.DOTALL)
-    if not work or not picture.is_file():
+    if not work or not path.is_file():
         return None
     text = work[0].decode("utf-8", "replace")
     title, description = (clean(re.search(rf"<dc:{n}[^>]*>([^<]*)</dc:{n}>", text)) for n in ("title", "description"))
@@ -99,20 +99,20 @@ def describe(svg: Path, clipart: Path) -> tuple[Path, str, str] | None:
         f"It is about {', '.join(dict.fromkeys(keywords))}." if keywords else "",
         f"It belongs to {', '.join(part.replace('_', ' ') for part in place.parts[:-1])}." if place.parts[:-1] else "",
     ]
-    return picture, title or named, " ".join(s for s in sentences if s)
+    return path, title or named, " ".join(s for s in sentences if s)
 
 
 def clean(match: re.Match | None) -> str:
-    """Text of an XML element on one line; placeholders that a converter left there are none."""
+    """Returns the text of an XML element on one line; empty for placeholders that a converter left there."""
     text = " ".join(html.unescape(match[1]).split()) if match else ""
     return "" if text.lower().startswith("hash") else text.rstrip(".")
 
 
-def on_white(picture: Path) -> Image.Image | None:
-    """The picture on a white square of 128 pixels, since most are drawn on nothing; None if it is unreadable."""
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # some are of 168 megapixels, mostly white
+def on_white(path: Path) -> Image.Image | None:
+    """Puts an image on a white square of 128 pixels, because most are transparent; None if it is unreadable."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # some have 168 megapixels, mostly white
     try:
-        with Image.open(picture) as opened:
+        with Image.open(path) as opened:
             drawing = opened.convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError):
         return None

@@ -2,9 +2,9 @@
 
     python scripts/run_recipes.py [logs/recipes]        half an hour on one core; then make figures
 
-The models are small: towers of 3 and 2 layers, images of 64 x 64 pixels. Recipes that start from published weights
-start from those of clip.yaml, which is run first: both towers where CLIP is fine-tuned, the image tower where it is
-locked. What else differs from the recipe stands in the record.
+The models are small: towers of 3 and 2 layers, images of 64 x 64 pixels. Instead of published weights, recipes start
+from the weights of clip.yaml, which runs first: from both towers if CLIP is fine-tuned, from the image tower if it is
+locked. figures/recipes.json lists all other differences from the recipe.
 """
 
 import json
@@ -19,7 +19,7 @@ import training
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "figures" / "recipes.json"
-FIRST = "clip"  # the others start from its weights
+FIRST = "clip"  # other recipes start from its weights
 SCRATCH = ("dreamlip", "flair")
 FINE_TUNED = ("finetune-openai-clip", "long-clip", "debias-clip", "himo-clip")
 LOCKED = ("lit", "lotlip-cc3m")  # lotlip-30m and lotlip-100m have the same flags
@@ -28,7 +28,7 @@ LONG_KEYS = ["--long-caption-keys", "longIB_captions,longSV_captions,longLLA_cap
 
 
 def main() -> int:
-    """Runs all recipes; returns the exit code of the first that fails, else 0."""
+    """Runs all recipes; returns the exit code of the first one that failed, else 0."""
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "logs/recipes")
     if not (out / "data" / "train").is_dir():
         call("dataloaders.scenes", out / "data", "--train", 4800, "--test", 1)
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def call(module: str, *words: object) -> int:
-    """Runs a command as a user would, and shows it."""
+    """Prints and runs a command; returns its exit code."""
     command = ["python", "-m", module, *map(str, words)]
     print(" ".join(command), flush=True)
     return subprocess.run([sys.executable, *command[1:]]).returncode
@@ -68,7 +68,7 @@ def write_clip_config(path: Path) -> Path:
 
 
 def write_locked_start(checkpoint: Path, path: Path, name: str) -> Path:
-    """Writes weights of lotlip_tiny: the image tower of a checkpoint, a text tower that is not trained."""
+    """Writes weights of lotlip_tiny with the image tower of a checkpoint and an untrained text tower."""
     corners = {"num_corner_tokens": 0} if name == "lit" else {}
     model = training.create_model("lotlip_tiny", pretrained_text=False, **corners)
     trained = torch.load(checkpoint, weights_only=True)["state_dict"]
@@ -78,7 +78,7 @@ def write_locked_start(checkpoint: Path, path: Path, name: str) -> Path:
 
 
 def losses(run: Path) -> dict[str, object]:
-    """Returns the steps and losses of a run's metrics: the whole and each term, rounded."""
+    """Returns the steps of a run, and the total loss and each term at these steps, rounded."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "train/loss" in row]
     names = [name for name in rows[0] if name.startswith("train/") and name.endswith("loss")]

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Sets up the Python environment that `make` uses; quick when there is nothing to do.
+# Sets up the Python environment that `make` uses; fast if there is nothing to do.
 #
 #   scripts/setup_env.sh path              prints the environment's folder
-#   scripts/setup_env.sh training          installs what evaluation and training need
-#   scripts/setup_env.sh demo              and what the demo needs
-#   scripts/setup_env.sh test              and what the tests need
-#   scripts/setup_env.sh minimum           installs what the tests need, each requirement at its oldest stated version
+#   scripts/setup_env.sh training          installs the packages for evaluation and training
+#   scripts/setup_env.sh demo              the same, and the packages for the demo
+#   scripts/setup_env.sh test              the same, and the packages for the tests
+#   scripts/setup_env.sh minimum           the packages for the tests, each at its oldest stated version
 #
 # The environment is the active virtualenv or conda environment (conda's base excepted), else .venv in the checkout,
-# made with the first of $PYTHON, python3, python3.13 .. python3.10 that is new enough. The oldest versions go into an
-# environment of their own: $MINIMUM_ENV, or .venv-minimum in the checkout.
+# made with the first of $PYTHON, python3, python3.13 .. python3.10 that is new enough. The oldest versions are installed
+# into a separate environment: $MINIMUM_ENV, or .venv-minimum in the checkout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -98,13 +98,13 @@ install_chromium() { # the report is tested in a browser; without one its tests 
     echo "setup: apt-get install chromium, system-wide, as root: the report is tested in a browser. To go without:" \
         "SKIP_CHROMIUM=1 make test" >&2
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
-        || echo "setup: no chromium to be had; the tests of the report in a browser will be skipped" >&2
+        || echo "setup: chromium can't be installed; the tests of the report in a browser will be skipped" >&2
 }
 
-install_img2dataset() { # wants an older webdataset than ours: an environment of its own
+install_img2dataset() { # in a separate environment, because it needs an older webdataset than ours
     echo "setup: installing img2dataset into $env/img2dataset for the tests of prepare download" >&2
     { "$python" -m venv "$env/img2dataset" && "$env/img2dataset/bin/python" -m pip install --quiet img2dataset; } \
-        >/dev/null 2>&1 || echo "setup: no img2dataset to be had; the tests of prepare download will be skipped" >&2
+        >/dev/null 2>&1 || echo "setup: img2dataset can't be installed; tests of prepare download will be skipped" >&2
 }
 
 if [[ "$level" == test || "$level" == minimum ]]; then

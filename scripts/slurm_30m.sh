@@ -9,13 +9,13 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
-# Pre-training on 30M images, CC3M + CC12M + YFCC15M (P): 16 GPUs, 8,192 pairs a step (O).
-# Flags: scripts/recipes/lotlip-30m.yaml.
+# Pre-training on 30M images, CC3M + CC12M + YFCC15M (P): 16 GPUs, 8,192 pairs per step (O).
+# Flags are in scripts/recipes/lotlip-30m.yaml; flags given to this script are appended.
 # Set the three variables, then from the checkout: sbatch scripts/slurm_30m.sh
 set -euo pipefail
 DATA="${DATA:-/path/to/shards}"    # holds cc3m/, cc12m/ and yfcc15m/, each with its *.tar
-CACHE="${CACHE:-/path/to/cache}"   # bert-base-uncased/ and vit_base_patch16_224.augreg_in21k/; filled from the hub before
-LOGS="${LOGS:-logs}"               # seen by all nodes; results: LOGS/lotlip-30m
+CACHE="${CACHE:-/path/to/cache}"   # bert-base-uncased/ and vit_base_patch16_224.augreg_in21k/; download them before
+LOGS="${LOGS:-logs}"               # visible to all nodes; results: LOGS/lotlip-30m
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 source scripts/slurm_launch.sh

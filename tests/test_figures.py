@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def tree(tmp_path):
-    """A checkout's scripts and recorded results, without the pictures."""
+    """A checkout's scripts and recorded results, without the images."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "figures.py", tmp_path / "scripts")
     printed = Path("src") / "training" / "eval" / "published.json"
@@ -63,7 +63,7 @@ def test_whole_benchmarks_and_lengths_are_recorded_partial_ones_are_not(tree):
     run.mkdir(parents=True)
     (run / "results.jsonl").write_text(json.dumps(result(7000)) + "\n")
     code, _, err = draw(tree, "--record", "logs/r")
-    assert code == 2 and "neither a whole benchmark" in err
+    assert code == 2 and "neither a complete DCI" in err
     tokens = {str(n): {"i2t": n / 200, "t2i": n / 200} for n in (10, 20, 77)}
     lengths = {
         "context_length": 77,

@@ -1,15 +1,15 @@
-"""What the corner tokens of a finished run contribute: how far they are from [CLS], what they read, what they retrieve.
+"""Measures what the corner tokens of a finished run contribute: their distance from [CLS], attention and retrieval.
 
     python scripts/studies/corners.py OUT/ARM-sSEED EVALUATION [..] [--captions 200]
 
-EVALUATION is one of the study's, whose captions are encoded again. The numbers go to OUT/ARM-sSEED/corners.json, from
-where `run.py` takes them into study.json:
+EVALUATION is one of the study's evaluations; its captions are encoded again. The numbers are written to
+OUT/ARM-sSEED/corners.json, and `run.py` copies them to study.json:
 
-    cosine           means over captions: of the corners with [CLS], with each other, of [CLS] with another caption's
-    R@1              I2T and T2I by [CLS] alone (as every table has it), by the mean of [CLS] and the corners,
+    cosine           means over captions: corners with [CLS], corners with each other, [CLS] of two captions
+    r1               I2T and T2I by [CLS] alone (as in all tables), by the mean of [CLS] and the corners,
                      and by each corner alone
-    words            of words that get more than their share of attention in the last layer: how many a corner has that
-                     [CLS] has not, and how many of two corners' words both have
+    words            for words that get more than the mean attention in the last layer: which fraction of a corner's
+                     words [CLS] doesn't have, and which fraction of two corners' words both have
 """
 
 import argparse
@@ -35,7 +35,7 @@ from training.runtime.distributed import distributed
 
 @torch.no_grad()
 def all_features(parts: EncoderParts, texts: Sequence[str], precision: str) -> torch.Tensor:
-    """Normalised features [n, m + 1, dim]: of [CLS], then of every corner."""
+    """Returns normalised features [n, m + 1, dim] of [CLS] and the m corners."""
     tower, order, found = parts.model.text, sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
     for start in range(0, len(order), 64):
         batch = order[start : start + 64]
@@ -47,7 +47,7 @@ def all_features(parts: EncoderParts, texts: Sequence[str], precision: str) -> t
 
 
 def cosines(features: torch.Tensor) -> dict[str, float]:
-    """Means over captions of features [n, m + 1, dim]."""
+    """Returns mean cosines of features [n, m + 1, dim] over captions."""
     similar = torch.einsum("nid,njd->ij", features, features) / len(features)
     corners = similar[1:, 1:]
     pairs = corners[~torch.eye(len(corners), dtype=torch.bool)]
@@ -57,7 +57,7 @@ def cosines(features: torch.Tensor) -> dict[str, float]:
 
 
 def recall(images: torch.Tensor, features: torch.Tensor, owner: torch.Tensor) -> dict[str, list[float]]:
-    """R@1, I2T and T2I, by what is made of the m + 1 features of a caption."""
+    """Returns R@1, I2T and T2I, for each way to use the m + 1 features of a caption."""
     kinds = {"cls": features[:, 0], "mean": normalize(features.mean(dim=1), dim=-1)}
     kinds |= {f"corner {n}": features[:, n] for n in range(1, features.shape[1])}
     return {
@@ -67,7 +67,10 @@ def recall(images: torch.Tensor, features: torch.Tensor, owner: torch.Tensor) ->
 
 
 def words(parts: EncoderParts, texts: Sequence[str]) -> dict[str, float]:
-    """Means over captions; a word counts as read by a token that gives it more than the mean attention of words."""
+    """Compares the words that [CLS] and the corners read; returns means over captions.
+
+    A token reads a word if the word gets more than the token's mean attention per word.
+    """
     by_corner_alone, shared = [], []
     for text in texts:
         ids = cut_padding(parts.tokenizer([text]), parts.model.text.pad_id)
@@ -83,11 +86,13 @@ def words(parts: EncoderParts, texts: Sequence[str]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Returns 0, or 2 for a usage error."""
+    """Runs the command line; returns 0, or exits with 2 on a usage error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("evaluations", nargs="+", help="names of its evaluations")
-    parser.add_argument("--captions", type=int, default=200, metavar="N", help="whose words are counted (%(default)s)")
+    parser.add_argument(
+        "--captions", type=int, default=200, metavar="N", help="captions to count words in (default: %(default)s)"
+    )
     args = parser.parse_args()
     found = {}
     try:
@@ -97,7 +102,7 @@ def main() -> int:
             with distributed("cpu", 30) as env:
                 parts = build_from_flags(flags, env.device)
                 if not getattr(getattr(parts.model, "text", None), "num_corners", 0):
-                    raise ValueError(f"{args.run}: a model without corner tokens")
+                    raise ValueError(f"{args.run}: its model has no corner tokens")
                 work = plan_benchmarks(flags)
                 options = ComputeOptions(flags.batch_size, flags.workers, flags.precision)
                 images, _ = encode_work(parts, work, env, options, cache=flags.feature_cache)

@@ -1,7 +1,7 @@
-"""What is kept of a study: results and curves of every run, and how each arm differs from the baseline.
+"""Records a study: results and curves of every run, and the difference of each arm from the baseline.
 
-A difference is taken query by query, averaged over the seeds of both arms; its 95% interval holds the variation over
-images and over seeds.
+Differences are computed query by query and averaged over the seeds of both arms; the 95% interval includes the
+variation over images and over seeds.
 """
 
 import json
@@ -13,22 +13,22 @@ import numpy as np
 DIRECTIONS = {"i2t": "I2T", "t2i": "T2I"}
 KEPT = ("num-images", "num-pairs", "fingerprint", "truncated-share")
 DIAGNOSTICS = Path("diagnostics", "checkpoints", "results.jsonl")  # in a run's folder
-MAX_POINTS = 40  # of a recorded curve
+MAX_POINTS = 40  # points of a recorded curve
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint of a run's last epoch."""
+    """Returns the checkpoint of a run's last epoch."""
     return max((folder / "checkpoints").glob("epoch_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
 
 
 def collect(folder: Path, study: dict) -> dict:
-    """Returns what is worth keeping of a run: results of its evaluations, and its training's curves."""
+    """Returns the results of a run's evaluations and the curves of its training."""
     evaluations = {name: _evaluation(folder / name) for name in study["evaluate"]}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "train/loss" in line]
     names = [n for n in steps[-1] if n.endswith("loss") or "corner" in n or n == "train/logit_scale"]
     every = max(1, -(-len(steps) // MAX_POINTS))
-    kept = steps[::-1][::every][::-1]  # the last one among them
+    kept = steps[::-1][::every][::-1]  # always includes the last step
     curves = {name.removeprefix("train/"): [round(line[name], 4) for line in kept] for name in names}
     return {"evaluations": evaluations, "curves": {"step": [line["step"] for line in kept], **curves}}
 
@@ -46,12 +46,12 @@ def _evaluation(folder: Path) -> dict:
 
 
 def benchmarks_of(evaluation: dict) -> list[str]:
-    """The keys of an evaluation's benchmarks."""
+    """Returns the keys of an evaluation's benchmarks."""
     return [key for key in evaluation if key != "lengths"]
 
 
 def record(study: dict, out: Path) -> dict:
-    """Gathers all finished runs below OUT, compares the arms, and writes OUT/study.json; returns its content."""
+    """Collects all finished runs below OUT, compares the arms, and writes OUT/study.json; returns its content."""
     runs = [_read_run(path.parent) for path in sorted(out.glob("*-s*/result.json"))]
     order = list(study["arms"])
     runs = sorted((r for r in runs if r["arm"] in order), key=lambda r: (order.index(r["arm"]), r["seed"]))
@@ -64,7 +64,7 @@ def record(study: dict, out: Path) -> dict:
 
 
 def _same_names(runs: list[dict]) -> dict[str, str]:
-    """Gives the same pairs the same name in all runs, whatever their file was called; fingerprint -> name."""
+    """Renames benchmarks so that the same pairs have the same name in all runs; returns fingerprint -> name."""
     names: dict[str, str] = {}
     for run in runs:
         for which, evaluation in run["evaluations"].items():
@@ -85,7 +85,7 @@ def _read_run(folder: Path) -> dict:
 
 
 def _differences(study: dict, runs: list[dict], out: Path, benchmarks: dict[str, str]) -> list[dict]:
-    """Every arm against the baseline, per evaluation, benchmark and direction."""
+    """Compares every arm with the baseline, for each evaluation, benchmark and direction."""
     found, first = [], study["baseline"]
     names = [name for name in study["arms"] if name != first and any(r["arm"] == name for r in runs)]
     if not any(r["arm"] == first for r in runs):
@@ -101,18 +101,19 @@ def _differences(study: dict, runs: list[dict], out: Path, benchmarks: dict[str,
 
 
 def compare_arms(first: np.ndarray, second: np.ndarray, owner: np.ndarray | None = None) -> dict[str, float]:
-    """Compares the R@1 of two arms on the same queries, with images and seeds as random.
+    """Compares the R@1 of two arms on the same queries, treating images and seeds as random.
 
-    The variance over images is that of the mean difference of an image's queries, the variance over seeds that of the
-    arms' own R@1, each divided by their number; the interval is Welch's, with Satterthwaite's degrees of freedom. An
-    arm with one seed adds no variance over seeds, because none is known.
+    The variance over images is the variance of the mean difference of an image's queries, and the variance over seeds
+    is that of each arm's R@1; both are divided by their number. The interval is Welch's, with Satterthwaite's degrees
+    of freedom. An arm with one seed adds no variance over seeds, because it is unknown.
 
     Args:
-        first, second: 1 where the right answer came first, [num_seeds, num_queries]; the numbers of seeds may differ.
-        owner: each query's image, [num_queries]; None if each query is one.
+        first, second: 1 where the right answer has rank 1, else 0, [num_seeds, num_queries]; the numbers of seeds may
+            differ.
+        owner: the image of each query, [num_queries]; None if every query has its own image.
 
     Returns:
-        ``difference`` of second and first, ``low`` and ``high`` of its 95% interval, and ``p`` of there being none.
+        ``difference``: second minus first; ``low`` and ``high``: its 95% interval; ``p``: the p-value of no difference.
     """
     from scipy.stats import t
 
@@ -134,7 +135,7 @@ def compare_arms(first: np.ndarray, second: np.ndarray, owner: np.ndarray | None
 
 
 def _read_hits(out: Path, arm: str, runs: list[dict], evaluation: str) -> dict[tuple[str, str], tuple]:
-    """(pairs, direction) -> whether the right answer came first, [num_seeds, num_queries], and the queries' images."""
+    """Returns (pairs, direction) -> (whether the right answer has rank 1 [num_seeds, num_queries], queries' images)."""
     from training.eval.report.ranks import read_ranks
 
     ranks = [read_ranks(out / f"{arm}-s{r['seed']}" / evaluation).values() for r in runs if r["arm"] == arm]
@@ -150,7 +151,7 @@ def _read_hits(out: Path, arm: str, runs: list[dict], evaluation: str) -> dict[t
 
 
 def rows(recorded: dict) -> list[dict]:
-    """The table: a row per arm, evaluation, benchmark and direction; fractions."""
+    """Returns the table: one row for each arm, evaluation, benchmark and direction, with R@1 as fractions."""
     found = []
     for name, arm in recorded["arms"].items():
         own = [run for run in recorded["runs"] if run["arm"] == name]

@@ -1,8 +1,8 @@
-"""Tables and figures of a study, from its recorded results: what `run.py` calls at its end.
+"""Makes tables and figures of a study from its recorded results; `run.py` calls it at the end.
 
     python scripts/studies/report.py OUT/study.json --out DIR     draw the figures of a recorded study, print its tables
 
-A mean over an arm's seeds stands with its standard deviation over seeds.
+Means over an arm's seeds are shown with the standard deviation over seeds.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from record import DIRECTIONS, benchmarks_of, rows
 
-# Changes of captions -> headings.
+# Change of captions -> heading in the table.
 CHANGES = {
     "first sentence dropped": "first dropped",
     "sentences shuffled": "shuffled",
@@ -23,7 +23,7 @@ CHANGES = {
 
 
 def one_line(result: dict) -> str:
-    """R@1 of all evaluations of a run."""
+    """Returns R@1 of all evaluations of a run in one line."""
     parts = []
     for name, evaluation in result["evaluations"].items():
         for key in benchmarks_of(evaluation):
@@ -33,7 +33,7 @@ def one_line(result: dict) -> str:
 
 
 def markdown(recorded: dict) -> str:
-    """R@1 in percent, a table per evaluation and a row per arm: mean over seeds, and difference from the baseline."""
+    """Returns a table per evaluation with a row per arm: mean R@1 in percent, and difference from the baseline."""
     from tabulate import tabulate
 
     tables: dict[str, dict[str, dict]] = {}
@@ -53,7 +53,7 @@ def markdown(recorded: dict) -> str:
 
 
 def _diagnostics(recorded: dict) -> dict[str, dict]:
-    """A row per arm that has diagnostics, means over seeds: HiMo, and changes of R@1 in points, I2T / T2I."""
+    """Returns a row for each arm with diagnostics: HiMo, and changes of R@1 in points (I2T / T2I), means over seeds."""
     table = {}
     for name, arm in recorded["arms"].items():
         runs = [run for run in recorded["runs"] if run["arm"] == name]
@@ -90,7 +90,7 @@ def write_tables(recorded: dict, folder: Path) -> None:
 
 
 def draw(recorded: dict, folder: Path, stem: str = "study") -> list[Path]:
-    """Writes the figures: R@1 of all arms, and where recorded R@1 by tokens and the corners' cosine with [CLS]."""
+    """Draws R@1 of all arms and, if recorded, R@1 by tokens and the corners' cosine with [CLS]; returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,7 +111,7 @@ def draw(recorded: dict, folder: Path, stem: str = "study") -> list[Path]:
 
 
 def _draw_recall(recorded: dict) -> object:
-    """A panel per evaluation; bars are means over seeds, dots single seeds."""
+    """Draws a panel per evaluation; bars are means over seeds, dots are single seeds."""
     from matplotlib import pyplot
 
     found = rows(recorded)
@@ -143,7 +143,7 @@ def _draw_recall(recorded: dict) -> object:
 
 
 def _draw_lengths(recorded: dict) -> object:
-    """R@1 by tokens that are read, mean over seeds and directions; None if no evaluation asked for it."""
+    """Draws R@1 by number of tokens read, mean over seeds and directions; returns None if it was not recorded."""
     from matplotlib import pyplot
 
     curves = {}
@@ -169,7 +169,7 @@ def _draw_lengths(recorded: dict) -> object:
 
 
 def _draw_corners(recorded: dict) -> object:
-    """The corners' mean cosine with [CLS] over steps; None if no run logged it."""
+    """Draws the corners' mean cosine with [CLS] over steps; returns None if no run logged it."""
     from matplotlib import pyplot
 
     figure, drawn = None, set()
@@ -190,7 +190,7 @@ def _draw_corners(recorded: dict) -> object:
 
 
 def main() -> int:
-    """Returns 0, or 2 for a usage error."""
+    """Runs the command line; returns 0, or exits with 2 on a usage error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recorded", type=Path, nargs="+", help="study.json, or a copy under another name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the figures and tables")

@@ -2,22 +2,23 @@
 
     python scripts/studies/run.py STUDY.yaml --data DIR --out DIR [--jobs N] [--arms A,B] [--seeds 0,1]
 
-STUDY.yaml names the data by {data}, the study's results by {out} and files beside itself by {here}:
+In STUDY.yaml, {data} is the folder of the data, {out} the folder of the results, and {here} the folder of the file:
 
     title       one line
-    launch      optional, in place of this Python, e.g. torchrun --nproc-per-node 8
+    launch      optional: command instead of this Python, e.g. torchrun --nproc-per-node 8
     model       flags of every command
-    extract     optional: flags that extract the locked image tower's features to {out}/features, once
+    extract     optional: flags of a command that extracts the locked image tower's features to {out}/features, once
     train       flags of every training
-    arms        name -> title, and flags of this arm's training; under `model` those of its model
+    arms        name -> `title`, `flags` of the arm's training, `model`: flags of its model
     evaluate    name -> flags of an evaluation
-    diagnose    optional: the `evaluation` whose diagnostics of long text are wanted, for which `arms` and `seeds`
-    seeds       list; an arm may have a shorter list of its own
-    baseline    the arm that the others are compared with
+    diagnose    optional: `evaluation` to run with the diagnostics of long text, for these `arms` and `seeds`
+    seeds       list of seeds; an arm may have its own, shorter list
+    baseline    the arm with which other arms are compared
 
-Every run lies in OUT/ARM-sSEED and is finished when result.json is there: then it is skipped. An unfinished one is
-resumed. Seeds come one after another, so that all arms have a first result early. With --jobs N, N runs go at a time,
-each on a GPU of its own where there are several. At the end OUT gets study.json, table.csv, table.md and the figures.
+Each run has a folder OUT/ARM-sSEED. It is finished, and then skipped, when result.json exists; unfinished runs are
+resumed. All arms run with the first seed before the next seed begins. With --jobs N, N runs are active at a time; if
+there are several GPUs, each run has its own. At the end, study.json, table.csv, table.md and figures are written to
+OUT.
 """
 
 import argparse
@@ -38,19 +39,17 @@ import torch
 import yaml
 
 KEYS = {"title", "notes", "launch", "model", "extract", "train", "arms", "evaluate", "diagnose", "seeds", "baseline"}
-
-
-IMAGE_START = "pretrained-image"  # flag that only a training takes
+IMAGE_START = "pretrained-image"  # a flag for training only
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study's file, with the places put in.
+    """The content of a study's file.
 
     Attributes:
-        content: of the file.
+        content: the parsed YAML, with {data}, {out} and {here} replaced.
         out: folder of all results.
-        launch: words in front of ``-m training.main``.
+        launch: words of the command line before ``-m training.main``.
     """
 
     content: dict
@@ -58,7 +57,7 @@ class Study:
     launch: list[str]
 
     def runs(self, arms: list[str], seeds: list[int]) -> list[tuple[str, int]]:
-        """All (arm, seed) of the grid, the first seed of every arm first; empty lists choose all."""
+        """Returns the (arm, seed) pairs of the grid, ordered by seed; an empty list of arms or seeds means all."""
         own = {name: arm.get("seeds", self.content["seeds"]) for name, arm in self.content["arms"].items()}
         every = sorted({seed for values in own.values() for seed in values})
         grid = [(name, seed) for seed in every for name in own if seed in own[name]]
@@ -66,7 +65,7 @@ class Study:
 
 
 def read_study(path: Path, data: Path, out: Path) -> Study:
-    """Reads a study.
+    """Reads a study's file.
 
     Raises:
         ValueError: the message names the file, what was found and what was expected.
@@ -91,7 +90,10 @@ def read_study(path: Path, data: Path, out: Path) -> Study:
 
 
 def words(flags: dict) -> list[str]:
-    """Flags of a study as words of a command line: true for a switch, a list for several values, null for none."""
+    """Converts flags of a study to words of a command line.
+
+    true gives a switch, false its negative form, a list several values; null omits the flag.
+    """
     found = []
     for name, value in flags.items():
         if value is None:
@@ -105,10 +107,10 @@ def words(flags: dict) -> list[str]:
 
 
 def call(study: Study, flags: dict, log: Path, gpu: int | None = None) -> float:
-    """Runs ``training.main``; returns its seconds.
+    """Runs ``training.main``; returns the seconds it took.
 
     Raises:
-        RuntimeError: it failed; the message names the log.
+        RuntimeError: the command failed; the message names the log.
     """
     command = [*study.launch, "-m", "training.main", *words(flags)]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
@@ -123,7 +125,7 @@ def call(study: Study, flags: dict, log: Path, gpu: int | None = None) -> float:
 
 
 def extract(study: Study) -> dict:
-    """Extracts features if the study wants it and they are not there; returns the flags of training on them."""
+    """Extracts features if the study needs them and they don't exist; returns the flags of training on them."""
     if "extract" not in study.content:
         return {}
     folder, done = study.out / "features", study.out / "features.done"
@@ -150,7 +152,7 @@ def run(study: Study, data: dict, arm: str, seed: int, gpu: int | None) -> None:
 
 
 def train_and_evaluate(study: Study, data: dict, arm: str, seed: int, model: dict, gpu: int | None) -> None:
-    """Trains an arm from where it stopped, evaluates it, and writes its result.json."""
+    """Trains an arm, continuing an interrupted run, evaluates it, and writes its result.json."""
     name, chosen = f"{arm}-s{seed}", study.content["arms"][arm]
     folder, log = study.out / name, study.out / name / "commands.log"
     flags = {**model, **data, **study.content["train"], **chosen.get("flags", {}), "seed": seed}
@@ -165,7 +167,7 @@ def train_and_evaluate(study: Study, data: dict, arm: str, seed: int, model: dic
 
 
 def run_grid(study: Study, grid: list[tuple[str, int]], jobs: int) -> int:
-    """Runs all of the grid, `jobs` at a time; returns how many failed."""
+    """Runs the whole grid, `jobs` runs at a time; returns how many failed."""
     data = extract(study)
     num_gpus = torch.cuda.device_count()
     slots: SimpleQueue[int | None] = SimpleQueue()
@@ -188,20 +190,22 @@ def run_grid(study: Study, grid: list[tuple[str, int]], jobs: int) -> int:
 
 
 def main() -> int:
-    """Returns 0, 1 if a run failed, or 2 for a usage error."""
+    """Runs the command line; returns 0, or 1 if a run failed; exits with 2 on a usage error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="the study's YAML file")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="what {data} stands for")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the data, {data}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all results")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
-    parser.add_argument("--arms", default="", metavar="A,B", help="these arms alone")
-    parser.add_argument("--seeds", default="", metavar="N,N", help="these seeds alone")
+    parser.add_argument("--arms", default="", metavar="A,B", help="run only these arms")
+    parser.add_argument("--seeds", default="", metavar="N,N", help="run only these seeds")
     args = parser.parse_args()
     try:
         study = read_study(args.study, args.data, args.out)
         grid = study.runs(args.arms.split(",") if args.arms else [], [int(s) for s in args.seeds.split(",") if s])
         if not grid or args.jobs < 1:
-            raise ValueError(f"--arms, --seeds, --jobs: no run left; the arms are {', '.join(study.content['arms'])}")
+            raise ValueError(
+                f"--arms, --seeds, --jobs: nothing to run; expected arms among {', '.join(study.content['arms'])}"
+            )
         failed = run_grid(study, grid, args.jobs)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
