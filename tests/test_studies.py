@@ -96,7 +96,7 @@ def test_intervals_cover_the_true_difference_over_images_and_seeds(monkeypatch):
     [
         (("baseline: short", "baseline: tall"), [], "expected one of short, both"),
         (("title:", "tilte:"), [], "found tilte"),
-        (("", ""), ["--arms", "tall"], "the arms are short, both"),
+        (("", ""), ["--arms", "tall"], "expected arms among short, both"),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused(change, flags, said, tmp_path):
