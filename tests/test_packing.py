@@ -12,7 +12,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from training.data.reader import trim_padding
 from training.main import main
 from training.model import row_attention
-from training.model.corner import prefix_attention
+from training.model.bucket_attention import attention
+from training.model.corner import additive_mask, prefix_attention
 from training.model.from_flags import make_arranger
 from training.model.packing import CaptionArranger, bucket_bounds
 from training.model.row_attention import flex_fault, make_row_mask
@@ -61,6 +62,57 @@ def test_features_and_gradients_equal_the_padded_ones(mode, family, pooler):
         largest = max(float(gradient.abs().max()) for gradient in expected.values())
         for name, gradient in expected.items():
             torch.testing.assert_close(got[name], gradient, rtol=0, atol=tolerance * largest, msg=name)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_all_buckets_are_computed_together(family):
+    """Also where padding's id occurs within a caption, as it does where a text names the token."""
+    text = tower(family, num_layers=3).double()
+    short, long = batch(text)
+    long[0, 0, 4] = text.pad_id
+    captions = make_arranger(text, "buckets", CPU, False)(short, long)
+    apart = torch.cat([text.all_features(ids) for ids in captions.buckets])
+    expected = gradients(text, apart)
+    shapes = []
+    for part in (text.transformer.embeddings, text.transformer.encoder.layer[1]):
+        part.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape[:2])))
+    together = text.bucket_features(captions.buckets)
+    assert len(captions.buckets) > 3 and shapes == [(1, captions.num_slots)] * 2
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
+    got = gradients(text, together)
+    assert got.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-12 * largest, msg=name)
+
+
+def test_attention_in_16_bits_is_that_of_fp64():
+    query, key, value = (rows.requires_grad_() for rows in torch.randn(3, 4, 2, 9, 16).bfloat16())
+    mask = additive_mask(prefix_attention(torch.arange(9) < torch.tensor([9, 5, 7, 4])[:, None], 2), torch.bfloat16)
+    weights = torch.randn(4, 2, 9, 16)
+    exact = [rows.detach().double().requires_grad_() for rows in (query, key, value)]
+    scores = exact[0] @ exact[1].transpose(-1, -2) / 4 + mask.double()
+    expected = scores.softmax(dim=-1) @ exact[2]
+    got = attention(query, key, value, mask, dropout=0.0)
+    (got * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-2)
+    for rows, true in zip((query, key, value), exact):
+        torch.testing.assert_close(rows.grad.double(), true.grad, rtol=0, atol=3e-2 * float(true.grad.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_dropout_removes_weights_and_scales_the_rest(dtype):
+    query, key = torch.randn(2, 8, 4, 32, 16).to(dtype)
+    value = torch.eye(32, dtype=dtype).expand(8, 4, 32, 32)  # the output is the weights themselves
+    mask = torch.zeros(8, 1, 32, 32, dtype=dtype)
+    weights, dropped = (attention(query, key, value, mask, dropout).double() for dropout in (0.0, 0.25))
+    kept = dropped != 0
+    assert 0.72 < float(kept.double().mean()) < 0.78
+    torch.testing.assert_close(
+        dropped[kept], weights[kept] / 0.75, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("num_corners", [0, 2])

@@ -10,8 +10,8 @@ from training.model.config import POOLING, resolve_model_config
 from training.model.encoders.family import families
 from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
 from training.model.locking import freeze_batch_norm_statistics
-from training.model.packing import BUCKET_COST_GPU, CaptionArranger
-from training.model.row_attention import let_attend_in_rows
+from training.model.packing import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
+from training.model.row_attention import let_attend_in_buckets, let_attend_in_rows
 from training.model.text_encoder import text_encoder
 from training.model.text_tower import CornerHFText
 
@@ -109,6 +109,8 @@ def make_arranger(model: torch.nn.Module, mode: str, device: torch.device, compi
             able = ", ".join(name for name, family in families().items() if family.packs_rows)
             raise ValueError(f"--text-packing flex: needs a text tower of ours of type {able}; take auto or buckets")
         let_attend_in_rows(text.transformer, device)
+    elif in_rows:
+        let_attend_in_buckets(text.transformer)
     if device.type == "cuda":
         return CaptionArranger(mode, pad_id, BUCKET_COST_GPU, multiple=8)
-    return CaptionArranger(mode, pad_id)
+    return CaptionArranger(mode, pad_id, BUCKET_COST_TOGETHER if in_rows else BUCKET_COST_CPU)

@@ -12,8 +12,9 @@ import torch
 
 MODES = ("padded", "buckets", "flex")
 ROW_BLOCK = 128  # tokens in a block of a row's attention mask
-# Fixed cost of a bucket (kernel launches), expressed in tokens. Estimates, not measured.
-BUCKET_COST_CPU, BUCKET_COST_GPU = 32, 1024
+# Fixed cost of a bucket, expressed in tokens: kernel launches, and gradients that are added up; where all buckets are
+# computed together on a CPU, of its attention only. Estimates, not measured.
+BUCKET_COST_CPU, BUCKET_COST_TOGETHER, BUCKET_COST_GPU = 32, 4, 1024
 
 
 class Row(NamedTuple):

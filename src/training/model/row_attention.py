@@ -1,8 +1,9 @@
 """Attention within each caption of a packed row, with the corner tokens' mask.
 
-There are two implementations. FlexAttention skips blocks outside a caption. Where FlexAttention is not available
-(attention dropout, CPU), PyTorch's own attention runs on the captions as a padded batch. The padding affects only the
-attention; the linear layers, nearly all of a text tower's work, always run on the row without padding.
+`attend` also takes captions in buckets, see `bucket_attention`. For a row there are two implementations.
+FlexAttention skips blocks outside a caption. Where FlexAttention is not available (attention dropout, CPU), PyTorch's
+own attention runs on the captions as a padded batch. The padding affects only the attention; the linear layers, nearly
+all of a text tower's work, always run on the row without padding.
 """
 
 import logging
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from training.model.bucket_attention import BucketMask, attend_in_buckets
 from training.model.corner import additive_mask, prefix_attention
 from training.model.packing import ROW_BLOCK, CaptionArranger, Row
 from training.runtime.messages import first_line
@@ -133,7 +135,9 @@ def attend(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function with transformers' signature: handles packed rows, and passes other input to ``sdpa``."""
+    """An attention function with transformers' signature, for rows and buckets; passes other input to ``sdpa``."""
+    if isinstance(attention_mask, BucketMask):
+        return attend_in_buckets(query, key, value, attention_mask, dropout, scaling), None
     if not isinstance(attention_mask, RowMask):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -143,18 +147,28 @@ def attend(
     return _attend_padded(query, key, value, attention_mask, dropout, scaling), None
 
 
-def let_attend_in_rows(encoder: nn.Module, device: torch.device) -> None:
-    """Replaces the encoder's attention function by `attend`; input that is not packed still uses ``sdpa``.
-
-    On CUDA, FlexAttention is used if `flex_fault` finds no fault. FlexAttention does not support attention dropout, and
-    the check compiles for some seconds, so it is skipped for encoders with attention dropout.
-    """
+def let_attend_in_buckets(encoder: nn.Module) -> None:
+    """Replaces the encoder's attention function by `attend`; padded input still uses ``sdpa``."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     encoder.set_attn_implementation(NAME)
+
+
+def attends_in_buckets(encoder: nn.Module) -> bool:
+    """Returns whether the encoder's attention function is `attend`."""
+    return encoder.config._attn_implementation == NAME
+
+
+def let_attend_in_rows(encoder: nn.Module, device: torch.device) -> None:
+    """Replaces the encoder's attention function as `let_attend_in_buckets` does, and prepares it for packed rows.
+
+    On CUDA, FlexAttention is used if `flex_fault` finds no fault. FlexAttention does not support attention dropout, and
+    the check compiles for some seconds, so it is skipped for encoders with attention dropout.
+    """
+    let_attend_in_buckets(encoder)
     encoder.attends_by_flex = False
     if device.type == "cuda" and not encoder.config.attention_probs_dropout_prob:
         heads = encoder.config.num_attention_heads

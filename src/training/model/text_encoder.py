@@ -1,6 +1,6 @@
 """Text features of any two-tower model, from captions without their padding where the tower allows it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,11 +26,14 @@ class TextEncoder:
         pad_id: id of the padding after a caption, which may be cut off; None for towers that attend to padding
             (SigLIP), whose input has to be padded to the context length.
         row_features: computes the features [n, m + 1, dim] of captions packed in one row; None if not supported.
+        bucket_features: computes the features [n, m + 1, dim] of buckets [n_b, L_b] of captions together; None
+            computes one bucket after another.
     """
 
     features: Callable[[torch.Tensor], torch.Tensor]
     pad_id: int | None
     row_features: Callable[[Row], torch.Tensor] | None = None
+    bucket_features: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [n, seq_len] -> [n, dim], equal to `encode_text` of open_clip's models."""
@@ -40,8 +43,11 @@ class TextEncoder:
         """Features [n, m + 1, dim] of captions arranged by `packing.CaptionArranger`, in their original order."""
         if captions.row is not None:
             return self.row_features(captions.row)
-        parts = [self.features(ids) for ids in captions.buckets]
-        return torch.cat(parts).index_select(0, captions.places)
+        if self.bucket_features is not None:
+            features = self.bucket_features(captions.buckets)
+        else:
+            features = torch.cat([self.features(ids) for ids in captions.buckets])
+        return features.index_select(0, captions.places)
 
 
 def text_encoder(model: nn.Module) -> TextEncoder:
@@ -52,7 +58,8 @@ def text_encoder(model: nn.Module) -> TextEncoder:
     """
     text = getattr(model, "text", model)  # open_clip.CLIP holds the parts of its text tower itself
     if isinstance(text, CornerTower):
-        return TextEncoder(text.all_features, text.pad_id, getattr(text, "row_features", None))
+        packed = getattr(text, "row_features", None), getattr(text, "bucket_features", None)
+        return TextEncoder(text.all_features, text.pad_id, *packed)
     if isinstance(text, HFTextEncoder) and text.config.model_type in _HF_FAMILIES and not text.output_tokens:
         return TextEncoder(lambda ids: text(ids)[:, None], text.config.pad_token_id)
     pool = getattr(model, "text_pool_type", getattr(text, "pool_type", None))

@@ -12,7 +12,7 @@ from training.model.corner_tower import CornerTower
 from training.model.encoders.family import EncoderFamily, family_of
 from training.model.hf_encoders import POOLERS, build_encoder, fit_context
 from training.model.packing import Row
-from training.model.row_attention import row_slots
+from training.model.row_attention import attends_in_buckets, row_slots
 
 CORNER_ATTENTION = ("published", "ordinary")
 
@@ -90,6 +90,21 @@ class CornerHFText(CornerTower):
             return self.proj(self._pool_all(hidden[slots], keep))
         hidden, num_first = self.num_hidden_corners, self.num_corners + 1
         return self.proj(self._pool(self.family.first_states_in_row(self.transformer, row, hidden, num_first)))
+
+    def bucket_features(self, buckets: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Features [n, m + 1, dim] of buckets [n_b, L_b] of captions, in the order of the buckets.
+
+        After `row_attention.let_attend_in_buckets` the linear layers run on all buckets at once.
+        """
+        if len(buckets) == 1 or not attends_in_buckets(self.transformer):
+            return torch.cat([self.all_features(ids) for ids in buckets])
+        keep = [ids != self.pad_id for ids in buckets]
+        allowed = [prefix_attention(tokens, self.num_hidden_corners) for tokens in keep]
+        if self._reads_all:
+            hidden = self.family.run_on_buckets(self.transformer, buckets, allowed)
+            return self.proj(torch.cat([self._pool_all(*part) for part in zip(hidden, keep)]))
+        num_first = self.num_corners + 1
+        return self.proj(self._pool(self.family.first_states_in_buckets(self.transformer, buckets, allowed, num_first)))
 
     @property
     def _reads_all(self) -> bool:

@@ -4,11 +4,13 @@ The last layer computes queries, and everything after attention, only for the po
 positions need only keys and values, which saves nearly one layer's work.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig
 
+from training.model.bucket_attention import BucketMask, attention, make_bucket_mask
 from training.model.corner import additive_mask, prefix_attention
 from training.model.encoders.family import EncoderFamily
 from training.model.packing import Row
@@ -34,7 +36,11 @@ class Bert(EncoderFamily):
         hidden = encoder.embeddings(input_ids=ids)
         mask = additive_mask(allowed, hidden.dtype)
         hidden = _all_layers_but_last(encoder, hidden, mask)
-        return _last_layer(encoder, hidden[:, :num_first], hidden, mask[:, :, :num_first])
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return _attend(encoder, query, key, value, mask[:, :, :num_first])
+
+        return _last_layer(encoder, hidden[:, :num_first], hidden, attend)
 
     def run_on_row(self, encoder: nn.Module, row: Row, num_corners: int) -> torch.Tensor:
         hidden, mask = self._start_row(encoder, row, num_corners)
@@ -45,7 +51,31 @@ class Bert(EncoderFamily):
         hidden, mask = self._start_row(encoder, row, num_corners)
         hidden = _all_layers_but_last(encoder, hidden, mask)[0]  # [budget, width]
         mask = additive_mask(prefix_attention(keep, num_corners, num_first), hidden.dtype)
-        return _last_layer(encoder, hidden[slots[:, :num_first]], hidden, mask, slots)
+
+        def attend(query: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
+            key, value = (rows.index_select(0, slots.flatten()).unflatten(0, slots.shape) for rows in tokens)
+            return _attend(encoder, query, key, value, mask)
+
+        return _last_layer(encoder, hidden[slots[:, :num_first]], hidden, attend)
+
+    def run_on_buckets(
+        self, encoder: nn.Module, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        hidden, mask = self._start_buckets(encoder, buckets, allowed)
+        return mask.split(encoder.encoder(hidden, attention_mask=mask)[0].flatten(0, 1))
+
+    def first_states_in_buckets(
+        self, encoder: nn.Module, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor], num_first: int
+    ) -> torch.Tensor:
+        hidden, mask = self._start_buckets(encoder, buckets, allowed)
+        hidden = _all_layers_but_last(encoder, hidden, mask).flatten(0, 1)  # [total, width]
+
+        def attend(query: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
+            queries = query.split([num for num, _ in mask.shapes])
+            parts = zip(queries, *map(mask.split, tokens), (own[:, :, :num_first] for own in mask.allowed))
+            return torch.cat([_attend(encoder, *part) for part in parts])
+
+        return _last_layer(encoder, hidden[mask.first_tokens(num_first, hidden.device)], hidden, attend)
 
     def layers(self, encoder: nn.Module) -> nn.ModuleList:
         return encoder.encoder.layer
@@ -53,6 +83,21 @@ class Bert(EncoderFamily):
     def places(self, row: Row) -> torch.Tensor:
         """Returns the position of each token of a row within its caption, without `position_offset`: [1, budget]."""
         return row.positions
+
+    def bucket_positions(self, ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+        """Returns the row of the position table of each token: [n, seq_len]."""
+        return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+
+    def _start_buckets(
+        self, encoder: nn.Module, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, BucketMask]:
+        """Returns the embedded tokens of all buckets [1, total, width] and their attention mask."""
+        ids = torch.cat([part.flatten() for part in buckets])
+        positions = torch.cat([self.bucket_positions(part, encoder.config).flatten() for part in buckets])
+        hidden = encoder.embeddings(input_ids=ids[None], position_ids=positions[None])
+        device = hidden.device.type
+        is_mixed = torch.is_autocast_enabled(device)
+        return hidden, make_bucket_mask(allowed, torch.get_autocast_dtype(device) if is_mixed else hidden.dtype)
 
     def _start_row(self, encoder: nn.Module, row: Row, num_corners: int) -> tuple[torch.Tensor, RowMask]:
         """Returns the embedded row [1, budget, width] and its attention mask."""
@@ -75,6 +120,10 @@ class Roberta(Bert):
     def places(self, row: Row) -> torch.Tensor:
         return row_places(row)[None]
 
+    def bucket_positions(self, ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+        keep = ids != config.pad_token_id
+        return keep.cumsum(dim=1) * keep + config.pad_token_id
+
 
 FAMILIES = (Bert(), Roberta())
 
@@ -86,30 +135,32 @@ def _all_layers_but_last(encoder: nn.Module, hidden: torch.Tensor, mask: object)
 
 
 def _last_layer(
-    encoder: nn.Module, read: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor, slots: torch.Tensor | None = None
+    encoder: nn.Module, read: torch.Tensor, hidden: torch.Tensor, attend: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     """Computes BERT's last layer for some positions only.
 
     Args:
         encoder: a BERT-like encoder.
         read: hidden states of these positions, the queries, [n, k, width].
-        hidden: hidden states of all tokens, the keys and values: [n, seq_len, width], or [budget, width] with `slots`.
-        mask: additive, [n, 1, k, seq_len].
-        slots: for packed captions, the index in `hidden` of each caption's tokens, [n, seq_len].
+        hidden: hidden states of all tokens, the keys and values, [.., width].
+        attend: attention of queries, keys and values, each as wide as the hidden states: [n, k, width].
 
     Returns:
         [n, k, width].
     """
     layer = encoder.encoder.layer[-1]
-    attention = layer.attention.self
+    own = layer.attention.self
+    seen = attend(own.query(read), own.key(hidden), own.value(hidden))
+    return layer.feed_forward_chunk(layer.attention.output(seen, read))
 
-    def by_head(rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
 
-    key, value = attention.key(hidden), attention.value(hidden)
-    if slots is not None:
-        key, value = (rows.index_select(0, slots.flatten()).unflatten(0, slots.shape) for rows in (key, value))
-    dropout = attention.dropout.p if encoder.training else 0.0
-    query = by_head(attention.query(read))
-    seen = scaled_dot_product_attention(query, by_head(key), by_head(value), mask, dropout_p=dropout)
-    return layer.feed_forward_chunk(layer.attention.output(seen.transpose(1, 2).flatten(2), read))
+def _attend(
+    encoder: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The last layer's attention: [n, k, width] and [n, seq_len, width] twice -> [n, k, width]."""
+    own = encoder.encoder.layer[-1].attention.self
+    query, key, value = (
+        rows.unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2) for rows in (query, key, value)
+    )
+    dropout = own.dropout.p if encoder.training else 0.0
+    return attention(query, key, value, mask, dropout).transpose(1, 2).flatten(2)

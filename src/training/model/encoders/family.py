@@ -24,7 +24,8 @@ class EncoderFamily:
         model_types: values of ``model_type`` in the encoder's config.
         default_pooler: one of `hf_encoders.POOLERS`, used if a model config names none.
         has_pooler: the encoder can end in BERT's pooler (``add_pooling_layer``).
-        packs_rows: captions can be packed in a row; needs `run_on_row`.
+        packs_rows: captions can be packed in a row, and buckets computed together; needs `run_on_row` and
+            `run_on_buckets`.
         shows_attention: the layers compute keys in ``attention.self.key``, which `model.attention` relies on.
     """
 
@@ -72,6 +73,27 @@ class EncoderFamily:
 
     def first_states_in_row(self, encoder: nn.Module, row: Row, num_corners: int, num_first: int) -> torch.Tensor:
         """Returns the same as `run_on_row`, for the first positions of each caption only: [n, num_first, width]."""
+        raise NotImplementedError
+
+    def run_on_buckets(
+        self, encoder: nn.Module, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Runs an encoder on all buckets at once; only attention is computed bucket by bucket.
+
+        Args:
+            encoder: after `row_attention.let_attend_in_buckets`.
+            buckets: token ids, [n_b, L_b] int64 each.
+            allowed: [n_b, L_b, L_b] bool each, (query, key).
+
+        Returns:
+            Last hidden states [n_b, L_b, width] of each bucket.
+        """
+        raise NotImplementedError
+
+    def first_states_in_buckets(
+        self, encoder: nn.Module, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor], num_first: int
+    ) -> torch.Tensor:
+        """Returns the same as `run_on_buckets`, for the first positions of each caption only: [n, num_first, width]."""
         raise NotImplementedError
 
     def layers(self, encoder: nn.Module) -> Sequence[nn.Module]:
