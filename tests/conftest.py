@@ -21,19 +21,19 @@ TINY_CLIP = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
 
-# A file's tests stay in one process: with the longest files first, no process waits for another's at the end.
+# All tests of a file run in one process, so start with the longest files: otherwise one process finishes much later.
 LONGEST_FIRST = ("safety", "resume", "train_processes", "train", "packing", "prepare_download", "benchmarks", "faults")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest files first; else as collected."""
+    """Orders files by duration, longest first; otherwise keeps the order."""
     names = [f"test_{name}" for name in LONGEST_FIRST]
     items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
 @pytest.fixture(autouse=True)
 def no_log_handlers_left():
-    """Training in this process logs to the terminal that a test captured, which is gone after it."""
+    """Removes log handlers after each test: training in this process logs to a captured stream that is then closed."""
     before = list(logging.root.handlers)
     yield
     for handler in [h for h in logging.root.handlers if h not in before]:
@@ -43,7 +43,7 @@ def no_log_handlers_left():
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """25 test scenes in the four layouts, and 40 training scenes."""
+    """Writes 25 test scenes in the four layouts, and 40 training scenes."""
     out = tmp_path_factory.mktemp("scenes") / "set"
     write_scenes(out, num_train=40, num_test=25, seed=1)
     return out
@@ -57,7 +57,7 @@ def tiny_clip(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny_clip")
     torch.manual_seed(0)
     model = open_clip.CLIP(TINY_CLIP["embed_dim"], TINY_CLIP["vision_cfg"], TINY_CLIP["text_cfg"])
-    # Initial weights give nearly equal features to all texts; wider ones make ranks worth comparing.
+    # Initial weights give nearly equal features for all texts; with larger weights, ranks differ enough to compare.
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.2)

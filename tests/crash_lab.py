@@ -1,10 +1,10 @@
 """Starts trainings as processes and kills them: see `support.run_lab`.
 
-The job: ``argv``, ``world_size``, ``ports``, ``samples`` (a folder) and ``kills``: [signal, place, number, rank] for a
-training each, after which one runs that nobody kills, unless ``last`` is false. A rank signals itself when it reaches a
-place for the so-and-so-manieth time: ``build`` (all data are opened), ``step`` (one is taken, and not saved yet) or
-``save`` (a checkpoint is written, and has no name yet). A rank that was halted (SIGSTOP) is killed when the others have
-ended. Prints exit codes, by training and rank.
+A job has ``argv``, ``world_size``, ``ports``, ``samples`` (a folder) and ``kills``: [signal, place, number, rank] for
+each training. After these, one more training runs without a kill, unless ``last`` is false. A rank sends the signal to
+itself when it reaches the place for the given number of times: ``build`` (all data are opened), ``step`` (a step is
+taken, but not saved yet) or ``save`` (a checkpoint is written, but not renamed yet). A rank that was stopped by SIGSTOP
+is killed when the other ranks have ended. Prints exit codes by training and rank.
 """
 
 import itertools
@@ -28,7 +28,7 @@ PATIENCE = 120.0  # seconds that a rank may outlive another
 
 
 def record_samples(folder: Path, rank: int) -> None:
-    """Has every step's samples written down before it is saved."""
+    """Makes training write the samples of every step to a file before the step is saved."""
     original = StepGuard.add
 
     def add(self: StepGuard, step: int, skipped: torch.Tensor, keys: list[str]) -> None:
@@ -40,7 +40,7 @@ def record_samples(folder: Path, rank: int) -> None:
 
 
 def signal_itself(number: int, place: str, times: int) -> None:
-    """Has this process send a signal to itself, and as SLURM does to its loader's processes, at a named place."""
+    """Makes this process signal itself, and like SLURM its loader processes, at a named place."""
     left = itertools.count(times - 1, -1)
 
     def reached() -> None:
@@ -65,7 +65,7 @@ def signal_itself(number: int, place: str, times: int) -> None:
 
 
 def after(call: Callable, function: Callable) -> Callable:
-    """Returns a function that does what `function` does, and then calls."""
+    """Returns a function that calls `function` and then `call`."""
 
     def both(*args: object, **kwargs: object) -> object:
         result = function(*args, **kwargs)
@@ -99,13 +99,13 @@ def start_rank(job: dict, rank: int, port: int, kill: list | None) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started; none where there is no /proc."""
+    """Returns the child processes of a process; none if the system has no /proc."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(word) for word in listed.read_text().split()] if listed.exists() else []
 
 
 def train_once(job: dict, port: int, kill: list | None) -> list[int]:
-    """One training; returns its ranks' exit codes, negative for a signal."""
+    """Runs one training; returns the exit codes of its ranks, negative for a signal."""
     pids = [start_rank(job, rank, port, kill) for rank in range(job["world_size"])]
     codes: dict[int, int] = {}
     deadline, halted = None, pids[kill[3]] if kill and kill[0] == signal.SIGSTOP else None

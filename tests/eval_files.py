@@ -1,4 +1,4 @@
-"""Writes small benchmarks in the layouts of the public ones."""
+"""Writes small benchmarks in the published layouts."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ def write_docci(root: Path, num_test: int = 6) -> Path:
 
 
 def karpathy_items(num: int, folder: str | None, naming: str, more: int = 0) -> list[dict]:
-    """`num` test images and one of each other split, as in dataset_coco.json and dataset_flickr30k.json."""
+    """Returns `num` test images and one of each other split, as in dataset_coco.json and dataset_flickr30k.json."""
     items = []
     for number in range(num + 3):
         split = ("restval", "val", "train")[number - num] if number >= num else "test"

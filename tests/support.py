@@ -1,4 +1,4 @@
-"""What tests share: where the reference files are, and ways to run the command line as a user does."""
+"""What tests share: the locations of reference files, and functions to run the command line as a user does."""
 
 import json
 import multiprocessing as mp
@@ -18,7 +18,7 @@ LAYOUTS = REFERENCE / "layouts"
 
 
 def layout_flags(root: Path, sizes: str = "8,12") -> list[str]:
-    """Flags for all four benchmarks of a folder in the form of tests/reference/layouts."""
+    """Returns the flags for all four benchmarks in a folder with the layout of tests/reference/layouts."""
     return [
         f"--dci-retrieval={root / 'dci'}",
         f"--iiw-retrieval={root / 'iiw'}",
@@ -31,7 +31,7 @@ def layout_flags(root: Path, sizes: str = "8,12") -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at now, all different, and below those that systems give to whoever asks for any."""
+    """Returns different ports that are free now, below the range from which systems choose ports."""
     ports: list[int] = []
     for port in random.SystemRandom().sample(range(15_000, 32_000), 1_000):
         try:
@@ -57,8 +57,11 @@ def run_command(
 
 
 def start_ranks(function: Callable, num_processes: int, *args: object) -> list[mp.Process]:
-    """Starts function(rank, *args) in processes; they are forked from one that has imported what trainings need, once
-    for all tests: to start Python and torch anew takes longer than most of what is tested."""
+    """Starts function(rank, *args) in processes.
+
+    They are forked from a process that has imported everything for training, because starting Python and torch takes
+    longer than most tests.
+    """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["training.train.run", "training.eval.run"])
     ranks = [context.Process(target=_begin, args=(function, rank, *args)) for rank in range(num_processes)]
@@ -73,7 +76,7 @@ def _begin(function: Callable, rank: int, *args: object) -> None:
 
 
 def end_ranks(ranks: list[mp.Process], timeout: float = 240) -> list[int | None]:
-    """Returns exit codes; None for a process that was still there after `timeout` seconds, and is killed."""
+    """Returns exit codes; None for a process that was still running after `timeout` seconds and was killed."""
     deadline = time.monotonic() + timeout
     for rank in ranks:
         rank.join(max(0.0, deadline - time.monotonic()))
@@ -84,10 +87,10 @@ def end_ranks(ranks: list[mp.Process], timeout: float = 240) -> list[int | None]
 
 
 def run_ranks(argv: list[str], num_processes: int, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Runs ``python -m training.main ARGV`` as torchrun would, without torchrun: see `start_ranks`.
+    """Runs ``python -m training.main ARGV`` as torchrun would, but without torchrun: see `start_ranks`.
 
     Returns:
-        The largest exit code, and what all ranks said.
+        The largest exit code, and the output of all ranks.
     """
     port = free_ports(1)[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +101,7 @@ def run_ranks(argv: list[str], num_processes: int, timeout: float = 240) -> subp
 
 
 def set_rank(rank: int, world_size: int, port: int) -> None:
-    """Sets what torchrun sets."""
+    """Sets the environment variables that torchrun sets."""
     os.environ |= {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
 
@@ -118,7 +121,7 @@ def speak_to_files(rank: int, folder: str) -> None:
 
 
 def read_results(logs: Path, name: str) -> dict:
-    """The last line of a run's results.jsonl."""
+    """Returns the last line of a run's results.jsonl."""
     return json.loads((logs / name / "checkpoints" / "results.jsonl").read_text().splitlines()[-1])
 
 
@@ -132,7 +135,7 @@ def evaluate(folder: Path, model: str, *flags: object, name: str = "run") -> dic
 
 
 class LabReport(NamedTuple):
-    """What became of trainings: exit codes by training and rank (negative: ended by that signal), and all they said."""
+    """The result of trainings: exit codes by training and rank (negative for a signal), and their output."""
 
     codes: list[list[int]]
     said: str
@@ -145,7 +148,7 @@ def run_lab(
     kills: Sequence = (),
     last: bool = True,
 ) -> LabReport:
-    """Runs one training after another, and kills all but the last: see crash_lab.py."""
+    """Runs one training after another, and kills all except the last: see crash_lab.py."""
     samples.mkdir(exist_ok=True)
     job = {"argv": argv, "world_size": world_size, "ports": free_ports(len(kills) + 1), "samples": str(samples)}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The benchmarks run, check both sides against each other and write what they promise; what they measure is no test."""
+"""The benchmarks run, compare both sides with each other and write their files; their measurements are not tested."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def test_all_figures_of_the_gpu_check_work_shrunken_on_a_cpu(tmp_path, capsys):
 
 
 def check_time_ratios(content: dict, names: tuple[str, ...]) -> None:
-    """How fast a side is, is no test; that a ratio is the baseline's seconds over ours, is."""
+    """Checks that a ratio is the baseline's seconds over ours; the speed of a side is not tested."""
     for name in names:
         seconds = content[name]["seconds"]
         assert content[name]["time_ratio"] == pytest.approx(seconds["baseline"] / seconds["ours"]), name
@@ -90,7 +90,7 @@ def test_captions_have_the_published_lengths():
     assert abs(float(short.mean()) - 18) < 0.5 and abs(float(long.mean()) - 110) < 2 and float(long.max()) == 128
 
 
-def test_peak_memory_is_what_was_held_at_once(tmp_path):
+def test_peak_memory_counts_simultaneous_allocations(tmp_path):
     def work():
         for _ in range(3):
             a = torch.ones(1_000_000)

@@ -27,7 +27,7 @@ def test_raw_caption_comes_first_then_every_long_one():
     assert texts[0] == "a dog" and sorted(texts[1:]) == sorted([IB, SV, LLA])
 
 
-def test_k_of_three_are_drawn_afresh_and_evenly():
+def test_k_of_three_long_captions_are_drawn_uniformly():
     drawn = Counter(choose(RECORD, seed, num_long=1)[1] for seed in range(600))
     assert set(drawn) == {IB, SV, LLA} and min(drawn.values()) > 150
     pairs = {tuple(choose(RECORD, seed, num_long=2)[1:]) for seed in range(200)}

@@ -1,4 +1,4 @@
-"""Which checkpoint is the newest, what the command line changes on resuming, and that a kill loses no metrics."""
+"""Which checkpoint is the newest, which flags of the command line apply on resuming, and no metrics lost by a kill."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def checkpoint(folder: Path, name: str, epoch: int, step: int) -> None:
 
 
 def test_the_newest_checkpoint_is_the_one_with_the_most_steps(tmp_path):
-    # As a copied or downloaded folder may bring them: the newest file is the oldest checkpoint.
+    # In a copied or downloaded folder, the newest file may be the oldest checkpoint.
     for age, (name, epoch, step) in enumerate(
         [("step_3000.pt", 3, 3000), ("epoch_2.pt", 2, 2000), ("step_999.pt", 0, 999), ("epoch_1.pt", 1, 1000)]
     ):

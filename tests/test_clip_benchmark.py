@@ -1,4 +1,4 @@
-"""CLIP_benchmark's command line with a LoTLIP model: its numbers are those of a plain computation."""
+"""CLIP_benchmark's command line with a LoTLIP model: its numbers equal those of a plain computation."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def run_clip_benchmark(*argv, **kwargs):
 
 
 def write_sugar_crepe(root):
-    """The set's layout: a json file of captions and wrong captions, images of COCO beside it."""
+    """Writes a set in SugarCrepe's layout: a json file of captions and wrong captions, with COCO's images beside it."""
     rows = {}
     for n in range(12):
         write_image(root / "val2017" / f"{n:012d}.jpg", n)

@@ -13,7 +13,7 @@ from training.main import main
 
 
 def ranked_by(folder, name, noise, num=60, seed=0, captions=2):
-    """An evaluation of features; the right image of caption 0 is found or not as `noise` has it."""
+    """Evaluates features; whether the right image of caption 0 is found depends on `noise`."""
     rng = np.random.default_rng(seed)
     images = rng.normal(size=(num, 12)).astype(np.float32)
     owner = np.repeat(np.arange(num), captions)

@@ -1,4 +1,4 @@
-"""--config: flags from files, checked like typed ones; errors name file, line and key."""
+"""--config: flags from files are checked like those of the command line; errors name file, line and key."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The loss in blocks: exact gradients, the same for any block size and number of processes, memory without B x B."""
+"""The loss in blocks: exact gradients for any block size and number of processes, and no memory of B x B."""
 
 import itertools
 from pathlib import Path
@@ -16,7 +16,7 @@ from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 
 
 def plain_terms(kind, images, texts, scale, bias):
-    """Every logits matrix whole, differentiated by autograd."""
+    """Computes the terms from whole logits matrices, differentiated by autograd."""
 
     def pair(image, text):
         logits = scale * image @ text.T
@@ -117,7 +117,7 @@ def test_two_processes_with_a_locked_image_tower_equal_one():
 
 
 def peak(num, num_texts, dim, block_numbers):
-    """Most bytes that loss and gradients hold at once beyond their inputs, counted by torch's allocator."""
+    """Returns the peak memory of loss and gradients in bytes, in addition to their inputs, by torch's allocator."""
     images = torch.randn(num, 1, dim).requires_grad_()
     texts = torch.randn(num, num_texts, dim).requires_grad_()
     scale = torch.tensor(2.0, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Corner tokens by perturbation: what a change at one place may change elsewhere, one layer at a time, both towers."""
+"""Corner tokens by perturbation: which positions a change of one token affects, layer by layer, in both towers."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def hidden_states(text, ids):
 
 
 def changed_positions(text, ids, position):
-    """Positions whose hidden states move when the token at `position` is another one."""
+    """Returns the positions whose hidden states change when the token at `position` is replaced."""
     other = ids.clone()
     other[:, position] = torch.where(ids[:, position] == 7, 8, 7)
     before, after = hidden_states(text, ids), hidden_states(text, other)
@@ -65,7 +65,7 @@ def changed_positions(text, ids, position):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_corners", [0, 1, 3])
-def test_one_layer_shows_who_sees_whom(family, num_corners):
+def test_one_layer_follows_the_attention_rule(family, num_corners):
     text = tower(family, num_corners)
     ids = random_ids(text)
     words = range(num_corners + 1, 11)
@@ -113,7 +113,7 @@ def test_ordinary_attention_makes_corners_tokens_like_any_other(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_corners", [0, 2])
 def test_a_last_layer_for_the_first_positions_alone_changes_nothing(family, num_corners):
-    """States and gradients as from a last layer over all positions."""
+    """States and gradients equal those of a last layer over all positions."""
     text = tower(family, num_corners, num_layers=3).double()
     ids = random_ids(text)
     whole = text.family.run(text.transformer, ids, prefix_attention(ids != text.pad_id, num_corners))[
@@ -216,7 +216,7 @@ def test_features_of_several_captions_by_hand():
 
 
 def test_cosine_of_corners_with_cls_by_a_plain_loop():
-    """A text without corners, one with three, one without, one with three."""
+    """Four texts: without corners, with three, without, with three."""
     stream = torch.Generator().manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(5, 1 + 4 + 1 + 4, 7, generator=stream), dim=-1)
     wanted = [float(row[cls] @ row[cls + n]) for row in features for cls in (1, 6) for n in (1, 2, 3)]
@@ -229,7 +229,7 @@ def test_cosine_of_corners_with_cls_by_a_plain_loop():
 def test_gradient_checkpointing_gives_the_same_gradients(kind):
     text = clip_model(2).text if kind == "clip" else tower(kind, num_layers=3)
     ids = clip_ids(2) if kind == "clip" else random_ids(text)
-    # Train mode, where checkpointing is at work; without dropout, which would differ.
+    # In train mode, so that checkpointing is active; without dropout, which would differ between the runs.
     for module in text.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

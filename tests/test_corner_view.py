@@ -1,4 +1,4 @@
-"""Attention of the special tokens against the libraries' own attention, words against the caption, and the command."""
+"""The corner view: attention against the libraries' own, words against the caption, and the command."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_words_are_those_of_the_caption():
     expected = CAPTION.lower().replace(".", " .").split()
     _, tokenizer = make("lotlip_tiny")
     words = words_of(tokenizer, tokenizer([CAPTION])[0].tolist())
-    # The full stop between sentences has become a [SEP]; the pieces of a rare word are one word again.
+    # The full stop between sentences is a [SEP] token; the pieces of a rare word are joined to one word.
     assert [word for word, _ in words] == [w for n, w in enumerate(expected) if w != "." or n == len(expected) - 1]
     assert any(len(positions) > 1 for _, positions in words)
     _, tokenizer = make("ViT-S-32-alt", num_corner_tokens=2)

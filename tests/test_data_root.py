@@ -1,4 +1,4 @@
-"""--data-root: every benchmark in its documented place is found; what is absent is listed once."""
+"""--data-root: every benchmark at its documented location is found; missing ones are listed once."""
 
 import json
 import re
@@ -16,7 +16,7 @@ DOCUMENT = (Path(__file__).parents[1] / "EVAL_DATASETS.md").read_text()
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """All benchmarks, each in the tree that EVAL_DATASETS.md shows."""
+    """Writes all benchmarks, each in the layout that EVAL_DATASETS.md shows."""
     root = tmp_path_factory.mktemp("data")
     shutil.copytree(LAYOUTS / "dci", root / "dci")
     shutil.copytree(LAYOUTS / "iiw", root / "iiw")
@@ -32,7 +32,7 @@ def root(tmp_path_factory):
     return root
 
 
-def test_the_document_shows_the_places_that_are_looked_at():
+def test_the_document_shows_the_folders_that_are_searched():
     from dataloaders.registry import benchmarks
 
     for benchmark in benchmarks():
@@ -51,7 +51,7 @@ def test_all_are_found_and_suites_choose(root, capsys):
     assert args.iiw_retrieval == str(root / "iiw")
 
 
-def test_what_is_absent_is_listed_once_and_the_rest_evaluated(tmp_path, tiny_clip, capsys):
+def test_missing_benchmarks_are_listed_once_and_the_others_evaluated(tmp_path, tiny_clip, capsys):
     for number in range(4):
         write_image(tmp_path / "d" / "urban1k" / "image" / f"{number}.jpg", number)
         caption = tmp_path / "d" / "urban1k" / "caption" / f"{number}.txt"
@@ -80,7 +80,7 @@ def test_what_is_absent_is_listed_once_and_the_rest_evaluated(tmp_path, tiny_cli
         (["--dci-retrieval", "D", "--suite", "long"], "--suite: no effect without --data-root"),
     ],
 )
-def test_mistakes(words, said, tmp_path, capsys, monkeypatch):
+def test_usage_errors(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         parse_args(words)

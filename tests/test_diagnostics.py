@@ -1,4 +1,4 @@
-"""Diagnostics of long text against brute force; a model that has learned the scenes and a random one are told apart."""
+"""Diagnostics of long text against brute force; they distinguish a trained model from a random one."""
 
 import itertools
 import zlib
@@ -57,7 +57,7 @@ def test_himo_by_hand():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 pictures; captions of one to eight sentences of twenty words."""
+    """Writes 24 images with captions of one to eight sentences of twenty words."""
     root = tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(0)
     words = ["red", "blue", "small", "dog", "tree", "house", "on", "the", "left", "walks"]
@@ -72,7 +72,7 @@ def data(tmp_path_factory):
 
 
 class ByHand:
-    """An evaluation with --diagnostics, its captions by sentences, and the model to compute the same plainly."""
+    """An evaluation with --diagnostics, its captions as sentences, and the model for a plain computation."""
 
     def __init__(self, data, model_name, logs):
         argv = ["--urban1k-retrieval", str(data), "--model", model_name, "--workers", "0", "--device", "cpu"]
@@ -147,8 +147,8 @@ def test_himo_against_brute_force(run):
     assert himo["K"]["score"] == pytest.approx(np.mean(correlations), abs=1e-4)
 
 
-def test_features_of_a_file_are_asked_the_same_questions(data, tiny_clip, tmp_path, capsys):
-    """Without its images, a model's text tower answers what the whole model does; another model is refused."""
+def test_saved_features_give_the_same_diagnostics(data, tiny_clip, tmp_path, capsys):
+    """With saved image features, a model's text tower gives the same answers as the model; other models are refused."""
     common = ["--model", tiny_clip, "--workers", "0", "--device", "cpu", "--logs", str(tmp_path), "--diagnostics"]
     assert main(["--urban1k-retrieval", str(data), *common, "--save-features", "--name", "whole"]) == 0
     file = str(tmp_path / "whole" / "features" / "urban1k-retrieval.npz")
@@ -156,7 +156,7 @@ def test_features_of_a_file_are_asked_the_same_questions(data, tiny_clip, tmp_pa
     whole, texts = (read_results(tmp_path, name) for name in ("whole", "texts"))
     assert whole["lengths"] == texts["lengths"]
     before, after = (dict(flat(own["diagnostics"])) for own in (whole, texts))
-    # Features are normalised when they are read: their last bits change.
+    # Features are normalised again when they are read, so the last bits may differ.
     assert before.keys() == after.keys() and all(after[k] == pytest.approx(v, abs=1e-5) for k, v in before.items())
     assert "first sentence dropped" in capsys.readouterr().out
 
@@ -179,7 +179,7 @@ def save_tiny(folder):
     return folder / "tiny.pt"
 
 
-def test_a_model_at_chance_gets_no_card_and_is_told_so(data, tiny_clip, tmp_path, capsys):
+def test_a_model_at_chance_gets_a_message_instead_of_a_card(data, tiny_clip, tmp_path, capsys):
     run = ByHand(data, tiny_clip, tmp_path)
     said = capsys.readouterr().out
     assert "first moved to fourth place" in said and "No long-text card: with fewer than 10 right answers" in said
@@ -191,7 +191,7 @@ NUM_WORDS = 8192
 
 
 def tokenize(texts):
-    """[n, 400]: a number for every run of one to eight words within a sentence, padded with 0."""
+    """Returns [n, 400]: a number for every run of one to eight words within a sentence, padded with 0."""
     ids = torch.zeros(len(texts), 400, dtype=torch.int64)
     for row, text in enumerate(texts):
         own = []
@@ -204,7 +204,7 @@ def tokenize(texts):
 
 
 class SceneReader(torch.nn.Module):
-    """Pictures as 12 x 12 pixels, texts as sums of a vector for each run of words."""
+    """A model that encodes images as 12 x 12 pixels, and texts as the sum of one vector for each run of words."""
 
     def __init__(self, weights, mean):
         super().__init__()
@@ -234,12 +234,12 @@ def scenes_and_captions(split, number):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Diagnostics of a model that has learned 1,500 scenes (by ridge regression), and of one with random vectors."""
+    """Runs diagnostics on a model trained on 1,500 scenes (by ridge regression) and on one with random vectors."""
     pictures, captions = scenes_and_captions("train", 1500)
     pixels = torch.stack([small(p) for p in pictures]).flatten(1)
     words = counted(tokenize(captions))
     mean = pixels.mean(0)
-    # Ridge regression of pixels on words, in its dual form.
+    # Ridge regression from words to pixels, in its dual form.
     learned = words.T @ torch.linalg.solve(words @ words.T + 30 * torch.eye(len(words)), pixels - mean)
     guessed = torch.randn(learned.shape, generator=torch.Generator().manual_seed(0))
     folder = tmp_path_factory.mktemp("scenes")
@@ -258,7 +258,7 @@ def reports(tmp_path_factory):
     return found
 
 
-def test_a_model_that_has_learned_the_scenes_and_a_random_one_are_told_apart(reports):
+def test_diagnostics_distinguish_a_trained_model_from_a_random_one(reports):
     learned, guessed = reports["learned"]["Scenes"], reports["random"]["Scenes"]
     assert learned["changes"]["as it is"]["t2i"]["top1"] > 0.15 > 0.02 > guessed["changes"]["as it is"]["t2i"]["top1"]
     for name in ("first sentence dropped", "one sentence dropped at random"):
@@ -274,7 +274,7 @@ def test_a_model_that_has_learned_the_scenes_and_a_random_one_are_told_apart(rep
     assert alone > 2 * by_chance and alone > 2 / 300
 
 
-def test_the_card_is_drawn_for_the_model_that_has_learned_alone(reports, tmp_path):
+def test_the_card_is_drawn_only_for_the_trained_model(reports, tmp_path):
     assert above_chance(reports["learned"]) == ["Scenes"] and above_chance(reports["random"]) == []
     curve = {"10": {"i2t": 0.2, "t2i": 0.2}, "77": {"i2t": 0.6, "t2i": 0.6}}
     lengths = {"context_length": 77, "sets": {"Scenes": {"tokens": curve, "sentences": curve}}}

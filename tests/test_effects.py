@@ -1,4 +1,4 @@
-"""A flag without effect is reported, once, over all flags of the parser; one with an effect never is."""
+"""For all flags of the parser: a flag without effect is reported once, a flag with an effect never."""
 
 import argparse
 import ast
@@ -39,7 +39,7 @@ COMMANDS = [
 
 
 def words(action: argparse.Action) -> list[str]:
-    """A flag with a value that is not its default."""
+    """Returns a flag with a value that is not its default."""
     if isinstance(action, Switch):
         return [action.negatives[0] if action.default else action.option_strings[0]]
     choices = [choice for choice in action.choices or () if choice != action.default]
@@ -54,7 +54,7 @@ def words(action: argparse.Action) -> list[str]:
 
 
 def reports(argv: list[str]) -> list[str]:
-    """All flags of a command that are reported."""
+    """Returns all flags of a command that are reported."""
     idle = idle_flags(PARSER.parse_args(argv), vars(PARSER.parse_args([])), EFFECTS)
     return [flag for flags in idle.values() for flag in flags]
 
@@ -73,12 +73,12 @@ def test_a_flag_is_reported_where_it_has_no_effect_and_only_there(action):
     with_effect = [flag not in flags for flags in found]
     conditions = [condition for condition, flags in EFFECTS if flag in flags.split()]
     assert any(with_effect)
-    # --train-data is what makes a command a training: where it is given, it has its effect.
+    # --train-data makes a command a training, so it always has an effect.
     assert all(with_effect) == (not conditions or conditions == [ALWAYS] or flag == "--train-data")
 
 
 def readers() -> dict[str, set[str]]:
-    """Flag's name -> files that read it, but for those that only check it."""
+    """Returns flag -> files that read it, except files that only check it."""
     found: dict[str, set[str]] = {}
     for path in (ROOT / "src" / "training").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

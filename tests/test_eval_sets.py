@@ -1,4 +1,4 @@
-"""Benchmarks beyond the four published ones: readers on small sets in the exact layouts, recall, zero-shot."""
+"""Benchmarks other than the paper's four: readers on small sets in the exact layouts, recall, zero-shot."""
 
 import json
 
@@ -178,7 +178,7 @@ def test_multi_caption_recall_equals_clip_benchmark():
     images, texts, owner = multi_caption_features(num_images=60, seed=7)
     own_texts = [[j for j in range(len(owner)) if owner[j] == i] for i in range(len(images))]
 
-    class Recorded:  # clip_benchmark takes a model: this one looks its features up
+    class Recorded:  # clip_benchmark needs a model: this one returns recorded features
         def encode_image(self, numbers):
             return images[numbers]
 

@@ -133,7 +133,7 @@ def test_shared_images_and_captions_are_encoded_once(scenes, tiny_clip, monkeypa
     flags += ["--share4v-val-num=10,25", f"--urban1k-retrieval={scenes / 'urban1k'}"]
     code, _, _ = run(flags + common(tmp_path, tiny_clip), capsys)
     assert code == 0
-    assert counted == {"image": 25, "text": 100}  # 110 pairs: the same 25 pictures, and 10 captions twice
+    assert counted == {"image": 25, "text": 100}  # 110 pairs: the same 25 images, and 10 captions twice
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_weights_from_files(layouts, tmp_path, capsys):
         assert code == 2 and said in err
 
 
-def test_an_untrained_model_is_announced(layouts, tmp_path, capsys, caplog):
+def test_an_untrained_model_is_reported(layouts, tmp_path, capsys, caplog):
     argv = [f"--urban1k-retrieval={layouts / 'urban1k'}", *common(tmp_path, "ViT-S-32-alt")]
     code, _, _ = run(argv, capsys)
     assert code == 0 and "UNTRAINED" in caplog.text

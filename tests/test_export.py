@@ -1,4 +1,4 @@
-"""python -m training.export: each format, loaded by the other software alone, computes the same features."""
+"""python -m training.export: each format gives the same features when loaded by the other software alone."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from training.main import main as train
 
 @pytest.fixture(scope="module")
 def runs(scenes, tmp_path_factory):
-    """Runs of one epoch: LoTLIP's BERT tower, CLIP's own towers at 77 and 248 tokens, CLIP's with corners."""
+    """Trains one epoch each: LoTLIP's BERT tower, CLIP with 77 and 248 tokens, CLIP with corners."""
     logs = tmp_path_factory.mktemp("runs")
     vision = {"image_size": 32, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}
     text = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 2}
@@ -53,7 +53,7 @@ def export(source, to, out, *flags) -> dict:
 
 
 def original(runs, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of the samples by the model that the trainer saved, apart from the exporter."""
+    """Computes features of the samples with the model that the trainer saved, without the exporter."""
     flags = json.loads((runs / name / "params.json").read_text())
     overrides = {key: flags[key] for key in ("num_corner_tokens", "context_length")}
     checkpoint = str(runs / name / "checkpoints" / "epoch_1.pt")
@@ -157,13 +157,13 @@ def test_the_card_shows_the_runs_recipe_and_its_last_evaluation(runs, scenes, tm
         (".", "onnx", "neither a run"),
     ],
 )
-def test_what_cannot_be_exported_is_said(source, to, said, runs, tmp_path, capsys):
+def test_models_that_cannot_be_exported_are_refused_with_the_reason(source, to, said, runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([str(runs / source), "--to", to, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_a_folder_with_other_things_is_left_alone(runs, tmp_path, capsys):
+def test_a_folder_with_other_content_is_not_overwritten(runs, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
     with pytest.raises(SystemExit):
         main([str(runs / "clip"), "--to", "onnx", "--out", str(tmp_path)])

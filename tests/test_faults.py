@@ -1,4 +1,4 @@
-"""Broken data of every kind: counted exactly, passed over, and never the end of a training."""
+"""Broken data of every kind: counted exactly, skipped, and never the end of a training."""
 
 import http.server
 import io
@@ -36,7 +36,7 @@ def picture(number: int = 0, form: str = "JPEG") -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of a few kilobytes that says it has 400 million pixels."""
+    """Returns a PNG of a few kilobytes whose header says it has 400 million pixels."""
     content = bytearray(picture(0, "PNG"))
     content[16:24] = (20_000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
@@ -93,7 +93,7 @@ def test_each_kind_is_counted_exactly_and_the_run_finishes(tmp_path):
     places += ["--val-data", str(tmp_path)]
     assert main([*flags, *places]) == 0
 
-    # What a plain reading of the epoch's slots, begun again where it ends, gives by the samples' names.
+    # The expected samples: the epoch's slots read in order, and again from the start where slots were bad.
     urls = [str(tmp_path / name) for name in ("a.tar", "b.tar", "cut.tar")]
     sizes = [len(samples), 9, 9]
     slots = sum(sizes) // 11 * 11
@@ -114,7 +114,7 @@ def test_each_kind_is_counted_exactly_and_the_run_finishes(tmp_path):
     assert f"{expected.total():,} skipped (" in log.splitlines()[-1]
     assert not Path("/tmp/pwned").exists()
 
-    # A validation takes each sample once: the good ones count, the bad ones are skipped.
+    # A validation reads each sample once: good ones are used, bad ones are skipped.
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (measured,) = [line for line in lines if "val/loss" in line]
     assert measured["val/num_samples"] == 20 + 1 + 9 + 5  # good, plain, b.tar, and what is left of cut.tar
@@ -213,7 +213,7 @@ def test_mutated_shards_give_samples_or_reasons(tmp_path, monkeypatch):
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
-    """Serves a file, but breaks off in the middle of it the first two times."""
+    """Serves a file, but breaks the connection in the middle of it the first two times."""
 
     content = b""
     times = 0
@@ -233,7 +233,7 @@ class Flaky(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_connection_that_breaks_is_taken_up_again(tmp_path, monkeypatch, caplog):
+def test_reading_continues_after_a_broken_connection(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tar, "RETRY_WAITS", (0.0, 0.0, 0.0))
     Flaky.content = Path(write_shard(tmp_path / "0.tar", {f"{n:03d}": GOOD for n in range(60)})).read_bytes()
     with http.server.ThreadingHTTPServer(("localhost", 0), Flaky) as server:
@@ -250,12 +250,12 @@ def test_an_unreachable_shard_is_a_fault_for_each_of_its_samples(tmp_path, monke
     source = ShardSource([here, f"http://localhost:{free_ports(1)[0]}/1.tar"], [8, 4], seed=0)
     batch = load(source, 1, 12)[0]
     kinds = Counter(kind for kind, _ in batch.bad_samples)
-    # Its 4 slots, and some of them again where places were filled from the start.
+    # Its 4 slots, and some of them again because bad samples were replaced from the start of the span.
     assert len(batch.keys) == 12 and set(kinds) == {"unreachable shard"} and 4 <= kinds["unreachable shard"] <= 8
     assert all("localhost" in name for _, name in batch.bad_samples)
 
 
-def test_a_shard_that_is_gone_since_it_was_counted_is_unreachable(tmp_path, monkeypatch):
+def test_a_shard_removed_after_counting_is_unreachable(tmp_path, monkeypatch):
     monkeypatch.setattr(tar, "RETRY_WAITS", (0.0,))
     urls = [write_shard(tmp_path / f"{i}.tar", {f"{i}{n}": GOOD for n in range(5)}) for i in range(2)]
     sizes = count_samples(urls)

@@ -1,4 +1,4 @@
-"""Image features of a locked tower: extracted once, equal to the tower's own, and as good as images to train on."""
+"""Image features of a locked tower: extracted once, equal to the tower's output, equivalent to images in training."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def shards(scenes, tmp_path_factory) -> Path:
-    """The 40 scenes in three shards, one of which ends with a sample that has no picture."""
+    """Writes the 40 scenes in three shards, one of which ends with a sample without an image."""
     folder = tmp_path_factory.mktemp("shards")
     samples = list(read_samples(str(scenes / "train" / "00000.tar")))
     for number, part in enumerate((samples[:25], samples[25:33], samples[33:])):
@@ -65,7 +65,7 @@ def model():
     return model.eval(), preprocess
 
 
-def test_features_are_the_tower_s_own(shards, features, model):
+def test_features_equal_the_towers_output(shards, features, model):
     tower, preprocess = model
     number = 0
     for shard in range(3):
@@ -95,7 +95,7 @@ def test_a_sample_takes_two_bytes_a_number_and_its_captions(tmp_path, features):
 
 
 def test_training_on_features_equals_training_on_images(shards, features, tmp_path):
-    """The shards without the broken sample, so that both see the same samples in the same order."""
+    """Uses the shards without the broken sample, so that both trainings see the same samples in the same order."""
     clean = tmp_path / "clean"
     shutil.copytree(shards, clean)
     with tarfile.open(clean / "2.tar") as tar:
@@ -112,7 +112,7 @@ def test_training_on_features_equals_training_on_images(shards, features, tmp_pa
 
 
 def test_a_linear_head_behind_a_locked_trunk_is_trained_on_cached_features_as_on_images(shards, tmp_path):
-    """Batch norms as in evaluation in both: cached features know no others."""
+    """Both use batch norms as in evaluation, because features are cached with these."""
     config = tmp_path / "with_head.json"
     content = json.loads((Path(training.__file__).parent / "model/model_configs/lotlip_tiny.json").read_text())
     tower = {"timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}
@@ -132,7 +132,7 @@ def test_a_linear_head_behind_a_locked_trunk_is_trained_on_cached_features_as_on
     torch.manual_seed(0)
     untrained = training.create_model(f"config:{config}").visual.head.proj.weight
     assert (heads[1] - untrained).abs().max() > 1e-4
-    # An evaluation through --feature-cache keeps the trunk's features: models with other heads share them.
+    # An evaluation with --feature-cache stores the trunk's features, so that models with other heads share them.
     results = {}
     for number, (end, cached) in enumerate([(ends[0], True), (ends[1], True), (ends[1], False)]):
         argv = [*flags, "--pretrained", str(end), "--retrieval-wds", str(data), "--logs", str(tmp_path / "eval")]
@@ -154,7 +154,7 @@ def test_features_do_not_train_a_head_that_they_bypass(shards, tmp_path, capsys)
     assert '"timm_proj": "linear"' in capsys.readouterr().err
 
 
-def test_an_extraction_goes_on_where_it_stopped_on_any_number_of_processes(shards, features, tmp_path):
+def test_an_extraction_continues_where_it_stopped_on_any_number_of_processes(shards, features, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(features, out)
     (out / "000001.features.parquet").unlink()
@@ -207,7 +207,7 @@ def test_a_table_of_images_is_extracted_too(scenes, tmp_path):
         (["--train-data", "{shards}", "--feature-views", "2"], "needs --extract-image-features"),
     ],
 )
-def test_what_does_not_fit_is_refused(flags, said, shards, features, tmp_path, capsys):
+def test_features_that_do_not_fit_are_refused(flags, said, shards, features, tmp_path, capsys):
     cut = tmp_path / "cut"
     shutil.copytree(features, cut)
     (cut / "000001.features.parquet").unlink()
@@ -227,7 +227,7 @@ def evaluate(scenes: Path, model: str, logs: Path, name: str, cache: Path) -> di
     return {k: v for k, v in read_results(logs, name).items() if k.startswith("urban1k")}
 
 
-def test_kept_features_give_the_same_evaluation_without_the_tower(scenes, tiny_clip, tmp_path, monkeypatch):
+def test_cached_features_give_the_same_evaluation_without_the_tower(scenes, tiny_clip, tmp_path, monkeypatch):
     data = tmp_path / "set"
     shutil.copytree(scenes / "urban1k", data / "urban1k")
     plain = evaluate(data, tiny_clip, tmp_path, "first", tmp_path / "cache")
@@ -240,7 +240,7 @@ def test_kept_features_give_the_same_evaluation_without_the_tower(scenes, tiny_c
         patch.setattr(open_clip.CLIP, "encode_image", fail)
         patch.setattr(open_clip.CLIP, "encode_text", fail)
         assert evaluate(data, tiny_clip, tmp_path, "second", tmp_path / "cache") == plain
-    # A picture that has changed since is encoded anew, and nothing else.
+    # An image that has changed is encoded again, and nothing else.
     changed = sorted((data / "urban1k" / "image").glob("*.jpg"))[3]
     load_rgb(changed).rotate(90).save(changed)
     asked = []
@@ -253,7 +253,7 @@ def test_kept_features_give_the_same_evaluation_without_the_tower(scenes, tiny_c
     assert third == evaluate(data, tiny_clip, tmp_path, "fourth", tmp_path / "other cache")
 
 
-def test_other_weights_never_meet_kept_features(scenes, tiny_clip, tmp_path):
+def test_other_weights_never_use_cached_features(scenes, tiny_clip, tmp_path):
     first = evaluate(scenes, tiny_clip, tmp_path, "first", tmp_path / "cache")
     folder = tmp_path / "other"
     shutil.copytree(tiny_clip.removeprefix("local-dir:"), folder)

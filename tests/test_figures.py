@@ -1,4 +1,4 @@
-"""Figures come from what was recorded, and only from that."""
+"""Figures are drawn from recorded results, and only from these."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ def test_figures_are_drawn_from_the_records(tree):
 
 
 def test_the_published_table_is_the_readmes(tree):
-    """The README has the printed table as it is; of it, LoTLIP's own numbers and the best of today."""
+    """The README contains the table exactly; the table contains LoTLIP's numbers and current results."""
     printed = draw(tree, "--table")[1].strip()
     assert printed in (ROOT / "README.md").read_text()
     rows = {row.split("|")[1].strip(): row for row in printed.splitlines()[2:]}

@@ -1,4 +1,4 @@
-"""What can be known of bad data before a model is built is said then, by kind; what can't is counted by kind."""
+"""Bad data that can be found before a model is built are reported then, by kind; all others are counted by kind."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def narrow(width: int, height: int, form: str = "JPEG") -> bytes:
 
 
 def train(tmp_path, data, capsys, *flags: str) -> str:
-    """The message of a training that is refused."""
+    """Returns the message of a training that is refused."""
     argv = [
         "--train-data",
         str(data),

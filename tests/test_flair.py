@@ -1,4 +1,4 @@
-"""FLAIR: weights in the published key layout against a plain implementation, and re-ranking against brute force."""
+"""FLAIR: weights with the published keys against a plain implementation, and re-ranking against brute force."""
 
 import json
 
@@ -23,7 +23,7 @@ TEXT = {"context_length": 77, "vocab_size": 49408, "width": WIDTH, "heads": 2, "
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[str, str, dict[str, torch.Tensor]]:
-    """A small FLAIR as --model and --pretrained, and its weights in the published layout."""
+    """Returns a small FLAIR as --model and --pretrained, and its weights with the published keys."""
     folder = tmp_path_factory.mktemp("flair")
     config = {"embed_dim": DIM, "pooling_heads": HEADS, "init_logit_bias": -10, "vision_cfg": VISION}
     (folder / "small.json").write_text(json.dumps(config | {"text_cfg": TEXT | {"num_corner_token": 0}}))
@@ -41,7 +41,7 @@ def small(tmp_path_factory) -> tuple[str, str, dict[str, torch.Tensor]]:
 
 
 def plain_features(state: dict, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Class token, patches and texts, projected; the towers are open_clip's."""
+    """Returns class token, patches and texts, projected; the towers are open_clip's."""
     clip = open_clip.CLIP(DIM, VISION, TEXT, init_logit_bias=-10).eval()
     own = {k: v for k, v in state.items() if k in clip.state_dict()}
     own |= {"visual.proj": state["image_post.proj"], "text_projection": state["text_post.proj"]}
@@ -53,7 +53,7 @@ def plain_features(state: dict, pixels: torch.Tensor, ids: torch.Tensor) -> tupl
 
 
 def plain_pooling(state: dict, query: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-    """One text [dim] and the patches of one image [num, dim], by the description alone."""
+    """Pools the patches of one image [num, dim] with one text [dim], as the paper describes it."""
     own = {key.removeprefix("visual_proj."): value for key, value in state.items()}
     names = ("ln_q", "ln_k", "ln_v")
     inputs = (query[None], patches, patches)
@@ -71,7 +71,7 @@ def plain_pooling(state: dict, query: torch.Tensor, patches: torch.Tensor) -> to
 
 
 def plain_scores(state: dict, patches: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """[num_images, num_texts]: the cosine of each text with what it pools from each image."""
+    """Returns [num_images, num_texts]: the cosine of each text with the feature that it pools from each image."""
     rows = [[plain_pooling(state, text, own) for text in texts] for own in patches]
     return torch.stack([(normalize(torch.stack(row), dim=1) * normalize(texts, dim=1)).sum(1) for row in rows])
 
@@ -108,7 +108,7 @@ def test_the_published_size_is_open_clips(small):
 
 
 def brute_ranks(candidates: torch.Tensor, scores: torch.Tensor, owner: list[int]) -> tuple[list, list]:
-    """Mean rank of the first right answer, from a full matrix whose other entries are -1e10."""
+    """Returns mean ranks (over ties) of images and texts, from a full matrix whose other entries are -1e10."""
     matrix = torch.full((len(candidates), len(owner)), -1e10, dtype=torch.float64)
     matrix.scatter_(1, candidates, scores.double())
 

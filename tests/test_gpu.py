@@ -1,7 +1,7 @@
-"""What differs on a GPU: collectives, attention in rows, the fp16 scaler, copies to the device, 16-bit evaluation.
+"""Code that differs on a GPU: collectives, attention in rows, the fp16 scaler, copies to the device, 16-bit evaluation.
 
-Each test runs on the CPU, too, so that its code is known to work where there is no GPU: ``pytest -m gpu`` selects the
-GPU's variants, ``pytest tests/test_gpu.py -k cpu`` the others.
+Each test also runs on the CPU, so that its code is tested on machines without a GPU. ``pytest -m gpu`` selects the
+variants for the GPU, ``pytest tests/test_gpu.py -k cpu`` those for the CPU.
 """
 
 import copy
@@ -35,7 +35,7 @@ def device(request) -> torch.device:
 
 @pytest.fixture
 def group_of_one(device, tmp_path):
-    """This process as a group: gloo on the CPU, NCCL on a GPU."""
+    """Makes a process group of this process alone, with gloo on the CPU and NCCL on a GPU."""
     options = {"device_id": torch.device("cuda", 0)} if device.type == "cuda" else {}
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1, **options)
@@ -54,7 +54,7 @@ def test_the_gather_of_features_on_one_process_changes_nothing(device, group_of_
 
 
 def test_captions_in_a_row_have_the_padded_features_and_gradients(device):
-    """On a GPU by compiled FlexAttention; on the CPU caption by caption."""
+    """Attention runs with compiled FlexAttention on a GPU, and caption by caption on the CPU."""
     torch.manual_seed(0)
     text = create_model("lotlip_tiny", pretrained_text=False).text.eval()
     captions = batch(text, num=15)
@@ -106,7 +106,7 @@ def test_the_fp16_scaler_trains_as_fp32_does_and_skips_an_overflow(device):
 
 
 def test_copies_to_the_device_are_whole_and_in_order(device):
-    """Batches change hands while the device computes; a copy that is read too early or overwritten shows."""
+    """Copies batches while the device computes; a copy that is read too early or overwritten gives wrong values."""
     text, stream = create_model("lotlip_tiny", pretrained_text=False).text, torch.Generator().manual_seed(0)
     arrange = CaptionArranger("buckets", text.pad_id)
     sent = []
@@ -126,7 +126,7 @@ def test_copies_to_the_device_are_whole_and_in_order(device):
 
 
 def test_16_bit_evaluation_finds_nearly_the_captions_that_fp32_finds(device):
-    """128 captions of an untrained tower, whose margins are smaller than a trained one's."""
+    """Uses 128 captions and an untrained tower, whose margins are smaller than those of a trained tower."""
     facts = precision.run(Setting(device, True, Path()))[0].facts
     assert set(facts["recall_at_1"]) == {"fp32", "bf16"} | ({"fp16"} if device.type == "cuda" else set())
     assert facts["recall_at_1"]["fp32"] > 0.5

@@ -1,4 +1,4 @@
-"""--image-cache: the same features to the last bit, shared by models of one size, never used for another image."""
+"""--image-cache: bit-equal features, shared by models with the same image size, never used for another image."""
 
 import itertools
 import os
@@ -34,7 +34,7 @@ def test_pixels_are_equal_when_kept_and_when_read_back(tmp_path, files, resize, 
             assert torch.equal(plain, kept)
 
 
-def test_what_is_kept_is_not_read_again_and_a_changed_file_is(tmp_path, files):
+def test_cached_images_are_not_read_again_but_changed_files_are(tmp_path, files):
     CachedReader(tmp_path / "cache", transform(), "exact").read(files)
     whole, status = files[0].read_bytes(), files[0].stat()
     other_mean = transform(mean=(0.1, 0.2, 0.3))
@@ -42,7 +42,7 @@ def test_what_is_kept_is_not_read_again_and_a_changed_file_is(tmp_path, files):
     files[0].write_bytes(bytes(len(whole)))  # no image any more, of the same size ..
     os.utime(files[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # .. and time
     again = CachedReader(tmp_path / "cache", other_mean, "exact").read(files)
-    assert all(map(torch.equal, again, wanted))  # another normalisation of the pixels that were kept
+    assert all(map(torch.equal, again, wanted))  # another normalisation of the cached pixels
     assert isinstance(CachedReader(tmp_path / "cache", transform(size=40), "exact").read(files)[0], BrokenImageError)
     os.utime(files[0])
     found = CachedReader(tmp_path / "cache", transform(), "exact").read(files)

@@ -1,4 +1,4 @@
-"""A process that was started alone, or without the address of the others, does not wait for them."""
+"""A process that was started alone, or without the address of other processes, doesn't wait for them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Imports point one way: a file imports ours only from files that do not, in turn, lead back to it."""
+"""The layers of the code: imports point only downwards and never in a cycle, files and functions are short."""
 
 import ast
 import re
@@ -57,7 +57,7 @@ def test_imports_point_down():
             assert mine == its or layer_of[its] < layer_of[mine], f"{module} imports {other}, which is not below it"
 
 
-# Imported where they are asked for, and named by a message where they are not installed.
+# Optional packages: imported only when needed; a message names them if they are not installed.
 OPTIONAL = {"wandb", "vllm", "clip_benchmark", "onnx", "onnxscript", "onnxruntime", "usearch"}
 
 

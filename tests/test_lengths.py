@@ -1,4 +1,4 @@
-"""Recall with captions cut, shuffled and dropped: against tokens and texts cut by hand, and an effective length."""
+"""Recall with captions cut, shuffled or with sentences dropped, against texts cut by hand; and the effective length."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from training.main import main
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """30 pictures; captions of one to eight sentences."""
+    """Writes 30 images with captions of one to eight sentences."""
     root = tmp_path_factory.mktemp("pairs")
     (root / "caption").mkdir()
     (root / "image").mkdir()

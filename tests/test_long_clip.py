@@ -1,4 +1,4 @@
-"""Long-CLIP's family: the four configs, and files in the published key layouts against a plain implementation."""
+"""Long-CLIP's family: the four configs, and files with the published keys against a plain implementation."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_configs_are_openais_with_248_positions(size):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[str, dict[str, torch.Tensor]]:
-    """A small model of the family as --model, and weights in Long-CLIP's own layout."""
+    """Returns a small model of the family as --model, and weights with Long-CLIP's keys."""
     vision = {"image_size": 16, "layers": 2, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": 8}
     text = {"context_length": LENGTH, "vocab_size": 49408, "width": WIDTH, "heads": HEADS, "layers": 2}
     text["num_corner_token"] = 0
@@ -39,7 +39,7 @@ def small(tmp_path_factory) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 def blocks(state: dict, prefix: str, x: torch.Tensor, causal: bool) -> torch.Tensor:
-    """CLIP's residual blocks on [n, length, width], from the names of the file alone."""
+    """Computes CLIP's residual blocks on [n, length, width], using only the names in the file."""
     for number in range(2):
         own = {k.removeprefix(f"{prefix}{number}."): v for k, v in state.items() if k.startswith(f"{prefix}{number}.")}
         y = layer_norm(x, (WIDTH,), own["ln_1.weight"], own["ln_1.bias"])
@@ -55,7 +55,10 @@ def blocks(state: dict, prefix: str, x: torch.Tensor, causal: bool) -> torch.Ten
 
 
 def plain_text(state: dict, ids: torch.Tensor) -> torch.Tensor:
-    """Rows 0..19 of the frozen table, 20..247 of the trained one; the end token is the largest id."""
+    """Encodes texts with rows 0 to 19 of the frozen table and 20 to 247 of the trained one.
+
+    The end token is the one with the largest id.
+    """
     first = (torch.arange(LENGTH) < 20)[:, None]
     positions = torch.where(first, state["positional_embedding"], state["positional_embedding_res"])
     x = blocks(state, "transformer.resblocks.", state["token_embedding.weight"][ids] + positions, causal=True)

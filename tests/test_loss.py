@@ -102,7 +102,7 @@ def test_several_processes_equal_one(world_size):
             total, d_image, d_text, d_scale, d_bias = gradients(kind, image, text)
             for local in (False, True):
                 parts = [results[(rank, num_texts, kind, local)] for rank in range(world_size)]
-                # DDP averages gradients of parameters; features of a rank reach parameters on that rank alone.
+                # DDP averages the gradients of parameters; a rank's features only reach the parameters of that rank.
                 assert np.mean([p[0] for p in parts]) == pytest.approx(float(total), abs=1e-12)
                 np.testing.assert_allclose(np.concatenate([p[1] for p in parts]) / world_size, d_image, atol=1e-12)
                 np.testing.assert_allclose(np.concatenate([p[2] for p in parts]) / world_size, d_text, atol=1e-12)

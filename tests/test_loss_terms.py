@@ -22,7 +22,7 @@ SCALE = 9.0
 
 
 def plain_reduction(features, components):
-    """Long-CLIP's: by a singular value decomposition that autograd differentiates."""
+    """Reduces features as Long-CLIP does, with a singular value decomposition that autograd differentiates."""
     mean = features.mean(0)
     _, _, directions = torch.linalg.svd(features - mean, full_matrices=False)
     return (features - mean) @ directions[:components].T @ directions[:components] + mean
@@ -50,8 +50,8 @@ def check_equal(got, expected, got_inputs, inputs):
 
 
 @pytest.mark.parametrize("block_numbers", [1, 35, None])
-def test_long_clips_loss(block_numbers):
-    """Both captions, smoothed, the short one against reduced images; value and gradients."""
+def test_the_loss_of_long_clip(block_numbers):
+    """Compares value and gradients: both captions with smoothing, the short one against reduced images."""
     inputs, own = batch(), batch()
     loss = LongCaptionLoss(block_numbers=block_numbers, terms=LONG_CLIP, label_smoothing=0.1, normalisation="per-term")
     terms = loss(*own, torch.tensor(SCALE, dtype=torch.float64), output_dict=True)
@@ -62,7 +62,7 @@ def test_long_clips_loss(block_numbers):
 
 
 def himo_components(texts, variance):
-    """The texts reduced to as few components as hold this share of the variance."""
+    """Reduces texts to the fewest components that explain this fraction of the variance."""
     squares = torch.linalg.svdvals(texts - texts.mean(0)).square()
     enough = [k for k in range(1, len(squares) + 1) if squares[:k].sum() >= variance * squares.sum()][0]
     assert 1 < enough < len(squares) - 1
@@ -73,7 +73,7 @@ def himo_clip(images, texts, variance):
     return plain_pair(images, texts, 0.1) + plain_pair(images, himo_components(texts, variance), 0.1)
 
 
-def test_himo_clips_loss():
+def test_the_loss_of_himo_clip():
     def plain(images, texts):
         return himo_clip(images, texts[:, 0], 0.8)
 
@@ -89,7 +89,7 @@ def test_reduction_of_a_small_batch_is_the_identity_and_of_equal_directions_fini
     many = unit(10, 6, seed=2).requires_grad_()  # all 6 directions
     reduce_features(many, 8).square().sum().backward()
     torch.testing.assert_close(many.grad, 2 * many.detach())
-    # Two directions of the same variance within the chosen ones: a plain decomposition's gradient is infinite there.
+    # Two of the chosen directions have the same variance: the gradient of a plain decomposition is infinite there.
     square = torch.tensor([[2.0, 0, 0], [-2, 0, 0], [0, 2, 0], [0, -2, 0], [0, 0, 1], [0, 0, -1]]).requires_grad_()
     reduce_features(square, 2).square().sum().backward()
     assert square.grad.isfinite().all()
@@ -117,7 +117,7 @@ def test_weights_and_normalisations():
         ({"terms": (LossTerm("a_loss", (0,)), LossTerm("a_loss", (1,)))}, "a_loss, a_loss: expected unique names"),
     ],
 )
-def test_what_cant_be_is_said(options, said):
+def test_invalid_options_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         LongCaptionLoss(**options)
     with pytest.raises(ValueError, match="label smoothing is defined for the softmax loss only"):
@@ -136,7 +136,7 @@ def worker(rank, port, results):
 
 
 def test_two_processes_reduce_each_its_own_batch():
-    """As Long-CLIP: components of the local batch, then everybody's rows are compared."""
+    """As in Long-CLIP, components are those of the local batch; then the rows of all ranks are compared."""
     with mp.Manager() as manager:
         results = manager.dict()
         assert end_ranks(start_ranks(worker, 2, free_ports(1)[0], results)) == [0, 0]
@@ -158,7 +158,7 @@ def test_terms_may_share_texts():
 
 
 def test_flags_of_long_clips_recipe(scenes, tmp_path):
-    """Terms carry the declared names, and a locked logit scale keeps the value of --logit-scale."""
+    """Terms have the declared names, and a locked logit scale keeps the value of --logit-scale."""
     from test_train import read_metrics
 
     from training.main import main
@@ -192,7 +192,7 @@ FLAGS_OF_VARIANCE = {
 
 @pytest.mark.parametrize("views", FLAGS_OF_VARIANCE)
 def test_flags_add_a_term_of_reduced_texts_to_each_term_of_long_captions(views, capsys):
-    """A term of long captions, of weight 2 here, and behind it its components with 3 times that weight."""
+    """Each term of long captions has weight 2 here; a term of components with 3 times that weight follows it."""
     argv = [
         "--train-data",
         "d.tar",
@@ -230,7 +230,7 @@ def test_a_share_of_variance_lies_between_0_and_1(variance, capsys):
 
 
 def plain_sigmoid(images, texts):
-    """SigLIP's: the mean over images of the log-likelihoods of all pairs."""
+    """Computes SigLIP's loss: the mean over images of the negative log-likelihoods of all pairs."""
     signs = 2 * torch.eye(len(images), dtype=images.dtype) - 1
     return -torch.nn.functional.logsigmoid(signs * (SCALE * images @ texts.T + BIAS)).sum() / len(images)
 
@@ -253,7 +253,7 @@ OF_RECIPES = {
 
 @pytest.mark.parametrize("name", OF_RECIPES)
 def test_a_recipes_loss_is_the_published_formula(name):
-    """From the file to value and gradients."""
+    """Compares value and gradients, with the loss built from the recipe's file."""
     args = parse_args(["--train-data", "d.tar", "--config", str(RECIPES / f"{name}.yaml"), "--name", "own"])
     corners = 2 if name == "lotlip-cc3m" else 0
     loss = make_loss(args, corners, DistEnv(0, 1, torch.device("cpu")))

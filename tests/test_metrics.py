@@ -35,7 +35,7 @@ def test_equals_the_published_numbers():
         for k in (1, 5, 10):
             assert got[f"top{k}"] == pytest.approx(expected[f"{direction}_R@{k}"], abs=1e-9)
         assert got["mean-rank"] == pytest.approx(expected[f"{direction}_mean_rank"])
-        # The reference's median is of ranks as whole numbers too; 200 queries have no ties.
+        # The reference also takes the median of whole-number ranks; 200 queries have no ties.
         assert got["median-rank"] == pytest.approx(expected[f"{direction}_median_rank"])
 
 
@@ -50,7 +50,7 @@ def test_equals_brute_force_argsort(num_images, captions_per_image, block_size):
     score = image.double() @ text.double().T
     order = score.argsort(dim=1, descending=True)
     for i in range(num_images):
-        # Rank of the first right caption among the wrong ones: other right captions do not push it down.
+        # The rank of the first right caption counts only wrong captions before it, not other right ones.
         places = [n for n, t in enumerate(order[i]) if owner[t] == i]
         assert expected_rank(i2t)[i] == places[0] + 1
     order = score.argsort(dim=0, descending=True)
@@ -59,7 +59,7 @@ def test_equals_brute_force_argsort(num_images, captions_per_image, block_size):
 
 
 def test_ties_are_the_mean_over_all_orders():
-    # Scores on a coarse grid, so that ties are many; the truth is the mean over every order of the candidates.
+    # Scores on a coarse grid, so that there are many ties; the truth is the mean over all orders of the candidates.
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(-1, 2, (6, 3), generator=generator).double()
     text = torch.randint(-1, 2, (6, 3), generator=generator).double()
@@ -131,7 +131,7 @@ def test_bootstrap_interval_is_that_of_resampled_queries():
 
 def test_right_duplicates_share_the_first_place():
     counts = RankCounts(torch.tensor([0]), torch.tensor([3]), torch.tensor([2]))
-    # Two right and three wrong candidates with one score: 2 of 5 for the first place.
+    # Two right and three wrong candidates with the same score: a right one is first with probability 2 in 5.
     assert hit_probability(counts, 1).item() == pytest.approx(2 / 5)
     assert hit_probability(counts, 4).item() == pytest.approx(1.0)
 
@@ -157,7 +157,7 @@ def test_intervals_of_both_directions_cover_the_truth_as_often_as_they_say():
 
 
 def test_copies_of_a_caption_do_not_narrow_an_interval():
-    """Five copies of each caption carry no more information than one: the interval must not shrink."""
+    """Five copies of each caption carry no more information than one, so the interval must not shrink."""
     once = RankCounts(torch.arange(40) % 2, torch.zeros(40, dtype=torch.int64), torch.ones(40, dtype=torch.int64))
     copies = RankCounts(*(t.repeat_interleave(5) for t in (once.better, once.tied, once.right)))
     owner = torch.arange(40).repeat_interleave(5)

@@ -1,4 +1,4 @@
-"""The names and signatures that we borrow from open_clip: a release that moves one fails here, with its name."""
+"""The names and signatures of open_clip that we use: if a release changes one, a test here fails and names it."""
 
 import inspect
 import re
@@ -68,7 +68,7 @@ def test_text_towers_take_what_open_clip_3_and_4_call_on_them(kind):
 
 
 def test_open_clip_uses_nothing_else_of_a_text_tower():
-    """A release that asks for more fails here. Towers of Hugging Face have no forward_intermediates in open_clip."""
+    """Fails if a release of open_clip uses more. Hugging Face towers have no forward_intermediates in open_clip."""
     used = set(re.findall(r"self\.text\.(\w+)", inspect.getsource(open_clip.CustomTextCLIP)))
     known = {"context_length", "vocab_size", "lock", "set_grad_checkpointing", "no_weight_decay", "layer_groups"}
     assert used <= known | {"forward_intermediates"}
@@ -150,7 +150,7 @@ def test_batch_norms_of_a_partly_locked_image_tower_keep_their_mode():
 
 
 def test_the_causal_tower_without_corners_attends_through_one_mask():
-    """A mask for each caption and head would be gigabytes at a training batch."""
+    """A mask for each caption and head would take gigabytes for a training batch."""
     text = clip_model(0).text
     masks = []
     for block in text.transformer.resblocks:

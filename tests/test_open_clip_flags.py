@@ -1,4 +1,4 @@
-"""Flags of open_clip's trainer: each is known, its documented launch lines are read, what is taken over works."""
+"""Flags of open_clip's trainer: each is recognised, documented launch lines are accepted, supported flags work."""
 
 import csv
 import importlib.metadata
@@ -26,7 +26,7 @@ def test_every_flag_of_open_clip_is_known(capsys):
 
 
 def documented_lines() -> list[str]:
-    """The launch lines of the installed open_clip's README, without the program."""
+    """Returns the launch lines in the installed open_clip's README, without the program."""
     metadata = importlib.metadata.metadata("open_clip_torch")
     text = re.sub(r"\\[ \t]*\n", " ", metadata["Description"] or metadata.get_payload())
     return re.findall(r"open_clip_train(?:\.main|/main\.py)\s+(--[^`\n]*)$", text, re.MULTILINE)
@@ -55,7 +55,7 @@ def test_documented_launch_lines_are_read():
         (["--opt", "sgd"], "expected adamw or timm/NAME, found 'sgd'"),
     ],
 )
-def test_what_is_not_taken_over_says_what_to_do(words, message, capsys):
+def test_messages_of_unsupported_flags_say_what_to_do(words, message, capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(["--train-data", "data.tar", *words])
     lines = capsys.readouterr().err.splitlines()
@@ -94,7 +94,7 @@ def test_timms_optimizers_decay_what_they_decay_in_open_clips_trainer(model_name
     def decayed(groups: list[dict]) -> set[str]:
         return {names[id(parameter)] for group in groups if group["weight_decay"] for parameter in group["params"]}
 
-    # As open_clip_train.main calls it.
+    # The same call as in open_clip_train.main.
     theirs = timm.optim.create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.5)
     ours = decayed(parameter_groups(model, 0.1, 0.5, None, None, timm_rule=True))
     assert ours == decayed(theirs.param_groups)
@@ -103,7 +103,7 @@ def test_timms_optimizers_decay_what_they_decay_in_open_clips_trainer(model_name
 
 
 def test_optimizers_of_timm():
-    """SGD by hand: momentum is passed on, and each group keeps its own rate and decay."""
+    """Compares with SGD by hand: momentum is passed to timm, and each group keeps its own rate and decay."""
     first, second = (torch.nn.Parameter(torch.tensor([2.0])) for _ in range(2))
     groups = [
         {"params": [first], "lr": 0.1, "weight_decay": 0.5, "lr_scale": 1.0},

@@ -1,6 +1,6 @@
-"""Beside open_clip's own trainer, which is run here: the same losses and weights, and checkpoints of each in the other.
+"""Comparison with open_clip's trainer, which runs here: equal losses and weights, and checkpoints load both ways.
 
-A batch is the whole data set, so the order in which a trainer shuffles it does not change a step.
+A batch is the whole data set, so the order in which a trainer shuffles it doesn't change a step.
 """
 
 import csv
@@ -23,7 +23,7 @@ EPOCHS = 20
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
-    """Images of the model's size, so that the only crop is the whole image, and captions of different lengths."""
+    """Writes images of the model's size, so that every crop is the whole image, and captions of different lengths."""
     folder = tmp_path_factory.mktemp("pairs")
     pixels = torch.randint(0, 256, (NUM_IMAGES, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
     with open(folder / "pairs.csv", "w", newline="") as file:
@@ -37,7 +37,7 @@ def table(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tiny_clip, tmp_path_factory) -> str:
-    """The small model as a folder that open_clip's trainer reads, too: it wants its own name for the weights."""
+    """Saves the small model as a folder for both trainers; open_clip's needs its own name for the weights."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     shutil.copytree(tiny_clip.removeprefix("local-dir:"), folder)
     (folder / "open_clip_model.pt").rename(folder / "open_clip_pytorch_model.bin")
@@ -45,7 +45,7 @@ def model(tiny_clip, tmp_path_factory) -> str:
 
 
 def words(table: Path, model: str, logs: Path, name: str, *more: object) -> list[str]:
-    """A launch line that both trainers read."""
+    """Returns a launch line that both trainers accept."""
     line = (
         f"--dataset-type csv --train-data {table} --csv-img-key filepath --csv-caption-key title --workers 0 "
         f"--model {model} --batch-size {NUM_IMAGES} --epochs {EPOCHS} --lr 2e-4 --warmup 4 --wd 0.5 --beta1 0.9 "
@@ -63,7 +63,7 @@ def _their_main(_: int, argv: list[str], folder: str) -> None:
 
 
 def train_theirs(argv: list[str], folder: Path) -> None:
-    """Runs open_clip's trainer in a process of its own, as it changes the process's logging."""
+    """Runs open_clip's trainer in a separate process, because it changes the logging of its process."""
     folder.mkdir(exist_ok=True)
     codes = end_ranks(start_ranks(_their_main, 1, argv, str(folder)))
     assert codes == [0], (folder / "0.err").read_text()[-2000:]
@@ -88,7 +88,7 @@ def weights(run: Path, epoch: int = EPOCHS) -> dict:
 
 @pytest.fixture(scope="module")
 def theirs(table, model, tmp_path_factory) -> Path:
-    """A run of open_clip's trainer."""
+    """Trains with open_clip's trainer."""
     logs = tmp_path_factory.mktemp("theirs")
     train_theirs(words(table, model, logs, "run"), logs / "said")
     return logs / "run"
@@ -96,7 +96,7 @@ def theirs(table, model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(table, model, tmp_path_factory) -> Path:
-    """The same launch line with our trainer."""
+    """Trains with our trainer and the same launch line."""
     logs = tmp_path_factory.mktemp("ours")
     assert main(words(table, model, logs, "run")) == 0
     return logs / "run"
@@ -113,7 +113,8 @@ def test_losses_and_weights_are_those_of_open_clip(theirs, ours):
 
 
 def test_losses_of_accumulated_batches_are_those_of_open_clip(table, model, tmp_path):
-    # Not clipped: open_clip counts the logit scale's gradient once for each micro-batch, which Adam hides, a norm not.
+    # Without clipping: open_clip adds up the logit scale's gradient once per micro-batch, which changes the norm of the
+    # gradient, but not Adam's updates.
     more = ["--batch-size", NUM_IMAGES // 2, "--accum-freq", 2, "--epochs", 6, "--grad-clip-norm", 1e9]
     train_theirs(words(table, model, tmp_path, "theirs", *more), tmp_path / "said")
     assert main(words(table, model, tmp_path, "ours", *more)) == 0
@@ -135,7 +136,7 @@ def test_our_checkpoint_continues_there(ours, table, model, tmp_path):
 
 
 def their_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """As open_clip's trainer sorts parameters, after a step."""
+    """Returns an optimizer with parameters in the order of open_clip's trainer, after one step."""
     small = {n for n, p in model.named_parameters() if p.ndim < 2 or any(w in n for w in ("bn", "ln", "bias"))}
     kept = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -148,7 +149,7 @@ def their_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def test_their_optimizer_is_taken_over_parameter_by_parameter():
-    """Also into the groups of another rate per tower, and of a model with a locked tower."""
+    """Also for groups with a learning rate per tower, and for a model with a locked tower."""
     model = training.create_model("lotlip_tiny", pretrained_text=False)
     model.lock_image_tower(unlocked_groups=1)
     theirs = their_optimizer(model)
@@ -163,7 +164,7 @@ def test_their_optimizer_is_taken_over_parameter_by_parameter():
 
 
 def test_the_optimizer_of_an_earlier_version_is_taken_over():
-    """One group per tower and decay, in the order of the model, without names."""
+    """It has one group per tower and decay, in the order of the model, without names."""
     model = training.create_model("lotlip_tiny", pretrained_text=False)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups: dict = {}

@@ -1,4 +1,4 @@
-"""The order in which a table is read: every row once, every place equally likely, in little memory."""
+"""The order in which a table is read: every row once, every position equally likely, in little memory."""
 
 import tracemalloc
 from collections import Counter

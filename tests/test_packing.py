@@ -1,4 +1,4 @@
-"""Captions in buckets and in a row against the padded path: the same features, gradients and trainings."""
+"""Captions in buckets and in rows against padded captions: the same features, gradients and trainings."""
 
 import itertools
 import shutil
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def draw(text, num, length, shortest, seed):
-    """Token ids [num, length] of random lengths, padded."""
+    """Draws token ids [num, length] of captions with random lengths, padded."""
     stream = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, 50, (num, length), generator=stream)
     ids[:, 1 : 1 + text.num_corners] = torch.arange(50, 50 + text.num_corners)
@@ -117,7 +117,7 @@ def test_attention_dropout_removes_weights_and_scales_the_rest(dtype):
 
 @pytest.mark.parametrize("num_corners", [0, 2])
 def test_flex_attention_gives_the_padded_features_and_gradients(num_corners, monkeypatch):
-    """What runs on GPU, here uncompiled; 60 captions, so that the row has blocks that don't see each other."""
+    """Runs the GPU's code uncompiled; with 60 captions, the row has blocks that don't attend to each other."""
     text = tower(num_corners=num_corners, num_layers=3)
     short, long = batch(text, num=15)
     padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
@@ -125,7 +125,7 @@ def test_flex_attention_gives_the_padded_features_and_gradients(num_corners, mon
     captions = make_arranger(text, "flex", CPU, False)(short, long)
     assert len(captions.row.first_blocks) > 4
     text.transformer.attends_by_flex = True
-    # torch refuses to go backwards on a CPU, for want of a compiled kernel; uncompiled it can.
+    # torch refuses a backward pass on a CPU, because it has no compiled kernel; uncompiled, it works.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     features = text_encoder(text).packed_features(captions)
     torch.testing.assert_close(features, padded, rtol=0, atol=1e-5)
@@ -137,7 +137,7 @@ def test_flex_attention_gives_the_padded_features_and_gradients(num_corners, mon
 
 
 def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
-    """On a machine without a kernel for it, or with one that is wrong, attention runs caption by caption."""
+    """On a machine without a kernel, or with a wrong one, attention runs caption by caption."""
     assert flex_fault(CPU, num_heads=2, head_dim=16)  # no backward pass on the CPU
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     assert flex_fault(CPU, num_heads=2, head_dim=16) is None
@@ -149,7 +149,10 @@ def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @torch.no_grad()
 def test_compiled_flex_attention_meets_new_batches_without_compiling_anew():
-    """For the CPU, forwards: other numbers of captions, tokens, blocks; the second shape makes all shapes dynamic."""
+    """On the CPU, forward pass only, with other numbers of captions, tokens and blocks.
+
+    The second shape makes all shapes dynamic.
+    """
     compiled, stream = torch.compile(flex_attention), torch.Generator().manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -201,8 +204,9 @@ def test_buckets_are_the_cheapest_there_are():
 
 
 def reference_mix(num_images, num_long, seed):
-    """Token ids with the lengths of the published data: raw ones of about 18 tokens, long ones of about 110 after
-    truncation to 128."""
+    """Draws token ids with the lengths of the published data.
+
+    Raw captions have about 18 tokens, long ones about 110 after truncation to 128."""
     stream = torch.Generator().manual_seed(seed)
     short = (18 + 5 * torch.randn(num_images, generator=stream)).clamp(6, 40).long()
     long = (121 + 40 * torch.randn(num_images * num_long, generator=stream)).clamp(20, 128).long()
@@ -247,7 +251,7 @@ def test_the_training_model_puts_features_where_they_belong(mode, num_long):
     torch.testing.assert_close(got["text_features"], expected["text_features"], rtol=0, atol=1e-5)
 
 
-def test_trainings_are_alike_and_say_what_is_padding(scenes, tmp_path):
+def test_trainings_are_equal_and_log_the_padding(scenes, tmp_path):
     curves, padding = {}, {}
     for name, flags in {
         "padded": ["--text-packing", "padded"],
@@ -277,7 +281,7 @@ def test_what_a_tower_cant_do_is_said(scenes, tmp_path, tiny_clip, capsys):
     assert make_arranger(tower(), "auto", torch.device("cuda"), False).mode == "flex"
 
 
-def test_clips_exclamation_marks_are_no_padding():
+def test_exclamation_marks_are_not_padding_for_clip():
     tokenizer = CornerCLIPTokenizer(77, num_corners=2)
     texts = ["wow ! ! ! ! ! !!!?!?!?! ?!?", "one !! \U0001f600!"]
     whole = tokenizer(texts)

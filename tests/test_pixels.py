@@ -1,4 +1,4 @@
-"""Pictures on their way to the tower: bytes instead of floats change nothing, faster decoding next to nothing."""
+"""Pixels from files to the tower: bytes instead of floats change nothing, faster decoding almost nothing."""
 
 import io
 
@@ -33,7 +33,7 @@ def as_jpeg(image: Image.Image, **options) -> bytes:
 
 
 def grain(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Soft colours and grain, as photographs have; seeded by its size."""
+    """Returns an image with soft colours and grain, like a photograph; seeded by its size."""
     stream = np.random.default_rng(width * height)
     coarse = Image.fromarray(stream.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize((width, height), 3)
     pixels = np.asarray(coarse, dtype=np.float32) + stream.normal(0, 5, (height, width, 1))
@@ -41,7 +41,7 @@ def grain(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def levels(transform: object, mode: str, source: object, seed: int = 0) -> torch.Tensor:
-    """What a transform makes of a file, as levels of 0 to 255."""
+    """Returns the output of a transform for a file, as levels of 0 to 255."""
     seed_augmentation(str(seed))
     return PictureReader(without_normalisation(transform), mode)(source).float()
 
@@ -78,8 +78,8 @@ def test_fast_reading_is_a_level_off_at_a_few_pixels_in_a_hundred(how, form, siz
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluation", "strong"])
-def test_a_chart_is_read_alike(kind, transforms):
-    """It is sharper than photographs. Colours and crops are drawn alike, but for crops of scaled pictures."""
+def test_a_chart_gives_the_same_pixels(kind, transforms):
+    """A chart is sharper than photographs. Random colours and crops are equal, except crops of scaled images."""
     data, transform = as_jpeg(load_rgb(PHOTO)), transforms[kind]
     for seed in range(3):
         exact, fast, scaled = (levels(transform, mode, data, seed) for mode in MODES)

@@ -1,4 +1,4 @@
-"""Preparation commands on small folders in the published forms."""
+"""Preparation commands on small folders in the published layouts."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_iiw_brings_annotations_and_images_into_place(tmp_path, copy, capsys):
     assert got.image_paths[0].is_symlink() != copy
 
 
-def test_iiw_takes_train_names_loudly_and_reports_what_is_missing(tmp_path, capsys):
+def test_iiw_notes_the_use_of_train_names_and_reports_missing_images(tmp_path, capsys):
     sources = tmp_path / "docci"
     sources.mkdir()
     (sources / "train_00001.jpg").write_bytes(b"1")

@@ -1,4 +1,4 @@
-"""The commands' flags: light help, every flag explained, checked and read by somebody; the guide's commands exist."""
+"""The commands' flags: --help imports little, every flag has help and is used; the guide's commands exist."""
 
 import argparse
 import ast

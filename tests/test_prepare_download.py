@@ -1,4 +1,4 @@
-"""From a table of URLs to a trained model: images from a local server, some of them not to be had."""
+"""From a table of URLs to a trained model: images from a local server, some of which can't be fetched."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ from training.data.tar import read_samples
 from training.prepare.__main__ import main
 from training.prepare.download import failure_kind
 
-# img2dataset wants another webdataset than ours, so it may have to live in another environment: name it there.
+# img2dataset needs another version of webdataset, so it may be installed in another environment: name it there.
 HERE = Path(sys.prefix)
 ENGINE = os.environ.get("IMG2DATASET") or shutil.which(
     "img2dataset", path=f"{HERE / 'img2dataset' / 'bin'}:{HERE / 'bin'}:{os.environ['PATH']}"
@@ -40,7 +40,7 @@ def picture(number: int) -> bytes:
 
 
 class Pictures(BaseHTTPRequestHandler):
-    """``/N.png`` is a picture, ``/missing`` is none, ``/slow`` comes late, ``/broken`` and ``/cut`` are damaged."""
+    """``/N.png`` is an image, ``/missing`` doesn't exist, ``/slow`` is late, ``/broken`` and ``/cut`` are damaged."""
 
     stopping = threading.Event()
 
@@ -77,7 +77,7 @@ def server():
 
 
 def write_tables(folder: Path, server: str) -> list[Path]:
-    """Two tables in the published form, with rows of every kind; each row of the second repeats one of the first."""
+    """Writes two tables in the published format, with rows of every kind; the second repeats rows of the first."""
     names = [str(n) for n in range(NUM_GOOD)] + ["missing1", "missing2", "slow", "broken", "cut"]
     header = ["Image Path", "raw_caption", *(name for pair in zip(SHORT, LONG) for name in pair)]
     rows = []
@@ -97,7 +97,7 @@ def write_tables(folder: Path, server: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def downloaded(server, tmp_path_factory) -> tuple[Path, dict]:
-    """Folder of tables/ and shards/, made by the commands as a user runs them, and the download's summary."""
+    """Makes a folder with tables/ and shards/ by the commands that a user runs; also returns download's summary."""
     if not ENGINE:
         pytest.skip("no img2dataset here")
     base = tmp_path_factory.mktemp("chain")
@@ -145,7 +145,7 @@ def test_every_row_is_an_image_or_a_counted_failure(downloaded):
 
 
 @needs_engine
-def test_going_on_after_a_stop_fetches_what_is_missing(downloaded, tmp_path, capfd):
+def test_continuing_after_a_stop_fetches_missing_images(downloaded, tmp_path, capfd):
     base = tmp_path
     shutil.copytree(downloaded[0] / "tables", base / "tables")
     shutil.copytree(downloaded[0] / "shards", base / "shards")
@@ -177,7 +177,7 @@ def test_the_same_images_give_the_same_shards_byte_for_byte(downloaded, tmp_path
 
 
 @needs_engine
-def test_what_comes_out_is_inspected_joined_and_trained_on(downloaded, tmp_path):
+def test_shards_can_be_inspected_joined_and_trained_on(downloaded, tmp_path):
     base, _ = downloaded
     shards = str(base / "shards")
     words = ["inspect", shards, "--out", str(tmp_path / "report"), "--model", "lotlip_tiny", "--workers", "1"]
@@ -187,7 +187,7 @@ def test_what_comes_out_is_inspected_joined_and_trained_on(downloaded, tmp_path)
         report["usable"] == report["with_long_caption"] == report["captions"]["longSV_captions"]["samples"] == NUM_GOOD
     )
 
-    # The same images, as if they had come without captions, and the captions from the tables.
+    # The same images without captions, and the captions from the tables.
     (tmp_path / "bare").mkdir()
     for path in sorted((base / "shards").glob("*.tar")):
         samples = {}
@@ -211,7 +211,7 @@ def test_what_comes_out_is_inspected_joined_and_trained_on(downloaded, tmp_path)
         assert all(line["train/long_caption_loss"] > 0 for line in steps)
 
 
-def test_a_set_in_the_engines_form_is_checked_without_it(tmp_path, capsys):
+def test_a_set_in_img2datasets_format_is_checked_without_img2dataset(tmp_path, capsys):
     rows = {"url": [f"http://a/{n}" for n in range(6)], "key": list("abcdef"), "raw_caption": list("ghijkl")}
     (tmp_path / "t").mkdir()
     pq.write_table(pa.table(rows), tmp_path / "t" / "part.parquet")
@@ -235,7 +235,7 @@ def test_a_set_in_the_engines_form_is_checked_without_it(tmp_path, capsys):
 
 
 def test_spark_workers_get_the_engines_own_python(tmp_path, capfd):
-    """Else Spark takes whichever python3 comes first on PATH, which need not have img2dataset."""
+    """Otherwise Spark uses the first python3 on PATH, which may not have img2dataset."""
     tables, home = write_tables(tmp_path, "http://127.0.0.1:9"), tmp_path / "home"
     assert main(["tables", *map(str, tables), "--out", str(tmp_path / "tables")]) == 0
     home.mkdir()

@@ -1,4 +1,4 @@
-"""The report on a shard set says what a slow count says, and its page shows captions as text."""
+"""The report on a shard set equals a slow count, and its page shows captions as text."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Captions of tables go into shards that are there: the right ones, and nothing else of the shards changes."""
+"""Captions from tables are added to existing shards: to the right samples, and nothing else changes."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def captions(number: int) -> dict:
 
 
 def write_tables(folder: Path, numbers: list[int]) -> Path:
-    """Captions in several files of small row groups, in an order of their own."""
+    """Writes captions in several files of small row groups, in another order than the shards."""
     folder.mkdir()
     rows = [{"url": url(n), "key": f"{n:06d}", **captions(n)} for n in numbers]
     schema = pa.schema([(name, pa.string()) for name in rows[0]])
@@ -44,7 +44,7 @@ def sample(number: int) -> dict[str, bytes]:
 
 
 def write_set(folder: Path, form: int = tarfile.PAX_FORMAT) -> dict[str, dict[str, bytes]]:
-    """Four shards of ten samples; returns their files by name."""
+    """Writes four shards of ten samples; returns their files by name."""
     folder.mkdir()
     for s in range(4):
         samples = {f"{n:06d}": sample(n) for n in range(10 * s, 10 * s + 10)}
@@ -118,7 +118,7 @@ def test_existing_captions_stay_if_asked(tmp_path):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_stopped_join_goes_on_and_gives_the_same_bytes(tmp_path, in_place, monkeypatch, capsys):
+def test_a_stopped_join_continues_and_gives_the_same_bytes(tmp_path, in_place, monkeypatch, capsys):
     tables = write_tables(tmp_path / "tables", list(range(NUM)))
     for name in ("a", "b"):
         write_set(tmp_path / name)
@@ -146,7 +146,7 @@ def test_a_stopped_join_goes_on_and_gives_the_same_bytes(tmp_path, in_place, mon
     for path in folders[0].glob("*.tar"):
         assert path.read_bytes() == (folders[1] / path.name).read_bytes()
     assert not list(tmp_path.rglob("*.tmp"))
-    # A table that says something else is joined anew.
+    # A table with other captions is joined again.
     pq.write_table(pa.table({"url": [url(0)], "longSV_captions": ["New."]}), tmp_path / "more.parquet")
     assert join(tmp_path / "more.parquet", *words("b")[1:]) == 0
     assert json.loads(members(folders[1] / "0.tar")["000000.json"])["longSV_captions"] == "New."

@@ -1,4 +1,4 @@
-"""Captions by a vision-language model (tiny, random weights, the real code path) go into the right samples."""
+"""Captions of a vision-language model (tiny, random weights, the real code path) are added to the right samples."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def png(number: int) -> bytes:
 
 
 def write_set(folder: Path) -> Path:
-    """Three shards of four images, and one sample that has none."""
+    """Writes three shards of four images, and one sample without an image."""
     folder.mkdir()
     for s in range(3):
         samples = {f"{n:04d}": {"png": png(n), "json": json.dumps({"n": n}).encode()} for n in range(4 * s, 4 * s + 4)}
@@ -64,7 +64,7 @@ def load(vlm: Path) -> tuple:
 
 
 def answer(vlm: Path, number: int, prompt: str) -> str:
-    """What the model says of one image alone, without our code."""
+    """Returns the model's answer for one image, without our code."""
     processor, model = load(vlm)
     inputs = processor(images=picture(number), text=f"USER: <image> {prompt} ASSISTANT:", return_tensors="pt")
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_each_image_gets_what_the_model_says_of_it(tmp_path, vlm, other_vlm):
     assert len(choose_captions(got["0001"], rule, random.Random(0))) == 3
 
 
-def test_a_stopped_run_goes_on_without_asking_the_model_again(tmp_path, vlm, monkeypatch, capsys):
+def test_a_stopped_run_continues_without_asking_the_model_again(tmp_path, vlm, monkeypatch, capsys):
     shards, words = write_set(tmp_path / "set"), ["--caption", f"long_caption={PROMPT}"]
     assert run(shards, vlm, "--out", tmp_path / "whole", *words) == 0
     real, asked = TransformersEngine.caption, []
@@ -158,7 +158,7 @@ def test_ranks_share_the_shards(tmp_path, vlm, monkeypatch):
 
 
 def test_models_without_a_chat_template(tmp_path):
-    """A batch of several images gives what each gives alone; InstructBLIP, and LLaVA without its template."""
+    """A batch gives the same answers as single images, for InstructBLIP and for LLaVA without its template."""
     pictures = [picture(n) for n in range(5)]
     bare_llava = save_tiny_vlm(tmp_path / "llava", seed=0, template=False)
     for folder in (save_tiny_instructblip(tmp_path / "blip"), bare_llava):

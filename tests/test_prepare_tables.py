@@ -1,4 +1,4 @@
-"""Caption tables become clean parts: every row is kept or counted, whatever is wrong with it, however often stopped."""
+"""Caption tables become clean parts: every row is kept or counted, whatever its faults, even after many stops."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ SORRY = "I'm sorry, I cannot help with identifying people in this image."
 
 
 def row(number: int, **changes: str) -> dict[str, str]:
-    """One row in the published form."""
+    """Returns one row in the published format."""
     texts = {name: f'Number {number} in {name}, "quoted". It goes on,\nover lines.' for name in LONG}
     base = {"Image Path": f"https://example.com/{number}.jpg", "raw_caption": f"raw {number}"}
     return base | {name: f"A short {number}." for name in SHORT} | texts | changes
@@ -89,7 +89,7 @@ def test_parts_are_the_same_bytes_however_often_a_run_is_stopped(tmp_path, monke
     whole = run(tmp_path / "whole", *words)
     assert whole["kept"] == len({r["url"] for r in parts(tmp_path / "whole")})
 
-    # A stop at any place where something has just been written, again and again, until it comes through.
+    # Stop before the first write, then before the second, and so on, until a run completes.
     real, num_stops = chunk.whole_file, 0
     from training.prepare import work
     from training.prepare.tables import run as tables
@@ -125,7 +125,7 @@ def test_processes_give_the_same_bytes_as_one(tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_a_killed_run_leaves_no_processes_and_goes_on(tmp_path):
+def test_a_killed_run_leaves_no_processes_and_continues(tmp_path):
     path = write_csv(tmp_path / "a.csv", [row(n % 900) for n in range(2000)])
     words = ["tables", str(path), "--out", str(tmp_path / "out"), "--workers", "2", "--rows-per-part", "100"]
     command = [sys.executable, "-m", "training.prepare", *words]
@@ -185,7 +185,7 @@ def test_sentence_lists_and_other_published_tables(tmp_path):
     assert [r["raw_caption"] for r in written] == ["one", None]
 
 
-def test_an_open_quote_costs_its_own_row_alone(tmp_path, monkeypatch):
+def test_an_unclosed_quote_costs_only_its_own_row(tmp_path, monkeypatch):
     good = io.StringIO(newline="")
     writer = csv.DictWriter(good, HEADER)
     writer.writerows([row(n) for n in range(400)])
@@ -243,7 +243,7 @@ def test_encodings_are_repaired_and_counted(tmp_path):
         "Please provide the image you want me to describe.",
     ],
 )
-def test_refusals_are_seen(text):
+def test_refusals_are_recognised(text):
     assert is_refusal(text) and clean_caption(text).fault == "refused"
 
 
@@ -258,7 +258,7 @@ def test_refusals_are_seen(text):
         "Iceland has a volcano. Please provide.",
     ],
 )
-def test_descriptions_are_no_refusals(text):
+def test_descriptions_are_not_refusals(text):
     assert not is_refusal(text)
 
 

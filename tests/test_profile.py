@@ -1,4 +1,4 @@
-"""--profile records what a step does; FLOPs are those of the formula for a transformer."""
+"""--profile records the operations of a step; counted FLOPs equal the formula for a transformer."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ def test_a_run_without_enough_steps_says_that_nothing_is_recorded(tmp_path, capl
 
 
 def transformer(width: int, layers: int, tokens: int) -> int:
-    """Forward FLOPs: 12 width^2 multiply-adds a token and layer, and attention's two products of tokens x tokens."""
+    """Returns forward FLOPs: 12 width^2 multiply-adds per token and layer, and attention's two products."""
     return 2 * layers * (12 * width**2 * tokens + 2 * tokens**2 * width)
 
 
@@ -50,7 +50,7 @@ def test_flops_are_those_of_the_formula(tiny_clip):
     model = training.create_model(tiny_clip).eval()
     ids = training.get_tokenizer(tiny_clip)(["word " * 200])
     per_image, per_token = count_flops(model, (32, 32), ids)
-    # A backward pass computes each product twice, but no gradient of the pixels.
+    # A backward pass computes two products for each one, but no gradient of the pixels.
     assert per_image == 3 * image + 2 * embed and per_token * length == pytest.approx(3 * words)
     assert all(parameter.grad is None for parameter in model.parameters())
     model.lock_image_tower()

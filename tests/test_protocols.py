@@ -1,4 +1,4 @@
-"""Protocols: each variant on a small tree in its exact layout; what was read is in results, report and compare."""
+"""Protocols: each variant on a small tree in its exact layout; results, report and compare name the protocol."""
 
 import json
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from training.flags.parser import parse_args
 
 
 def read(name, protocol, **flags):
-    """Reads one benchmark as the command line would."""
+    """Reads one benchmark as the command line does."""
     args = SimpleNamespace(protocol=(protocol,), karpathy_split="test", docci_sentences=False, **flags)
     return next(b for b in benchmarks() if b.name == name).read(args)
 

@@ -1,4 +1,4 @@
-"""Printed numbers: found by weights, name or the user's own file, and compared in units of the interval."""
+"""Published numbers: found by weights, name or the user's own file, and compared in units of the interval."""
 
 import json
 from pathlib import Path

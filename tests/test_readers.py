@@ -1,4 +1,4 @@
-"""The four readers against what the published loaders gave, and the quirks of files found in the wild."""
+"""The four readers against recorded output of the published loaders, and irregular files found in practice."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Our models against the expected outputs of the published system: ids, masks, features, end-to-end recall."""
+"""Our models against recorded outputs of the published system: ids, masks, features, end-to-end recall."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ OUTPUTS = np.load(REFERENCE / "model_outputs.npz")
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, minilm_folder):
-    """A folder with the reference model's config, and a cache with its BERT: (name, weights file, cache folder)."""
+    """Returns (name of the reference model's config, weights file, cache folder with its BERT)."""
     root = tmp_path_factory.mktemp("reference")
     bert = root / "cache" / "bert-base-uncased"
     shutil.copytree(minilm_folder, bert, ignore=shutil.ignore_patterns("*.safetensors", "1_Pooling"))
@@ -34,7 +34,7 @@ def reference(tmp_path_factory, minilm_folder):
 
 
 def seeded_weights() -> dict[str, torch.Tensor]:
-    """The reference model's weights, drawn as weights_recipe.json says."""
+    """Draws the reference model's weights as described in weights_recipe.json."""
     recipe = json.loads((REFERENCE / "weights_recipe.json").read_text())
     generator = torch.Generator().manual_seed(recipe["seed"])
     state = {}

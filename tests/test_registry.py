@@ -1,4 +1,4 @@
-"""What is found by itself: a benchmark is one file in dataloaders/, a family of text towers one in model/encoders/."""
+"""The registries find new files: a benchmark in dataloaders/, a family of text towers in model/encoders/."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ sys.exit(main(["--moon-retrieval", root, *common, "--report"]))
 """
 
 
-def test_a_benchmark_in_a_file_of_its_own(tmp_path, tiny_clip):
+def test_a_new_file_adds_a_benchmark(tmp_path, tiny_clip):
     folder, root = tmp_path / "plugin", tmp_path / "moon"
     folder.mkdir()
     (folder / "moon.py").write_text(PLUGIN)
@@ -108,7 +108,7 @@ for row, got in zip(ids, text.all_features(ids)):
 """
 
 
-def test_a_family_of_text_towers_in_a_file_of_its_own(tmp_path):
+def test_a_new_file_adds_a_family_of_text_towers(tmp_path):
     (tmp_path / "electra.py").write_text(FAMILY)
     done = subprocess.run(
         [sys.executable, "-c", RUN_FAMILY, str(tmp_path)], capture_output=True, text=True, timeout=240

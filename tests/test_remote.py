@@ -1,4 +1,4 @@
-"""--remote-sync: what lies behind the URL is whole at any moment, and another machine continues from it."""
+"""--remote-sync: the copy at the URL is consistent at any moment, and another machine continues from it."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ KEPT = ["--epochs", "2", "--save-every-steps", "4", "--keep-checkpoints", "1"]
 
 
 def whole_checkpoints(remote: Path) -> dict[str, list[int]]:
-    """The index; asserts that every checkpoint in it can be loaded and has the steps that the index says."""
+    """Returns the index; asserts that every checkpoint in it can be loaded and has the number of steps in the index."""
     index = json.loads((remote / "checkpoints.json").read_text())
     for name, (epoch, step, size) in index.items():
         content = load_checkpoint(remote / name)
@@ -26,7 +26,7 @@ def whole_checkpoints(remote: Path) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def quiet(scenes, tmp_path_factory) -> Path:
-    """A run that nobody stops, with a copy."""
+    """Trains without interruption, with a copy."""
     logs = tmp_path_factory.mktemp("quiet")
     assert main(command(scenes, logs, "run", *KEPT, "--remote-sync", "memory://bucket/runs")) == 0
     return logs / "run"
@@ -63,7 +63,7 @@ def test_another_machine_continues_from_the_copy(scenes, quiet, tmp_path, steps)
     assert sorted(p.name for p in (remote / "run" / "checkpoints").glob("*.pt")) == ["epoch_1.pt", "epoch_2.pt"]
 
 
-def test_a_damaged_copy_is_passed_over(scenes, tmp_path):
+def test_a_damaged_copy_is_skipped(scenes, tmp_path):
     remote = tmp_path / "remote"
     flags = ["--epochs", "2", "--remote-sync", f"file://{remote}", "--resume", "latest"]
     assert main(command(scenes, tmp_path / "first", "run", *flags)) == 0
@@ -75,8 +75,8 @@ def test_a_damaged_copy_is_passed_over(scenes, tmp_path):
     whole_checkpoints(remote / "run")
 
 
-def test_training_goes_on_while_nothing_can_be_copied(scenes, tmp_path, monkeypatch, capsys):
-    """A full or unreachable target, after half of each file: exit code 1 at the end, and nothing half is listed."""
+def test_training_continues_while_nothing_can_be_copied(scenes, tmp_path, monkeypatch, capsys):
+    """The target is full or unreachable after half of each file: exit code 1 at the end, no partial file is listed."""
     remote = tmp_path / "remote"
     flags = ["--epochs", "2", "--remote-sync", f"file://{remote}"]
     put = LocalFileSystem.put_file

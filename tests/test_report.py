@@ -1,4 +1,4 @@
-"""The report as a reader meets it: in a headless browser, from disk, with captions that try to be code."""
+"""The report as a reader sees it: in a headless browser, from disk, with captions that contain code."""
 
 import json
 import re
@@ -23,7 +23,7 @@ NUM = 130
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """130 pairs with noisy features; caption 7 tries to be code, picture 3 is absent."""
+    """Writes 130 pairs with noisy features; caption 7 contains code, and image 3 is missing."""
     folder = tmp_path_factory.mktemp("features")
     rng = np.random.default_rng(0)
     images = rng.normal(size=(NUM, 16)).astype(np.float32)
@@ -61,7 +61,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, report):
-    """The report, opened from disk; the test fails on any error in it and on any request to a network."""
+    """Opens the report from disk; the test fails on any error in it and on any network request."""
     page = browser.new_page()
     trouble = []
     page.on("pageerror", lambda error: trouble.append(str(error)))
@@ -111,7 +111,7 @@ def test_filters_by_rank_and_search(page, features):
     assert page.inner_text("#detail") == "No query matches."
     page.fill("#search", "")
     page.select_option("#order", "worst")
-    # The list is drawn a moment after the search: it may still be empty.
+    # The list is drawn shortly after the search, so it may still be empty.
     first = "worst => document.querySelector('#list button > span:nth-child(2)')?.textContent === worst"
     page.wait_for_function(first, arg=str(ranks.max()))
     listed = page.locator("#list button > span:nth-child(2)").all_inner_texts()
@@ -189,7 +189,7 @@ def test_a_link_leads_to_its_query(page, report):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (375, "light"), (375, "dark")])
-def test_accessible_on_a_desk_and_on_a_phone(page, width, scheme):
+def test_accessible_on_desktop_and_phone(page, width, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
     page.set_viewport_size({"width": width, "height": 800})

@@ -1,4 +1,4 @@
-"""training.results.load: what runs left as one table, against their own lines; compare names the flags that differ."""
+"""training.results.load: results of runs as one table, against their own lines; compare names differing flags."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_compare_names_the_flags_that_differ(logs, capsys):
     assert "Flags that differ:" in said and "--batch-size" in said and "--workers" not in said.split("Flags that")[1]
 
 
-def test_nothing_there_and_broken_lines_are_errors(tmp_path):
+def test_missing_results_and_broken_lines_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="evaluate a model"):
         results.load(tmp_path)
     path = tmp_path / "run" / "checkpoints" / "results.jsonl"

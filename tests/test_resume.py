@@ -1,4 +1,4 @@
-"""A training that is killed at named places, and resumed, equals one that nobody touched."""
+"""A training that is killed at named places and resumed equals an uninterrupted one."""
 
 import io
 import json
@@ -18,7 +18,7 @@ TRAINING = (
 
 
 def samples_by_step(folder: Path, world_size: int) -> list[dict[int, list[str]]]:
-    """Per rank: step -> the samples it was last taken with."""
+    """Returns for each rank: step -> the samples of the last time that it was taken."""
     ranks = [(folder / f"rank{rank}.jsonl").read_text().splitlines() for rank in range(world_size)]
     return [dict(json.loads(line) for line in lines) for lines in ranks]
 
@@ -33,7 +33,7 @@ def last_state(run: Path) -> dict:
 
 
 def kills(world_size: int) -> list[list]:
-    """Signals of a training each: which, at which place, the how-manieth time there, and of which rank."""
+    """Returns a kill for each training: signal, place, number of times the place is reached, rank."""
     last = world_size - 1
     return [
         [int(signal.SIGKILL), "step", 4, last],
@@ -45,7 +45,7 @@ def kills(world_size: int) -> list[list]:
 
 @pytest.fixture(scope="module")
 def shards(scenes, tmp_path_factory) -> Path:
-    """40 scenes and 5 samples that can't be used, in two shards."""
+    """Writes 40 scenes and 5 unusable samples in two shards."""
     folder = tmp_path_factory.mktemp("shards")
     (folder / "00.tar").write_bytes((scenes / "train" / "00000.tar").read_bytes())
     with tarfile.open(folder / "01.tar", "w") as tar:
@@ -86,7 +86,7 @@ def test_killed_and_resumed_equals_uninterrupted(world_size, flags, shards, tmp_
 
 
 def assert_equal(a: object, b: object, where: object) -> None:
-    """Nested dicts and lists of tensors and numbers, bit for bit."""
+    """Asserts that nested dicts and lists of tensors and numbers are bit-equal."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, (dict, list)):

@@ -1,4 +1,4 @@
-"""What else a long run meets: other machines to go on with, broken checkpoints, a full disk, bad numbers, halts."""
+"""Other events of long runs: other machines on resuming, broken checkpoints, a full disk, bad numbers, hangs."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def metrics(run: Path) -> list[dict]:
 
 @pytest.fixture
 def steps(monkeypatch) -> dict[int, list[str]]:
-    """Step -> samples of the trainings in this process; a step under "stop" sends SIGUSR1, as SLURM does."""
+    """Records step -> samples of the trainings in this process; at a step in "stop", sends SIGUSR1 as SLURM does."""
     taken: dict = {}
     original = StepGuard.add
 
@@ -54,8 +54,8 @@ def steps(monkeypatch) -> dict[int, list[str]]:
     [(1, ["--workers", "2"]), (1, ["--batch-size", "2", "--accum-freq", "2"]), (2, ["--batch-size", "2"])],
     ids=["workers", "accumulation", "processes"],
 )
-def test_others_train_on_what_is_left_of_an_epoch(world_size, flags, scenes, tmp_path, steps):
-    """3 of 10 steps of 4 samples are done when the signal comes: 28 samples are left of the first epoch."""
+def test_other_processes_train_on_the_rest_of_an_epoch(world_size, flags, scenes, tmp_path, steps):
+    """3 of 10 steps of 4 samples are done at the time of the signal: 28 samples of the first epoch remain."""
     steps["stop"] = 3
     assert main(command(scenes, tmp_path, "run")) == 75
     before = [key for step in (1, 2, 3) for key in steps[step]]
@@ -83,7 +83,7 @@ def test_other_data_in_mid_epoch_are_refused(scenes, tmp_path, steps, capsys):
     assert "in the middle of an epoch of other data or another order" in capsys.readouterr().err
 
 
-def test_broken_checkpoints_are_passed_over(scenes, tmp_path, steps):
+def test_broken_checkpoints_are_skipped(scenes, tmp_path, steps):
     often = ["--save-every-steps", "1", "--keep-checkpoints", "9"]
     assert main(command(scenes, tmp_path, "whole", *often)) == 0
     steps["stop"] = 9
@@ -126,7 +126,7 @@ def test_a_full_disk_stops_saving_but_not_training(scenes, tmp_path, capfd):
 def test_numbers_that_are_not_finite_end_training(scenes, tmp_path, steps, capsys):
     often = ["--save-every-steps", "1", "--max-skipped-steps", "3", "--lr", "1e38"]
     assert main(command(scenes, tmp_path, "run", *often)) == 1
-    # The line about a checkpoint that is still being written may come after it.
+    # A line about a checkpoint that is still being written may follow it.
     (message,) = [line for line in capsys.readouterr().err.splitlines() if "python -m training.main: error:" in line]
     assert "for the 4th time in a row (--max-skipped-steps 3); last good checkpoint: " in message
     named = Path(message.split("last good checkpoint: ")[1].split(";")[0])
@@ -165,7 +165,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
 
 
 @pytest.mark.parametrize("halted", [0, 1])
-def test_a_rank_that_stands_still_is_named(halted, scenes, tmp_path):
+def test_a_rank_that_hangs_is_named(halted, scenes, tmp_path):
     argv = command(scenes, tmp_path, "run", "--epochs", "500", "--timeout-minutes", "0.1")
     report = run_lab(argv, 2, tmp_path / "samples", [[int(signal.SIGSTOP), "step", 2, halted]], last=False)
     assert report.codes[0][1 - halted] == 70 and report.codes[0][halted] == -signal.SIGKILL
@@ -178,7 +178,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
-def test_torchrun_restarts_what_was_killed(scenes, tmp_path):
+def test_torchrun_restarts_killed_processes(scenes, tmp_path):
     argv = command(scenes, tmp_path, "run", "--resume", "latest", "--save-every-steps", "2", "--epochs", "8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

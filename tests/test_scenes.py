@@ -1,4 +1,4 @@
-"""The drawn scenes: same seed, same bytes; every layout is what its reader expects; captions tell the truth."""
+"""The drawn scenes: the same seed gives the same bytes, readers accept every layout, captions are true."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def test_usage_errors_exit_2(argv, tmp_path, capsys):
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
+def test_a_folder_with_other_content_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
         scenes.main([str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The launch scripts hand over commands that our own parser accepts."""
+"""The launch scripts run commands that our parser accepts."""
 
 import os
 import re
@@ -21,7 +21,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def launched(tmp_path):
-    """Runs a script with launchers that only say how they were called; returns the words after training.main."""
+    """Runs a script with launchers that only print their arguments; returns the words after training.main."""
     say = 'echo "at $MASTER_ADDR:$MASTER_PORT"; printf "%s\\n" "$@"; exit "${SRUN_CODE:-0}"'
     for name in ("torchrun", "srun"):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{say}\n")
@@ -62,13 +62,13 @@ def test_finetuning_script(launched):
     ("code", "restarts", "queued"),
     [(0, 0, False), (75, 500, True), (138, 0, True), (70, 3, True), (70, 10, False), (1, 0, False)],
 )
-def test_a_stopped_job_is_queued_again(code, restarts, queued, launched):
+def test_a_stopped_job_is_requeued(code, restarts, queued, launched):
     _, words = launched("slurm_30m.sh", SRUN_CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
     assert (words[-1] == "scontrol requeue 90001") == queued
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "scripts" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_read_without_a_warning_and_say_where_each_line_is_from(recipe, capsys):
+def test_recipes_are_read_without_a_warning_and_name_the_source_of_each_line(recipe, capsys):
     args = parse_args(["--train-data", "d.tar", "--config", str(recipe), "--name", "own"])
     assert parse_views(args.text_views) and args.lr and capsys.readouterr().err == ""
     for line in recipe.read_text().splitlines():
@@ -80,7 +80,7 @@ def recipe_args(name: str) -> dict:
     return vars(parse_args(["--train-data", "d.tar", "--config", str(ROOT / "scripts" / "recipes" / f"{name}.yaml")]))
 
 
-def test_lotlips_three_scales_differ_in_their_name_alone():
+def test_lotlips_three_scales_differ_only_in_their_name():
     first, *others = (recipe_args(f"lotlip-{scale}") for scale in ("cc3m", "30m", "100m"))
     for other in others:
         assert {key for key in first if first[key] != other[key]} == {"name", "config"}

@@ -1,4 +1,4 @@
-"""python -m training.search: against retrieval's own numbers, after changes of the folder and after a kill."""
+"""python -m training.search: against retrieval's numbers, after changes of the folder, and after a kill."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def exported(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def copies(scenes, tmp_path) -> Path:
-    """25 images in two folders."""
+    """Writes 25 images in two folders."""
     folder = tmp_path / "images"
     for number, path in enumerate(read_urban1k(scenes / "urban1k").image_paths):
         (folder / f"{number % 2}").mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def test_another_model_and_another_folder_have_vectors_of_their_own(copies, tiny
     assert "25 images (0 new, 0 removed)" in search(copies, index, tiny_clip, capsys)
 
 
-def test_a_killed_call_goes_on_from_its_last_save(copies, tiny_clip, tmp_path, capsys):
+def test_a_killed_call_continues_from_its_last_save(copies, tiny_clip, tmp_path, capsys):
     for number in range(20):
         shutil.copytree(copies / "0", copies / f"copy{number}")
     total, index = 25 + 20 * 13, tmp_path / "index"

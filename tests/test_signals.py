@@ -1,7 +1,7 @@
-"""Signals at named points: a run is halted at a place, signalled and released.
+"""Signals at named places: a run is halted at a place, gets a signal, and is released.
 
-A marked place writes a file with the process's id and waits until another file is there. So nothing depends on how fast
-the machine is.
+A marked place writes a file with the process's id and waits until another file exists. So nothing depends on the speed
+of the machine.
 """
 
 import itertools
@@ -29,7 +29,7 @@ PATIENCE = 120.0
 
 
 def halt(folder: Path, place: str) -> None:
-    """Reports, once, that a place is reached, and waits until the test lets it continue; PLACE.pipe: for ever."""
+    """Reports once that a place is reached, and waits until the test lets it continue; with PLACE.pipe for ever."""
     mark = folder / f"{place}.reached"
     try:
         file = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -44,7 +44,7 @@ def halt(folder: Path, place: str) -> None:
 
 
 def mark_places(folder: Path, rank: int) -> None:
-    """Puts a `halt` into each place of a run that a test may name; only those with a file PLACE.wanted halt."""
+    """Adds a `halt` to each place of a run that a test may name; only places with a file PLACE.wanted halt."""
     import training.data.reader as reader
     import training.eval.encode as encode
     import training.train.extract as extract
@@ -85,7 +85,7 @@ def rank_of_run(rank: int, argv: list[str], world_size: int, port: int, folder: 
 
 
 class Halted:
-    """A run that is halted at a place, and at a second one for ever if `stuck` names it."""
+    """A run that is halted at a place; if `stuck` names a second place, the run halts there for ever."""
 
     def __init__(self, argv: list[str], place: str, folder: Path, world_size: int = 1, stuck: str | None = None):
         folder.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ class Halted:
         return "".join(path.read_text() for path in sorted(self.folder.glob("*.err")))
 
     def signal(self, number: int, rank: int = 0) -> None:
-        """Signals all processes of a rank, as SLURM does."""
+        """Sends a signal to all processes of a rank, as SLURM does."""
         with suppress(ProcessLookupError):  # a test may kill twice
             os.killpg(self.ranks[rank].pid, number)
 
@@ -130,7 +130,7 @@ def last_weights(logs: Path) -> dict:
 
 
 def wait_for_end(pid: int) -> None:
-    """Waits until a process of another parent has ended."""
+    """Waits until a process that is not our child has ended."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -144,7 +144,7 @@ def wait_for_end(pid: int) -> None:
 
 @pytest.fixture(scope="module")
 def evaluations(scenes, tmp_path_factory) -> list[object]:
-    """Flags of a training that evaluates after each epoch."""
+    """Returns the flags of a training that evaluates after each epoch."""
     val = tmp_path_factory.mktemp("val") / "val.tar"
     val.write_bytes(next((scenes / "train").glob("*.tar")).read_bytes())
     return ["--urban1k-retrieval", scenes / "urban1k", "--val-data", val, "--workers", 1]
@@ -152,7 +152,7 @@ def evaluations(scenes, tmp_path_factory) -> list[object]:
 
 @pytest.fixture(scope="module")
 def whole(evaluations, scenes, tmp_path_factory) -> Path:
-    """Folder of that training, which nothing interrupted."""
+    """Runs that training without interruption; returns its folder."""
     logs = tmp_path_factory.mktemp("whole")
     assert main(command(scenes, logs, "run", *evaluations)) == 0
     return logs
@@ -160,7 +160,7 @@ def whole(evaluations, scenes, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("place", "number"), [("evaluating", signal.SIGTERM), ("validating", signal.SIGUSR1)])
 def test_a_signal_in_the_middle_of_an_evaluation(place, number, evaluations, whole, scenes, tmp_path):
-    """Exit code 75 from between two batches, the state is saved, and resuming repeats the evaluation."""
+    """The run exits with 75 between two batches and saves its state; resuming repeats the evaluation."""
     run = Halted(command(scenes, tmp_path, "run", *evaluations), place, tmp_path / "marks")
     run.signal(number)
     run.let_go()
@@ -186,7 +186,7 @@ def test_a_killed_run_leaves_no_loader_process(scenes, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
 def test_a_stuck_loader_process_does_not_keep_a_run_from_ending(scenes, tmp_path):
-    """It reads from a pipe that nobody writes to, as from a mount that hangs, while the run takes its first step."""
+    """It reads from a pipe without a writer, like a hanging mount, while the run takes its first step."""
     argv = command(scenes, tmp_path, "run", "--workers", "1")
     run = Halted(argv, "step 1", tmp_path / "marks", stuck="training 25")
     run.signal(signal.SIGTERM)
@@ -198,7 +198,7 @@ def test_a_stuck_loader_process_does_not_keep_a_run_from_ending(scenes, tmp_path
 
 
 def test_a_signal_while_no_data_come(scenes, tmp_path):
-    """The state can't be saved, but the exit code reaches SLURM, from every rank."""
+    """The state can't be saved, but every rank exits with the code for SLURM."""
     argv = command(scenes, tmp_path, "run", "--workers", "1", "--timeout-minutes", "0.1", "--batch-size", "4")
     run = Halted(argv, "training 1", tmp_path / "marks", world_size=2)
     run.signal(signal.SIGTERM, rank=1)
@@ -208,7 +208,7 @@ def test_a_signal_while_no_data_come(scenes, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["opening on rank 0", "extracting"])
-def test_a_signal_where_nothing_can_be_lost_ends_at_once(place, scenes, tmp_path):
+def test_a_signal_where_nothing_can_be_lost_ends_the_run_immediately(place, scenes, tmp_path):
     """The process is halted and never released."""
     argv = command(scenes, tmp_path, "run", "--workers", "0")
     if place == "extracting":

@@ -1,4 +1,4 @@
-"""A command starts soon: it imports what it needs, and collects no garbage meanwhile."""
+"""Commands start fast: they import only what they need, and without garbage collection."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ print([name for name in heavy if name in sys.modules])
     [("", "True True True"), ("gc.disable()", "True False False")],
     ids=["fresh", "the caller's own setting is kept"],
 )
-def test_imports_are_few_and_undisturbed(before, found):
+def test_imports_are_few_and_run_without_garbage_collection(before, found):
     code = CODE.format(before=before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [found, "[]"]

@@ -1,4 +1,4 @@
-"""prepare stats: counts against open_clip's own tokenizer, and mistakes that exit with 2."""
+"""prepare stats: counts against open_clip's own tokenizer, and usage errors."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_table_and_figure_of_sets_named_or_found(tmp_path, capsys):
     rows = {line.split()[0]: line.split() for line in said.splitlines() if line}
     assert rows["COCO"][1:3] == ["6", "30"] and "DCI" in rows and "--flickr30k-retrieval" in err
     assert Image.open(out).width > 1000
-    # The counts beside it hold all that the figure shows, and no caption.
+    # The counts contain everything that the figure shows, but no caption.
     recorded = from_json(json.loads(out.with_suffix(".json").read_text()))
     assert format_stats(recorded) in said
 
@@ -49,7 +49,7 @@ def test_table_and_figure_of_sets_named_or_found(tmp_path, capsys):
         (["dci=x", "--tokenizer", "/nowhere"], "--tokenizer /nowhere: expected clip"),
     ],
 )
-def test_mistakes_exit_2(words, said, capsys):
+def test_usage_errors_exit_2(words, said, capsys):
     with pytest.raises(SystemExit) as stop:
         prepare.main(["stats", *words])
     assert stop.value.code == 2 and said in capsys.readouterr().err

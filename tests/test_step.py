@@ -1,4 +1,4 @@
-"""A step and its parts against plain versions of them: accumulation with dropout, parameter groups, schedules."""
+"""A step and its parts against plain implementations: accumulation with dropout, parameter groups, schedules."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from training.train.step import LOGIT_SCALE_MAX, Stepper
 
 
 class Towers(nn.Module):
-    """Two linear towers with dropout, called as `TrainModel` is."""
+    """Two linear towers with dropout, with the interface of `TrainModel`."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def test_accumulation_with_dropout_equals_one_graph_over_all_micro_batches():
     torch.manual_seed(1)
     report = stepper(model, lr=0.0)(data)
     assert len(torch.unique(joined["text_features"])) > 10  # dropout left something to compare
-    # Features travel in float32 to the loss.
+    # The loss gets features in float32.
     assert float(report["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
     for (name, got), wanted in zip(model.named_parameters(), expected.parameters()):
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-7, msg=name)
@@ -76,7 +76,7 @@ class MarginStepper(Stepper):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_loss_of_ones_own_is_minimised_and_logged(count):
+def test_a_custom_loss_is_minimised_and_logged(count):
     model = Towers().eval()
     reference = copy.deepcopy(model)
     data = batches(count)
@@ -147,7 +147,7 @@ def test_schedules(name):
 
 
 def test_a_locked_image_tower_encodes_each_image_once():
-    """And what comes of the step is the same as with its images going through the model, twice."""
+    """The result of the step is the same as when images go through the model, which encodes them twice."""
     import training
     from training.model.train_model import TrainModel
 

@@ -1,4 +1,4 @@
-"""A grid of arms and seeds is run by the product's own commands, resumed where it stopped, and tabulated."""
+"""A grid of arms and seeds is run with the normal commands, resumed after a stop, and tabulated."""
 
 import csv
 import json
@@ -56,7 +56,7 @@ def test_a_grid_is_run_once_and_tabulated(scenes, tmp_path):
     assert [run["curves"]["step"] for run in recorded["runs"]] == [[1, 2, 3, 4, 5]] * 2
     assert (out / "study-r1.png").stat().st_size > 1000 and (out / "study-lengths.png").stat().st_size > 1000
 
-    # What is done stays as it is; a run that had lost its result gets the same one, and the training is not repeated.
+    # Finished runs are not touched; a run without its result gets the same result, and its training is not repeated.
     kept = (out / "short-s0" / "commands.log").read_text()
     result = (out / "both-s0" / "result.json").read_text()
     (out / "both-s0" / "result.json").unlink()
@@ -69,7 +69,7 @@ def test_a_grid_is_run_once_and_tabulated(scenes, tmp_path):
 
 
 def test_intervals_cover_the_true_difference_over_images_and_seeds(monkeypatch):
-    """Draws images of different difficulty and seeds of different quality, many times over."""
+    """Draws images of different difficulty and seeds of different quality many times."""
     monkeypatch.syspath_prepend(RUN.parent)
     import record
 
@@ -99,7 +99,7 @@ def test_intervals_cover_the_true_difference_over_images_and_seeds(monkeypatch):
         (("", ""), ["--arms", "tall"], "expected arms among short, both"),
     ],
 )
-def test_a_study_that_makes_no_sense_is_refused(change, flags, said, tmp_path):
+def test_an_invalid_study_is_refused(change, flags, said, tmp_path):
     study = tmp_path / "study.yaml"
     study.write_text(STUDY.replace(*change))
     code, _, err = run(study, tmp_path, tmp_path / "out", *flags)

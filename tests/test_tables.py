@@ -1,4 +1,4 @@
-"""Tables as people have them: open quotes, stray separators, images inside, several files, data sets of the hub."""
+"""Tables found in practice: open quotes, stray separators, images inside, several files, data sets from the hub."""
 
 import base64
 import csv
@@ -68,7 +68,7 @@ def test_unquoted_separators_stop_an_evaluation_and_are_counted_in_training(tmp_
     assert "2 of 4 rows left out: line 3: 4 cells, the header has 2" in caplog.text
 
 
-def test_a_file_written_without_quoting_is_read_whole(tmp_path, caplog):
+def test_a_file_written_without_quoting_is_read_completely(tmp_path, caplog):
     rows = [(f"{i}.jpg", f'a 5" ruler, number {i}' if i % 2 else f'"quoted" word {i}') for i in range(9)]
     rows[4] = ("4.jpg", '"open')
     path = tmp_path / "t.tsv"
@@ -115,7 +115,7 @@ def test_a_separator_by_flag_is_that_of_every_reader(tmp_path):
 
 
 def hub_file(path, num_rows, first=0, beside=None):
-    """A Parquet or Arrow file as the hub has them; `beside`: a row whose image lies beside the file."""
+    """Writes a Parquet or Arrow file like those on the hub; `beside` is a row whose image is a file beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(first, first + num_rows):
@@ -292,7 +292,7 @@ MESSY = [
 
 
 def messy_table(rng):
-    """Bytes of a table, its header left out, with a few bytes that do not belong there; and its form."""
+    """Returns the bytes of a table without header, with a few bytes that don't belong there; and its form."""
     separator, quoted = rng.choice(",,\t;"), rng.random() < 0.85
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=separator, lineterminator=rng.choice(["\n", "\r\n"]))

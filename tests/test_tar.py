@@ -1,4 +1,4 @@
-"""Tar shards as people have them: training, evaluation and inspection read the same, or say why not."""
+"""Tar shards found in practice: training, evaluation and inspection read the same samples, or report the same fault."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from training.prepare.shards.files import read_json_samples, rewrite_shard
 
 
 def pack(path: Path, members: list[tuple[str, bytes | str]], form: int = tarfile.GNU_FORMAT) -> Path:
-    """Writes members in this order; content that is a text makes a hard link to the member of that name."""
+    """Writes members in this order; a text as content makes a hard link to the member of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as tar:
         for name, content in members:
@@ -35,13 +35,13 @@ def pack(path: Path, members: list[tuple[str, bytes | str]], form: int = tarfile
 
 
 def files(key: str, number: int = 0, **more: bytes) -> list[tuple[str, bytes]]:
-    """The members of a sample, whose caption says its number."""
+    """Returns the members of a sample whose caption contains its number."""
     content = {"jpg": picture(number), "txt": f"number {number}".encode(), **more}
     return [(f"{key}.{suffix}", data) for suffix, data in content.items()]
 
 
 def with_sparse_files(folder: Path, form: str) -> Path:
-    """Three samples packed by tar itself; the image of the second has a hole."""
+    """Packs three samples with tar; the image of the second has a hole."""
     for number in range(3):
         for name, content in files(f"{number}", number):
             (folder / name).write_bytes(content)
@@ -55,7 +55,7 @@ def with_sparse_files(folder: Path, form: str) -> Path:
 
 
 def joined(folder: Path) -> Path:
-    """`cat a.tar b.tar`: the keys begin again, and the second archive begins with the key that ended the first."""
+    """Runs `cat a.tar b.tar`, where the second archive begins with the key that ends the first."""
     parts = [pack(folder / f"{n}.t", [*files("a", n), *files("b", n + 1), *files("a", n + 2)]) for n in (0, 3)]
     (folder / "s.tar").write_bytes(b"".join(part.read_bytes() for part in parts))
     return folder / "s.tar"
@@ -69,7 +69,7 @@ def interleaved(folder: Path) -> Path:
 MAC = [
     (f"d/._{name[2:]}", b"\0\5\26\7") if n % 2 else (name, content) for name, content in files("d/x") for n in (1, 0)
 ]
-# name -> (how it is made, captions in their order, bad samples by kind, what evaluation says instead of reading them)
+# name -> (function that writes it, captions in order, bad samples by kind, message of evaluation, which refuses it)
 FORMS = {
     "twice in a row": (
         lambda f: pack(f / "s.tar", [m for n in range(3) for m in files("same", n)]),
@@ -158,7 +158,7 @@ def test_rewriting_keeps_every_byte_and_every_sample(tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_damaged_shard_loses_no_more_than_is_damaged(tmp_path, seed):
-    """Cut anywhere, or overwritten: samples before are read, and the index counts them and the broken one."""
+    """After a cut or overwritten bytes, the samples before are read; the index counts these and the broken one."""
     rng = random.Random(seed)
     path = pack(tmp_path / "s.tar", [m for n in range(9) for m in files(f"{n}", n)])
     whole, offsets = path.read_bytes(), index_shard(path).offsets
@@ -172,7 +172,7 @@ def test_a_damaged_shard_loses_no_more_than_is_damaged(tmp_path, seed):
         except BrokenShardError as error:
             fault = error
         intact = sum(end <= place for end in offsets[1:])
-        assert len(got) >= intact - bool(fault)  # the sample before a header that can't be read may lack members
+        assert len(got) >= intact - bool(fault)  # the sample before an unreadable header may lack members
         assert [s.key for s in got[: intact - 1]] == [str(n) for n in range(intact - 1)]
         index = index_shard(path)
         assert bool(index.fault) == bool(fault) and len(index.offsets) - len(got) == (place >= 512 and bool(fault))

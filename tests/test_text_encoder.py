@@ -1,4 +1,4 @@
-"""Stock models without their padding: features, gradients and trainings as open_clip's own forward pass gives them."""
+"""Stock models without padding: features, gradients and trainings equal those of open_clip's forward pass."""
 
 import open_clip
 import pytest
@@ -47,7 +47,7 @@ def hugging_face(family, pooler):
 
 
 def check_equal(model, ids):
-    """Of packed captions against whole rows; all gradients relative to the largest."""
+    """Compares packed captions with padded ones; gradients are compared relative to the largest."""
     results = []
     weights = torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(1))
     captions = make_arranger(model, "auto", CPU, compiled=False)(ids)
@@ -94,8 +94,8 @@ def test_towers_that_read_padding_get_it():
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 @pytest.mark.parametrize("mode", ["buckets", "flex"])
-def test_paddings_id_within_a_caption_changes_nothing(family, mode):
-    """A tokenizer takes "[PAD]" in a text literally: in the middle, at the end, several."""
+def test_the_padding_id_within_a_caption_changes_nothing(family, mode):
+    """A tokenizer reads "[PAD]" in a text as the padding token: in the middle, at the end, several times."""
     text = tower(family, num_layers=3)
     ids = random_ids(text, num_rows=5)
     for row, places in enumerate(([5], [10], [9, 10], [4, 6, 7])):

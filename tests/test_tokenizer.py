@@ -1,4 +1,4 @@
-"""Tokenizers with corner tokens, per family: layout, truncation, lists without padding, what is lost."""
+"""Tokenizers with corner tokens, for each family: layout, truncation, lists without padding, tokens lost."""
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def test_clip_layout():
     assert corner.count_lost_tokens([TEXT, long_text])[0] == 0 < corner.count_lost_tokens([long_text])[0]
 
 
-def test_a_missing_tokenizer_says_where_it_was_looked_for(tmp_path, monkeypatch):
+def test_the_message_about_a_missing_tokenizer_names_the_searched_places(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="not found in --cache-dir"):
         CornerHFTokenizer("no-such/tokenizer", cache_dir=str(tmp_path))

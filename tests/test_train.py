@@ -50,12 +50,12 @@ def logs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(scenes, logs) -> list[dict]:
-    """Two epochs of five steps, with everything that can happen in between."""
+    """Trains two epochs of five steps, with evaluations, validation and checkpoints in between."""
     benchmark = ["--urban1k-retrieval", str(scenes / "urban1k"), "--val-data", str(scenes / "train")]
     return train(logs, "first", scenes / "train", "--batch-size", "8", "--epochs", "2", *benchmark)
 
 
-def test_every_step_is_logged_with_all_that_was_promised(trained):
+def test_every_step_is_logged_with_all_documented_values(trained):
     steps = [line for line in trained if "train/loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 11))
     names = "loss short_caption_loss long_caption_loss samples_per_s tokens_per_s data_wait_share eta_s lr logit_scale"
@@ -103,14 +103,14 @@ def test_resuming_after_an_epoch_equals_not_having_stopped(trained, logs, scenes
     assert losses(train(logs, "resumed", scenes / "train", *flags, "--resume", "latest")) == losses(resumed)
 
 
-def test_checkpoints_are_kept_as_asked(logs, scenes):
+def test_checkpoints_are_kept_as_the_flags_say(logs, scenes):
     flags = ["--batch-size", "40", "--epochs", "5"]
     train(logs, "kept", scenes / "train", *flags, "--save-frequency", "2", "--delete-previous-checkpoint")
     assert [p.name for p in (logs / "kept" / "checkpoints").iterdir()] == ["epoch_5.pt"]
 
 
 def extract(shards: Path, out: Path) -> list[dict]:
-    """Writes the pictures of shards as files; returns rows of a table of them."""
+    """Writes the images of shards as files; returns the rows of a table of them."""
     rows = []
     (out / "images").mkdir(parents=True)
     for shard in sorted(shards.glob("*.tar")):
@@ -124,7 +124,7 @@ def extract(shards: Path, out: Path) -> list[dict]:
 
 
 def test_shards_csv_and_parquet_train_alike(logs, scenes, tmp_path):
-    """A batch of the whole set is the same batch in any order, so the curves are the same."""
+    """The whole set is one batch, so the order doesn't matter and the curves are the same."""
     rows = extract(scenes / "train", tmp_path)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     with open(tmp_path / "t.csv", "w", newline="") as file:
@@ -139,7 +139,7 @@ def test_shards_csv_and_parquet_train_alike(logs, scenes, tmp_path):
     assert shards[-1] < shards[0]
 
 
-def test_a_locked_image_tower_stays_and_costs_no_state(logs, scenes):
+def test_a_locked_image_tower_is_unchanged_and_has_no_optimizer_state(logs, scenes):
     flags = ["--batch-size", "20", "--lock-image", "--save-frequency", "1"]
     curve = losses(train(logs, "locked", scenes / "train", *flags, "--epochs", "2"))
     before, after = weights(logs, "locked", 1), weights(logs, "locked", 2)
@@ -167,7 +167,10 @@ def test_a_locked_image_tower_stays_and_costs_no_state(logs, scenes):
     ],
 )
 def test_every_way_of_training_lowers_the_loss(logs, scenes, flags, tiny_clip):
-    """Beside the same batches, crops and dropout at a rate that moves nothing: losses of different batches differ."""
+    """Compares with the same batches, crops and dropout at a learning rate that changes nothing.
+
+    This is needed because the losses of different batches differ.
+    """
     flags = [tiny_clip if word.endswith("-tiny") else word for word in flags]
     name = flags[0].strip("-") + flags[-1].replace("/", "_")[-9:]
     flags = ["--batch-size", "20", "--epochs", "4", "--lr", "3e-4", *flags]
@@ -188,7 +191,7 @@ def shard(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def refused(capsys, *flags: str) -> str:
-    """The one message of a command that can't be run."""
+    """Returns the message of a command that is refused."""
     try:
         code = main([*SMALL, *flags])
     except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""Shards and tables as the loader sees them: every sample exactly once, in an order that can be gone on from."""
+"""Shards and tables read by the loader: every sample exactly once, in an order that can be resumed."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def batches(source, share: Share, workers: int, epoch: int = 0) -> list:
 
 
 def test_workers_outlive_a_signal_from_their_first_moment_on(tmp_path):
-    """SLURM's SIGTERM may come while they start; each here gets one right after the fork, and torch's handler after."""
+    """SLURM may send SIGTERM while they start: here each gets one directly after the fork, before torch's handler."""
     source, share = ShardSource(make_shards(tmp_path, [7, 5]), [7, 5], seed=0), Share(4, 3)
     expected, is_on = batches(source, share, workers=0), [True]
     os.register_at_fork(after_in_child=lambda: is_on and os.kill(os.getpid(), signal.SIGTERM))
@@ -135,7 +135,7 @@ def sources(folder: Path) -> dict:
 
 @pytest.mark.parametrize("kind", ["shards", "resampled", "table"])
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_a_loader_goes_on_exactly_where_another_stopped(tmp_path, kind, workers):
+def test_a_loader_continues_exactly_where_another_stopped(tmp_path, kind, workers):
     source = sources(tmp_path)[kind]
     whole = batches(source, Share(2, 11), workers, epoch=1)
     for num_done in (1, 4, 5, 10):
@@ -190,12 +190,12 @@ def test_bad_samples_are_counted_by_kind_and_their_places_filled(tmp_path, worke
     made = batches(ShardSource([url], [26], seed=0), Share(2, 13), workers)
     faults = [fault for batch in made for fault in batch.bad_samples]
     assert len(made) == 13 and all(len(b.keys) == 2 for b in made)
-    # Places are filled from the start of a worker's own share, so some faults may be met there again.
+    # Bad samples are replaced from the start of a worker's own share, so some faults may occur again.
     assert set(faults) == {(kind, f"0.tar/bad{i}") for i, kind in enumerate(FAULTS)}
     assert {key for b in made for key in b.keys} <= {f"0.tar/{n:04d}" for n in range(20)}
 
 
-def test_a_shard_that_breaks_off_is_used_as_far_as_it_goes(tmp_path, caplog):
+def test_a_truncated_shard_is_used_up_to_its_end(tmp_path, caplog):
     whole = make_shards(tmp_path, [10])[0]
     content = Path(whole).read_bytes()
     cut = tmp_path / "cut.tar"
@@ -251,7 +251,7 @@ def test_csv_tsv_and_parquet_give_the_same_rows(tmp_path):
     )
 
 
-def test_rows_of_the_wrong_length_are_left_out_and_said(tmp_path, caplog):
+def test_rows_of_the_wrong_length_are_left_out_and_reported(tmp_path, caplog):
     (tmp_path / "t.csv").write_text("filepath,txt\na.jpg,one\nb.jpg\nc.jpg,two,three\nd.jpg,four\n")
     source = read_tables([tmp_path / "t.csv"], "filepath", ("txt",), None, seed=0)
     assert source.num_samples == 2 and "2 of 4 rows left out: line 3: 1 cells, the header has 2" in caplog.text

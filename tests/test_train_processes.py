@@ -1,4 +1,4 @@
-"""Several processes train as one does: the same losses, gradient norms and weights, step by step."""
+"""Several processes train like one process: the same losses, gradient norms and weights, step by step."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ SAME_AS = {"locked": "locked", "accumulated-locked": "locked", "sigmoid": "sigmo
 
 
 def train_all(rank: int, work: list[tuple[int, list[str]]], world_size: int) -> None:
-    """One process of each rank makes all trainings, one after another."""
+    """Runs all trainings one after another, in one process per rank."""
     for port, words in work:
         set_rank(rank, world_size, port)
         if code := main(words):
@@ -67,7 +67,7 @@ def validation(logs: Path, name: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def logs(scenes, tmp_path_factory) -> Path:
-    """One process's runs, plain ways only: accumulation over two batches of 20 is held against one of 40."""
+    """Trains on one process without accumulation: accumulation over two batches of 20 is compared with one of 40."""
     folder = tmp_path_factory.mktemp("processes")
     samples = {f"{n:02d}": good(n) if n < 25 else {"txt": b"no image"} for n in range(30)}
     write_shard(folder / "val.tar", samples)

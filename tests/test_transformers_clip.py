@@ -1,4 +1,4 @@
-"""CLIP and SigLIP of transformers by --model hf:FOLDER: the same features, ids and pixels as in transformers."""
+"""CLIP and SigLIP of transformers with --model hf:FOLDER: the same features, ids and pixels as in transformers."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SMALL = {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "n
 
 
 def widen(model: torch.nn.Module) -> None:
-    """Random weights, biases and norms that show a swapped or forgotten tensor."""
+    """Sets random weights, biases and norms, so that a swapped or forgotten tensor changes the output."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -39,7 +39,7 @@ def widen(model: torch.nn.Module) -> None:
 
 
 def clip_tokenizer(folder: Path) -> None:
-    """CLIP's own vocabulary, from open_clip's file."""
+    """Writes a tokenizer with CLIP's vocabulary, from open_clip's file."""
     from open_clip import SimpleTokenizer
 
     own = SimpleTokenizer()
@@ -83,7 +83,7 @@ def save_siglip(folder: Path, act: str, side: str = "right", image_size: int = 3
 
 def images() -> list[Image.Image]:
     generator = np.random.default_rng(0)
-    # 32 x 35: the offset of the crop is rounded down in transformers, up in torchvision.
+    # 32 x 35: transformers rounds the offset of the crop down, torchvision up.
     sizes = [(32, 35), (80, 33), (35, 32), (64, 64)]
     return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes] + [
         Image.fromarray(generator.integers(0, 256, (40, 50, 4), dtype=np.uint8), "RGBA")

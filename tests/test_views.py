@@ -30,7 +30,7 @@ def frequencies(views: str, record: dict = RECORD, text: int = 0) -> Counter:
 
 
 def assert_distribution(found: Counter, expected: dict[str, float]) -> None:
-    """Every text is drawn as often as the rule says, to five standard deviations, and no other one is."""
+    """Asserts that each text is drawn with its expected frequency, to five standard deviations, and no other text."""
     assert set(found) == set(expected)
     for text, p in expected.items():
         assert found[text] / DRAWS == pytest.approx(p, abs=5 * (p * (1 - p) / DRAWS) ** 0.5 + 1e-12), text
@@ -73,7 +73,7 @@ def test_sentences_are_drawn_as_flair_and_debias_clip_draw_them():
     assert choose(views)[0] == LONG
 
 
-def test_long_clip_has_the_long_caption_and_what_is_before_its_first_full_stop_and_blank():
+def test_long_clip_takes_the_long_caption_and_the_part_before_its_first_full_stop_and_space():
     height = {"long_caption": "It is 3.5 m tall. And wide."}
     for record in (RECORD, height, {"long_caption": "No end"}):
         text = record["long_caption"]
@@ -108,7 +108,7 @@ def test_views_of_the_same_kind_take_different_long_captions():
         assert {first, third} == {LONG, "B. C"} and second == "a dog"
         whole, rest = choose("long, long-without-first", record, seed)
         assert rest == whole.partition(". ")[2]  # of one and the same caption
-    # Without long captions the short one stands in.
+    # Without long captions, the short one replaces them.
     assert choose("long*2, sentences(2, of=long), first-sentence", {"txt": "a dog"}) == ["a dog"] * 4
 
 
@@ -122,7 +122,7 @@ def test_views_of_the_same_kind_take_different_long_captions():
         (("long", 3, 0), "long(corners=no), long*2"),
     ],
 )
-def test_flags_are_names_of_lists(flags, views):
+def test_flags_are_equivalent_to_lists(flags, views):
     assert parse_views(views_by_flags(*flags)) == parse_views(views)
     captions, num_long, sentences = flags
     by_flags = CaptionRule(captions=captions, num_long=num_long, num_sentences=sentences)
@@ -153,7 +153,7 @@ def test_a_wrong_list_is_a_usage_error(views, said, capsys):
     assert stop.value.code == 2 and said in message and "--text-views" in message
 
 
-def test_lists_in_words():
+def test_options_of_views_are_parsed():
     entries = parse_views("raw, sentences(2..all, weight=0.1, pad=front, corners=no)*4, long")
     assert [(e.name, e.count, e.weight, e.corners, e.front) for e in entries] == [
         ("raw", 1, 1.0, False, False),

@@ -1,4 +1,4 @@
-"""Weights: other makes, longer contexts, separate towers, saving, precision, and messages when they do not fit."""
+"""Weights: other formats, longer contexts, separate towers, saving, precision, and messages if they don't fit."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def tiny(**kwargs):
 
 @pytest.fixture(scope="module")
 def base_clip(tmp_path_factory):
-    """A small plain CLIP with a 77-token context: (folder name for --model, its state dict)."""
+    """Returns (folder name for --model, state dict) of a small plain CLIP with 77 tokens."""
     folder = tmp_path_factory.mktemp("clip")
     model_cfg = {
         "embed_dim": 32,
@@ -84,7 +84,7 @@ def test_long_clip_files_merge_their_two_position_tables(base_clip, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
     model = training.create_model(f"local-dir:{tmp_path}").eval()
     assert torch.equal(model.text.positional_embedding, torch.cat([first[:20], res[20:]]))
-    # An independent model of the same form: open_clip's own CLIP with the merged table.
+    # An independent model: open_clip's own CLIP with the merged table.
     stock_cfg = json.loads(json.dumps(model_cfg))
     del stock_cfg["text_cfg"]["num_corner_token"]
     stock = open_clip.CLIP(**stock_cfg).eval()

@@ -1,4 +1,4 @@
-"""Weights files as people have them: read as data, or refused by one message that names the format found."""
+"""Weights files found in practice: read as data, or refused with one message that names the format."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from training.model.weights_file import read_state_dict
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory) -> tuple[str, dict[str, torch.Tensor]]:
-    """A config file of a small plain CLIP, as a name for --model, and weights that fit it."""
+    """Returns a config file of a small plain CLIP, as a name for --model, and weights that fit it."""
     path = tmp_path_factory.mktemp("config") / "small.json"
     path.write_text(json.dumps(TINY_CLIP))
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def test_checkpoints_of_other_trainers_are_read(form, stock, tmp_path):
 
 
 def holder(module: nn.Module) -> nn.Module:
-    """The parameters of a module alone, in fp16, as OpenAI's archives have them."""
+    """Returns a module with only the parameters of another, in fp16, as in OpenAI's archives."""
     copy = nn.Module()
     for name, value in module.named_parameters(recurse=False):
         copy.register_parameter(name, nn.Parameter(value.detach().half() if value.ndim > 1 else value.detach()))

@@ -1,4 +1,4 @@
-"""Zero-shot classification: classes by number, open_clip's classifier and accuracy, from flags and in mid-training."""
+"""Zero-shot classification: class numbers, open_clip's classifier and accuracy, from flags and during training."""
 
 import json
 
@@ -52,7 +52,10 @@ def test_zero_shot_equals_open_clip(tmp_path, tiny_clip, capsys, monkeypatch):
 
 
 def test_classes_are_described_by_long_texts(tmp_path, tiny_clip, capsys, caplog):
-    """A plain computation over the file of texts, of different numbers; two classes of one name have texts each."""
+    """Compares with a plain computation from the file of texts, whose numbers differ by class.
+
+    The two classes with the same name have different texts.
+    """
     from open_clip import IMAGENET_CLASSNAMES, create_model, get_tokenizer
 
     from training.eval.encode import ComputeOptions

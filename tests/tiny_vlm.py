@@ -1,4 +1,4 @@
-"""A tiny LLaVA with random weights and a vocabulary of its own, saved as such models are."""
+"""A tiny LLaVA with random weights and its own vocabulary, saved in the usual format."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 def save_tiny_vlm(folder: Path, seed: int, template: bool = True) -> Path:
-    """Saves model and processor; different seeds are different models."""
+    """Saves model and processor; different seeds give different models."""
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(f"{PROMPT_WORDS} {WORDS}".split()))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -73,7 +73,7 @@ def save_tiny_vlm(folder: Path, seed: int, template: bool = True) -> Path:
 
 
 def save_tiny_instructblip(folder: Path) -> Path:
-    """The other form: a Q-Former between image and text, no chat template, image tokens put in by the processor."""
+    """Saves an InstructBLIP: a Q-Former between image and text, no chat template, image tokens from the processor."""
     words = dict.fromkeys(f"<pad> <s> </s> <unk> <image> {PROMPT_WORDS} {WORDS}".split())
     vocabulary = {word: number for number, word in enumerate(words)}
 
