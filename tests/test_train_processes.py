@@ -86,7 +86,7 @@ def test_several_processes_train_as_one(world_size, scenes, logs):
         for step, expected in zip(steps, expected_steps):
             for name in ("loss", "short_caption_loss", "long_caption_loss", "logit_scale", "grad_norm"):
                 wanted = expected[f"train/{name}"]
-                bound = 1e-5 if way == BUCKETS else 1e-6
+                bound = 1e-5 if way == BUCKETS else 2e-6  # fp32 rounds at 1e-7, sums over ranks a little coarser
                 assert step[f"train/{name}"] == pytest.approx(wanted, rel=bound, abs=1e-6), (way, name)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=1e-6, msg=f"{way} {name}")
