@@ -89,7 +89,7 @@ def _odd_places(block: bytes, codes: np.ndarray, places: np.ndarray) -> list[int
 
 
 def _is_utf8(block: bytes) -> bool:
-    """Tells the same as ``block.decode()``, 15 times faster."""
+    """Tells whether a block is UTF-8, 15 times faster than ``block.decode()``."""
     whole = pa.Array.from_buffers(
         pa.large_string(), 1, [None, pa.py_buffer(np.array([0, len(block)])), pa.py_buffer(block)]
     )

@@ -74,7 +74,7 @@ def find_dci_base(root: str | Path) -> Path:
         if (base / "splits.json").is_file():
             return base
     raise FileNotFoundError(
-        f"{FLAG} {root}: neither densely_captioned_images/splits.json nor splits.json is there; {SOURCE}"
+        f"{FLAG} {root}: found neither densely_captioned_images/splits.json nor splits.json; {SOURCE}"
     )
 
 

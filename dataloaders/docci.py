@@ -32,7 +32,7 @@ def read_docci(root: str | Path, sentences: bool = False) -> list[RetrievalSet]:
     root = require_dir(root, FLAG)
     path = root / ANNOTATIONS
     if not path.is_file():
-        raise FileNotFoundError(f"{FLAG} {root}: {ANNOTATIONS} is not there; {SOURCE}")
+        raise FileNotFoundError(f"{FLAG} {root}: {ANNOTATIONS} is missing; {SOURCE}")
     folder = root / "images" if (root / "images").is_dir() else root
     rows = []
     for where, row in read_json_lines(path):

@@ -42,7 +42,7 @@ class ShardMember:
         return self.member.rsplit("/", 1)[-1]
 
     def stat(self) -> os.stat_result:
-        """Returns that of the tar file: the content has changed if it has."""
+        """Returns the status of the tar file, because its change is a change of the content."""
         return self.shard.stat()
 
     def resolve(self) -> str:
@@ -78,7 +78,7 @@ class EmbeddedImage:
         return f"{self.shard.name}-{self.row + 1}"
 
     def stat(self) -> os.stat_result:
-        """Returns that of the file: the content has changed if it has."""
+        """Returns the status of the file, because its change is a change of the content."""
         return self.shard.stat()
 
     def resolve(self) -> str:

@@ -99,7 +99,7 @@ def read_prompts(path: str | Path) -> ClassTexts:
 def _read_classes(root: Path, numbers: dict[str, int], flag: str, named: str) -> tuple[tuple[Path, ...], tuple]:
     names = sorted((n for n in os.listdir(root) if n in numbers and (root / n).is_dir()), key=numbers.__getitem__)
     if not names:
-        raise ValueError(f"{flag} {root}: expected a folder per class, each named by {named}; none is there")
+        raise ValueError(f"{flag} {root}: expected a folder per class, named by {named}; found no such folder")
     files = parallel_map(lambda name: sorted(os.listdir(root / name), key=natural_key), names)
     found = [(root / n / f, numbers[n]) for n, own in zip(names, files) for f in own if _is_image(f)]
     return tuple(path for path, _ in found), tuple(label for _, label in found)

@@ -57,15 +57,13 @@ FLICKR30K = _Benchmark(
 )
 
 
-def read_coco(root: str | Path, annotations: str | Path | None = None, split: str = "test") -> RetrievalSet:
-    """Reads COCO captions; for arguments and errors see `read_flickr30k`."""
-    return _read(COCO, root, annotations, split)
-
-
-def read_flickr30k(root: str | Path, annotations: str | Path | None = None, split: str = "test") -> RetrievalSet:
-    """Reads Flickr30k.
+def read_karpathy(
+    which: _Benchmark, root: str | Path, annotations: str | Path | None = None, split: str = "test"
+) -> RetrievalSet:
+    """Reads COCO or Flickr30k.
 
     Args:
+        which: `COCO` or `FLICKR30K`.
         root: folder with the images, in one of the usual layouts.
         annotations: the list of captions; if None, it is searched for below the root.
         split: ``test`` or ``val`` (Karpathy's splits), or ``all`` images; a list without splits is read completely.
@@ -73,10 +71,6 @@ def read_flickr30k(root: str | Path, annotations: str | Path | None = None, spli
     Raises:
         FileNotFoundError, ValueError: the list is missing or broken, or has no image of this split.
     """
-    return _read(FLICKR30K, root, annotations, split)
-
-
-def _read(which: _Benchmark, root: str | Path, annotations: str | Path | None, split: str) -> RetrievalSet:
     root = require_dir(root, which.flag)
     path = _find_annotations(which, root, annotations)
     content = read_json(path)
@@ -122,7 +116,7 @@ def _find_annotations(which: _Benchmark, root: Path, annotations: str | Path | N
         if (root / name).is_file():
             return root / name
     raise FileNotFoundError(
-        f"{which.flag} {root}: none of {', '.join(which.annotations)} is there; name the list of captions with "
+        f"{which.flag} {root}: found none of {', '.join(which.annotations)}; name the list of captions with "
         f"--{which.key}-anno, {which.source}"
     )
 
@@ -191,10 +185,12 @@ def _read_chosen(which: _Benchmark, args: argparse.Namespace, root: str, annotat
     sets = []
     for protocol in chosen_protocols(args, list(dict.fromkeys([by_split, *which.protocols.values(), VAL2017]))):
         if protocol == VAL2017:
-            sets.append(_read(which, root, annotations or Path(root) / "annotations" / "captions_val2017.json", "test"))
+            sets.append(
+                read_karpathy(which, root, annotations or Path(root) / "annotations" / "captions_val2017.json", "test")
+            )
         else:
             split = next(split for split, name in which.protocols.items() if name == protocol)
-            sets.append(_read(which, root, annotations, split))
+            sets.append(read_karpathy(which, root, annotations, split))
     return sets
 
 

@@ -52,7 +52,7 @@ def read_table_pairs(
 
 
 def _name(spec: str, paths: Sequence[Path]) -> str:
-    """Returns the name of the set: that of a single file, or of the folder that holds several."""
+    """Returns the name of the set: the name of a single file, or of the folder that holds several."""
     if len(paths) == 1 and not Path(spec).is_dir():
         return paths[0].stem
     return (Path(spec) if Path(spec).is_dir() else paths[0].parent).resolve().name

@@ -118,8 +118,8 @@ class TarReader:
             member = Member(name, kind_of, start, self.position, 0 if kind in _EMPTY_KINDS else size)
             yield member
             if self.size is not None and member.end > self.size:
-                there = f"{self.size:,} of at least {member.end:,} bytes are there"
-                raise BrokenTarError(f"{self.name}: truncated, {there}")
+                sizes = f"found {self.size:,} of at least {member.end:,} bytes"
+                raise BrokenTarError(f"{self.name}: truncated, {sizes}")
             self._skip_to(member.end)
 
     def read(self, member: Member, most: int | None = None) -> bytes:

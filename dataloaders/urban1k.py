@@ -33,7 +33,7 @@ def read_urban1k(root: str | Path) -> RetrievalSet:
         return one_caption_per_image(
             "urban1k-retrieval", "Urban1k", pairs, num_published=NUM_PAIRS, source=SOURCE, protocol="urban1k/first-line"
         )
-    raise FileNotFoundError(f"{FLAG} {root}: neither caption/ nor annotations/annotations.json is there; {SOURCE}")
+    raise FileNotFoundError(f"{FLAG} {root}: found neither caption/ nor annotations/annotations.json; {SOURCE}")
 
 
 def _read_text_files(base: Path) -> list[tuple[Path, str]]:

@@ -76,9 +76,9 @@ def test_flickr30k_all_and_coco_val2017(tmp_path):
     root = write_flickr30k(tmp_path / "flickr", num=5)
     (found,) = read("flickr30k", "flickr30k/all", flickr30k_retrieval=root, flickr30k_anno=None)
     assert len(found.image_paths) == 8 and found.key == "flickr30k-all-retrieval"
-    assert karpathy.read_flickr30k(root).protocol == "flickr30k/test"
+    assert karpathy.read_karpathy(karpathy.FLICKR30K, root).protocol == "flickr30k/test"
     root = write_coco(tmp_path / "coco")
-    assert karpathy.read_coco(root).protocol == "coco/karpathy"
+    assert karpathy.read_karpathy(karpathy.COCO, root).protocol == "coco/karpathy"
     official = {"images": [{"id": 7, "file_name": "000000000007.jpg"}]}
     official["annotations"] = [{"image_id": 7, "caption": f"c{n}"} for n in range(5)]
     (root / "annotations" / "captions_val2017.json").write_text(json.dumps(official))

@@ -194,7 +194,7 @@ def write_part(job: tuple[Path, Path, np.ndarray]) -> int:
     if keep.any() and not target.exists():  # a run that was killed may have written it
         with pa.memory_map(str(source)) as file, whole_file(target) as path:
             reader = pa.ipc.open_file(file)
-            # Every caption differs: a dictionary makes the file larger, and nobody filters by the range of captions.
+            # Captions are all different, so a dictionary would enlarge the file; statistics of their range are useless.
             options = {"compression": "zstd", "use_dictionary": False, "write_statistics": [URL, KEY]}
             with pq.ParquetWriter(path, reader.schema, **options) as out:
                 start = 0
