@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataloaders.captions import split_caption
+from dataloaders.captions import split_sentences
 from dataloaders.pairs import RetrievalSet
 
 CONTEXTS = (77, 128, 248)  # of CLIP, LoTLIP and Long-CLIP
@@ -35,8 +35,8 @@ class CaptionStats:
 
 
 def caption_stats(s: RetrievalSet, count_tokens: Callable[[str], int]) -> CaptionStats:
-    """Counts sentences by `split_caption`, and tokens by `count_tokens`, which doesn't count special tokens."""
-    sentences = np.array([len(split_caption(text)) for text in s.captions])
+    """Counts sentences by `split_sentences`, and tokens by `count_tokens`, which doesn't count special tokens."""
+    sentences = np.array([len(split_sentences(text)) for text in s.captions])
     tokens = np.array([count_tokens(text) + 2 for text in s.captions])
     return CaptionStats(s.title, len(s.image_paths), len(s.captions), sentences, tokens)
 

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions
+from dataloaders.captions import first_sentence, join_split, split_caption, split_sentences
+from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions, join_sentences
 
 RECORD = {
     "raw_caption": " a dog ",
@@ -100,3 +101,37 @@ def test_number_of_captions_is_what_the_rule_says(captions, num_long):
     rule = CaptionRule(captions=captions, num_long=num_long)
     for record in (RECORD, {"txt": "a"}, {"long_caption": "A b. C d."}):
         assert len(choose_captions(record, rule, random.Random(0))) == rule.num_captions
+
+
+SCRIPTS = {
+    "Chinese": ["\u4e00\u53ea\u72d7\u3002", "\u4e24\u53ea\u732b\uff01", "\u662f\u5417\uff1f"],
+    "Hindi": [
+        "\u090f\u0915 \u0915\u0941\u0924\u094d\u0924\u093e\u0964",
+        "\u0926\u094b\u0964",
+        "\u0924\u0940\u0928\u0964",
+    ],
+    "Urdu": ["\u0627\u06cc\u06a9\u06d4", "\u062f\u0648\u061f", "\u062a\u06cc\u0646\u06d4"],
+}
+
+
+@pytest.mark.parametrize("sentences", SCRIPTS.values(), ids=SCRIPTS)
+def test_sentences_of_other_scripts_are_told_apart_and_keep_their_marks(sentences):
+    for between in ("", " "):
+        text = between.join(sentences)
+        assert split_sentences(text) == sentences
+        assert [part.strip() for part in first_sentence(text)] == [sentences[0], between.join(sentences[1:])]
+    assert join_split(sentences) == join_sentences(sentences) == " ".join(sentences)
+    record = {"txt": "a", "long_caption": "".join(sentences)}
+    drawn = {choose(record, seed, views="raw, sentences(1, of=long)")[1] for seed in range(50)}
+    assert drawn == set(sentences)
+
+
+def test_latin_sentences_follow_the_published_rule_whatever_is_between_them():
+    rng = random.Random(0)
+    for _ in range(500):
+        text = "".join(
+            rng.choices(["A dog", " 3.5 m", ". ", ".", "!", "? ", "\n", "</s>", " ", "\u2026", "\u00e9"], k=9)
+        )
+        assert split_sentences(text) == split_caption(text)
+        assert join_split(split_sentences(text)) == ". ".join(split_caption(text))
+        assert first_sentence(text) == (text.partition(". ")[0], text.partition(". ")[2])

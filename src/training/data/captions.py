@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from dataloaders.captions import split_caption
+from dataloaders.captions import first_sentence, is_terminated, split_sentences
 from training.data.views import Entry, View, parse_views, views_by_flags
 
 RAW_KEYS = ("raw_caption", "caption", "txt")
@@ -126,7 +126,7 @@ class _Chooser:
         pieces = self._long(view)
         if view.name == "long":
             return _whole(pieces)
-        first, _, rest = _whole(pieces).partition(". ")
+        first, rest = first_sentence(_whole(pieces))
         return first if view.name == "first-sentence" else rest.strip() or first
 
     def _long(self, view: View) -> list[str]:
@@ -144,12 +144,12 @@ class _Chooser:
         pieces = self._long(view)
         if view.pool == "long":
             return pieces
-        first, _, rest = _whole(pieces).partition(". ")
+        first, rest = first_sentence(_whole(pieces))
         return [rest.strip() or first]
 
     def _sentences(self, view: View) -> str:
         pool = self._pool(view)
-        sentences = [sentence for piece in pool for sentence in split_caption(piece)] or pool[:1]
+        sentences = [sentence for piece in pool for sentence in split_sentences(piece)] or pool[:1]
         least, most = (min(n or len(sentences), len(sentences)) for n in (view.least, view.most))
         number = least if least == most else self.rng.randint(least, most)
         ordered = view.order == "ordered" or (view.order == "either" and (number == 1 or self.rng.random() < 0.5))
@@ -162,7 +162,7 @@ class _Chooser:
         """Returns runs of consecutive sentences that begin at different sentences, as long as there are enough."""
         view = entry.views[0]
         pool = [self.short] if view.uses_long and not self.longs else self._pool(view)
-        sentences = [sentence for piece in pool for sentence in split_caption(piece)] or pool
+        sentences = [sentence for piece in pool for sentence in split_sentences(piece)] or pool
         number = min(view.least, len(sentences))
         starts = range(len(sentences) - number + 1)
         draw = self.rng.sample if len(starts) >= entry.count else self.rng.choices
@@ -212,9 +212,9 @@ def _whole(pieces: Sequence[str]) -> str:
 
 
 def _first_sentence(pieces: Sequence[str]) -> str:
-    return (split_caption(pieces[0]) or pieces)[0]
+    return (split_sentences(pieces[0]) or pieces)[0]
 
 
 def join_sentences(sentences: Sequence[str]) -> str:
-    """Joins sentences to one text; adds a full stop to sentences that don't end in ``.``, ``!`` or ``?``."""
-    return " ".join(s if s[-1] in ".!?" else s + "." for s in sentences)
+    """Joins sentences to one text; adds a full stop to sentences that don't end in a sentence mark of any script."""
+    return " ".join(s if is_terminated(s) else s + "." for s in sentences)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dataloaders.captions import split_caption
+from dataloaders.captions import join_split, split_sentences
 from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.lengths import drop_sentence, shuffle_sentences
 from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probability, paired_bootstrap
@@ -40,8 +40,8 @@ CHANGES: dict[str, Callable[[list[str], int], list[str]]] = {
     "first and fourth swapped": _reordered(3, 1, 2, 0),
     "neutral sentence in front": lambda own, seed: [NEUTRAL, *own],
     "4 neutral sentences in front": lambda own, seed: [NEUTRAL] * 4 + own,
-    "sentences shuffled": lambda own, seed: split_caption(shuffle_sentences(". ".join(own), seed)),
-    "one sentence dropped at random": lambda own, seed: split_caption(drop_sentence(". ".join(own), seed)),
+    "sentences shuffled": lambda own, seed: split_sentences(shuffle_sentences(join_split(own), seed)),
+    "one sentence dropped at random": lambda own, seed: split_sentences(drop_sentence(join_split(own), seed)),
 }
 
 
@@ -66,16 +66,16 @@ def diagnose(
     Returns:
         For each benchmark's title: ``changes``, for each change the number of captions ``changed``, and for each
         direction ``top1`` and the paired ``difference``, ``low``, ``high``, ``p`` relative to the original captions
-        with their sentences joined by ``". "``; ``himo``, see `monotonicity`; ``positions``, see `recall_by_position`.
-        Recall is given as fractions.
+        with their sentences joined by `join_split`; ``himo``, see `monotonicity`; ``positions``, see
+        `recall_by_position`. Recall is given as fractions.
 
     Raises:
         FloatingPointError: the model returned NaN or infinity.
     """
-    sentences = {r.pairs.title: [split_caption(text) or [""] for text in r.pairs.captions] for r in ranked}
+    sentences = {r.pairs.title: [split_sentences(text) or [""] for text in r.pairs.captions] for r in ranked}
     wanted: dict[str, None] = {}
     for own in (own for captions in sentences.values() for own in captions):
-        texts = [". ".join(change(own, seed)) for change in CHANGES.values()]
+        texts = [join_split(change(own, seed)) for change in CHANGES.values()]
         wanted |= dict.fromkeys([*texts, *own, *_prefixes(own)])
     features = _encode_distinct(parts, list(wanted), env, options)
     return {
@@ -90,7 +90,7 @@ def diagnose(
 
 def _prefixes(sentences: Sequence[str]) -> list[str]:
     """Returns the first sentence, the first two, and so on up to the whole caption."""
-    return [". ".join(sentences[: n + 1]) for n in range(len(sentences))]
+    return [join_split(sentences[: n + 1]) for n in range(len(sentences))]
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def _measure_changes(
         counts = count_over_ranks(own_images, features(captions), owner, env)
         return {d: hit_probability(c, 1).numpy() for d, c in zip(DIRECTIONS, counts)}
 
-    whole = [". ".join(own) for own in sentences]
+    whole = [join_split(own) for own in sentences]
     before = top1(whole)
     found: dict[str, dict] = {"as it is": {"changed": 0, **{d: {"top1": float(before[d].mean())} for d in DIRECTIONS}}}
     for name, change in CHANGES.items():
-        changed = [". ".join(change(own, seed)) for own in sentences]
+        changed = [join_split(change(own, seed)) for own in sentences]
         after = top1(changed)
         found[name] = {"changed": sum(new != old for new, old in zip(changed, whole))}
         for direction in DIRECTIONS:

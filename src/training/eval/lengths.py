@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dataloaders.captions import split_caption
+from dataloaders.captions import join_split, split_sentences
 from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.metrics import hit_probability
 from training.eval.record import DIRECTIONS
@@ -140,7 +140,7 @@ def analyse_lengths(
         is_whole = length == tokenizer.context_length
         note("tokens", length, texts if is_whole else encode(work.texts, cut_tokenizer(tokenizer, length)))
     for number in sorted(questions.sentences):
-        note("sentences", number, encode([". ".join(split_caption(text)[:number]) for text in work.texts]))
+        note("sentences", number, encode([join_split(split_sentences(text)[:number]) for text in work.texts]))
     if questions.sentences:
         note("sentences", "all", texts)
     if questions.sensitivity:
@@ -153,29 +153,29 @@ def analyse_lengths(
 
 def shuffle_sentences(text: str, seed: int) -> str:
     """Returns a caption with its sentences shuffled; the order always changes if two sentences are distinct."""
-    sentences = split_caption(text)
+    sentences = split_sentences(text)
     if len(set(sentences)) < 2:
         return text
     rng, shuffled = random.Random(f"{seed} {text}"), list(sentences)
     while shuffled == sentences:
         rng.shuffle(shuffled)
-    return ". ".join(shuffled)
+    return join_split(shuffled)
 
 
 def drop_sentence(text: str, seed: int) -> str:
     """Returns a caption without one random sentence; a single sentence is returned unchanged."""
-    sentences = split_caption(text)
+    sentences = split_sentences(text)
     if len(sentences) < 2:
         return text
     del sentences[random.Random(f"{seed} {text}").randrange(len(sentences))]
-    return ". ".join(sentences)
+    return join_split(sentences)
 
 
 def _similarity(work: RetrievalWork, before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
     """Returns for each set the mean cosine between features before and after a change, over captions of two sentences
     or more."""
     cosine = (before.double() * after.double()).sum(dim=1)
-    several = torch.tensor([len(split_caption(text)) > 1 for text in work.texts])
+    several = torch.tensor([len(split_sentences(text)) > 1 for text in work.texts])
     means = {}
     for s, rows in zip(work.sets, work.text_index):
         kept = [row for row in rows if several[row]]
