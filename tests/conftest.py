@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: tests never ask a hub, nor wait for one
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # because tests run in parallel
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, so that tests never contact a hub
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -24,7 +24,7 @@ from training.main import main
 from training.train import checkpoint, run
 from training.train.nonfinite import StepGuard
 
-PATIENCE = 120.0  # seconds that a rank may outlive another
+PATIENCE = 120.0  # seconds that a rank may run longer than another
 
 
 def record_samples(folder: Path, rank: int) -> None:

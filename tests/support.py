@@ -71,7 +71,7 @@ def start_ranks(function: Callable, num_processes: int, *args: object) -> list[m
 
 
 def _begin(function: Callable, rank: int, *args: object) -> None:
-    mp.set_start_method(None, force=True)  # or its own children would come from a server that has imported nothing
+    mp.set_start_method(None, force=True)  # otherwise its own children would be started by a server without imports
     function(rank, *args)
 
 

@@ -70,11 +70,11 @@ def test_one_layer_follows_the_attention_rule(family, num_corners):
     ids = random_ids(text)
     words = range(num_corners + 1, 11)
     everyone = set(range(11))
-    for word in words:  # everybody sees every word; rows of padding do as well, but nobody reads those
+    for word in words:  # all tokens attend to every word; so does padding, whose output is not used
         assert changed_positions(text, ids, word) & everyone == everyone
-    for corner in range(1, num_corners + 1):  # a corner is seen by itself alone
+    for corner in range(1, num_corners + 1):  # only the corner attends to itself
         assert changed_positions(text, ids, corner) == {corner}
-    assert changed_positions(text, ids, 0) & everyone == {0, *words}  # [CLS]: by itself and the text
+    assert changed_positions(text, ids, 0) & everyone == {0, *words}  # [CLS] and the text attend to [CLS]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -202,8 +202,8 @@ def test_clip_tower_with_corners():
     two.text.corner_embedding.weight[0].mul_(-3.0)
     after = two.text.all_features(ids)
     moved = (before - after).abs().amax(dim=(0, 2)) > 1e-4
-    assert moved.tolist() == [False, True, False]  # [EOT] and the other corner do not see the first
-    ids[0, 12] = 777  # behind the end: nobody sees it
+    assert moved.tolist() == [False, True, False]  # [EOT] and the other corner don't attend to the first corner
+    ids[0, 12] = 777  # behind the end: no token attends to it
     torch.testing.assert_close(two.text.all_features(ids)[0], after[0], rtol=0, atol=1e-6)
     ids[:, 3] = 777
     assert ((two.text.all_features(ids) - after).abs().amax(dim=2) > 1e-4).all()

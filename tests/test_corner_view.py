@@ -26,7 +26,7 @@ def test_bert_attention_equals_transformers_eager_attention():
     ids = tokenizer([CAPTION, "A dog."])
     encoder, tower = model.text.transformer, model.text
     seen = []
-    encoder.set_attn_implementation("eager")  # its attention modules return their weights
+    encoder.set_attn_implementation("eager")  # so that attention modules return their weights
     layer = encoder.encoder.layer[-1].attention.self
     handle = layer.register_forward_hook(lambda _, args, output: seen.append(output[1]))
     family_of(encoder).run(encoder, ids, prefix_attention(ids != 0, 2))

@@ -57,7 +57,7 @@ def test_missing_benchmarks_are_listed_once_and_the_others_evaluated(tmp_path, t
         caption = tmp_path / "d" / "urban1k" / "caption" / f"{number}.txt"
         caption.parent.mkdir(exist_ok=True)
         caption.write_text(f"Street {number}.")
-    (tmp_path / "d" / "iiw").mkdir()  # begun and left
+    (tmp_path / "d" / "iiw").mkdir()  # an incomplete folder
     result = evaluate(tmp_path, tiny_clip, "--data-root", tmp_path / "d", "--suite", "long")
     said = capsys.readouterr().err
     assert result["urban1k-retrieval-num-pairs"] == 4 and result["flags"]["dci_retrieval"] is None

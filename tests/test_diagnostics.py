@@ -263,10 +263,10 @@ def test_diagnostics_distinguish_a_trained_model_from_a_random_one(reports):
     assert learned["changes"]["as it is"]["t2i"]["top1"] > 0.15 > 0.02 > guessed["changes"]["as it is"]["t2i"]["top1"]
     for name in ("first sentence dropped", "one sentence dropped at random"):
         for direction in ("i2t", "t2i"):
-            assert learned["changes"][name][direction]["high"] < 0  # what was said is missed
+            assert learned["changes"][name][direction]["high"] < 0  # the omitted content is missed
             assert guessed["changes"][name][direction]["low"] <= 0 <= guessed["changes"][name][direction]["high"]
     for name in ("first moved to fourth place", "first and fourth swapped", "sentences shuffled"):
-        assert learned["changes"][name]["t2i"]["difference"] == 0  # this reader does not see the order of sentences
+        assert learned["changes"][name]["t2i"]["difference"] == 0  # this model doesn't encode the order of sentences
     for number in ("2", "3", "K"):
         assert learned["himo"][number]["ci95"][0] > guessed["himo"][number]["ci95"][1]
     assert abs(guessed["himo"]["K"]["score"]) < 0.2

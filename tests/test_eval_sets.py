@@ -228,7 +228,7 @@ def test_features_of_shards_are_cached_too(tmp_path, tiny_clip, monkeypatch):
     flags = ["--retrieval-wds", tmp_path / "w", "--feature-cache", tmp_path / "cache"]
     first = evaluate(tmp_path, tiny_clip, *flags)
     kept = len(list((tmp_path / "cache").iterdir()))
-    for mode in ("fast", "scaled"):  # other pixels are other features; captions stay
+    for mode in ("fast", "scaled"):  # other pixels need other features; captions are unchanged
         record = evaluate(tmp_path, tiny_clip, *flags, "--image-decoding", mode)
         kept += 1
         assert len(list((tmp_path / "cache").iterdir())) == kept and record["flags"]["image_decoding"] == mode

@@ -48,7 +48,9 @@ def test_all_benchmarks_equal_a_plain_computation(layouts, tiny_clip, tmp_path, 
         score = (image.double() @ text.double().T).numpy()
         for direction, matrix in (("i2t", score), ("t2i", score.T)):
             better = (matrix > np.diag(matrix)[:, None] + 1e-9).sum(1)
-            equal = (abs(matrix - np.diag(matrix)[:, None]) <= 1e-9).sum(1)  # with itself: two captions are alike
+            equal = (abs(matrix - np.diag(matrix)[:, None]) <= 1e-9).sum(
+                1
+            )  # with itself, because two captions are equal
             for k in (1, 5, 10):
                 hits = np.clip((k - better) / equal, 0, 1)
                 assert record[f"{key}-{direction}-top{k}"] == pytest.approx(hits.mean())
@@ -224,7 +226,7 @@ def test_mean_ranks_in_bf16_are_within_two_percent_of_those_in_fp32(scenes, tiny
 def test_truncation_is_reported(tmp_path, tiny_clip, capsys):
     (tmp_path / "data" / "caption").mkdir(parents=True)
     (tmp_path / "data" / "image").mkdir()
-    for i, words in enumerate((10, 75, 76, 175)):  # 77 tokens hold 75 words and the two ends
+    for i, words in enumerate((10, 75, 76, 175)):  # 77 tokens hold 75 words, a start and an end token
         (tmp_path / "data" / "caption" / f"{i}.txt").write_text(" ".join(["dog"] * words))
         Image.new("RGB", (40, 40), (i * 60, 0, 0)).save(tmp_path / "data" / "image" / f"{i}.jpg")
     code, _, _ = run([f"--urban1k-retrieval={tmp_path / 'data'}", *common(tmp_path, tiny_clip)], capsys)

@@ -36,7 +36,7 @@ def runs(scenes, tmp_path_factory):
         assert train([*data, *flags, "--logs", str(logs), "--name", name, "--workers", "0", "--device", "cpu"]) == 0
         path = logs / name / "checkpoints" / "epoch_1.pt"
         content = torch.load(path, weights_only=True)
-        model = torch.nn.Module()  # features of an untrained tower are nearly the same for all texts
+        model = torch.nn.Module()  # an untrained tower gives nearly the same features for all texts
         for key, value in content["state_dict"].items():
             model.register_parameter(key.replace(".", "/"), torch.nn.Parameter(value, value.is_floating_point()))
         widen(model)
@@ -116,7 +116,7 @@ def test_onnxruntime_and_tokenizers_alone_run_it(name, runs, tmp_path):
     flags = json.loads((runs / name / "params.json").read_text())
     tokenizer.enable_truncation(flags["context_length"] or (128 if name == "bert" else 77))
     tokenizer.no_padding()
-    for caption, feature in zip(check_samples(6)[1], expected[1]):  # one at a time, each of its own length
+    for caption, feature in zip(check_samples(6)[1], expected[1]):  # one at a time, without padding
         got = text.run(None, {"input_ids": [tokenizer.encode(caption).ids]})[0]
         torch.testing.assert_close(torch.from_numpy(got[0]), feature, rtol=0, atol=1e-5)
 

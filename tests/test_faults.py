@@ -83,7 +83,10 @@ def load(source, num_batches: int, batch_size: int) -> list:
 
 def test_each_kind_is_counted_exactly_and_the_run_finishes(tmp_path):
     samples = {f"good{n:02d}": GOOD for n in range(20)} | {key: files for key, (_, files) in BAD.items()}
-    samples["plain"] = GOOD | {"npy": array(np.zeros(3)), "cls": b"7"}  # no pickle in it: passed over, not refused
+    samples["plain"] = GOOD | {
+        "npy": array(np.zeros(3)),
+        "cls": b"7",
+    }  # contains no pickle, so it is ignored and not refused
     write_shard(tmp_path / "a.tar", samples)
     whole = write_shard(tmp_path / "b.tar", {f"more{n}": GOOD for n in range(9)})
     (tmp_path / "cut.tar").write_bytes(Path(whole).read_bytes()[: index_shard(whole).offsets[5] + 700])
@@ -117,7 +120,7 @@ def test_each_kind_is_counted_exactly_and_the_run_finishes(tmp_path):
     # A validation reads each sample once: good ones are used, bad ones are skipped.
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (measured,) = [line for line in lines if "val/loss" in line]
-    assert measured["val/num_samples"] == 20 + 1 + 9 + 5  # good, plain, b.tar, and what is left of cut.tar
+    assert measured["val/num_samples"] == 20 + 1 + 9 + 5  # good, plain, b.tar, and the start of cut.tar
     assert measured["val/skipped"] == len(BAD) + 4
 
 
@@ -141,10 +144,10 @@ def test_a_sample_that_fills_a_gap_has_another_crop_and_captions(tmp_path):
     keys = [key for batch in whole for key in batch.keys]
     assert keys[:6] * 2 == keys[:12] and len(set(keys)) == 6  # three passes over the same six
     drawn = {float(pixels) for batch in whole for pixels in batch.inputs["image"]}
-    assert len(drawn) == 16  # no crop comes twice
+    assert len(drawn) == 16  # no crop occurs twice
     texts = [int(text) for batch in whole for text in batch.inputs["long_text"].flatten()]
     assert texts[:6] != texts[6:12] and texts[:4] != texts[12:]
-    for done in (1, 2, 3):  # a run that is resumed anywhere reads the same
+    for done in (1, 2, 3):  # a resumed run reads the same
         rest = read(Share(4, 4, batches_done=done, slots_done=(whole[done - 1].position[1],)))
         assert [batch.keys for batch in rest] == [batch.keys for batch in whole[done:]]
         for got, expected in zip(rest, whole[done:]):

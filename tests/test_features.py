@@ -166,7 +166,7 @@ def test_an_extraction_continues_where_it_stopped_on_any_number_of_processes(sha
     for number in range(3):
         ours, theirs = (list(read_features(str(f / f"{number:06d}.features.parquet"))) for f in (out, features))
         assert [s.key for s in ours] == [s.key for s in theirs]
-        for a, b in zip(ours, theirs):  # other batches, other rounding
+        for a, b in zip(ours, theirs):  # rounding depends on the batches
             torch.testing.assert_close(torch.tensor(a.features), torch.tensor(b.features), rtol=2e-3, atol=1e-4)
     assert read_index(out) == read_index(features)
 

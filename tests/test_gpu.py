@@ -65,7 +65,7 @@ def test_captions_in_a_row_have_the_padded_features_and_gradients(device):
     row = make_arranger(text, "flex", device, False)(*captions).to(device)
     assert text.transformer.attends_by_flex == (device.type == "cuda")
     features = text_encoder(text).packed_features(row)
-    tolerance = 2e-2 if device.type == "cuda" else 1e-5  # a GPU's fp32 products may be TF32
+    tolerance = 2e-2 if device.type == "cuda" else 1e-5  # fp32 products on a GPU may use TF32
     got = gradients(text, features)
     assert got.keys() == expected.keys()
     torch.testing.assert_close(features, padded, rtol=0, atol=tolerance * float(padded.detach().abs().max()))

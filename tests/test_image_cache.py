@@ -39,7 +39,7 @@ def test_cached_images_are_not_read_again_but_changed_files_are(tmp_path, files)
     whole, status = files[0].read_bytes(), files[0].stat()
     other_mean = transform(mean=(0.1, 0.2, 0.3))
     wanted = PictureReader(other_mean).read(files)
-    files[0].write_bytes(bytes(len(whole)))  # no image any more, of the same size ..
+    files[0].write_bytes(bytes(len(whole)))  # not an image any more, but with the same size ..
     os.utime(files[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # .. and time
     again = CachedReader(tmp_path / "cache", other_mean, "exact").read(files)
     assert all(map(torch.equal, again, wanted))  # another normalisation of the cached pixels

@@ -120,7 +120,7 @@ def test_shuffling_and_dropping_change_order_and_number_alone():
 def test_effective_length_is_where_95_percent_are_reached():
     assert effective_length([10, 20, 40], [0.0, 0.95, 1.0]) == pytest.approx(20)
     assert effective_length([10, 20, 40], [0.0, 0.9, 1.0]) == pytest.approx(20 + 20 / 2)
-    assert effective_length([10, 20, 40], [0.5, 0.5, 0.5]) == 10  # nothing gained after the first ten
+    assert effective_length([10, 20, 40], [0.5, 0.5, 0.5]) == 10  # no gain after the first ten tokens
     assert effective_length([10, 20, 40], [0.2, 0.8, 0.4]) == pytest.approx(10 + 10 * (0.76 - 0.2) / 0.6)
     assert effective_length([10, 20], [0.0, 0.0]) is None
 

@@ -47,7 +47,7 @@ def test_what_fits_into_the_window_is_shuffled_as_a_whole():
 
 @pytest.mark.parametrize(
     ("per_shard", "shards_of_open_clip"), [(5000, 6.4), (1000, 14.4)]
-)  # by benchmarks/data_mixing.py: open_clip's pipeline with its buffer of 5,000 samples, ours with 1,000
+)  # measured by benchmarks/data_mixing.py: open_clip's pipeline with its buffer of 5,000 samples, ours with 1,000
 def test_batches_hold_samples_of_many_shards_and_other_neighbours_each_epoch(
     monkeypatch, per_shard, shards_of_open_clip
 ):
@@ -63,4 +63,4 @@ def test_batches_hold_samples_of_many_shards_and_other_neighbours_each_epoch(
         windows.append({item: number for number, batch in enumerate(batches) for item in batch})
     both = windows[0].keys() & windows[1].keys()
     pairs = Counter((windows[0][item], windows[1][item]) for item in both)
-    assert max(pairs.values()) < 128  # of 512 that were together in one epoch, few are in the next
+    assert max(pairs.values()) < 128  # few of 512 samples that were in one batch are in one batch in the next epoch

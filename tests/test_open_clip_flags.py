@@ -114,7 +114,7 @@ def test_optimizers_of_timm():
         parameter.grad = torch.tensor([1.0])
     optimizer.step()
     assert first.item() == pytest.approx(2 - 0.1 * (1 + 0.5 * 2)) and second.item() == pytest.approx(2 - 0.01)
-    optimizer.step()  # the buffers hold 0.5 x the last gradient, decay included
+    optimizer.step()  # the buffers hold 0.5 x the last gradient, including weight decay
     assert first.item() == pytest.approx(1.8 - 0.1 * (0.5 * 2 + 1 + 0.5 * 1.8))
     assert second.item() == pytest.approx(1.99 - 0.01 * 1.5)
     with pytest.raises(ValueError, match="--opt timm/nowhere: unknown to timm; it has .*adamw"):

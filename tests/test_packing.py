@@ -310,6 +310,6 @@ def test_captions_sorted_by_length_have_the_features_of_unsorted_ones():
     torch.testing.assert_close(encoded[True].features, encoded[False].features, rtol=0, atol=1e-5)
     assert torch.equal(encoded[True].lost_tokens, encoded[False].lost_tokens)
     assert set(w for _, w in widths[False]) == {128} and min(w for _, w in widths[True]) < 64
-    # in the published order each feature is its own caption's
+    # features are in the original order of the captions
     alone = torch.nn.functional.normalize(model.encode_text(tokenizer(texts[13])), dim=-1)
     torch.testing.assert_close(encoded[True].features[13:14], alone.detach(), rtol=0, atol=1e-5)

@@ -83,7 +83,7 @@ def test_every_flag_has_help_and_a_reader():
                     read.add(node.attr)
     for action in build_parser()._actions:
         assert action.help, action.option_strings
-        if action.dest != argparse.SUPPRESS:  # --help, and what is refused
+        if action.dest != argparse.SUPPRESS:  # --help, and refused flags
             assert action.dest in read, f"{action.option_strings} is read by nobody"
 
 

@@ -102,7 +102,7 @@ def test_scaled_reading_keeps_twice_the_pixels_needed(transforms):
         height, width = reader.decode(data).shape[1:]
         assert reader.at_least <= height < 1500 and abs(width / height - 1.5) < 0.01
     assert pixels_needed(transforms["evaluation"]) == 2 * transforms["evaluation"](Image.new("RGB", (9, 7))).shape[-1]
-    assert load_rgb(PHOTO, 128).size == Image.open(PHOTO).size  # a PNG has no such way
+    assert load_rgb(PHOTO, 128).size == Image.open(PHOTO).size  # PNGs can't be decoded at a reduced size
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])

@@ -137,7 +137,7 @@ def test_every_row_is_an_image_or_a_counted_failure(downloaded):
     for name, sample in seen.items():
         number, record = int(name.split(".")[0]), json.loads(sample.files["json"])
         assert record["caption"] == sample.files["txt"].decode() == f"raw {number}"
-        for key in LONG:  # cleaned: the line end stays, the unfinished sentence is gone
+        for key in LONG:  # after cleaning, the line break is kept and the incomplete sentence removed
             assert record[key] == f"A picture called {number}, by {key}.\nIt has one colour."
         image = Image.open(io.BytesIO(sample.files["jpg"]))
         assert min(image.size) == 48

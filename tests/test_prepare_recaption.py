@@ -97,7 +97,7 @@ def test_each_image_gets_what_the_model_says_of_it(tmp_path, vlm, other_vlm):
         for number in (*range(12), 15):
             record = got["bare" if number == 15 else f"{number:04d}"]
             said = " ".join(answer(model, number, prompt).split())
-            if key not in record:  # the same words over and over
+            if key not in record:  # the same words repeated
                 assert len(set(said.split()[-4:])) <= 2
                 repetitive[key] += 1
                 continue
@@ -123,14 +123,14 @@ def test_a_stopped_run_continues_without_asking_the_model_again(tmp_path, vlm, m
 
     def stopping(self, images, prompt):
         asked.append(len(images))
-        if len(asked) == 4:  # within the second shard
+        if len(asked) == 4:  # in the middle of the second shard
             raise KeyboardInterrupt
         return real(self, images, prompt)
 
     monkeypatch.setattr(TransformersEngine, "caption", stopping)
     assert run(shards, vlm, "--out", tmp_path / "stopped", *words) == 130
     monkeypatch.setattr(recaption, "rewrite_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run(shards, vlm, "--out", tmp_path / "stopped", *words) == 130  # the captions are kept, the shard is not
+    assert run(shards, vlm, "--out", tmp_path / "stopped", *words) == 130  # the captions are kept, but not the shard
     monkeypatch.undo()
     asked.clear()
 
@@ -142,7 +142,7 @@ def test_a_stopped_run_continues_without_asking_the_model_again(tmp_path, vlm, m
     capsys.readouterr()
     assert run(shards, vlm, "--out", tmp_path / "stopped", *words) == 0
     assert "3 shards, 1 of them before\n14 samples" in capsys.readouterr().out
-    assert sum(asked) == 4  # the third shard's images alone
+    assert sum(asked) == 4  # only the images of the third shard
     for path in (tmp_path / "whole").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()
 

@@ -63,7 +63,11 @@ def sizes(summary: dict) -> dict[str, int]:
 def test_every_row_is_kept_or_counted_by_kind(tmp_path):
     refused, empty = dict.fromkeys(LONG, SORRY), dict.fromkeys(LONG, " ")
     rows = [row(0), row(1, **{LONG[0]: SORRY}), row(2, **refused), row(3, **empty), row(1), row(4), row(4), row(5)]
-    rows += [row(6, **{"Image Path": ""}), row(7, **refused), row(7)]  # what a refused row repeats is not a duplicate
+    rows += [
+        row(6, **{"Image Path": ""}),
+        row(7, **refused),
+        row(7),
+    ]  # a repetition of a refused row is not a duplicate
     path = write_csv(tmp_path / "t.csv", rows)
     with open(path, "a") as file:
         file.write("https://example.com/8.jpg,too,few\n\n")
@@ -77,7 +81,7 @@ def test_every_row_is_kept_or_counted_by_kind(tmp_path):
     assert written[1][LONG[0]] is None and written[1][LONG[1]] == row(1)[LONG[1]]
     assert summary["captions"][LONG[0]]["refused"] == 3
     assert len({r["key"] for r in written}) == 5
-    # and training finds them under its default keys
+    # training finds these under its default keys
     assert len(set(choose_captions(written[0], CaptionRule(), random.Random(0)))) == 4
 
 
@@ -133,7 +137,7 @@ def test_a_killed_run_leaves_no_processes_and_continues(tmp_path):
     while process.poll() is None and not list(tmp_path.glob("out/.work/part-*.json")):
         time.sleep(0.01)
     process.kill()
-    process.communicate()  # ends when no process holds the other end of the pipes any more
+    process.communicate()  # returns when all processes with the other end of the pipes have ended
     assert not (tmp_path / "out" / "summary.json").exists()
     run(tmp_path / "out", path, "--rows-per-part", "100")
     run(tmp_path / "whole", path, "--rows-per-part", "100")
@@ -269,7 +273,10 @@ def test_cut_off_last_sentences():
 
     assert long("A dog runs over grass. It is brown. The sky is") == ("A dog runs over grass. It is brown.", True)
     assert long('He says "hello."') == ('He says "hello."', False)
-    assert long("1. A dog 2. A cat 3. A bird and") == ("1. A dog 2. A cat 3. A bird and", True)  # no prose: left whole
+    assert long("1. A dog 2. A cat 3. A bird and") == (
+        "1. A dog 2. A cat 3. A bird and",
+        True,
+    )  # not prose, so it is unchanged
     assert long("A tall building of 3.5 storeys and a tree of") == (
         "A tall building of 3.5 storeys and a tree of",
         True,

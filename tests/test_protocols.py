@@ -40,7 +40,7 @@ def test_long_dci_takes_every_annotation_with_an_extra_caption(tmp_path):
         (base / "annotations" / name).write_text(json.dumps(row))
     (base / "splits.json").write_text(json.dumps({"test": ["2-data.json"]}))
     (found,) = read("dci", "long-dci", dci_retrieval=tmp_path)
-    assert found.captions == ("Ten.", "Two. Extra\nlines.")  # names sorted as text
+    assert found.captions == ("Ten.", "Two. Extra\nlines.")  # names are sorted as text
     assert [path.name for path in found.image_paths] == ["sa_1.jpg", "sa_2.jpg"]
     assert (found.key, found.protocol, found.num_published) == ("long-dci-retrieval", "long-dci", 7602)
 

@@ -129,7 +129,7 @@ def test_every_image_mode_becomes_rgb(mode, tmp_path):
     image.save(tmp_path / f"x.{suffix}")
     got = load_rgb(tmp_path / f"x.{suffix}")
     assert got.mode == "RGB" and got.size == (6, 4)
-    if mode == "1":  # black and white dithers
+    if mode == "1":  # conversion to black and white dithers
         assert {got.getpixel((x, y)) for x in range(6) for y in range(4)} == {(0,) * 3, (255,) * 3}
     else:
         assert all(abs(value - 128) <= 2 for value in got.getpixel((3, 2)))
@@ -154,6 +154,6 @@ def test_files_shared_by_links_are_one_image(layouts):
     found_sets, found = find_images(sets)
     assert [len(s.captions) for s in found_sets] == [12, 12, 8, 12, 12]
     assert found.index[4][0] == found.index[0][0]
-    assert len(found.paths) == 12 + 12 + 12 + 12 - 1  # share4v's 8 are among its 12
+    assert len(found.paths) == 12 + 12 + 12 + 12 - 1  # the 8 images of share4v are among its 12
     for s, index in zip(found_sets, found.index):
         assert all(os.path.samefile(found.paths[i], p) for i, p in zip(index, s.image_paths))

@@ -105,7 +105,7 @@ def test_filters_by_rank_and_search(page, features):
     page.fill("#low", "1")
     page.fill("#high", "")
     page.fill("#search", "RED thing")
-    wait_for_status(page, f"{NUM // 2 - 1} of {NUM} queries")  # all odd ones but 7
+    wait_for_status(page, f"{NUM // 2 - 1} of {NUM} queries")  # all odd numbers except 7
     page.fill("#search", "no such words")
     wait_for_status(page, f"0 of {NUM} queries")
     assert page.inner_text("#detail") == "No query matches."
@@ -146,7 +146,7 @@ def test_pictures_load_when_shown(page):
         "() => [...document.querySelectorAll('#detail img')].every(e => e.complete && e.naturalWidth > 0)"
     )
     assert page.locator("#detail img").count() >= 10
-    assert page.evaluate("document.images.length") < 70  # of 129: those of one page of the list, and of one query
+    assert page.evaluate("document.images.length") < 70  # of 129: the images of one page of the list, and of one query
     page.click("#list li:nth-child(4) button")
     assert "no image" in page.inner_text("#detail")
 
@@ -177,7 +177,7 @@ def test_keyboard(page):
     page.keyboard.press("d")
     assert "0.jpg" in chosen()
     page.keyboard.press("/")
-    page.keyboard.type("jack")  # j and k are letters here
+    page.keyboard.type("jack")  # in the search field, j and k are ordinary letters
     assert page.input_value("#search") == "jack"
 
 
@@ -198,7 +198,7 @@ def test_accessible_on_desktop_and_phone(page, width, scheme):
         page.select_option("#direction", direction)
         found = Axe().run(page).response["violations"]
         assert [(v["id"], v["impact"], v["nodes"][0]["html"]) for v in found if v["impact"] != "minor"] == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing runs off the side
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # no horizontal scrolling
 
 
 def test_ten_thousand_queries_do_not_freeze(browser, tmp_path):

@@ -71,7 +71,7 @@ def test_other_processes_train_on_the_rest_of_an_epoch(world_size, flags, scenes
     left = [key for step, keys in taken if step <= 10 for key in keys]
     assert len(left) == 28 and Counter(before + left) == dict.fromkeys(before + left, 1)
     rest = [key for step, keys in taken if step > 10 for key in keys]
-    assert sorted(rest) == sorted(before + left)  # and the second epoch is a whole one
+    assert sorted(rest) == sorted(before + left)  # the second epoch is complete
     log = (tmp_path / "run" / "out.log").read_text()
     assert "the 28 samples left of epoch 1 come in another order, in 7 steps" in log
 
@@ -90,7 +90,7 @@ def test_broken_checkpoints_are_skipped(scenes, tmp_path, steps):
     assert main(command(scenes, tmp_path, "run", *often)) == 75
     folder = tmp_path / "run" / "checkpoints"
     saved = sorted(int(path.stem.removeprefix("step_")) for path in folder.iterdir())
-    assert saved[-1] == 9 and len(saved) >= 3  # not each step's: while one is written, the next is put off
+    assert saved[-1] == 9 and len(saved) >= 3  # not at each step: while one is written, the next is postponed
     cut, flipped = (folder / f"step_{step}.pt" for step in (9, saved[-2]))
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1

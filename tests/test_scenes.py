@@ -26,7 +26,9 @@ def test_same_seed_same_bytes_and_a_second_call_replaces_the_first(tmp_path):
         scenes.write_scenes(tmp_path / out, num_train=5, num_test=7, seed=seed)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert digests(tmp_path / "a")["train/00000.tar"] != digests(tmp_path / "c")["train/00000.tar"]
-    scenes.write_scenes(tmp_path / "b", num_train=2, num_test=3, seed=3)  # fewer: nothing of the larger set may stay
+    scenes.write_scenes(
+        tmp_path / "b", num_train=2, num_test=3, seed=3
+    )  # a smaller set: no file of the larger one may remain
     scenes.write_scenes(tmp_path / "b", num_train=5, num_test=7, seed=3)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
@@ -41,7 +43,7 @@ def test_all_four_readers_find_every_scene(scenes):
         assert pixels == [(scenes / name).read_bytes() for name in labels["images"]]
         for caption, label in zip(s.captions, labels["labels"]):
             assert labels["prompts"][label].removeprefix("a ") in caption
-    assert len({c for s in sets for c in s.captions}) == 100  # each benchmark has its own words
+    assert len({c for s in sets for c in s.captions}) == 100  # each benchmark has its own wording
 
 
 def test_shards_hold_the_published_keys(scenes):
@@ -65,7 +67,7 @@ def test_captions_say_what_is_drawn():
         for o in scene.objects:
             sentence = next(s for s in sentences if f"{o.size} {o.colour} {o.shape}" in s)
             assert o.place in sentence
-            if o.shape != "ring":  # a ring shows the background in its middle
+            if o.shape != "ring":  # the middle of a ring shows the background
                 assert picture.getpixel((round(o.x * 128), round(o.y * 128))) == COLOURS[o.colour]
         assert picture.getpixel((0, 0)) in (BACKGROUNDS[scene.background], *COLOURS.values())
         assert sum(scene.background in s for s in sentences) == 1

@@ -61,7 +61,7 @@ def test_the_right_image_comes_first_as_often_as_retrieval_says(scenes, tiny_cli
         found = [(folder.images[key].name, score) for key, score in index.search(encoder.text(caption)[0], 25)]
         scores = {path.name: score for path, score in zip(pairs.image_paths, images @ text)}
         assert scores.keys() == dict(found).keys()
-        for place, (name, score) in enumerate(found):  # float16 may swap what is nearer than its rounding
+        for place, (name, score) in enumerate(found):  # rounding to float16 may swap nearly equal results
             assert score == pytest.approx(scores[name], abs=1e-3)
             assert scores[name] == pytest.approx(sorted(scores.values())[-1 - place], abs=1e-3)
         first += found[0][0] == right.name

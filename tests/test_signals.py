@@ -38,7 +38,7 @@ def halt(folder: Path, place: str) -> None:
     os.write(file, str(os.getpid()).encode())
     os.close(file)
     if (folder / f"{place}.pipe").exists():
-        (folder / f"{place}.pipe").read_bytes()  # nobody ever writes to it
+        (folder / f"{place}.pipe").read_bytes()  # nothing ever writes to it
     while not (folder / f"{place}.go").exists():
         time.sleep(0.01)
 
@@ -111,7 +111,7 @@ class Halted:
 
     def signal(self, number: int, rank: int = 0) -> None:
         """Sends a signal to all processes of a rank, as SLURM does."""
-        with suppress(ProcessLookupError):  # a test may kill twice
+        with suppress(ProcessLookupError):  # a test may send a second kill
             os.killpg(self.ranks[rank].pid, number)
 
     def let_go(self) -> None:

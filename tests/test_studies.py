@@ -116,7 +116,7 @@ def test_the_tables_of_the_findings_are_those_of_the_record(monkeypatch):
         recorded = json.loads(path.read_text())
         assert "baseline" not in recorded or report.markdown(recorded) in findings, path
     recorded = json.loads((root / "figures" / "flickr8k.json").read_text())
-    for run in recorded["runs"]:  # by an average of the test's own
+    for run in recorded["runs"]:  # with the mean computed by the test
         same = [r for r in recorded["runs"] if r["arm"] == run["arm"]]
         values = [
             r["evaluations"]["long"][k]["t2i"]["top1"]

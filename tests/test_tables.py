@@ -44,7 +44,7 @@ def test_a_quote_that_is_never_closed_costs_one_row_at_most(suffix, order, quote
     separator = "," if suffix == "csv" else "\t"
     rows = [(f"{i}.jpg", f"picture number {i}") for i in range(20)]
     rows[quote_in] = (rows[quote_in][0], '"Best view of the bay')
-    rows[5] = (rows[5][0], '"the fifth"')  # so quoting is used in this file
+    rows[5] = (rows[5][0], '"the fifth"')  # so that this file uses quoting
     header = ("filepath", "caption")
     lines = [separator.join(row if order == "image first" else row[::-1]) for row in (header, *rows)]
     path = tmp_path / f"t.{suffix}"

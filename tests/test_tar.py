@@ -152,7 +152,7 @@ def test_rewriting_keeps_every_byte_and_every_sample(tmp_path):
         }
         assert new.files == old.files
     assert [s.record for s in read_json_samples(tmp_path / "new.tar")][1] == {"a": 1, "long_caption": "l1"}
-    with tarfile.open(tmp_path / "new.tar") as tar:  # one archive now, which others read to its end
+    with tarfile.open(tmp_path / "new.tar") as tar:  # a single archive now, which other readers read to its end
         assert len(tar.getmembers()) == len(members) + 12 + 8 and tar.extractfile("README").read() == b"x" * 700
 
 
@@ -189,7 +189,7 @@ def test_compressed_shards_are_refused_with_the_command_that_reads_them(tmp_path
 
 
 def test_a_pipe_that_is_closed_early_is_no_failure(tmp_path, caplog):
-    shard = write_shard(tmp_path / "s.tar", {f"{n:04d}": GOOD for n in range(400)})  # more than a pipe holds
+    shard = write_shard(tmp_path / "s.tar", {f"{n:04d}": GOOD for n in range(400)})  # more than the buffer of a pipe
     for command in (f"cat {shard}", f"cat {shard}; sleep 600", f"cat {shard}; exit 3"):
         assert [s.key for s in read_samples(f"pipe:{command}", 2, 5)] == ["0002", "0003", "0004"]
         reading = read_samples(f"pipe:{command}")

@@ -99,7 +99,7 @@ def test_resuming_after_an_epoch_equals_not_having_stopped(trained, logs, scenes
     assert losses(resumed) == losses(trained)[5:]
     assert equal(weights(logs, "resumed", 2), weights(logs, "first", 2))
     assert (logs / "resumed" / "checkpoints" / "epoch_latest.pt").is_file()
-    # once more: nothing is left to do, and nothing is lost
+    # again: nothing is left to do, and nothing is lost
     assert losses(train(logs, "resumed", scenes / "train", *flags, "--resume", "latest")) == losses(resumed)
 
 

@@ -89,7 +89,7 @@ def test_index_finds_the_samples_that_tarfile_finds(tmp_path, form):
     index = index_shard(path)
     assert index.fault is None and len(index.offsets) == len(keys)
     assert [s.key for s in read_samples(path)] == keys
-    for first in range(len(keys)):  # each offset is where tarfile can begin to read
+    for first in range(len(keys)):  # tarfile can begin to read at each offset
         assert [s.key for s in read_samples(path, first)] == keys[first:]
         assert next(read_samples(path, first)).files == good(first)
 
@@ -168,7 +168,7 @@ def test_resampling_draws_every_sample_equally_often(tmp_path, world_size, worke
     for epoch in range(200):
         for part in range(world_size * workers):
             counts.update((s.source, s.key) for s in source.read(epoch, part * share, (part + 1) * share))
-    assert counts.total() == 32_000 and len(counts) == 800  # uniform draws miss one in 10^15 runs
+    assert counts.total() == 32_000 and len(counts) == 800  # uniform draws miss a sample in one of 10^15 runs
     by_position = Counter(int(key) // 50 for _, key in counts.elements())
     assert all(n == pytest.approx(8000, rel=0.2) for n in by_position.values()), by_position
 
@@ -204,7 +204,7 @@ def test_a_truncated_shard_is_used_up_to_its_end(tmp_path, caplog):
     assert "truncated" in caplog.text and "7 samples" in caplog.text
     items = list(ShardSource([str(cut)], [7], seed=0).read(0, 0, 7))
     assert sum(isinstance(i, BrokenShardError) for i in items) == 1 and len(items) == 7
-    # a sizes.json that promises more: the missing ones are faults, one by one
+    # sizes.json counts more samples: each missing one is a fault
     items = list(ShardSource([str(cut)], [12], seed=0).read(0, 0, 12))
     assert sum(isinstance(i, BrokenShardError) for i in items) == 6 and len(items) == 12
 

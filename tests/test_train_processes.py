@@ -117,7 +117,7 @@ def test_one_process_accumulates_as_one_batch(scenes, logs):
             ["--train-data", "{here}/t.csv", "--batch-size", "1"],
             70,
             "no usable sample",
-        ),  # 70: ended by another rank's fault
+        ),  # 70: ended because another rank failed
     ],
 )
 def test_no_rank_waits_for_one_that_stopped(flags, code, said, scenes, tmp_path):

@@ -141,7 +141,7 @@ def test_a_folder_of_transformers_is_evaluated_trained_and_given_corners(scenes,
     assert main([*train, *corners, *flags, "--name", "t"]) == 0
     checkpoint = str(tmp_path / "t" / "checkpoints" / "epoch_1.pt")
     assert main([data, *corners, *flags, "--pretrained", checkpoint, "--name", "r"]) == 0
-    weights = str(tmp_path / "clip" / "model.safetensors")  # also by hand, where the architecture has another name
+    weights = str(tmp_path / "clip" / "model.safetensors")  # also by hand, for an architecture with another name
     model = training.create_model(flags[1], weights)
     assert model.visual.conv1.weight.shape == (48, 3, 8, 8)
 

@@ -92,7 +92,7 @@ def test_dreamlip_has_the_raw_caption_and_different_sentences():
     assert seen == {tuple(joined(s) for s in order) for order in permutations(pool, 3)}
     pairs = {text for seed in range(99) for text in choose("sentences(2, ordered, distinct)*4", seed=seed)}
     assert pairs == {joined(a, b) for a, b in zip(pool, pool[1:])}
-    assert len(choose("sentences(3, distinct)*9")) == 9  # fewer than asked for: with repeats
+    assert len(choose("sentences(3, distinct)*9")) == 9  # fewer sentences than texts: with repetitions
 
 
 def test_one_of_several_views_is_drawn_by_its_share():
@@ -107,7 +107,7 @@ def test_views_of_the_same_kind_take_different_long_captions():
         first, second, third = choose("long, raw, long", record, seed)
         assert {first, third} == {LONG, "B. C"} and second == "a dog"
         whole, rest = choose("long, long-without-first", record, seed)
-        assert rest == whole.partition(". ")[2]  # of one and the same caption
+        assert rest == whole.partition(". ")[2]  # parts of the same caption
     # Without long captions, the short one replaces them.
     assert choose("long*2, sentences(2, of=long), first-sentence", {"txt": "a dog"}) == ["a dog"] * 4
 

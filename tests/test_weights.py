@@ -14,7 +14,7 @@ from support import read_results
 from training.main import main
 from training.model.weights import load_weights, stretch_positions
 
-LONG_CLIP = ["--model", "ViT-S-32-alt", "--context-length", "248", "--lock-text"]  # the last --model counts
+LONG_CLIP = ["--model", "ViT-S-32-alt", "--context-length", "248", "--lock-text"]  # the last --model has precedence
 TEXT = ["A small red star is at the top left of the picture. Behind all of it there is only gray.", "a large blue ring"]
 
 

@@ -188,7 +188,7 @@ def test_label_ranks_by_brute_force():
 
     rng = np.random.default_rng(0)
     features, classifier = torch.tensor(rng.normal(size=(50, 6))), torch.tensor(rng.normal(size=(6, 9)))
-    classifier[:, 4] = classifier[:, 3]  # two classes that nothing tells apart
+    classifier[:, 4] = classifier[:, 3]  # two classes with equal scores
     labels = torch.tensor(rng.integers(0, 9, 50))
     counts = count_label_ranks(features, classifier, labels, block_size=7)
     score = (features @ classifier).numpy()

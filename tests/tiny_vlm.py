@@ -102,7 +102,7 @@ def _save(model: torch.nn.Module, processor, vocabulary: dict[str, int], folder:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.5)  # with less, it says the same of every image
+                parameter.normal_(0, 0.5)  # with less, it gives the same answer for every image
     model.generation_config.eos_token_id = vocabulary["</s>"]
     model.generation_config.pad_token_id = vocabulary["<pad>"]
     model.save_pretrained(folder)
