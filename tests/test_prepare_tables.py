@@ -63,11 +63,7 @@ def sizes(summary: dict) -> dict[str, int]:
 def test_every_row_is_kept_or_counted_by_kind(tmp_path):
     refused, empty = dict.fromkeys(LONG, SORRY), dict.fromkeys(LONG, " ")
     rows = [row(0), row(1, **{LONG[0]: SORRY}), row(2, **refused), row(3, **empty), row(1), row(4), row(4), row(5)]
-    rows += [
-        row(6, **{"Image Path": ""}),
-        row(7, **refused),
-        row(7),
-    ]  # a repetition of a refused row is not a duplicate
+    rows += [row(6, **{"Image Path": ""}), row(7, **refused), row(7)]  # repeating a refused row is no duplicate
     path = write_csv(tmp_path / "t.csv", rows)
     with open(path, "a") as file:
         file.write("https://example.com/8.jpg,too,few\n\n")
@@ -137,7 +133,7 @@ def test_a_killed_run_leaves_no_processes_and_continues(tmp_path):
     while process.poll() is None and not list(tmp_path.glob("out/.work/part-*.json")):
         time.sleep(0.01)
     process.kill()
-    process.communicate()  # returns when all processes with the other end of the pipes have ended
+    process.communicate()  # returns when no process has the other end of the pipes
     assert not (tmp_path / "out" / "summary.json").exists()
     run(tmp_path / "out", path, "--rows-per-part", "100")
     run(tmp_path / "whole", path, "--rows-per-part", "100")
@@ -273,10 +269,7 @@ def test_cut_off_last_sentences():
 
     assert long("A dog runs over grass. It is brown. The sky is") == ("A dog runs over grass. It is brown.", True)
     assert long('He says "hello."') == ('He says "hello."', False)
-    assert long("1. A dog 2. A cat 3. A bird and") == (
-        "1. A dog 2. A cat 3. A bird and",
-        True,
-    )  # not prose, so it is unchanged
+    assert long("1. A dog 2. A cat 3. A bird and") == ("1. A dog 2. A cat 3. A bird and", True)  # not prose: unchanged
     assert long("A tall building of 3.5 storeys and a tree of") == (
         "A tall building of 3.5 storeys and a tree of",
         True,
