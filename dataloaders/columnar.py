@@ -120,7 +120,7 @@ def choose_image_column(path: Path, names: Sequence[str], embedded: Sequence[str
     if wanted in names:
         return wanted
     if len(embedded) > 1:
-        raise ValueError(f"{path}: several columns hold images: {', '.join(embedded)}; name one by --csv-img-key")
+        raise ValueError(f"{path}: several columns hold images: {', '.join(embedded)}; name one with --csv-img-key")
     return embedded[0] if embedded else None
 
 

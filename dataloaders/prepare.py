@@ -38,7 +38,7 @@ def prepare_share4v(captions: Path, out: Path, num: int) -> str:
     if len(chosen) < num:
         raise ValueError(
             f"{captions}: only {len(chosen):,} of {len(items):,} items show an SA-1B image (sa_N.jpg), {num:,} are "
-            f"needed; lower --num, or take share-captioner_coco_lcs_sam_1246k_1107.json"
+            f"needed; lower --num, or use share-captioner_coco_lcs_sam_1246k_1107.json"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -65,10 +65,10 @@ def write_scenes(out: str | Path, num_train: int, num_test: int, seed: int) -> N
 
 def _write_benchmarks(out: Path, num_test: int, seed: int, pool: ProcessPoolExecutor) -> None:
     scenes = [make_scene(seed, "test", i) for i in range(num_test)]
-    pictures = list(pool.map(partial(_jpeg, seed, "test"), range(num_test), chunksize=64))
+    images = list(pool.map(partial(_jpeg, seed, "test"), range(num_test), chunksize=64))
     captions = [[" ".join(scene.long_caption(v)) for scene in scenes] for v in range(4)]
     shorts = [scene.short_caption() for scene in scenes]
-    photos = _write_dci(out / "dci" / "densely_captioned_images", shorts, captions[0], pictures)
+    photos = _write_dci(out / "dci" / "densely_captioned_images", shorts, captions[0], images)
     _write_iiw(out / "iiw", captions[1], photos)
     _write_share4v(out / "share4v", captions[2], photos)
     _write_urban1k(out / "urban1k", captions[3], photos)
@@ -76,13 +76,13 @@ def _write_benchmarks(out: Path, num_test: int, seed: int, pool: ProcessPoolExec
     _write_json(out / "test_labels.json", labels | {"images": [str(p.relative_to(out)) for p in photos]})
 
 
-def _write_dci(base: Path, shorts: list[str], captions: list[str], pictures: list[bytes]) -> list[Path]:
+def _write_dci(base: Path, shorts: list[str], captions: list[str], images: list[bytes]) -> list[Path]:
     """Returns the paths of the photos, to which the other benchmarks link."""
     (base / "photos").mkdir(parents=True)
     photos, names = [], []
-    for i, (short, caption, picture) in enumerate(zip(shorts, captions, pictures)):
+    for i, (short, caption, image) in enumerate(zip(shorts, captions, images)):
         photos.append(base / "photos" / f"sa_{i}.jpg")
-        photos[-1].write_bytes(picture)
+        photos[-1].write_bytes(image)
         names.append(f"{i}-data.json")
         row = {"image": photos[-1].name, "short_caption": short.capitalize() + ".", "extra_caption": caption}
         _write_json(base / "annotations" / names[-1], row)

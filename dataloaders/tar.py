@@ -162,7 +162,9 @@ class TarReader:
             return header
         for magic, tool in _COMPRESSED.items():
             if not start and header.startswith(magic):
-                raise BrokenTarError(f"{self.name}: compressed; unpack it, or read it by 'pipe:{tool} -c {self.name}'")
+                raise BrokenTarError(
+                    f"{self.name}: compressed; unpack it, or read it with 'pipe:{tool} -c {self.name}'"
+                )
         if len(header) < BLOCK:
             raise self._cut_short()
         if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):

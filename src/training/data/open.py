@@ -117,7 +117,7 @@ def open_source(
     _check_type(args.dataset_type, flag, spec)
     if not inside and names_tables(spec):
         if resampled:
-            raise ValueError("--dataset-resampled is for shards; each row of a table comes once per epoch")
+            raise ValueError("--dataset-resampled is for shards; each row of a table is used once per epoch")
         # A table is too large to send to other ranks: rank 0 reads and checks it, then the other ranks read it as well.
         opened: list[Source] = []
         agree(lambda: opened.append(checked(table)), env)

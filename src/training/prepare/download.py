@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     settings |= {"image_size": args.image_size, "resize_mode": args.resize_mode}
     known = load_json(out / STATE / "settings.json")
     if known not in (None, settings):
-        raise ValueError(f"--out {out}: begun from other tables or with other sizes; name another folder")
+        raise ValueError(f"--out {out}: started from other tables or with other sizes; name another folder")
     if not args.check_only:
         words[0] = _find_engine(words)
         write_json(out / STATE / "settings.json", settings)

@@ -81,7 +81,9 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
     if known is None and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out}: holds something else; name an empty or new folder")
     if known not in (None, settings):
-        raise ValueError(f"--out {out}: begun from other tables or with other flags; name another folder, or remove it")
+        raise ValueError(
+            f"--out {out}: started from other tables or with other flags; name another folder, or remove it"
+        )
     write_json(work / "settings.json", settings)
     for folder in (out, work):
         remove_leftovers(folder)
