@@ -73,4 +73,4 @@ def test_runs_of_one_name_have_their_own_ids(tmp_path):
 def test_a_warm_up_that_never_ends_is_warned_of(scenes, tmp_path):
     assert main(command(scenes, tmp_path, "run", "--epochs", "1", "--warmup", "2000")) == 0
     log = (tmp_path / "run" / "out.log").read_text()
-    assert "--warmup 2000: the run has 10 steps, so the learning rate never reaches" in log
+    assert "--warmup 2000: the run has only 10 steps, so the learning rate never reaches" in log

@@ -201,9 +201,15 @@ def test_a_table_of_images_is_extracted_too(scenes, tmp_path):
         (["--train-data", "{features}", *TRAINING, "--seed", "1"], "another image tower (tower differ)"),
         (["--train-data", "{features}::{shards}", *TRAINING], "some sources are image features, others are images"),
         (["--train-data", "{cut}", *TRAINING], "1 of 3 feature files are missing"),
-        (["--train-data", "{shards}", "--extract-image-features", "{features}", "--seed", "1"], "holds other features"),
+        (
+            ["--train-data", "{shards}", "--extract-image-features", "{features}", "--seed", "1"],
+            "contains other features",
+        ),
         (["--train-data", "{shards}", "--extract-image-features", "{shards}"], "is not empty"),
-        (["--train-data", "{features}", "--extract-image-features", "{here}/x"], "these are image features already"),
+        (
+            ["--train-data", "{features}", "--extract-image-features", "{here}/x"],
+            "contains image features; give images",
+        ),
         (["--train-data", "{shards}", "--feature-views", "2"], "needs --extract-image-features"),
     ],
 )

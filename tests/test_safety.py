@@ -73,14 +73,14 @@ def test_other_processes_train_on_the_rest_of_an_epoch(world_size, flags, scenes
     rest = [key for step, keys in taken if step > 10 for key in keys]
     assert sorted(rest) == sorted(before + left)  # the second epoch is complete
     log = (tmp_path / "run" / "out.log").read_text()
-    assert "the 28 samples left of epoch 1 come in another order, in 7 steps" in log
+    assert "the remaining 28 samples of epoch 1 come in another order, in 7 steps" in log
 
 
 def test_other_data_in_mid_epoch_are_refused(scenes, tmp_path, steps, capsys):
     steps["stop"] = 3
     assert main(command(scenes, tmp_path, "run")) == 75
     assert main(command(scenes, tmp_path, "run", "--resume", "latest", "--seed", "1")) == 2
-    assert "in the middle of an epoch of other data or another order" in capsys.readouterr().err
+    assert "saved within an epoch of other data or another order" in capsys.readouterr().err
 
 
 def test_broken_checkpoints_are_skipped(scenes, tmp_path, steps):
@@ -128,7 +128,7 @@ def test_numbers_that_are_not_finite_end_training(scenes, tmp_path, steps, capsy
     assert main(command(scenes, tmp_path, "run", *often)) == 1
     # A line about a checkpoint that is still being written may follow it.
     (message,) = [line for line in capsys.readouterr().err.splitlines() if "python -m training.main: error:" in line]
-    assert "for the 4th time in a row (--max-skipped-steps 3); last good checkpoint: " in message
+    assert "not finite for 4 steps in a row (--max-skipped-steps 3); last good checkpoint: " in message
     named = Path(message.split("last good checkpoint: ")[1].split(";")[0])
     assert torch.load(named, weights_only=True)["step"] >= 1
     lines = (tmp_path / "run" / "skipped_steps_rank0.jsonl").read_text().splitlines()
@@ -170,7 +170,7 @@ def test_a_rank_that_hangs_is_named(halted, scenes, tmp_path):
     report = run_lab(argv, 2, tmp_path / "samples", [[int(signal.SIGSTOP), "step", 2, halted]], last=False)
     assert report.codes[0][1 - halted] == 70 and report.codes[0][halted] == -signal.SIGKILL
     last = report.said.splitlines()[-1]
-    assert "error: nothing has moved for 6 s (--timeout-minutes): rank " + str(halted) in last
+    assert "error: no progress for 6 s (--timeout-minutes): rank " + str(halted) in last
 
 
 def children(pid: int) -> list[int]:

@@ -217,8 +217,8 @@ def refused(capsys, *flags: str) -> str:
         ),
         (["--train-data", "{here}/no.parquet"], "no such file"),
         (["--train-data", "{here}/bad.parquet"], "not a readable table"),
-        (["--train-data", "{set}", "--batch-size", "41"], "a step takes 41 samples, an epoch has 40"),
-        (["--train-data", "{set}", "--train-num-samples", "41"], "there are 40 samples"),
+        (["--train-data", "{set}", "--batch-size", "41"], "a step takes 41 samples, but an epoch has 40"),
+        (["--train-data", "{set}", "--train-num-samples", "41"], "there are only 40 samples"),
         (["--train-data", "{set}", "--long-caption-keys", "loong"], "no long caption under loong"),
         (["--train-data", "{set}", "--raw-caption-keys", "x", "--captions", "raw"], "no short caption under x"),
         (["--train-data", "{set}", "--val-data", "{here}/empty"], "--val-data {here}/empty: no *.tar"),
@@ -251,14 +251,14 @@ def test_bad_input_is_a_message_before_training(flags, said, scenes, tmp_path, c
 
 def test_a_run_is_not_overwritten(trained, logs, scenes, capsys):
     message = refused(capsys, "--train-data", str(scenes / "train"), "--logs", str(logs), "--name", "first")
-    assert "holds checkpoints; add --resume latest" in message
+    assert "contains checkpoints; add --resume latest" in message
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained, logs, scenes, capsys):
     first = str(logs / "first" / "checkpoints" / "epoch_1.pt")
     flags = ["--train-data", str(scenes / "train"), "--logs", str(logs), "--batch-size", "8", "--resume", first]
-    assert "of another model or other locked parts" in refused(capsys, *flags, "--num-corner-tokens", "1")
-    assert "of another model or other locked parts" in refused(capsys, *flags, "--lock-image")
+    assert "the model or its locked parts differ" in refused(capsys, *flags, "--num-corner-tokens", "1")
+    assert "the model or its locked parts differ" in refused(capsys, *flags, "--lock-image")
 
 
 def test_bad_samples_are_counted_in_the_log(logs, tmp_path, scenes):

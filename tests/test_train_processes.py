@@ -112,7 +112,7 @@ def test_one_process_accumulates_as_one_batch(scenes, logs):
     ("flags", "code", "said"),
     [
         (["--train-data", "{here}/none.tar"], 2, "1 of 1 shards are missing"),
-        (["--train-data", "{set}", "--batch-size", "21"], 2, "a step takes 42 samples, an epoch has 40"),
+        (["--train-data", "{set}", "--batch-size", "21"], 2, "a step takes 42 samples, but an epoch has 40"),
         (
             ["--train-data", "{here}/t.csv", "--batch-size", "1"],
             70,

@@ -1,1 +1,1 @@
-"""The process, not the problem: ranks, signals, the watchdog, logs, files."""
+"""Infrastructure of a process: ranks, signals, the watchdog, logs, files."""

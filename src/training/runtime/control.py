@@ -1,4 +1,4 @@
-"""What all ranks agree on at each step: whether to stop, because a signal came to one, and whether to save."""
+"""Lets all ranks agree at each step whether to stop, because a rank received a signal, and whether to save."""
 
 import time
 
@@ -10,39 +10,39 @@ from training.runtime.stop import SIGNALS, StoppedError
 
 
 class Control:
-    """Exchanges wishes to stop (any rank's, from `SIGNALS`) and to save (rank 0's) while a step computes.
+    """Exchanges requests to stop (of any rank, from `SIGNALS`) and to save (of rank 0) while a step is computing.
 
     Args:
         env: this process.
-        every_steps, every_minutes: when to save; 0 is never.
+        every_steps, every_minutes: interval between saves; 0: never.
     """
 
     def __init__(self, env: DistEnv, every_steps: int, every_minutes: float):
         self.env, self.every_steps, self.every_minutes = env, every_steps, every_minutes
-        self.group = dist.new_group(backend="gloo") if env.world_size > 1 else None  # the CPU's own: no GPU waits
-        self.flags = torch.zeros(2, dtype=torch.int32)  # one tensor for all exchanges: see distributed()
+        self.group = dist.new_group(backend="gloo") if env.world_size > 1 else None  # on the CPU, so that no GPU waits
+        self.flags = torch.zeros(2, dtype=torch.int32)  # reused for all exchanges, see distributed()
         self.work: dist.Work | None = None
-        self.is_owed = False
+        self.is_due = False
         self.saved_at = time.monotonic()
 
     def start(self, step: int, can_save: bool) -> None:
-        """Begins the exchange of step number `step` (counted from 1).
+        """Starts the exchange for a step.
 
         Args:
-            step: the step that is about to be taken.
-            can_save: False postpones a save that is due; rank 0 decides.
+            step: number of the step that is about to be taken, from 1.
+            can_save: False postpones a save that is due; only rank 0's value counts.
         """
         if self.every_steps and step % self.every_steps == 0:
-            self.is_owed = True
+            self.is_due = True
         if self.every_minutes and time.monotonic() - self.saved_at >= 60 * self.every_minutes:
-            self.is_owed = True
+            self.is_due = True
         self.flags[0] = SIGNALS.name is not None
-        self.flags[1] = self.env.is_main and self.is_owed and can_save
+        self.flags[1] = self.env.is_main and self.is_due and can_save
         if self.group is not None:
             self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
 
     def finish(self) -> tuple[bool, bool]:
-        """Ends the exchange; returns (stop, save), the same on all ranks."""
+        """Finishes the exchange; returns (stop, save), the same on all ranks."""
         if self.work is not None:
             self.work.wait()
         elif SIGNALS.name:
@@ -59,8 +59,8 @@ class Control:
             raise StoppedError("stopped by a signal")
 
     def saved(self) -> None:
-        """Notes that a checkpoint is being written; the next one is due an interval from now."""
-        self.is_owed, self.saved_at = False, time.monotonic()
+        """Records that a checkpoint is being written; the next one is due one interval from now."""
+        self.is_due, self.saved_at = False, time.monotonic()
 
     def gather(self, value: object) -> list | None:
         """Returns every rank's value on rank 0, None on the others."""

@@ -1,4 +1,4 @@
-"""Processes of one run: who am I, and the few collectives an evaluation needs. One process needs none of them."""
+"""The processes of a run: rank, device, and collectives, which do nothing in a run with a single process."""
 
 import logging
 import os
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DistEnv:
-    """This process among all of a run.
+    """Rank and device of this process.
 
     Attributes:
-        rank: 0 .. world_size - 1; rank 0 writes files and talks.
+        rank: 0 to world_size - 1; only rank 0 writes files and prints.
         world_size: number of processes.
-        device: where this process computes.
+        device: device of this process.
     """
 
     rank: int
@@ -45,12 +45,12 @@ def distributed(device: str | None, timeout_minutes: float = 30.0) -> Iterator[D
     """Joins the process group that torchrun or srun describe in the environment, and leaves it at the end.
 
     Args:
-        device: ``cuda``, ``cpu``, ..; None takes CUDA if there is a device. Under several processes each takes the
-            device of its local rank.
-        timeout_minutes: a process that has not met all the others by then ends with `EXIT_LOST`.
+        device: ``cuda``, ``cpu``, ...; None uses CUDA if available. With several processes, each uses the device of its
+            local rank.
+        timeout_minutes: a process that has not connected to all others by then exits with `EXIT_LOST`.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device does not exist.
     """
     alarm = threading.Timer(60 * timeout_minutes, _end_alone, [timeout_minutes])
     alarm.daemon = True
@@ -63,8 +63,9 @@ def distributed(device: str | None, timeout_minutes: float = 30.0) -> Iterator[D
     try:
         yield DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
         if dist.is_initialized():
-            # In torch 2.6 gloo's threads free the tensors of finished work under Python's lock, which the end of the
-            # group holds while it waits for them. After a last collective whose tensor outlives the group none is left.
+            # In torch 2.6, gloo's threads take the GIL to free the tensors of finished work, while the destruction of
+            # the group holds the GIL and waits for these threads. A last collective, whose tensor outlives the group,
+            # ensures that no such tensor is left.
             dist.all_reduce(last)
     finally:
         if dist.is_initialized():
@@ -73,7 +74,7 @@ def distributed(device: str | None, timeout_minutes: float = 30.0) -> Iterator[D
 
 def _end_alone(minutes: float) -> None:
     who = f"rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '?')}"
-    print(f"python -m training.main: error: {who} has not met the others in {minutes:g} minutes", file=sys.stderr)
+    print(f"python -m training.main: error: {who} could not connect within {minutes:g} minutes", file=sys.stderr)
     os._exit(EXIT_LOST)
 
 
@@ -84,7 +85,7 @@ def check_launch() -> None:
     is printed.
 
     Raises:
-        ValueError: several processes were started, but the address where they meet is missing.
+        ValueError: several processes were started, but MASTER_ADDR or MASTER_PORT is missing.
     """
     name = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_NTASKS"
     number = os.environ.get(name, "1")
@@ -97,15 +98,15 @@ def check_launch() -> None:
     if not by_torchrun and not by_srun:
         print(
             f"WARNING: {name}={number}, but this process was started alone: it runs as one process. Start {number} "
-            "with torchrun --nproc_per_node N -m -- training.main .., or with srun and MASTER_ADDR, MASTER_PORT set.",
+            "with torchrun --nproc_per_node N -m -- training.main ..., or with srun and MASTER_ADDR, MASTER_PORT set.",
             file=sys.stderr,  # logging is not set up yet
         )
         os.environ["WORLD_SIZE"] = "1"
     elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise ValueError(
-            f"{name}={number}, but MASTER_ADDR or MASTER_PORT is not set, so the processes cannot meet. In a SLURM "
-            'script put before srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
-            "MASTER_PORT=29500; elsewhere start them with torchrun; for one process: unset WORLD_SIZE RANK"
+            f"{name}={number}, but MASTER_ADDR or MASTER_PORT is not set, so the processes can't connect. In a SLURM "
+            'script, add before srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+            "MASTER_PORT=29500; elsewhere, start them with torchrun; for one process: unset WORLD_SIZE RANK"
         )
 
 
@@ -118,7 +119,7 @@ def check_device(device: str | None) -> None:
         torch.empty(0, device=kind)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device}: not usable here ({reason}); leave it out or take cpu") from error
+        raise ValueError(f"--device {device}: not usable here ({reason}); omit it or use cpu") from error
 
 
 def broadcast_object(value: T, env: DistEnv) -> T:
@@ -131,7 +132,7 @@ def broadcast_object(value: T, env: DistEnv) -> T:
 
 
 def agree(check: Callable[[], T], env: DistEnv) -> T:
-    """Runs a check on rank 0; every rank gets its result, or raises its ValueError or OSError."""
+    """Runs a function on rank 0; every rank returns its result, or raises its ValueError or OSError."""
     outcome = None
     if env.is_main:
         try:
@@ -145,7 +146,7 @@ def agree(check: Callable[[], T], env: DistEnv) -> T:
 
 
 def together(build: Callable[[], T], env: DistEnv) -> T:
-    """Runs work without collectives on every rank; all raise if any fails, so that none waits for one that stopped."""
+    """Runs a function without collectives on every rank; if one rank fails, all raise, so that none waits forever."""
     result, error = None, None
     try:
         result = build()
@@ -156,7 +157,7 @@ def together(build: Callable[[], T], env: DistEnv) -> T:
 
 
 def fail(error: Exception, code: int, env: DistEnv | None = None) -> int:
-    """Prints an error on rank 0 alone; returns the exit code."""
+    """Prints an error, only on rank 0; returns the exit code."""
     if env is None or env.is_main:
         print(f"python -m training.main: error: {error}", file=sys.stderr)
     return code
@@ -165,8 +166,8 @@ def fail(error: Exception, code: int, env: DistEnv | None = None) -> int:
 def raise_together(error: Exception | None, env: DistEnv) -> None:
     """Raises on every rank if any rank has an error, so that no rank waits for one that stopped.
 
-    If a signal stopped any rank, all raise that rank's StoppedError. Otherwise the rank that failed raises its own
-    error, the others the first one's.
+    If a signal stopped a rank, all ranks raise its StoppedError. Otherwise a rank with an error raises its own error,
+    and the others raise that of the first rank that has one.
     """
     if env.world_size == 1:
         errors = [error]
@@ -198,7 +199,7 @@ def sum_over_ranks(tensor: torch.Tensor, env: DistEnv) -> torch.Tensor:
 
 
 def merge_over_ranks(entries: dict, env: DistEnv) -> dict:
-    """Returns the union of all ranks' dicts, sorted by key, the same on every rank."""
+    """Returns the union of all ranks' dicts, sorted by key, on every rank."""
     parts = [entries]
     if env.world_size > 1:
         parts = [{}] * env.world_size
@@ -207,20 +208,20 @@ def merge_over_ranks(entries: dict, env: DistEnv) -> dict:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended: torch has no one type for it."""
+    """Whether a collective failed because another rank has ended; torch has no single exception type for this."""
     words = ("gloo", "NCCL", "closed by peer", "TCPStore")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def any_rank(flag: torch.Tensor, env: DistEnv) -> torch.Tensor:
-    """Returns whether a flag (0 or 1, on the device) is set on any rank, without waiting for the device."""
+    """Returns whether a flag (0 or 1, on the device) is set on any rank, without synchronising with the device."""
     if env.world_size > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag
 
 
 def set_timeout(env: DistEnv, minutes: float) -> None:
-    """Lets collectives wait a little longer than the watchdog, which names the rank; backends' own limits differ."""
+    """Makes collectives time out after the watchdog, whose message names the rank; the backends' defaults differ."""
     if env.world_size > 1:
         set_ = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         set_(timedelta(minutes=minutes + 5), dist.group.WORLD)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: the one way in which this project replaces a file."""
+"""Atomic replacement of files, used for all files that this project replaces."""
 
 import os
 from collections.abc import Iterator
@@ -9,10 +9,11 @@ from uuid import uuid4
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name in the same folder; when the block ends, the file is flushed to disk and renamed.
+    """Yields a temporary path in the same folder; after the block, the file is flushed to disk and renamed.
 
-    A reader sees the old file or the complete new one, also after a crash or a power cut. The temporary name is unique,
-    so several processes may write the same file; the last one wins. If the block raises, nothing is left behind.
+    Readers see either the old file or the complete new one, even after a crash or a power failure. The temporary name
+    is unique, so several processes may write the same file; the last one wins. If the block raises, the temporary file
+    is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")
@@ -23,7 +24,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # without this a power cut may undo the rename
+            os.fsync(folder)  # otherwise a power failure may undo the rename
         finally:
             os.close(folder)
     finally:

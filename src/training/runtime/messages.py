@@ -1,6 +1,6 @@
-"""The part of an underlying error that a message keeps."""
+"""Shortens underlying errors for messages."""
 
 
 def first_line(error: Exception) -> str:
-    """Returns an error's first line, 200 characters at most; its class if it has no message."""
+    """Returns the first line of an error, at most 200 characters; its class name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""HTML pages: jinja2 renders them, and every value is escaped."""
+"""Renders HTML pages with jinja2; every value is escaped."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def render_page(template: Path, **values: object) -> str:
-    """Returns the page that a template gives; templates of the same folder can be included.
+    """Renders a template, which can include templates in the same folder.
 
     Raises:
-        jinja2.UndefinedError: the template uses a name that is not among `values`.
+        jinja2.UndefinedError: the template uses a name that is not in `values`.
     """
     environment = Environment(
         loader=FileSystemLoader(template.parent),

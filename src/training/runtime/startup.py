@@ -1,4 +1,4 @@
-"""What makes a process start sooner."""
+"""Makes processes start faster."""
 
 import gc
 import sys
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def first_imports() -> Iterator[None]:
-    """Keeps the garbage collector away while a fresh process imports PyTorch and what stands on it.
+    """Disables the garbage collector while a new process imports PyTorch and packages that depend on it.
 
-    Imports create about a million objects, nearly all of which stay, and the collector would look through them again
-    and again. Later collections leave these objects out, too, so that loader processes keep sharing their memory. In a
-    process that has imported PyTorch before, this does nothing.
+    Imports create about a million objects, nearly all of them permanent, which the collector would traverse repeatedly.
+    Later collections ignore these objects, too, so that loader processes keep sharing their memory. If the process has
+    already imported PyTorch, this does nothing.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop, SIGTERM and SIGUSR1, and how they are handled. Imports nothing heavy."""
+"""Handles the signals that ask a run to stop, SIGTERM and SIGUSR1. Imports nothing heavy."""
 
 import os
 import signal
@@ -19,13 +19,15 @@ class StoppedError(RuntimeError):
 
 
 class StopSignals:
-    """Notes the stop signals of this process; `SIGNALS` is the only instance.
+    """Records the stop signals of this process; `SIGNALS` is the only instance.
 
-    Inside `caught`, a signal ends the process at once with `EXIT_STOPPED`: before the training loop nothing can be
-    lost. After `only_note` it only sets `name`; the training loop and the evaluation look at it between batches.
+    Inside `caught`, a signal ends the process immediately with `EXIT_STOPPED`, because before the training loop there
+    is nothing to lose. After `only_note`, a signal only sets `name`, which the training loop and the evaluation check
+    between batches.
 
     Attributes:
-        name: of the first signal that arrived here or, through the watchdog, on another rank; None before.
+        name: name of the first signal that this process received or that the watchdog reported from another rank; None
+            if there was none.
         grace_s: time for the watchdog to notify the other ranks before this process ends.
     """
 
@@ -40,8 +42,8 @@ class StopSignals:
         self.name, self.grace_s, self._ends_at_once = None, 0.0, True
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        # Python runs its handlers in the main thread, which may be inside a collective or a long C++ call for minutes.
-        # The wakeup file descriptor is written to at once.
+        # Python runs signal handlers in the main thread, which may be in a collective or a long C++ call for minutes.
+        # The wakeup file descriptor is written to immediately.
         previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         listener = threading.Thread(target=self._listen, args=(read_end,), name="signals", daemon=True)
@@ -58,7 +60,7 @@ class StopSignals:
             os.close(read_end)
 
     def only_note(self) -> None:
-        """From now on a signal is noted instead of ending the process."""
+        """From now on, signals are only recorded and no longer end the process."""
         self._ends_at_once = False
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -70,21 +72,21 @@ class StopSignals:
                 self.note(signal.Signals(received[0]).name)
 
     def note(self, name: str) -> None:
-        """Takes note of a signal that arrived here or on another rank; ends the process where nothing can be lost."""
+        """Records a signal received here or on another rank; ends the process before training has begun."""
         self.name = self.name or name
         if self._ends_at_once:
             time.sleep(self.grace_s)
-        if self._ends_at_once:  # training may have begun meanwhile
+        if self._ends_at_once:  # training may have begun in the meantime
             print(f"stopped by {name}; nothing is lost: start the same command again", file=sys.stderr, flush=True)
             kill_loaders()
             os._exit(EXIT_STOPPED)
 
     def error(self) -> StoppedError | None:
-        """Returns what to raise if a signal has been noted."""
+        """Returns the error to raise if a signal has been recorded, otherwise None."""
         return StoppedError(f"stopped by {self.name}") if self.name else None
 
     def check(self) -> None:
-        """Raises StoppedError if a signal has been noted. Ranks may differ: follow it with `raise_together`."""
+        """Raises StoppedError if a signal has been recorded. Ranks may differ, so `raise_together` has to follow."""
         if error := self.error():
             raise error
 

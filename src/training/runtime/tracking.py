@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and W&B by flag."""
+"""Writes logs and metrics: always to metrics.jsonl, on request to TensorBoard and W&B."""
 
 import json
 import logging
@@ -19,10 +19,10 @@ def check_reporters(report_to: tuple[str, ...]) -> None:
 
 
 def log_to(folder: Path | None) -> None:
-    """Sets up logging: our own messages and others' warnings, to the terminal and to FOLDER/out.log.
+    """Sets up logging of our own messages and of other packages' warnings, to the terminal and to FOLDER/out.log.
 
     Args:
-        folder: LOGS/NAME; None (ranks other than 0) logs warnings alone, to the terminal.
+        folder: LOGS/NAME; None (ranks other than 0) logs only warnings, to the terminal.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if folder is not None:
@@ -32,15 +32,15 @@ def log_to(folder: Path | None) -> None:
 
 
 class Tracker:
-    """Writes metrics of rank 0 to all reporters.
+    """Writes metrics to all reporters; used on rank 0.
 
     Args:
         folder: LOGS/NAME.
-        name: of the run.
+        name: name of the run.
         report_to: ``tensorboard``, ``wandb`` or both; see `check_reporters`.
-        flags: the run's, for W&B.
-        first_step: lines of an earlier run from this step on are dropped: they are to be written again.
-        project: of W&B.
+        flags: flags of the run, for W&B.
+        first_step: number of steps already done; lines of later steps are removed, because they will be written again.
+        project: W&B project.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Tracker:
         self.writer, self.run = None, None
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
-            with whole_file(self.path) as temporary:  # a kill here must not lose the curve
+            with whole_file(self.path) as temporary:  # being killed here must not lose the curve
                 temporary.write_text("".join(line + "\n" for line in lines))
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
@@ -70,11 +70,11 @@ class Tracker:
             )
 
     def log(self, step: int, metrics: dict[str, object]) -> None:
-        """Writes numbers that belong to a step."""
+        """Writes the metrics of a step."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
-        except OSError as error:  # a full disk is no reason to stop
+        except OSError as error:  # a full disk must not stop the training
             logging.getLogger(__name__).error(f"could not write {self.path}: {error}; training continues")
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         if self.writer:
@@ -92,7 +92,7 @@ class Tracker:
 
 
 def run_id(folder: Path) -> str:
-    """Returns a run's id for W&B: the same after every resume, and another one for a run of the same name elsewhere."""
+    """Returns a run's W&B id, which stays the same when it resumes but differs between runs with the same name."""
     path = folder / "wandb_id.txt"
     if not path.is_file():
         with whole_file(path) as temporary:

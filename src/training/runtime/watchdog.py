@@ -20,24 +20,24 @@ WAITING, STEPPING, SAVING, EVALUATING = "waiting for data", "taking a step", "sa
 COPYING = "copying to --remote-sync"
 LEAVING = "leaving"  # because another rank has ended
 PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, COPYING, LEAVING)
-SLOW = {OPENING: 4, EVALUATING: 4, COPYING: 4}  # how many timeouts such a phase may take while every rank still answers
-SILENT = 4  # intervals without a report, after which a rank counts as lost
-STOP_PATIENCE_S = 10.0  # for the next batch, once a signal has come: SLURM kills 30 s after SIGTERM
+SLOW = {OPENING: 4, EVALUATING: 4, COPYING: 4}  # number of timeouts that a phase may take while all ranks report
+SILENT = 4  # number of intervals without a report after which a rank counts as lost
+STOP_PATIENCE_S = 10.0  # longest wait for a batch after a signal: SLURM kills 30 s after SIGTERM
 SIGNAL, ABANDONED = "signal", "abandoned"  # keys of the store
 
 
 class Watchdog:
-    """A thread on each rank that reports to the others, through a store on rank 0, where the rank is.
+    """A thread on each rank that reports the rank's step and phase to the other ranks, through a store on rank 0.
 
-    A context manager, entered as soon as the ranks have joined. A rank that has been at one place for longer than the
-    timeout ends its process with `EXIT_LOST`; before that, rank 0 names the rank that is furthest behind or silent.
-    Opening data, evaluating and copying may take four times as long unless a rank is silent. The thread also passes on
-    stop signals: a signal noted on one rank is noted on all within two intervals. If a rank then waits in vain for its
-    next batch, the run can't save any more, and all ranks end with `EXIT_STOPPED`.
+    This is a context manager, to be entered as soon as the process group exists. A rank that makes no progress for
+    longer than the timeout exits with `EXIT_LOST`; before that, rank 0 prints which rank is furthest behind or silent.
+    Opening data, evaluating and copying may take four times as long unless a rank is silent. The thread also forwards
+    stop signals: a signal on one rank reaches all ranks within two intervals. If a rank then gets no further batch, the
+    run can't save any more, and all ranks exit with `EXIT_STOPPED`.
 
     Args:
-        env: this process; all must make theirs together.
-        timeout_s: longest time at one place.
+        env: this process; all ranks must create their watchdogs at the same point.
+        timeout_s: longest time without progress.
     """
 
     def __init__(self, env: DistEnv, timeout_s: float):
@@ -54,13 +54,13 @@ class Watchdog:
         self.at(0, STARTING)
 
     def at(self, step: int, phase: str) -> None:
-        """Notes where this rank is now: one of `PHASES` of a step."""
+        """Records the current step and phase of this rank, one of `PHASES`."""
         self.place = step, phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
-        # A request to the store of a halted rank 0 never returns, so it must not keep the watchdog from watching.
+        # Requests to the store never return if rank 0 hangs, so they run in a separate thread.
         self.exchange = threading.Thread(target=self._exchange, name="watchdog exchange", daemon=True)
         if self.store is not None:
             self.exchange.start()
@@ -79,7 +79,7 @@ class Watchdog:
             step, phase, since = self.place
             now = time.monotonic()
             self._check_stop(now)
-            # Rank 0 ends first and names who is late: whoever ends first may take the others along.
+            # Rank 0 exits first, with a message about the late rank, because its exit may end the other ranks.
             longest = self.timeout_s + (0 if self.env.is_main else 3 * self.interval)
             is_cut_off = self.store is not None and now - self.heard > longest
             if is_cut_off or now - since > longest * SLOW.get(phase, 1):
@@ -88,7 +88,7 @@ class Watchdog:
                 self._end()
 
     def _exchange(self) -> None:
-        """Reports to the store where this rank is and which signal came; notes a signal that came to another rank."""
+        """Reports this rank's step, phase and signal to the store; records a signal that another rank received."""
         while not self.ended.wait(self.interval):
             step, phase, since = self.place
             place = [step, phase, time.monotonic() - since, self.host, time.time()]
@@ -100,7 +100,7 @@ class Watchdog:
                     self.store.set(ABANDONED, "")
                 signalled, abandoned = self.store.check([SIGNAL]), self.store.check([ABANDONED])
                 name = self.store.get(SIGNAL).decode() if signalled else None
-            except RuntimeError:  # rank 0 is gone; the timeout ends this rank, too
+            except RuntimeError:  # rank 0 has ended; the timeout will end this rank, too
                 continue
             self.heard = time.monotonic()
             if name and not SIGNALS.name:
@@ -109,7 +109,7 @@ class Watchdog:
                 _end_process(EXIT_STOPPED)
 
     def _check_stop(self, now: float) -> None:
-        """Ends the run without saving if a signal has come but the next batch does not."""
+        """Ends the run without saving if a signal was received but the next batch does not arrive."""
         if not SIGNALS.name:
             return
         self.stopping_since = self.stopping_since or now
@@ -117,18 +117,18 @@ class Watchdog:
         if min(now - self.stopping_since, Loader.seconds_waiting()) < patience:
             return
         print(
-            f"stopped by {SIGNALS.name}; the state could not be saved, as no data came to rank {self.env.rank} on "
-            f"{self.host} for {Loader.seconds_waiting():,.0f} s: --resume latest continues from the last checkpoint",
+            f"stopped by {SIGNALS.name}; the state could not be saved, because rank {self.env.rank} on {self.host} got "
+            f"no data for {Loader.seconds_waiting():,.0f} s: --resume latest continues from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
         self.is_abandoned = True
         if self.store is not None:
-            time.sleep(3 * self.interval)  # the others must read it before rank 0 takes the store along
+            time.sleep(3 * self.interval)  # the others must read this before the store ends with rank 0
         _end_process(EXIT_STOPPED)
 
     def _name_lost_ranks(self) -> None:
-        """Prints which ranks no longer report. Ranks that leave because of them report that to rank 0."""
+        """Prints which ranks no longer report, except those that report that they are leaving."""
         self.at(self.place[0], LEAVING)
         time.sleep((SILENT if self.env.rank <= 1 else 2) * self.interval + 1)
         if self.env.is_main:
@@ -149,12 +149,12 @@ class Watchdog:
         return len(places) < self.env.world_size or any(time.time() - p[4] > self.timeout_s for p in places.values())
 
     def _end(self) -> None:
-        if self.env.rank <= 1:  # rank 1 comes here only if rank 0 does not end the run first
+        if self.env.rank <= 1:  # rank 1 gets here only if rank 0 has not ended the run before
             print(f"python -m training.main: error: {self._describe()}", file=sys.stderr, flush=True)
         _end_process(EXIT_LOST)
 
     def _places(self) -> dict[int, list]:
-        """Where every rank is that has reported; rank 0 only."""
+        """Returns the last report of every rank that has reported; rank 0 only."""
         step, phase, since = self.place
         places = {self.env.rank: [step, phase, time.monotonic() - since, self.host, time.time()]}
         if self.store is not None:
@@ -163,7 +163,7 @@ class Watchdog:
         return places
 
     def _describe(self) -> str:
-        if not self.env.is_main:  # rank 0, who knows where the others are, would have ended the run before
+        if not self.env.is_main:  # otherwise rank 0, which has all reports, would have ended the run before
             return _stuck(self.timeout_s, "rank 0 does not answer")
         return describe_stuck(self._places(), self.env.world_size, self.timeout_s, SILENT * self.interval)
 
@@ -174,13 +174,13 @@ def _end_process(code: int) -> None:
 
 
 def describe_stuck(places: dict[int, list], world_size: int, timeout_s: float, silent_s: float) -> str:
-    """Returns a message that names the ranks the others wait for.
+    """Returns a message that names the ranks that the others are waiting for.
 
     Args:
-        places: rank -> [step, phase, seconds there, host, time of the report].
-        world_size: ranks there should be.
-        timeout_s: how long nothing happened.
-        silent_s: a rank that has not reported for so long counts as dead.
+        places: rank -> its report [step, phase, seconds in this phase, host, time of the report].
+        world_size: number of ranks.
+        timeout_s: time without progress.
+        silent_s: time without a report after which a rank counts as dead.
     """
     now = max(place[4] for place in places.values())
     late = {r: f"has not reported for {now - p[4]:,.0f} s" for r, p in places.items() if now - p[4] > silent_s}
@@ -199,12 +199,12 @@ def describe_stuck(places: dict[int, list], world_size: int, timeout_s: float, s
 
 
 def _stuck(timeout_s: float, who: str) -> str:
-    advice = "Look at its data or its machine; then start again with --resume latest"
-    return f"nothing has moved for {timeout_s:,.0f} s (--timeout-minutes): {who}. {advice}"
+    advice = "Check its data and its machine, then continue with --resume latest"
+    return f"no progress for {timeout_s:,.0f} s (--timeout-minutes): {who}. {advice}"
 
 
 def _make_store(env: DistEnv, timeout_s: float) -> dist.TCPStore:
-    """Makes a store for the watchdogs alone. Requests to a rank 0 that hangs fail after a short while."""
+    """Creates a store for the watchdogs. Requests fail after a short time if rank 0 hangs."""
     host, seconds = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=min(max(timeout_s / 4, 2), 60))
     own = dist.TCPStore(host, 0, is_master=True, timeout=seconds, wait_for_workers=False) if env.is_main else None
     port = broadcast_object(own.port if own is not None else None, env)

@@ -1,4 +1,4 @@
-"""Loader processes that survive the signals of a job, end when their parent asks them to, and never outlive it."""
+"""Loader processes that ignore the signals of a job, end when their parent asks them to, and never outlive it."""
 
 import ctypes
 import multiprocessing
@@ -18,18 +18,18 @@ IS_LINUX = sys.platform == "linux"
 
 
 class Loader(DataLoader):
-    """A DataLoader of datasets that yield whole batches. On Linux its worker processes obey only this process.
+    """A DataLoader for datasets of whole batches. On Linux, its workers react only to signals from this process.
 
-    SLURM signals every process of a job. A worker that ended by such a signal would end the training before it has
-    saved. A worker that ignored it for life could not be ended while it waits for a hung mount.
+    SLURM sends signals to every process of a job. If they ended a worker, the training would fail before it has saved.
+    If workers ignored all signals, they could not be ended while waiting for a hung mount.
 
     Args:
-        dataset: yields or holds whole batches.
+        dataset: data set whose items are whole batches.
         num_workers: loader processes; 0 loads in this process.
         pin: copy batches to pinned memory.
     """
 
-    waiting_since: float | None = None  # when this process began to wait for a batch of any loader; None: it does not
+    waiting_since: float | None = None  # when this process began to wait for a batch; None if it is not waiting
 
     def __init__(self, dataset: Dataset, num_workers: int, pin: bool):
         super().__init__(
@@ -40,7 +40,7 @@ class Loader(DataLoader):
             pin_memory=pin,
             prefetch_factor=2 if num_workers else None,
             worker_init_fn=_obey_parent_alone if IS_LINUX else None,
-            # Python 3.14 starts processes from a server, which does not inherit the signal mask.
+            # Python 3.14 starts processes from a server by default, which does not inherit the signal mask.
             multiprocessing_context="fork" if num_workers and IS_LINUX else None,
         )
 
@@ -48,7 +48,7 @@ class Loader(DataLoader):
         if not (self.num_workers and IS_LINUX):
             return _batches(super().__iter__(), [])
         others = set(multiprocessing.active_children())
-        # Workers start with the signals blocked: torch's own handler would end them before they are ready.
+        # Workers start with the signals blocked, because torch's own handler would end them before they are ready.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             batches = super().__iter__()
@@ -68,7 +68,7 @@ def _unchanged(batch: object) -> object:
 
 
 def _batches(batches: Iterator, workers: Sequence[multiprocessing.Process]) -> Iterator:
-    """Yields all batches and notes when it waits for one. However it ends, the workers end soon after."""
+    """Yields all batches and records the time of waiting; makes the workers end shortly after it ends itself."""
     try:
         while True:
             Loader.waiting_since = time.monotonic()
@@ -80,7 +80,7 @@ def _batches(batches: Iterator, workers: Sequence[multiprocessing.Process]) -> I
                 Loader.waiting_since = None
             yield batch
     finally:
-        # torch now waits up to 5 s for each worker in turn. The timer ends those that have not ended by themselves.
+        # torch waits up to 5 s for each worker, one after the other. The timer terminates those that are still alive.
         if workers:
             timer = threading.Timer(PATIENCE_S, _end, [workers])
             timer.daemon = True
@@ -92,18 +92,18 @@ def _end(workers: Sequence[multiprocessing.Process]) -> None:
         if worker.is_alive():
             commands = descendants(worker.pid)
             worker.terminate()
-            for pid in commands:  # of a `pipe:` source
+            for pid in commands:  # commands of a `pipe:` source
                 kill_family(pid)
 
 
 def _obey_parent_alone(_: int) -> None:
-    """Ends this worker on a stop signal from its parent or on its parent's death, and on no other stop signal."""
+    """Ends this worker if its parent sends a stop signal or dies; other processes' stop signals are ignored."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_wait_for_parent, args=(os.getppid(),), name="signals", daemon=True).start()
 
 
 def _wait_for_parent(parent: int) -> None:
-    # The signals stay blocked in every thread, so each one arrives here, whatever the worker's main thread waits for.
+    # The signals are blocked in every thread, so they are received here even if the worker's main thread is blocked.
     while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Training checkpoints: written whole or not at all, off training's path, and loaded by evaluation as they are."""
+"""Training checkpoints: written atomically in the background; evaluation loads them without conversion."""
 
 import logging
 import math
@@ -25,11 +25,11 @@ class SaveError(OSError):
 class CheckpointWriter:
     """Writes one checkpoint at a time in a thread, from a copy in memory, while training continues.
 
-    A failure (a full disk, ..) is logged, and what was there before stays; only `finish` raises it.
+    A failure (such as a full disk) is logged and leaves existing files unchanged; only `finish` raises it.
 
     Args:
         folder: LOGS/NAME/checkpoints.
-        last_good: what training began from, if anything.
+        last_good: the checkpoint that training resumed from, if any.
     """
 
     def __init__(self, folder: Path, last_good: Path | None = None):
@@ -39,16 +39,16 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether the last copy is still being written; another one would double the memory."""
+        """Whether the last copy is still being written; a second copy would double the memory."""
         return self.thread is not None and self.thread.is_alive()
 
     def submit(self, content: dict, names: list[str], afterwards: Callable[[], None] | None = None) -> None:
-        """Copies the content, then writes it under each name; waits first if the writer is busy.
+        """Copies the content and writes it under each name; waits first if the writer is busy.
 
         Args:
-            content: plain tensors and numbers, as `load_checkpoint` wants them.
+            content: plain tensors and numbers, as `load_checkpoint` requires.
             names: files in the folder.
-            afterwards: run in the thread once all are written.
+            afterwards: called in the thread after all files have been written.
         """
         if self.thread is not None:
             self.thread.join()
@@ -81,7 +81,7 @@ class CheckpointWriter:
 
 
 def copy_to_cpu(content: object) -> object:
-    """A copy of nested dicts, lists and tuples whose tensors nobody else changes."""
+    """Returns a deep copy of nested dicts, lists and tuples with all tensors on the CPU."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
@@ -92,9 +92,9 @@ def copy_to_cpu(content: object) -> object:
 
 
 def saved_checkpoints(folder: Path, kind: str) -> list[Path]:
-    """Returns the folder's ``epoch_N.pt`` or ``step_N.pt``, the one with the fewest steps first, broken ones last.
+    """Returns the folder's ``epoch_N.pt`` or ``step_N.pt`` files by number of steps, ascending, with broken ones last.
 
-    File times are not used: copying and downloading change them.
+    File times are not used, because copying and downloading change them.
     """
     found = (path for path in folder.glob(f"{kind}_*.pt") if re.fullmatch(rf"{kind}_\d+\.pt", path.name))
     return sorted(found, key=checkpoint_progress)
@@ -103,17 +103,20 @@ def saved_checkpoints(folder: Path, kind: str) -> list[Path]:
 def checkpoint_progress(path: Path) -> tuple[float, float]:
     """Returns (whole epochs, steps) that a checkpoint records; infinity if it can't be read."""
     try:
-        # Memory-mapped: the tensors are not read.
+        # Memory-mapped, so that the tensors are not read.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content["epoch"], content.get("step", 0)
-    except Exception:  # torch raises many kinds for a broken file; `load_checkpoint` reports them
+    except Exception:  # torch raises many types of errors for broken files; `load_checkpoint` reports them
         return math.inf, math.inf
 
 
 def remove_old_checkpoints(folder: Path, keep_steps: int, only_last_epoch: bool) -> None:
-    """Removes all ``step_N.pt`` but those with the most steps and, if asked, all ``epoch_N.pt`` but the last.
+    """Removes old checkpoints; broken files are neither counted nor removed.
 
-    Broken files neither count nor are removed.
+    Args:
+        folder: LOGS/NAME/checkpoints.
+        keep_steps: number of ``step_N.pt`` to keep, those with the most steps.
+        only_last_epoch: keep only the last ``epoch_N.pt``.
     """
     steps, epochs = (
         [path for path in saved_checkpoints(folder, kind) if checkpoint_progress(path)[0] < math.inf]
@@ -127,22 +130,22 @@ def named_checkpoint(path: str) -> Path:
     """Returns the file of ``--resume FILE``.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is broken, or no training checkpoint.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is broken, or not a training checkpoint.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--resume {path}: no such file; name a checkpoint, or 'latest'")
+        raise FileNotFoundError(f"--resume {path}: no such file; give a checkpoint, or 'latest'")
     load_checkpoint(Path(path))
     return Path(path)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns the whole checkpoint with the most steps, for ``--resume latest``; names broken ones in warnings.
+    """Returns the valid checkpoint with the most steps, for ``--resume latest``; warns about broken ones.
 
     Returns:
-        None where nothing whole has been saved yet: training starts from the beginning.
+        The file; None if there is no valid checkpoint.
     """
-    for left_over in folder.glob("*.tmp"):  # of a run that was killed while saving
+    for left_over in folder.glob("*.tmp"):  # left by a run that was killed while saving
         logger.warning(f"removed {left_over}: a checkpoint whose writing was interrupted")
         left_over.unlink()
     for path in sorted(_candidates(folder), key=checkpoint_progress, reverse=True):
@@ -155,7 +158,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def most_progress(folder: Path) -> tuple[float, float]:
-    """Returns the largest (whole epochs, steps) of a folder's readable checkpoints; -1 where there are none."""
+    """Returns the largest (whole epochs, steps) of a folder's valid checkpoints; (-1, -1) if there is none."""
     found = (checkpoint_progress(path) for path in _candidates(folder))
     return max((progress for progress in found if progress[0] < math.inf), default=(-1, -1))
 
@@ -169,15 +172,15 @@ def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint without running code from it.
 
     Raises:
-        ValueError: broken, or not a training checkpoint.
+        ValueError: the file is broken, or not a training checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch itself compares no checksums
+            damaged = archive.testzip()  # torch itself does not verify checksums
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch raise many kinds for a broken file
+    except Exception as error:  # zipfile and torch raise many types of errors for broken files
         raise ValueError(f"--resume {path}: broken file ({first_line(error)})") from error
     if not isinstance(content, dict) or not {"epoch", "state_dict", "optimizer"} <= set(content):
         raise ValueError(f"--resume {path}: not a training checkpoint; to start from weights use --pretrained")

@@ -1,4 +1,4 @@
-"""Image features of a locked tower, once and for all: images -> pixels -> tower -> files that training reads."""
+"""Extracts image features of a locked tower into files that training can read instead of images."""
 
 import argparse
 import logging
@@ -47,14 +47,14 @@ logger = logging.getLogger(__name__)
 
 
 class ImageBatch(NamedTuple):
-    """Some samples of a part, in order.
+    """Consecutive samples of a part.
 
     Attributes:
-        number, source: of the part.
+        number, source: number and name of the part.
         pixels: [n, views, 3, H, W].
-        keys, records: of these samples.
+        keys, records: keys and records of the samples.
         faults: kinds of the bad samples skipped since the last batch.
-        is_last: of the part.
+        is_last: whether this is the last batch of the part.
     """
 
     number: int
@@ -67,18 +67,18 @@ class ImageBatch(NamedTuple):
 
 
 class ImageBatches(IterableDataset):
-    """Reads whole parts, a worker each; what is random in a view depends on seed and sample alone.
+    """Reads parts, each by one worker; the random augmentation of a view depends only on seed and sample.
 
     Args:
-        parts: (number, part) each.
-        pictures: file -> [3, H, W].
-        views: of each image.
-        batch_size: samples.
-        seed: of views.
+        parts: parts with their numbers.
+        images: file -> [3, H, W].
+        views: number of views of each image.
+        batch_size: number of samples per batch.
+        seed: seed of the augmentation.
     """
 
-    def __init__(self, parts: list[tuple[int, Part]], pictures: PictureReader, views: int, batch_size: int, seed: int):
-        self.parts, self.pictures, self.views, self.batch_size, self.seed = parts, pictures, views, batch_size, seed
+    def __init__(self, parts: list[tuple[int, Part]], images: PictureReader, views: int, batch_size: int, seed: int):
+        self.parts, self.images, self.views, self.batch_size, self.seed = parts, images, views, batch_size, seed
         self.num_logged: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[ImageBatch]:
@@ -111,26 +111,26 @@ class ImageBatches(IterableDataset):
                 keys.append(raw.key)
                 records.append(record)
         except BrokenShardError as error:
-            logger.warning(f"used as far as it goes: {error}")
+            logger.warning(f"the readable part is used: {error}")
             faults += [error.kind] * max(1, part.size - num_seen)
         yield batch(is_last=True) if keys else self._no_images(number, part, faults)
 
     def _views(self, raw: RawSample) -> torch.Tensor:
-        image, views = read_image(raw, self.pictures.decode), []
+        image, views = read_image(raw, self.images.decode), []
         for view in range(self.views):
             seed_augmentation(f"{self.seed}/view {view}/{raw.source}/{raw.key}")
-            views.append(self.pictures.transform(image))
+            views.append(self.images.transform(image))
         return torch.stack(views)
 
     def _no_images(self, number: int, part: Part, faults: list[str]) -> ImageBatch:
-        """The end of a part whose last batch is empty."""
-        pixels = self.pictures.whole(Image.new("RGB", (8, 8)))[None, None].expand(0, self.views, -1, -1, -1)
+        """Returns an empty batch that ends a part."""
+        pixels = self.images.whole(Image.new("RGB", (8, 8)))[None, None].expand(0, self.views, -1, -1, -1)
         return ImageBatch(number, part.name, pixels, [], [], faults, True)
 
 
 @dataclass
 class OpenPart:
-    """What has been encoded of a part so far."""
+    """The samples of a part that have been encoded so far."""
 
     keys: list[str] = field(default_factory=list)
     records: list[dict] = field(default_factory=list)
@@ -138,7 +138,7 @@ class OpenPart:
     totals: Totals = field(default_factory=Totals)
 
     def add(self, batch: ImageBatch, features: np.ndarray) -> None:
-        """Takes a batch and its features."""
+        """Adds a batch and its features."""
         self.keys += batch.keys
         self.records += batch.records
         self.features.append(features)
@@ -146,7 +146,7 @@ class OpenPart:
 
 
 def tower_info(model: torch.nn.Module, args: argparse.Namespace) -> FeatureInfo:
-    """Says whose features the image tower of a model gives; a linear head is trained and no part of it."""
+    """Describes a model's image tower and its preprocessing; a linear head, which training changes, is excluded."""
     augmentation = "strong" if args.strong_augment else " ".join(args.aug_cfg)
     return FeatureInfo(
         model=args.model,
@@ -186,7 +186,7 @@ def extract(args: argparse.Namespace) -> int:
         error = None
         try:
             _encode_own_parts(args, source, parts, env)
-        except Exception as caught:  # the others must hear of it before they wait for this rank
+        except Exception as caught:  # the error has to reach the other ranks before they wait for this one
             error = caught
         raise_together(error, env)
         if env.is_main:
@@ -199,18 +199,18 @@ def _check(args: argparse.Namespace, env: DistEnv) -> None:
     parse_augmentation(args.aug_cfg)
     resolve_weights(args.model, args.pretrained, args.cache_dir)
     if feature_info(args.train_data):
-        raise ValueError(f"--train-data {args.train_data}: these are image features already")
+        raise ValueError(f"--train-data {args.train_data}: contains image features; give images")
 
 
 def _begin(args: argparse.Namespace, source: Source, info: FeatureInfo) -> None:
-    """Makes the folder, or checks that what is there is part of the same work. Rank 0 only."""
+    """Creates the folder, or checks that it belongs to the same extraction. Rank 0 only."""
     folder, names = Path(args.extract_image_features), [part.name for part in source.parts()]
     if is_feature_folder(str(folder)):
         earlier, sources, _ = read_index(folder)
         if earlier != info or sources != names:
-            raise ValueError(f"--extract-image-features {folder}: holds other features; take another folder")
+            raise ValueError(f"--extract-image-features {folder}: contains other features; use another folder")
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--extract-image-features {folder}: is not empty; take another folder")
+        raise ValueError(f"--extract-image-features {folder}: is not empty; use another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_index(folder, info, names, counts=None)
 
@@ -220,12 +220,12 @@ def _file_of(args: argparse.Namespace, number: int) -> Path:
 
 
 def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderParts, env: DistEnv) -> None:
-    """Encodes every world_size-th part that is not there yet."""
+    """Encodes this rank's share of the parts that do not exist yet."""
     todo = [(number, part) for number, part in enumerate(source.parts()) if not _file_of(args, number).is_file()]
     todo = todo[env.rank :: env.world_size]
     transform = parts.train_transform if args.feature_views else parts.preprocess
-    pictures = PictureReader(transform, args.image_decoding or IN_TRAINING)
-    batches = ImageBatches(todo, pictures, max(1, args.feature_views), args.batch_size, args.seed)
+    images = PictureReader(transform, args.image_decoding or IN_TRAINING)
+    batches = ImageBatches(todo, images, max(1, args.feature_views), args.batch_size, args.seed)
     loader = Loader(batches, min(args.workers, len(todo)), pin=env.device.type == "cuda")
     started = {number: OpenPart() for number, _ in todo}
     total = sum(part.size for _, part in todo)

@@ -1,4 +1,4 @@
-"""FLOPs that a model needs per image and per token, and what share of the GPU's peak a training makes of it."""
+"""Counts a model's FLOPs per image and per token, and computes the utilisation of the GPU in training."""
 
 import logging
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training.runtime.messages import first_line
 
-# Matrix products in 16 bits without sparsity, FLOP/s, from the vendor's data sheets; the first name that fits counts.
+# FLOP/s of 16-bit matrix products without sparsity, from the vendor's data sheets; the first matching name is used.
 PEAKS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What a training step has to compute; padding and recomputation do not count.
+    """FLOPs of a training step; padding and recomputation do not count.
 
     Attributes:
-        per_image, per_token: forward and, where something is trained, backward.
+        per_image, per_token: FLOPs of the forward pass and, for trained parts, of the backward pass.
         peak: FLOP/s of the device.
     """
 
@@ -41,12 +41,12 @@ class ModelFlops:
     peak: float
 
     def utilisation(self, num_images: int, num_tokens: int, seconds: float) -> float:
-        """Returns the share of the peak that was used for so many images and tokens of one process."""
+        """Returns the fraction of the peak that was used to process these images and tokens in one process."""
         return (num_images * self.per_image + num_tokens * self.per_token) / seconds / self.peak
 
 
 def peak_of(device_name: str, is_16_bit: bool) -> float | None:
-    """Returns a device's peak in FLOP/s; TF32, which fp32 is computed in, has half of it. None: not in the table."""
+    """Returns a device's peak FLOP/s, half of it for fp32, which is computed in TF32; None if it is not in `PEAKS`."""
     peak = next((peak for name, peak in PEAKS.items() if name in device_name), None)
     return peak and peak * (1.0 if is_16_bit else 0.5)
 
@@ -54,9 +54,10 @@ def peak_of(device_name: str, is_16_bit: bool) -> float | None:
 def count_model(
     model: torch.nn.Module, tokenizer: Callable, device: torch.device, precision: str, features_are_cached: bool
 ) -> ModelFlops | None:
-    """Returns what a model computes, counted on its device before it is compiled; None where the peak is unknown.
+    """Counts a model's FLOPs on its device, before it is compiled.
 
-    A model that can't be counted is no reason not to train it: a warning says why.
+    Returns:
+        The FLOPs; None if the device's peak is unknown, or, with a warning, if they can't be counted.
     """
     peak = (
         peak_of(torch.cuda.get_device_name(device), "16" in precision or precision == "amp")
@@ -78,7 +79,7 @@ def count_flops(model: torch.nn.Module, size: tuple[int, int] | None, ids: torch
     """Counts FLOPs per image and per token of a two-tower model, before it is compiled.
 
     Args:
-        model: in eval mode; its gradients are dropped, nothing else changes.
+        model: a model in eval mode; only its gradients change, which are set to None.
         size: (height, width) of images; None if their features are cached.
         ids: [captions, length], without padding.
     """
@@ -93,9 +94,9 @@ def count_flops(model: torch.nn.Module, size: tuple[int, int] | None, ids: torch
 
 def _count(compute: Callable[[], torch.Tensor]) -> float:
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused layers of evaluation
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not support the fused layers of evaluation
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # nor every fused attention
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # nor all fused attention kernels
             output = compute()
             if output.requires_grad:
                 output.sum().backward()

@@ -1,4 +1,4 @@
-"""The loop of a training: epochs of steps, with evaluations and checkpoints in between; it can be left at any step."""
+"""The training loop: epochs of steps with evaluations and checkpoints in between; it can be stopped at any step."""
 
 import argparse
 import logging
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What rank 0 has checked before data are opened and a model is built; the same on every rank."""
+    """Result of rank 0's checks before data are opened and the model is built; the same on every rank."""
 
     name: str
     folder: Path
@@ -44,16 +44,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that an epoch needs.
+    """Data, model and state of a training.
 
     Attributes:
-        train, val: data.
+        train, val: training and validation data.
         parts: model, transforms and tokenizer.
-        stepper: model, loss and optimizer of a step.
+        stepper: computes steps.
         schedule: step -> learning rate.
-        division: how an epoch is divided.
-        start: where to begin.
-        flops: what a step computes, on a GPU whose peak is known.
+        division: how an epoch is divided into steps and batches.
+        start: progress from which training starts.
+        flops: FLOPs of the model; None unless on a GPU whose peak is known.
     """
 
     train: TrainData
@@ -67,12 +67,12 @@ class Run:
 
 
 class Observers(NamedTuple):
-    """What rank 0 does beside training; all None on the other ranks.
+    """Additional tasks of rank 0; all None on the other ranks.
 
     Attributes:
         tracker: writes metrics.
-        remote: copies checkpoints and logs to ``--remote-sync``, if asked for.
-        profile: records a few steps for ``--profile``, if asked for.
+        remote: copies checkpoints and logs to ``--remote-sync``; None without the flag.
+        profile: records a few steps for ``--profile``; None without the flag.
     """
 
     tracker: Tracker | None = None
@@ -81,14 +81,14 @@ class Observers(NamedTuple):
 
 
 class Trainer:
-    """Takes a run from its start to the last epoch's end.
+    """Trains from the start of a run to the end of its last epoch.
 
     Args:
         args: flags.
         plan: name, folder and benchmarks.
-        run: data, model and where to begin.
-        observers: of this process.
-        watchdog: of this process, running.
+        run: data, model and state.
+        observers: additional tasks of this process.
+        watchdog: the running watchdog of this process.
         env: this process.
     """
 
@@ -105,7 +105,7 @@ class Trainer:
         self.tracker, self.remote, profile = observers
         self.progress = run.start
         self.folder = plan.folder / CHECKPOINTS
-        self.writer = CheckpointWriter(self.folder, plan.resume)  # rank 0's is the one that writes
+        self.writer = CheckpointWriter(self.folder, plan.resume)  # only used on rank 0
         self.control = Control(env, args.save_every_steps, args.save_every_minutes)
         self.watchdog = watchdog
         self.saved_step: int | None = None
@@ -121,11 +121,11 @@ class Trainer:
         """Trains.
 
         Raises:
-            StoppedError: a signal came to some rank; the state is saved.
-            SaveError: at the end the last checkpoint could not be written.
-            FloatingPointError: loss or gradient was not finite too many times in a row, or an evaluation gave NaN.
-            TooManyBadSamplesError: more bad samples than ``--max-bad-samples`` allows.
-            NoUsableSampleError: this rank's loader found no usable sample; raised on this rank alone.
+            StoppedError: a rank received a signal; the state has been saved.
+            SaveError: the last checkpoint could not be written.
+            FloatingPointError: loss or gradient was not finite too many times in a row, or an evaluation returned NaN.
+            TooManyBadSamplesError: there are more bad samples than ``--max-bad-samples`` allows.
+            NoUsableSampleError: this rank's loader found no usable sample; raised only on this rank.
         """
         SIGNALS.only_note()
         self._introduce()
@@ -141,7 +141,7 @@ class Trainer:
             logger.info(f"done: {self.plan.folder}; {self.progress.totals.describe()}")
 
     def _leave(self) -> None:
-        """All leave together: whoever ends first may take others along."""
+        """Waits until all ranks have finished, because the first rank that exits may end the others."""
         agree(self.writer.finish, self.env)
         self.watchdog.at(self.progress.step, COPYING)
 
@@ -153,16 +153,16 @@ class Trainer:
         everything = sum(p.numel() for p in run.parts.model.parameters())
         per_step = args.batch_size * args.accum_freq * env.world_size
         logger.info(
-            f"{args.model}: {trained / 1e6:,.1f}M of {everything / 1e6:,.1f}M parameters are trained on "
-            f"{env.world_size} x {env.device.type}; an epoch is {run.division.steps_per_epoch:,} steps of "
-            f"{per_step:,} samples, of {run.train.source.num_samples:,} there are"
+            f"{args.model}: training {trained / 1e6:,.1f}M of {everything / 1e6:,.1f}M parameters on "
+            f"{env.world_size} x {env.device.type}; {run.train.source.num_samples:,} samples, an epoch has "
+            f"{run.division.steps_per_epoch:,} steps of {per_step:,} samples"
         )
 
     def _train_epoch(self) -> None:
-        """Steps through what is left of the running epoch; as many steps on every rank.
+        """Takes the remaining steps of the current epoch, the same number on every rank.
 
         Raises:
-            StoppedError: as `run`.
+            StoppedError: see `run`.
         """
         args, run, progress = self.args, self.built, self.progress
         batches = self._start_loader()
@@ -183,19 +183,19 @@ class Trainer:
                     raise StoppedError(f"stopped after step {progress.step:,} by a signal")
 
     def _start_loader(self) -> Iterator[tuple[TrainBatch, dict[str, object]]]:
-        """Returns the batches left in the running epoch, on the device; sets the random streams of its steps."""
+        """Returns the remaining batches of the current epoch, on the device; sets the random state of its steps."""
         run, env, progress = self.built, self.env, self.progress
-        # Dropout differs from rank to rank.
+        # Dropout differs between ranks.
         torch.manual_seed(self.args.seed * 1_000_003 + progress.epoch * env.world_size + env.rank)
         run.stepper.model.train()
         batches = iter(run.train.loader(progress.epoch, progress.share, pin=env.device.type == "cuda"))
-        if progress.random_state:  # to begin with a loader draws a number, too
+        if progress.random_state:  # restored here, because creating the loader draws a random number
             set_random_state(progress.random_state)
             progress.random_state = None
         return to_device(batches, env.device)
 
     def _end_epoch(self) -> None:
-        """Evaluates and saves what is due after an epoch, and moves on to the next."""
+        """Evaluates and saves if due after this epoch, and advances to the next epoch."""
         args, done = self.args, self.progress.epoch + 1
         is_last = done == args.epochs
 
@@ -239,7 +239,7 @@ class Trainer:
             self.tracker.log(self.progress.step, metrics)
 
     def _save(self, names: list[str]) -> None:
-        """Hands all ranks' state to the writer; training continues as soon as it is copied."""
+        """Passes all ranks' state to the writer; training continues as soon as the state is copied."""
         self.watchdog.at(self.progress.step, SAVING)
         self.control.saved()
         self.saved_step = self.progress.step
@@ -248,17 +248,17 @@ class Trainer:
             "random_state": get_random_state(),
             "totals": self.log.pending(),
         }
-        everyone = self.control.gather(own)
+        states = self.control.gather(own)
         if not self.env.is_main:
             return
         stepper = self.built.stepper
         content = {
-            **self.progress.to_content(everyone, self.built.division, self.env),
+            **self.progress.to_content(states, self.built.division, self.env),
             "name": self.plan.name,
             "state_dict": stepper.core.state_dict(),
             "optimizer": stepper.optimizer.state_dict(),
         }
-        if stepper.scaler:  # open_clip's trainer loads whatever is under the name
+        if stepper.scaler:  # open_clip's trainer would try to load None
             content["scaler"] = stepper.scaler.state_dict()
         args = self.args
         keep_steps = 0 if self.progress.epoch == args.epochs else args.keep_checkpoints

@@ -1,4 +1,4 @@
-"""From flags to the loss: which texts of a sample each term compares, with which weight, under which name."""
+"""Builds the loss from flags: texts, weight and name of each term."""
 
 import argparse
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ def make_loss(args: argparse.Namespace, num_corners: int, env: DistEnv) -> nn.Mo
 def loss_terms(args: argparse.Namespace, num_corners: int) -> list[LossTerm]:
     """Returns the terms of the loss.
 
-    ``--text-views`` gives one term per entry, named after it. Without that flag the short caption has one term and the
-    long captions have another. A single text feature has one term, which is not weighted. ``--short-loss-weight`` and
+    ``--text-views`` gives one term per entry, named after it. Without this flag there is one term for the short caption
+    and one for the long captions. A single text feature gives one unweighted term. ``--short-loss-weight`` and
     ``--short-image-components`` apply to the first of several terms, ``--long-loss-weight`` to all others.
-    ``--long-text-variance`` adds a second term behind each one that compares long captions.
+    ``--long-text-variance`` appends another term for each term that compares long captions.
     """
     entries = caption_entries(args)
     first = LossTerm("short_caption_loss", (0,), args.short_loss_weight, args.short_image_components)
@@ -59,7 +59,14 @@ def loss_terms(args: argparse.Namespace, num_corners: int) -> list[LossTerm]:
 
 
 def _terms_of(entries: Sequence[Entry], counts: Sequence[int], first: LossTerm, other_weight: float) -> list[LossTerm]:
-    """Returns one term per entry, of so many text features; `first` has the weight and components of the first one."""
+    """Returns one term per entry.
+
+    Args:
+        entries: the texts of a sample.
+        counts: number of text features of each entry.
+        first: weight and components of the first term.
+        other_weight: weight of all other terms.
+    """
     terms, start = [], 0
     for entry, count in zip(entries, counts):
         columns = tuple(range(start, start + count))
@@ -70,7 +77,7 @@ def _terms_of(entries: Sequence[Entry], counts: Sequence[int], first: LossTerm, 
 
 
 def _reduced(term: LossTerm, args: argparse.Namespace) -> LossTerm:
-    """Returns the term that compares the same texts, reduced to principal components, with whole images."""
+    """Returns a term that compares the same texts, reduced to principal components, with unreduced image features."""
     return LossTerm(
         term.name.removesuffix("_loss") + "_component_loss",
         term.texts,

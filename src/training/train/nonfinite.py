@@ -1,4 +1,4 @@
-"""Steps that were not taken because loss or gradient is not a number: counted, kept for inspection, limited."""
+"""Counts, records and limits steps that were skipped because loss or gradient was not finite."""
 
 import json
 from collections import deque
@@ -19,13 +19,13 @@ class _Pending(NamedTuple):
 
 
 class StepGuard:
-    """Follows which steps were skipped. On a GPU it looks one step late, so that no step waits for the one before.
+    """Monitors skipped steps. On a GPU, the check lags one step behind, so that no step waits for the previous one.
 
     Args:
-        folder: LOGS/NAME; the samples of a skipped step are written to ``skipped_steps_rankR.jsonl`` there.
-        rank: this process.
-        max_in_a_row: more skipped steps in a row raise.
-        last_good: returns the checkpoint to return to, for the message.
+        folder: LOGS/NAME; samples of skipped steps are written to ``skipped_steps_rankR.jsonl`` in this folder.
+        rank: rank of this process.
+        max_in_a_row: maximum number of consecutive skipped steps.
+        last_good: returns the last good checkpoint, for the message.
     """
 
     def __init__(self, folder: Path, rank: int, max_in_a_row: int, last_good: Callable[[], Path | None]):
@@ -35,10 +35,10 @@ class StepGuard:
         self.in_a_row = self.total = 0
 
     def add(self, step: int, skipped: torch.Tensor, keys: list[str]) -> None:
-        """Takes a step's flag, the same on all ranks, and its samples.
+        """Adds a step: its flag, which is the same on all ranks, and the keys of its samples.
 
         Raises:
-            FloatingPointError: too many skipped steps in a row.
+            FloatingPointError: too many consecutive steps were skipped.
         """
         copied = None
         if skipped.is_cuda:
@@ -50,7 +50,7 @@ class StepGuard:
             self._settle(self.pending.popleft())
 
     def finish(self) -> None:
-        """Looks at what has not been looked at; raises as `add`."""
+        """Checks the remaining steps; raises like `add`."""
         while self.pending:
             self._settle(self.pending.popleft())
 
@@ -66,7 +66,7 @@ class StepGuard:
                 file.write(json.dumps({"step": pending.step, "keys": pending.keys}) + "\n")
         if self.in_a_row > self.max_in_a_row:
             raise FloatingPointError(
-                f"step {pending.step:,}: loss or gradient is not finite for the {self.in_a_row}th time in a row "
+                f"step {pending.step:,}: loss or gradient not finite for {self.in_a_row} steps in a row "
                 f"(--max-skipped-steps {self.max_in_a_row}); last good checkpoint: {self.last_good() or 'none'}; "
-                f"the samples of these steps: {self.path.parent}/skipped_steps_rank*.jsonl"
+                f"samples of these steps: {self.path.parent}/skipped_steps_rank*.jsonl"
             )

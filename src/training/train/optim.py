@@ -1,4 +1,4 @@
-"""Optimizer and learning rate: AdamW or one of timm's, open_clip's weight-decay rule, one rate per tower, schedules."""
+"""Optimizer and learning rate: AdamW or timm's optimizers, open_clip's weight-decay rule, tower rates, schedules."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,17 +15,17 @@ def parameter_groups(
     text_lr: float | None,
     timm_rule: bool = False,
 ) -> list[dict]:
-    """Sorts trained parameters by learning rate and by whether they decay.
+    """Groups trainable parameters by learning rate and weight decay.
 
-    With one rate the result is that of open_clip's trainer, which can resume with such an optimizer: first the vectors,
-    biases, norms and scalars, which do not decay, then the rest, both in the model's order.
+    With a single rate, the groups are those of open_clip's trainer, which can therefore resume with such an optimizer:
+    first vectors, biases, norms and scalars, which have no weight decay, then all others, both in the model's order.
 
     Args:
-        model: with the image tower under ``visual``; everything but it and the scalars counts as text.
+        model: a model with an image tower ``visual``; all other parameters except the scalars count as text.
         lr: base learning rate.
-        weight_decay: of the matrices.
-        image_lr, text_lr: a tower's own rate; None takes `lr`.
-        timm_rule: what the model lists as ``no_weight_decay`` (position tables) does not decay either, as under the
+        weight_decay: weight decay of matrices.
+        image_lr, text_lr: learning rates of the towers; None uses `lr`.
+        timm_rule: also exclude parameters that the model lists in ``no_weight_decay`` (position tables), like the
             ``timm/NAME`` optimizers of open_clip's trainer.
 
     Returns:
@@ -57,18 +57,18 @@ def _part(name: str) -> str:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, saved: dict, saved_order: Iterable[str], parameters: dict[str, torch.Tensor]
 ) -> None:
-    """Loads what an optimizer's ``state_dict`` saved, parameter by parameter: the groups may have been others.
+    """Loads an optimizer's saved state parameter by parameter, even if it was saved with other groups.
 
-    The groups' options (weight decay, betas, rates, ..) stay those that the optimizer was built with.
+    The groups' options (weight decay, betas, rates, ...) are not loaded; the optimizer keeps its own.
 
     Args:
-        optimizer: with groups of `parameter_groups`.
-        saved: by this project or by open_clip's trainer, which keeps no names.
-        saved_order: names in the order of the model that it was saved with.
-        parameters: of the model, by name.
+        optimizer: an optimizer with the groups of `parameter_groups`.
+        saved: ``state_dict`` of an optimizer of this project or of open_clip's trainer, which stores no names.
+        saved_order: names of the parameters in the order of the model that was saved.
+        parameters: parameters of the model, by name.
 
     Raises:
-        ValueError: the state is that of other parameters.
+        ValueError: the state belongs to other parameters.
     """
     own = {name: parameters[name] for group in optimizer.param_groups for name in group["param_names"]}
     names = _saved_names(saved["param_groups"], {name: own[name] for name in saved_order if name in own})
@@ -93,8 +93,9 @@ def _saved_names(groups: list[dict], trained: dict[str, torch.Tensor]) -> list[l
     """Returns the names of each saved group's parameters.
 
     Args:
-        groups: with names, or as open_clip's trainer or earlier versions of this project sort parameters.
-        trained: parameters by name, in the order of the model that was saved.
+        groups: saved groups, with names, or without names as saved by open_clip's trainer or earlier versions of this
+            project.
+        trained: trainable parameters by name, in the order of the model that was saved.
     """
     if all("param_names" in group for group in groups):
         return [group["param_names"] for group in groups]
@@ -108,13 +109,13 @@ def _saved_names(groups: list[dict], trained: dict[str, torch.Tensor]) -> list[l
 def make_optimizer(
     groups: list[dict], name: str, lr: float, betas: tuple[float, float], eps: float, momentum: float | None = None
 ) -> torch.optim.Optimizer:
-    """Returns the optimizer of groups of `parameter_groups`.
+    """Creates the optimizer.
 
     Args:
-        groups: with their own rates and weight decays.
+        groups: result of `parameter_groups`.
         name: ``adamw``, or ``timm/NAME``.
         lr: base learning rate.
-        betas, eps, momentum: given to the optimizers that have them; momentum None is the optimizer's own.
+        betas, eps, momentum: passed to optimizers that have these options; momentum None uses the optimizer's default.
 
     Raises:
         ValueError: timm has no such optimizer.
@@ -141,17 +142,17 @@ def make_schedule(
     cooldown_power: float = 1.0,
     cooldown_end: float = 0.0,
 ) -> Callable[[int], float]:
-    """Returns step -> base learning rate, which it also gives the optimizer, each group by its ``lr_scale``.
+    """Returns a function that sets the optimizer's learning rates for a step and returns the base learning rate.
 
     Args:
-        optimizer: with groups of `parameter_groups`.
-        name: ``cosine`` (to zero at the end), ``const``, or ``const-cooldown``; all warm up linearly.
+        optimizer: an optimizer with the groups of `parameter_groups`, whose ``lr_scale`` multiplies the base rate.
+        name: ``cosine`` (to zero at the end), ``const``, or ``const-cooldown``; all start with a linear warm-up.
         lr: base learning rate.
-        warmup: steps.
-        total_steps: of the whole training.
-        cooldown_steps: of ``const-cooldown``: the last steps, in which the rate falls.
-        cooldown_power: 1 falls linearly.
-        cooldown_end: the rate at the end.
+        warmup: number of warm-up steps.
+        total_steps: number of steps of the whole training.
+        cooldown_steps: with ``const-cooldown``, number of steps at the end in which the rate decays.
+        cooldown_power: exponent of the decay; 1 is linear.
+        cooldown_end: final learning rate.
     """
     if name == "const-cooldown":
         assign = const_lr_cooldown(optimizer, lr, warmup, total_steps, cooldown_steps, cooldown_power, cooldown_end)

@@ -1,4 +1,4 @@
-"""A profile of a few steps: a trace for a browser, and a table of the dearest operations."""
+"""Profiles a few steps: writes a trace for the browser and a table of the slowest operations."""
 
 import gzip
 import logging
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfile:
-    """Records steps 11 to 15 of this process; after them it costs nothing. A context manager.
+    """Records steps 11 to 15 of this process, without overhead afterwards; a context manager.
 
     Args:
-        folder: where ``trace.json.gz`` (for ui.perfetto.dev) and ``table.txt`` are written.
-        device: where the model computes.
+        folder: folder for ``trace.json.gz`` (for ui.perfetto.dev) and ``table.txt``.
+        device: device of the model.
     """
 
     def __init__(self, folder: Path, device: torch.device):
@@ -41,7 +41,9 @@ class StepProfile:
     def __exit__(self, *_: object) -> None:
         self.profiler.stop()  # writes what has been recorded so far
         if not self.is_written:
-            logger.warning(f"--profile {self.folder}: training ended before step {WARM_UP + 1}, nothing is recorded")
+            logger.warning(
+                f"--profile {self.folder}: nothing recorded, because training ended before step {WARM_UP + 1}"
+            )
 
     def _write(self, profiler: profile) -> None:
         self.is_written = True

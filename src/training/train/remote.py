@@ -1,4 +1,4 @@
-"""A copy of a run's folder behind a URL (s3://, gs://, ..): written to the local disk first, then copied."""
+"""Copies a run's folder to a URL (s3://, gs://, ...); files are always written to the local disk first."""
 
 import json
 import logging
@@ -17,27 +17,27 @@ from training.runtime.files import whole_file
 from training.runtime.messages import first_line
 from training.train.checkpoint import CHECKPOINTS, checkpoint_progress, load_checkpoint, most_progress
 
-INDEX = "checkpoints.json"  # which checkpoints are there whole: name -> [epochs, steps, bytes]
+INDEX = "checkpoints.json"  # index of the complete checkpoints: name -> [epochs, steps, bytes]
 TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.tmp$")
 logger = logging.getLogger(__name__)
 
 
 class RemoteError(OSError):
-    """The copy is not complete."""
+    """The remote copy is incomplete."""
 
 
 class RemoteCopy:
-    """Keeps URL/NAME up to date with LOGS/NAME, from a thread; a context manager.
+    """Keeps URL/NAME up to date with LOGS/NAME in a background thread; a context manager.
 
-    A file is sent under a temporary name and moved. A checkpoint counts once it stands in an index, which is written
-    after it; what leaves the index is removed afterwards. So whoever reads the index finds whole files, whenever this
-    process ends. A failure is logged and tried again; only the last attempt, at the end of the block, raises.
+    A file is uploaded under a temporary name and then renamed. A checkpoint is added to the index only after it was
+    uploaded, and removed from the index before it is deleted. All files in the index are therefore complete, whenever
+    this process ends. A failed copy is logged and retried; only the last attempt, at the end of the block, raises.
 
     Args:
-        url: of ``--remote-sync``; fsspec's.
+        url: URL of ``--remote-sync``, in fsspec's syntax.
         folder: LOGS/NAME.
-        every_s: seconds from copy to copy; `poke` asks for one at once.
-        only_last_epoch: keep one ``epoch_N.pt`` instead of all.
+        every_s: seconds between copies; `poke` requests an immediate copy.
+        only_last_epoch: keep only the last ``epoch_N.pt``.
 
     Raises:
         ValueError: the URL can't be used.
@@ -52,18 +52,18 @@ class RemoteCopy:
             self.fs, self.root = fsspec.core.url_to_fs(f"{url.rstrip('/')}/{folder.name}")
             self.fs.invalidate_cache()
             for name in self._names():
-                if TEMPORARY.search(name):  # of a process that was killed while copying
+                if TEMPORARY.search(name):  # left by a process that was killed while copying
                     self.fs.rm_file(f"{self.root}/{name}")
             index = f"{self.root}/{INDEX}"
             self.index: dict[str, list[int]] = json.loads(self.fs.cat_file(index)) if self.fs.exists(index) else {}
-        except Exception as error:  # each of fsspec's file systems has exceptions of its own
+        except Exception as error:  # each of fsspec's file systems has its own exceptions
             raise ValueError(f"--remote-sync {url}: can't be used ({first_line(error)})") from error
 
     def fetch_newer(self) -> str | None:
-        """Brings logs and newest checkpoint here if the remote one has more steps than any in the folder.
+        """Downloads the logs and the newest checkpoint if it has more steps than all checkpoints in the local folder.
 
         Returns:
-            The checkpoint's name, or None where nothing newer is there.
+            The checkpoint's name; None if there is no newer one.
 
         Raises:
             RemoteError: a file could not be read.
@@ -97,13 +97,15 @@ class RemoteCopy:
         try:
             self._copy()
         except Exception as failure:
-            message = f"--remote-sync {self.url}: the copy is not complete ({first_line(failure)}); {self.folder} is"
+            message = (
+                f"--remote-sync {self.url}: the copy is incomplete ({first_line(failure)}); {self.folder} is complete"
+            )
             if error is None:
                 raise RemoteError(message) from failure
             logger.error(message)
 
     def poke(self) -> None:
-        """Asks for a copy at once: a checkpoint has been written."""
+        """Requests an immediate copy, because a checkpoint has been written."""
         self.poked.set()
 
     def _run(self) -> None:
@@ -115,10 +117,12 @@ class RemoteCopy:
             try:
                 self._copy()
             except Exception as error:
-                logger.error(f"--remote-sync {self.url}: {first_line(error)}; training continues, it is tried again")
+                logger.error(
+                    f"--remote-sync {self.url}: {first_line(error)}; training continues, copying will be retried"
+                )
 
     def _copy(self) -> None:
-        """Sends what has changed, checkpoints first."""
+        """Uploads all files that have changed, checkpoints first."""
         files = [path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
         local = {path.relative_to(self.folder).as_posix(): path for path in files}
         for name in sorted(local, key=lambda name: (not name.endswith(".pt"), name)):
@@ -133,14 +137,14 @@ class RemoteCopy:
             except FileNotFoundError:
                 if local[name].exists():
                     raise
-                continue  # an old checkpoint that was removed meanwhile
+                continue  # an old checkpoint that was removed in the meantime
             self.sent[name] = (stat.st_size, stat.st_mtime_ns)
         if self.has_sent_checkpoint:
             self._remove_old({name for name in local if (self.folder / name).exists()})
 
     def _send_checkpoint(self, name: str, path: Path, size: int) -> None:
         entry = [*checkpoint_progress(path), size]
-        if math.inf in entry:  # broken
+        if math.inf in entry:  # the file is broken
             return
         if self.index.get(name) != entry:
             self._put(name, partial(self.fs.put_file, str(path)))
@@ -150,7 +154,7 @@ class RemoteCopy:
         self.has_sent_checkpoint = True
 
     def _remove_old(self, local: set[str]) -> None:
-        """Removes each ``step_N.pt`` that is not kept here, either: what was sent after it has more steps."""
+        """Deletes each ``step_N.pt`` that no longer exists locally; a newer checkpoint has been uploaded before."""
         old = [name for name in self.index if name.startswith(f"{CHECKPOINTS}/step_") and name not in local]
         if self.only_last_epoch:
             old += [name for name in self.index if name.startswith(f"{CHECKPOINTS}/epoch_") and name not in local]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights, and how training resumes from it: exactly, or with other processes."""
+"""State in a checkpoint besides weights, and resuming from it: exactly, or with a different number of processes."""
 
 import json
 import logging
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Division:
-    """How this run divides an epoch.
+    """How this run divides an epoch into steps and batches.
 
     Attributes:
-        steps_per_epoch: optimizer steps of a whole epoch.
-        batch_size: of one process and micro-batch.
-        accum_freq: micro-batches per step.
-        num_workers: parts that a process's share is read in.
+        steps_per_epoch: number of optimizer steps of a whole epoch.
+        batch_size: number of samples of a micro-batch on one process.
+        accum_freq: number of micro-batches per step.
+        num_workers: number of parts into which a process's share is divided.
         data: fingerprint of the data, their order and the seed.
     """
 
@@ -39,22 +39,22 @@ class Division:
     data: str
 
     def whole_epoch(self, env: DistEnv) -> Share:
-        """This process's part of an epoch from its beginning."""
+        """Returns this process's share of a whole epoch."""
         return Share(self.batch_size, self.steps_per_epoch * self.accum_freq, env.rank, env.world_size)
 
 
 @dataclass
 class Progress:
-    """How far training has come on one process; the loop advances it.
+    """Progress of the training on one process.
 
     Attributes:
-        epoch: whole epochs done.
-        step: optimizer steps done, over all epochs.
-        share: this process's part of the running epoch.
-        batches_done: micro-batches done of it.
-        slots_done: per worker, slots that were read for them.
-        totals: samples of all ranks since the start, up to the last line of the log.
-        random_state: to start from in mid-epoch; None starts the epoch's own.
+        epoch: number of whole epochs done.
+        step: number of optimizer steps done in all epochs.
+        share: this process's share of the current epoch.
+        batches_done: number of micro-batches of the share that are done.
+        slots_done: for each worker, the number of slots read for these.
+        totals: samples of all ranks since the start, up to the last log line.
+        random_state: random state to restore within an epoch; None uses the initial state of the epoch.
     """
 
     epoch: int
@@ -67,36 +67,36 @@ class Progress:
 
     @classmethod
     def at_epoch(cls, epoch: int, division: Division, env: DistEnv, totals: Totals | None = None) -> "Progress":
-        """The beginning of an epoch."""
+        """Returns the progress at the beginning of an epoch."""
         step, slots_done = epoch * division.steps_per_epoch, [0] * division.num_workers
         return cls(epoch, step, division.whole_epoch(env), 0, slots_done, totals or Totals())
 
     def next_epoch(self, division: Division, env: DistEnv) -> "Progress":
-        """The beginning of the epoch after this one."""
+        """Returns the progress at the beginning of the next epoch."""
         return self.at_epoch(self.epoch + 1, division, env, self.totals)
 
     def advance(self, positions: Sequence[tuple[int, int]]) -> None:
-        """Counts a step, from the `TrainBatch.position` of its micro-batches."""
+        """Adds a step, given the `TrainBatch.position` of its micro-batches."""
         self.step += 1
         self.batches_done += len(positions)
         for worker, num_slots in positions:
             self.slots_done[worker] = num_slots
 
-    def to_content(self, everyone: Sequence[dict], division: Division, env: DistEnv) -> dict:
-        """What a checkpoint keeps of it.
+    def to_content(self, states: Sequence[dict], division: Division, env: DistEnv) -> dict:
+        """Returns the entries of a checkpoint.
 
         Args:
-            everyone: of each rank ``slots_done``, ``random_state``, and ``totals`` since the last line of the log.
-            division: of this run.
+            states: ``slots_done``, ``random_state`` and ``totals`` since the last log line of each rank.
+            division: division of this run.
             env: this process.
         """
         totals = Totals.from_dict(self.totals.to_dict())
-        for state in everyone:
+        for state in states:
             totals.add(Totals.from_dict(state["totals"]))
         content = {"epoch": self.epoch, "step": self.step, "totals": totals.to_dict()}
         if self.step == self.epoch * division.steps_per_epoch and not self.batches_done:
             return content | {"position": None}
-        slots_done = tuple(tuple(state["slots_done"]) for state in everyone)
+        slots_done = tuple(tuple(state["slots_done"]) for state in states)
         share = self.share
         position = EpochPosition(
             env.world_size, division.num_workers, share.batch_size, share.num_batches, self.batches_done, slots_done,
@@ -106,24 +106,24 @@ class Progress:
             "position": position.to_dict(),
             "accum_freq": division.accum_freq,
             "data": division.data,
-            "random_states": [state["random_state"] for state in everyone],
+            "random_states": [state["random_state"] for state in states],
         }
 
 
 def start_from(content: dict, path: object, division: Division, env: DistEnv) -> Progress:
-    """Returns where training resumes from a checkpoint.
+    """Returns the progress from which training resumes.
 
-    In mid-epoch, the same number of processes and workers with the same batches resume in the same order. Others divide
-    what is left of the epoch anew: the same samples, in another order.
+    Within an epoch, training resumes in the same order if the numbers of processes and workers and the batches are the
+    same. Otherwise, the remaining samples of the epoch are divided again and come in a different order.
 
     Args:
-        content: of `load_checkpoint`.
+        content: result of `load_checkpoint`.
         path: its file, for messages.
-        division: of this run.
+        division: division of this run.
         env: this process.
 
     Raises:
-        ValueError: in the middle of an epoch of other data, or of another order.
+        ValueError: the checkpoint is within an epoch of other data, or of the data in another order.
     """
     totals = Totals.from_dict(content["totals"]) if "totals" in content else Totals()
     if not content.get("position"):
@@ -132,7 +132,7 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
         return Progress.at_epoch(content["epoch"], division, env, totals)
     if content["data"] != division.data:
         raise ValueError(
-            f"--resume {path}: in the middle of an epoch of other data or another order; give the same --train-data, "
+            f"--resume {path}: saved within an epoch of other data or another order; give the same --train-data, "
             "--train-num-samples, --seed, --shuffle-window and --shuffle-shards, or resume from an epoch_N.pt"
         )
     position, epoch = EpochPosition.from_dict(content["position"]), content["epoch"]
@@ -148,9 +148,9 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
     if env.is_main:
         logger.warning(
             f"{path} was saved by {position.world_size} processes x {position.num_workers} workers with batches of "
-            f"{position.batch_size} x {content['accum_freq']}: the {count_slots(left):,} samples left of epoch "
+            f"{position.batch_size} x {content['accum_freq']}: the remaining {count_slots(left):,} samples of epoch "
             f"{epoch + 1} come in another order, in {num_steps:,} steps of {per_step:,}; "
-            f"{count_slots(left) - num_steps * per_step:,} of them fill no step and are left out"
+            f"{count_slots(left) - num_steps * per_step:,} of them do not fill a step and are left out"
         )
     share = Share(division.batch_size, num_steps * division.accum_freq, env.rank, env.world_size, left=left)
     step = (epoch + 1) * division.steps_per_epoch - num_steps
@@ -158,36 +158,34 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
 
 
 def _compare_steps(content: dict, path: object, division: Division) -> None:
-    """Warns if the epochs of a checkpoint had another number of steps; open_clip's trainer keeps the optimizer's."""
+    """Warns if a checkpoint's epochs had another number of steps; open_clip's trainer stores it in the optimizer."""
     step = content.get("step", max((int(s.get("step", 0)) for s in content["optimizer"]["state"].values()), default=0))
     expected = content["epoch"] * division.steps_per_epoch
     if step and abs(step - expected) > 0.01 * expected:  # a few steps may have been skipped
         logger.warning(
-            f"{path}: its {content['epoch']} epochs took {step:,} steps, here they are {expected:,}: the learning rate "
-            f"continues as after step {expected:,}"
+            f"{path}: its {content['epoch']} epochs took {step:,} steps, here they take {expected:,}; the learning "
+            f"rate continues as after step {expected:,}"
         )
 
 
 def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object) -> dict:
-    """Puts a checkpoint's state into model, optimizer and scaler; returns its content.
+    """Loads a checkpoint's state into model, optimizer and scaler; returns its content.
 
-    The checkpoint may be one of open_clip's trainer. The optimizer keeps the options that it was built with: the
-    command line overrides the file.
+    The checkpoint may come from open_clip's trainer. The optimizer keeps its own options, because the command line
+    overrides the file.
 
     Raises:
-        ValueError: broken, or of another model.
+        ValueError: the checkpoint is broken or of another model.
     """
     content = load_checkpoint(path)
     weights = dict(content["state_dict"])
-    consume_prefix_in_state_dict_if_present(weights, "module.")  # open_clip's trainer on several processes
+    consume_prefix_in_state_dict_if_present(weights, "module.")  # added by open_clip's trainer with several processes
     try:
         core.load_state_dict(weights)
         load_optimizer_state(optimizer, content["optimizer"], weights, dict(core.named_parameters()))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"--resume {path}: of another model or other locked parts than the flags ({reason})"
-        ) from error
+        raise ValueError(f"--resume {path}: the model or its locked parts differ from the flags ({reason})") from error
     if scaler and content.get("scaler"):
         scaler.load_state_dict(content["scaler"])
     return content
@@ -197,11 +195,11 @@ def changed_flags(path: Path, flags: dict[str, object]) -> dict[str, tuple[objec
     """Compares flags with those of the run that saved a checkpoint.
 
     Args:
-        path: LOGS/NAME/checkpoints/FILE; the run's flags lie in LOGS/NAME/params.json.
-        flags: of this run, by name.
+        path: LOGS/NAME/checkpoints/FILE; the run's flags are in LOGS/NAME/params.json.
+        flags: flags of this run, by name.
 
     Returns:
-        Flag -> (then, now) for every flag that differs, ``--resume`` itself left out; empty if there is no such file.
+        Flag -> (then, now) for every flag that differs, except ``--resume``; empty if there is no params.json.
     """
     try:
         then = json.loads((path.parent.parent / "params.json").read_text(encoding="utf-8"))
@@ -213,7 +211,7 @@ def changed_flags(path: Path, flags: dict[str, object]) -> dict[str, tuple[objec
 
 
 def get_random_state() -> dict:
-    """All random streams of this process, as plain numbers and tensors."""
+    """Returns the state of all random generators of this process, as plain numbers and tensors."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -224,7 +222,7 @@ def get_random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Restores what `get_random_state` returned, perhaps after it was saved in a file."""
+    """Restores a state returned by `get_random_state`, which may have been saved in a file."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

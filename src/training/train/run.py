@@ -1,4 +1,4 @@
-"""One training, top to bottom: check, open data, build, resume; then the epochs of loop.py."""
+"""Runs one training from start to end: check, open data, build, resume; then the training loop in loop.py."""
 
 import argparse
 import inspect
@@ -47,11 +47,11 @@ logger = logging.getLogger(__name__)
 
 
 def train(args: argparse.Namespace) -> int:
-    """Trains as the flags say.
+    """Runs a training.
 
     Returns:
-        Exit code: 0 done; 1 data, numbers or disk failed in mid-training; 2 flags, files or weights are wrong;
-        75 stopped by a signal, continue with ``--resume latest``.
+        Exit code. 0: success; 1: data, loss or disk failed during training; 2: wrong flags, files or weights; 75:
+        stopped by a signal, continue with ``--resume latest``.
     """
     with distributed(args.device, args.timeout_minutes) as env:
         set_timeout(env, args.timeout_minutes)
@@ -64,7 +64,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace, watchdog: Watchdog, env: DistEnv) -> tuple[Plan, Run]:
-    """Everything before the first step; raises ValueError or OSError on all ranks."""
+    """Does everything before the first step; raises ValueError or OSError on all ranks."""
     plan = agree(lambda: _check(args, env), env)
     if not env.is_main:
         log_to(None)
@@ -84,9 +84,9 @@ def _train(args: argparse.Namespace, plan: Plan, run: Run, watchdog: Watchdog, e
         if env.is_main:
             logger.info(f"{stop}; continue with --name {plan.name} --resume latest")
         return EXIT_STOPPED
-    except (FloatingPointError, TooManyBadSamplesError, SaveError, RemoteError) as error:  # no rank waits for another
+    except (FloatingPointError, TooManyBadSamplesError, SaveError, RemoteError) as error:  # raised on all ranks
         return fail(error, 1, env)
-    except (NoUsableSampleError, OSError) as error:  # on this rank alone: leave without waiting for the others
+    except (NoUsableSampleError, OSError) as error:  # only on this rank: exit without waiting for the others
         raise SystemExit(fail(RuntimeError(f"rank {env.rank}: {error}"), 1)) from error
     return 0
 
@@ -97,7 +97,7 @@ def _observers(args: argparse.Namespace, plan: Plan, run: Run, env: DistEnv) -> 
         yield Observers()
         return
     with ExitStack() as stack:
-        # The copy comes last, when all else has been written.
+        # Entered first, so that the last copy is made after everything else has been written.
         remote = stack.enter_context(_remote(args, plan.folder)) if args.remote_sync else None
         project = args.wandb_project_name
         tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), run.start.step, project)
@@ -111,7 +111,7 @@ def _remote(args: argparse.Namespace, folder: Path) -> RemoteCopy:
 
 
 def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
-    """Everything that can be wrong with the command, apart from data and weights. Rank 0 only; opens its log.
+    """Checks flags and files, except data and weights, and opens the log. Rank 0 only.
 
     Raises:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
@@ -123,18 +123,18 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     resolve_weights(args.model, args.pretrained, args.cache_dir)
     for flag, spec in (("--train-data", args.train_data), ("--val-data", args.val_data)):
         if spec and feature_info(spec) and (not args.lock_image or args.lock_image_unlocked_groups):
-            raise ValueError(f"{flag} {spec}: features of a locked image tower; add --lock-image, and unlock no group")
+            raise ValueError(f"{flag} {spec}: features of a locked image tower; add --lock-image and unlock no groups")
     name = args.name or run_name(args.model)
     folder = Path(args.logs) / name
     checkpoints = folder / CHECKPOINTS
     remote = _remote(args, folder) if args.remote_sync else None
     resume = named_checkpoint(args.resume) if args.resume not in (None, "latest") else None
     if not args.resume and (saved_checkpoints(checkpoints, "epoch") or saved_checkpoints(checkpoints, "step")):
-        raise ValueError(f"--name {name}: {checkpoints} holds checkpoints; add --resume latest, or take another name")
+        raise ValueError(f"--name {name}: {checkpoints} contains checkpoints; add --resume latest or use another name")
     if not args.resume and remote and remote.index:
         raise ValueError(
-            f"--name {name}: --remote-sync {args.remote_sync} holds checkpoints of that name; add --resume latest, or "
-            "take another name"
+            f"--name {name}: --remote-sync {args.remote_sync} contains checkpoints of this name; add --resume latest "
+            "or use another name"
         )
     checkpoints.mkdir(parents=True, exist_ok=True)
     fetched = remote.fetch_newer() if remote and args.resume == "latest" else None
@@ -164,14 +164,14 @@ def _count_steps(args: argparse.Namespace, source: Source, env: DistEnv) -> int:
     num_samples = args.train_num_samples or source.num_samples
     if num_samples > source.num_samples:
         raise ValueError(
-            f"--train-num-samples {num_samples}: there are {source.num_samples:,} samples; leave it out, "
-            "or add --dataset-resampled"
+            f"--train-num-samples {num_samples}: there are only {source.num_samples:,} samples; omit the flag or add "
+            "--dataset-resampled"
         )
     samples_per_step = args.batch_size * args.accum_freq * env.world_size
     if samples_per_step > num_samples:
         raise ValueError(
             f"--batch-size {args.batch_size} x --accum-freq {args.accum_freq} x {env.world_size} processes: a step "
-            f"takes {samples_per_step:,} samples, an epoch has {num_samples:,}; lower --batch-size"
+            f"takes {samples_per_step:,} samples, but an epoch has {num_samples:,}; reduce --batch-size"
         )
     return num_samples // samples_per_step
 
@@ -179,13 +179,13 @@ def _count_steps(args: argparse.Namespace, source: Source, env: DistEnv) -> int:
 def _build(
     args: argparse.Namespace, plan: Plan, source: Source, val_source: Source | None, steps_per_epoch: int, env: DistEnv
 ) -> Run:
-    """Builds all that is needed, and puts a checkpoint's state into it."""
+    """Builds model, optimizer and data, and restores the state of a checkpoint."""
     parts = build_from_flags(args, env.device)
     core = parts.model
     if hasattr(core, "text_decoder"):
-        raise ValueError(f"--model {args.model}: CoCa's captioning is not trained here; take a two-tower model")
+        raise ValueError(f"--model {args.model}: training of CoCa is not supported; use a two-tower model")
     if not any(p.requires_grad for name, p in core.named_parameters() if not name.startswith("logit_")):
-        raise ValueError("--lock-image and --lock-text leave nothing to train; unlock some layers or a tower")
+        raise ValueError("--lock-image and --lock-text leave nothing to train; unlock layers or a tower")
     _check_features(args, core)
     flops = count_model(core, parts.tokenizer, env.device, args.precision, bool(feature_info(args.train_data)))
     if args.grad_checkpointing:
@@ -228,7 +228,7 @@ def make_stepper(
     scaler: torch.amp.GradScaler | None,
     env: DistEnv,
 ) -> Stepper:
-    """Puts together what takes a step: the one place to build another kind of `Stepper`."""
+    """Builds the `Stepper`; to use your own subclass, create it here."""
     corners = [entry.corners for entry in caption_rule(args).texts]
     whole = _whole_model(core, args.torchcompile, corners)
     return Stepper(
@@ -254,13 +254,13 @@ def _schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_
 def _check_warmup(warmup: int, num_steps: int, lr: float) -> None:
     if warmup >= num_steps:
         logger.warning(
-            f"--warmup {warmup}: the run has {num_steps:,} steps, so the learning rate never reaches --lr {lr:g}; "
+            f"--warmup {warmup}: the run has only {num_steps:,} steps, so the learning rate never reaches --lr {lr:g}; "
             f"a tenth of the steps is usual (--warmup {num_steps // 10})"
         )
 
 
 def _set_arithmetic(env: DistEnv) -> None:
-    """Lets CUDA multiply fp32 matrices in TF32, as open_clip's trainer does; logs that."""
+    """Makes CUDA multiply fp32 matrices in TF32, like open_clip's trainer, and logs this."""
     if env.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -269,28 +269,28 @@ def _set_arithmetic(env: DistEnv) -> None:
 
 
 def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
-    """Raises ValueError if cached image features are not those of this model's tower, or if more of it is trained."""
+    """Raises ValueError if cached image features are not those of this model's tower, or if the tower is trained."""
     specs = {"--train-data": args.train_data, "--val-data": args.val_data}
     infos = {flag: info for flag, spec in specs.items() if spec and (info := feature_info(spec))}
-    own = tower_info(core, args) if infos else None  # hashes all weights of the tower: once
+    own = tower_info(core, args) if infos else None  # called once, because it hashes all weights of the tower
     for flag, info in infos.items():
         if different := info.differences(own):
             raise ValueError(
                 f"{flag} {specs[flag]}: features of another image tower ({', '.join(different)} differ): "
-                f"{info.model}'s, in {info.precision}; give the model and weights that --extract-image-features had"
+                f"{info.model}'s, in {info.precision}; give the model and weights used with --extract-image-features"
             )
     trained = [name for name, parameter in core.visual.named_parameters() if parameter.requires_grad]
     if infos and trained and linear_head(core.visual) is None:
         raise ValueError(
-            f"--model {args.model}: --lock-image leaves {trained[0]} to be trained, which features of whole images "
-            'bypass; train on images, or take "timm_proj": "linear" in the model\'s vision_cfg'
+            f"--model {args.model}: --lock-image leaves {trained[0]} trainable, but cached features bypass it; train "
+            'on images, or set "timm_proj": "linear" in the model\'s vision_cfg'
         )
 
 
 def _whole_model(core: torch.nn.Module, compiled: str | None, corners: list[bool]) -> TrainModel:
     cfg = core.visual.preprocess_cfg
     model = TrainModel(core, cfg["mean"], cfg["std"], corners)
-    if compiled == "image" or (compiled and model.image_is_locked):  # a locked one runs apart from the rest
+    if compiled == "image" or (compiled and model.image_is_locked):  # a locked tower runs outside of `model`
         core.visual.compile()
     if compiled == "model":
         model.compile()
@@ -301,7 +301,7 @@ def _over_ranks(model: TrainModel, env: DistEnv) -> torch.nn.Module:
     if env.world_size == 1:
         return model
     ids = [env.device.index] if env.device.type == "cuda" else None
-    # Each rank has the same buffers; torch has two names for leaving them alone.
+    # Buffers need no synchronisation, because all ranks have the same ones; the option's name depends on the version.
     names = inspect.signature(DistributedDataParallel).parameters
     buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)

@@ -1,6 +1,6 @@
-"""One optimizer step: forward, loss, backward, clip, update; over several micro-batches if need be.
+"""One optimizer step: forward, loss, backward, clip, update; with gradient accumulation over micro-batches.
 
-To change a part, subclass `Stepper` and build yours in `run.make_stepper`; see CONTRIBUTING.md.
+To change a part, subclass `Stepper` and create an instance of your class in `run.make_stepper`; see CONTRIBUTING.md.
 """
 
 import math
@@ -21,21 +21,21 @@ ROW_WISE = ("image_features", "text_features")
 
 @dataclass
 class Stepper:
-    """What a step needs, apart from data.
+    """Computes optimizer steps.
 
     Attributes:
-        model: a `TrainModel`, perhaps compiled or under DDP; called with a batch's inputs by name.
+        model: a `TrainModel`, possibly compiled or wrapped in DDP; called with a batch's inputs by name.
         core: the two-tower model inside it.
         loss: called with the model's output and ``output_dict=True``.
-        optimizer: of `core`'s parameters.
-        autocast: makes the context of forward passes.
-        scaler: of float16 gradients; None otherwise.
-        max_norm: gradients are clipped to it; None leaves them.
+        optimizer: optimizer of `core`'s parameters.
+        autocast: returns the context of forward passes.
+        scaler: gradient scaler for float16; None otherwise.
+        max_norm: maximum norm of the gradient; None does not clip.
         on_any_rank: flag on the device -> whether it is set on any rank.
-        locked_images: ``image`` or ``image_features`` -> normalised features, of an image tower that is not trained. It
-            runs once for each image, apart from `model`; the features are gathered while the text tower computes. None
-            where images go through `model`.
-        corners: places of [CLS] and the corners among the text features, see `corner.corner_places`.
+        locked_images: for an image tower that is not trained: ``image`` or ``image_features`` -> normalised features.
+            It runs once per image, separately from `model`; the features are gathered while the text tower computes.
+            None if images go through `model`.
+        corners: indices of [CLS] and the corners among the text features, see `corner.corner_places`.
     """
 
     model: nn.Module
@@ -50,15 +50,15 @@ class Stepper:
     corners: tuple[list[int], list[int]] = ((), ())
 
     def __call__(self, micro_batches: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
-        """Trains on micro-batches as on one batch of them all; leaves all as it was if loss or gradient is not finite.
+        """Takes a step on micro-batches, compared as one batch; does not update if loss or gradient is not finite.
 
         Args:
             micro_batches: inputs of the model by name (see `data.batch`), on its device.
 
         Returns:
-            Loss terms, ``loss``, ``grad_norm``, ``logit_scale``, ``corner_cls_cosine`` where there are corners, and
-            ``skipped_steps`` (1: loss or gradient not finite, on any rank), as tensors on the device: to read them is
-            to wait.
+            Loss terms, ``loss``, ``grad_norm``, ``logit_scale``, ``corner_cls_cosine`` if there are corners, and
+            ``skipped_steps`` (1: loss or gradient not finite on some rank), as tensors on the device: reading them
+            synchronises.
         """
         self.optimizer.zero_grad(set_to_none=True)
         batches, early = self.encode_locked_images(micro_batches)
@@ -76,7 +76,7 @@ class Stepper:
 
     @record_function("forward")
     def forward(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
-        """Returns the model's output for a micro-batch's inputs: features and scalars that the loss takes by name."""
+        """Returns the model's output for a micro-batch: features and scalars, by the names of the loss's arguments."""
         with self.autocast():
             return self.model(**batch)
 
@@ -85,23 +85,23 @@ class Stepper:
         """Returns the loss terms, whose sum is minimised.
 
         Args:
-            output: of `forward`, in fp32, with the rows of all micro-batches.
-            early: further arguments of the loss: gathered image features, if `encode_locked_images` has gathered them.
+            output: result of `forward` in fp32, with the rows of all micro-batches.
+            early: additional arguments of the loss, from `encode_locked_images`.
         """
         return self.loss(**output, **early, output_dict=True)
 
     def watch(self, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns what else is logged of an output, as detached scalars."""
+        """Returns additional metrics of an output to log, as detached scalars."""
         if not self.corners[0]:
             return {}
         return {"corner_cls_cosine": cosine_with_cls(output["text_features"], self.corners)}
 
     @record_function("update")
     def update(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clips and applies the gradients, unless these or the loss are not finite on some rank.
+        """Clips and applies the gradients, unless gradients or loss are not finite on some rank.
 
         Returns:
-            Norm of the gradient before clipping, and whether the step was skipped (0 or 1).
+            The norm of the gradient before clipping, and whether the step was skipped (0 or 1).
         """
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
@@ -110,13 +110,13 @@ class Stepper:
             norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        # Gradients are the same on all ranks, losses need not be.
+        # Gradients are the same on all ranks, but losses are not.
         skipped = self.on_any_rank((~(norm.isfinite() & loss.isfinite())).float())
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif self.optimizer.defaults.get("fused"):
-            # As GradScaler does it: the fused optimizer itself looks at the flag, so no step waits for the device.
+            # Like GradScaler: the fused optimizer checks the flag on the device, so no step synchronises.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped
             self.optimizer.step()
         elif not skipped:
@@ -125,9 +125,11 @@ class Stepper:
 
     @torch.no_grad()
     def encode_locked_images(self, micro_batches: Sequence[dict[str, object]]) -> tuple[Sequence[dict], dict]:
-        """Returns micro-batches with features in place of images, and the loss's argument that gathers them meanwhile.
+        """Encodes the images of a locked tower and starts to gather the features.
 
-        Where images go through the model, the micro-batches are returned as they are.
+        Returns:
+            The micro-batches with features instead of images, and additional arguments of the loss. If images go
+            through the model, the micro-batches are returned unchanged.
         """
         if self.locked_images is None:
             return micro_batches, {}
@@ -139,8 +141,8 @@ class Stepper:
         return batches, {"early": self.loss.gather_early(torch.cat(features))}
 
     def _backward(self, output: dict[str, torch.Tensor], early: dict[str, object]) -> tuple[dict, dict]:
-        """Returns the loss terms, and what else is logged of the features."""
-        # Logits in fp32: features of 16 bits would make near ties of different captions.
+        """Returns the loss terms and the additional metrics."""
+        # The loss is computed in fp32, because 16-bit features would make different captions nearly equal.
         output = {name: value.float() for name, value in output.items()}
         terms = self.compute_loss(output, early)
         total = sum(terms.values())
@@ -149,9 +151,12 @@ class Stepper:
         return terms, self.watch(output)
 
     def _accumulate(self, micro_batches: Sequence[dict[str, object]], early: dict[str, object]) -> tuple[dict, dict]:
-        """Contrastive accumulation: features of all without a graph, then each again with one, among the others'.
+        """Accumulates gradients of a contrastive loss over micro-batches.
 
-        Source: GradCache (arXiv 2101.06983). The second pass draws the same dropout as the first.
+        First, the features of all micro-batches are computed without a graph. Then each micro-batch is computed again
+        with a graph, with the same dropout, and compared with the stored features of the others.
+
+        Source: GradCache (arXiv 2101.06983).
         """
         cached, states = [], []
         for batch in micro_batches:
@@ -163,7 +168,7 @@ class Stepper:
         for number, batch in enumerate(micro_batches):
             _set_random_state(states[number])
             is_last = number == len(micro_batches) - 1
-            # DDP sums gradients up once, at the last backward pass.
+            # DDP reduces gradients only once, in the last backward pass.
             with nullcontext() if is_last or not hasattr(self.model, "no_sync") else self.model.no_sync():
                 output = self.forward(batch)
                 for name in ROW_WISE:
@@ -176,7 +181,7 @@ class Stepper:
 
     @staticmethod
     def _count_scalars_once(output: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
-        """Each micro-batch sees the whole loss, so scale and bias would get their gradient `times` times."""
+        """Scales the gradients of scale and bias by 1 / `times`, because each micro-batch computes the whole loss."""
         for name in ("logit_scale", "logit_bias"):
             if name in output:
                 value = output[name]

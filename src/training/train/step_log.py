@@ -1,4 +1,4 @@
-"""The log line of every few steps: loss, speed, waiting for data, padding, skipped samples, time left."""
+"""Log lines during training: loss, speed, waiting for data, padding, skipped samples, remaining time."""
 
 import logging
 import math
@@ -18,24 +18,24 @@ from training.runtime.tracking import Tracker
 from training.train.flops import ModelFlops
 
 EXAMPLES_PER_KIND = 3
-FEW_SAMPLES = 1000  # a fraction of fewer samples means little
+FEW_SAMPLES = 1000  # the fraction of bad samples is checked only after this many samples
 logger = logging.getLogger(__name__)
 
 
 class StepLog:
-    """Collects numbers on every rank, sums them over ranks every `every` steps, writes them on rank 0.
+    """Collects metrics on every rank, reduces them over ranks every `every` steps, and writes them on rank 0.
 
-    Loss terms stay on the device between two lines, so that no step waits for them.
+    Loss terms stay on the device between two log lines, so that no step waits for them.
 
     Args:
         env: this process.
-        tracker: of rank 0; None elsewhere.
-        totals: samples of all ranks since the start; kept up to date from line to line.
-        every: steps from line to line.
-        total_steps: of the whole training.
-        steps_per_epoch: to show the epoch of a step.
-        max_bad_samples: largest tolerated fraction of bad samples.
-        flops: of the model, to log how much of the device's peak is used; None logs nothing.
+        tracker: writer of metrics on rank 0; None on the other ranks.
+        totals: samples of all ranks since the start; updated at every log line.
+        every: number of steps per log line.
+        total_steps: number of steps of the whole training.
+        steps_per_epoch: number of steps of an epoch.
+        max_bad_samples: maximum tolerated fraction of bad samples.
+        flops: FLOPs of the model, to log the utilisation of the device; None does not log it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StepLog:
         self.env, self.tracker, self.totals, self.every = env, tracker, totals, every
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.max_bad_samples, self.flops = max_bad_samples, flops
-        self.own = Totals()  # this rank's, since the last line
+        self.own = Totals()  # samples of this rank since the last log line
         self.num_logged: Counter[str] = Counter()
         self.bar: tqdm | None = None
         self._reset()
@@ -64,12 +64,12 @@ class StepLog:
         self.waited = 0.0
 
     def pending(self) -> dict:
-        """What this rank has read since the last line, as `Totals.to_dict`."""
+        """Returns what this rank has read since the last log line, in the form of `Totals.to_dict`."""
         return self.own.to_dict()
 
     @contextmanager
     def epoch(self, first_step: int) -> Iterator[None]:
-        """Shows a bar on a terminal, and counts no time between epochs."""
+        """Shows a progress bar on a terminal; time between epochs is not measured."""
         self._reset()
         with tqdm(
             desc="train",
@@ -83,7 +83,7 @@ class StepLog:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Times the wait for a batch."""
+        """Measures the time of waiting for a batch."""
         start = time.monotonic()
         yield
         self.waited += time.monotonic() - start
@@ -101,14 +101,19 @@ class StepLog:
                 logger.warning(f"skipped sample, {kind}: {name}{more}")
 
     def add_step(self, step: int, report: dict[str, torch.Tensor], lr: float) -> None:
-        """Takes a step's numbers (`step` counts those done); logs them every few steps and at the end of an epoch.
+        """Adds a step's metrics; logs every `every` steps and at the end of an epoch.
+
+        Args:
+            step: number of steps done.
+            report: result of a `Stepper`.
+            lr: base learning rate of the step.
 
         Raises:
-            TooManyBadSamplesError: on all ranks alike.
+            TooManyBadSamplesError: there are too many bad samples; raised on all ranks.
         """
         skipped = report["skipped_steps"]
         for name, value in report.items():
-            # What is not finite is counted, and left out of the means.
+            # Steps that are not finite are counted and excluded from the means.
             value = value if name == "skipped_steps" else torch.where(skipped > 0, 0.0, value.float())
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.steps += 1
@@ -139,8 +144,8 @@ class StepLog:
             logger.info(self._line(step, metrics))
 
     def _reduce(self) -> dict[str, float]:
-        """Means of the report's entries over steps and ranks; adds all ranks' samples to the totals."""
-        # The one place where training waits for the device.
+        """Returns the means of the report's entries over steps and ranks; adds all ranks' samples to the totals."""
+        # The only place where training synchronises with the device.
         own = torch.stack([value.float() for value in self.sums.values()]).cpu().double()
         counts = [self.own.num_seen, *(self.own.faults[kind] for kind in FAULT_KINDS)]
         total = sum_over_ranks(torch.cat([own, torch.tensor(counts, dtype=torch.float64)]), self.env)
@@ -157,8 +162,8 @@ class StepLog:
         totals = self.totals
         if totals.num_seen >= FEW_SAMPLES and totals.num_bad > self.max_bad_samples * totals.num_seen:
             raise TooManyBadSamplesError(
-                f"{totals.describe()}: more than --max-bad-samples {self.max_bad_samples:g}. The first of each kind "
-                "are named above; correct the data, or raise the limit"
+                f"{totals.describe()}: more than --max-bad-samples {self.max_bad_samples:g}. The first samples of each "
+                "kind are named above; correct the data, or raise the limit"
             )
 
     def _line(self, step: int, m: dict) -> str:

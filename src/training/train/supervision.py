@@ -1,4 +1,4 @@
-"""Everything around a step that is not training: watchdog, log, non-finite guard, signals, and saves that are due."""
+"""Supervision of steps: watchdog, log, check for non-finite steps, signals, and due saves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from training.train.step_log import StepLog
 
 
 class SupervisedStep:
-    """One step under supervision; whoever takes it sets `lr` and `report`.
+    """One supervised step; the caller has to set `lr` and `report`.
 
     Attributes:
         lr: base learning rate of the step.
-        report: what a `Stepper` returns.
-        stop, save: after the step, what all ranks have to do; the same on every rank.
+        report: result of the `Stepper`.
+        stop, save: set after the step: whether to stop and whether to save; the same on all ranks.
     """
 
     lr: float
@@ -37,8 +37,8 @@ class SupervisedStep:
         """Waits for a step's micro-batches; returns the model's inputs for each, on the device.
 
         Args:
-            batches: of `data.batch.to_device`.
-            count: micro-batches of the step.
+            batches: result of `data.batch.to_device`.
+            count: number of micro-batches of the step.
             can_save: False postpones a save that is due.
         """
         inputs = []
@@ -54,12 +54,12 @@ class SupervisedStep:
 
     @property
     def positions(self) -> list[tuple[int, int]]:
-        """Where each micro-batch ends in its worker's share."""
+        """Position after each micro-batch in its worker's share, see `TrainBatch.position`."""
         return [batch.position for batch in self.batches]
 
     @property
     def keys(self) -> list[str]:
-        """The samples of the step."""
+        """Keys of the samples of the step."""
         return [key for batch in self.batches for key in batch.keys]
 
 
@@ -67,11 +67,11 @@ class Supervision:
     """Supervises the steps of this process.
 
     Args:
-        watchdog: running.
-        control: what ranks agree on at each step.
-        log: lines of numbers.
-        guard: follows steps that were skipped.
-        profile: records a few steps, if asked for.
+        watchdog: the running watchdog.
+        control: exchanges requests to stop and to save.
+        log: collects and logs metrics.
+        guard: monitors skipped steps.
+        profile: records a few steps; None does not profile.
     """
 
     def __init__(
@@ -81,17 +81,17 @@ class Supervision:
 
     @contextmanager
     def epoch(self, first_step: int) -> Iterator[None]:
-        """Surrounds the steps of an epoch; raises as `StepGuard.finish`."""
+        """Context of the steps of an epoch; raises like `StepGuard.finish`."""
         with self.log.epoch(first_step):
             yield
         self.guard.finish()
 
     @contextmanager
     def step(self, number: int) -> Iterator[SupervisedStep]:
-        """Surrounds one step, counted from 1.
+        """Context of one step, numbered from 1.
 
         Raises:
-            FloatingPointError, TooManyBadSamplesError: on all ranks alike.
+            FloatingPointError, TooManyBadSamplesError: see `StepGuard.add` and `StepLog.add_step`; on all ranks.
         """
         self.watchdog.at(number, WAITING)
         step = SupervisedStep(self, number)

@@ -1,4 +1,4 @@
-"""Evaluation during training: loss and R@1 on --val-data, retrieval on whichever benchmarks are named."""
+"""Evaluation during training: loss and R@1 on --val-data, and the benchmarks that the flags name."""
 
 import argparse
 import logging
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """``--val-data``, read through the evaluation transform.
+    """The data of ``--val-data``, read with the evaluation transform.
 
     Attributes:
-        data: its samples, with the captions that epoch 0 chooses.
-        share: this rank's part; all parts together are the whole set.
-        loss: of training, for a process that holds the whole batch.
-        batch_size: samples that the loss compares with each other.
+        data: the samples, with the captions that epoch 0 selects.
+        share: this rank's part; all ranks' parts together are the whole set.
+        loss: the training loss, for a single process with the whole batch.
+        batch_size: number of samples that the loss compares with each other.
     """
 
     data: TrainData
@@ -45,7 +45,7 @@ class ValidationSet:
 
     @classmethod
     def of(cls, data: TrainData, batch_size: int, env: DistEnv, loss: Callable) -> "ValidationSet":
-        """Divides the samples over ranks as evenly as whole batches of at most `batch_size` allow."""
+        """Divides the samples over ranks, as evenly as batches of at most `batch_size` samples allow."""
         num_samples, global_batch_size = data.source.num_samples, batch_size * env.world_size
         num_batches = math.ceil(num_samples / global_batch_size)
         own_size = math.ceil(num_samples / (num_batches * env.world_size))
@@ -62,28 +62,28 @@ def validate(
     env: DistEnv,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Measures a model on ``--val-data``; each usable sample counts once, on whichever rank and in whichever batch.
+    """Evaluates a model on ``--val-data``; every usable sample counts exactly once, for any number of ranks.
 
     Args:
         val: the samples.
         model: a `TrainModel`, in eval mode.
-        autocast: makes the context of the forward pass.
+        autocast: returns the context of the forward pass.
         env: this process.
-        before_batch: called before each batch, as often on every rank; may raise on all of them.
+        before_batch: called before each batch, the same number of times on every rank; may raise on all of them.
 
     Returns:
-        Mean over samples of each loss term and of ``loss``; ``num_samples``, ``skipped``; R@1 in both directions with
-        the short caption (``short_i2t_top1``, ..) and with the first long one (``long_i2t_top1``, ..).
+        The mean over samples of each loss term and of ``loss``; ``num_samples`` and ``skipped``; R@1 in both directions
+        with the short caption (``short_i2t_top1``, ...) and with the first long caption (``long_i2t_top1``, ...).
 
     Raises:
-        NoUsableSampleError: every sample is bad.
+        NoUsableSampleError: all samples are bad.
     """
     outputs: list[dict[str, torch.Tensor]] = []
     num_bad = 0
     batches = iter(val.data.loader(0, val.share, pin=env.device.type == "cuda", refill=False))
     for _ in range(val.share.num_batches):
         before_batch()
-        batch = next(batches, None)  # a rank whose part is smaller has none left at the end
+        batch = next(batches, None)  # a rank with a smaller part may have no batch left at the end
         num_bad += len(batch.bad_samples) if batch else 0
         if batch and batch.keys:
             with autocast():
@@ -102,7 +102,7 @@ def validate(
 
 
 def _of_all_ranks(outputs: list[dict[str, torch.Tensor]], env: DistEnv) -> dict[str, torch.Tensor]:
-    """Joins the model's outputs for all batches of all ranks, in rank order; {} if there is none on any rank."""
+    """Concatenates the model's outputs for all batches of all ranks, in rank order; {} if no rank has any."""
     num_own = sum(len(output["image_features"]) for output in outputs)
     first = outputs[0] if outputs else {}
     first = {name: value[:0].clone() if name in ROW_WISE else value for name, value in first.items()}
@@ -121,7 +121,7 @@ def _of_all_ranks(outputs: list[dict[str, torch.Tensor]], env: DistEnv) -> dict[
 
 
 def _mean_loss(val: ValidationSet, whole: dict[str, torch.Tensor], env: DistEnv) -> dict[str, float]:
-    """Returns the mean over samples of the loss and its terms; the batches that it compares are divided over ranks."""
+    """Returns the mean over samples of the loss and its terms; the ranks share the computation."""
     num_samples = len(whole["image_features"])
     number = math.ceil(num_samples / val.batch_size)
     parts = {name: value.tensor_split(number) for name, value in whole.items() if name in ROW_WISE}
@@ -145,16 +145,25 @@ def evaluate_benchmarks(
     env: DistEnv,
     more: dict[str, object],
 ) -> dict[str, object]:
-    """Evaluates retrieval in mid-training; rank 0 logs the table and appends it, and `more`, to FOLDER/results.jsonl.
+    """Evaluates benchmarks during training; rank 0 logs the tables and appends results to FOLDER/results.jsonl.
 
-    Images that can't be read are logged and left out: a benchmark must not end the training.
+    Images that can't be read are logged and skipped, because a benchmark must not end the training.
+
+    Args:
+        parts: the model with its transforms and tokenizer.
+        work: the benchmarks.
+        args: flags.
+        folder: folder of results.jsonl.
+        epoch: number of epochs done.
+        env: this process.
+        more: additional entries of the line in results.jsonl.
 
     Returns:
-        The published keys with their numbers; nothing if a benchmark has no readable image left.
+        The numbers under their published keys; empty if a benchmark has no readable image.
 
     Raises:
         FloatingPointError: the model returned NaN or infinity.
-        StoppedError: a signal came to some rank.
+        StoppedError: a rank received a signal.
     """
     options = ComputeOptions(
         args.batch_size,
@@ -167,12 +176,12 @@ def evaluate_benchmarks(
     try:
         results = evaluate_retrieval(parts, work, env, options, allow_broken=True) if work.sets else []
         zero_shot = evaluate_zero_shot(parts, work.classification, env, options, allow_broken=True)
-    except BrokenImageError as error:  # on all ranks alike
+    except BrokenImageError as error:  # raised on all ranks
         if env.is_main:
             logger.error(f"evaluation after epoch {epoch} failed, training continues: {error}")
         return {}
     if env.is_main:
-        _warn_of_broken_images([*results, *zero_shot])
+        _warn_about_broken_images([*results, *zero_shot])
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
         write_results([*results, *zero_shot], folder, args, None, extra)
         tables = [format_table(results)] * bool(results) + [format_zero_shot(zero_shot)] * bool(zero_shot)
@@ -180,10 +189,10 @@ def evaluate_benchmarks(
     return to_json([*results, *zero_shot])
 
 
-def _warn_of_broken_images(results: list[Result]) -> None:
+def _warn_about_broken_images(results: list[Result]) -> None:
     for result in results:
         if result.num_broken:
             logger.warning(
-                f"{result.title}: {result.num_broken:,} pairs with images that can't be read are left out; its "
-                f"numbers are over {result.num_pairs:,} of {result.num_expected:,}. Replace the images"
+                f"{result.title}: {result.num_broken:,} pairs with images that can't be read are skipped; the results "
+                f"are for {result.num_pairs:,} of {result.num_expected:,} pairs. Replace the images"
             )
