@@ -1,1 +1,1 @@
-"""Command-line flags, checked before any work. Nothing here imports torch, so --help answers at once."""
+"""Command-line flags, checked before any work. Nothing here imports torch, so that --help is fast."""
