@@ -17,6 +17,7 @@ from pathlib import Path
 
 FIGURES = (
     "text_step",
+    "stock_text",
     "loss",
     "loss_large",
     "train_step",
