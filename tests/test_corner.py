@@ -34,9 +34,12 @@ def tower(family="bert", num_corners=2, num_layers=1, context_length=24, **kwarg
             "sep_token_id": 3,
             "bos_token_id": 2,
             "eos_token_id": 3,
+            "num_hidden_layers": max(2, num_layers),  # transformers 5.4 to 5.12 refuse a config of one layer
         }
     config = AutoConfig.for_model(family, **fields)
     text = CornerHFText(config, 16, num_corners, context_length, "linear", **kwargs).eval()
+    if family == "modernbert":
+        text.transformer.layers = text.transformer.layers[:num_layers]
     for name, parameter in text.named_parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -13,6 +13,7 @@ from training.export.source import Source, check_samples
 from training.export.tokenizer_files import write_tokenizer
 
 OPSET = 18
+MAX_BATCH = 2**20  # torch 2.6 cannot export an axis without an upper bound
 
 
 class _Images(nn.Module):
@@ -56,7 +57,7 @@ def write_files(source: Source, folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError("--to onnx needs more packages: pip install onnx onnxscript onnxruntime") from error
     images, texts = check_samples()
     pixels = torch.stack([source.preprocess(image) for image in images])
-    batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     # A text tower without causal mask that pools its last position only works with the full context length.
     fixed = getattr(getattr(source.model, "text", source.model), "pool_type", "") == "last"
     length = source.tokenizer.context_length

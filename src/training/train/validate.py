@@ -184,7 +184,8 @@ def evaluate_benchmarks(
         _warn_about_broken_images([*results, *zero_shot])
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
         write_results([*results, *zero_shot], folder, args, None, extra)
-        tables = [format_table(results)] * bool(results) + [format_zero_shot(zero_shot)] * bool(zero_shot)
+        tables = [format_table(results)] if results else []
+        tables += [format_zero_shot(zero_shot)] if zero_shot else []
         logger.info(f"after epoch {epoch}:\n" + "\n\n".join(tables))
     return to_json([*results, *zero_shot])
 
