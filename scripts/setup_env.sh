@@ -16,9 +16,12 @@ cd "$(dirname "$0")/.."
 level="${1:-training}"
 own_env="$PWD/.venv" # made here if it is not there
 newest=99            # the newest minor version of Python 3 that will do
+remedy="activate another environment"
 if [[ "$level" == minimum ]]; then
-    own_env=$(realpath -m "${MINIMUM_ENV:-.venv-minimum}")
+    own_env="${MINIMUM_ENV:-.venv-minimum}"
+    [[ "$own_env" == /* ]] || own_env="$PWD/$own_env"
     newest=11 # the oldest versions have no wheels for later ones
+    remedy="name another folder: MINIMUM_ENV=DIR"
     env="$own_env"
     if [[ ! -f "$env/pyvenv.cfg" && -n "$(ls -A "$env" 2>/dev/null)" ]]; then
         echo "setup: MINIMUM_ENV $env holds files and is no virtual environment; name a new or an empty folder" >&2
@@ -71,7 +74,7 @@ if [[ "$env" == "$own_env" ]] && ! "$env/bin/python" -m pip --version >/dev/null
 fi
 python="$env/bin/python"
 if ! will_do "$python"; then
-    echo "setup: $env has $("$python" --version), $wanted_python is needed; activate another environment" >&2
+    echo "setup: $env has $("$python" --version), $wanted_python is needed; $remedy" >&2
     exit 2
 fi
 
