@@ -71,8 +71,9 @@ def _run(args: argparse.Namespace, names: list[str], path: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(device, args.quick, Path(folder), repeats=2 if args.quick else 3)
         for module in tqdm(modules, desc="benchmarks", disable=not sys.stderr.isatty()):
-            figures += module.run(setting)
-            path.write_text(json.dumps(to_json(figures, setting), indent=1) + "\n")  # keeps results if interrupted
+            for figure in module.run(setting):
+                figures.append(figure)
+                path.write_text(json.dumps(to_json(figures, setting), indent=1) + "\n")  # keeps results if interrupted
     draw(figures, path.with_suffix(".png"))
     print(format_table(figures))
     print(f"\nRatios are baseline over ours. Numbers: {path}   Plot: {path.with_suffix('.png')}")

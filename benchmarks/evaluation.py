@@ -67,7 +67,7 @@ def load_parts(name: str, device: torch.device) -> EncoderParts:
 
 def run(setting: Setting) -> list[Figure]:
     """Measures one process, on a CPU without loader processes; on a CPU also two processes."""
-    name, scale = setting.pick(("lotlip_tiny", 1000), ("lotlip_tiny", 50), ("lotlip_bert-ViT-B-16", 4))
+    name, scale = setting.pick(("lotlip_tiny", 1000), ("lotlip_tiny", 50), ("lotlip_bert-ViT-B-16", 20))
     workers = (os.cpu_count() or 1) if setting.on_gpu else 0
     parts = load_parts(name, setting.device)
     sets = make_sets(setting.folder, scale, (750, 500) if setting.quick else IMAGE_SIZE)

@@ -1,10 +1,12 @@
-"""What a GPU gives, in one command: environment, GPU tests, and every figure at full size, within nine minutes.
+"""Measures everything on a GPU with one command: environment, GPU tests, and every figure at full size.
 
     make gpu-check              on one NVIDIA GPU: writes figures/gpu-NAME.json and .png
-    make gpu-check CPU=1        the same steps, shrunken, on the CPU: shows that they work
+    make gpu-check CPU=1        the same steps with small sizes, on the CPU, to show that they work
 
-Each step is a process of its own, so one that fails or runs out of memory costs only its own figure. The JSON file is
-written after every step; a step that the time limit cuts short is recorded as such.
+Each step is a separate process, so one that fails or runs out of memory loses only its own figure. Each has a share of
+the time limit for itself, and also gets the time that steps before it did not use. A step that needs more is stopped
+with all its processes, and recorded as cut short. The files are written after every step, with what the step had
+measured when it was stopped.
 """
 
 import argparse
@@ -12,18 +14,32 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
-FIGURES = ("train_step", "text_step", "loss", "loss_large", "precision", "evaluation")
+from benchmarks.report import draw_bars
+
+TESTS = "tests"
+SHARES = {  # of the time limit
+    TESTS: 0.2,
+    "train_step": 0.2,
+    "text_step": 0.15,
+    "loss": 0.1,
+    "loss_large": 0.1,
+    "precision": 0.1,
+    "evaluation": 0.15,
+}
+FIGURES = tuple(name for name in SHARES if name != TESTS)
 TARGETS = {  # of one H100 or H200
     "train_step.time_ratio": 2.5,
     "train_step_cached.time_ratio": 6.0,
@@ -48,19 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     device = "cpu" if args.cpu else "cuda"
     name = "cpu" if args.cpu else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    path, deadline = args.out / f"gpu-{name}.json", time.monotonic() + args.limit_s
+    path, end = args.out / f"gpu-{name}.json", time.monotonic() + args.limit_s
     content = {"environment": describe_environment(), "steps": {}, "figures": {}}
-    if not args.skip_tests:
-        content["steps"]["tests"] = _run_tests(device, deadline)
-        print(f"tests: {content['steps']['tests']['summary']}", flush=True)
-        _write(path, content)
-    for figure in FIGURES:
-        content["steps"][figure], found = _run_figure(figure, device, deadline)
-        content["figures"] |= found
-        _write(path, content)
-        print(f"{figure}: {content['steps'][figure]['outcome']}", flush=True)
+    steps = FIGURES if args.skip_tests else (TESTS, *FIGURES)
+    for number, step in enumerate(steps):
+        deadline = end - args.limit_s * sum(SHARES[later] for later in steps[number + 1 :])
+        if step == TESTS:
+            content["steps"][step] = _run_tests(device, deadline)
+        else:
+            content["steps"][step], found = _run_figure(step, device, deadline)
+            content["figures"] |= found
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _draw(content["figures"], path.with_suffix(".png"))
+        print(f"{step}: {content['steps'][step]['outcome']}", flush=True)
     print(tabulate(compare_with_targets(content["figures"]), headers="keys", tablefmt="github"))
-    _draw(content["figures"], path.with_suffix(".png"))
     print(f"\nNumbers: {path}   Figure: {path.with_suffix('.png')}")
     return int(any(step["outcome"] != "done" for step in content["steps"].values()))
 
@@ -114,11 +131,20 @@ def _run(command: list[str], deadline: float) -> tuple[int | None, str, float]:
     left = deadline - start
     if left <= 0:
         return None, "not started: the time limit had passed", 0.0
+    # A session of its own, so that all of its processes can be stopped: loader processes would keep the pipe open.
+    work = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
-        return done.returncode, done.stdout + done.stderr, time.monotonic() - start
-    except subprocess.TimeoutExpired as expired:
-        return None, str(expired), time.monotonic() - start
+        text, _ = work.communicate(timeout=left)
+    except BaseException as error:  # also Ctrl-C, which does not reach the other session
+        with suppress(ProcessLookupError):
+            os.killpg(work.pid, signal.SIGKILL)
+        work.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None, "stopped by the time limit", time.monotonic() - start
+        raise
+    return work.returncode, text, time.monotonic() - start
 
 
 def _outcome(code: int | None) -> str:
@@ -130,38 +156,17 @@ def compare_with_targets(figures: dict) -> list[dict[str, object]]:
     rows = []
     for name, figure in figures.items():
         for key, value in figure.items():
-            if key.endswith("_ratio") or key in ("flop_utilisation", "largest_difference"):
+            if key.endswith("_ratio") or key in ("flop_utilisation", "products_utilisation", "largest_difference"):
                 target = TARGETS.get(f"{name}.{key}", "")
                 rows.append({"figure": name, "number": key, "measured": round(value, 3), "target (H100)": target})
     return rows
 
 
-def _write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def _draw(figures: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [r for r in compare_with_targets(figures) if r["number"] != "largest_difference"]
-    if not rows:
-        return
-    chart, axes = pyplot.subplots(figsize=(8, 1 + 0.35 * len(rows)))
-    bars = axes.barh([f"{r['figure']}: {r['number']}" for r in rows], [r["measured"] for r in rows])
-    axes.bar_label(bars, fmt="%.2f", padding=3)
-    for place, row in enumerate(rows):
-        if row["target (H100)"]:
-            axes.plot(row["target (H100)"], place, marker="|", color="black", markersize=16)
-    axes.set_xscale("log")
-    axes.set_xlabel("ratio to the published scheme, or share of the matrix rate; black mark: target")
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    chart.tight_layout()
-    chart.savefig(path, dpi=120)
-    pyplot.close(chart)
+    rows = [row for row in compare_with_targets(figures) if row["number"] != "largest_difference"]
+    bars = [(f"{row['figure']}: {row['number']}", row["measured"], "tab:blue") for row in rows]
+    label = "ratio to the published scheme, or share of the matrix rate; black mark: target"
+    draw_bars(bars, label, path, marks=[row["target (H100)"] or None for row in rows])
 
 
 if __name__ == "__main__":

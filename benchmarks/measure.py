@@ -1,5 +1,6 @@
 """What all figures share: sizes, interleaved timing, peak memory, and captions with the published lengths."""
 
+import gc
 import io
 import time
 from collections.abc import Callable
@@ -74,6 +75,23 @@ def fastest(sides: dict[str, Callable[[], object]], setting: Setting) -> dict[st
     return best
 
 
+def largest_that_fits(work: Callable[[int], Figure], size: int) -> Figure:
+    """Calls `work` with `size`, and with half of it again and again as long as a GPU runs out of memory.
+
+    Raises:
+        torch.OutOfMemoryError: not even size 1 fits.
+    """
+    while True:
+        try:
+            return work(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def synchronize(setting: Setting) -> None:
     """Waits for the device."""
     if setting.on_gpu:
@@ -101,10 +119,10 @@ def peak_bytes(work: Callable[[], object], setting: Setting) -> int:
     return peak
 
 
-def matrix_rate(setting: Setting) -> float:
-    """Returns the FLOP/s of one large matrix product: in bf16 on a GPU, in fp32 on the CPU."""
+def matrix_rate(setting: Setting, dtype: torch.dtype) -> float:
+    """FLOP/s of one large square matrix product."""
     size = setting.pick(1024, 2048, 8192)
-    a = torch.randn(size, size, device=setting.device, dtype=torch.bfloat16 if setting.on_gpu else torch.float32)
+    a = torch.randn(size, size, device=setting.device, dtype=dtype)
     a @ a
     return 2 * size**3 / fastest({"product": lambda: a @ a}, setting)["product"]
 

@@ -52,11 +52,6 @@ def _pair(numbers: dict[str, float] | None, form: str, unit: float = 1) -> str:
 
 def draw(figures: Sequence[Figure], path: Path) -> None:
     """Writes a plot of all ratios; none if no figure has one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     colors = dict(zip(RATIOS, ("tab:blue", "tab:orange", "tab:green")))
     bars = [
         (f"{f.name}: {name.removesuffix('_ratio')}", f.ratios[name], colors[name])
@@ -64,15 +59,42 @@ def draw(figures: Sequence[Figure], path: Path) -> None:
         for name in RATIOS
         if name in f.ratios
     ]
-    if not bars:  # figures without a ratio
+    draw_bars(bars, "published scheme over ours (higher is better)", path, line_at=1)
+
+
+def draw_bars(
+    bars: Sequence[tuple[str, float, str]],
+    label: str,
+    path: Path,
+    marks: Sequence[float | None] = (),
+    line_at: float | None = None,
+) -> None:
+    """Writes a plot of horizontal bars on a logarithmic axis; none if there are no bars.
+
+    Args:
+        bars: name, value and colour of each bar, from top to bottom.
+        label: label of the axis of the values.
+        path: PNG file to write.
+        marks: a value to mark on each bar, or None.
+        line_at: value of a vertical line; None for no line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if not bars:
         return
-    labels, values, shades = zip(*bars)
+    names, values, colors = zip(*bars)
     chart, axes = pyplot.subplots(figsize=(8, 1 + 0.35 * len(bars)))
-    drawn = axes.barh(labels, values, color=shades)
-    axes.bar_label(drawn, fmt="%.2f", padding=3)
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.bar_label(axes.barh(names, values, color=colors), fmt="%.2f", padding=3)
+    for place, mark in enumerate(marks):
+        if mark is not None:
+            axes.plot(mark, place, marker="|", color="black", markersize=16)
+    if line_at is not None:
+        axes.axvline(line_at, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("published scheme over ours (higher is better)")
+    axes.set_xlabel(label)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     chart.tight_layout()

@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from test_corner import random_ids, tower
 from test_loss import unit
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import data_mixing, gpu_check, published
+from benchmarks import data_mixing, gpu_check, published, text_step
 from benchmarks.__main__ import FIGURES, main
-from benchmarks.measure import Setting, check_close, peak_bytes, reference_captions
+from benchmarks.measure import Figure, Setting, check_close, largest_that_fits, peak_bytes, reference_captions
 from training.loss.caption_loss import LongCaptionLoss
 from training.model.corner import prefix_attention
 
@@ -25,7 +28,12 @@ def test_all_figures_of_the_gpu_check_work_shrunken_on_a_cpu(tmp_path, capsys):
     assert set(gpu_check.FIGURES) < set(content)
     assert content["precision"]["recall_at_1"]["fp32"] > 0.3  # far from chance, so agreement means something
     assert content["precision"]["largest_difference"] <= 0.04  # 5 of 128 captions
-    check_time_ratios(content, ("text_step", "loss", "train_step", "evaluation"))
+    check_time_ratios(
+        content, ("text_step", "loss", "train_step", "train_step_3_long", "train_step_cached", "evaluation")
+    )
+    for name in ("text_step", "text_step_3_long", "text_step_bf16"):
+        seconds = content[name]["seconds"]
+        assert content[name]["products_share"] == pytest.approx(seconds["products"] / seconds["ours"]), name
     # counts, which don't depend on the load of the machine
     assert content["loss_large"]["memory_ratio"] > 4 and content["loss"]["memory_ratio"] > 8
     assert content["text_step"]["memory_ratio"] > 1.5 and content["text_step_3_long"]["memory_ratio"] > 1.5
@@ -49,6 +57,48 @@ def test_a_step_that_the_time_limit_cuts_short_is_recorded(tmp_path, capsys):
     steps = json.loads((tmp_path / "gpu-cpu.json").read_text())["steps"]
     assert set(steps) == set(gpu_check.FIGURES)
     assert all(step["outcome"] == "cut short by the time limit" for step in steps.values())
+
+
+def test_each_step_has_a_share_of_the_time_limit():
+    assert sum(gpu_check.SHARES.values()) == pytest.approx(1) and min(gpu_check.SHARES.values()) > 0
+
+
+def test_a_step_is_stopped_with_all_its_processes(tmp_path):
+    """A child keeps the pipe open after its parent has ended, as a loader process may."""
+    pid_file = tmp_path / "pid"
+    command = ["sh", "-c", f"sleep 600 & echo $! > {pid_file}"]
+    assert gpu_check._run(command, time.monotonic() + 2)[0] is None
+    child, patience = Path("/proc", pid_file.read_text().strip(), "stat"), time.monotonic() + 30
+    while is_running(child):
+        assert time.monotonic() < patience
+
+
+def is_running(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_figure_that_does_not_fit_into_memory_is_made_smaller():
+    def work(size: int) -> Figure:
+        if size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Figure("x", f"{size}", {})
+
+    limit = 300
+    assert largest_that_fits(work, 1024).title == "256" and largest_that_fits(work, 200).title == "200"
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        largest_that_fits(work, 4)
+
+
+@pytest.mark.parametrize("num_corners", [0, 2])
+def test_the_floating_point_operations_are_those_that_torch_counts(num_corners):
+    text = tower(num_corners=num_corners, num_layers=3)
+    with FlopCounterMode(display=False) as counter:
+        text_step._products(text, 40, torch.float32, torch.device("cpu"))()
+    assert text_step._linear_flops(text, 40) == counter.get_total_flops()
 
 
 def test_a_quick_run_writes_its_figures(tmp_path, capsys):
@@ -112,7 +162,7 @@ def test_sides_that_differ_are_an_error(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--only", "loss,speed"], "no figure is called speed; there are text_step, loss"),
+        (["--only", "loss,speed"], "no figure is called speed; there are text_step, stock_text, loss"),
         (["--json", "x.png"], "the plot gets the same name with .png"),
         (["--device", "warp"], "--device warp: not usable here"),
     ],

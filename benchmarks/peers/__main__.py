@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.peers.processes import Measured, run_interleaved
 from benchmarks.peers.trials import SIZES, TRIALS, Trial
+from benchmarks.report import draw_bars
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,28 +102,14 @@ def _rows(content: dict) -> list[dict[str, str]]:
 
 
 def _draw(content: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     bars = [
-        (f"{key}: {name}", side["ratio"])
+        (f"{key}: {name}", side["ratio"], "tab:blue")
         for key, trial in content.items()
         if key != "machine"
         for name, side in trial["sides"].items()
         if name != "ours"
     ]
-    labels, values = zip(*bars)
-    chart, axes = pyplot.subplots(figsize=(8, 1 + 0.4 * len(bars)))
-    axes.bar_label(axes.barh(labels, values), fmt="%.2f", padding=3)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("time of the other tool over ours (above 1: ours is faster)")
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    chart.tight_layout()
-    chart.savefig(path, dpi=120)
-    pyplot.close(chart)
+    draw_bars(bars, "time of the other tool over ours (above 1: ours is faster)", path, line_at=1)
 
 
 if __name__ == "__main__":
