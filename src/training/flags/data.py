@@ -72,7 +72,7 @@ def text_views(text: str) -> str:
 
 
 def _has_paths(args: argparse.Namespace) -> bool:
-    """Whether the training data are tables of image paths, not tables that contain the images."""
+    """Whether the training data are tables of image paths, rather than tables that contain the images."""
     if not names_tables(args.train_data):
         return False
     from training.data.embedded import embedded_sources  # imports pyarrow, which would slow down --help
@@ -84,7 +84,7 @@ def _has_paths(args: argparse.Namespace) -> bool:
 
 
 def add_data_args(parser: argparse.ArgumentParser, everything: bool) -> None:
-    """Adds the groups of training data flags; `everything`: also those that are rarely needed."""
+    """Adds the groups of training data flags; with `everything`, also flags that are rarely needed."""
     group = parser.add_argument_group("training data")
     _add_common_data_args(group)
     if everything:

@@ -19,8 +19,8 @@ INSIGHT_FLAGS = (
 
 
 def _needs(flags: list[str]) -> Condition:
-    """Condition of an option that applies to the data of these flags."""
-    alone = len(flags) == 1  # the missing flag is certain, so the command is refused
+    """Returns the condition of an option that applies only to the benchmarks of these flags."""
+    alone = len(flags) == 1  # then it is clear which flag is missing, so the command is refused
     advice = "; add it or omit both" if alone else ""
     return Condition(
         f"without {' or '.join(flags)}{advice}", lambda args: any(_value(args, flag) for flag in flags), refused=alone
@@ -63,7 +63,7 @@ EFFECTS: Effects = (
 
 
 def add_eval_args(parser: argparse.ArgumentParser, everything: bool) -> None:
-    """Adds the groups of evaluation flags; `everything`: also those that are rarely needed."""
+    """Adds the groups of evaluation flags; with `everything`, also flags that are rarely needed."""
     group = parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)")
     _add_benchmarks(group, "long")
     _add_reading_args(group)

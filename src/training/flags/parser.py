@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def actions(self) -> dict[str, argparse.Action]:
-        """All flags and their actions."""
+        """The action of each flag, by the flag's name with its hyphens."""
         return dict(self._option_string_actions)  # argparse has no public name for it
 
 
@@ -59,7 +59,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Help(argparse.Action):
-    """Prints help and exits; `const` is whether to show every flag."""
+    """Prints help and exits; `const` says whether to show all flags."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, const: bool, help: str):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
@@ -99,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _with_hyphens(word: str) -> str:
-    """``--share4v_val_num=1,2`` -> ``--share4v-val-num=1,2``: both spellings are published."""
+    """``--share4v_val_num=1,2`` -> ``--share4v-val-num=1,2``, because both spellings occur in published commands."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")

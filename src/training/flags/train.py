@@ -47,7 +47,7 @@ EFFECTS: Effects = (
 
 
 def add_train_args(parser: argparse.ArgumentParser, everything: bool) -> None:
-    """Adds the groups of training flags; `everything`: also those that are rarely needed."""
+    """Adds the groups of training flags; with `everything`, also flags that are rarely needed."""
     data.add_data_args(parser, everything)
     group = parser.add_argument_group("optimization")
     _add_common_optimization_args(group)

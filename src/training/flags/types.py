@@ -22,17 +22,17 @@ class Switch(argparse.Action):
 
 
 def positive(text: str) -> int:
-    """``12`` -> 12; ``4e8`` -> 400000000."""
+    """Parses a whole number of at least 1; ``4e8`` gives 400000000."""
     return whole_number(text, 1)
 
 
 def not_negative(text: str) -> int:
-    """``0`` -> 0."""
+    """Parses a whole number of at least 0."""
     return whole_number(text, 0)
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """``{"a": 1}`` -> {"a": 1}."""
+    """Parses a JSON object."""
     try:
         value = json.loads(text)
     except ValueError:

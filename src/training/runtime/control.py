@@ -10,11 +10,11 @@ from training.runtime.stop import SIGNALS, StoppedError
 
 
 class Control:
-    """Exchanges requests to stop (of any rank, from `SIGNALS`) and to save (of rank 0) while a step is computing.
+    """Exchanges requests to stop (from any rank, see `SIGNALS`) and to save (from rank 0) while a step is computing.
 
     Args:
         env: this process.
-        every_steps, every_minutes: interval between saves; 0: never.
+        every_steps, every_minutes: intervals between checkpoints; 0 disables the interval.
     """
 
     def __init__(self, env: DistEnv, every_steps: int, every_minutes: float):
@@ -63,7 +63,7 @@ class Control:
         self.is_due, self.saved_at = False, time.monotonic()
 
     def gather(self, value: object) -> list | None:
-        """Returns every rank's value on rank 0, None on the others."""
+        """Returns the values of all ranks on rank 0, and None on the other ranks."""
         if self.group is None:
             return [value]
         values = [None] * self.env.world_size if self.env.is_main else None

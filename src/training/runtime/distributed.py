@@ -146,7 +146,7 @@ def agree(check: Callable[[], T], env: DistEnv) -> T:
 
 
 def together(build: Callable[[], T], env: DistEnv) -> T:
-    """Runs a function without collectives on every rank; if one rank fails, all raise, so that none waits forever."""
+    """Runs a function without collectives on every rank; if one fails, all ranks raise, so that none waits forever."""
     result, error = None, None
     try:
         result = build()
@@ -167,7 +167,7 @@ def raise_together(error: Exception | None, env: DistEnv) -> None:
     """Raises on every rank if any rank has an error, so that no rank waits for one that stopped.
 
     If a signal stopped a rank, all ranks raise its StoppedError. Otherwise a rank with an error raises its own error,
-    and the others raise that of the first rank that has one.
+    and all other ranks raise the error of the first rank that has one.
     """
     if env.world_size == 1:
         errors = [error]

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM preempts with the first and warns with the second
-PATIENCE_S = 1.0  # time that processes get to end after they were asked to
+PATIENCE_S = 1.0  # how long processes may take to end after they were told to
 
 
 def descendants(pid: int) -> list[int]:

@@ -72,7 +72,7 @@ class StopSignals:
                 self.note(signal.Signals(received[0]).name)
 
     def note(self, name: str) -> None:
-        """Records a signal received here or on another rank; ends the process before training has begun."""
+        """Records a signal that this or another rank received; if training has not begun, ends the process."""
         self.name = self.name or name
         if self._ends_at_once:
             time.sleep(self.grace_s)

@@ -18,7 +18,7 @@ from training.runtime.workers import Loader
 STARTING, OPENING, BUILDING = "checking the command", "opening the data", "building the model"
 WAITING, STEPPING, SAVING, EVALUATING = "waiting for data", "taking a step", "saving", "evaluating"
 COPYING = "copying to --remote-sync"
-LEAVING = "leaving"  # because another rank has ended
+LEAVING = "leaving"  # this rank exits because another rank has ended
 PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, COPYING, LEAVING)
 SLOW = {OPENING: 4, EVALUATING: 4, COPYING: 4}  # number of timeouts that a phase may take while all ranks report
 SILENT = 4  # number of intervals without a report after which a rank counts as lost
@@ -37,7 +37,7 @@ class Watchdog:
 
     Args:
         env: this process; all ranks must create their watchdogs at the same point.
-        timeout_s: longest time without progress.
+        timeout_s: longest time without progress, in seconds.
     """
 
     def __init__(self, env: DistEnv, timeout_s: float):
@@ -47,7 +47,7 @@ class Watchdog:
         self.ended = threading.Event()
         self.heard = time.monotonic()  # when the store last answered
         self.stopping_since: float | None = None
-        self.is_abandoned = False  # stops without saving
+        self.is_abandoned = False  # whether the run stops without saving
         self.store = _make_store(env, timeout_s) if env.world_size > 1 else None
         if self.store is not None:
             SIGNALS.grace_s = 3 * self.interval
@@ -79,7 +79,7 @@ class Watchdog:
             step, phase, since = self.place
             now = time.monotonic()
             self._check_stop(now)
-            # Rank 0 exits first, with a message about the late rank, because its exit may end the other ranks.
+            # Rank 0 waits least and names the late rank, because the first rank that exits may make the others fail.
             longest = self.timeout_s + (0 if self.env.is_main else 3 * self.interval)
             is_cut_off = self.store is not None and now - self.heard > longest
             if is_cut_off or now - since > longest * SLOW.get(phase, 1):
@@ -179,8 +179,8 @@ def describe_stuck(places: dict[int, list], world_size: int, timeout_s: float, s
     Args:
         places: rank -> its report [step, phase, seconds in this phase, host, time of the report].
         world_size: number of ranks.
-        timeout_s: time without progress.
-        silent_s: time without a report after which a rank counts as dead.
+        timeout_s: time without progress, in seconds.
+        silent_s: seconds without a report after which a rank counts as lost.
     """
     now = max(place[4] for place in places.values())
     late = {r: f"has not reported for {now - p[4]:,.0f} s" for r, p in places.items() if now - p[4] > silent_s}

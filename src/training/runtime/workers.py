@@ -20,13 +20,13 @@ IS_LINUX = sys.platform == "linux"
 class Loader(DataLoader):
     """A DataLoader for datasets of whole batches. On Linux, its workers react only to signals from this process.
 
-    SLURM sends signals to every process of a job. If they ended a worker, the training would fail before it has saved.
-    If workers ignored all signals, they could not be ended while waiting for a hung mount.
+    SLURM sends signals to every process of a job. If one ended a worker, the training would fail before it has saved.
+    If workers ignored all signals, they could not be ended while they wait for a file system that hangs.
 
     Args:
-        dataset: data set whose items are whole batches.
-        num_workers: loader processes; 0 loads in this process.
-        pin: copy batches to pinned memory.
+        dataset: dataset whose items are whole batches.
+        num_workers: number of loader processes; 0 loads in this process.
+        pin: whether to copy batches to pinned memory.
     """
 
     waiting_since: float | None = None  # when this process began to wait for a batch; None if it is not waiting
@@ -40,7 +40,7 @@ class Loader(DataLoader):
             pin_memory=pin,
             prefetch_factor=2 if num_workers else None,
             worker_init_fn=_obey_parent_alone if IS_LINUX else None,
-            # Python 3.14 starts processes from a server by default, which does not inherit the signal mask.
+            # By default, Python 3.14 starts processes from a server, which does not inherit the signal mask.
             multiprocessing_context="fork" if num_workers and IS_LINUX else None,
         )
 
@@ -58,7 +58,7 @@ class Loader(DataLoader):
 
     @classmethod
     def seconds_waiting(cls) -> float:
-        """Returns how long this process has been waiting for a batch; 0 if it is not."""
+        """Returns for how many seconds this process has been waiting for a batch; 0 if it is not waiting."""
         since = cls.waiting_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -68,7 +68,7 @@ def _unchanged(batch: object) -> object:
 
 
 def _batches(batches: Iterator, workers: Sequence[multiprocessing.Process]) -> Iterator:
-    """Yields all batches and records the time of waiting; makes the workers end shortly after it ends itself."""
+    """Yields all batches and records when it waits for one. However the iteration ends, the workers end soon after."""
     try:
         while True:
             Loader.waiting_since = time.monotonic()

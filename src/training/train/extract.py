@@ -169,7 +169,7 @@ def extract(args: argparse.Namespace) -> int:
     Existing files are kept, so an interrupted extraction continues.
 
     Returns:
-        Exit code: 0; 2 if flags, files or weights are not what they should be.
+        Exit code. 0: success; 2: wrong flags, files or weights.
     """
     with distributed(args.device, args.timeout_minutes) as env:
         log_to(None)

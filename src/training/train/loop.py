@@ -141,7 +141,7 @@ class Trainer:
             logger.info(f"done: {self.plan.folder}; {self.progress.totals.describe()}")
 
     def _leave(self) -> None:
-        """Waits until all ranks have finished, because the first rank that exits may end the others."""
+        """Waits until all ranks have finished, because the first rank that exits may make the others fail."""
         agree(self.writer.finish, self.env)
         self.watchdog.at(self.progress.step, COPYING)
 
@@ -171,7 +171,7 @@ class Trainer:
             while steps_left:
                 steps_left -= 1
                 with self.supervision.step(progress.step + 1) as step:
-                    # After an epoch's last step `_end_epoch` saves.
+                    # After the last step of an epoch, `_end_epoch` saves.
                     can_save = steps_left > 0 and not self.writer.is_busy
                     inputs = step.take(batches, args.accum_freq, can_save)
                     step.lr = run.schedule(progress.step)

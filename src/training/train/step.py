@@ -50,7 +50,7 @@ class Stepper:
     corners: tuple[list[int], list[int]] = ((), ())
 
     def __call__(self, micro_batches: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
-        """Takes a step on micro-batches, compared as one batch; does not update if loss or gradient is not finite.
+        """Takes a step on micro-batches as if on one batch; does not update if loss or gradient is not finite.
 
         Args:
             micro_batches: inputs of the model by name (see `data.batch`), on its device.
@@ -110,7 +110,7 @@ class Stepper:
             norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        # Gradients are the same on all ranks, but losses are not.
+        # Gradients are the same on all ranks, but losses may differ.
         skipped = self.on_any_rank((~(norm.isfinite() & loss.isfinite())).float())
         if self.scaler:
             self.scaler.step(self.optimizer)
@@ -154,7 +154,9 @@ class Stepper:
         """Accumulates gradients of a contrastive loss over micro-batches.
 
         First, the features of all micro-batches are computed without a graph. Then each micro-batch is computed again
-        with a graph, with the same dropout, and compared with the stored features of the others.
+        with a graph, with the same dropout, and compared with the stored features of the other
+        micro-batches.
+
 
         Source: GradCache (arXiv 2101.06983).
         """

@@ -145,7 +145,7 @@ class StepLog:
 
     def _reduce(self) -> dict[str, float]:
         """Returns the means of the report's entries over steps and ranks; adds all ranks' samples to the totals."""
-        # The only place where training synchronises with the device.
+        # Only here does training wait for the current step; `StepGuard` lags one step behind.
         own = torch.stack([value.float() for value in self.sums.values()]).cpu().double()
         counts = [self.own.num_seen, *(self.own.faults[kind] for kind in FAULT_KINDS)]
         total = sum_over_ranks(torch.cat([own, torch.tensor(counts, dtype=torch.float64)]), self.env)
