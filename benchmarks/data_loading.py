@@ -12,7 +12,7 @@ from benchmarks.measure import Figure, Setting, as_photograph, fastest
 from dataloaders.scenes import LONG_KEYS, write_scenes
 from training.data.augment import normalise_pixels, without_normalisation
 from training.data.captions import CaptionRule
-from training.data.images import PictureReader
+from training.data.images import ImageReader
 from training.data.loader import make_loader
 from training.data.position import Share
 from training.data.reader import SampleReader
@@ -32,9 +32,9 @@ def run(setting: Setting) -> list[Figure]:
     tokenizer = training.get_tokenizer(MODEL)
     preprocess = open_clip.image_transform(MODEL_WIDTH, is_train=False)
     mean, std = (torch.tensor(getattr(preprocess.transforms[-1], name))[:, None, None] for name in ("mean", "std"))
-    pictures = PictureReader(without_normalisation(preprocess), "fast")
+    images = ImageReader(without_normalisation(preprocess), "fast")
     arrange = make_arranger(model, "auto", setting.device, compiled=False)
-    reader = SampleReader(pictures, tokenizer, CaptionRule(), seed=0, epoch=0, arrange=arrange)
+    reader = SampleReader(images, tokenizer, CaptionRule(), seed=0, epoch=0, arrange=arrange)
     source = ShardSource(urls, count_samples(urls), 0, 1000)
     share = Share(batch_size, num // batch_size, 0, 1)
 

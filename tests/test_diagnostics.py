@@ -235,17 +235,17 @@ def scenes_and_captions(split, number):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs diagnostics on a model trained on 1,500 scenes (by ridge regression) and on one with random vectors."""
-    pictures, captions = scenes_and_captions("train", 1500)
-    pixels = torch.stack([small(p) for p in pictures]).flatten(1)
+    images, captions = scenes_and_captions("train", 1500)
+    pixels = torch.stack([small(image) for image in images]).flatten(1)
     words = counted(tokenize(captions))
     mean = pixels.mean(0)
     # Ridge regression from words to pixels, in its dual form.
     learned = words.T @ torch.linalg.solve(words @ words.T + 30 * torch.eye(len(words)), pixels - mean)
     guessed = torch.randn(learned.shape, generator=torch.Generator().manual_seed(0))
     folder = tmp_path_factory.mktemp("scenes")
-    pictures, captions = scenes_and_captions("test", 300)
-    for number, picture in enumerate(pictures):
-        picture.save(folder / f"{number}.png")
+    images, captions = scenes_and_captions("test", 300)
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.png")
     pairs = [(folder / f"{number}.png", text) for number, text in enumerate(captions)]
     work = plan_retrieval([one_caption_per_image("scenes", "Scenes", pairs)], allow_missing=False)
     found = {}

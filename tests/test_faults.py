@@ -19,7 +19,7 @@ from support import free_ports
 from training.data import tar
 from training.data.captions import CaptionRule
 from training.data.faults import FAULT_KINDS
-from training.data.images import PictureReader
+from training.data.images import ImageReader
 from training.data.loader import make_loader
 from training.data.position import Share
 from training.data.reader import SampleReader
@@ -28,7 +28,7 @@ from training.data.tar import BrokenShardError, index_shard, read_samples
 from training.main import main
 
 
-def picture(number: int = 0, form: str = "JPEG") -> bytes:
+def image_bytes(number: int = 0, form: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.RandomState(number).randint(0, 255, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(buffer, form)
@@ -37,7 +37,7 @@ def picture(number: int = 0, form: str = "JPEG") -> bytes:
 
 def bomb() -> bytes:
     """Returns a PNG of a few kilobytes whose header says it has 400 million pixels."""
-    content = bytearray(picture(0, "PNG"))
+    content = bytearray(image_bytes(0, "PNG"))
     content[16:24] = (20_000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
     return bytes(content)
@@ -49,21 +49,21 @@ def array(content: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-GOOD = {"jpg": picture(), "txt": b"a picture"}
+GOOD = {"jpg": image_bytes(), "txt": b"a picture"}
 BAD = {
-    "truncated": ("broken image", {"jpg": picture()[:200], "txt": b"a"}),
-    "nopicture": ("no image", {"txt": b"a"}),
+    "truncated": ("broken image", {"jpg": image_bytes()[:200], "txt": b"a"}),
+    "noimage": ("no image", {"txt": b"a"}),
     "bomb": ("image too large", {"png": bomb(), "txt": b"a"}),
-    "nokey": ("no caption", {"jpg": picture(), "json": b'{"url": "http://"}'}),
-    "blank": ("empty caption", {"jpg": picture(), "json": b'{"caption": " ", "long_caption": []}'}),
-    "number": ("caption not text", {"jpg": picture(), "json": b'{"caption": 3}'}),
-    "dict": ("caption not text", {"jpg": picture(), "json": b'{"caption": {"en": "a"}}'}),
-    "megabyte": ("caption too long", {"jpg": picture(), "txt": b"word " * 210_000}),
-    "cut": ("broken JSON", {"jpg": picture(), "json": b'{"caption": "a'}),
-    "deep": ("broken JSON", {"jpg": picture(), "json": b"[" * 200_000}),
-    "list": ("JSON not an object", {"jpg": picture(), "json": b'["a"]'}),
-    "latin": ("text not UTF-8", {"jpg": picture(), "txt": "é".encode("latin-1")}),
-    "half": ("text not UTF-8", {"jpg": picture(), "json": b'{"caption": "\\ud800"}'}),
+    "nokey": ("no caption", {"jpg": image_bytes(), "json": b'{"url": "http://"}'}),
+    "blank": ("empty caption", {"jpg": image_bytes(), "json": b'{"caption": " ", "long_caption": []}'}),
+    "number": ("caption not text", {"jpg": image_bytes(), "json": b'{"caption": 3}'}),
+    "dict": ("caption not text", {"jpg": image_bytes(), "json": b'{"caption": {"en": "a"}}'}),
+    "megabyte": ("caption too long", {"jpg": image_bytes(), "txt": b"word " * 210_000}),
+    "cut": ("broken JSON", {"jpg": image_bytes(), "json": b'{"caption": "a'}),
+    "deep": ("broken JSON", {"jpg": image_bytes(), "json": b"[" * 200_000}),
+    "list": ("JSON not an object", {"jpg": image_bytes(), "json": b'["a"]'}),
+    "latin": ("text not UTF-8", {"jpg": image_bytes(), "txt": "é".encode("latin-1")}),
+    "half": ("text not UTF-8", {"jpg": image_bytes(), "json": b'{"caption": "\\ud800"}'}),
     "pyd": ("pickled data", GOOD | {"pyd": b"cos\nsystem\n(S'touch /tmp/pwned'\ntR."}),
     "pkl": ("pickled data", GOOD | {"pkl": b"."}),
     "npy": ("pickled data", GOOD | {"npy": array(np.array([{"a": 1}], dtype=object))}),
@@ -72,7 +72,7 @@ BAD = {
 
 def load(source, num_batches: int, batch_size: int) -> list:
     reader = SampleReader(
-        PictureReader(lambda image: pil_to_tensor(image).float()),
+        ImageReader(lambda image: pil_to_tensor(image).float()),
         lambda texts: torch.ones(len(texts), 3).long(),
         CaptionRule(),
         seed=0,
@@ -130,12 +130,12 @@ def noise(image) -> torch.Tensor:
 
 def test_a_sample_that_fills_a_gap_has_another_crop_and_captions(tmp_path):
     record = {"caption": "short", "long_caption": [f"Sentence {n}." for n in range(50)]}
-    good = {"jpg": picture(), "json": json.dumps(record).encode()}
-    samples = {f"{n}": good if n < 6 else BAD["nopicture"][1] for n in range(16)}
+    good = {"jpg": image_bytes(), "json": json.dumps(record).encode()}
+    samples = {f"{n}": good if n < 6 else BAD["noimage"][1] for n in range(16)}
     source = ShardSource([write_shard(tmp_path / "0.tar", samples)], [16], seed=0)
     numbers = {"short": 100} | {f"Sentence {n}.": n for n in range(50)}
     rule = CaptionRule(views="raw, sentences(1, of=long)")
-    reader = SampleReader(PictureReader(noise), lambda texts: torch.tensor([[numbers[t]] for t in texts]), rule, 0, 0)
+    reader = SampleReader(ImageReader(noise), lambda texts: torch.tensor([[numbers[t]] for t in texts]), rule, 0, 0)
 
     def read(share: Share) -> list:
         return list(make_loader(source, reader, share, num_workers=0, pin=False))
@@ -155,7 +155,7 @@ def test_a_sample_that_fills_a_gap_has_another_crop_and_captions(tmp_path):
 
 
 def test_too_many_bad_samples_end_training(tmp_path, capsys):
-    bad = BAD["nopicture"][1]
+    bad = BAD["noimage"][1]
     write_shard(tmp_path / "0.tar", {f"{n:04d}": bad if n % 4 == 0 else GOOD for n in range(1200)})
     flags = "--model lotlip_tiny --workers 0 --batch-size 100 --epochs 1 --log-every-n-steps 1 --captions raw".split()
     places = ["--train-data", str(tmp_path / "0.tar"), "--logs", str(tmp_path), "--name", "run"]
@@ -184,10 +184,10 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
 def test_hundreds_of_mutated_samples(tmp_path):
     draw = random.Random(0)
     record = {"caption": "a dog", "long_caption": ["A dog.", "It is brown."], "raw_caption": "x"}
-    samples = {f"{n:03d}": {"txt": b"ok", "jpg": picture(n)} for n in range(10)}
+    samples = {f"{n:03d}": {"txt": b"ok", "jpg": image_bytes(n)} for n in range(10)}
     for number in range(600):
         form = draw.choice(("jpg", "png", "webp"))
-        image = picture(number, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[form])
+        image = image_bytes(number, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[form])
         text = json.dumps(record).encode()
         which = draw.randrange(3)
         files = {form: mutate(image, draw) if which else image, "json": mutate(text, draw) if which != 1 else text}

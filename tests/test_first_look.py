@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 from PIL import Image
-from test_faults import BAD, GOOD, bomb, load, picture
+from test_faults import BAD, GOOD, bomb, image_bytes, load
 from test_tar import files, interleaved, pack
 from test_train_data import write_shard
 
 from dataloaders.images import MAX_ASPECT, NarrowImageError
 from training.data import shards as shards_module
-from training.data.images import PictureReader
+from training.data.images import ImageReader
 from training.data.loader import NoUsableSampleError
 from training.data.shards import ResampledShards, ShardSource
 from training.main import main
@@ -46,9 +46,12 @@ def train(tmp_path, data, capsys, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("samples", "said"),
     [
-        ([{"jpg": picture()[:200], "txt": b"a"}] * 3, "none of the first 3 samples can be read: broken image (0.tar/"),
         (
-            [{"jpg": picture(), "json": b'{"caption": {"en": "a"}}'}] * 2,
+            [{"jpg": image_bytes()[:200], "txt": b"a"}] * 3,
+            "none of the first 3 samples can be read: broken image (0.tar/",
+        ),
+        (
+            [{"jpg": image_bytes(), "json": b'{"caption": {"en": "a"}}'}] * 2,
             "first 2 samples can be read: caption not text",
         ),
         ([{"txt": b"a"}, BAD["cut"][1], {"txt": b"b"}], "can be read: 1 broken JSON, 2 no image"),
@@ -122,7 +125,7 @@ def test_sizes_that_count_too_few_are_reported_where_shards_are_too_large_to_cou
 def test_an_image_that_a_resize_would_blow_up_is_refused(form, mode):
     from torchvision import transforms
 
-    read = PictureReader(
+    read = ImageReader(
         transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.ToTensor()]), mode
     )
     for size in ((2, 2 * MAX_ASPECT), (2 * MAX_ASPECT, 2), (300, 200)):

@@ -12,7 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from dataloaders.images import BrokenImageError
 from dataloaders.own_pairs import read_shard_pairs
 from eval_files import write_image, write_shard
-from training.data.images import MODES, PictureReader
+from training.data.images import MODES, ImageReader
 from training.eval.image_cache import CachedReader
 from training.main import main
 
@@ -30,7 +30,7 @@ def files(tmp_path):
 def test_pixels_are_equal_when_kept_and_when_read_back(tmp_path, files, resize, mode):
     for _ in range(2):
         cached = CachedReader(tmp_path / "cache", transform(mode=resize), mode)
-        for plain, kept in zip(PictureReader(transform(mode=resize), mode).read(files), cached.read(files)):
+        for plain, kept in zip(ImageReader(transform(mode=resize), mode).read(files), cached.read(files)):
             assert torch.equal(plain, kept)
 
 
@@ -38,7 +38,7 @@ def test_cached_images_are_not_read_again_but_changed_files_are(tmp_path, files)
     CachedReader(tmp_path / "cache", transform(), "exact").read(files)
     whole, status = files[0].read_bytes(), files[0].stat()
     other_mean = transform(mean=(0.1, 0.2, 0.3))
-    wanted = PictureReader(other_mean).read(files)
+    wanted = ImageReader(other_mean).read(files)
     files[0].write_bytes(bytes(len(whole)))  # not an image any more, but with the same size ..
     os.utime(files[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # .. and time
     again = CachedReader(tmp_path / "cache", other_mean, "exact").read(files)
@@ -53,7 +53,7 @@ def test_members_of_shards_are_told_apart(tmp_path):
     s = read_shard_pairs(str(write_shard(tmp_path / "a.tar")), ("caption",), "raw")
     for _ in range(2):
         kept = CachedReader(tmp_path / "cache", transform(), "exact").read(s.image_paths)
-        assert all(map(torch.equal, kept, PictureReader(transform()).read(s.image_paths)))
+        assert all(map(torch.equal, kept, ImageReader(transform()).read(s.image_paths)))
     assert len({pixels.numpy().tobytes() for pixels in kept}) == 4
 
 

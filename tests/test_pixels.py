@@ -13,7 +13,7 @@ import training
 from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from support import REFERENCE
 from training.data.augment import normalise_pixels, strong_augmentation, without_normalisation
-from training.data.images import MODES, PictureReader, decode_bytes, pixels_needed
+from training.data.images import MODES, ImageReader, decode_bytes, pixels_needed
 from training.data.reader import seed_augmentation
 
 PHOTO = REFERENCE / "preprocess" / "preprocess_images" / "rgb_2250x1500.png"
@@ -43,7 +43,7 @@ def grain(width: int, height: int, mode: str = "RGB") -> Image.Image:
 def levels(transform: object, mode: str, source: object, seed: int = 0) -> torch.Tensor:
     """Returns the output of a transform for a file, as levels of 0 to 255."""
     seed_augmentation(str(seed))
-    return PictureReader(without_normalisation(transform), mode)(source).float()
+    return ImageReader(without_normalisation(transform), mode)(source).float()
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluation", "strong"])
@@ -91,13 +91,13 @@ def test_a_chart_gives_the_same_pixels(kind, transforms):
 def test_exact_reading_is_the_transform_of_pillows_image(transforms):
     data = as_jpeg(grain(900, 600))
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    assert torch.equal(PictureReader(transforms["evaluation"])(data), transforms["evaluation"](image))
+    assert torch.equal(ImageReader(transforms["evaluation"])(data), transforms["evaluation"](image))
 
 
 def test_scaled_reading_keeps_twice_the_pixels_needed(transforms):
     data = as_jpeg(load_rgb(PHOTO))
     for kind, smallest in (("evaluation", 128), ("train", 128), ("strong", 256)):
-        reader = PictureReader(transforms[kind], "scaled")
+        reader = ImageReader(transforms[kind], "scaled")
         assert reader.at_least == pixels_needed(transforms[kind]) >= smallest
         height, width = reader.decode(data).shape[1:]
         assert reader.at_least <= height < 1500 and abs(width / height - 1.5) < 0.01
@@ -124,7 +124,7 @@ def test_what_pillow_refuses_is_refused(transforms, tmp_path, monkeypatch):
     whole = as_jpeg(grain(640, 480))
     (tmp_path / "x.jpg").write_bytes(whole[: len(whole) // 2])
     for mode in MODES:
-        reader = PictureReader(transforms["evaluation"], mode)
+        reader = ImageReader(transforms["evaluation"], mode)
         for source in (whole[: len(whole) // 2], whole[:100], b"", b"\xff\xd8\xff\xe0" + bytes(3000)):
             with pytest.raises(BrokenImageError, match="not a readable image"):
                 reader(source)
@@ -134,11 +134,11 @@ def test_what_pillow_refuses_is_refused(transforms, tmp_path, monkeypatch):
             reader(tmp_path / "gone.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(HugeImageError):
-        PictureReader(transforms["evaluation"], "fast")(whole)
+        ImageReader(transforms["evaluation"], "fast")(whole)
 
 
 def test_another_first_step_gets_pillows_image():
     timm_like = tv.Compose([tv.Pad(3), tv.Resize(40), tv.ToTensor()])
     data = as_jpeg(grain(90, 70))
-    exact, fast = (PictureReader(timm_like, mode)(data) for mode in ("exact", "fast"))
+    exact, fast = (ImageReader(timm_like, mode)(data) for mode in ("exact", "fast"))
     assert torch.equal(exact, fast)

@@ -33,13 +33,13 @@ LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
 SHORT = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 
 
-def picture(number: int) -> bytes:
+def image_bytes(number: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (90 + number, 70), (9 * number, 255 - 9 * number, 40)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-class Pictures(BaseHTTPRequestHandler):
+class ImageHandler(BaseHTTPRequestHandler):
     """``/N.png`` is an image, ``/missing`` doesn't exist, ``/slow`` is late, ``/broken`` and ``/cut`` are damaged."""
 
     stopping = threading.Event()
@@ -52,7 +52,7 @@ class Pictures(BaseHTTPRequestHandler):
             self.stopping.wait(20)
             return None
         content = (
-            b"<html>no picture</html>" if name.startswith("broken") else picture(3 if name == "cut" else int(name))
+            b"<html>no image</html>" if name.startswith("broken") else image_bytes(3 if name == "cut" else int(name))
         )
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -66,11 +66,11 @@ class Pictures(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ImageHandler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
-    Pictures.stopping.set()
+    ImageHandler.stopping.set()
     server.shutdown()
     server.server_close()
     thread.join()

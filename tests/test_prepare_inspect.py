@@ -18,7 +18,7 @@ from training.prepare.__main__ import main
 EVIL = '<script>alert("x")</script><img src=x onerror=y> & &amp; "A dog."'
 
 
-def picture(number: int, width: int, height: int) -> bytes:
+def image_bytes(number: int, width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), (number % 256, number // 256, 9)).save(buffer, "JPEG")
     return buffer.getvalue()
@@ -34,11 +34,11 @@ def shards(tmp_path_factory) -> Path:
             record["longSV_captions"] = "A dog runs. " * (n + 1) if n % 10 else "I'm sorry, I cannot see it."
             record["longIB_captions"] = ["A list.", "Of sentences."] if n % 2 else None
             record["my_caption"] = EVIL
-            content = picture(n if n != 9 else 8, 20 + n % 3, 30)
+            content = image_bytes(n if n != 9 else 8, 20 + n % 3, 30)
             samples[f"{n:04d}"] = {"jpg": content, "json": json.dumps(record).encode()}
-        samples[f"x{s}"] = {"jpg": b"no picture", "json": b"{}"}
+        samples[f"x{s}"] = {"jpg": b"no image", "json": b"{}"}
         samples[f"y{s}"] = {"json": b'{"raw_caption": "a"}'}
-        samples[f"z{s}"] = {"jpg": picture(200 + s, 20, 30), "json": b"{"}
+        samples[f"z{s}"] = {"jpg": image_bytes(200 + s, 20, 30), "json": b"{"}
         write_shard(folder / f"{s}.tar", samples)
     return folder
 
@@ -98,8 +98,8 @@ def test_page_shows_fifty_samples_as_text(report):
     Reader().feed(page)
     assert tags.count("article") == tags.count("img") == 50 and "script" not in tags
     assert shown.count(EVIL) == 50
-    pictures = re.findall(r"base64,([^\"]+)", page)
-    assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size[1] == 30
+    images = re.findall(r"base64,([^\"]+)", page)
+    assert Image.open(io.BytesIO(base64.b64decode(images[0]))).size[1] == 30
     assert Image.open(report[1] / "inspect.png").size[0] > 500
 
 
@@ -116,7 +116,7 @@ def test_broken_shards_and_hidden_damage(shards, tmp_path, capsys):
     (tmp_path / "set").mkdir()
     whole = (shards / "0.tar").read_bytes()
     (tmp_path / "set" / "cut.tar").write_bytes(whole[: len(whole) // 2 + 100])
-    half = picture(1, 20, 30)
+    half = image_bytes(1, 20, 30)
     write_shard(tmp_path / "set" / "half.tar", {"a": {"jpg": half[: len(half) - 30], "txt": b"a"}})
     counted = inspect(tmp_path / "set", tmp_path / "out", "--show", "0", "--read-images", code=1)
     assert counted["bad"]["broken shard"] == 1 and counted["bad"]["broken image"] == 1

@@ -26,13 +26,13 @@ PROMPT = "Describe this image in detail"
 MAX_TOKENS = 14
 
 
-def picture(number: int) -> Image.Image:
+def draw(number: int) -> Image.Image:
     return Image.new("RGB", (20 + number, 18), (37 * number % 256, 255 - 37 * number % 256, 11 * number))
 
 
 def png(number: int) -> bytes:
     buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
+    draw(number).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -66,7 +66,7 @@ def load(vlm: Path) -> tuple:
 def answer(vlm: Path, number: int, prompt: str) -> str:
     """Returns the model's answer for one image, without our code."""
     processor, model = load(vlm)
-    inputs = processor(images=picture(number), text=f"USER: <image> {prompt} ASSISTANT:", return_tensors="pt")
+    inputs = processor(images=draw(number), text=f"USER: <image> {prompt} ASSISTANT:", return_tensors="pt")
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
     return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -159,12 +159,12 @@ def test_ranks_share_the_shards(tmp_path, vlm, monkeypatch):
 
 def test_models_without_a_chat_template(tmp_path):
     """A batch gives the same answers as single images, for InstructBLIP and for LLaVA without its template."""
-    pictures = [picture(n) for n in range(5)]
+    images = [draw(n) for n in range(5)]
     bare_llava = save_tiny_vlm(tmp_path / "llava", seed=0, template=False)
     for folder in (save_tiny_instructblip(tmp_path / "blip"), bare_llava):
         engine = TransformersEngine(str(folder), 10, "cpu", None)
-        together = engine.caption(pictures, PROMPT)
-        assert together == [engine.caption([p], PROMPT)[0] for p in pictures]
+        together = engine.caption(images, PROMPT)
+        assert together == [engine.caption([image], PROMPT)[0] for image in images]
         assert len({g.text for g in together}) > 1 and all(g.text for g in together)
 
 

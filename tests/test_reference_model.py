@@ -134,11 +134,11 @@ def test_the_full_model_has_every_published_key_and_shape():
 @pytest.mark.parametrize("name", ["vitb16", "lotlip"])
 def test_preprocessing_equals_the_published_transforms(name):
     saved = np.load(REFERENCE / "preprocess" / "preprocess.npz")
-    pictures = sorted((REFERENCE / "preprocess" / "preprocess_images").iterdir())
+    paths = sorted((REFERENCE / "preprocess" / "preprocess_images").iterdir())
     model = {"vitb16": "ViT-S-16-alt", "lotlip": "lotlip_minilm-ViT-S-16"}[name]
     _, _, transform = create_model_and_transforms(model, load_weights=False, pretrained_text=False)
-    assert len(pictures) == 4
-    for path in pictures:
+    assert len(paths) == 4
+    for path in paths:
         pixels = transform(Image.open(path))
         mean, std = {"vitb16": (CLIP_MEAN, CLIP_STD), "lotlip": ((0.5,) * 3, (0.5,) * 3)}[name]
         back = pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]

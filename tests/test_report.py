@@ -141,7 +141,7 @@ def test_another_benchmark(page):
     assert page.locator("#detail .none").count() == 1 + 10
 
 
-def test_pictures_load_when_shown(page):
+def test_images_load_when_shown(page):
     page.wait_for_function(
         "() => [...document.querySelectorAll('#detail img')].every(e => e.complete && e.naturalWidth > 0)"
     )
@@ -234,7 +234,7 @@ def test_saved_features_give_the_same_numbers_and_page(tmp_path, tiny_clip):
     keys = [k for k in first if re.match(r"coco-retrieval-(i2t|t2i|truncated)", k)]
     assert len(keys) > 10 and {k: first[k] for k in keys} == {k: second[k] for k in keys}
     assert second["model"] is None and second["flags"]["features"] == [str(saved)]
-    parts = [re.findall(r'id="(?:content|pictures)".*?>(.*?)<', (tmp_path / n / "report.html").read_text()) for n in
+    parts = [re.findall(r'id="(?:content|thumbnails)".*?>(.*?)<', (tmp_path / n / "report.html").read_text()) for n in
              ("one", "two")]  # fmt: skip
     assert parts[0] == parts[1]
 
@@ -278,7 +278,7 @@ def test_thumbnails_keep_the_budget_and_survive_broken_files(tmp_path):
     paths = [tmp_path / f"{n}.png" for n in range(20)]
     for n, path in enumerate(paths):
         Image.effect_noise((300, 200), 80 + n).convert("RGB").save(path)
-    paths[4].write_bytes(b"no picture")
+    paths[4].write_bytes(b"no image")
     large, small = make_thumbnails(paths, 10**6), make_thumbnails(paths, 12_000)
     assert large[4] == small[4] == b"" and sum(map(len, small)) <= 12_000 < sum(map(len, large)) <= 10**6
     assert json.dumps([len(p) for p in make_thumbnails(paths, 12_000)]) == json.dumps([len(p) for p in small])

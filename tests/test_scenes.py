@@ -63,13 +63,13 @@ def test_captions_say_what_is_drawn():
         assert 3 <= len(scene.objects) <= 6
         sentences = scene.long_caption(index % 3)
         assert len(sentences) == len(scene.objects) + 1
-        picture = draw_scene(scene, 128)
+        image = draw_scene(scene, 128)
         for o in scene.objects:
             sentence = next(s for s in sentences if f"{o.size} {o.colour} {o.shape}" in s)
             assert o.place in sentence
             if o.shape != "ring":  # the middle of a ring shows the background
-                assert picture.getpixel((round(o.x * 128), round(o.y * 128))) == COLOURS[o.colour]
-        assert picture.getpixel((0, 0)) in (BACKGROUNDS[scene.background], *COLOURS.values())
+                assert image.getpixel((round(o.x * 128), round(o.y * 128))) == COLOURS[o.colour]
+        assert image.getpixel((0, 0)) in (BACKGROUNDS[scene.background], *COLOURS.values())
         assert sum(scene.background in s for s in sentences) == 1
 
 

@@ -69,7 +69,7 @@ def mark_places(folder: Path, rank: int) -> None:
     )
     marked(StepGuard, "add", lambda _, step, *__: f"step {step}")
     marked(run, "open_source", lambda *_: f"opening on rank {rank}")
-    marked(extract.PictureReader, "decode", lambda *_: "extracting")
+    marked(extract.ImageReader, "decode", lambda *_: "extracting")
 
 
 def rank_of_run(rank: int, argv: list[str], world_size: int, port: int, folder: str) -> None:

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from test_faults import GOOD, load, picture
+from test_faults import GOOD, image_bytes, load
 from test_train_data import write_shard
 
 from dataloaders.own_pairs import read_shard_pairs
@@ -36,7 +36,7 @@ def pack(path: Path, members: list[tuple[str, bytes | str]], form: int = tarfile
 
 def files(key: str, number: int = 0, **more: bytes) -> list[tuple[str, bytes]]:
     """Returns the members of a sample whose caption contains its number."""
-    content = {"jpg": picture(number), "txt": f"number {number}".encode(), **more}
+    content = {"jpg": image_bytes(number), "txt": f"number {number}".encode(), **more}
     return [(f"{key}.{suffix}", data) for suffix, data in content.items()]
 
 

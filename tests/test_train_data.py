@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from training.data.captions import CaptionRule
-from training.data.images import PictureReader
+from training.data.images import ImageReader
 from training.data.loader import NoUsableSampleError, make_loader
 from training.data.position import Share
 from training.data.reader import SampleReader
@@ -60,7 +60,7 @@ def tokenizer(texts: list[str]) -> torch.Tensor:
 
 def reader(seed: int = 0, epoch: int = 0, **rule) -> SampleReader:
     return SampleReader(
-        PictureReader(lambda image: pil_to_tensor(image).float()), tokenizer, CaptionRule(**rule), seed, epoch
+        ImageReader(lambda image: pil_to_tensor(image).float()), tokenizer, CaptionRule(**rule), seed, epoch
     )
 
 
@@ -261,8 +261,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(tmp_path):
     sample = next(read_samples(make_shards(tmp_path, [1])[0]))
 
     def noisy(seed: int, epoch: int) -> float:
-        pictures = PictureReader(lambda image: torch.rand(1) + random.random())
-        noise = SampleReader(pictures, tokenizer, CaptionRule(), seed, epoch)
+        images = ImageReader(lambda image: torch.rand(1) + random.random())
+        noise = SampleReader(images, tokenizer, CaptionRule(), seed, epoch)
         return float(noise(sample).inputs["image"])
 
     assert noisy(0, 0) == noisy(0, 0) and len({noisy(0, 0), noisy(0, 1), noisy(1, 0)}) == 3

@@ -30,7 +30,7 @@ IN_EVALUATION, IN_TRAINING = "exact", "fast"  # defaults of --image-decoding
 Source = str | Path | ShardMember | EmbeddedImage | bytes
 
 
-class PictureReader:
+class ImageReader:
     """Reads image files and applies a transform.
 
     Args:
@@ -75,11 +75,11 @@ class PictureReader:
             return load_rgb(source, self.at_least)
         return decode_bytes(source, self.at_least)
 
-    def transform(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
+    def transform(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         """Applies the transform to a decoded image."""
         if self.resize is None:
-            return self.whole(picture)
-        return self.rest(functional.to_pil_image(self.resize(picture)))
+            return self.whole(image)
+        return self.rest(functional.to_pil_image(self.resize(image)))
 
 
 def decode_bytes(source: Source, at_least: int | None = None) -> torch.Tensor:

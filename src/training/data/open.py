@@ -12,7 +12,7 @@ from training.data.augment import without_normalisation
 from training.data.captions import CaptionRule
 from training.data.embedded import embedded_sources
 from training.data.first_look import check_first_samples
-from training.data.images import IN_TRAINING, PictureReader
+from training.data.images import IN_TRAINING, ImageReader
 from training.data.loader import make_loader
 from training.data.padding import check_front_padding
 from training.data.position import Share
@@ -160,11 +160,11 @@ def open_train_data(
     Raises:
         ValueError: a view needs padding in front of the text, and the tokenizer doesn't support that.
     """
-    pictures = PictureReader(without_normalisation(transform), args.image_decoding or IN_TRAINING)
+    images = ImageReader(without_normalisation(transform), args.image_decoding or IN_TRAINING)
     rule = caption_rule(args)
     if any(entry.front for entry in rule.entries):
         check_front_padding(tokenizer)
-    reader = SampleReader(pictures, tokenizer, rule, args.seed, 0, arrange)
+    reader = SampleReader(images, tokenizer, rule, args.seed, 0, arrange)
     return TrainData(source, reader, args.workers)
 
 

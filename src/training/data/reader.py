@@ -14,7 +14,7 @@ import torch
 from dataloaders.images import BrokenImageError, HugeImageError, NarrowImageError, load_rgb
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
 from training.data.faults import BadSample
-from training.data.images import PictureReader
+from training.data.images import ImageReader
 from training.data.padding import front_shares, pad_in_front
 from training.data.tar import RawSample
 
@@ -39,7 +39,7 @@ class SampleReader:
     how often the sample was read before in that epoch.
 
     Attributes:
-        pictures: file -> [3, H, W].
+        images: file -> [3, H, W].
         tokenizer: texts -> ids.
         rule: which captions to choose.
         seed: of augmentation and caption choice.
@@ -47,7 +47,7 @@ class SampleReader:
         arrange: (short ids [batch, L], long ids [batch, K, L]) -> packed captions; None leaves them padded.
     """
 
-    pictures: PictureReader
+    images: ImageReader
     tokenizer: Callable
     rule: CaptionRule
     seed: int
@@ -76,7 +76,7 @@ class SampleReader:
         if raw.features is not None:
             view = random.randrange(len(raw.features))
             return Sample({"image_features": torch.from_numpy(raw.features[view].astype(np.float32))}, texts, fronts)
-        return Sample({"image": self.pictures.transform(read_image(raw, self.pictures.decode))}, texts, fronts)
+        return Sample({"image": self.images.transform(read_image(raw, self.images.decode))}, texts, fronts)
 
 
 def read_record(raw: RawSample) -> dict:

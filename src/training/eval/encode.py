@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataloaders.images import BrokenImageError
-from training.data.images import PictureReader
+from training.data.images import ImageReader
 from training.eval.image_cache import CachedReader
 from training.model.locking import image_encoder_without_head
 from training.model.text_encoder import cut_padding, text_encoder
@@ -123,7 +123,7 @@ class TextBatches(Dataset):
 
 def image_batches(preprocess: Callable, paths: Sequence[Path], env: DistEnv, options: ComputeOptions) -> ImageBatches:
     """Returns this rank's batches of image files, read with a transform; see `encode_images` for the arguments."""
-    reader = PictureReader(preprocess, options.image_decoding)
+    reader = ImageReader(preprocess, options.image_decoding)
     if options.image_cache:
         reader = CachedReader(options.image_cache, preprocess, options.image_decoding)
     return ImageBatches(paths, reader.read, _own_batches(range(len(paths)), env, options.batch_size))

@@ -22,7 +22,7 @@ from torchvision import transforms
 
 from dataloaders.files import EmbeddedImage, ShardMember
 from dataloaders.images import BrokenImageError
-from training.data.images import PictureReader, Source
+from training.data.images import ImageReader, Source
 from training.runtime.files import whole_file
 
 FORMAT = 1
@@ -50,7 +50,7 @@ class CachedReader:
 
     def __init__(self, folder: str | Path, transform: Callable, mode: str):
         before, self.after = split_at_tensor(transform)
-        self.reader = PictureReader(before, mode)
+        self.reader = ImageReader(before, mode)
         noise = torch.randint(0, 256, (401, 613, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         reading = {
             "format": FORMAT,

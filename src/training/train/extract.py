@@ -28,7 +28,7 @@ from training.data.features import (
     write_features,
     write_index,
 )
-from training.data.images import IN_TRAINING, PictureReader
+from training.data.images import IN_TRAINING, ImageReader
 from training.data.open import caption_rule, open_source
 from training.data.reader import read_image, read_record, seed_augmentation
 from training.data.shards import Source
@@ -77,7 +77,7 @@ class ImageBatches(IterableDataset):
         seed: seed of the augmentation.
     """
 
-    def __init__(self, parts: list[tuple[int, Part]], images: PictureReader, views: int, batch_size: int, seed: int):
+    def __init__(self, parts: list[tuple[int, Part]], images: ImageReader, views: int, batch_size: int, seed: int):
         self.parts, self.images, self.views, self.batch_size, self.seed = parts, images, views, batch_size, seed
         self.num_logged: Counter[str] = Counter()
 
@@ -224,7 +224,7 @@ def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderPa
     todo = [(number, part) for number, part in enumerate(source.parts()) if not _file_of(args, number).is_file()]
     todo = todo[env.rank :: env.world_size]
     transform = parts.train_transform if args.feature_views else parts.preprocess
-    images = PictureReader(transform, args.image_decoding or IN_TRAINING)
+    images = ImageReader(transform, args.image_decoding or IN_TRAINING)
     batches = ImageBatches(todo, images, max(1, args.feature_views), args.batch_size, args.seed)
     loader = Loader(batches, min(args.workers, len(todo)), pin=env.device.type == "cuda")
     started = {number: OpenPart() for number, _ in todo}
