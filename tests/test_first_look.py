@@ -95,7 +95,7 @@ def few(tmp_path, counted: dict[str, int]) -> None:
 def test_sizes_that_count_too_few_are_refused(tmp_path, capsys, flags):
     few(tmp_path, {"a.tar": 8, "b.tar": 5})
     message = train(tmp_path, tmp_path, capsys, *flags)
-    assert f"sizes.json: counts 5 samples in {tmp_path / 'b.tar'}, where 6 are" in message
+    assert f"sizes.json: counts 5 samples in {tmp_path / 'b.tar'}, which has 6" in message
 
 
 def test_sizes_that_count_too_few_are_reported_where_shards_are_too_large_to_count(
@@ -109,7 +109,7 @@ def test_sizes_that_count_too_few_are_reported_where_shards_are_too_large_to_cou
     keys = [sample.key for sample in ShardSource(urls, sizes, seed=0).read(0, 0, 9)]
     assert sorted(keys) == sorted(f"{n}" for size in sizes for n in range(size))
     assert [s.key for s in ResampledShards(urls, [1, 0], 6, 0, sizes=sizes, lanes=1).read(0, 0, 6)].count("2") == 2
-    assert caplog.text.count("a.tar: holds more than the 3 samples that sizes.json counts") == 1
+    assert caplog.text.count("a.tar: has more than the 3 samples that sizes.json counts") == 1
     assert (
         prepare(["inspect", str(tmp_path), "--out", str(tmp_path / "o"), "--model", "lotlip_tiny", "--workers", "1"])
         == 0

@@ -1,4 +1,4 @@
-"""Mixes what a loader process reads: it reads several shards side by side and shuffles the samples that it holds."""
+"""Mixes the samples of a loader process: it reads several shards side by side and shuffles the samples in memory."""
 
 import itertools
 import random
@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-SHUFFLE_WINDOW = 1000  # samples that a loader process holds, among which it shuffles
-SHUFFLE_SHARDS = 16  # shards that it reads side by side
+SHUFFLE_WINDOW = 1000  # number of samples in the memory of a loader process, among which it shuffles
+SHUFFLE_SHARDS = 16  # number of shards that it reads side by side
 ROUNDS_PER_WINDOW = 8
 
 
 class Lane(NamedTuple):
-    """A sequence of items that is read from beginning to end, beside others.
+    """A sequence of items that is read from beginning to end, side by side with other sequences.
 
     Attributes:
         size: number of items.
-        read: n -> the items from number n on, and no more than `size` in all.
+        read: function that takes a number n and yields the items from number n on; the lane has at most `size` items.
     """
 
     size: int
@@ -24,20 +24,20 @@ class Lane(NamedTuple):
 
 
 def mix(lanes: Sequence[Lane], window: int, name: str, skip: int = 0) -> Iterator:
-    """Yields the items of all lanes in an order that depends on the arguments alone.
+    """Yields the items of all lanes in an order that depends only on the arguments.
 
-    Each round reads a few items from every lane, in proportion to what is left of it, so that all lanes end together.
-    Each item then waits while a random number of others arrive, up to ``2 * window`` of them. In the same memory, this
-    separates the neighbours in a lane further than shuffling one window after another would.
+    Each round reads a few items from every lane, in proportion to the number of items left in it, so that all lanes end
+    together. Each item then waits until a random number of further items has arrived, at most ``2 * window``. With the
+    same memory, this separates neighbours in a lane further than shuffling one window after another.
 
     Args:
-        lanes: what to mix.
+        lanes: the lanes to mix.
         window: number of items in memory.
-        name: seeds the order.
-        skip: number of items to leave out. Only the last ``2 * window`` of them, and at most a round more, are read.
+        name: seed of the order.
+        skip: number of items to leave out. Of these, only the last ``2 * window`` and at most one more round are read.
     """
     round_size = max(window // ROUNDS_PER_WINDOW, 1)
-    # An item leaves before 2 * window later ones have arrived, so every item of these rounds leaves before number skip.
+    # An item leaves before 2 * window further items have arrived, so all items of these rounds are among the skipped.
     num_unread_rounds = max(skip - 2 * window, 0) // round_size
     order = _mixed(lanes, window, round_size, name, num_unread_rounds)
     return itertools.islice(order, skip - num_unread_rounds * round_size, None)
@@ -62,18 +62,18 @@ def _mixed(lanes: Sequence[Lane], window: int, round_size: int, name: str, num_u
             for item in itertools.islice(streams[k] or (), count):
                 while waiting and waiting[0][0] <= now:
                     yield heappop(waiting)[-1]
-                # The first window is filled before any item leaves: a small source is shuffled as a whole.
+                # The first window is filled before any item leaves, so a small source is shuffled as a whole.
                 leaves = now + 2 * window * rng.random() if now >= window else window * (1 + rng.random())
                 heappush(waiting, (leaves, now, item))
                 now += 1
             if count and not left[k]:
-                next(streams[k], None)  # ends it: it closes its file
+                next(streams[k], None)  # ends the generator, which closes its file
     while waiting:
         yield heappop(waiting)[-1]
 
 
 def _shares(left: Sequence[int], number: int) -> list[int]:
-    """Divides `number` items, or all if fewer are left, among lanes in proportion to what is left of each."""
+    """Divides `number` items (or all, if fewer are left) among lanes in proportion to the items left in each."""
     total = sum(left)
     number = min(number, total)
     ends = [number * end // total for end in itertools.accumulate(left)] if total else []

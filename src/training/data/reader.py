@@ -24,8 +24,8 @@ class Sample(NamedTuple):
 
     Attributes:
         inputs: ``image`` [3, H, W], or the cached ``image_features`` [dim].
-        texts: as many as the caption rule says, the short caption first.
-        fronts: of each text, the share of its free places that is padded in front, see `padding.pad_in_front`.
+        texts: the texts that the caption rule chose, the short caption first.
+        fronts: for each text the fraction of its padding that is put in front, see `padding.pad_in_front`.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -35,16 +35,17 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Turns a raw sample into pixels and texts; what is random depends on the seed, the epoch, the sample's key and
-    how often the sample was read before in that epoch.
+    """Turns a raw sample into pixels and texts.
+
+    Random choices depend on the seed, the epoch, the sample's key, and how often the sample was read before in the
+    epoch.
 
     Attributes:
-        images: file -> [3, H, W].
-        tokenizer: texts -> ids.
+        images: reads an image file and transforms it to [3, H, W].
+        tokenizer: function from texts to token ids.
         rule: which captions to choose.
-        seed: of augmentation and caption choice.
-        epoch: likewise.
-        arrange: (short ids [batch, L], long ids [batch, K, L]) -> packed captions; None leaves them padded.
+        seed, epoch: seed of augmentation and caption choice.
+        arrange: function of (short ids [batch, L], long ids [batch, K, L]) that packs captions; None pads them.
     """
 
     images: ImageReader
@@ -55,11 +56,11 @@ class SampleReader:
     arrange: Callable | None = None
 
     def __call__(self, raw: RawSample, times_read: int = 0) -> Sample:
-        """Decodes, augments and chooses captions.
+        """Decodes and augments the image, and chooses captions.
 
         Args:
             raw: the sample.
-            times_read: how often it was read before in this epoch; each time has a crop and captions of its own.
+            times_read: how often it was read before in this epoch; each time has another crop and other captions.
 
         Raises:
             BadSample: the sample can't be used.
@@ -80,10 +81,10 @@ class SampleReader:
 
 
 def read_record(raw: RawSample) -> dict:
-    """Returns the captions of a sample by key, with whatever else lies beside them.
+    """Returns the captions of a sample by key, together with all other entries of its JSON file or row.
 
     Raises:
-        BadSample: broken JSON, or text that is not UTF-8.
+        BadSample: the sample has a fault, its JSON is broken or not an object, or a text is not UTF-8.
     """
     if raw.fault:
         raise BadSample(raw.fault)
@@ -107,10 +108,10 @@ def read_record(raw: RawSample) -> dict:
 
 
 def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
-    """Returns a sample's image as `decode` gives it.
+    """Returns the output of `decode` for a sample's image.
 
     Raises:
-        BadSample: no image, or one that can't be decoded.
+        BadSample: there is no image, or it can't be decoded.
     """
     image = raw.image_path if raw.image is None else raw.image
     if image is None:
@@ -126,7 +127,7 @@ def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON may spell half a surrogate pair, which no tokenizer takes."""
+    """Tells whether a text can be encoded: JSON may contain half a surrogate pair, which tokenizers don't accept."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -135,7 +136,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def seed_augmentation(name: str) -> None:
-    """Seeds every random stream that image transforms draw from; those of GPUs are left alone."""
+    """Seeds all random streams that image transforms use; the streams of GPUs are not changed."""
     number = int.from_bytes(sha256(name.encode()).digest()[:8], "big")
     random.seed(number)
     np.random.seed(number % 2**32)
@@ -156,12 +157,12 @@ def tokenise(tokenizer: Callable, texts: list[str], fronts: Sequence[float] = ()
     """Tokenises n texts.
 
     Args:
-        tokenizer: of the model.
-        texts: n.
-        fronts: share of each text's free places that is padded in front, see `padding.pad_in_front`.
+        tokenizer: the model's tokenizer.
+        texts: n texts.
+        fronts: for each text the fraction of its padding that is put in front, see `padding.pad_in_front`.
 
     Returns:
-        Token ids [n, length], cut after the longest text, and the number of tokens that are not padding.
+        Token ids [n, length], where length is that of the longest text; and the number of tokens that are not padding.
     """
     ids = tokenizer(texts)
     return trim_padding(tokenizer, pad_in_front(ids, fronts) if any(fronts) else ids)
@@ -171,9 +172,10 @@ def trim_padding(tokenizer: Callable, ids: torch.Tensor, multiple: int = 8) -> t
     """Cuts off the padding that all texts share.
 
     Args:
-        tokenizer: made the ids. Only our own are cut; rows of others may carry tokens at their end.
+        tokenizer: the tokenizer that made the ids. Only the ids of our own tokenizers are cut, because others may put
+            tokens at the end of a row.
         ids: [n, context_length].
-        multiple: `length` is a multiple of it, or the context length, which keeps the number of shapes small.
+        multiple: the new length is a multiple of it, or the context length, to keep the number of shapes small.
 
     Returns:
         Ids [n, length], and the number of tokens that are not padding.

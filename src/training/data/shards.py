@@ -1,8 +1,8 @@
-"""Where training samples come from: tar shards here, tables in tables.py.
+"""Sources of training samples: tar shards (here) and tables (in tables.py).
 
-A source lays the samples of an epoch out as one sequence of slots. A loader process takes a stretch of it, start to
-stop, so any number of processes sees every sample exactly once, however many shards there are. What is read from a
-stretch is a function of (seed, epoch, start, stop): the number of slots read is a position to go on from.
+A source arranges the samples of an epoch as one sequence of slots. A loader process reads the slots from start to stop,
+so any number of processes reads every sample exactly once, for any number of shards. The result depends only on (seed,
+epoch, start, stop), so the number of slots read is a position from which reading can continue.
 """
 
 import itertools
@@ -25,41 +25,43 @@ from training.data.features import count_features, feature_files, is_feature_fol
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
 from training.data.tar import BrokenShardError, Part, RawSample, index_shard, read_samples, read_sizes
 
-USUAL_SIZE = 10_000  # samples of a shard of unknown size, such as img2dataset writes
-MAX_CHECKED_BYTES = 1 << 28  # of shards whose samples are counted to check sizes.json
+USUAL_SIZE = 10_000  # assumed number of samples in a shard of unknown size: img2dataset's default
+MAX_CHECKED_BYTES = 1 << 28  # total size of the shards whose samples are counted to check sizes.json
 
 
 class Source(Protocol):
-    """What a loader process needs.
+    """A source of samples, as loader processes use it.
 
     Attributes:
-        num_samples: in one epoch.
+        num_samples: number of samples in one epoch.
     """
 
     num_samples: int
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
-        """Yields what is in slots start..stop of the epoch, without the first `skip` that a call without it yields.
+        """Yields the items of the slots from `start` up to, but not including, `stop` of an epoch.
 
-        Each slot gives one item: a sample, or the reason why it can't be read.
+        Each slot gives one item: a sample, or the error because of which it can't be read. `skip` leaves out the first
+        items; the order of the others doesn't change.
         """
 
     def fingerprint(self) -> str:
-        """Returns the same text for sources of which `read` gives the same; a folder may have moved."""
+        """Returns a text that is equal for sources whose `read` gives the same, also after moving their folder."""
 
 
 class ShardSource:
-    """Tar shards, each sample once an epoch.
+    """Tar shards, each sample once per epoch.
 
-    The shards are shuffled anew each epoch. A process reads several shards of its stretch at once and shuffles what it
-    reads among windows, so that starting in the middle costs one window, not the epoch.
+    The order of the shards differs between epochs. A process reads several of its shards side by side and mixes their
+    samples (see `mixing.mix`); starting in the middle only requires reading the samples that are in the buffer then.
 
     Args:
-        urls: shards.
-        sizes: samples in each.
-        seed: of the order.
-        window: samples shuffled together.
-        lanes: shards read at once, at most. Stretches are cut where shards begin, so that none is read twice for it.
+        urls: the shards.
+        sizes: number of samples in each.
+        seed: seed of the order.
+        window: number of samples in memory.
+        lanes: maximum number of shards that are read side by side. The slots of a process are divided into lanes where
+            shards begin, so that no shard is opened twice because of it.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class ShardSource:
         yield from mix(lanes, self.window, f"{self.seed}/{epoch}/{start}", skip)
 
     def parts(self) -> list[Part]:
-        """The shards."""
+        """Returns the shards as parts."""
         return [Part(os.path.basename(u), size, partial(read_shard, u)) for u, size in zip(self.urls, self.sizes)]
 
     def fingerprint(self) -> str:
@@ -104,17 +106,18 @@ class ShardSource:
 
 
 class ResampledShards:
-    """Tar shards drawn with replacement, as often as their source's factor says.
+    """Tar shards drawn with replacement, with weights.
 
-    A draw reads a whole shard from a random sample on, and then the samples before that one. So every sample is equally
-    likely, however short the share of a process is. A shard of unknown size can only be read from its beginning.
+    A draw reads a shard from a random sample to its end, and then the samples before that one. So every sample is
+    equally likely, even if a process reads only part of a shard. A shard of unknown size can only be read from its
+    beginning.
 
     Args:
-        urls: shards.
-        factors: how often to draw each, relative to the others.
-        num_samples: what counts as an epoch.
-        seed, window, lanes: as of `ShardSource`.
-        sizes: samples in each, None where that is unknown; local shards are then indexed when they are drawn.
+        urls: the shards.
+        factors: weight of each shard in the draw.
+        num_samples: number of samples in an epoch.
+        seed, window, lanes: see `ShardSource`.
+        sizes: number of samples in each; None if unknown. A local shard of unknown size is indexed when it is drawn.
     """
 
     def __init__(
@@ -141,7 +144,11 @@ class ResampledShards:
         yield from mix([lane(k) for k in range(number)], self.window, name, skip)
 
     def _num_lanes(self, num_samples: int) -> int:
-        """Lanes of a stretch: a remote shard is read up to where a lane begins, so each lane is as long as a shard."""
+        """Returns the number of lanes for this many slots.
+
+        To start in the middle of a remote shard, everything before has to be read, so each lane is about as long as a
+        shard.
+        """
         if all(map(is_local, self.urls)):
             return self.lanes
         known = [size for size in self.sizes.values() if size]
@@ -154,8 +161,10 @@ class ResampledShards:
         return _fingerprint("resampled 4", _names(self.urls), self.factors, self.num_samples, *order)
 
     def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample | BrokenShardError]:
-        """Yields what one draw after another gives, without the first `skip` items, which are not read if sizes are
-        known."""
+        """Yields the items of one draw after another, without the first `skip`.
+
+        If sizes are known, the skipped items are not read.
+        """
         while True:
             (url,) = rng.choices(self.urls, self.factors)
             size, fault = self._extent(url)
@@ -178,7 +187,7 @@ class ResampledShards:
             skip = 0
 
     def _extent(self, url: str) -> tuple[int | None, str | None]:
-        """Returns (number of readable samples, None if unknown; why a local shard breaks off after them)."""
+        """Returns (number of readable samples or None if unknown, fault after which a local shard can't be read)."""
         size, fault = (self.sizes[url], None) if self.sizes.get(url) is not None else _local_extent(url)
         return size, f"{url}: no sample in it" if size == 0 and not fault else fault
 
@@ -199,12 +208,13 @@ def _local_extent(url: str) -> tuple[int | None, str | None]:
 
 
 def read_exactly(url: str, first: int, stop: int, size: int) -> Iterator[RawSample | BrokenShardError]:
-    """Yields stop - first items of a shard; where it breaks off or is shorter, the reason in place of each sample.
+    """Yields stop - first items of a shard; if it is broken or too short, an error instead of each missing sample.
 
     Args:
         url: the shard.
-        first, stop: sample numbers.
-        size: samples that it is said to hold; more of them are reported once per process.
+        first, stop: number of the first sample, and the number before which to stop.
+        size: number of samples in the shard according to sizes.json; if there are more, a warning is logged once per
+            process.
     """
     fault = BrokenShardError(f"{url}: fewer samples than sizes.json counts")
     try:
@@ -221,11 +231,11 @@ def read_exactly(url: str, first: int, stop: int, size: int) -> Iterator[RawSamp
 
 @cache
 def _report_more(url: str, size: int) -> None:
-    logging.warning(f"{url}: holds more than the {size:,} samples that sizes.json counts; the others are never read")
+    logging.warning(f"{url}: has more than the {size:,} samples that sizes.json counts; the others are never read")
 
 
 def read_shard(url: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
-    """Reads a tar shard, a file of features, or a table with images inside: see `tar.read_samples`."""
+    """Reads a tar shard, a feature file, or a table with images inside; see `tar.read_samples` for the arguments."""
     if url.endswith(FEATURES):
         return read_features(url, first, stop)
     return read_rows(url, first, stop) if url.endswith(COLUMNAR) else read_samples(url, first, stop)
@@ -240,7 +250,7 @@ def _fingerprint(*parts: object) -> str:
 
 
 def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample | BrokenShardError]:
-    """Ends with the reason where a shard breaks off."""
+    """Yields the samples, and at the end the error if a shard is broken."""
     try:
         yield from samples
     except BrokenShardError as error:
@@ -248,10 +258,13 @@ def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample | BrokenShar
 
 
 def expand_sources(spec: str) -> list[list[str]]:
-    """Expands the flag: sources separated by ``::``, each as `expand_shards` takes it, or a folder of image features.
+    """Returns the shards of each source in the value of a flag.
+
+    Args:
+        spec: sources separated by ``::``; each is an argument of `expand_shards`, or a folder of image features.
 
     Raises:
-        FileNotFoundError, ValueError: a local shard or folder is not there, or a folder holds none.
+        FileNotFoundError, ValueError: a local shard or folder doesn't exist, or a folder has no shard.
     """
     sources = []
     for part in spec.split("::"):
@@ -270,17 +283,17 @@ def expand_sources(spec: str) -> list[list[str]]:
 
 
 def known_sizes(urls: Sequence[str]) -> list[int | None]:
-    """Returns what ``sizes.json`` beside each shard says, None where it says nothing."""
+    """Returns the number of samples of each shard by the ``sizes.json`` beside it; None if it has no entry."""
     folders = {os.path.dirname(url) for url in urls if not url.startswith("pipe:")}
     sizes = {folder: read_sizes(folder) for folder in folders}
     return [sizes.get(os.path.dirname(url), {}).get(os.path.basename(url)) for url in urls]
 
 
 def trusted_sizes(urls: Sequence[str]) -> list[int | None]:
-    """Returns `known_sizes`, after a count of the smallest local shards, `MAX_CHECKED_BYTES` in all.
+    """Returns `known_sizes`, after checking them for the smallest local shards, up to `MAX_CHECKED_BYTES` in total.
 
     Raises:
-        ValueError: ``sizes.json`` counts too few samples in a shard: the others would never be seen.
+        ValueError: ``sizes.json`` counts too few samples in a shard, so the others would never be read.
     """
     known = known_sizes(urls)
     local = [(url, size) for url, size in zip(urls, known) if size and is_local(url)]
@@ -292,17 +305,17 @@ def trusted_sizes(urls: Sequence[str]) -> list[int | None]:
         found = len(index_shard(url).offsets)
         if found > size:
             path = os.path.join(os.path.dirname(url), "sizes.json")
-            raise ValueError(f"{path}: counts {size:,} samples in {url}, where {found:,} are; remove or correct it")
+            raise ValueError(f"{path}: counts {size:,} samples in {url}, which has {found:,}; remove or correct it")
     return known
 
 
 def count_samples(urls: Sequence[str]) -> list[int]:
-    """Counts the samples of shards: from ``sizes.json`` beside them, else from the headers of local files.
+    """Returns the number of samples of each shard, from ``sizes.json`` or else from the headers of local files.
 
-    A shard that breaks off counts as far as it goes, with a warning.
+    In a broken shard, the samples before the break are counted, with a warning.
 
     Raises:
-        ValueError: a remote shard that no sizes.json counts, a local one that is no tar file, or a wrong sizes.json.
+        ValueError: a remote shard has no entry in sizes.json, a local shard is not a tar file, or sizes.json is wrong.
     """
     if all(url.endswith(FEATURES) for url in urls):
         return [count_features(url) for url in urls]
