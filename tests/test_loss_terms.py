@@ -1,5 +1,6 @@
 """Terms, label smoothing and reduced features against plain implementations of the published formulas."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from training.runtime.distributed import DistEnv
 from training.train.losses import make_loss
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
-LONG_CLIP = (LossTerm("long_loss", (1,)), LossTerm("short_loss", (0,), image_components=3))
+LONG_CLIP = (
+    LossTerm("long_loss", (1,)),
+    LossTerm("short_loss", (0,), image_form=partial(reduce_features, components=3)),
+)
 SCALE = 9.0
 
 
@@ -78,7 +82,10 @@ def test_the_loss_of_himo_clip():
         return himo_clip(images, texts[:, 0], 0.8)
 
     inputs, own = batch(), batch()
-    terms = (LossTerm("whole_loss", (0,)), LossTerm("component_loss", (0,), text_variance=0.8))
+    terms = (
+        LossTerm("whole_loss", (0,)),
+        LossTerm("component_loss", (0,), text_form=partial(reduce_features, variance=0.8)),
+    )
     loss = LongCaptionLoss(terms=terms, label_smoothing=0.1, normalisation="per-term")
     check_equal(loss(*own, torch.tensor(SCALE, dtype=torch.float64)), plain(*inputs), own, inputs)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from training.loss.blockwise import ContrastRule, contrast
-from training.loss.terms import NORMALISATIONS, LossTerm, reduce_features
+from training.loss.terms import NORMALISATIONS, LossTerm
 
 # torch 2.14 renamed these functions.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -173,22 +173,22 @@ class _CaptionLoss(nn.Module):
 
     @staticmethod
     def _forms(images, texts, terms) -> tuple[torch.Tensor, torch.Tensor, list[list[tuple[int, int]]]]:
-        """Appends reduced features to images and texts; returns both, and the (view, text) pairs of each term."""
+        """Appends the terms' forms to images and texts; returns both, and the (view, text) pairs of each term."""
         all_images, all_texts, compared = list(images.unbind(1)), list(texts.unbind(1)), []
         used: set[int] = set()
         num_views = len(all_images)
         for term in terms:
             columns = term.columns(texts.shape[1])
             views = range(1 if columns == [0] else num_views)
-            if term.image_components is not None:
-                all_images.append(reduce_features(all_images[0], term.image_components))
+            if term.image_form is not None:
+                all_images.append(term.image_form(all_images[0]))
                 views = [len(all_images) - 1]
-            if term.text_variance is not None:
-                forms = [reduce_features(all_texts[text], variance=term.text_variance) for text in columns]
+            if term.text_form is not None:
+                forms = [term.text_form(all_texts[text]) for text in columns]
             else:  # a text that an earlier term uses is copied, because `contrast` keeps one gradient per text
                 forms = [all_texts[text] for text in columns if text in used]
             if forms:
-                kept = [] if term.text_variance is not None else [text for text in columns if text not in used]
+                kept = [] if term.text_form is not None else [text for text in columns if text not in used]
                 columns = [*kept, *range(len(all_texts), len(all_texts) + len(forms))]
                 all_texts += forms
             used |= set(columns)
@@ -203,9 +203,9 @@ class _CaptionLoss(nn.Module):
         """Starts to gather a locked tower's features [batch, dim]; `forward` waits for the result.
 
         Returns:
-            What `forward` takes as `early`; None on one process, or if a term needs reduced image features.
+            What `forward` takes as `early`; None on one process, or if a term has an image form.
         """
-        if self.world_size == 1 or any(term.image_components is not None for term in self.terms):
+        if self.world_size == 1 or any(term.image_form is not None for term in self.terms):
             return None
         return EarlyGather(image_features, self.world_size)
 

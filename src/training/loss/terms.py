@@ -1,6 +1,6 @@
 """Loss terms: each compares one form of the image features with some of the text features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +17,15 @@ class LossTerm:
         name: key in the loss's output and in the log; ends in ``_loss``.
         texts: indices into a sample's T text features; None means all but the first.
         weight: factor of the term in the sum.
-        image_components: number of principal components of this process's batch to which the image features are
-            reduced, as Long-CLIP does for short captions; None uses the image features as they are.
-        text_variance: fraction of the variance of this process's batch that the principal components must explain to
-            which the text features are reduced, as HiMo-CLIP does; None uses the text features as they are.
+        image_form, text_form: functions from this process's features [batch, dim] to the features [batch, dim] that the
+            term compares, such as `reduce_features`; None compares the features as they are.
     """
 
     name: str
     texts: Sequence[int] | None = None
     weight: float = 1.0
-    image_components: int | None = None
-    text_variance: float | None = None
+    image_form: Callable[[torch.Tensor], torch.Tensor] | None = None
+    text_form: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def columns(self, num_texts: int) -> list[int]:
         """Returns the indices of this term's text features, of T = `num_texts`."""
@@ -39,8 +37,8 @@ def reduce_features(
 ) -> torch.Tensor:
     """Projects features [n, dim] onto principal components of the batch.
 
-    The features are centred and projected, and their mean is added back; the result is not normalised. Gradients flow
-    through the projection, too.
+    Long-CLIP reduces image features for short captions, HiMo-CLIP text features. The features are centred and
+    projected, and their mean is added back; the result is not normalised. Gradients flow through the projection, too.
 
     Args:
         features: features of this process's batch, [n, dim].

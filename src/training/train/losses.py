@@ -3,13 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
 from training.data.views import Entry
 from training.flags.data import caption_entries, reads
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
-from training.loss.terms import LossTerm
+from training.loss.terms import LossTerm, reduce_features
 from training.runtime.distributed import DistEnv
 
 
@@ -42,7 +43,9 @@ def loss_terms(args: argparse.Namespace, num_corners: int) -> list[LossTerm]:
     ``--long-text-variance`` appends another term for each term that compares long captions.
     """
     entries = caption_entries(args)
-    first = LossTerm("short_caption_loss", (0,), args.short_loss_weight, args.short_image_components)
+    components = args.short_image_components
+    form = None if components is None else partial(reduce_features, components=components)
+    first = LossTerm("short_caption_loss", (0,), args.short_loss_weight, image_form=form)
     counts = [entry.count * (num_corners + 1 if entry.corners else 1) for entry in entries]
     if sum(counts) == 1:
         terms, sources = [LossTerm("contrastive_loss", (0,))], [entries]
@@ -64,7 +67,7 @@ def _terms_of(entries: Sequence[Entry], counts: Sequence[int], first: LossTerm, 
     Args:
         entries: the texts of a sample.
         counts: number of text features of each entry.
-        first: weight and components of the first term.
+        first: weight and image form of the first term.
         other_weight: weight of all other terms.
     """
     terms, start = [], 0
@@ -82,5 +85,5 @@ def _reduced(term: LossTerm, args: argparse.Namespace) -> LossTerm:
         term.name.removesuffix("_loss") + "_component_loss",
         term.texts,
         term.weight * args.long_text_variance_weight,
-        text_variance=args.long_text_variance,
+        text_form=partial(reduce_features, variance=args.long_text_variance),
     )
