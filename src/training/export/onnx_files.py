@@ -31,9 +31,9 @@ class _Texts(_Images):
         if not isinstance(model, open_clip.CLIP):
             return model.encode_text(ids, normalize=True)
         # `CLIP.encode_text` for rows of any length; the original supports only the full context length.
-        length = ids.shape[1]
-        hidden = model.token_embedding(ids) + model.positional_embedding[:length]
-        hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
+        places = torch.arange(ids.shape[1])  # slices would make torch 2.6 treat the full length as a case of its own
+        hidden = model.token_embedding(ids) + model.positional_embedding[places]
+        hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[places][:, places]))
         pooled = text_global_pool(hidden, ids, model.text_pool_type, eos_token_id=model.text_eos_id)
         projection = model.text_projection
         pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
