@@ -1,4 +1,8 @@
-"""--config: flags in YAML files. They are converted to command-line words, so each is checked like a typed flag."""
+"""--config: flags in YAML files. They are converted to command-line words, so each is checked like a typed flag.
+
+ConfigArgParse 1.9 and jsonargparse 4.53 were tried instead. Both silently use the last of two equal keys, and neither
+names the file and line of an unknown key.
+"""
 
 import argparse
 from collections.abc import Callable, Mapping
