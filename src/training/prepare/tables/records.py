@@ -76,7 +76,7 @@ def csv_chunks(records: CsvRecords, begin: int, num_rows: int) -> Iterator[Chunk
     """Divides the rows after byte `begin` into chunks of `num_rows` rows."""
     end, missing, plain = begin, num_rows, []
     for part in records.read_fast(begin):
-        ends = part.begin + part.ends if isinstance(part, Stretch) else np.array([part.end])
+        ends = part.ends if isinstance(part, Stretch) else np.array([part.end])
         end, first = part.begin, 0
         while first < len(ends):
             last = min(first + missing, len(ends))
