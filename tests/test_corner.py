@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from training.model.corner import (
     corner_places,
@@ -98,6 +98,25 @@ def test_without_corners_it_is_the_hugging_face_model(family):
     with torch.no_grad():
         expected = pair(input_ids=ids, attention_mask=keep.long()).last_hidden_state
     torch.testing.assert_close(hidden_states(text, ids)[keep], expected[keep], rtol=0, atol=1e-5)
+
+
+def test_in_bf16_it_computes_what_the_hugging_face_model_computes():
+    text = tower("bert", num_corners=0, num_layers=3, pooler_type="cls_last_hidden_state_pooler")
+    config = text.transformer.config
+    plain = AutoModel.from_config(config, attn_implementation="sdpa", add_pooling_layer=False).eval()
+    plain.load_state_dict(text.transformer.state_dict())
+    ids = random_ids(text, num_padding=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = text.family.run(text.transformer, ids, prefix_attention(ids != text.pad_id, 0))
+        expected = plain(input_ids=ids).last_hidden_state
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for model, output in ((text.transformer, states), (plain, expected)):
+        (output.float() * weights).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters()]))
+    torch.testing.assert_close(states, expected, rtol=0, atol=0)
+    torch.testing.assert_close(*gradients, rtol=0, atol=2e-2 * float(gradients[1].abs().max()))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.9999
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dataloaders.images import BrokenImageError
 from training.data.images import ImageReader
 from training.eval.image_cache import CachedReader
-from training.model.locking import image_encoder_without_head
+from training.model.image_encoder import image_encoder
 from training.model.text_encoder import cut_padding, text_encoder
 from training.model.truncation import tokenise_and_count_lost
 from training.runtime.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
@@ -154,8 +154,7 @@ def encode_images(
         FloatingPointError: the model returned NaN or infinity.
     """
     dataset = image_batches(preprocess, paths, env, options)
-    tower = image_encoder_without_head(model) if without_head else model.encode_image
-    return _encode(tower, dataset, len(paths), "image", env, options, allow_broken)
+    return _encode(image_encoder(model, without_head), dataset, len(paths), "image", env, options, allow_broken)
 
 
 def encode_texts(

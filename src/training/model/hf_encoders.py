@@ -57,6 +57,7 @@ def build_encoder(config: PretrainedConfig, with_pooler: bool, extra_rows: int) 
         _start_with_sinusoids(encoder.embeddings.position_embeddings.weight, config.sinusoidal_start)
     if extra_rows:
         encoder.resize_token_embeddings(config.vocab_size + extra_rows, mean_resizing=False)
+    family_of(config).prepare(encoder)
     return encoder
 
 

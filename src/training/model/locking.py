@@ -1,6 +1,5 @@
 """Freezing parts of a model: frozen parts stay in evaluation mode, so that they always give the same output."""
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -29,18 +28,9 @@ def linear_head(visual: nn.Module) -> nn.Module | None:
     return head if len(kinds) == 1 and isinstance(kinds[0], nn.Linear) and kinds[0].bias is None else None
 
 
-def image_encoder_without_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the function that encodes images, without the tower's `linear_head` if it has one.
-
-    Returns:
-        Images [batch, 3, H, W] -> [batch, trunk_dim], or [batch, dim] for a tower without a linear head.
-    """
-    return model.encode_image if linear_head(model.visual) is None else model.visual.trunk
-
-
 @torch.no_grad()
 def apply_linear_head(visual: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Applies the linear head to features of `image_encoder_without_head`.
+    """Applies the linear head to features of `image_encoder(model, without_head=True)`.
 
     Args:
         visual: an image tower.

@@ -36,7 +36,8 @@ from training.data.tar import BrokenShardError, Part, RawSample
 from training.model.factory import EncoderParts
 from training.model.fingerprint import fingerprint
 from training.model.from_flags import build_from_flags, check_precision
-from training.model.locking import HEAD, image_encoder_without_head, linear_head
+from training.model.image_encoder import image_encoder
+from training.model.locking import HEAD, linear_head
 from training.model.resolve import resolve_weights
 from training.runtime.distributed import DistEnv, agree, distributed, fail, raise_together, together
 from training.runtime.tracking import log_to
@@ -251,7 +252,7 @@ def _encode(model: torch.nn.Module, pixels: torch.Tensor, precision: str, device
     """[n, views, 3, H, W] -> normalised features [n, views, dim] float16."""
     flat = pixels.flatten(0, 1).to(device, get_input_dtype(precision), non_blocking=True)
     with get_autocast(precision, device_type=device.type)():
-        features = image_encoder_without_head(model)(flat)
+        features = image_encoder(model, without_head=True)(flat)
     features = torch.nn.functional.normalize(features.float(), dim=-1)
     if not features.isfinite().all():
         raise FloatingPointError(f"the image tower returned NaN or infinity in {precision}; try --precision fp32")

@@ -26,6 +26,11 @@ class Bert(EncoderFamily):
     packs_rows = True
     shows_attention = True
 
+    def prepare(self, encoder: nn.Module) -> None:
+        # Autocast would cast the hidden states for queries, keys and values separately, and their gradients back.
+        for layer in encoder.encoder.layer:
+            layer.attention.self.register_forward_pre_hook(_cast_once)
+
     def run(self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         hidden = encoder.embeddings(input_ids=ids)
         return encoder.encoder(hidden, attention_mask=additive_mask(allowed, hidden.dtype))[0]
@@ -95,9 +100,7 @@ class Bert(EncoderFamily):
         ids = torch.cat([part.flatten() for part in buckets])
         positions = torch.cat([self.bucket_positions(part, encoder.config).flatten() for part in buckets])
         hidden = encoder.embeddings(input_ids=ids[None], position_ids=positions[None])
-        device = hidden.device.type
-        is_mixed = torch.is_autocast_enabled(device)
-        return hidden, make_bucket_mask(allowed, torch.get_autocast_dtype(device) if is_mixed else hidden.dtype)
+        return hidden, make_bucket_mask(allowed, _compute_dtype(hidden))
 
     def _start_row(self, encoder: nn.Module, row: Row, num_corners: int) -> tuple[torch.Tensor, RowMask]:
         """Returns the embedded row [1, budget, width] and its attention mask."""
@@ -128,6 +131,17 @@ class Roberta(Bert):
 FAMILIES = (Bert(), Roberta())
 
 
+def _cast_once(attention: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    hidden, *others = inputs
+    return (hidden.to(_compute_dtype(hidden)), *others)
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Returns the dtype in which linear layers compute with hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 def _all_layers_but_last(encoder: nn.Module, hidden: torch.Tensor, mask: object) -> torch.Tensor:
     for layer in encoder.encoder.layer[:-1]:
         hidden = layer(hidden, mask)
@@ -150,6 +164,7 @@ def _last_layer(
     """
     layer = encoder.encoder.layer[-1]
     own = layer.attention.self
+    hidden = hidden.to(_compute_dtype(hidden))  # once for keys and values
     seen = attend(own.query(read), own.key(hidden), own.value(hidden))
     return layer.feed_forward_chunk(layer.attention.output(seen, read))
 

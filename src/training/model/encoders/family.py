@@ -39,6 +39,9 @@ class EncoderFamily:
         """Returns the number of rows at the start of the position table that no token uses."""
         return 0
 
+    def prepare(self, encoder: nn.Module) -> None:
+        """Adapts a new encoder, without changing its weights."""
+
     def run(self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Runs an encoder with an attention mask.
 

@@ -1,0 +1,34 @@
+"""Image features of any two-tower model, for evaluation and for feature files."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from training.model.locking import linear_head
+
+# Larger tensors leave the processor's caches, and the allocator returns them to the system after each use. Measured on
+# two cores with 224-pixel images, 8 at a time instead of 64: ViT-B/16 1.4, ResNet-50 1.6, EfficientNet-lite0 1.9 times
+# as fast, ViT-B/32 1.06.
+IMAGES_AT_ONCE_ON_CPU = 8
+
+
+def image_encoder(model: nn.Module, without_head: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the function that encodes images; on a CPU, it runs the tower on a few images at a time.
+
+    Args:
+        model: in eval mode, so that the features of an image do not depend on the others of its batch.
+        without_head: leave out the tower's `locking.linear_head`, if it has one.
+
+    Returns:
+        Images [batch, 3, H, W] -> [batch, dim], or [batch, trunk_dim] without the head; not normalised.
+    """
+    cuts_head = without_head and linear_head(model.visual) is not None
+    tower = model.visual.trunk if cuts_head else model.encode_image
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        if images.device.type != "cpu":
+            return tower(images)
+        return torch.cat([tower(part) for part in images.split(IMAGES_AT_ONCE_ON_CPU)])
+
+    return encode
