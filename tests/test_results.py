@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from open_clip import IMAGENET_CLASSNAMES
 
 from eval_files import write_coco, write_docci, write_imagenet
 from support import evaluate
@@ -16,8 +17,12 @@ def logs(tmp_path_factory, tiny_clip):
     folder = tmp_path_factory.mktemp("runs")
     docci, coco, val = write_docci(folder / "docci_data"), write_coco(folder / "coco"), write_imagenet(folder / "val")
     both = ["--docci-retrieval", docci, "--docci-sentences", "--coco-retrieval", coco, "--allow-missing"]
+    prompts = folder / "prompts.json"  # one text for each class instead of 80
+    prompts.write_text(json.dumps({"imagenet1k": {name: [name] for name in dict.fromkeys(IMAGENET_CLASSNAMES)}}))
     evaluate(folder, tiny_clip, *both, name="one")
-    evaluate(folder, tiny_clip, *both, "--imagenet-val", val, "--batch-size", 7, name="two")
+    evaluate(
+        folder, tiny_clip, *both, "--imagenet-val", val, "--imagenet-prompts", prompts, "--batch-size", 7, name="two"
+    )
     evaluate(folder, tiny_clip, *both, "--batch-size", 5, name="two")
     return folder / "logs"
 

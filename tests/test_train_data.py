@@ -153,24 +153,24 @@ def test_resampling_follows_the_factors(tmp_path):
 
 
 @pytest.mark.parametrize("world_size, workers", [(1, 1), (1, 4), (2, 4)])
-@pytest.mark.parametrize("sizes", [(), (200, 200, 200, 200)])
+@pytest.mark.parametrize("sizes", [(), (100, 100, 100, 100)])
 def test_resampling_draws_every_sample_equally_often(tmp_path, world_size, workers, sizes):
     urls = []
     for shard in range(4):
         urls.append(str(tmp_path / f"{shard}.tar"))
         with tarfile.open(urls[-1], "w") as file:
-            for number in range(200):
+            for number in range(100):
                 member = tarfile.TarInfo(f"{number:03d}.txt")
                 member.size = 1
                 file.addfile(member, io.BytesIO(b"x"))
-    source, counts = ResampledShards(urls, [1] * 4, num_samples=160, seed=0, window=50, sizes=sizes), Counter()
+    source, counts = ResampledShards(urls, [1] * 4, num_samples=160, seed=0, window=25, sizes=sizes), Counter()
     share = 160 // world_size // workers
-    for epoch in range(200):
+    for epoch in range(100):
         for part in range(world_size * workers):
             counts.update((s.source, s.key) for s in source.read(epoch, part * share, (part + 1) * share))
-    assert counts.total() == 32_000 and len(counts) == 800  # uniform draws miss a sample in one of 10^15 runs
-    by_position = Counter(int(key) // 50 for _, key in counts.elements())
-    assert all(n == pytest.approx(8000, rel=0.2) for n in by_position.values()), by_position
+    assert counts.total() == 16_000 and len(counts) == 400  # uniform draws miss a sample in one of 10^15 runs
+    by_position = Counter(int(key) // 25 for _, key in counts.elements())
+    assert all(n == pytest.approx(4000, rel=0.2) for n in by_position.values()), by_position
 
 
 FAULTS = {
