@@ -3,7 +3,8 @@
 A CSV has no index, and a quoted caption may contain line breaks, so finding where a row begins requires reading from
 the start of the file. `CsvRecords` reports the byte at which each row begins, so that a reader can continue from there.
 A quote that is opened and never closed would swallow the rows after it. If one of the swallowed lines is a row itself,
-the quote counts as unclosed and its row as bad, and reading continues with that line.
+the quote counts as unclosed and its row as bad, and reading continues with that line. duckdb and polars do not do that
+(TRAIN_DATASETS.md compares them).
 """
 
 import csv
