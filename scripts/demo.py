@@ -28,9 +28,11 @@ import matplotlib
 import torch
 from PIL import Image
 from tabulate import tabulate
+from torch.nn.functional import normalize
 
 import training
 from dataloaders.urban1k import read_urban1k
+from training.model.image_encoder import image_encoder
 
 MODEL = "lotlip_tiny"
 RUNS = {"lotlip": "short and long captions", "short_only": "short captions only"}
@@ -149,25 +151,25 @@ def show_examples(out: Path, data: Path) -> None:
 @torch.inference_mode()
 def find(checkpoint: Path, images: Sequence[Path], captions: Sequence[str]) -> list[list[int]]:
     """Returns the indices of all images for each caption, the most similar first."""
-    model, _, preprocess = training.create_model_and_transforms(MODEL, pretrained=str(checkpoint))
-    pixels = torch.stack([preprocess(Image.open(path)) for path in images])
-    features = torch.cat([model.eval().encode_image(part, normalize=True) for part in pixels.split(200)])
-    texts = model.encode_text(training.get_tokenizer(MODEL)(list(captions)), normalize=True)
+    features, texts = encode(checkpoint, images, captions)
     return (texts @ features.T).argsort(dim=1, descending=True).tolist()
 
 
 @torch.inference_mode()
 def classify(checkpoint: Path, data: Path) -> float:
     """Returns the accuracy of classifying each scene's large object by the nearest of 48 short prompts."""
-    model, _, preprocess = training.create_model_and_transforms(MODEL, pretrained=str(checkpoint))
-    tokenizer = training.get_tokenizer(MODEL)
-    model.eval()
     test = json.loads((data / "test_labels.json").read_text())
-    pixels = torch.stack([preprocess(Image.open(data / path)) for path in test["images"]])
-    images = torch.cat([model.encode_image(part, normalize=True) for part in pixels.split(200)])
-    prompts = model.encode_text(tokenizer(test["prompts"]), normalize=True)
+    images, prompts = encode(checkpoint, [data / path for path in test["images"]], test["prompts"])
     found = (images @ prompts.T).argmax(dim=1)
     return float((found == torch.tensor(test["labels"])).double().mean())
+
+
+def encode(checkpoint: Path, images: Sequence[Path], texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the normalised features of image files [n, dim] and of texts [k, dim]."""
+    model, _, preprocess = training.create_model_and_transforms(MODEL, pretrained=str(checkpoint))
+    pixels = torch.stack([preprocess(Image.open(path)) for path in images])
+    ids = training.get_tokenizer(MODEL)(list(texts))
+    return normalize(image_encoder(model.eval())(pixels), dim=-1), model.encode_text(ids, normalize=True)
 
 
 def show(out: Path, summary: dict[str, dict[str, float]], seconds: float) -> None:

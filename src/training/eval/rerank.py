@@ -6,6 +6,7 @@ compared with the images that have it among their candidates, and all other pair
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from training.eval.report.matches import top_matches
 from training.eval.retrieval import RankedSet
 from training.model.factory import EncoderParts
 from training.model.flair import conditioned_scores, encode_patches
+from training.model.image_encoder import in_parts
 from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
 
 
@@ -112,7 +114,7 @@ def score_candidates(
                 raise BrokenImageError(next(iter(batch.broken.values())))
             pixels = batch.inputs.to(env.device, get_input_dtype(options.precision))
             with get_autocast(options.precision, device_type=env.device.type)():
-                patches = encode_patches(parts.model.visual, pixels)
+                patches = in_parts(partial(encode_patches, parts.model.visual), pixels)
                 own = queries[candidates[batch.positions]].to(env.device, patches.dtype)
                 scores[batch.positions] = conditioned_scores(parts.model.visual_proj, own, patches).cpu()
     except Exception as caught:  # any error has to reach the other ranks before they wait for this one

@@ -33,13 +33,13 @@ class Bert(EncoderFamily):
 
     def run(self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         hidden = encoder.embeddings(input_ids=ids)
-        return encoder.encoder(hidden, attention_mask=additive_mask(allowed, hidden.dtype))[0]
+        return encoder.encoder(hidden, attention_mask=additive_mask(allowed, _compute_dtype(hidden)))[0]
 
     def first_states(
         self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor, num_first: int
     ) -> torch.Tensor:
         hidden = encoder.embeddings(input_ids=ids)
-        mask = additive_mask(allowed, hidden.dtype)
+        mask = additive_mask(allowed, _compute_dtype(hidden))
         hidden = _all_layers_but_last(encoder, hidden, mask)
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ class Bert(EncoderFamily):
         slots, keep = row_slots(row)
         hidden, mask = self._start_row(encoder, row, num_corners)
         hidden = _all_layers_but_last(encoder, hidden, mask)[0]  # [budget, width]
-        mask = additive_mask(prefix_attention(keep, num_corners, num_first), hidden.dtype)
+        mask = additive_mask(prefix_attention(keep, num_corners, num_first), _compute_dtype(hidden))
 
         def attend(query: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
             key, value = (rows.index_select(0, slots.flatten()).unflatten(0, slots.shape) for rows in tokens)
@@ -108,7 +108,8 @@ class Bert(EncoderFamily):
         hidden = encoder.embeddings(input_ids=row.ids, position_ids=positions)
         # FlexAttention does not support dropout.
         has_dropout = encoder.training and encoder.config.attention_probs_dropout_prob > 0
-        return hidden, make_row_mask(row, num_corners, hidden.dtype, encoder.attends_by_flex and not has_dropout)
+        use_flex = encoder.attends_by_flex and not has_dropout
+        return hidden, make_row_mask(row, num_corners, _compute_dtype(hidden), use_flex)
 
 
 class Roberta(Bert):
@@ -137,7 +138,7 @@ def _cast_once(attention: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Returns the dtype in which linear layers compute with hidden states."""
+    """Returns the dtype in which a layer computes with hidden states, and which its attention mask should have."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
