@@ -53,15 +53,15 @@ def signal_itself(number: int, place: str, times: int) -> None:
     elif place == "step":
         StepGuard.add = after(reached, StepGuard.add)
     else:
-        whole_file = checkpoint.whole_file
+        atomic_write = checkpoint.atomic_write
 
         @contextmanager
-        def whole_file_reached(path: Path) -> Iterator[Path]:
-            with whole_file(path) as temporary:
+        def atomic_write_reached(path: Path) -> Iterator[Path]:
+            with atomic_write(path) as temporary:
                 yield temporary
                 reached()
 
-        checkpoint.whole_file = whole_file_reached
+        checkpoint.atomic_write = atomic_write_reached
 
 
 def after(call: Callable, function: Callable) -> Callable:

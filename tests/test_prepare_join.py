@@ -128,7 +128,7 @@ def test_a_stopped_join_continues_and_gives_the_same_bytes(tmp_path, in_place, m
         return [tables, "--shards", tmp_path / name, *target]
 
     assert join(*words("a")) == 0
-    real, left = shard_files.whole_file, [3]
+    real, left = shard_files.atomic_write, [3]
 
     def stopping(target):
         left[0] -= 1
@@ -136,7 +136,7 @@ def test_a_stopped_join_continues_and_gives_the_same_bytes(tmp_path, in_place, m
             raise KeyboardInterrupt
         return real(target)
 
-    monkeypatch.setattr(shard_files, "whole_file", stopping)
+    monkeypatch.setattr(shard_files, "atomic_write", stopping)
     assert join(*words("b")) == 130
     monkeypatch.undo()
     capsys.readouterr()

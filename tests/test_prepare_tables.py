@@ -90,7 +90,7 @@ def test_parts_are_the_same_bytes_however_often_a_run_is_stopped(tmp_path, monke
     assert whole["kept"] == len({r["url"] for r in parts(tmp_path / "whole")})
 
     # Stop before the first write, then before the second, and so on, until a run completes.
-    real, num_stops = chunk.whole_file, 0
+    real, num_stops = chunk.atomic_write, 0
     from training.prepare import work
     from training.prepare.tables import run as tables
 
@@ -104,7 +104,7 @@ def test_parts_are_the_same_bytes_however_often_a_run_is_stopped(tmp_path, monke
             return real(target)
 
         for module in (chunk, tables, work):
-            monkeypatch.setattr(module, "whole_file", stopping)
+            monkeypatch.setattr(module, "atomic_write", stopping)
         code = main(["tables", *map(str, words), "--out", str(tmp_path / "stopped"), "--workers", "1"])
         num_stops += code == 130
         if code == 0:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from training.data.faults import Totals
 from training.data.tar import BrokenShardError, RawSample
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
 
 SUFFIX = ".features.parquet"
@@ -62,7 +62,7 @@ def is_feature_folder(path: str) -> bool:
 def write_index(folder: Path, info: FeatureInfo, sources: Sequence[str], counts: dict | None) -> None:
     """Writes FOLDER/features.json; `counts` of None marks the folder as incomplete."""
     content = {"info": asdict(info), "sources": list(sources), "counts": counts}
-    with whole_file(folder / INDEX) as temporary:
+    with atomic_write(folder / INDEX) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -139,7 +139,7 @@ def write_features(
         {"source": source, "views": str(views), "dim": str(dim), "totals": json.dumps(totals.to_dict())}
     )
     compression = {"key": "zstd", "record": "zstd", "features.list.element": "none"}
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression=compression, use_dictionary=False)
 
 

@@ -23,7 +23,7 @@ from training.model.factory import EncoderParts
 from training.model.fingerprint import fingerprint, preprocessing_fingerprint, tokenizer_fingerprint
 from training.model.locking import HEAD, apply_linear_head, linear_head
 from training.runtime.distributed import DistEnv, agree
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 FORMAT = 2  # part of the hash: after a change, old files are not used
 NAME = "features.safetensors"
@@ -139,5 +139,5 @@ class FeatureCache:
         content = {"features": new.features[rows], "lost_tokens": new.lost_tokens[rows], "key": own}
         if len(kept["key"]):
             content = {name: torch.cat([kept[name], value]) for name, value in content.items()}
-        with whole_file(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             save_file(content, temporary)

@@ -23,7 +23,7 @@ from torchvision import transforms
 from dataloaders.files import EmbeddedImage, ShardMember
 from dataloaders.images import BrokenImageError
 from training.data.images import ImageReader, Source
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 FORMAT = 1
 
@@ -103,7 +103,7 @@ class CachedReader:
             "key": torch.from_numpy(np.frombuffer(b"".join(new), dtype=np.uint8).reshape(-1, 32).copy()),
         }
         path = self.folder / f"{sha256(b''.join(new)).hexdigest()[:32]}.safetensors"
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(content, temporary)
         self._index(path)
 

@@ -31,7 +31,7 @@ from training.prepare.shards.files import (
 )
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.work import add_counts, format_counts, progress
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 STATE = ".recaption"
 SAMPLE_KINDS = ("samples", *FAULT_KINDS)
@@ -101,7 +101,7 @@ def recaption_shard(place: Place, engine: Engine, prompts: dict[str, str], batch
     samples = read_json_samples(place.source)  # raises for a broken shard, before the model spends time on it
     lines = _read_lines(written)
     if [line["key"] for line in lines] != [sample.key for sample in samples]:
-        with whole_file(written) as path, open(path, "w", encoding="utf-8") as file:
+        with atomic_write(written) as path, open(path, "w", encoding="utf-8") as file:
             for line in caption_samples(str(place.source), engine, prompts, batch_size, len(samples)):
                 file.write(json.dumps(line) + "\n")
         lines = _read_lines(written)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 def write_json(path: Path, content: object) -> None:
     """Writes a JSON file; an interrupted call leaves no partial file."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

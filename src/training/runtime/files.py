@@ -8,7 +8,7 @@ from uuid import uuid4
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; after the block, the file is flushed to disk and renamed.
 
     Readers see either the old file or the complete new one, even after a crash or a power failure. The temporary name

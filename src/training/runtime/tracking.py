@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 LOG_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 
@@ -56,7 +56,9 @@ class Tracker:
         self.writer, self.run = None, None
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
-            with whole_file(self.path) as temporary:  # so that the file is complete even if the process is killed here
+            with atomic_write(
+                self.path
+            ) as temporary:  # so that the file is complete even if the process is killed here
                 temporary.write_text("".join(line + "\n" for line in lines))
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
@@ -95,7 +97,7 @@ def run_id(folder: Path) -> str:
     """Returns a run's W&B id, which stays the same when it resumes but differs between runs with the same name."""
     path = folder / "wandb_id.txt"
     if not path.is_file():
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(uuid4().hex)
     return path.read_text().strip()
 

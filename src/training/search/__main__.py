@@ -151,14 +151,14 @@ def _export(index: "ImageIndex", folder: "FolderContent", path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    from training.runtime.files import whole_file
+    from training.runtime.files import atomic_write
 
     known = index.keys
     keys = [key for key in folder.images if key in known]
     vectors = index.vectors(keys)
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), vectors.shape[1])
     table = pyarrow.table({"path": [str(folder.images[key]) for key in keys], "vector": column})
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         parquet.write_table(table, temporary)
 
 

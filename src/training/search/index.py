@@ -22,7 +22,7 @@ from dataloaders.tar import IMAGE_SUFFIXES
 from training.eval.encode import Encoding
 from training.eval.image_cache import image_key
 from training.model.fingerprint import fingerprint, preprocessing_fingerprint
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 FORMAT = 1
 FILE = "images.usearch"
@@ -161,7 +161,7 @@ class ImageIndex:
         return self._index
 
     def _save(self) -> None:
-        with whole_file(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             self._index.save(str(temporary))
 
     def search(self, query: torch.Tensor, top: int) -> list[tuple[int, float]]:

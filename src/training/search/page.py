@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from training.eval.report.page import MAX_BYTES, TEMPLATES
 from training.eval.report.thumbnails import make_thumbnails
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 from training.runtime.pages import render_page
 
 
@@ -40,5 +40,5 @@ def write_page(
         ],
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
     )
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")

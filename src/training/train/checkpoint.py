@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
 
 CHECKPOINTS = "checkpoints"  # the folder in LOGS/NAME
@@ -61,7 +61,7 @@ class CheckpointWriter:
         try:
             for name in names:
                 path = self.folder / name
-                with whole_file(path) as temporary, open(temporary, "wb") as file:
+                with atomic_write(path) as temporary, open(temporary, "wb") as file:
                     torch.save(content, file)
                 self.last_good = path
                 logger.info(f"saved {path}")

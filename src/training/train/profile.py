@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 WARM_UP, RECORDED, ROWS = 10, 5, 10
 logger = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ class StepProfile:
         self.is_written = True
         order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
-        with whole_file(self.folder / "table.txt") as path:
+        with atomic_write(self.folder / "table.txt") as path:
             path.write_text(table)
-        with whole_file(self.folder / "trace.json.gz") as path:
+        with atomic_write(self.folder / "trace.json.gz") as path:
             plain = path.with_suffix(".json")
             profiler.export_chrome_trace(str(plain))
             with open(plain, "rb") as source, gzip.open(path, "wb") as target:

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import fsspec
 
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
 from training.train.checkpoint import CHECKPOINTS, checkpoint_progress, load_checkpoint, most_progress
 
@@ -188,7 +188,7 @@ class RemoteCopy:
         self._put(INDEX, lambda path: self.fs.pipe_file(path, content))
 
     def _get(self, name: str) -> None:
-        with whole_file(self.folder / name) as temporary:
+        with atomic_write(self.folder / name) as temporary:
             try:
                 self.fs.get_file(f"{self.root}/{name}", str(temporary))
             except Exception as error:

@@ -27,7 +27,7 @@ from training.model.locking import linear_head
 from training.model.resolve import resolve_weights
 from training.model.train_model import TrainModel
 from training.runtime.distributed import DistEnv, agree, any_rank, distributed, fail, set_timeout, together
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 from training.runtime.stop import EXIT_STOPPED, StoppedError
 from training.runtime.tracking import Tracker, check_reporters, log_to
 from training.runtime.watchdog import BUILDING, OPENING, Watchdog
@@ -147,7 +147,7 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     if resume and (changed := changed_flags(resume, vars(args))):
         shown = ", ".join(f"{flag} {then} -> {now}" for flag, (then, now) in changed.items())
         logger.info(f"--resume {resume}: flags that differ from that run's: {shown}")
-    with whole_file(folder / "params.json") as path:
+    with atomic_write(folder / "params.json") as path:
         path.write_text(json.dumps(vars(args), indent=1) + "\n")
     return Plan(name, folder, resume, work)
 

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from training.prepare.inspect.counts import MAX_TOKENS, Counts
 from training.prepare.work import format_counts
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 from training.runtime.pages import render_page
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -131,7 +131,7 @@ def write_png(path: Path, counts: Counts, context_lengths: list[int]) -> None:
     right.set(xlabel="pixels", ylabel="images", title="Image sizes")
     if counts.widths:
         right.legend(fontsize=8)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
 
@@ -146,5 +146,5 @@ def write_html(path: Path, picked: list[tuple], title: str) -> None:
         }
         for _, shard, key, captions, image in picked
     ]
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(render_page(TEMPLATE, title=title, samples=samples), encoding="utf-8", errors="replace")

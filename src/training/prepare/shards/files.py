@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 from dataloaders.tar import BLOCK, BrokenTarError, Member, TarReader, TarSample, is_local
 from training.data.shards import expand_sources
 from training.prepare.work import add_counts, load_json, my_share, write_json
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 BROKEN_JSON, NO_OBJECT = "broken JSON", "JSON not an object"
 
@@ -209,7 +209,7 @@ def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
         BrokenShardFile: the source is broken, or not a tar file.
         OSError: a file can't be read or written.
     """
-    with whole_file(target) as path, open(path, "wb") as out, open(source, "rb") as raw:
+    with atomic_write(target) as path, open(path, "wb") as out, open(source, "rb") as raw:
         samples = _samples(raw, source)
         assert len(samples) == len(additions), f"{source}: {len(samples)} samples, {len(additions)} additions"
         # Byte where a JSON file begins -> its new content; byte where a sample's last member begins -> a new JSON file.

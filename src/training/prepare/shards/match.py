@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from training.prepare.tables.chunk import url_hash
 from training.prepare.tables.columns import KEY, URL
 from training.prepare.tables.records import cell_text
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
 
 # Text columns that are never captions.
@@ -110,7 +110,7 @@ def make_index(job: tuple[CaptionTables, int]) -> None:
             for value in batch.column(0).to_pylist():
                 hashes[row] = url_hash(value.strip()) if isinstance(value, str) else 0
                 row += 1
-    with whole_file(target) as path, open(path, "wb") as file:
+    with atomic_write(target) as path, open(path, "wb") as file:
         np.save(file, hashes)
 
 

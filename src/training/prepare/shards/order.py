@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import IO
 
 from dataloaders.tar import BLOCK, Member, TarReader, key_and_suffix
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 
 def order_shard(path: Path) -> bool:
@@ -19,7 +19,7 @@ def order_shard(path: Path) -> bool:
         ordered = sorted(members, key=lambda member: key_and_suffix(member.name)[0] or member.name)
         if ordered == members and not any(_has_traces(source, member) for member in members):
             return False
-        with whole_file(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as target:
+        with atomic_write(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as target:
             for member in ordered:
                 plain = tarfile.TarInfo(member.name)
                 plain.size = member.size

@@ -13,7 +13,7 @@ from training.prepare.tables.clean import clean_captions
 from training.prepare.tables.columns import KEY, RAW, URL
 from training.prepare.tables.records import Chunk, Rows, Table, read_rows
 from training.prepare.work import add_counts, load_json, write_json
-from training.runtime.files import whole_file
+from training.runtime.files import atomic_write
 
 ROW_GROUP = 4_000  # rows that a worker keeps in memory: 25 MB of dicts and Arrow
 ROW_KINDS = ("rows", "kept", "duplicates", "empty", "refused", "malformed")
@@ -86,7 +86,7 @@ def clean_chunk(task: Task) -> dict:
     hashes: list[int] = []
     held = task.rules.schema.empty_table()
     options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-    with whole_file(task.file("arrow")) as path, pa.ipc.new_file(path, task.rules.schema, options=options) as out:
+    with atomic_write(task.file("arrow")) as path, pa.ipc.new_file(path, task.rules.schema, options=options) as out:
         for rows in read_rows(task.table, task.chunk):
             kept, own = _clean_rows(rows, task, counts, captions)
             hashes += own
@@ -96,7 +96,7 @@ def clean_chunk(task: Task) -> dict:
                 held = held[ROW_GROUP:]
         if len(held) or not hashes:
             out.write(_one_batch(held))
-    with whole_file(task.file("npy")) as path, open(path, "wb") as file:
+    with atomic_write(task.file("npy")) as path, open(path, "wb") as file:
         np.save(file, np.array(hashes, dtype=np.uint64))
     result = counts | {"captions": captions}
     write_json(task.file("json"), result)
@@ -192,7 +192,7 @@ def write_part(job: tuple[Path, Path, np.ndarray]) -> int:
     """
     source, target, keep = job
     if keep.any() and not target.exists():  # a run that was killed may have written it
-        with pa.memory_map(str(source)) as file, whole_file(target) as path:
+        with pa.memory_map(str(source)) as file, atomic_write(target) as path:
             reader = pa.ipc.open_file(file)
             # Captions are all different, so a dictionary would enlarge the file; statistics of their range are useless.
             options = {"compression": "zstd", "use_dictionary": False, "write_statistics": [URL, KEY]}

@@ -33,13 +33,13 @@ from training.prepare.tables.chunk import (
 from training.prepare.tables.columns import find_columns, output_captions
 from training.prepare.tables.records import Chunk, Table, csv_chunks, parquet_chunks
 from training.prepare.work import (
+    atomic_write,
     format_counts,
     load_json,
     processes,
     progress,
     remove_leftovers,
     spread,
-    whole_file,
     write_json,
 )
 from training.runtime.messages import first_line
@@ -200,7 +200,7 @@ def _read_journal(path: Path) -> list[Chunk]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
     if len(whole) < len(lines):
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("".join(whole), encoding="utf-8")
     return [Chunk(*json.loads(line)) for line in whole]
 
