@@ -181,11 +181,35 @@ def test_keyboard(page):
     assert page.input_value("#search") == "jack"
 
 
+@pytest.mark.parametrize("size", [(1300, 800), (768, 1024), (390, 800)])
+def test_opens_at_its_top(browser, report, size):
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    page.goto(report.as_uri())
+    page.wait_for_selector("#list button")
+    assert page.evaluate("document.documentElement.scrollHeight") > size[1]
+    assert page.evaluate("scrollY") == 0
+    page.select_option("#order", "worst")
+    page.wait_for_function("() => document.querySelector('#list button > span:nth-child(2)')?.textContent !== '1'")
+    worst = page.locator("#list button").first.bounding_box()["y"] - page.locator("#list").bounding_box()["y"]
+    assert abs(worst) < 3 and page.evaluate("scrollY") <= page.evaluate("document.querySelector('#controls').offsetTop")
+    page.close()
+
+
+def test_a_key_shows_the_query_it_chose(page):
+    for key in "kj" + 20 * "j":
+        page.keyboard.press(key)
+    chosen = page.locator("#list button[aria-current=true]").bounding_box()
+    frame = page.locator("#list").bounding_box()
+    assert frame["y"] - 1 <= chosen["y"] and chosen["y"] + chosen["height"] <= frame["y"] + frame["height"] + 1
+    assert 0 <= chosen["y"] < page.viewport_size["height"]
+
+
 def test_a_link_leads_to_its_query(page, report):
     page.goto("about:blank")
     page.goto(report.as_uri() + "#0,i2t,77")
     page.wait_for_selector("#list button")
     assert "Image 78: 77.jpg" in page.inner_text("#detail")
+    page.wait_for_function("() => document.querySelector('#detail').getBoundingClientRect().top < innerHeight / 2")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (375, "light"), (375, "dark")])

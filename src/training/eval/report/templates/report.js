@@ -7,7 +7,7 @@
   const thumbnails = $("thumbnails").textContent;
   const matches = Number($("content").dataset.matches);
   const data = await unpack($("content").textContent);
-  const state = { set: 0, direction: "t2i", low: 1, high: Infinity, order: "set", search: "", found: [], page: 0, at: 0 };
+  const state = { set: 0, direction: "t2i", low: 1, high: Infinity, order: "set", search: "", found: [], page: 0, at: 0, started: false };
   const lower = data.texts.map(() => null);
   let address;
 
@@ -103,15 +103,24 @@
     const set = current();
     const buttons = [...$("list").querySelectorAll("button")];
     buttons.forEach((button, k) => button.setAttribute("aria-current", String(state.page * PAGE + k === state.at)));
-    buttons[state.at - state.page * PAGE]?.scrollIntoView({ block: "nearest" });
+    reveal(buttons[state.at - state.page * PAGE]);
     const query = state.found[state.at];
     if (query === undefined) {
       $("detail").replaceChildren(make("p", { textContent: "No query matches." }));
       return;
     }
     $("detail").replaceChildren(...(state.direction === "t2i" ? textQuery(set, query) : imageQuery(set, query)));
+    if (!state.started) return; // the address of an untouched page leads to its top
     clearTimeout(address); // browsers limit how often a page may change its address
     address = setTimeout(() => history.replaceState(null, "", `#${state.set},${state.direction},${query}`), 200);
+  }
+
+  // Scrolls the list alone: `scrollIntoView` would also scroll the page, past the results.
+  function reveal(button) {
+    if (!button) return;
+    const list = $("list").getBoundingClientRect();
+    const { top, bottom } = button.getBoundingClientRect();
+    $("list").scrollTop += Math.min(top - list.top, 0) + Math.max(bottom - list.bottom, 0);
   }
 
   function cutNote(set, caption) {
@@ -184,6 +193,7 @@
     state.at = Math.min(Math.max(at, 0), state.found.length - 1);
     if (Math.floor(state.at / PAGE) === state.page) pick();
     else show();
+    $("list").querySelector("[aria-current=true]").scrollIntoView({ block: "nearest" }); // keys work anywhere
   }
 
   function number(text, otherwise) {
@@ -238,7 +248,9 @@
   if (asked) {
     const at = state.found.indexOf(Number(asked[3]));
     if (at >= 0) { state.at = at; show(); }
+    $("browser").scrollIntoView();
   }
+  state.started = true;
 })().catch((error) => {
   document.getElementById("status").textContent = `The query browser could not start: ${error.message}`;
 });
