@@ -93,6 +93,62 @@ def test_a_custom_loss_is_minimised_and_logged(count):
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
+class RankingTowers(Towers):
+    """Two further outputs: a score for each image, and a scalar of the batch; both with a graph."""
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        scores = self.image(inputs["image"])[:, :3]
+        return output | {"scores": scores, "penalty": scores.square().mean()}
+
+
+class RankingLoss(nn.Module):
+    """A loss with a parameter of its own, which draws random numbers and uses all outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.contrast, self.direction = LongCaptionLoss(0.7, 1.3), nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
+
+    def forward(self, scores, penalty, output_dict, **output):
+        ranks = (scores @ self.direction) * torch.rand(len(scores))
+        terms = self.contrast(**output, output_dict=output_dict)
+        return terms | {"rank_loss": (ranks.softmax(0) * torch.arange(len(scores))).sum(), "size_loss": 0.3 * penalty}
+
+
+def test_accumulation_counts_further_outputs_and_parameters_of_the_loss_once():
+    model = RankingTowers().eval()
+    whole = {name: torch.cat([batch[name] for batch in batches(2)]) for name in batches(1)[0]}
+    found = []
+    for data in (batches(2), [whole]):
+        own, loss = copy.deepcopy(model), RankingLoss()
+        torch.manual_seed(5)
+        optimizer = torch.optim.SGD([*own.parameters(), *loss.parameters()], lr=0.0)
+        report = Stepper(own, own, loss, optimizer)(data)
+        found.append((report, {n: p.grad for n, p in [*own.named_parameters(), *loss.named_parameters()]}))
+    (accumulated, gradients), (at_once, expected) = found
+    assert gradients.keys() == expected.keys() and float(expected["direction"].abs().max()) > 0.01
+    for name in ("loss", "rank_loss", "size_loss"):
+        assert float(accumulated[name]) == pytest.approx(float(at_once[name]), rel=1e-6), name
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (torch.zeros(7, 2), r"output extra of the model has the shape \[7, 2\]; expected a tensor with 4 rows"),
+        ("words", "output extra of the model has the type str; expected a tensor with 4 rows"),
+    ],
+)
+def test_accumulation_refuses_an_output_that_it_can_not_join(extra, said):
+    class Odd(Towers):
+        def forward(self, **inputs):
+            return super().forward(**inputs) | {"extra": extra}
+
+    with pytest.raises(ValueError, match=said):
+        stepper(Odd())(batches(2))
+
+
 def test_the_gradient_norm_is_measured_before_it_is_clipped():
     model = Towers().eval()
     before = copy.deepcopy(model)

@@ -4,8 +4,8 @@ To change a part, subclass `Stepper` and create an instance of your class in `ru
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from training.model.corner import cosine_with_cls
 
 LOGIT_SCALE_MAX = math.log(100)
 IMAGE_INPUTS = ("image", "image_features")
-ROW_WISE = ("image_features", "text_features")
+SCALARS = ("logit_scale", "logit_bias")  # of any shape
 
 
 @dataclass
@@ -142,8 +142,7 @@ class Stepper:
 
     def _backward(self, output: dict[str, torch.Tensor], early: dict[str, object]) -> tuple[dict, dict]:
         """Returns the loss terms and the additional metrics."""
-        # The loss is computed in fp32, because 16-bit features would make different captions nearly equal.
-        output = {name: value.float() for name, value in output.items()}
+        output = {name: _in_fp32(value) for name, value in output.items()}
         terms = self.compute_loss(output, early)
         total = sum(terms.values())
         with record_function("backward"):
@@ -153,42 +152,83 @@ class Stepper:
     def _accumulate(self, micro_batches: Sequence[dict[str, object]], early: dict[str, object]) -> tuple[dict, dict]:
         """Accumulates gradients of a contrastive loss over micro-batches.
 
-        First, the features of all micro-batches are computed without a graph. Then each micro-batch is computed again
-        with a graph, with the same dropout, and compared with the stored features of the other
-        micro-batches.
+        First, the outputs of all micro-batches are computed without a graph. Then each micro-batch is computed again
+        with a graph, with the same dropout, and compared with the stored rows of the other micro-batches. Each of these
+        passes computes the whole loss, so only the last one adds to the gradients of the loss's own parameters, and a
+        scalar output counts as the mean over the micro-batches.
 
+        Raises:
+            ValueError: an output is neither a scalar nor has one row per image, or the loss has the model's parameters.
 
         Source: GradCache (arXiv 2101.06983).
         """
+        if set(self.loss.parameters()) & set(self.core.parameters()):
+            raise ValueError("--accum-freq: the loss has parameters of the model; pass what they compute as an output")
         cached, states = [], []
         for batch in micro_batches:
             states.append(_random_state())
             with torch.no_grad():
-                output = self.forward(batch)
-            cached.append({name: output[name].float() for name in ROW_WISE})
+                cached.append({name: _in_fp32(value) for name, value in self.forward(batch).items()})
         after = _random_state()
         for number, batch in enumerate(micro_batches):
             _set_random_state(states[number])
             is_last = number == len(micro_batches) - 1
             # DDP reduces gradients only once, in the last backward pass.
             with nullcontext() if is_last or not hasattr(self.model, "no_sync") else self.model.no_sync():
-                output = self.forward(batch)
-                for name in ROW_WISE:
-                    rows = [c[name] for c in cached]
-                    rows[number] = output[name].float()
-                    output[name] = torch.cat(rows)
-                found = self._backward(self._count_scalars_once(output, len(micro_batches)), early)
-        _set_random_state(after)
+                own = self.forward(batch)
+                num_rows = next(len(batch[name]) for name in IMAGE_INPUTS if name in batch)
+                output = {
+                    name: _join(name, value, [other[name] for other in cached], number, num_rows)
+                    for name, value in own.items()
+                }
+                _set_random_state(after)  # a loss that draws random numbers draws the same ones in each pass
+                with nullcontext() if is_last else _frozen(self.loss):
+                    found = self._backward(output, early)
         return found
 
-    @staticmethod
-    def _count_scalars_once(output: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
-        """Scales the gradients of scale and bias by 1 / `times`, because each micro-batch computes the whole loss."""
-        for name in ("logit_scale", "logit_bias"):
-            if name in output:
-                value = output[name]
-                output[name] = value.detach() + (value - value.detach()) / times
-        return output
+
+def _in_fp32(value: torch.Tensor) -> torch.Tensor:
+    """Widens floating-point outputs: the loss is computed in fp32, as 16 bits make different captions nearly equal."""
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def is_row_wise(name: str, value: torch.Tensor, num_rows: int) -> bool:
+    """Whether an output of the model for `num_rows` images has one row per image; if not, it is a scalar.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, torch.Tensor):
+        if name in SCALARS or not value.ndim:
+            return False
+        if len(value) == num_rows:
+            return True
+    found = f"the shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"the type {type(value).__name__}"
+    raise ValueError(
+        f"output {name} of the model has {found}; expected a tensor with {num_rows} rows, one per image, or a scalar"
+    )
+
+
+def _join(name: str, value: torch.Tensor, cached: list[torch.Tensor], number: int, num_rows: int) -> torch.Tensor:
+    """Returns an output of the whole batch, of which micro-batch `number` has a graph; raises like `is_row_wise`."""
+    value = _in_fp32(value)
+    if is_row_wise(name, value, num_rows):
+        return torch.cat([*cached[:number], value, *cached[number + 1 :]])
+    mean = cached[0] + sum(other - cached[0] for other in cached[1:]) / len(cached)  # exact if all are equal
+    return mean + (value - value.detach()) / len(cached)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Context in which a module's parameters collect no gradients."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _random_state() -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -22,7 +22,7 @@ from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
 from training.model.factory import EncoderParts
 from training.runtime.distributed import DistEnv, merge_over_ranks, sum_over_ranks
-from training.train.step import ROW_WISE
+from training.train.step import is_row_wise
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +105,16 @@ def _of_all_ranks(outputs: list[dict[str, torch.Tensor]], env: DistEnv) -> dict[
     """Concatenates the model's outputs for all batches of all ranks, in rank order; {} if no rank has any."""
     num_own = sum(len(output["image_features"]) for output in outputs)
     first = outputs[0] if outputs else {}
-    first = {name: value[:0].clone() if name in ROW_WISE else value for name, value in first.items()}
+    first = {
+        name: value[:0].clone() if is_row_wise(name, value, len(first["image_features"])) else value
+        for name, value in first.items()
+    }
     ranks = merge_over_ranks({env.rank: (num_own, first)}, env)
     example = next((output for _, output in ranks.values() if output), {})
     begin, total = sum(ranks[rank][0] for rank in range(env.rank)), sum(num for num, _ in ranks.values())
     whole = {}
     for name, value in example.items():
-        if name in ROW_WISE:
+        if is_row_wise(name, value, 0):
             value = torch.zeros(total, *value.shape[1:])
             if outputs:
                 value[begin : begin + num_own] = torch.cat([output[name] for output in outputs])
@@ -124,7 +127,7 @@ def _mean_loss(val: ValidationSet, whole: dict[str, torch.Tensor], env: DistEnv)
     """Returns the mean over samples of the loss and its terms; the ranks share the computation."""
     num_samples = len(whole["image_features"])
     number = math.ceil(num_samples / val.batch_size)
-    parts = {name: value.tensor_split(number) for name, value in whole.items() if name in ROW_WISE}
+    parts = {n: value.tensor_split(number) for n, value in whole.items() if is_row_wise(n, value, num_samples)}
     totals: dict[str, float] = {}
     for k in range(env.rank, number, env.world_size):
         batch = {name: parts[name][k] if name in parts else value for name, value in whole.items()}
