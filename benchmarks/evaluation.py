@@ -19,7 +19,6 @@ import training
 from benchmarks import published
 from benchmarks.measure import Figure, Setting, as_photograph, fastest
 from dataloaders.dci import read_dci
-from dataloaders.files import parallel_map
 from dataloaders.iiw import read_iiw
 from dataloaders.pairs import RetrievalSet
 from dataloaders.scenes import write_scenes
@@ -29,6 +28,7 @@ from training.data.images import MODES
 from training.eval.encode import ComputeOptions
 from training.eval.retrieval import evaluate_retrieval, plan_retrieval
 from training.model.factory import EncoderParts
+from training.readers.files import parallel_map
 from training.runtime.distributed import DistEnv
 
 IMAGE_SIZE = (2250, 1500)  # SA-1B's

@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, Dataset
 
-from dataloaders.images import load_rgb
 from dataloaders.pairs import RetrievalSet
 from training.model.corner import features_of_captions
 from training.model.factory import EncoderParts
 from training.model.text_tower import CornerHFText
+from training.readers.images import load_rgb
 
 
 def attention_by_sample(ids: torch.Tensor, pad_id: int, num_corners: int) -> torch.Tensor:

@@ -7,10 +7,10 @@ DCI/densely_captioned_images/photos/*.jpg
 
 from pathlib import Path
 
-from dataloaders.captions import normalise_caption
-from dataloaders.files import parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Tree, chosen_protocols
+from training.readers.files import parallel_map, read_json, require_dir, text_field
+from training.readers.sentences import normalise_caption
 
 NUM_PAIRS = {"dci/short+extra": 7805, "dci/extra-lower": 7805, "long-dci": 7602}
 FLAG = "--dci-retrieval"

@@ -7,10 +7,10 @@ DOCCI/docci_descriptions.jsonlines  {"example_id", "split", "image_file": "test_
 import argparse
 from pathlib import Path
 
-from dataloaders.captions import normalise_caption, split_caption
-from dataloaders.files import read_json_lines, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
 from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
+from training.readers.files import read_json_lines, require_dir, text_field
+from training.readers.sentences import normalise_caption, split_caption
 
 NUM_PAIRS = 5000
 FLAG = "--docci-retrieval"

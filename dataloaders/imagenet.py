@@ -9,9 +9,9 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from dataloaders.files import natural_key, parallel_map, read_json, require_dir
 from dataloaders.pairs import ClassificationSet, ClassTexts
 from dataloaders.registry import Benchmark, Option, Tree
+from training.readers.files import natural_key, parallel_map, read_json, require_dir
 
 NUM_CLASSES = 1000
 NUM_VAL, NUM_V2 = 50_000, 10_000

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataloaders.files import first_present, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
 from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
+from training.readers.files import first_present, read_json, require_dir, text_field
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
 SPLITS = ("test", "val")

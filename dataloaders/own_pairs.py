@@ -10,11 +10,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.files import ShardMember
 from dataloaders.own_set import CAPTION_KEYS, CAPTION_RULE, as_set, texts_of
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark, Option
-from dataloaders.tar import IMAGE_SUFFIXES, BrokenTarError, Member, TarReader, TarSample, expand_shards, is_local
+from training.readers.files import ShardMember
+from training.readers.tar import IMAGE_SUFFIXES, BrokenTarError, Member, TarReader, TarSample, expand_shards, is_local
 
 
 def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines: bool = False) -> RetrievalSet:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from dataloaders.captions import normalise_caption
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
 from dataloaders.registry import Option
 from dataloaders.values import names
+from training.readers.sentences import normalise_caption
 
 CAPTION_RULES = ("raw", "long")
 CAPTION_KEYS = Option(

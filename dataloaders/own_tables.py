@@ -9,12 +9,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dataloaders.csv_rows import BadRows, CsvRecords, choose_form, default_separator
-from dataloaders.files import EmbeddedImage
 from dataloaders.own_set import CAPTION_KEYS, CAPTION_RULE, as_set, texts_of
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark, Option
-from dataloaders.table_files import COLUMNAR, check_image_path, table_files
+from training.readers.csv_rows import BadRows, CsvRecords, choose_form, default_separator
+from training.readers.files import EmbeddedImage
+from training.readers.table_files import COLUMNAR, check_image_path, table_files
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def _pairs(
     path: Path, image_column: str, caption_columns: Sequence[str], separator: str | None
 ) -> Iterator[tuple[Path | EmbeddedImage, list[str]]]:
     if path.suffix in COLUMNAR:
-        from dataloaders.columnar import ColumnarFile, choose_image_column  # --help has no time for pyarrow
+        from training.readers.columnar import ColumnarFile, choose_image_column  # --help has no time for pyarrow
 
         file = ColumnarFile(path)
         image_column = choose_image_column(path, file.names, file.image_columns, image_column) or image_column

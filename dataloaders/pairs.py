@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dataloaders.files import file_identity, parallel_map
+from training.readers.files import file_identity, parallel_map
 
 
 @dataclass(frozen=True)

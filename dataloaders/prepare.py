@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataloaders.files import parallel_map, require_dir
 from dataloaders.iiw import SUBSETS, read_iiw_subset
-from dataloaders.images import BrokenImageError, load_rgb
 from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images, one_caption_per_image
 from dataloaders.registry import Benchmark, benchmarks, destination, find_below_data_root, options_of, suites
 from dataloaders.share4v import SOURCE, read_items
 from dataloaders.stats import CaptionStats, caption_stats, draw_stats, format_stats, to_json, token_counter
 from dataloaders.values import names
+from training.readers.files import parallel_map, require_dir
+from training.readers.images import BrokenImageError, load_rgb
 
 
 def prepare_share4v(captions: Path, out: Path, num: int) -> str:

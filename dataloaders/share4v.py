@@ -9,11 +9,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from dataloaders.captions import normalise_caption
-from dataloaders.files import file_identity, parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 from dataloaders.values import positive_numbers
+from training.readers.files import file_identity, parallel_map, read_json, require_dir, text_field
+from training.readers.sentences import normalise_caption
 
 FLAG = "--share4v-retrieval"
 PROTOCOLS = ("sv/sam", "sv/first")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataloaders.captions import split_sentences
 from dataloaders.pairs import RetrievalSet
+from training.readers.sentences import split_sentences
 
 CONTEXTS = (77, 128, 248)  # of CLIP, LoTLIP and Long-CLIP
 KINDS = ("sentences", "tokens")

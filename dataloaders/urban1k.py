@@ -6,10 +6,10 @@ ROOT/images/N.jpg  ROOT/annotations/annotations.json      {"annotations": [{"ima
 
 from pathlib import Path
 
-from dataloaders.captions import normalise_caption
-from dataloaders.files import natural_key, parallel_map, read_json, require_dir, text_field
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Tree
+from training.readers.files import natural_key, parallel_map, read_json, require_dir, text_field
+from training.readers.sentences import normalise_caption
 
 NUM_PAIRS = 1000
 FLAG = "--urban1k-retrieval"

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from dataloaders.captions import first_sentence, join_split, split_caption, split_sentences
 from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions, join_sentences
+from training.readers.sentences import first_sentence, join_split, split_caption, split_sentences
 
 RECORD = {
     "raw_caption": " a dog ",

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 import training
-from dataloaders.captions import split_caption
 from dataloaders.pairs import one_caption_per_image
 from dataloaders.scene_drawing import draw_scene, make_scene
 from support import read_results
@@ -19,6 +18,7 @@ from training.eval.report.card import above_chance, draw_card
 from training.eval.retrieval import plan_retrieval, rank_sets
 from training.main import main
 from training.model.factory import EncoderParts
+from training.readers.sentences import split_caption
 from training.runtime.distributed import DistEnv
 
 ENV = DistEnv(0, 1, torch.device("cpu"))

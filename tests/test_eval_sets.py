@@ -8,7 +8,6 @@ import torch
 
 from dataloaders import prepare
 from dataloaders.docci import read_docci
-from dataloaders.images import load_rgb
 from dataloaders.karpathy import COCO, FLICKR30K, read_karpathy
 from dataloaders.own_pairs import read_shard_pairs
 from dataloaders.own_tables import read_table_pairs
@@ -26,6 +25,7 @@ from support import evaluate, read_results, run_command
 from training.data.shards import count_samples
 from training.eval.metrics import count_ranks, summarise
 from training.main import main
+from training.readers.images import load_rgb
 
 
 def test_docci_whole_and_by_sentence(tmp_path):

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dataloaders.images import load_rgb
 from support import layout_flags, read_results, run_command, run_ranks
 from training.main import main
+from training.readers.images import load_rgb
 
 
 def run(argv, capsys):

@@ -10,13 +10,13 @@ from test_faults import BAD, GOOD, bomb, image_bytes, load
 from test_tar import files, interleaved, pack
 from test_train_data import write_shard
 
-from dataloaders.images import MAX_ASPECT, NarrowImageError
 from training.data import shards as shards_module
 from training.data.images import ImageReader
 from training.data.loader import NoUsableSampleError
 from training.data.shards import ResampledShards, ShardSource
 from training.main import main
 from training.prepare.__main__ import main as prepare
+from training.readers.images import MAX_ASPECT, NarrowImageError
 
 
 def narrow(width: int, height: int, form: str = "JPEG") -> bytes:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
-from dataloaders.images import BrokenImageError
 from dataloaders.own_pairs import read_shard_pairs
 from eval_files import write_image, write_shard
 from training.data.images import MODES, ImageReader
 from training.eval.image_cache import CachedReader
 from training.main import main
+from training.readers.images import BrokenImageError
 
 
 def transform(size=32, mode="shortest", mean=open_clip.OPENAI_DATASET_MEAN):

@@ -11,8 +11,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 # Lowest first: a file imports only from its own folder and from folders of lower layers.
 LAYERS = [
-    {"dataloaders", "training.runtime"},
-    {"training.data", "training.loss"},
+    {"training.readers", "training.runtime"},
+    {"dataloaders", "training.data", "training.loss"},
     {"training.flags"},
     {"training.model"},
     {"training.eval", "training.prepare"},

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import training
-from dataloaders.captions import split_caption
 from support import read_results, run_ranks
 from training.eval.lengths import cut_tokenizer, drop_sentence, effective_length, shuffle_sentences, token_lengths
 from training.flags.parser import parse_args
 from training.main import main
+from training.readers.sentences import split_caption
 
 
 @pytest.fixture(scope="module")

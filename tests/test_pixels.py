@@ -10,11 +10,11 @@ from PIL import Image
 from torchvision import transforms as tv
 
 import training
-from dataloaders.images import BrokenImageError, HugeImageError, load_rgb
 from support import REFERENCE
 from training.data.augment import normalise_pixels, strong_augmentation, without_normalisation
 from training.data.images import MODES, ImageReader, decode_bytes, pixels_needed
 from training.data.reader import seed_augmentation
+from training.readers.images import BrokenImageError, HugeImageError, load_rgb
 
 PHOTO = REFERENCE / "preprocess" / "preprocess_images" / "rgb_2250x1500.png"
 

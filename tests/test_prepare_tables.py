@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataloaders import csv_rows
 from support import run_command
 from training.data.captions import CaptionRule, choose_captions
 from training.prepare.__main__ import main
 from training.prepare.tables import chunk
 from training.prepare.tables.clean import clean_caption, is_refusal, is_repetitive
+from training.readers import csv_rows
 
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
 SHORT = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")

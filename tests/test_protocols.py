@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from dataloaders import dci, docci, iiw, karpathy, share4v, urban1k
-from dataloaders.captions import normalise_caption, split_caption
 from dataloaders.registry import benchmarks
 from eval_files import write_coco, write_docci, write_flickr30k, write_image
 from support import LAYOUTS, evaluate
 from training.flags.parser import parse_args
+from training.readers.sentences import normalise_caption, split_caption
 
 
 def read(name, protocol, **flags):

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from dataloaders import prepare
-from dataloaders.captions import split_caption
 from dataloaders.dci import read_dci
 from dataloaders.stats import caption_stats, format_stats, from_json, token_counter
 from eval_files import write_coco
 from support import LAYOUTS
+from training.readers.sentences import split_caption
 
 
 def test_counts_are_those_of_the_captions(scenes):

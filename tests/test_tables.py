@@ -12,10 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataloaders.csv_rows import CsvForm, CsvRecords, Stretch
-from dataloaders.images import load_rgb
 from dataloaders.own_tables import read_table_pairs
-from dataloaders.table_files import names_tables, table_files
 from eval_files import write_image
 from training.data.embedded import embedded_sources, read_rows
 from training.data.shards import ShardSource, count_samples
@@ -24,6 +21,9 @@ from training.main import main
 from training.prepare.tables.columns import Columns
 from training.prepare.tables.records import Table, csv_chunks
 from training.prepare.tables.records import read_rows as read_table_rows
+from training.readers.csv_rows import CsvForm, CsvRecords, Stretch
+from training.readers.images import load_rgb
+from training.readers.table_files import names_tables, table_files
 
 
 def pairs(spec, image="filepath", captions=("caption",), separator=None):

@@ -12,11 +12,11 @@ from test_faults import GOOD, image_bytes, load
 from test_train_data import write_shard
 
 from dataloaders.own_pairs import read_shard_pairs
-from dataloaders.tar import TarReader, expand_shards
 from training.data.shards import ShardSource, count_samples, expand_sources
 from training.data.tar import BrokenShardError, index_shard, read_samples
 from training.prepare.__main__ import main as prepare
 from training.prepare.shards.files import read_json_samples, rewrite_shard
+from training.readers.tar import TarReader, expand_shards
 
 
 def pack(path: Path, members: list[tuple[str, bytes | str]], form: int = tarfile.GNU_FORMAT) -> Path:

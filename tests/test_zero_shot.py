@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dataloaders.imagenet import read_imagenet, read_imagenet_v2, read_prompts
-from dataloaders.images import load_rgb
 from eval_files import write_imagenet, write_imagenet_v2
 from support import end_ranks, evaluate, free_ports, read_results, set_rank, start_ranks
 from training.main import main
+from training.readers.images import load_rgb
 
 
 def test_imagenet_classes_are_numbered_as_open_clip_names_them(tmp_path):

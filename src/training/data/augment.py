@@ -8,7 +8,7 @@ import torch
 from open_clip import AugmentationCfg
 from torchvision import transforms
 
-from dataloaders.images import to_rgb
+from training.readers.images import to_rgb
 
 
 def parse_augmentation(words: Sequence[str]) -> dict[str, object]:

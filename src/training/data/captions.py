@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from dataloaders.captions import first_sentence, is_terminated, split_sentences
 from training.data.views import Entry, View, parse_views, views_by_flags
+from training.readers.sentences import first_sentence, is_terminated, split_sentences
 
 RAW_KEYS = ("raw_caption", "caption", "txt")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption")

@@ -22,8 +22,8 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from dataloaders.files import EmbeddedImage, ShardMember
-from dataloaders.images import BrokenImageError, check_shape, load_rgb, to_rgb
+from training.readers.files import EmbeddedImage, ShardMember
+from training.readers.images import BrokenImageError, check_shape, load_rgb, to_rgb
 
 MODES = ("exact", "fast", "scaled")
 IN_EVALUATION, IN_TRAINING = "exact", "fast"  # defaults of --image-decoding

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from dataloaders.table_files import names_tables, table_files
-from dataloaders.tar import is_local
 from training.data.augment import without_normalisation
 from training.data.captions import CaptionRule
 from training.data.embedded import embedded_sources
@@ -26,6 +24,8 @@ from training.data.shards import (
     trusted_sizes,
 )
 from training.data.tables import TableSource, read_tables
+from training.readers.table_files import names_tables, table_files
+from training.readers.tar import is_local
 from training.runtime.distributed import DistEnv, agree, together
 from training.runtime.workers import Loader
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataloaders.images import BrokenImageError, HugeImageError, NarrowImageError, load_rgb
 from training.data.captions import CaptionRule, NoCaptionError, choose_captions
 from training.data.faults import BadSample
 from training.data.images import ImageReader
 from training.data.padding import front_shares, pad_in_front
 from training.data.tar import RawSample
+from training.readers.images import BrokenImageError, HugeImageError, NarrowImageError, load_rgb
 
 
 class Sample(NamedTuple):

@@ -16,14 +16,14 @@ from functools import cache, lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
 
-from dataloaders.files import parallel_map
-from dataloaders.table_files import COLUMNAR
-from dataloaders.tar import expand_shards, is_local
 from training.data.embedded import count_rows, read_rows
 from training.data.features import SUFFIX as FEATURES
 from training.data.features import count_features, feature_files, is_feature_folder, read_features
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
 from training.data.tar import BrokenShardError, Part, RawSample, index_shard, read_samples, read_sizes
+from training.readers.files import parallel_map
+from training.readers.table_files import COLUMNAR
+from training.readers.tar import expand_shards, is_local
 
 USUAL_SIZE = 10_000  # assumed number of samples in a shard of unknown size: img2dataset's default
 MAX_CHECKED_BYTES = 1 << 28  # total size of the shards whose samples are counted to check sizes.json

@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from dataloaders.columnar import ColumnarFile
-from dataloaders.csv_rows import BadRows, CsvForm, CsvRecords, choose_form, default_separator
-from dataloaders.table_files import COLUMNAR, check_image_path
 from training.data.permutation import permuted
 from training.data.tar import Part, RawSample
+from training.readers.columnar import ColumnarFile
+from training.readers.csv_rows import BadRows, CsvForm, CsvRecords, choose_form, default_separator
+from training.readers.table_files import COLUMNAR, check_image_path
 
 ROWS_PER_PART = 10_000
 ROWS_AT_ONCE = 50_000  # rows of a CSV that are collected before they are converted to Arrow's compact form

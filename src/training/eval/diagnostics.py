@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dataloaders.captions import join_split, split_sentences
 from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.lengths import drop_sentence, shuffle_sentences
 from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probability, paired_bootstrap
 from training.eval.record import DIRECTIONS
 from training.eval.retrieval import RankedSet, count_over_ranks
 from training.model.factory import EncoderParts
+from training.readers.sentences import join_split, split_sentences
 from training.runtime.distributed import DistEnv
 
 NEUTRAL = "This is a photo"

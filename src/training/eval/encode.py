@@ -17,12 +17,12 @@ from open_clip_train.precision import get_autocast
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataloaders.images import BrokenImageError
 from training.data.images import ImageReader
 from training.eval.image_cache import CachedReader
 from training.model.image_encoder import image_encoder
 from training.model.text_encoder import cut_padding, text_encoder
 from training.model.truncation import tokenise_and_count_lost
+from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS
 from training.runtime.workers import Loader

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchvision import transforms
 
-from dataloaders.files import EmbeddedImage, ShardMember
-from dataloaders.images import BrokenImageError
 from training.data.images import ImageReader, Source
+from training.readers.files import EmbeddedImage, ShardMember
+from training.readers.images import BrokenImageError
 from training.runtime.files import atomic_write
 
 FORMAT = 1

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dataloaders.files import read_json
 from training.eval.record import DIRECTIONS, RetrievalResult
+from training.readers.files import read_json
 
 FILE = Path(__file__).parent / "published.json"
 

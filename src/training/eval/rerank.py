@@ -13,7 +13,6 @@ import torch
 from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 
-from dataloaders.images import BrokenImageError
 from training.eval.encode import ComputeOptions, Encoding, image_batches, load_batches
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.eval.record import Recall, RetrievalResult
@@ -22,6 +21,7 @@ from training.eval.retrieval import RankedSet
 from training.model.factory import EncoderParts
 from training.model.flair import conditioned_scores, encode_patches
 from training.model.image_encoder import in_parts
+from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dataloaders.images import BrokenImageError
 from dataloaders.pairs import ClassificationSet, FoundImages, RetrievalSet, describe_missing, find_images
 from dataloaders.registry import benchmarks, destination
 from training.eval.encode import ComputeOptions, Encoding, encode_texts
@@ -17,6 +16,7 @@ from training.eval.feature_cache import encode_images_once, open_caches, text_ke
 from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.eval.record import Recall, RetrievalResult
 from training.model.factory import EncoderParts
+from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS
 

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dataloaders.images import BrokenImageError
 from dataloaders.pairs import describe_missing
 from training.data.images import IN_EVALUATION
 from training.eval.diagnostics import diagnose
@@ -40,6 +39,7 @@ from training.flags.effects import asks_about_texts
 from training.model.factory import EncoderParts
 from training.model.from_flags import build_from_flags, check_pooling, check_precision
 from training.model.resolve import file_sha256, resolve_weights
+from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, agree, distributed, fail, together
 
 

@@ -9,7 +9,6 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier
 from open_clip_train.precision import get_autocast
 
-from dataloaders.images import BrokenImageError
 from dataloaders.pairs import ClassificationSet, ClassTexts
 from training.eval.encode import ComputeOptions, Encoding
 from training.eval.feature_cache import FeatureCache, encode_images_once, open_caches, text_key
@@ -17,6 +16,7 @@ from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.eval.record import TEMPLATES, ClassificationResult
 from training.model.factory import EncoderParts
 from training.model.truncation import count_lost_tokens
+from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, max_over_ranks, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS
 

@@ -3,12 +3,12 @@
 import argparse
 from collections.abc import Iterable
 
-from dataloaders.table_files import names_csv, names_tables
 from training.data.captions import LONG_KEYS, RAW_KEYS
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW
 from training.data.views import Entry, parse_views, views_by_flags
 from training.flags.effects import TRAINING, TRAINING_MEANT, Condition
 from training.flags.types import Switch, names, not_negative, positive
+from training.readers.table_files import names_csv, names_tables
 
 _TABLE = Condition(
     "without a table (.csv, .tsv, .parquet or .arrow)",

@@ -16,7 +16,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from timm.layers import to_2tuple
 from torchvision.transforms import Compose
 
-from dataloaders.images import to_rgb
 from training.model.clip_tower import CornerCLIPText
 from training.model.config import (
     CONFIG_FILE,
@@ -35,6 +34,7 @@ from training.model.tokenizer import create_tokenizer
 from training.model.transformers_clip import HF, FolderTokenizer, adapt_transform
 from training.model.weights import load_pretrained_image, load_pretrained_text, load_weights
 from training.model.weights_file import is_torchscript, read_state_dict
+from training.readers.images import to_rgb
 
 # Config of a tiny text tower that stands in for the Hugging Face tower while open_clip builds the rest.
 _PLACEHOLDER = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}

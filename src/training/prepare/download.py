@@ -19,11 +19,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataloaders.files import parallel_map
 from training.data.tar import index_shard
 from training.prepare.shards.order import order_shard
 from training.prepare.tables.columns import KEY, RAW, URL
 from training.prepare.work import format_counts, load_json, progress, write_json
+from training.readers.files import parallel_map
 from training.runtime.messages import first_line
 
 STATE = ".download"

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloaders.tar import IMAGE_SUFFIXES
 from training.eval.encode import Encoding
 from training.eval.image_cache import image_key
 from training.model.fingerprint import fingerprint, preprocessing_fingerprint
+from training.readers.tar import IMAGE_SUFFIXES
 from training.runtime.files import atomic_write
 
 FORMAT = 1

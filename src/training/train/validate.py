@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from dataloaders.images import BrokenImageError
 from training.data.images import IN_EVALUATION
 from training.data.loader import NoUsableSampleError
 from training.data.open import TrainData
@@ -21,6 +20,7 @@ from training.eval.results import format_table, format_zero_shot, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
 from training.model.factory import EncoderParts
+from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, merge_over_ranks, sum_over_ranks
 from training.train.step import is_row_wise
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataloaders.files import NUM_THREADS, ShardMember
-from dataloaders.images import BrokenImageError, load_rgb
+from training.readers.files import NUM_THREADS, ShardMember
+from training.readers.images import BrokenImageError, load_rgb
 
 # Longest side in pixels and WebP quality, from good on a phone down to barely recognisable scenes.
 STEPS = ((160, 60), (128, 55), (112, 50), (96, 45), (80, 40), (64, 40), (56, 35), (48, 30), (40, 20))

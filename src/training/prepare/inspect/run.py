@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataloaders.images import BrokenImageError, HugeImageError, NarrowImageError, check_shape, load_rgb
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
 from training.data.faults import BadSample
 from training.data.reader import read_image, read_record
@@ -31,6 +30,7 @@ from training.prepare.tables.clean import is_refusal
 from training.prepare.tables.columns import SHORT_NAMES
 from training.prepare.tables.records import cell_text
 from training.prepare.work import my_share, processes, progress, spread, write_json
+from training.readers.images import BrokenImageError, HugeImageError, NarrowImageError, check_shape, load_rgb
 
 KNOWN_KEYS = tuple(dict.fromkeys((*RAW_KEYS, *LONG_KEYS, *SHORT_NAMES.values())))
 

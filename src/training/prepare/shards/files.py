@@ -14,9 +14,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from dataloaders.tar import BLOCK, BrokenTarError, Member, TarReader, TarSample, is_local
 from training.data.shards import expand_sources
 from training.prepare.work import add_counts, load_json, my_share, write_json
+from training.readers.tar import BLOCK, BrokenTarError, Member, TarReader, TarSample, is_local
 from training.runtime.files import atomic_write
 
 BROKEN_JSON, NO_OBJECT = "broken JSON", "JSON not an object"

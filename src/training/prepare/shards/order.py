@@ -4,7 +4,7 @@ import tarfile
 from pathlib import Path
 from typing import IO
 
-from dataloaders.tar import BLOCK, Member, TarReader, key_and_suffix
+from training.readers.tar import BLOCK, Member, TarReader, key_and_suffix
 from training.runtime.files import atomic_write
 
 

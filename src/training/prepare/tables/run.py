@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tabulate import tabulate
 
-from dataloaders.csv_rows import CsvForm, CsvRecords
 from training.prepare.tables.chunk import (
     ROW_KINDS,
     Rules,
@@ -42,6 +41,7 @@ from training.prepare.work import (
     spread,
     write_json,
 )
+from training.readers.csv_rows import CsvForm, CsvRecords
 from training.runtime.messages import first_line
 
 SUFFIXES = (".csv", ".tsv", ".parquet")

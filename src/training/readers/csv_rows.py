@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataloaders.csv_scan import plain_row_ends
+from training.readers.csv_scan import plain_row_ends
 
 MAX_ROW_BYTES = 1 << 20  # without a limit, a quote that is never closed would swallow the file
 _LINES_AHEAD = 200

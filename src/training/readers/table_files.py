@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from dataloaders.files import TABLE_SUFFIXES, matching_files
+from training.readers.files import TABLE_SUFFIXES, matching_files
 
 COLUMNAR = (".parquet", ".arrow")
 FEATURES = "features.json"  # marks a folder of image features, whose files are Parquet as well

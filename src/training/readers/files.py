@@ -87,7 +87,7 @@ class EmbeddedImage:
 
     def open(self) -> io.BytesIO:
         """Returns the image file's bytes as a file."""
-        from dataloaders.columnar import read_image
+        from training.readers.columnar import read_image
 
         return io.BytesIO(read_image(self.shard, self.column, self.row))
 

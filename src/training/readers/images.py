@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataloaders.files import EmbeddedImage, ShardMember
+from training.readers.files import EmbeddedImage, ShardMember
 
 MAX_ASPECT = 200  # so that a resize to 224 pixels gives at most 10 million pixels
 
