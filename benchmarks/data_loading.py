@@ -17,7 +17,7 @@ from training.data.loader import make_loader
 from training.data.position import Share
 from training.data.reader import SampleReader
 from training.data.shards import ShardSource, count_samples
-from training.model.from_flags import make_arranger
+from training.model.assembly.from_flags import make_arranger
 
 MODEL = "lotlip_tiny"
 SIZE, MODEL_WIDTH = (384, 384), 224  # pixels: about the size of images from img2dataset, and ViT-B's input

@@ -27,7 +27,7 @@ from dataloaders.urban1k import read_urban1k
 from training.data.images import MODES
 from training.eval.encode import ComputeOptions
 from training.eval.retrieval import evaluate_retrieval, plan_retrieval
-from training.model.factory import EncoderParts
+from training.model.assembly.factory import EncoderParts
 from training.readers.files import parallel_map
 from training.runtime.distributed import DistEnv
 

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 import training
 from benchmarks.measure import CONTEXT_LENGTH, Figure, Setting, reference_captions
 from training.eval.metrics import count_ranks, summarise
-from training.model.text_tower import CornerHFText
+from training.model.towers.hf_tower import CornerHFText
 
 CHANGED = 0.3
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, Dataset
 
 from dataloaders.pairs import RetrievalSet
-from training.model.corner import features_of_captions
-from training.model.factory import EncoderParts
-from training.model.text_tower import CornerHFText
+from training.model.assembly.factory import EncoderParts
+from training.model.towers.corner import features_of_captions
+from training.model.towers.hf_tower import CornerHFText
 from training.readers.images import load_rgb
 
 

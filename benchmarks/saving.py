@@ -8,8 +8,8 @@ import torch
 import training
 from benchmarks.measure import Figure, Setting, fastest, reference_captions
 from training.loss.caption_loss import LongCaptionLoss
-from training.model.from_flags import make_arranger
-from training.model.train_model import TrainModel
+from training.model.assembly.from_flags import make_arranger
+from training.model.towers.train_model import TrainModel
 from training.train.checkpoint import CheckpointWriter, load_checkpoint
 from training.train.optim import parameter_groups
 from training.train.step import Stepper

@@ -20,9 +20,9 @@ from benchmarks.measure import (
     peak_bytes,
     reference_captions,
 )
-from training.model.from_flags import make_arranger
-from training.model.text_encoder import text_encoder
-from training.model.text_tower import CornerHFText
+from training.model.assembly.from_flags import make_arranger
+from training.model.towers.hf_tower import CornerHFText
+from training.model.towers.text_encoder import text_encoder
 
 NUM_CORNERS = 2
 

@@ -32,7 +32,7 @@ from torch.nn.functional import normalize
 
 import training
 from dataloaders.urban1k import read_urban1k
-from training.model.image_encoder import image_encoder
+from training.model.towers.image_encoder import image_encoder
 
 MODEL = "lotlip_tiny"
 RUNS = {"lotlip": "short and long captions", "short_only": "short captions only"}

@@ -16,7 +16,7 @@ from benchmarks import data_mixing, gpu_check, published, text_step
 from benchmarks.__main__ import FIGURES, main
 from benchmarks.measure import Figure, Setting, check_close, largest_that_fits, peak_bytes, reference_captions
 from training.loss.caption_loss import LongCaptionLoss
-from training.model.corner import prefix_attention
+from training.model.towers.corner import prefix_attention
 
 
 def test_all_figures_of_the_gpu_check_work_shrunken_on_a_cpu(tmp_path, capsys):

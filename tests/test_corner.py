@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from training.model.corner import (
+from training.model.assembly.factory import create_model
+from training.model.towers.corner import (
     corner_places,
     cosine_with_cls,
     features_of_captions,
     prefix_attention,
     suffix_attention,
 )
-from training.model.factory import create_model
-from training.model.text_tower import CornerHFText
+from training.model.towers.hf_tower import CornerHFText
 
 FAMILIES = {
     "bert": {"max_position_embeddings": 40, "pad_token_id": 0},

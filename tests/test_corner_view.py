@@ -8,9 +8,9 @@ from PIL import Image
 
 import training
 from training.eval import corner_view
-from training.model.attention import special_attention, words_of
-from training.model.corner import prefix_attention
-from training.model.encoders.family import family_of
+from training.model.towers.corner import prefix_attention
+from training.model.towers.encoders.family import family_of
+from training.model.towers.special_attention import special_attention, words_of
 
 CAPTION = "An unbelievably reddish car stands here. Two dogs play on the left side."
 

@@ -17,7 +17,7 @@ from training.eval.encode import ComputeOptions, encode_images, encode_texts
 from training.eval.report.card import above_chance, draw_card
 from training.eval.retrieval import plan_retrieval, rank_sets
 from training.main import main
-from training.model.factory import EncoderParts
+from training.model.assembly.factory import EncoderParts
 from training.readers.sentences import split_caption
 from training.runtime.distributed import DistEnv
 

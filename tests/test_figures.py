@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.model.corner import prefix_attention
+from training.model.towers.corner import prefix_attention
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ from support import evaluate
 from training.eval.metrics import expected_rank
 from training.eval.rerank import count_listed
 from training.main import main
-from training.model import flair
+from training.model.towers import flair
 
 DIM, WIDTH, HEADS = 24, 32, 3
 VISION = {"image_size": 32, "layers": 2, "width": WIDTH, "head_width": 16, "patch_size": 8}

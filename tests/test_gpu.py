@@ -18,11 +18,11 @@ from benchmarks import precision
 from benchmarks.measure import Setting
 from training.data.batch import TrainBatch, to_device
 from training.loss.caption_loss import EarlyGather, LongCaptionLoss, _Gather
-from training.model.factory import create_model
-from training.model.from_flags import make_arranger
-from training.model.packing import CaptionArranger
-from training.model.row_attention import flex_fault
-from training.model.text_encoder import text_encoder
+from training.model.assembly.factory import create_model
+from training.model.assembly.from_flags import make_arranger
+from training.model.packing.arranger import CaptionArranger
+from training.model.towers.row_attention import flex_fault
+from training.model.towers.text_encoder import text_encoder
 from training.train.step import Stepper
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -14,7 +14,11 @@ LAYERS = [
     {"training.readers", "training.runtime"},
     {"dataloaders", "training.data", "training.loss"},
     {"training.flags"},
-    {"training.model"},
+    {"training.model.packing.arranger", "training.model.weights.load"},
+    {"training.model.names"},
+    {"training.model.tokenizers"},
+    {"training.model.towers"},
+    {"training.model.assembly"},
     {"training.eval", "training.prepare"},
     {"training.train"},
     {"training.export", "training.search"},
@@ -45,7 +49,8 @@ def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
 
 def folder_of(module: str) -> str:
     parts = module.split(".")
-    return ".".join(parts[:2]) if parts[0] == "training" and len(parts) > 2 else parts[0]
+    depth = 3 if parts[:2] == ["training", "model"] else 2 if parts[0] == "training" and len(parts) > 2 else 1
+    return ".".join(parts[:depth])
 
 
 def test_imports_point_down():

@@ -117,7 +117,7 @@ def test_lock_frees_the_last_layers_as_open_clip_does(kind, unlocked):
 def test_frozen_parts_of_a_text_tower_have_no_dropout():
     from transformers import BertConfig
 
-    from training.model.text_tower import CornerHFText
+    from training.model.towers.hf_tower import CornerHFText
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -138,7 +138,7 @@ def test_frozen_parts_of_a_text_tower_have_no_dropout():
 
 
 def test_batch_norms_of_a_partly_locked_image_tower_keep_their_mode():
-    from training.model.locking import rest_frozen
+    from training.model.towers.locking import rest_frozen
 
     tower = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Dropout(), torch.nn.Linear(4, 4)

@@ -11,15 +11,15 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from training.data.reader import trim_padding
 from training.main import main
-from training.model import row_attention
-from training.model.bucket_attention import attention
-from training.model.corner import additive_mask, prefix_attention
-from training.model.from_flags import make_arranger
-from training.model.packing import CaptionArranger, bucket_bounds
-from training.model.row_attention import flex_fault, make_row_mask
-from training.model.text_encoder import text_encoder
-from training.model.tokenizer import CornerCLIPTokenizer
-from training.model.train_model import TrainModel
+from training.model.assembly.from_flags import make_arranger
+from training.model.packing.arranger import CaptionArranger, bucket_bounds
+from training.model.packing.attention import additive_mask, attention
+from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer
+from training.model.towers import row_attention
+from training.model.towers.corner import prefix_attention
+from training.model.towers.row_attention import flex_fault, make_row_mask
+from training.model.towers.text_encoder import text_encoder
+from training.model.towers.train_model import TrainModel
 
 CPU = torch.device("cpu")
 

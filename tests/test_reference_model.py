@@ -10,9 +10,9 @@ from PIL import Image
 
 from support import LAYOUTS, REFERENCE, layout_flags, read_results
 from training.main import main
-from training.model.corner import prefix_attention
-from training.model.factory import create_model, create_model_and_transforms, get_tokenizer
-from training.model.tokenizer import CornerHFTokenizer
+from training.model.assembly.factory import create_model, create_model_and_transforms, get_tokenizer
+from training.model.tokenizers.corner_tokenizers import CornerHFTokenizer
+from training.model.towers.corner import prefix_attention
 
 IDS = np.load(REFERENCE / "tokens.npz")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

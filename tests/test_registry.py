@@ -1,4 +1,4 @@
-"""The registries find new files: a benchmark in dataloaders/, a family of text towers in model/encoders/."""
+"""The registries find new files: a benchmark in dataloaders/, a family of text towers in model/towers/encoders/."""
 
 import subprocess
 import sys
@@ -67,7 +67,7 @@ def test_shipped_benchmarks_keep_their_flags_and_order():
 
 
 FAMILY = """
-from training.model.encoders.bert import Bert
+from training.model.towers.encoders.bert import Bert
 
 
 class Electra(Bert):
@@ -81,10 +81,10 @@ FAMILIES = (Electra(),)
 RUN_FAMILY = """
 import sys
 import torch
-import training.model.encoders as encoders
+import training.model.towers.encoders as encoders
 encoders.__path__.append(sys.argv[1])
 from transformers import ElectraConfig
-from training.model.text_tower import CornerHFText
+from training.model.towers.hf_tower import CornerHFText
 torch.manual_seed(0)
 sizes = {"embedding_size": 32, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 config = ElectraConfig(vocab_size=50, intermediate_size=64, max_position_embeddings=24, **sizes)

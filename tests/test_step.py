@@ -205,7 +205,7 @@ def test_schedules(name):
 def test_a_locked_image_tower_encodes_each_image_once():
     """The result of the step is the same as when images go through the model, which encodes them twice."""
     import training
-    from training.model.train_model import TrainModel
+    from training.model.towers.train_model import TrainModel
 
     torch.manual_seed(0)
     start = training.create_model("lotlip_tiny", pretrained_text=False).eval()

@@ -11,9 +11,9 @@ from transformers import AutoConfig
 
 from training.eval.encode import ComputeOptions, encode_texts
 from training.main import main
-from training.model.from_flags import make_arranger
-from training.model.text_encoder import text_encoder
-from training.model.train_model import TrainModel
+from training.model.assembly.from_flags import make_arranger
+from training.model.towers.text_encoder import text_encoder
+from training.model.towers.train_model import TrainModel
 from training.runtime.distributed import DistEnv
 
 VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
@@ -107,7 +107,7 @@ def test_the_padding_id_within_a_caption_changes_nothing(family, mode):
 
 @pytest.mark.parametrize("num_corners", [0, 2])
 def test_clips_tower_with_corner_tokens_is_packed_too(num_corners):
-    from training.model.tokenizer import CornerCLIPTokenizer
+    from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer
 
     model = clip_model(num_corners)
     ids = CornerCLIPTokenizer(20, num_corners)(TEXTS)

@@ -5,7 +5,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training.model.tokenizer import CornerCLIPTokenizer, CornerHFTokenizer
+from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer, CornerHFTokenizer
 
 TEXT = "A man walks. He carries 3.5 kg of flour &amp; two eggs.  It rains"
 ROBERTA_NAMES = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}

@@ -12,8 +12,8 @@ from training.data.captions import CaptionRule, choose_captions
 from training.data.padding import front_shares, pad_in_front
 from training.data.views import parse_views, views_by_flags
 from training.flags.parser import parse_args
-from training.model.factory import create_model
-from training.model.train_model import TrainModel
+from training.model.assembly.factory import create_model
+from training.model.towers.train_model import TrainModel
 
 LONG = "A dog runs. It is brown. The park is wide. Trees stand there"
 S1, S2, S3, S4 = "A dog runs", "It is brown", "The park is wide", "Trees stand there"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import training
 from support import read_results
 from training.main import main
-from training.model.weights import load_weights, stretch_positions
+from training.model.weights.load import load_weights, stretch_positions
 
 LONG_CLIP = ["--model", "ViT-S-32-alt", "--context-length", "248", "--lock-text"]  # the last --model has precedence
 TEXT = ["A small red star is at the top left of the picture. Behind all of it there is only gray.", "a large blue ring"]

@@ -17,7 +17,7 @@ from torch import nn
 import training
 from support import read_results
 from training.main import main
-from training.model.weights_file import read_state_dict
+from training.model.weights.weights_file import read_state_dict
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_classes_are_described_by_long_texts(tmp_path, tiny_clip, capsys, caplog
 
     from training.eval.encode import ComputeOptions
     from training.eval.zero_shot import build_classifier
-    from training.model.factory import EncoderParts
+    from training.model.assembly.factory import EncoderParts
     from training.runtime.distributed import distributed
 
     names = dict.fromkeys(IMAGENET_CLASSNAMES)
@@ -133,7 +133,7 @@ def check_classifier(rank: int, name: str, port: int) -> None:
     import training
     from training.eval.encode import ComputeOptions
     from training.eval.zero_shot import build_classifier
-    from training.model.factory import EncoderParts
+    from training.model.assembly.factory import EncoderParts
     from training.runtime.distributed import distributed
 
     set_rank(rank, 2, port)

@@ -26,10 +26,10 @@ from torch.nn.functional import normalize
 from training.eval.encode import ComputeOptions
 from training.eval.metrics import count_ranks, hit_probability
 from training.eval.retrieval import encode_work, plan_benchmarks
-from training.model.attention import special_attention, words_of
-from training.model.factory import EncoderParts
-from training.model.from_flags import build_from_flags
-from training.model.text_encoder import cut_padding
+from training.model.assembly.factory import EncoderParts
+from training.model.assembly.from_flags import build_from_flags
+from training.model.towers.special_attention import special_attention, words_of
+from training.model.towers.text_encoder import cut_padding
 from training.runtime.distributed import distributed
 
 

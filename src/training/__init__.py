@@ -7,11 +7,11 @@
 import importlib
 
 _HOMES = {
-    "create_model": "training.model.factory",
-    "create_model_and_transforms": "training.model.factory",
-    "get_tokenizer": "training.model.factory",
-    "register_model_configs": "training.model.config",
-    "save_pretrained": "training.model.saving",
+    "create_model": "training.model.assembly.factory",
+    "create_model_and_transforms": "training.model.assembly.factory",
+    "get_tokenizer": "training.model.assembly.factory",
+    "register_model_configs": "training.model.names.config",
+    "save_pretrained": "training.model.assembly.saving",
 }
 __all__ = list(_HOMES)
 

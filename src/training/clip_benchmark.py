@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from training.model.factory import create_model_and_transforms, get_tokenizer
+from training.model.assembly.factory import create_model_and_transforms, get_tokenizer
 
 
 def main() -> int:

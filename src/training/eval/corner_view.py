@@ -28,10 +28,10 @@ def view(args: argparse.Namespace) -> dict[str, object]:
     """
     import torch
 
-    from training.model.attention import special_attention, words_of
-    from training.model.factory import create_model, get_tokenizer
-    from training.model.resolve import resolve_weights
-    from training.model.tokenizer import CornerHFTokenizer
+    from training.model.assembly.factory import create_model, get_tokenizer
+    from training.model.names.resolve import resolve_weights
+    from training.model.tokenizers.corner_tokenizers import CornerHFTokenizer
+    from training.model.towers.special_attention import special_attention, words_of
 
     resolve_weights(args.model, args.pretrained, args.cache_dir)  # reports a wrong name before anything is built
     overrides = {"num_corner_tokens": args.num_corner_tokens, "context_length": args.context_length}

@@ -18,7 +18,7 @@ from training.eval.lengths import drop_sentence, shuffle_sentences
 from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probability, paired_bootstrap
 from training.eval.record import DIRECTIONS
 from training.eval.retrieval import RankedSet, count_over_ranks
-from training.model.factory import EncoderParts
+from training.model.assembly.factory import EncoderParts
 from training.readers.sentences import join_split, split_sentences
 from training.runtime.distributed import DistEnv
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from training.data.images import ImageReader
 from training.eval.image_cache import CachedReader
-from training.model.image_encoder import image_encoder
-from training.model.text_encoder import cut_padding, text_encoder
-from training.model.truncation import tokenise_and_count_lost
+from training.model.tokenizers.truncation import tokenise_and_count_lost
+from training.model.towers.image_encoder import image_encoder
+from training.model.towers.text_encoder import cut_padding, text_encoder
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from training.eval.encode import ComputeOptions, Encoding, encode_images
 from training.eval.image_cache import image_key
-from training.model.factory import EncoderParts
-from training.model.fingerprint import fingerprint, preprocessing_fingerprint, tokenizer_fingerprint
-from training.model.locking import HEAD, apply_linear_head, linear_head
+from training.model.assembly.factory import EncoderParts
+from training.model.towers.locking import HEAD, apply_linear_head, linear_head
+from training.model.weights.fingerprint import fingerprint, preprocessing_fingerprint, tokenizer_fingerprint
 from training.runtime.distributed import DistEnv, agree
 from training.runtime.files import atomic_write
 

@@ -16,7 +16,7 @@ from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.metrics import hit_probability
 from training.eval.record import DIRECTIONS
 from training.eval.retrieval import RankedSet, RetrievalWork, rank_sets
-from training.model.factory import EncoderParts
+from training.model.assembly.factory import EncoderParts
 from training.readers.sentences import join_split, split_sentences
 from training.runtime.distributed import DistEnv
 

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize, pad
 from dataloaders.pairs import FoundImages, RetrievalSet
 from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.retrieval import RankedSet, RetrievalWork, check_names
-from training.model.factory import EncoderParts
+from training.model.assembly.factory import EncoderParts
 from training.runtime.distributed import DistEnv
 
 SUFFIX = "-retrieval"

@@ -18,9 +18,9 @@ from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.eval.record import Recall, RetrievalResult
 from training.eval.report.matches import top_matches
 from training.eval.retrieval import RankedSet
-from training.model.factory import EncoderParts
-from training.model.flair import conditioned_scores, encode_patches
-from training.model.image_encoder import in_parts
+from training.model.assembly.factory import EncoderParts
+from training.model.towers.flair import conditioned_scores, encode_patches
+from training.model.towers.image_encoder import in_parts
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
 

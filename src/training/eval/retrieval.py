@@ -15,7 +15,7 @@ from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.feature_cache import encode_images_once, open_caches, text_key
 from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.eval.record import Recall, RetrievalResult
-from training.model.factory import EncoderParts
+from training.model.assembly.factory import EncoderParts
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS

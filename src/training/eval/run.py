@@ -36,9 +36,9 @@ from training.eval.results import (
 from training.eval.retrieval import RankedSet, RetrievalWork, encode_work, plan_benchmarks, rank_sets
 from training.eval.zero_shot import evaluate_zero_shot
 from training.flags.effects import asks_about_texts
-from training.model.factory import EncoderParts
-from training.model.from_flags import build_from_flags, check_pooling, check_precision
-from training.model.resolve import file_sha256, resolve_weights
+from training.model.assembly.factory import EncoderParts
+from training.model.assembly.from_flags import build_from_flags, check_pooling, check_precision
+from training.model.names.resolve import file_sha256, resolve_weights
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, agree, distributed, fail, together
 

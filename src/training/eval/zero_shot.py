@@ -14,8 +14,8 @@ from training.eval.encode import ComputeOptions, Encoding
 from training.eval.feature_cache import FeatureCache, encode_images_once, open_caches, text_key
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.eval.record import TEMPLATES, ClassificationResult
-from training.model.factory import EncoderParts
-from training.model.truncation import count_lost_tokens
+from training.model.assembly.factory import EncoderParts
+from training.model.tokenizers.truncation import count_lost_tokens
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, max_over_ranks, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS

@@ -6,9 +6,9 @@ import open_clip
 import torch
 
 from training.export.source import Source, check_samples
-from training.model.factory import create_model_and_transforms, get_tokenizer
-from training.model.saving import save_pretrained
-from training.model.text_tower import LotlipCLIP
+from training.model.assembly.factory import create_model_and_transforms, get_tokenizer
+from training.model.assembly.saving import save_pretrained
+from training.model.towers.hf_tower import LotlipCLIP
 
 
 def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:

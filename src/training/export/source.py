@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from dataloaders.scene_drawing import draw_scene, make_scene
-from training.model.config import CONFIG_FILE, LOCAL_DIR
-from training.model.factory import create_model_and_transforms, get_tokenizer
-from training.model.transformers_clip import HF
-from training.model.weights_file import read_state_dict
+from training.model.assembly.factory import create_model_and_transforms, get_tokenizer
+from training.model.names.config import CONFIG_FILE, LOCAL_DIR
+from training.model.names.transformers_clip import HF
+from training.model.weights.weights_file import read_state_dict
 from training.train.checkpoint import newest_checkpoint
 
 NUM_CHECKED = 32

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from training.export.source import Source
-from training.model.tokenizer import CornerCLIPTokenizer, CornerHFTokenizer
-from training.model.transformers_clip import FolderTokenizer
+from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer, CornerHFTokenizer
+from training.model.tokenizers.folder_tokenizer import FolderTokenizer
 
 _ENDS = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's name -> transformers'
 

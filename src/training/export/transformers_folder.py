@@ -14,9 +14,9 @@ from training.export import modeling_lotlip
 from training.export.modeling_lotlip import LotlipConfig, LotlipModel
 from training.export.source import Source, check_samples
 from training.export.tokenizer_files import write_tokenizer
-from training.model.clip_tower import CornerCLIPText
-from training.model.text_tower import CornerHFText
-from training.model.transformers_names import from_open_clip
+from training.model.towers.clip_tower import CornerCLIPText
+from training.model.towers.hf_tower import CornerHFText
+from training.model.weights.transformers_names import from_open_clip
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
 _END_ID = 49407

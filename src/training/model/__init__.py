@@ -1,1 +1,1 @@
-"""Models: configs, towers, tokenizers and weights."""
+"""Models. `names`: configs and files; `tokenizers`; `weights`; `packing`; `towers`; `assembly` combines them."""

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from training.eval.encode import ComputeOptions, Encoding, encode_images, encode_texts
-from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
-from training.model.from_flags import check_precision
-from training.model.resolve import resolve_weights
+from training.model.assembly.factory import EncoderParts, create_model_and_transforms, get_tokenizer
+from training.model.assembly.from_flags import check_precision
+from training.model.names.resolve import resolve_weights
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv
 

@@ -20,7 +20,7 @@ import torch
 
 from training.eval.encode import Encoding
 from training.eval.image_cache import image_key
-from training.model.fingerprint import fingerprint, preprocessing_fingerprint
+from training.model.weights.fingerprint import fingerprint, preprocessing_fingerprint
 from training.readers.tar import IMAGE_SUFFIXES
 from training.runtime.files import atomic_write
 

@@ -33,12 +33,12 @@ from training.data.open import caption_rule, open_source
 from training.data.reader import read_image, read_record, seed_augmentation
 from training.data.shards import Source
 from training.data.tar import BrokenShardError, Part, RawSample
-from training.model.factory import EncoderParts
-from training.model.fingerprint import fingerprint
-from training.model.from_flags import build_from_flags, check_precision
-from training.model.image_encoder import image_encoder
-from training.model.locking import HEAD, linear_head
-from training.model.resolve import resolve_weights
+from training.model.assembly.factory import EncoderParts
+from training.model.assembly.from_flags import build_from_flags, check_precision
+from training.model.names.resolve import resolve_weights
+from training.model.towers.image_encoder import image_encoder
+from training.model.towers.locking import HEAD, linear_head
+from training.model.weights.fingerprint import fingerprint
 from training.runtime.distributed import DistEnv, agree, distributed, fail, raise_together, together
 from training.runtime.tracking import log_to
 from training.runtime.workers import Loader

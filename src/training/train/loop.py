@@ -12,7 +12,7 @@ import torch
 from training.data.batch import TrainBatch, to_device
 from training.data.open import TrainData
 from training.eval.retrieval import RetrievalWork
-from training.model.factory import EncoderParts
+from training.model.assembly.factory import EncoderParts
 from training.runtime.control import Control
 from training.runtime.distributed import DistEnv, agree
 from training.runtime.stop import SIGNALS, StoppedError

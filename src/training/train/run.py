@@ -21,11 +21,11 @@ from training.data.open import caption_rule, open_source, open_train_data
 from training.data.shards import Source
 from training.eval.results import run_name
 from training.eval.retrieval import plan_benchmarks
-from training.model.corner import corner_places
-from training.model.from_flags import build_from_flags, check_precision
-from training.model.locking import linear_head
-from training.model.resolve import resolve_weights
-from training.model.train_model import TrainModel
+from training.model.assembly.from_flags import build_from_flags, check_precision
+from training.model.names.resolve import resolve_weights
+from training.model.towers.corner import corner_places
+from training.model.towers.locking import linear_head
+from training.model.towers.train_model import TrainModel
 from training.runtime.distributed import DistEnv, agree, any_rank, distributed, fail, set_timeout, together
 from training.runtime.files import atomic_write
 from training.runtime.stop import EXIT_STOPPED, StoppedError

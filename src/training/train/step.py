@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from training.model.corner import cosine_with_cls
+from training.model.towers.corner import cosine_with_cls
 
 LOGIT_SCALE_MAX = math.log(100)
 IMAGE_INPUTS = ("image", "image_features")

@@ -19,7 +19,7 @@ from training.eval.record import Result, to_json
 from training.eval.results import format_table, format_zero_shot, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
-from training.model.factory import EncoderParts
+from training.model.assembly.factory import EncoderParts
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, merge_over_ranks, sum_over_ranks
 from training.train.step import is_row_wise

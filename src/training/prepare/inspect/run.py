@@ -21,8 +21,8 @@ from training.data.faults import BadSample
 from training.data.reader import read_image, read_record
 from training.data.shards import expand_sources, known_sizes
 from training.data.tar import BrokenShardError, RawSample, read_samples
-from training.model.factory import get_tokenizer
-from training.model.truncation import count_tokens
+from training.model.assembly.factory import get_tokenizer
+from training.model.tokenizers.truncation import count_tokens
 from training.prepare.inspect.counts import MAX_TOKENS, Counts
 from training.prepare.inspect.report import describe, summarise, write_html, write_png
 from training.prepare.tables.chunk import url_hash

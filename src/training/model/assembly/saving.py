@@ -8,9 +8,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from training.model.config import CONFIG_FILE
-from training.model.text_tower import CornerHFText
-from training.model.transformers_clip import CLIP_VOCABULARY, FolderTokenizer, nearest_timm_name
+from training.model.names.config import CONFIG_FILE
+from training.model.names.transformers_clip import CLIP_VOCABULARY, nearest_timm_name
+from training.model.tokenizers.folder_tokenizer import FolderTokenizer
+from training.model.towers.hf_tower import CornerHFText
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _NOT_ARCHITECTURE = ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type")

@@ -16,8 +16,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from timm.layers import to_2tuple
 from torchvision.transforms import Compose
 
-from training.model.clip_tower import CornerCLIPText
-from training.model.config import (
+from training.model.names.config import (
     CONFIG_FILE,
     POOLING,
     ModelSpec,
@@ -25,15 +24,17 @@ from training.model.config import (
     not_found,
     resolve_model_config,
 )
-from training.model.flair import TextConditionedPooling
-from training.model.hf_encoders import encoder_config, load_pretrained_encoder
-from training.model.packing import CaptionArranger
-from training.model.resolve import WEIGHT_SUFFIXES, find_weights, resolve_weights
-from training.model.text_tower import CORNER_ATTENTION, CornerHFText, LotlipCLIP
-from training.model.tokenizer import create_tokenizer
-from training.model.transformers_clip import HF, FolderTokenizer, adapt_transform
-from training.model.weights import load_pretrained_image, load_pretrained_text, load_weights
-from training.model.weights_file import is_torchscript, read_state_dict
+from training.model.names.resolve import WEIGHT_SUFFIXES, find_weights, resolve_weights
+from training.model.names.transformers_clip import HF, adapt_transform
+from training.model.packing.arranger import CaptionArranger
+from training.model.tokenizers.corner_tokenizers import create_tokenizer
+from training.model.tokenizers.folder_tokenizer import FolderTokenizer
+from training.model.towers.clip_tower import CornerCLIPText
+from training.model.towers.flair import TextConditionedPooling
+from training.model.towers.hf_encoders import encoder_config, load_pretrained_encoder
+from training.model.towers.hf_tower import CORNER_ATTENTION, CornerHFText, LotlipCLIP
+from training.model.weights.load import load_pretrained_image, load_pretrained_text, load_weights
+from training.model.weights.weights_file import is_torchscript, read_state_dict
 from training.readers.images import to_rgb
 
 # Config of a tiny text tower that stands in for the Hugging Face tower while open_clip builds the rest.

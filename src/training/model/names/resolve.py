@@ -6,8 +6,8 @@ from pathlib import Path
 
 import open_clip
 
-from training.model import transformers_clip
-from training.model.config import (
+from training.model.names import transformers_clip
+from training.model.names.config import (
     CONFIG,
     CONFIG_FILE,
     HF_HUB,
@@ -15,7 +15,7 @@ from training.model.config import (
     read_config_file,
     register_model_configs,
 )
-from training.model.transformers_clip import HF, find_folder, read_config
+from training.model.names.transformers_clip import HF, find_folder, read_config
 from training.runtime.messages import first_line
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from training.model.config import find_pretrained_folder, not_found
-from training.model.encoders.family import EncoderFamily, family_of
+from training.model.names.config import find_pretrained_folder, not_found
+from training.model.towers.encoders.family import EncoderFamily, family_of
 
 POOLERS = ("cls_pooler", "cls_last_hidden_state_pooler", "mean_pooler", "max_pooler")
 

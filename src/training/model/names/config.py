@@ -13,11 +13,11 @@ from pathlib import Path
 import open_clip
 import timm
 
-from training.model.transformers_clip import CLIP_VOCABULARY, HF, find_folder, read_config
+from training.model.names.transformers_clip import CLIP_VOCABULARY, HF, find_folder, read_config
 from training.runtime.messages import first_line
 
 LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
-CONFIG_FOLDER = Path(__file__).parent / "model_configs"
+CONFIG_FOLDER = Path(__file__).parents[1] / "model_configs"
 CONFIG_FILE = "open_clip_config.json"
 POOLING = "pooling_heads"  # key in a model's config: number of heads of FLAIR's text-conditioned pooling
 # Pretrained text models that are available as PyPI packages, and so usable without access to the hub.

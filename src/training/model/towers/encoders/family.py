@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-import training.model.encoders as folder
-from training.model.packing import Row
+import training.model.towers.encoders as folder
+from training.model.packing.arranger import Row
 
 
 class EncoderFamily:
@@ -26,7 +26,7 @@ class EncoderFamily:
         has_pooler: the encoder can end in BERT's pooler (``add_pooling_layer``).
         packs_rows: captions can be packed in a row, and buckets computed together; needs `run_on_row` and
             `run_on_buckets`.
-        shows_attention: the layers compute keys in ``attention.self.key``, which `model.attention` relies on.
+        shows_attention: the layers compute keys in ``attention.self.key``, which `special_attention` relies on.
     """
 
     model_types: tuple[str, ...] = ()

@@ -9,9 +9,9 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import text_global_pool
 from torch import nn
 
-from training.model.clip_tower import CLIP_PAD_ID, project
-from training.model.corner_tower import CornerTower
-from training.model.packing import Captions, Row, caption_lengths
+from training.model.packing.arranger import Captions, Row, caption_lengths
+from training.model.towers.clip_tower import CLIP_PAD_ID, project
+from training.model.towers.corner_tower import CornerTower
 
 _HF_FAMILIES = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")  # encoders that open_clip runs with a padding mask
 PADDING_MULTIPLE = 8  # lengths are rounded up to a multiple, so that few different shapes occur

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from training.model.bucket_attention import BucketMask, attend_in_buckets, attention
-from training.model.corner import additive_mask, prefix_attention
-from training.model.packing import ROW_BLOCK, CaptionArranger, Row
+from training.model.packing.arranger import ROW_BLOCK, CaptionArranger, Row
+from training.model.packing.attention import additive_mask, attention
+from training.model.packing.bucket_attention import BucketMask, attend_in_buckets
+from training.model.towers.corner import prefix_attention
 from training.runtime.messages import first_line
 
 NAME = "lotlip_rows"

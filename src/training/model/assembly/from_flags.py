@@ -6,14 +6,14 @@ import math
 import torch
 
 from training.data.augment import parse_augmentation, strong_augmentation
-from training.model.config import POOLING, resolve_model_config
-from training.model.encoders.family import families
-from training.model.factory import EncoderParts, create_model_and_transforms, get_tokenizer
-from training.model.locking import freeze_batch_norm_statistics
-from training.model.packing import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
-from training.model.row_attention import let_attend_in_buckets, let_attend_in_rows
-from training.model.text_encoder import text_encoder
-from training.model.text_tower import CornerHFText
+from training.model.assembly.factory import EncoderParts, create_model_and_transforms, get_tokenizer
+from training.model.names.config import POOLING, resolve_model_config
+from training.model.packing.arranger import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
+from training.model.towers.encoders.family import families
+from training.model.towers.hf_tower import CornerHFText
+from training.model.towers.locking import freeze_batch_norm_statistics
+from training.model.towers.row_attention import let_attend_in_buckets, let_attend_in_rows
+from training.model.towers.text_encoder import text_encoder
 
 CPU_PRECISIONS = ("fp32", "bf16", "pure_bf16", "amp_bf16", "amp_bfloat16")
 _SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # as in open_clip's SigLIP configs

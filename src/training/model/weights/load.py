@@ -15,8 +15,8 @@ from open_clip.convert import load_big_vision_weights
 from open_clip.model import resize_pos_embed
 from torch import nn
 
-from training.model.transformers_names import is_transformers, to_open_clip
-from training.model.weights_file import is_big_vision, read_state_dict
+from training.model.weights.transformers_names import is_transformers, to_open_clip
+from training.model.weights.weights_file import is_big_vision, read_state_dict
 from training.runtime.messages import first_line
 
 _EMBEDDINGS = "text.transformer.embeddings."

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from training.model.corner import additive_mask
-from training.model.encoders.family import EncoderFamily
+from training.model.packing.attention import additive_mask
+from training.model.towers.encoders.family import EncoderFamily
 
 
 class ModernBert(EncoderFamily):

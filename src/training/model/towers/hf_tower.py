@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from training.model.corner import max_without_corners, mean_without_corners, prefix_attention
-from training.model.corner_tower import CornerTower
-from training.model.encoders.family import EncoderFamily, family_of
-from training.model.hf_encoders import POOLERS, build_encoder, fit_context
-from training.model.packing import Row
-from training.model.row_attention import attends_in_buckets, row_slots
+from training.model.packing.arranger import Row
+from training.model.towers.corner import max_without_corners, mean_without_corners, prefix_attention
+from training.model.towers.corner_tower import CornerTower
+from training.model.towers.encoders.family import EncoderFamily, family_of
+from training.model.towers.hf_encoders import POOLERS, build_encoder, fit_context
+from training.model.towers.row_attention import attends_in_buckets, row_slots
 
 CORNER_ATTENTION = ("published", "ordinary")
 

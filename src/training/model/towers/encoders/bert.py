@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from training.model.bucket_attention import BucketMask, attention, make_bucket_mask
-from training.model.corner import additive_mask, prefix_attention
-from training.model.encoders.family import EncoderFamily
-from training.model.packing import Row
-from training.model.row_attention import RowMask, make_row_mask, row_places, row_slots
+from training.model.packing.arranger import Row
+from training.model.packing.attention import additive_mask, attention
+from training.model.packing.bucket_attention import BucketMask, make_bucket_mask
+from training.model.towers.corner import prefix_attention
+from training.model.towers.encoders.family import EncoderFamily
+from training.model.towers.row_attention import RowMask, make_row_mask, row_places, row_slots
 
 
 class Bert(EncoderFamily):

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from training.model.clip_tower import CornerCLIPText
-from training.model.corner import additive_mask, prefix_attention, rows_before_end, suffix_attention
-from training.model.text_tower import CornerHFText
-from training.model.tokenizer import CornerCLIPTokenizer, CornerHFTokenizer
+from training.model.packing.attention import additive_mask
+from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer, CornerHFTokenizer
+from training.model.towers.clip_tower import CornerCLIPText
+from training.model.towers.corner import prefix_attention, rows_before_end, suffix_attention
+from training.model.towers.hf_tower import CornerHFText
 
 
 @torch.no_grad()

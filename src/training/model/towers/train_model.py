@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from training.data.augment import normalise_pixels
-from training.model.locking import linear_head, rest_frozen
-from training.model.packing import Captions
-from training.model.text_encoder import text_encoder
+from training.model.packing.arranger import Captions
+from training.model.towers.locking import linear_head, rest_frozen
+from training.model.towers.text_encoder import text_encoder
 
 
 class TrainModel(nn.Module):

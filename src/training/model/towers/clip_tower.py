@@ -6,8 +6,9 @@ import torch
 from open_clip.transformer import lock_text_tower
 from torch import nn
 
-from training.model.corner import additive_mask, rows_before_end, suffix_attention
-from training.model.corner_tower import CornerTower
+from training.model.packing.attention import additive_mask
+from training.model.towers.corner import rows_before_end, suffix_attention
+from training.model.towers.corner_tower import CornerTower
 
 CLIP_PAD_ID = 0
 

@@ -50,23 +50,6 @@ def suffix_attention(end: torch.Tensor, seq_len: int, num_corners: int) -> torch
     return (is_text_key[:, None, :] & (key <= query)) | (query == key)
 
 
-def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Converts a boolean mask into one that is added to attention scores: 0 if allowed, else the dtype's lowest number.
-
-    Only this form works with both eager and sdpa attention: transformers 5 silently misinterprets a boolean 4-D mask
-    with eager attention. Every query has an allowed key, so rounding to -inf in a smaller dtype does no harm.
-
-    Args:
-        allowed: [batch, num_queries, seq_len] bool.
-        dtype: dtype of the hidden states.
-
-    Returns:
-        [batch, 1, num_queries, seq_len], to be broadcast over heads.
-    """
-    zero = torch.zeros((), dtype=dtype, device=allowed.device)
-    return torch.where(allowed, zero, torch.finfo(dtype).min)[:, None]
-
-
 def mean_without_corners(hidden: torch.Tensor, keep: torch.Tensor, num_corners: int) -> torch.Tensor:
     """Mean over all tokens except padding and corners: [batch, seq_len, width] -> [batch, width]."""
     weight = _without_corners(keep, num_corners).to(hidden.dtype)[..., None]

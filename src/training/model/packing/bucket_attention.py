@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 
-from training.model.corner import additive_mask
+from training.model.packing.attention import additive_mask, attention
 
 
 class BucketMask(NamedTuple):
@@ -53,33 +52,3 @@ def attend_in_buckets(
         by_head = (rows.transpose(1, 2) for rows in inputs)
         seen.append(attention(*by_head, allowed, dropout, scaling).transpose(1, 2).flatten(0, 1))
     return torch.cat(seen)[None]
-
-
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    allowed: torch.Tensor,
-    dropout: float,
-    scaling: float | None = None,
-) -> torch.Tensor:
-    """Scaled dot-product attention by the fastest implementation.
-
-    On a CPU, PyTorch's fused kernel does not support dropout, and its backward pass in 16 bits takes up to seven times
-    as long as plain matrix products.
-
-    Args:
-        query: [n, heads, k, d].
-        key, value: [n, heads, seq_len, d].
-        allowed: additive mask, broadcast to [n, heads, k, seq_len].
-        dropout: probability that a weight is set to 0.
-        scaling: of the scores; None is 1 / sqrt(d).
-
-    Returns:
-        [n, heads, k, d].
-    """
-    if query.device.type != "cpu" or (not dropout and query.dtype in (torch.float32, torch.float64)):
-        return functional.scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout, scale=scaling)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = ((query * scaling) @ key.transpose(-1, -2)).add_(allowed)
-    return functional.dropout(scores.softmax(dim=-1), dropout) @ value

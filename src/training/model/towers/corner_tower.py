@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from training.model.corner import features_of_captions
-from training.model.locking import rest_frozen
+from training.model.towers.corner import features_of_captions
+from training.model.towers.locking import rest_frozen
 
 
 class CornerTower(nn.Module):

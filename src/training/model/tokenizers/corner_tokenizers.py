@@ -12,7 +12,7 @@ from open_clip import SimpleTokenizer
 from open_clip.tokenizer import get_clean_fn
 from transformers import AutoTokenizer
 
-from training.model.config import ModelSpec, find_pretrained_folder, not_found
+from training.model.names.config import ModelSpec, find_pretrained_folder, not_found
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer_config.json")
 

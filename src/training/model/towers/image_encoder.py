@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from training.model.locking import linear_head
+from training.model.towers.locking import linear_head
 
 # Larger tensors leave the processor's caches, and the allocator returns them to the system after each use. Measured on
 # two cores with 224-pixel images, 8 at a time instead of 64: ViT-B/16 1.4, ResNet-50 1.6, EfficientNet-lite0 1.9 times

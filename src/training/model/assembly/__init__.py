@@ -1,0 +1,1 @@
+"""Puts models together by name or from flags, and saves them."""

@@ -1,0 +1,1 @@
+"""What a model's name means: its config, its folder and its weights file."""

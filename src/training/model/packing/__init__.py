@@ -1,0 +1,1 @@
+"""Arranges the captions of a batch, and attention within arranged captions."""

@@ -1,0 +1,1 @@
+"""Tokenizers with corner tokens, transformers' tokenizers, and counts of lost tokens."""

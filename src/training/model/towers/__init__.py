@@ -1,0 +1,1 @@
+"""Image and text towers, corner tokens, and the forward pass of training."""

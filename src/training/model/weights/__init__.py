@@ -1,0 +1,1 @@
+"""Reads weights files of many formats, converts their names, loads and identifies weights."""
