@@ -14,7 +14,7 @@ LAYERS = [
     {"training.readers", "training.runtime"},
     {"dataloaders", "training.data", "training.loss"},
     {"training.flags"},
-    {"training.model.packing.arranger", "training.model.weights.load"},
+    {"training.model.packing", "training.model.weights"},
     {"training.model.names"},
     {"training.model.tokenizers"},
     {"training.model.towers"},
