@@ -1,9 +1,11 @@
 """Other events of long runs: other machines on resuming, broken checkpoints, a full disk, bad numbers, hangs."""
 
+import errno
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from torch import nn
 
 from support import run_lab, run_ranks
 from training.main import main
+from training.runtime.files import atomic_write
 from training.train.nonfinite import StepGuard
 from training.train.step import Stepper
 
@@ -121,6 +124,23 @@ def test_a_full_disk_stops_saving_but_not_training(scenes, tmp_path, capfd):
     assert "epoch_2.pt: " in said.splitlines()[-1] and "the last good checkpoint is none; training continues" in said
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_storage_that_refuses_to_flush_does_not_end_a_run(scenes, tmp_path, monkeypatch):
+    """CIFS and FUSE refuse it for folders, some for files too; a full disk is still an error."""
+    refusals = {True: errno.EINVAL, False: errno.ENOTSUP}  # is it a folder?
+
+    def fsync(number: int) -> None:
+        code = refusals[stat.S_ISDIR(os.fstat(number).st_mode)]
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main(command(scenes, tmp_path, "run", "--epochs", "1")) == 0
+    assert torch.load(tmp_path / "run" / "checkpoints" / "epoch_1.pt", weights_only=True)["step"] == 10
+    refusals[False] = errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("content")
+    assert not list(tmp_path.glob("file*"))
 
 
 def test_numbers_that_are_not_finite_end_training(scenes, tmp_path, steps, capsys):

@@ -1,10 +1,14 @@
 """Atomic replacement of files, used for all files that this project replaces."""
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
+
+# What file systems without fsync answer: CIFS, FUSE and shared folders of virtual machines.
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.ENOTTY}
 
 
 @contextmanager
@@ -13,19 +17,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Readers see either the old file or the complete new one, even after a crash or a power failure. The temporary name
     is unique, so several processes may write the same file; the last one wins. If the block raises, the temporary file
-    is removed.
+    is removed. Storage that can't flush is used without flushing.
+
+    Raises:
+        OSError: the file could not be written or flushed, such as on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NOT_SUPPORTED:
+                    raise
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # otherwise a power failure may undo the rename
-        finally:
-            os.close(folder)
+        with suppress(OSError):  # the file is complete; without this, a power failure may undo the rename
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
