@@ -9,6 +9,11 @@ LOGS="${LOGS:-logs}"               # results: LOGS/clip-long
 
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1  # decoding runs in the workers
+# Batches of captions differ in length, so memory fragments. The second name is that of older versions of PyTorch.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+export PYTORCH_CUDA_ALLOC_CONF="$PYTORCH_ALLOC_CONF"
+# torchrun would stop at SIGHUP under nohup, too.
+[[ -z "$(trap -p HUP)" ]] || export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # otherwise restarts find old addresses (pytorch issue 135712)
 exec torchrun --standalone --nproc_per_node "${GPUS:-gpu}" --max-restarts 3 -m -- training.main \
     --config "$PWD/scripts/recipes/finetune-openai-clip.yaml" --train-data "$DATA" --cache-dir "$CACHE" --logs "$LOGS" "$@"

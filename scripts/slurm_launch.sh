@@ -5,6 +5,9 @@ MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" # hea
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))" # jobs that share a node need different ports
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=1                        # decoding runs in the workers
+# Batches of captions differ in length, so memory fragments. The second name is that of older versions of PyTorch.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+export PYTORCH_CUDA_ALLOC_CONF="$PYTORCH_ALLOC_CONF"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1        # if a rank is lost, the other ranks end
 # `srun` of recent SLURM doesn't inherit --cpus-per-task from `sbatch`.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"

@@ -80,6 +80,8 @@ def rank_of_run(rank: int, argv: list[str], world_size: int, port: int, folder: 
     torch.set_num_threads(1)
     if world_size > 1:
         set_rank(rank, world_size, port)
+    if (Path(folder) / "nohup").exists():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     mark_places(Path(folder), rank)
     end_process(main(argv))
 
@@ -195,6 +197,19 @@ def test_a_stuck_loader_process_does_not_keep_a_run_from_ending(scenes, tmp_path
     assert "stopped after step 1 by a signal" in run.log
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_1.pt"]
     wait_for_end(run.halted[1])
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_stops_and_saves_a_run_without_nohup(nohup, scenes, tmp_path):
+    (tmp_path / "marks").mkdir()
+    if nohup:
+        (tmp_path / "marks" / "nohup").touch()
+    run = Halted(command(scenes, tmp_path, "run", "--workers", "1"), "step 1", tmp_path / "marks")
+    run.signal(signal.SIGHUP)
+    run.let_go()
+    assert run.end() == [0 if nohup else 75], run.log
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert saved == ({"epoch_1.pt", "epoch_2.pt"} if nohup else {"step_1.pt"})
 
 
 def test_a_signal_while_no_data_come(scenes, tmp_path):

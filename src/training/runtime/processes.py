@@ -7,7 +7,8 @@ import sys
 import threading
 from pathlib import Path
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM preempts with the first and warns with the second
+# SLURM preempts with the first and warns with the second; the last means that the terminal was closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE_S = 1.0  # how long processes may take to end after they were told to
 
 

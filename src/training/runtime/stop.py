@@ -1,4 +1,4 @@
-"""Handles the signals that ask a run to stop, SIGTERM and SIGUSR1. Imports nothing heavy."""
+"""Handles the signals that ask a run to stop, SIGTERM, SIGUSR1 and SIGHUP. Imports nothing heavy."""
 
 import os
 import signal
@@ -38,14 +38,15 @@ class StopSignals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Catches the signals; must be entered in the main thread."""
+        """Catches the signals, except those that are ignored (``nohup``); must be entered in the main thread."""
         self.name, self.grace_s, self._ends_at_once = None, 0.0, True
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         # Python runs signal handlers in the main thread, which may be in a collective or a long C++ call for minutes.
         # The wakeup file descriptor is written to immediately.
         previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._handle) for number in heeded}
         listener = threading.Thread(target=self._listen, args=(read_end,), name="signals", daemon=True)
         listener.start()
         try:
