@@ -14,6 +14,7 @@ from dataloaders.own_set import CAPTION_KEYS, CAPTION_RULE, as_set, texts_of
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark, Option
 from training.readers.files import ShardMember
+from training.readers.sentences import split_lines
 from training.readers.tar import IMAGE_SUFFIXES, BrokenTarError, Member, TarReader, TarSample, expand_shards, is_local
 
 
@@ -95,7 +96,7 @@ def _captions_of(sample: TarSample, keys: Sequence[str], lines: bool, where: str
             captions = [text for key, value in found.items() for text in texts_of(value, f"key {key}")]
         if not captions and "txt" in sample.loaded:
             text = sample.loaded["txt"].decode().strip()
-            captions = [line.strip() for line in text.splitlines()] if lines else [text]
+            captions = [line.strip() for line in split_lines(text)] if lines else [text]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: broken caption ({error})") from error
     return [text for text in captions if text]

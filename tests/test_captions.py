@@ -6,7 +6,19 @@ from collections import Counter
 import pytest
 
 from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions, join_sentences
-from training.readers.sentences import first_sentence, join_split, split_caption, split_sentences
+from training.prepare.tables.clean import without_cut_sentence
+from training.readers.sentences import (
+    _ASCII_END,
+    _END,
+    first_sentence,
+    is_terminated,
+    join_split,
+    normalise_caption,
+    sentence_ends,
+    split_caption,
+    split_lines,
+    split_sentences,
+)
 
 RECORD = {
     "raw_caption": " a dog ",
@@ -126,12 +138,43 @@ def test_sentences_of_other_scripts_are_told_apart_and_keep_their_marks(sentence
     assert drawn == set(sentences)
 
 
-def test_latin_sentences_follow_the_published_rule_whatever_is_between_them():
+def test_sentences_end_where_a_reader_would_end_them():
+    text = 'A 3.5 m pole. Is it tall?  He said "stop." Yes!\ne.g. today. 1. A dog 2. A U.S. flag.</s>Wait... A rim.The'
+    expected = ["A 3.5 m pole", "Is it tall?", 'He said "stop."', "Yes!", "e.g. today", "1. A dog 2. A U.S. flag"]
+    assert split_sentences(text) == [*expected, "Wait", "A rim", "The"]
+    assert split_caption("A 3.5 m pole. Tall? Yes!") == [
+        "A 3",
+        "5 m pole",
+        "Tall? Yes!",
+    ]  # the benchmarks' published rule
+    assert split_sentences("A\u2028b. \u201cC.\u201d D") == ["A\u2028b", "\u201cC.\u201d", "D"]
+
+
+def test_every_part_of_the_project_ends_sentences_at_the_same_places():
+    """Training, diagnostics, statistics and preparation; one engine for ASCII text and one for all scripts."""
     rng = random.Random(0)
-    for _ in range(500):
-        text = "".join(
-            rng.choices(["A dog", " 3.5 m", ". ", ".", "!", "? ", "\n", "</s>", " ", "\u2026", "\u00e9"], k=9)
-        )
-        assert split_sentences(text) == split_caption(text)
-        assert join_split(split_sentences(text)) == ". ".join(split_caption(text))
-        assert first_sentence(text) == (text.partition(". ")[0], text.partition(". ")[2])
+    words = ["A dog", " 3.5 m", ". ", ".", "! ", "? ", "\n", "</s>", " ", '" ', "\u3002", "\u0964 "]
+    for length in [9] * 2000:
+        text = "".join(rng.choices(words, k=length))
+        if text.isascii():
+            assert [m.span() for m in _ASCII_END.finditer(text)] == [m.span() for m in _END.finditer(text)]
+        sentences = split_sentences(text)
+        first, rest = first_sentence(text)
+        assert [first, *split_sentences(rest)] == (sentences or [text.strip()])
+        assert split_sentences(join_split(sentences)) == sentences
+        whole = [end for end in sentence_ends(text) if text[:end].strip() and not text[end:].strip()]
+        assert bool(whole) <= is_terminated(text.strip())
+        assert without_cut_sentence(text + "cut") in {
+            text + "cut",
+            *(text[:end] for end in sentence_ends(text + "cut")),
+        }
+
+
+def test_normalised_captions_are_unchanged_by_splitting_and_joining():
+    for text in ("A dog. It is brown. It runs", "A dog! It runs", "One", ""):
+        assert join_split(split_sentences(normalise_caption(text))) == normalise_caption(text)
+
+
+def test_lines_end_as_in_files():
+    assert split_lines("a\u2028b\x0bc\x85d\r\ne\rf\n\n") == ["a\u2028b\x0bc\x85d", "e", "f", ""]
+    assert split_lines("") == [] and split_lines("a") == split_lines("a\n") == ["a"]

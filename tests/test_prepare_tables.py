@@ -19,7 +19,7 @@ from support import run_command
 from training.data.captions import CaptionRule, choose_captions
 from training.prepare.__main__ import main
 from training.prepare.tables import chunk
-from training.prepare.tables.clean import clean_caption, is_refusal, is_repetitive
+from training.prepare.tables.clean import is_repetitive
 from training.readers import csv_rows
 
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
@@ -225,57 +225,6 @@ def test_encodings_are_repaired_and_counted(tmp_path):
     assert first["long_caption"] == "Caf\u00e9 & bar. It's open\n2. Yes."
     assert second["long_caption"] == "Na\u00efve art." and third["raw_caption"] == "ab"
     assert summary["captions"]["raw_caption"]["repaired"] == 2
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        SORRY,
-        "I\u2019m sorry, but I can't assist with that request.",
-        "Sorry, I can't help with that.",
-        "I cannot see the image.",
-        "I'm unable to view images directly.",
-        "As an AI language model, I do not see images.",
-        "The image is described below. As an AI model, I can not look at it.",
-        "Unfortunately, I don't have access to the picture.",
-        "I apologize, but there is nothing to see.",
-        "No image was provided.",
-        "Please provide the image you want me to describe.",
-    ],
-)
-def test_refusals_are_recognised(text):
-    assert is_refusal(text) and clean_caption(text).fault == "refused"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        'A card that says "I\'m sorry" lies on a table.',
-        "The image shows a robot, an AI assistant on wheels.",
-        "A sorry-looking dog sits in the rain.",
-        "There is no image on the screen of the laptop, which stands on a desk.",
-        "I can see a dog in a park.",
-        "Iceland has a volcano. Please provide.",
-    ],
-)
-def test_descriptions_are_not_refusals(text):
-    assert not is_refusal(text)
-
-
-def test_cut_off_last_sentences():
-    def long(text: str) -> tuple[str | None, bool]:
-        cleaned = clean_caption(text, long=True)
-        return cleaned.text, cleaned.cut_off
-
-    assert long("A dog runs over grass. It is brown. The sky is") == ("A dog runs over grass. It is brown.", True)
-    assert long('He says "hello."') == ('He says "hello."', False)
-    assert long("1. A dog 2. A cat 3. A bird and") == ("1. A dog 2. A cat 3. A bird and", True)  # not prose: unchanged
-    assert long("A tall building of 3.5 storeys and a tree of") == (
-        "A tall building of 3.5 storeys and a tree of",
-        True,
-    )
-    assert clean_caption("A dog. It is brown and", long=True, trim=False).text == "A dog. It is brown and"
-    assert clean_caption("a dog on", long=False) == ("a dog on", None, False, False)
 
 
 def test_repetitions():

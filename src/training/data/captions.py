@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from training.data.views import Entry, View, parse_views, views_by_flags
-from training.readers.sentences import first_sentence, is_terminated, split_sentences
+from training.readers.sentences import first_sentence, is_terminated, join_split, split_sentences
 
 RAW_KEYS = ("raw_caption", "caption", "txt")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption")
@@ -92,7 +92,7 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
         raise NoCaptionError(_why_none(record, rule))
     if any(len(text) > MAX_CHARACTERS for text in (*shorts, *itertools.chain(*longs))):
         raise NoCaptionError("caption too long")
-    short = rng.choice(shorts) if shorts else _first_sentence(longs[0])
+    short = rng.choice(shorts) if shorts else first_sentence(longs[0][0])[0]
     everything = [[text] for text in shorts] + longs
     wanted = rule.num_long_used
     if longs and wanted:
@@ -211,10 +211,7 @@ def _whole(pieces: Sequence[str]) -> str:
     return pieces[0] if len(pieces) == 1 else join_sentences(pieces)
 
 
-def _first_sentence(pieces: Sequence[str]) -> str:
-    return (split_sentences(pieces[0]) or pieces)[0]
-
-
 def join_sentences(sentences: Sequence[str]) -> str:
     """Joins sentences to one text; adds a full stop to sentences that don't end in a sentence mark of any script."""
-    return " ".join(s if is_terminated(s) else s + "." for s in sentences)
+    text = join_split(sentences)
+    return text if is_terminated(text) else f"{text}."

@@ -4,7 +4,7 @@ Entries are separated by commas. An entry is a view, or several views separated 
 text; *COUNT after an entry gives that many texts. Views:
 
     raw, short, long        a caption, from --raw-caption-keys, --short-caption-keys, --long-caption-keys
-    first-sentence          the part of a long caption before its first ". "
+    first-sentence          the first sentence of a long caption
     long-without-first      the rest of the long caption
     sentences(1..3)         1 to 3 sentences; without numbers, 1 to all
 

@@ -31,6 +31,7 @@ from training.prepare.shards.files import (
 )
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.work import add_counts, format_counts, progress
+from training.readers.sentences import split_lines
 from training.runtime.files import atomic_write
 
 STATE = ".recaption"
@@ -120,7 +121,7 @@ def recaption_shard(place: Place, engine: Engine, prompts: dict[str, str], batch
 def _read_lines(path: Path) -> list[dict]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
 
 
 def caption_samples(url: str, engine: Engine, prompts: dict[str, str], batch_size: int, total: int) -> Iterator[dict]:

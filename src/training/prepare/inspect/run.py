@@ -26,11 +26,11 @@ from training.model.tokenizers.truncation import count_tokens
 from training.prepare.inspect.counts import MAX_TOKENS, Counts
 from training.prepare.inspect.report import describe, summarise, write_html, write_png
 from training.prepare.tables.chunk import url_hash
-from training.prepare.tables.clean import is_refusal
 from training.prepare.tables.columns import SHORT_NAMES
 from training.prepare.tables.records import cell_text
 from training.prepare.work import my_share, processes, progress, spread, write_json
 from training.readers.images import BrokenImageError, HugeImageError, NarrowImageError, check_shape, load_rgb
+from training.readers.sentences import is_refusal
 
 KNOWN_KEYS = tuple(dict.fromkeys((*RAW_KEYS, *LONG_KEYS, *SHORT_NAMES.values())))
 

@@ -12,32 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from training.readers.sentences import LATIN_TERMINATED, REFUSAL_BEGINS, is_refusal, is_terminated, sentence_ends
+
 # Repair only what is wrong; tokenizers normalise quotes and character widths themselves.
 _REPAIR = ftfy.TextFixerConfig(
     uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, normalization=None
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SPACES = re.compile(r"[ \t\r\f\v\u00a0]+")
-_APOLOGY = r"(?:i['\u2019]?m|i am|we['\u2019]?re|we are)?\s*(?:very |so |really |truly |deeply )?sorry"
-_CANNOT = (
-    r"(?:can\s?not|can['\u2019]?t|could not|couldn['\u2019]?t|am unable to|['\u2019]m unable to|am not able to|"
-    r"['\u2019]m not able to|do not have the ability|don['\u2019]?t have the ability|won['\u2019]?t be able to|"
-    r"am afraid i can|['\u2019]m afraid i can|must decline|will not|am just an? |['\u2019]m just an? )"
-)
-_REFUSAL = re.compile(
-    rf"\W*(?:{_APOLOGY}\b(?!\s+(?:state|sight|looking))|sorry\s*,|(?:i|we) apologi[sz]e|my apologies|apologies\s*,|"
-    rf"unfortunately\s*,?\s*(?:i|we|as an ai|no image|there is no image)\b|"
-    rf"(?:as|i am|i['\u2019]?m) an? (?:ai|artificial intelligence|language model|text-based)\b|"
-    rf"i\s*{_CANNOT}|"
-    rf"(?:there (?:is|was) )?no image (?:is |was |has been )?(?:provided|attached|given|shown|available|uploaded)|"
-    rf"(?:please|could you(?: please)?|can you(?: please)?) (?:provide|upload|share|attach)\b.{{0,40}}\bimage)",
-    re.IGNORECASE,
-)
-_AS_AN_AI = re.compile(r"\b[Aa]s an? (?:AI|[Aa]rtificial [Ii]ntelligence)(?: language)? (?:model|assistant)\b")
-_END = re.compile("[.!?\u3002][\"'\u201d\u2019)\\]]*$")
-_SENTENCE = re.compile(r"(?<!\w\.\w)[.!?][\"'\u201d\u2019)\]]*(?=\s)|\u3002")
-# For RE2, where word and space classes are ASCII only: this matches every text that _REFUSAL matches.
-_MAY_REFUSE = re.sub(r"\(\?!.*?\)\)|\\b", "", _REFUSAL.pattern).replace("\\u2019", "\u2019")
 # Words of ASCII between single spaces and line ends, with isolated Western European characters: wrongly decoded text
 # has two of these side by side, and ftfy leaves isolated ones unchanged. "&", "<" and "\\" may begin something that
 # needs repair, so they are excluded.
@@ -46,7 +28,6 @@ _ASCII = r"[!-%'-;=-\[\]-~]"
 _WORD = f"(?:(?:{_LETTER}?{_ASCII})+{_LETTER}?|{_LETTER})"
 _USUAL = rf"^{_WORD}(?:[ \n]{_WORD})*$"
 _LONGEST_LOOP, _LOOPS = 12, 4  # words that a model repeats at the end of a text, and how often at least
-_LIST_NUMBER = re.compile(r"(?:^|\s)\d{1,2}[.!?]$")
 
 
 class Cleaned(NamedTuple):
@@ -66,7 +47,7 @@ class Cleaned(NamedTuple):
 
 
 def clean_caption(text: str | None, generated: bool = True, long: bool = False, trim: bool = True) -> Cleaned:
-    """Repairs a caption, or tells why it is not usable.
+    """Repairs a caption, or says why it is not usable.
 
     Args:
         text: the text in the table.
@@ -85,7 +66,7 @@ def clean_caption(text: str | None, generated: bool = True, long: bool = False, 
         return Cleaned(None, "empty", repaired)
     if generated and is_refusal(tidy):
         return Cleaned(None, "refused", repaired)
-    cut = long and is_cut_off(tidy)
+    cut = long and not is_terminated(tidy)
     return Cleaned(without_cut_sentence(tidy) if cut and trim else tidy, None, repaired, cut)
 
 
@@ -131,14 +112,14 @@ def clean_captions(texts: pa.ChunkedArray, generated: bool, long: bool, trim: bo
 
 
 def is_usual(texts: pa.ChunkedArray, generated: bool, long: bool) -> pa.ChunkedArray:
-    """Tells which texts `clean_caption` certainly leaves unchanged; it may leave others unchanged as well."""
+    """Returns which texts `clean_caption` certainly leaves unchanged; it may leave others unchanged as well."""
     usual = pc.and_(pc.match_substring_regex(texts, _USUAL), pc.match_substring_regex(texts, "[0-9A-Za-z]"))
     usual = pc.and_(usual, pc.greater(pc.binary_length(texts), 4))
     if generated:
-        suspicious = pc.match_substring_regex(texts, f"(?i)^(?:{_MAY_REFUSE})| AI |rtificial")
+        suspicious = pc.match_substring_regex(texts, f"{REFUSAL_BEGINS}| AI |rtificial")
         usual = pc.and_(usual, pc.invert(suspicious))
     if long:
-        usual = pc.and_(usual, pc.match_substring_regex(pc.utf8_slice_codeunits(texts, -8), _END.pattern))
+        usual = pc.and_(usual, pc.match_substring_regex(pc.utf8_slice_codeunits(texts, -8), LATIN_TERMINATED))
     return pc.fill_null(usual, False)
 
 
@@ -159,26 +140,14 @@ def _tidy(text: str) -> str:
     return _SPACES.sub(" ", text) if "  " in text or "\t" in text or not text.isascii() else text
 
 
-def is_refusal(text: str) -> bool:
-    """Tells whether a model refused to answer: a refusal at the beginning, or "as an AI model" anywhere."""
-    if _REFUSAL.match(text[:200]):
-        return True
-    return (" AI " in text or "rtificial" in text) and bool(_AS_AN_AI.search(text))
-
-
-def is_cut_off(text: str) -> bool:
-    """Tells whether a long caption ends in the middle of a sentence."""
-    return not _END.search(text[-8:])
-
-
 def without_cut_sentence(text: str) -> str:
     """Removes an incomplete last sentence if at least half of the text remains; otherwise the text is not prose."""
-    ends = [match.end() for match in _SENTENCE.finditer(text) if not _LIST_NUMBER.search(text[: match.end()][-4:])]
+    ends = sentence_ends(text)
     return text[: ends[-1]] if ends and 2 * ends[-1] >= len(text) else text
 
 
 def is_repetitive(text: str) -> bool:
-    """Tells whether a text ends in up to `_LONGEST_LOOP` words repeated `_LOOPS` times, as a model in a loop writes."""
+    """Returns whether a text ends in up to `_LONGEST_LOOP` words repeated `_LOOPS` times, as by a model in a loop."""
     words = text.lower().split()
     for size in range(1, _LONGEST_LOOP + 1):
         if size * _LOOPS > len(words):
