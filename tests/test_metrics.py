@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from training.eval.metrics import (
     count_ranks,
     expected_rank,
     hit_probability,
+    rounding_bound,
     summarise,
 )
 
@@ -46,7 +48,7 @@ def test_equals_brute_force_argsort(num_images, captions_per_image, block_size):
         torch.randperm(num_images * captions_per_image, generator=torch.Generator().manual_seed(1))
     ]
     image, text = unit(num_images, 8, seed=2), unit(len(owner), 8, seed=3)
-    i2t, t2i = count_ranks(image, text, owner, block_size=block_size)
+    i2t, t2i = count_ranks(image, text, owner, tile=(block_size, 3 * block_size))
     score = image.double() @ text.double().T
     order = score.argsort(dim=1, descending=True)
     for i in range(num_images):
@@ -91,7 +93,7 @@ def test_ties_are_the_mean_over_all_orders():
 @pytest.mark.parametrize("num_pairs", [10, 1001])
 def test_a_constant_model_scores_one_in_n(num_pairs):
     features = unit(1, 96).expand(num_pairs, 96)
-    for counts in count_ranks(features, features, torch.arange(num_pairs), block_size=64):
+    for counts in count_ranks(features, features, torch.arange(num_pairs), tile=(64, 48)):
         result = summarise(counts)
         assert result["top1"] == pytest.approx(1 / num_pairs)
         assert result["top10"] == pytest.approx(10 / num_pairs)
@@ -102,9 +104,9 @@ def test_a_constant_model_scores_one_in_n(num_pairs):
 def test_shares_of_several_processes_add_up(world_size):
     image, text = unit(50, 4, seed=5), unit(50, 4, seed=6)
     text[10:20] = text[10]
-    whole = count_ranks(image, text, torch.arange(50), block_size=8)
+    whole = count_ranks(image, text, torch.arange(50), tile=(8, 16))
     parts = [
-        count_ranks(image, text, torch.arange(50), block_size=8, rank=r, world_size=world_size)
+        count_ranks(image, text, torch.arange(50), tile=(8, 16), rank=r, world_size=world_size)
         for r in range(world_size)
     ]
     for direction in (0, 1):
@@ -112,6 +114,87 @@ def test_shares_of_several_processes_add_up(world_size):
             assert torch.equal(sum(getattr(p[direction], field) for p in parts), getattr(whole[direction], field)), (
                 field
             )
+
+
+def nearly_tied(seed):
+    """Returns features and owners, with copies, copies that differ in the last bits, and rows of very small numbers."""
+    rng = np.random.default_rng(seed)
+    num_images, dim, per_image = (
+        int(rng.integers(2, 60)),
+        int(rng.choice([1, 3, 64, 512, 700])),
+        int(rng.integers(1, 4)),
+    )
+    image, text = rng.normal(size=(num_images, dim)), rng.normal(size=(num_images * per_image, dim))
+    for rows in (image, text):
+        rows *= 10.0 ** rng.uniform(-6, 0, size=(1, dim))  # few columns decide, many add rounding
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        copies = rng.integers(0, len(rows), size=(2, max(1, len(rows) // 2)))
+        rows[copies[0]] = rows[copies[1]]
+    image, text = image.astype(np.float32), text.astype(np.float32)
+    for rows in (image, text):
+        chosen = rng.random(rows.shape) < 0.05
+        rows[chosen] = np.nextafter(rows[chosen], np.float32(rng.choice([-1, 1])))
+    owner = rng.permutation(np.repeat(np.arange(num_images), per_image))
+    return torch.from_numpy(image), torch.from_numpy(text), torch.from_numpy(owner)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_near_ties_are_decided_in_float64(seed):
+    """Scores that float32 can't tell apart: every count equals that of the whole matrix in float64."""
+    image, text, owner = nearly_tied(seed)
+    score = image.double().numpy() @ text.double().numpy().T
+    is_right = owner.numpy()[None] == np.arange(len(image))[:, None]
+    own = score[owner, np.arange(len(owner))]
+    best = np.where(is_right, score, -np.inf).max(1)
+    shares = [count_ranks(image, text, owner, tile=(7, 16), rank=rank, world_size=3) for rank in range(3)]
+    for direction, (target, axis) in enumerate(((best[:, None], 1), (own[None], 0))):
+        for name, found in (
+            ("better", score > target + 1e-12),
+            ("tied", ~is_right & (abs(score - target) <= 1e-12)),
+        ):
+            expected = (found & ~is_right).sum(axis)
+            assert np.array_equal(getattr(count_ranks(image, text, owner)[direction], name), expected), name
+            assert np.array_equal(sum(getattr(share[direction], name) for share in shares), expected), name
+
+
+def test_float32_alone_would_decide_some_of_these_near_ties_wrongly():
+    wrong = 0
+    for seed in range(40):
+        image, text, owner = nearly_tied(seed)
+        scores = [image @ text.T, image.double() @ text.double().T]
+        ranks = [(score > score[owner, torch.arange(len(owner))]).sum(0) for score in scores]
+        wrong += int((ranks[0] != ranks[1]).sum())
+    assert wrong > 100
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_bound_of_rounding_holds(seed):
+    """Against exact sums of exact products (math.fsum), with terms of very different size."""
+    rng = np.random.default_rng(seed)
+    dim = int(rng.choice([1, 2, 17, 512, 2048]))
+    first, second = (
+        (rng.normal(size=(20, dim)) * 10.0 ** rng.uniform(-8, 3, size=(20, dim))).astype(np.float32) for _ in range(2)
+    )
+    bound = rounding_bound(torch.from_numpy(first), torch.from_numpy(second))
+    computed = (torch.from_numpy(first) @ torch.from_numpy(second).T).tolist()
+    for i, j in itertools.product(range(20), repeat=2):
+        exact = math.fsum(float(a) * float(b) for a, b in zip(first[i], second[j]))
+        assert abs(computed[i][j] - exact) <= bound
+
+
+def test_ranks_do_not_depend_on_the_precision_of_the_caller():
+    image, text = unit(300, 64, seed=1), unit(300, 64, seed=2)
+    expected = count_ranks(image, text, torch.arange(300))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = count_ranks(image, text, torch.arange(300))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for side, other in zip(expected, found):
+        assert torch.equal(side.better, other.better) and torch.equal(side.tied, other.tied)
 
 
 def test_an_image_without_caption_is_an_error():
