@@ -13,9 +13,9 @@ from pathlib import Path
 from dataloaders.own_set import CAPTION_KEYS, CAPTION_RULE, as_set, texts_of
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark, Option
-from training.readers.files import ShardMember
+from training.readers.files import IMAGE_SUFFIXES, ShardMember
 from training.readers.sentences import split_lines
-from training.readers.tar import IMAGE_SUFFIXES, BrokenTarError, Member, TarReader, TarSample, expand_shards, is_local
+from training.readers.tar import BrokenTarError, Member, TarReader, TarSample, expand_shards, is_local
 
 
 def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines: bool = False) -> RetrievalSet:

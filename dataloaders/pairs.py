@@ -37,8 +37,10 @@ class RetrievalSet:
     protocol: str = ""
 
     def fingerprint(self) -> str:
-        """Returns 16 hex digits that identify the exact list of image names and captions."""
+        """Returns 16 hex digits that identify the exact list of image names and captions, and how images are turned."""
         content = [[path.name for path in self.image_paths], self.captions, self.image_of_caption]
+        if any(getattr(path, "upright", False) for path in self.image_paths):
+            content.append("EXIF rotation")
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def without_images(self, reasons: dict[int, str]) -> "RetrievalSet":

@@ -63,7 +63,7 @@ def test_imports_point_down():
 
 
 # Optional packages: imported only when needed; a message names them if they are not installed.
-OPTIONAL = {"wandb", "vllm", "clip_benchmark", "onnx", "onnxscript", "onnxruntime", "usearch"}
+OPTIONAL = {"wandb", "vllm", "clip_benchmark", "onnx", "onnxscript", "onnxruntime", "usearch", "pillow_heif"}
 
 
 def declared(*files: str) -> set[str]:

@@ -113,13 +113,6 @@ def test_jpegs_of_all_kinds_have_the_pixels_that_pillow_gives(mode, options):
     assert torch.equal(decode_bytes(data), expected)
 
 
-def test_rotation_in_the_header_is_not_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = as_jpeg(grain(64, 32), exif=exif)
-    assert decode_bytes(data).shape == (3, 32, 64) and load_rgb(data).size == (64, 32)
-
-
 def test_what_pillow_refuses_is_refused(transforms, tmp_path, monkeypatch):
     whole = as_jpeg(grain(640, 480))
     (tmp_path / "x.jpg").write_bytes(whole[: len(whole) // 2])

@@ -39,6 +39,7 @@ class FeatureInfo:
         augmentation: how the views were augmented, for messages.
         precision: precision in which the tower ran.
         image_decoding: one of `images.MODES`.
+        exif_rotation: whether the rotation in the images' EXIF data was applied.
     """
 
     model: str
@@ -48,6 +49,7 @@ class FeatureInfo:
     augmentation: str
     precision: str
     image_decoding: str = "exact"
+    exif_rotation: bool = False
 
     def differences(self, other: "FeatureInfo") -> list[str]:
         """Returns the names of the attributes because of which two sets of features can't be used together."""

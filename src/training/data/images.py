@@ -13,7 +13,6 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +21,10 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from training.readers.files import EmbeddedImage, ShardMember
-from training.readers.images import BrokenImageError, check_shape, load_rgb, to_rgb
+from training.readers.images import BrokenImageError, Source, load_rgb, open_image, orientation_of, set_upright, to_rgb
 
 MODES = ("exact", "fast", "scaled")
 IN_EVALUATION, IN_TRAINING = "exact", "fast"  # defaults of --image-decoding
-Source = str | Path | ShardMember | EmbeddedImage | bytes
 
 
 class ImageReader:
@@ -38,10 +35,11 @@ class ImageReader:
         mode: one of `MODES`. A transform that doesn't begin with torchvision's resize or random resized crop always
             gets an image decoded by Pillow. A transform with another random crop never gets an image decoded at a
             reduced size.
+        upright: apply the EXIF rotation of all images, not only of sources that say so.
     """
 
-    def __init__(self, transform: Callable, mode: str = "exact"):
-        self.whole = transform
+    def __init__(self, transform: Callable, mode: str = "exact", upright: bool = False):
+        self.whole, self.upright = transform, upright
         self.resize, self.rest = (None, None) if mode == "exact" else _split(transform)
         self.at_least = pixels_needed(transform) if mode == "scaled" else None
 
@@ -49,7 +47,7 @@ class ImageReader:
         """Reads one image.
 
         Args:
-            source: a file in any format that Pillow reads, or its bytes.
+            source: a file in one of `images.FORMATS`, or its bytes.
 
         Returns:
             The output of the transform.
@@ -72,8 +70,8 @@ class ImageReader:
     def decode(self, source: Source) -> Image.Image | torch.Tensor:
         """Returns the decoded image, the argument of `transform`; it may be transformed several times."""
         if self.resize is None:
-            return load_rgb(source, self.at_least)
-        return decode_bytes(source, self.at_least)
+            return load_rgb(source, self.at_least, self.upright)
+        return decode_bytes(source, self.at_least, self.upright)
 
     def transform(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         """Applies the transform to a decoded image."""
@@ -82,39 +80,41 @@ class ImageReader:
         return self.rest(functional.to_pil_image(self.resize(image)))
 
 
-def decode_bytes(source: Source, at_least: int | None = None) -> torch.Tensor:
+def decode_bytes(source: Source, at_least: int | None = None, upright: bool = False) -> torch.Tensor:
     """Decodes an image to [3, H, W] uint8: JPEGs by torchvision, everything else by `load_rgb`.
 
     Args:
         source: a file or its bytes.
-        at_least: see `load_rgb`.
+        at_least, upright: see `load_rgb`.
 
     Raises:
         BrokenImageError: see `load_rgb`.
     """
     try:
-        return _decode(source, at_least)
+        return _decode(source, at_least, upright or getattr(source, "upright", False))
     except Exception:  # whatever went wrong, Pillow decides whether the image is broken, and names the fault
-        return _as_tensor(load_rgb(source, at_least))
+        return _as_tensor(load_rgb(source, at_least, upright))
 
 
 def _as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _decode(source: Source, at_least: int | None) -> torch.Tensor:
+def _decode(source: Source, at_least: int | None, upright: bool) -> torch.Tensor:
     """Decodes colour JPEGs at full size by torchvision, everything else by Pillow."""
-    if isinstance(source, (ShardMember, EmbeddedImage)):
-        source = source.open().getvalue()
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    with Image.open(io.BytesIO(data)) as image:  # reads only the header, and refuses decompression bombs
-        check_shape(image)
-        size = image.size
+    data = source if isinstance(source, bytes) else _bytes_of(source)
+    with open_image(io.BytesIO(data)) as image:  # reads only the header, and refuses decompression bombs
+        size, orientation = image.size, orientation_of(image) if upright else 1
         if at_least:
             image.draft("RGB", (at_least, at_least))
-        if (image.format, image.mode, image.size) != ("JPEG", "RGB", size):
-            return _as_tensor(to_rgb(image))
+        if (image.format, image.mode, image.size, orientation) != ("JPEG", "RGB", size, 1):
+            return _as_tensor(set_upright(to_rgb(image), orientation))
     return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+
+
+def _bytes_of(source: Source) -> bytes:
+    with source.open() if hasattr(source, "upright") else open(source, "rb") as file:
+        return file.read()
 
 
 def _split(transform: Callable) -> tuple[Callable | None, Callable | None]:

@@ -160,7 +160,8 @@ def open_train_data(
     Raises:
         ValueError: a view needs padding in front of the text, and the tokenizer doesn't support that.
     """
-    images = ImageReader(without_normalisation(transform), args.image_decoding or IN_TRAINING)
+    decoding = args.image_decoding or IN_TRAINING
+    images = ImageReader(without_normalisation(transform), decoding, args.exif_rotation != "off")
     rule = caption_rule(args)
     if any(entry.front for entry in rule.entries):
         check_front_padding(tokenizer)

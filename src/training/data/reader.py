@@ -16,7 +16,7 @@ from training.data.faults import BadSample
 from training.data.images import ImageReader
 from training.data.padding import front_shares, pad_in_front
 from training.data.tar import RawSample
-from training.readers.images import BrokenImageError, HugeImageError, NarrowImageError, load_rgb
+from training.readers.images import BrokenImageError, load_rgb
 
 
 class Sample(NamedTuple):
@@ -118,12 +118,8 @@ def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
         raise BadSample("no image")
     try:
         return decode(image)
-    except HugeImageError as error:
-        raise BadSample("image too large") from error
-    except NarrowImageError as error:
-        raise BadSample("image too narrow") from error
     except BrokenImageError as error:
-        raise BadSample("broken image") from error
+        raise BadSample(error.kind) from error
 
 
 def _is_unicode(text: str) -> bool:

@@ -13,7 +13,8 @@ from typing import IO, NamedTuple
 import numpy as np
 from webdataset.gopen import Pipe, gopen
 
-from training.readers.tar import IMAGE_SUFFIXES, BrokenTarError, Member, TarReader, TarSample, is_local
+from training.readers.files import IMAGE_SUFFIXES
+from training.readers.tar import BrokenTarError, Member, TarReader, TarSample, is_local
 
 SUFFIXES = ("json", "txt", *IMAGE_SUFFIXES)  # the files of a sample that are read; others are ignored
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset and other libraries would execute these

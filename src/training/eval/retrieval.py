@@ -16,6 +16,7 @@ from training.eval.feature_cache import encode_images_once, open_caches, text_ke
 from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.eval.record import Recall, RetrievalResult
 from training.model.assembly.factory import EncoderParts
+from training.readers.files import upright
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS
@@ -45,7 +46,10 @@ def read_benchmarks(args: argparse.Namespace) -> tuple[list[RetrievalSet], tuple
     sets, classification = [], []
     for benchmark in benchmarks():
         if getattr(args, destination(benchmark.flag)):
-            (classification if benchmark.classification else sets).extend(benchmark.read(args))
+            found = benchmark.read(args)
+            if args.exif_rotation == "on" or (args.exif_rotation == "auto" and benchmark.group == "own"):
+                found = [replace(s, image_paths=tuple(map(upright, s.image_paths))) for s in found]
+            (classification if benchmark.classification else sets).extend(found)
     return sets, tuple(classification)
 
 

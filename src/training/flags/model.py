@@ -19,7 +19,7 @@ EFFECTS = (
     (TRAINING, "--lock-image --lock-image-unlocked-groups --lock-image-freeze-bn-stats"),
     (TRAINING, "--lock-text --lock-text-unlocked-layers --lock-text-freeze-layer-norm"),
     (MODEL, "--model --pretrained --cache-dir --precision --num-corner-tokens --context-length"),
-    (MODEL, "--pretrained-image --pretrained-text --image-decoding --text-packing"),
+    (MODEL, "--pretrained-image --pretrained-text --image-decoding --exif-rotation --text-packing"),
 )
 
 
@@ -198,6 +198,14 @@ def _add_more_compute_args(group: argparse._ArgumentGroup) -> None:
         help="exact: Pillow, the published pixels; fast: torchvision, three times faster on large JPEGs, pixels may "
         "differ by one level; scaled: like fast, but large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that "
         "leaves twice the pixels needed (default: exact in evaluation, fast in training)",
+    )
+    group.add_argument(
+        "--exif-rotation",
+        default="auto",
+        choices=("auto", "on", "off"),
+        metavar="R",
+        help="turn photos as their EXIF data say; auto: in training and for your own data, not for benchmarks with "
+        "published numbers, which were made without (default: %(default)s)",
     )
     group.add_argument(
         "--text-packing",

@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from training.prepare.shards.files import (
 )
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.work import add_counts, format_counts, progress
+from training.readers.images import load_rgb
 from training.readers.sentences import split_lines
 from training.runtime.files import atomic_write
 
@@ -151,7 +153,7 @@ def _image(sample: RawSample) -> tuple[Image.Image | None, str | None]:
     if sample.fault:
         return None, sample.fault
     try:
-        return read_image(sample), None
+        return read_image(sample, partial(load_rgb, upright=True)), None
     except BadSample as error:
         return None, str(error)
 

@@ -8,14 +8,16 @@ import re
 import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "jfif", "jpe", "avif", "heic", "heif", "bmp", "gif", "tif", "tiff")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
 
 T = TypeVar("T")
 R = TypeVar("R")
+_TURNED = " upright"  # part of the names of images that are read with the rotation in their EXIF data
 NUM_THREADS = 32  # a network disk answers one small request in milliseconds; the waiting overlaps
 
 
@@ -27,12 +29,14 @@ class ShardMember:
         shard: the tar file.
         offset, size: position and length of the content in the tar file, in bytes.
         member: the file's name inside the tar file.
+        upright: apply the rotation in the EXIF data when the image is read.
     """
 
     shard: Path
     offset: int
     size: int
     member: str
+    upright: bool = False
 
     def __str__(self) -> str:
         return f"{self.shard}/{self.member}"
@@ -47,7 +51,7 @@ class ShardMember:
 
     def resolve(self) -> str:
         """Returns a name that no other content has while the tar file stays as it is."""
-        return f"{self.shard.resolve()}/{self.member}@{self.offset}"
+        return f"{self.shard.resolve()}/{self.member}@{self.offset}{_TURNED * self.upright}"
 
     def open(self) -> io.BytesIO:
         """Returns the content as a file."""
@@ -64,11 +68,13 @@ class EmbeddedImage:
         shard: the Parquet or Arrow file.
         column: the name of the column, which holds bytes, or structs with ``bytes``.
         row: counted from 0.
+        upright: apply the rotation in the EXIF data when the image is read.
     """
 
     shard: Path
     column: str
     row: int
+    upright: bool = False
 
     def __str__(self) -> str:
         return f"{self.shard}, row {self.row + 1}"
@@ -83,13 +89,48 @@ class EmbeddedImage:
 
     def resolve(self) -> str:
         """Returns a name that no other content has while the file stays as it is."""
-        return f"{self.shard.resolve()}/{self.column}@{self.row}"
+        return f"{self.shard.resolve()}/{self.column}@{self.row}{_TURNED * self.upright}"
 
     def open(self) -> io.BytesIO:
         """Returns the image file's bytes as a file."""
         from training.readers.columnar import read_image
 
         return io.BytesIO(read_image(self.shard, self.column, self.row))
+
+
+@dataclass(frozen=True)
+class UprightFile:
+    """An image file whose EXIF rotation is applied when it is read; used like a `Path`."""
+
+    path: Path
+    upright: bool = True
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def stat(self) -> os.stat_result:
+        """Returns the status of the file."""
+        return self.path.stat()
+
+    def resolve(self) -> str:
+        """Returns a name that differs from the one of the same file without the rotation."""
+        return f"{self.path.resolve()}{_TURNED}"
+
+    def open(self) -> BinaryIO:
+        """Opens the file."""
+        return open(self.path, "rb")
+
+
+ImageFile = Path | ShardMember | EmbeddedImage | UprightFile
+
+
+def upright(image: ImageFile) -> ImageFile:
+    """Returns the same image, to be read with the rotation in its EXIF data."""
+    return replace(image, upright=True) if is_dataclass(image) else UprightFile(image)
 
 
 def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -180,11 +221,14 @@ def first_present(places: Sequence[Sequence[Path]]) -> list[Path]:
     return parallel_map(lambda own: next((p for p in own if file_identity(p) is not None), own[0]), places)
 
 
-def file_identity(path: Path | ShardMember | EmbeddedImage) -> object | None:
-    """Returns a value that is equal for paths to the same file; None if there is no file.
+def file_identity(path: ImageFile) -> object | None:
+    """Returns a value that is equal for paths to the same file that is read alike; None if there is no file.
 
     The value is (device, inode), or the path itself if the file system has no inodes.
     """
+    if isinstance(path, UprightFile):
+        found = file_identity(path.path)
+        return found and (found, "upright")
     if hasattr(path, "shard"):  # in a tar or Parquet file
         return path if path.shard.is_file() else None
     try:

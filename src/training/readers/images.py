@@ -1,81 +1,189 @@
 """Opens image files: every mode becomes RGB, and every error names its file."""
 
 import io
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 
-from training.readers.files import EmbeddedImage, ShardMember
+from training.readers.files import EmbeddedImage, ShardMember, UprightFile
 
+Source = str | Path | ShardMember | EmbeddedImage | UprightFile | bytes
+# Pillow's other readers are never used: its reader of EPS starts Ghostscript on the file.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF")
 MAX_ASPECT = 200  # so that a resize to 224 pixels gives at most 10 million pixels
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_OPTIONAL = {  # brand in the file -> (its format in Pillow, its usual name, the package that reads it)
+    **dict.fromkeys((b"avif", b"avis"), ("AVIF", "AVIF", "'Pillow>=11.3'")),
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), ("HEIF", "HEIC", "pillow-heif")
+    ),
+}
 
 
 class BrokenImageError(ValueError):
-    """An image file that exists but can't be decoded; the message names it."""
+    """An image file that exists but can't be decoded; the message names it.
+
+    Attributes:
+        kind: kind of bad sample in training, one of `training.data.faults.FAULT_KINDS`.
+    """
+
+    kind = "broken image"
 
 
 class HugeImageError(BrokenImageError):
     """An image with absurdly many pixels (a decompression bomb)."""
 
+    kind = "image too large"
+
 
 class NarrowImageError(BrokenImageError):
     """An image so narrow that resizing its shorter side would give absurdly many pixels."""
 
+    kind = "image too narrow"
 
-def check_shape(image: Image.Image) -> None:
-    """Refuses an image with one side more than `MAX_ASPECT` times the other: 1 x 10,000 pixels would cost gigabytes.
+
+class ValuesError(BrokenImageError):
+    """An image of more than 8 bits whose range of values is unknown or was lost, so that it would be nearly black."""
+
+    kind = "image values of unknown range"
+
+
+class UnreadFormatError(BrokenImageError):
+    """An image in a format that needs another package."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Returns those of `FORMATS` that this installation reads; registers pillow-heif if it is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:
+        pass
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN and (name != "AVIF" or features.check("avif")))
+
+
+def open_image(file: str | Path | IO[bytes]) -> Image.Image:
+    """Opens an image and reads its header; pixels are not decoded yet.
 
     Raises:
-        NarrowImageError: the message doesn't name the file.
+        NarrowImageError: one side is more than `MAX_ASPECT` times the other; 1 x 10,000 pixels would cost gigabytes.
+            The message doesn't name the file.
+        OSError: the file is missing, or not an image in one of `FORMATS`.
+        PIL.Image.DecompressionBombError: the image has absurdly many pixels.
     """
+    image = Image.open(file, formats=_formats())
     if max(image.size) > MAX_ASPECT * min(image.size):
         width, height = image.size
+        image.close()
         raise NarrowImageError(f"{width:,} x {height:,} pixels, one side is over {MAX_ASPECT} times the other")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any PIL mode (1, L, LA, P, RGBA, CMYK, I;16, F and so on) to 8-bit RGB, dropping alpha."""
+    """Converts an image of any PIL mode (1, L, LA, P, RGBA, CMYK, I;16, F and so on) to 8-bit RGB, dropping alpha.
+
+    Integers of more than 8 bits are divided by the smallest power of 2 that leaves 8 bits, so 12 bits in 16 keep their
+    contrast. Other numbers are scaled from the range 0 to 1, 255 or 65535 that they fill.
+
+    Raises:
+        ValuesError: values are negative or not finite, or Pillow has discarded the bits that were used.
+    """
     if image.mode.startswith("I") or image.mode == "F":
-        # PIL clips such values to 255 instead of scaling them; 16-bit greyscale PNG is the usual case.
-        pixels = np.asarray(image, dtype=np.float32)
-        peak = 65535.0 if pixels.max(initial=0.0) > 255 else 255.0
-        image = Image.fromarray((pixels.clip(0, peak) * (255.0 / peak)).round().astype(np.uint8))
+        image = _to_8_bits(np.asarray(image), image.mode == "F")
+    # Of 16 bits per colour, Pillow keeps the upper 8.
+    shortened = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+    if shortened and max(high for _, high in image.convert("RGB").getextrema()) < 16:
+        raise ValuesError("colours of 16 bits, of which the upper 4 are not used; save it with 8 bits")
     if image.mode == "RGB":
         image.load()
         return image  # `convert` would copy it
     return image.convert("RGB")
 
 
-def load_rgb(path: str | Path | ShardMember | EmbeddedImage | bytes, at_least: int | None = None) -> Image.Image:
+def _to_8_bits(pixels: np.ndarray, is_float: bool) -> Image.Image:
+    low, high = float(pixels.min(initial=0)), float(pixels.max(initial=0))
+    if not np.isfinite(pixels).all() or low < 0:
+        raise ValuesError(f"values from {low:,.6g} to {high:,.6g}, expected 0 to 1, 255 or 65535; save it with 8 bits")
+    if is_float:
+        peak = next((peak for peak in (1, 255, 65535) if peak / 4 <= high <= peak), high or 1)
+    else:
+        peak = (1 << max(8, int(high).bit_length())) - 1
+    return Image.fromarray((pixels * (255.0 / peak)).round().astype(np.uint8))
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Returns the orientation in the EXIF data of an opened image, 1 to 8; 1 if there are none or they are broken."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow's parser raises all kinds of errors; broken EXIF data cost no image
+        return 1
+    return value if value in _TURNS else 1
+
+
+def set_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Applies an EXIF orientation to decoded pixels."""
+    return image.transpose(_TURNS[orientation]) if orientation != 1 else image
+
+
+def load_rgb(source: Source, at_least: int | None = None, upright: bool = False) -> Image.Image:
     """Reads an image file completely.
 
     Args:
-        path: a file in any format that Pillow reads, or its bytes.
+        source: a file in one of `FORMATS`, or its bytes.
         at_least: decode a JPEG at 1/2, 1/4 or 1/8 of its size as long as both sides keep at least this many pixels.
             This is several times faster for large images, but the pixels differ slightly.
-
-    Returns:
-        The RGB image. EXIF rotation is not applied: the published numbers were made without it.
+        upright: apply the EXIF rotation, also if the source doesn't say so. The published numbers were made without.
 
     Raises:
         BrokenImageError: the file is missing, truncated, not an image, or too large or too narrow to be one.
     """
-    name, file = path, path
-    if isinstance(path, (ShardMember, EmbeddedImage)):
-        file = path.open()
-    elif isinstance(path, bytes):
-        name, file = "image", io.BytesIO(path)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source.open() if hasattr(source, "upright") else source
     try:
-        with Image.open(file) as image:
-            check_shape(image)
+        with open_image(file) as image:
+            orientation = orientation_of(image) if upright or getattr(source, "upright", False) else 1
             if at_least:
                 image.draft("RGB", (at_least, at_least))  # does nothing except for JPEG
-            return to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise HugeImageError(f"{name}: {error}") from error
-    except NarrowImageError as error:
-        raise NarrowImageError(f"{name}: {error}") from error
-    # Pillow's readers raise all kinds of errors on broken chunks: SyntaxError, IndexError, struct.error.
+            return set_upright(to_rgb(image), orientation)
     except Exception as error:
-        raise BrokenImageError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+        raise as_broken(error, source) from error
+
+
+def as_broken(error: Exception, source: Source) -> BrokenImageError:
+    """Returns a `BrokenImageError` that names the source, for an error raised by `open_image` or by decoding."""
+    name = "image" if isinstance(source, bytes) else source
+    if isinstance(error, Image.DecompressionBombError):
+        return HugeImageError(f"{name}: {error}")
+    if isinstance(error, (NarrowImageError, ValuesError)):
+        return type(error)(f"{name}: {error}")
+    if isinstance(error, UnidentifiedImageError):
+        head = source[:12] if isinstance(source, bytes) else _read_head(source)
+        needed, shown, package = _OPTIONAL.get(head[8:12], ("", "", "")) if head[4:8] == b"ftyp" else ("", "", "")
+        if needed and needed not in _formats():
+            return UnreadFormatError(f"{name}: {shown} needs pip install {package}", f"{shown} without {package}")
+        return BrokenImageError(f"{name}: not a readable image (none of {', '.join(_formats())})")
+    # Pillow's readers raise all kinds of errors on broken chunks: SyntaxError, IndexError, struct.error.
+    return BrokenImageError(f"{name}: not a readable image ({type(error).__name__}: {error})")
+
+
+def _read_head(source: Source) -> bytes:
+    with source.open() if hasattr(source, "upright") else open(source, "rb") as file:
+        return file.read(12)

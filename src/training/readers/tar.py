@@ -16,7 +16,6 @@ from typing import IO, NamedTuple
 
 from training.readers.files import matching_files, parallel_map
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512
 _CHUNK, _MAX_NOTES = 1 << 20, 1 << 20
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}

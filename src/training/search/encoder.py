@@ -11,6 +11,7 @@ from training.eval.encode import ComputeOptions, Encoding, encode_images, encode
 from training.model.assembly.factory import EncoderParts, create_model_and_transforms, get_tokenizer
 from training.model.assembly.from_flags import check_precision
 from training.model.names.resolve import resolve_weights
+from training.readers.files import upright
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv
 
@@ -45,8 +46,8 @@ class SearchEncoder:
         self._options = ComputeOptions(args.batch_size, args.workers, args.precision)
 
     def images(self, paths: Sequence[Path]) -> Encoding:
-        """Returns the features of image files; unreadable files are listed in `Encoding.broken`."""
-        parts = self.parts
+        """Returns the features of image files, turned upright; unreadable files are listed in `Encoding.broken`."""
+        parts, paths = self.parts, [upright(path) for path in paths]
         return encode_images(parts.model, parts.preprocess, paths, self._env, self._options, allow_broken=True)
 
     def image(self, path: Path) -> torch.Tensor:

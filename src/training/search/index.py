@@ -21,12 +21,12 @@ import torch
 from training.eval.encode import Encoding
 from training.eval.image_cache import image_key
 from training.model.weights.fingerprint import fingerprint, preprocessing_fingerprint
-from training.readers.tar import IMAGE_SUFFIXES
+from training.readers.files import IMAGE_SUFFIXES
 from training.runtime.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 FILE = "images.usearch"
-SUFFIXES = {f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "bmp", "gif", "tif", "tiff")}
+SUFFIXES = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
 EXACT_UP_TO = 200_000  # number of images up to which every vector is compared; beyond, usearch's graph is searched
 _EXPANSION = 512  # number of candidates that a search in the graph keeps
 

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from training.eval.report.page import MAX_BYTES, TEMPLATES
 from training.eval.report.thumbnails import make_thumbnails
+from training.readers.files import upright
 from training.runtime.files import atomic_write
 from training.runtime.pages import render_page
 
@@ -24,9 +25,9 @@ def write_page(
         folder: folder of the images, to which the names shown are relative.
         facts: name -> value, shown below the heading.
     """
-    files = [path for path, _ in results]
+    files = [upright(path) for path, _ in results]
     is_image = isinstance(query, Path)
-    thumbnails = make_thumbnails([*files, query] if is_image else files, MAX_BYTES // 2)
+    thumbnails = make_thumbnails([*files, upright(query)] if is_image else files, MAX_BYTES // 2)
     encoded = [base64.b64encode(thumbnail).decode() for thumbnail in thumbnails]
     page = render_page(
         TEMPLATES / "search.html.j2",

@@ -157,6 +157,7 @@ def tower_info(model: torch.nn.Module, args: argparse.Namespace) -> FeatureInfo:
         augmentation=augmentation if args.feature_views else "",
         precision=args.precision,
         image_decoding=args.image_decoding or IN_TRAINING,
+        exif_rotation=args.exif_rotation != "off",
     )
 
 
@@ -225,7 +226,7 @@ def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderPa
     todo = [(number, part) for number, part in enumerate(source.parts()) if not _file_of(args, number).is_file()]
     todo = todo[env.rank :: env.world_size]
     transform = parts.train_transform if args.feature_views else parts.preprocess
-    images = ImageReader(transform, args.image_decoding or IN_TRAINING)
+    images = ImageReader(transform, args.image_decoding or IN_TRAINING, args.exif_rotation != "off")
     batches = ImageBatches(todo, images, max(1, args.feature_views), args.batch_size, args.seed)
     loader = Loader(batches, min(args.workers, len(todo)), pin=env.device.type == "cuda")
     started = {number: OpenPart() for number, _ in todo}

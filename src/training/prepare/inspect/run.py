@@ -9,12 +9,11 @@ import heapq
 import io
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
 from training.data.faults import BadSample
@@ -29,7 +28,12 @@ from training.prepare.tables.chunk import url_hash
 from training.prepare.tables.columns import SHORT_NAMES
 from training.prepare.tables.records import cell_text
 from training.prepare.work import my_share, processes, progress, spread, write_json
-from training.readers.images import BrokenImageError, HugeImageError, NarrowImageError, check_shape, load_rgb
+from training.readers.images import (
+    as_broken,
+    load_rgb,
+    open_image,
+    orientation_of,
+)
 from training.readers.sentences import is_refusal
 
 KNOWN_KEYS = tuple(dict.fromkeys((*RAW_KEYS, *LONG_KEYS, *SHORT_NAMES.values())))
@@ -130,21 +134,18 @@ def _count_shard(task: Task) -> tuple[str, Counts]:
 def _look_at(sample: RawSample, task: Task) -> tuple[dict, tuple[int, int]]:
     """Returns (record, image size); raises BadSample with training's kinds of fault."""
     record = read_record(sample)
-    return record, read_image(sample, _size_of if not task.read_images else lambda image: load_rgb(image).size)
+    return record, read_image(
+        sample, _size_of if not task.read_images else lambda image: load_rgb(image, upright=True).size
+    )
 
 
 def _size_of(content: bytes) -> tuple[int, int]:
     """Returns the size in an image's header; raises `load_rgb`'s errors, as far as the header shows them."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            check_shape(image)
-            return image.size
-    except Image.DecompressionBombError as error:
-        raise HugeImageError(str(error)) from error
-    except NarrowImageError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BrokenImageError(str(error)) from error
+        with open_image(io.BytesIO(content)) as image:
+            return image.size if orientation_of(image) < 5 else image.size[::-1]
+    except Exception as error:
+        raise as_broken(error, content) from error
 
 
 def _captions(record: dict, keys: tuple[str, ...]) -> dict[str, str]:
@@ -173,7 +174,7 @@ def _pick(counts: Counts, sample: RawSample, found: dict[str, str], task: Task) 
 
 def _thumbnail(sample: RawSample) -> bytes | None:
     try:
-        image = read_image(sample)
+        image = read_image(sample, partial(load_rgb, upright=True))
     except BadSample:
         return None  # broken, though its header was read without an error
     image.thumbnail((224, 224))
