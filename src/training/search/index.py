@@ -23,6 +23,7 @@ from training.eval.image_cache import image_key
 from training.model.weights.fingerprint import fingerprint, preprocessing_fingerprint
 from training.readers.files import IMAGE_SUFFIXES
 from training.runtime.files import atomic_write
+from training.runtime.lease import Lease
 
 FORMAT = 2
 FILE = "images.usearch"
@@ -97,14 +98,17 @@ class ImageIndex:
             raise ValueError("training.search needs one more package: pip install usearch") from error
         self._make = Index
         self.path, self._index = path, None
-        if path.is_file():
+        self._read()
+
+    def _read(self) -> None:
+        if self.path.is_file():
             try:
                 # A view reads only what a search needs from the file; it can't be modified.
-                self._index = Index.restore(str(path), view=True)
+                self._index = self._make.restore(str(self.path), view=True)
             except Exception as error:  # usearch's errors have no common base
-                raise ValueError(f"--index: {path} can't be read ({error}); remove it") from error
+                raise ValueError(f"--index: {self.path} can't be read ({error}); remove it") from error
             if self._index is None:
-                raise ValueError(f"--index: {path} is not a usearch index; remove it")
+                raise ValueError(f"--index: {self.path} is not a usearch index; remove it")
         self._is_view = True
 
     def __len__(self) -> int:
@@ -132,7 +136,17 @@ class ImageIndex:
 
         Returns:
             The number of vectors added, the number removed, and for each unreadable file the reason.
+
+        Raises:
+            ValueError: another process is updating the index.
         """
+        with Lease() as lease:
+            if self.keys != images.keys():
+                lease.take(self.path.parent, "--index")
+                self._read()  # another process may have saved since
+            return self._update(images, encode, save_every, report)
+
+    def _update(self, images: dict[int, Path], encode: Callable, save_every: int, report: Callable) -> tuple:
         known = self.keys
         gone, new = sorted(known - images.keys()), [key for key in images if key not in known]
         if gone:

@@ -40,6 +40,7 @@ from training.model.towers.image_encoder import image_encoder
 from training.model.towers.locking import HEAD, linear_head
 from training.model.weights.fingerprint import fingerprint
 from training.runtime.distributed import DistEnv, agree, distributed, fail, raise_together, together
+from training.runtime.lease import FILE, Lease
 from training.runtime.tracking import log_to
 from training.runtime.workers import Loader
 from training.train.step_log import EXAMPLES_PER_KIND
@@ -173,7 +174,7 @@ def extract(args: argparse.Namespace) -> int:
     Returns:
         Exit code. 0: success; 2: wrong flags, files or weights.
     """
-    with distributed(args.device, args.timeout_minutes) as env:
+    with distributed(args.device, args.timeout_minutes) as env, Lease() as lease:
         log_to(None)
         if env.is_main:
             logging.getLogger("training").setLevel(logging.INFO)
@@ -182,7 +183,7 @@ def extract(args: argparse.Namespace) -> int:
             source = open_source(args, "--train-data", args.train_data, caption_rule(args), env)
             parts = together(lambda: build_from_flags(args, env.device), env)
             info = together(lambda: tower_info(parts.model, args), env)
-            agree(lambda: _begin(args, source, info), env)
+            agree(lambda: _begin(args, source, info, lease), env)
         except (ValueError, OSError) as error:
             return fail(error, 2, env)
         error = None
@@ -204,16 +205,16 @@ def _check(args: argparse.Namespace, env: DistEnv) -> None:
         raise ValueError(f"--train-data {args.train_data}: contains image features; give images")
 
 
-def _begin(args: argparse.Namespace, source: Source, info: FeatureInfo) -> None:
+def _begin(args: argparse.Namespace, source: Source, info: FeatureInfo, lease: Lease) -> None:
     """Creates the folder, or checks that it belongs to the same extraction. Rank 0 only."""
     folder, names = Path(args.extract_image_features), [part.name for part in source.parts()]
     if is_feature_folder(str(folder)):
         earlier, sources, _ = read_index(folder)
         if earlier != info or sources != names:
             raise ValueError(f"--extract-image-features {folder}: contains other features; use another folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != FILE for path in folder.iterdir()):
         raise ValueError(f"--extract-image-features {folder}: is not empty; use another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    lease.take(folder, "--extract-image-features")
     write_index(folder, info, names, counts=None)
 
 

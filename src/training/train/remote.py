@@ -123,7 +123,7 @@ class RemoteCopy:
 
     def _copy(self) -> None:
         """Uploads all files that have changed, checkpoints first."""
-        files = [path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+        files = [path for path in self.folder.rglob("*") if path.is_file() and path.suffix not in (".tmp", ".lock")]
         local = {path.relative_to(self.folder).as_posix(): path for path in files}
         for name in sorted(local, key=lambda name: (not name.endswith(".pt"), name)):
             try:

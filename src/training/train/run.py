@@ -28,6 +28,7 @@ from training.model.towers.locking import linear_head
 from training.model.towers.train_model import TrainModel
 from training.runtime.distributed import DistEnv, agree, any_rank, distributed, fail, set_timeout, together
 from training.runtime.files import atomic_write
+from training.runtime.lease import Lease
 from training.runtime.stop import EXIT_STOPPED, StoppedError
 from training.runtime.tracking import Tracker, check_reporters, log_to
 from training.runtime.watchdog import BUILDING, OPENING, Watchdog
@@ -55,17 +56,17 @@ def train(args: argparse.Namespace) -> int:
     """
     with distributed(args.device, args.timeout_minutes) as env:
         set_timeout(env, args.timeout_minutes)
-        with Watchdog(env, 60 * args.timeout_minutes) as watchdog:
+        with Watchdog(env, 60 * args.timeout_minutes) as watchdog, Lease() as lease:
             try:
-                plan, run = _prepare(args, watchdog, env)
+                plan, run = _prepare(args, watchdog, lease, env)
             except (ValueError, OSError) as error:
                 return fail(error, 2, env)
             return _train(args, plan, run, watchdog, env)
 
 
-def _prepare(args: argparse.Namespace, watchdog: Watchdog, env: DistEnv) -> tuple[Plan, Run]:
+def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: DistEnv) -> tuple[Plan, Run]:
     """Does everything before the first step; raises ValueError or OSError on all ranks."""
-    plan = agree(lambda: _check(args, env), env)
+    plan = agree(lambda: _check(args, lease, env), env)
     if not env.is_main:
         log_to(None)
     _set_arithmetic(env)
@@ -110,8 +111,8 @@ def _remote(args: argparse.Namespace, folder: Path) -> RemoteCopy:
     return RemoteCopy(args.remote_sync, folder, args.remote_sync_frequency, args.delete_previous_checkpoint)
 
 
-def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
-    """Checks flags and files, except data and weights, and opens the log. Rank 0 only.
+def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
+    """Checks flags and files, except data and weights, takes the lease of LOGS/NAME and opens the log. Rank 0 only.
 
     Raises:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
@@ -126,6 +127,7 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
             raise ValueError(f"{flag} {spec}: features of a locked image tower; add --lock-image and unlock no groups")
     name = args.name or run_name(args.model)
     folder = Path(args.logs) / name
+    lease.take(folder, f"--name {name}")
     checkpoints = folder / CHECKPOINTS
     remote = _remote(args, folder) if args.remote_sync else None
     resume = named_checkpoint(args.resume) if args.resume not in (None, "latest") else None
