@@ -5,20 +5,21 @@ SHARD.tar: KEY.jpg (.jpeg, .png, .webp) with KEY.txt, or with captions in KEY.js
 Captions are left unchanged, unless the rule of the long benchmarks is chosen.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.own_set import CAPTION_KEYS, CAPTION_RULE, as_set, texts_of
+from dataloaders.own_set import CAPTION_KEYS, CAPTION_LINES, CAPTION_LISTS, CAPTION_RULE, as_set
 from dataloaders.pairs import RetrievalSet
-from dataloaders.registry import Benchmark, Option
+from dataloaders.registry import Benchmark
+from training.readers.captions import caption_texts, read_record
 from training.readers.files import IMAGE_SUFFIXES, ShardMember
-from training.readers.sentences import split_lines
 from training.readers.tar import BrokenTarError, Member, TarReader, TarSample, expand_shards, is_local
 
 
-def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines: bool = False) -> RetrievalSet:
+def read_shard_pairs(
+    shards: str, caption_keys: Sequence[str], rule: str, lines: bool = False, lists: str = "alternatives"
+) -> RetrievalSet:
     """Reads pairs from local tar shards; the images are not extracted, but read from the shards when needed.
 
     Args:
@@ -27,6 +28,7 @@ def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines:
             the ``.txt`` is read.
         rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
         lines: each line of a ``.txt`` is a caption of its own, as in CLIP_benchmark's shards.
+        lists: see `caption_texts`.
 
     Raises:
         FileNotFoundError, ValueError: a shard is missing or broken, or a sample lacks an image or a caption.
@@ -38,7 +40,7 @@ def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines:
             with open(path, "rb", buffering=1 << 16) as file:
                 tar = TarReader(file, str(path))
                 for sample in tar.samples(lambda _, suffix, member: _text(tar, suffix, member)):
-                    texts = _captions_of(sample, caption_keys, lines, f"{where}: sample {sample.key}")
+                    texts = _captions_of(sample, caption_keys, lists, lines, f"{where}: sample {sample.key}")
                     num_with_lines += not lines and any("\n" in t for t in texts if sample.loaded.get("txt"))
                     pairs.append((_image_of(sample, path, texts, caption_keys, where), texts))
         except (BrokenTarError, OSError) as error:
@@ -49,7 +51,7 @@ def read_shard_pairs(shards: str, caption_keys: Sequence[str], rule: str, lines:
     if num_with_lines:
         logging.warning(
             f"--retrieval-wds {shards}: {num_with_lines:,} of {len(pairs):,} .txt files have several lines; each file "
-            "is one caption. If each line is a caption of its own, add --retrieval-caption-lines"
+            "is one caption. If each line is a caption of its own, add --caption-lines"
         )
     path = Path(shards)
     return as_set(path.stem if path.is_file() else pairs[0][0].shard.parent.resolve().name, pairs, rule)
@@ -87,22 +89,14 @@ def _image_of(sample: TarSample, path: str, texts: list[str], keys: Sequence[str
     return ShardMember(Path(path), image.offset, image.size, image.name)
 
 
-def _captions_of(sample: TarSample, keys: Sequence[str], lines: bool, where: str) -> list[str]:
-    captions: list[str] = []
+def _captions_of(sample: TarSample, keys: Sequence[str], lists: str, lines: bool, where: str) -> list[str]:
     try:
-        if "json" in sample.loaded:
-            record = json.loads(sample.loaded["json"].decode())
-            found = {key: record[key] for key in keys if key in record} if isinstance(record, dict) else {}
-            captions = [text for key, value in found.items() for text in texts_of(value, f"key {key}")]
-        if not captions and "txt" in sample.loaded:
-            text = sample.loaded["txt"].decode().strip()
-            captions = [line.strip() for line in split_lines(text)] if lines else [text]
-    except (ValueError, RecursionError) as error:
+        record = read_record(sample.loaded)
+        found = [text for key in keys if key in record for text in caption_texts(record[key], f"key {key}", lists)]
+        return found or caption_texts(record.get("txt"), "key txt", lines=lines)
+    except ValueError as error:
         raise ValueError(f"{where}: broken caption ({error})") from error
-    return [text for text in captions if text]
 
-
-CAPTION_LINES = Option("--retrieval-caption-lines", "each line of a .txt in --retrieval-wds is a caption of its own")
 
 BENCHMARKS = (
     Benchmark(
@@ -114,12 +108,13 @@ BENCHMARKS = (
                 args.retrieval_wds,
                 args.retrieval_caption_keys,
                 args.retrieval_caption_rule,
-                args.retrieval_caption_lines,
+                args.caption_lines,
+                args.caption_lists,
             )
         ],
         group="own",
         metavar="TARS",
         order=20,
-        options=(CAPTION_KEYS, CAPTION_RULE, CAPTION_LINES),
+        options=(CAPTION_KEYS, CAPTION_RULE, CAPTION_LISTS, CAPTION_LINES),
     ),
 )

@@ -16,33 +16,25 @@ CAPTION_KEYS = Option(
     type=names,
     aliases=("--caption-keys",),
 )
+CAPTION_LISTS = Option(
+    "--caption-lists",
+    "alternatives: each text of a list is a caption; sentences: a list is one caption (default: %(default)s)",
+    default="alternatives",
+    choices=("alternatives", "sentences"),
+    of_training=True,
+)
+CAPTION_LINES = Option(
+    "--caption-lines",
+    "each line of a .txt is a caption of its own",
+    aliases=("--retrieval-caption-lines",),
+    of_training=True,
+)
 CAPTION_RULE = Option(
     "--retrieval-caption-rule",
     "raw: captions unchanged; long: split and joined as in the long benchmarks (default: %(default)s)",
     default="raw",
     choices=CAPTION_RULES,
 )
-
-
-def texts_of(value: object, where: str) -> list[str]:
-    """Returns the captions in a cell or a JSON value, which is a text or a list of texts; empty texts are left out.
-
-    Raises:
-        ValueError: the value is something else; the message begins with `where`.
-    """
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [value] if value.strip() else []
-    if isinstance(value, bytes):
-        try:
-            return texts_of(value.decode("utf-8"), where)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: bytes that are not UTF-8, expected a text") from error
-    if isinstance(value, list):
-        return [text for part in value for text in texts_of(part, where)]
-    shown = str(value)[:60]
-    raise ValueError(f"{where}: {type(value).__name__} {shown}, expected a text or a list of texts")
 
 
 def as_set(name: str, pairs: Iterable[tuple], rule: str) -> RetrievalSet:

@@ -9,9 +9,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dataloaders.own_set import CAPTION_KEYS, CAPTION_RULE, as_set, texts_of
+from dataloaders.own_set import CAPTION_KEYS, CAPTION_RULE, as_set
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark, Option
+from training.readers.captions import caption_texts
 from training.readers.csv_rows import BadRows, CsvRecords, choose_form, default_separator
 from training.readers.files import EmbeddedImage
 from training.readers.table_files import COLUMNAR, check_image_path, table_files
@@ -77,7 +78,7 @@ def _pairs(
         )
     for number, row in enumerate(file.rows(image_column, wanted), start=1):
         where = f"{path}: row {number:,}"
-        own = [text for column in wanted for text in texts_of(row[column], f"{where}, column {column}")]
+        own = [text for column in wanted for text in caption_texts(row[column], f"{where}, column {column}")]
         image = _image_of(row[image_column], path, image_column, number, where)
         if image is None or not own:
             raise ValueError(f"{where} lacks an image or a caption; complete or remove it")

@@ -30,7 +30,7 @@ class Option:
         default: the value if the flag is not given.
         type: function that converts the text of the command line to the value.
         choices: allowed values.
-        aliases: further names in ``prepare check``.
+        aliases: further names in ``prepare check``, and in `training.main` if the benchmark is a user's own.
         of_training: `training.main` already declares this flag for training; only ``prepare check`` adds it.
     """
 

@@ -5,13 +5,15 @@ from collections import Counter
 
 import pytest
 
-from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions, join_sentences
+from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions
 from training.prepare.tables.clean import without_cut_sentence
+from training.readers.captions import RecordError, caption_texts, read_record
 from training.readers.sentences import (
     _ASCII_END,
     _END,
     first_sentence,
     is_terminated,
+    join_sentences,
     join_split,
     normalise_caption,
     sentence_ends,
@@ -32,7 +34,66 @@ IB, SV, LLA = "A dog runs. It is brown.", "A brown dog. It runs on grass. Is it 
 
 
 def choose(record: dict, seed: int = 0, **rule) -> list[str]:
-    return choose_captions(record, CaptionRule(**rule), random.Random(seed))
+    return choose_captions(record, CaptionRule(**{"lists": "sentences"} | rule), random.Random(seed))
+
+
+FIVE = [f"A dog, seen by person {n}" for n in range(5)]
+TURNS = [("human", "<image> Describe it."), ("gpt", FIVE[0]), ("human", "Again."), ("gpt", FIVE[1])]
+CONVERSATIONS = {
+    "ShareGPT": [{"from": who, "value": text} for who, text in TURNS],
+    "roles": [{"role": who.replace("gpt", "assistant").replace("human", "user"), "content": t} for who, t in TURNS],
+    "parts": [{"role": "user", "content": "?"}]
+    + [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in FIVE[:2]],
+    "no speakers": [{"value": text} for _, text in TURNS],
+    "columns": {"from": [who for who, _ in TURNS], "value": [text for _, text in TURNS]},
+}
+
+
+@pytest.mark.parametrize("key", ["caption", "title", "long_caption"])
+def test_the_texts_of_a_list_are_alternatives(key):
+    captions = "raw" if key != "long_caption" else "long"
+    drawn = {choose({key: FIVE}, seed, lists="alternatives", captions=captions, num_long=1)[0] for seed in range(60)}
+    assert drawn == set(FIVE)
+    (glued,) = {choose({key: FIVE}, seed, captions=captions, num_long=1)[0] for seed in range(9)}
+    assert glued == ". ".join(FIVE) + "."
+
+
+def test_lines_of_a_text_file_are_alternatives_if_asked():
+    record = {"txt": "\ufeff" + "\r\n".join(FIVE)}
+    assert {choose(record, seed, captions="raw", lines=True)[0] for seed in range(60)} == set(FIVE)
+    assert choose(record, captions="raw") == ["\r\n".join(FIVE)]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_conversations_hold_the_models_answers(turns):
+    assert caption_texts(turns) == FIVE[:2]
+    assert {choose({"conversations": turns}, s, lists="alternatives", num_long=1)[1] for s in range(30)} == set(
+        FIVE[:2]
+    )
+
+
+def test_turns_of_unknown_speakers_are_refused_by_name():
+    with pytest.raises(ValueError, match="row 3: a turn of 'narrator', expected one of human"):
+        caption_texts([{"from": "narrator", "value": "a"}], "row 3")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"json": b'\xef\xbb\xbf{"caption": "a"}', "txt": b"\xef\xbb\xbfb"}, {"caption": "a", "txt": "b"}),
+        ({"json": b'{"txt": "a"}', "txt": b"b"}, {"txt": "a"}),
+        ({"json": b"[1]"}, "JSON not an object"),
+        ({"json": b"{"}, "broken JSON"),
+        ({"json": b"[" * 100_000}, "broken JSON"),
+        ({"txt": b"caf\xe9"}, "text not UTF-8"),
+    ],
+)
+def test_records_of_caption_files(files, expected):
+    if isinstance(expected, dict):
+        assert read_record(files) == expected
+        return
+    with pytest.raises(RecordError, match=f"^{expected}$"):
+        read_record(files)
 
 
 def test_raw_caption_comes_first_then_every_long_one():
@@ -88,7 +149,7 @@ def test_short_captions_are_drawn_among_raw_and_short_keys():
     ("record", "kind"),
     [
         ({}, "no caption"),
-        ({"title": "a"}, "no caption"),
+        ({"name": "a"}, "no caption"),
         ({"txt": "  "}, "empty caption"),
         ({"long_caption": []}, "empty caption"),
         ({"txt": None, "caption": 3}, "caption not text"),

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from training.data.views import Entry, View, parse_views, views_by_flags
-from training.readers.sentences import first_sentence, is_terminated, join_split, split_sentences
+from training.readers.captions import caption_texts
+from training.readers.sentences import first_sentence, join_sentences, split_sentences
 
-RAW_KEYS = ("raw_caption", "caption", "txt")
-LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption")
+RAW_KEYS = ("raw_caption", "caption", "txt", "title", "text")
+LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption", "conversations")
 MAX_CHARACTERS = 100_000
 
 
@@ -23,7 +24,7 @@ class CaptionRule:
     """How to choose captions.
 
     Attributes:
-        raw_keys: keys of the raw caption; the first key that a sample has is used.
+        raw_keys: keys of the raw caption; the first that a sample has is used, and one of its alternatives is drawn.
         short_keys: keys of further short captions; a step's short caption is drawn from these and the raw one.
         long_keys: keys of long captions; all that a sample has are used.
         num_long: number of long captions per step, K.
@@ -32,6 +33,8 @@ class CaptionRule:
         num_sentences: take this many consecutive sentences of a long caption, drawn anew in each epoch; 0 takes the
             whole caption.
         views: the list of texts, see `training.data.views`; replaces the three attributes before it.
+        lists: ``alternatives``: each text of a list is a caption of its own; ``sentences``: a list is one caption.
+        lines: each line of a ``txt`` is a caption of its own.
 
     From a sample with more than K long captions, K different ones are drawn anew in each epoch. If a sample has fewer,
     they are repeated in turn; if it has none, its short caption replaces them. If a sample has no short caption, the
@@ -45,6 +48,8 @@ class CaptionRule:
     captions: str = "both"
     num_sentences: int = 0
     views: str = ""
+    lists: str = "alternatives"
+    lines: bool = False
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
@@ -76,7 +81,7 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
     """Chooses the texts of a sample.
 
     Args:
-        record: caption key -> text, or list of sentences; other keys and types of value are ignored.
+        record: caption key -> value, see `caption_texts`; other keys and types of value are ignored.
         rule: what to choose.
         rng: the sample's own random stream.
 
@@ -87,7 +92,7 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
         NoCaptionError: there is nothing under the keys, only empty text, only values that are not text, or a text of
             more than `MAX_CHARACTERS`.
     """
-    shorts, longs = _shorts(record, rule), _longs(record, rule)
+    raws, shorts, longs = _raws(record, rule), _shorts(record, rule), _longs(record, rule)
     if not shorts and not longs:
         raise NoCaptionError(_why_none(record, rule))
     if any(len(text) > MAX_CHARACTERS for text in (*shorts, *itertools.chain(*longs))):
@@ -97,7 +102,8 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
     wanted = rule.num_long_used
     if longs and wanted:
         longs = rng.sample(longs, wanted) if len(longs) >= wanted else [longs[i % len(longs)] for i in range(wanted)]
-    chooser = _Chooser(shorts[0] if shorts else short, short, longs, everything, rng)
+    raw = rng.choice(raws) if len(raws) > 1 else (shorts or [short])[0]
+    chooser = _Chooser(raw, short, longs, everything, rng)
     return [text for entry in rule.entries for text in chooser.texts(entry)]
 
 
@@ -182,36 +188,35 @@ def captions_found(record: dict, rule: CaptionRule) -> tuple[bool, bool]:
     return bool(_shorts(record, rule)), bool(_longs(record, rule))
 
 
+def _raws(record: dict, rule: CaptionRule) -> list[str]:
+    """Returns the alternatives of the raw caption."""
+    found = (_captions(record, key, rule) for key in rule.raw_keys)
+    return [_whole(pieces) for pieces in next(filter(None, found), [])]
+
+
 def _shorts(record: dict, rule: CaptionRule) -> list[str]:
-    """Returns the raw caption, if there is one, and the further short captions."""
-    raws = [text for text in (_text(record.get(key)) for key in rule.raw_keys) if text]
-    return raws[:1] + [text for text in (_text(record.get(key)) for key in rule.short_keys) if text]
+    """Returns the alternatives of the raw caption, and the further short captions."""
+    further = [_whole(pieces) for key in rule.short_keys for pieces in _captions(record, key, rule)]
+    return _raws(record, rule) + further
 
 
 def _longs(record: dict, rule: CaptionRule) -> list[list[str]]:
     """Returns each long caption as a list of its pieces."""
-    return [pieces for pieces in (_sentences(record.get(key)) for key in rule.long_keys) if pieces]
+    return [pieces for key in rule.long_keys for pieces in _captions(record, key, rule)]
 
 
-def _text(value: object) -> str | None:
-    """Returns a text, or a list of sentences joined; None for a blank text or any other value."""
-    if isinstance(value, str):
-        return value.strip() or None
-    sentences = _sentences(value)
-    return join_sentences(sentences) if sentences else None
+def _captions(record: dict, key: str, rule: CaptionRule) -> list[list[str]]:
+    """Returns each caption under a key as a list of its pieces."""
+    pieces = _pieces(record.get(key), rule.lines and key == "txt") or []
+    return [pieces] if pieces and rule.lists == "sentences" and key != "txt" else [[piece] for piece in pieces]
 
 
-def _sentences(value: object) -> list[str]:
-    """Returns a caption as pieces: the texts of a list, or a text as one piece; blank pieces are dropped."""
-    pieces = value if isinstance(value, list) else [value]
-    return [piece.strip() for piece in pieces if isinstance(piece, str) and piece.strip()]
+def _pieces(value: object, lines: bool = False) -> list[str] | None:
+    try:
+        return caption_texts(value, lines=lines)
+    except ValueError:
+        return None
 
 
 def _whole(pieces: Sequence[str]) -> str:
     return pieces[0] if len(pieces) == 1 else join_sentences(pieces)
-
-
-def join_sentences(sentences: Sequence[str]) -> str:
-    """Joins sentences to one text; adds a full stop to sentences that don't end in a sentence mark of any script."""
-    text = join_split(sentences)
-    return text if is_terminated(text) else f"{text}."

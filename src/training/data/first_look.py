@@ -1,5 +1,6 @@
 """Checks the first samples of a source before a model is built, to find mistakes in flags or data early."""
 
+import logging
 import random
 from collections import Counter
 
@@ -25,7 +26,7 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
     """
     if not source.num_samples:
         raise ValueError(f"{spec}: no samples in it")
-    has_short = has_long = num_usable = 0
+    has_short = has_long = num_usable = num_with_lines = 0
     keys, kinds, reasons = set(), Counter(), []
     for raw in source.read(0, 0, min(NUM_LOOKED_AT, source.num_samples)):
         try:
@@ -33,6 +34,7 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
             keys |= set(record)
             short, long = captions_found(record, rule)
             has_short, has_long = has_short + short, has_long + long
+            num_with_lines += "txt" in raw.files and "\n" in str(record["txt"]).strip()
             choose_captions(record, rule, random.Random(0))
             if not num_usable and raw.features is None:  # one image that can be decoded is enough
                 read_image(raw)
@@ -45,6 +47,11 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
     if not num_usable and set(kinds) != {"no caption"}:
         found = _describe(kinds, reasons[0])
         raise ValueError(f"{spec}: none of the first {kinds.total()} samples can be read: {found}")
+    if num_with_lines and not rule.lines:
+        logging.warning(
+            f"{spec}: {num_with_lines:,} of the first samples have a .txt of several lines; each file is one caption. "
+            "If each line is a caption of its own, add --caption-lines"
+        )
     there = f"the first samples have {', '.join(sorted(keys)) or 'no captions'}"
     wants_long = rule.num_long_used > 0
     if not has_short and not (wants_long and has_long):

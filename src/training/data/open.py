@@ -62,6 +62,8 @@ def caption_rule(args: argparse.Namespace) -> CaptionRule:
         captions=args.captions,
         num_sentences=args.sub_caption_sentences,
         views=args.text_views,
+        lists=args.caption_lists,
+        lines=args.caption_lines,
     )
 
 

@@ -1,6 +1,5 @@
 """From a raw sample to pixels and texts: decode, augment, choose captions."""
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from training.data.faults import BadSample
 from training.data.images import ImageReader
 from training.data.padding import front_shares, pad_in_front
 from training.data.tar import RawSample
+from training.readers import captions
 from training.readers.images import BrokenImageError, load_rgb
 
 
@@ -88,23 +88,10 @@ def read_record(raw: RawSample) -> dict:
     """
     if raw.fault:
         raise BadSample(raw.fault)
-    record = dict(raw.record)
-    if "json" in raw.files:
-        try:
-            content = json.loads(raw.files["json"])
-        except UnicodeDecodeError as error:
-            raise BadSample("text not UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise BadSample("broken JSON") from error
-        if not isinstance(content, dict):
-            raise BadSample("JSON not an object")
-        record |= content
-    if "txt" in raw.files:
-        try:
-            record.setdefault("txt", raw.files["txt"].decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise BadSample("text not UTF-8") from error
-    return record
+    try:
+        return raw.record | captions.read_record(raw.files)
+    except captions.RecordError as error:
+        raise BadSample(str(error)) from error
 
 
 def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:

@@ -25,6 +25,10 @@ LONG = Condition(
 _SHORT = Condition(
     "without a text from short captions; see --text-views", lambda args: reads(caption_entries(args), "short")
 )
+_OWN_DATA = Condition(
+    "without --train-data, --retrieval-csv or --retrieval-wds",
+    lambda args: args.train_data or args.retrieval_csv or args.retrieval_wds,
+)
 _BY_FLAGS = Condition("with --text-views; omit one or the other", lambda args: not args.text_views, refused=True)
 
 EFFECTS = (
@@ -42,6 +46,7 @@ EFFECTS = (
     (_BY_FLAGS, "--num-long-captions --captions --sub-caption-sentences"),
     (LONG, "--num-long-captions --sub-caption-sentences --long-caption-keys"),
     (_SHORT, "--short-caption-keys"),
+    (_OWN_DATA, "--caption-lists --caption-lines"),
 )
 
 
@@ -111,6 +116,7 @@ def _add_common_data_args(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--csv-img-key",
+        "--image-key",
         default="filepath",
         metavar="COL",
         help="image column of a table: paths or images (default: %(default)s, or else the only column of images)",
@@ -231,6 +237,19 @@ def _add_more_caption_args(group: argparse._ArgumentGroup) -> None:
         default="",
         metavar="K,K",
         help="additional short captions; each step draws one of these or the raw caption",
+    )
+    group.add_argument(
+        "--caption-lists",
+        default="alternatives",
+        choices=("alternatives", "sentences"),
+        help="alternatives: each text of a list is a caption of its own; sentences: a list is one caption (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--caption-lines",
+        "--retrieval-caption-lines",
+        action=Switch,
+        help="each line of a .txt is a caption of its own",
     )
 
 

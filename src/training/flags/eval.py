@@ -84,7 +84,8 @@ def _add_benchmarks(group: argparse._ArgumentGroup, name: str) -> None:
         for option in benchmark.options:
             if not option.of_training and owners[option][-1] == benchmark.flag:
                 switch = {"action": Switch} if option.is_switch else {}
-                group.add_argument(option.flag, **option.keywords, **switch)
+                aliases = option.aliases if name == "own" else ()  # some of those of benchmarks have several owners
+                group.add_argument(option.flag, *aliases, **option.keywords, **switch)
 
 
 def _add_reading_args(group: argparse._ArgumentGroup) -> None:

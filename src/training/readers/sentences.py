@@ -108,6 +108,12 @@ def is_terminated(text: str) -> bool:
     return _TERMINATED.search(text[-8:]) is not None
 
 
+def join_sentences(sentences: Sequence[str]) -> str:
+    """Joins sentences to one text; adds a full stop to sentences that don't end in a sentence mark of any script."""
+    text = join_split(sentences)
+    return text if is_terminated(text) else f"{text}."
+
+
 # --- Refusals of models --------------------------------------------------------------------------------------------
 
 _CANNOT = (

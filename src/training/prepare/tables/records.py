@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from training.data.captions import join_sentences
 from training.prepare.tables.columns import Columns
 from training.readers.csv_rows import CsvForm, CsvRecords, Record, Stretch
+from training.readers.sentences import join_sentences
 
 ROWS_AT_ONCE = 4_000  # 10 to 20 MB
 

@@ -1,0 +1,104 @@
+"""The captions of a sample: one rule for members of a tar file, rows of tables and lines of JSON.
+
+A caption is a text. A list of texts holds alternatives, each a caption of its own. A list of turns, as in the
+``conversations`` of ShareGPT and LLaVA, holds the model's answers.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping
+
+from training.readers.sentences import join_sentences, split_lines
+
+CAPTION_LISTS = ("alternatives", "sentences")
+_MODELS = ("gpt", "assistant", "model", "chatgpt", "bot")
+_OTHERS = ("human", "user", "system", "tool")
+
+
+class RecordError(ValueError):
+    """The caption files of a sample can't be read; the message is one of training's kinds of bad samples."""
+
+
+def read_record(files: Mapping[str, bytes]) -> dict:
+    """Returns the entries of a sample's ``json`` file, and the content of its ``txt`` file under ``txt``.
+
+    Args:
+        files: suffix -> content. A byte order mark is no part of the content.
+
+    Raises:
+        RecordError: a file is not UTF-8, or the JSON is broken or not an object.
+    """
+    record: dict = {}
+    try:
+        if "json" in files:
+            record = json.loads(files["json"].decode("utf-8-sig"))
+        if not isinstance(record, dict):
+            raise RecordError("JSON not an object")
+        if "txt" in files:
+            record.setdefault("txt", files["txt"].decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RecordError("text not UTF-8") from error
+    except RecordError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RecordError("broken JSON") from error
+    return record
+
+
+def caption_texts(value: object, where: str = "", lists: str = "alternatives", lines: bool = False) -> list[str]:
+    """Returns the captions in a value, without surrounding white space; empty ones are left out.
+
+    Args:
+        value: a text, UTF-8 bytes, a list of these, a conversation, or None.
+        where: what the message of an error begins with.
+        lists: ``alternatives``: each text of a list is a caption; ``sentences``: a list is one caption.
+        lines: each line of a text is a caption.
+
+    Raises:
+        ValueError: the value is something else.
+    """
+    texts = [text.strip() for text in _texts(value, where) if text.strip()]
+    if lines:
+        texts = [line.strip() for text in texts for line in split_lines(text) if line.strip()]
+    return [join_sentences(texts)] if lists == "sentences" and len(texts) > 1 else texts
+
+
+def _texts(value: object, where: str) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value.removeprefix("\ufeff")]
+    if isinstance(value, bytes):
+        try:
+            return [value.decode("utf-8-sig")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: bytes that are not UTF-8, expected a text") from error
+    turns = _turns(value)
+    if turns:
+        return [text for turn in turns for text in _answer(*turn, where)]
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part, where)]
+    shown = str(value)[:60]
+    raise ValueError(f"{where}: {type(value).__name__} {shown}, expected a text or a list of texts")
+
+
+def _turns(value: object) -> list[tuple[object, object]]:
+    """Returns (speaker, content) for each turn of a conversation; an empty list for anything else."""
+    for speaker, content in (("from", "value"), ("role", "content")):
+        if isinstance(value, dict) and isinstance(value.get(speaker), list) and isinstance(value.get(content), list):
+            return list(zip(value[speaker], value[content]))  # the form of a `datasets` sequence
+        if isinstance(value, list) and value and all(isinstance(turn, dict) and content in turn for turn in value):
+            # Without speakers, questions and answers take turns.
+            usual = itertools.cycle(("human", "gpt"))
+            return [(turn.get(speaker, own), turn[content]) for turn, own in zip(value, usual)]
+    return []
+
+
+def _answer(speaker: object, content: object, where: str) -> list[str]:
+    if str(speaker).lower() in _OTHERS:
+        return []
+    if str(speaker).lower() not in _MODELS:
+        raise ValueError(f"{where}: a turn of {str(speaker)[:40]!r}, expected one of {', '.join((*_OTHERS, *_MODELS))}")
+    if isinstance(content, list):  # parts of several kinds
+        content = [part.get("text") if isinstance(part, dict) else part for part in content]
+    return _texts(content, where)
