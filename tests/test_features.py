@@ -239,23 +239,21 @@ def test_cached_features_give_the_same_evaluation_without_the_tower(scenes, tiny
     plain = evaluate(data, tiny_clip, tmp_path, "first", tmp_path / "cache")
     import open_clip
 
-    def fail(*_: object, **__: object) -> None:
-        raise AssertionError("the tower was asked")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(open_clip.CLIP, "encode_image", fail)
-        patch.setattr(open_clip.CLIP, "encode_text", fail)
-        assert evaluate(data, tiny_clip, tmp_path, "second", tmp_path / "cache") == plain
-    # An image that has changed is encoded again, and nothing else.
-    changed = sorted((data / "urban1k" / "image").glob("*.jpg"))[3]
-    load_rgb(changed).rotate(90).save(changed)
-    asked = []
-    original = open_clip.CLIP.encode_image
+    original, asked = open_clip.CLIP.encode_image, []
     monkeypatch.setattr(
         open_clip.CLIP, "encode_image", lambda self, x, *a: asked.append(len(x)) or original(self, x, *a)
     )
+    probe = [1]  # the image by which a tower is recognised
+    with monkeypatch.context() as patch:
+        patch.setattr("training.eval.feature_cache.encode_images", None)
+        patch.setattr("training.eval.retrieval.encode_texts", None)
+        assert evaluate(data, tiny_clip, tmp_path, "second", tmp_path / "cache") == plain
+    assert asked == probe
+    # An image that has changed is encoded again, and nothing else.
+    changed = sorted((data / "urban1k" / "image").glob("*.jpg"))[3]
+    load_rgb(changed).rotate(90).save(changed)
     third = evaluate(data, tiny_clip, tmp_path, "third", tmp_path / "cache")
-    assert asked == [1]
+    assert asked == [*probe, *probe, 1]
     assert third == evaluate(data, tiny_clip, tmp_path, "fourth", tmp_path / "other cache")
 
 

@@ -219,7 +219,7 @@ def _encode(
                 reason = next(iter(batch.broken.values()))
                 raise BrokenImageError(f"{reason}; replace the file, or add --allow-missing to skip it")
             if batch.positions:
-                features.append((batch.positions, _forward(tower, batch.inputs, env, options)))
+                features.append((batch.positions, run_tower(tower, batch.inputs, env.device, options.precision)))
                 lost_tokens[batch.positions] = batch.lost_tokens
     except Exception as caught:  # any error has to reach the other ranks before they wait for this one
         error = caught
@@ -262,16 +262,20 @@ def load_batches(
 
 
 @torch.no_grad()
-def _forward(tower: Callable, inputs: torch.Tensor, env: DistEnv, options: ComputeOptions) -> torch.Tensor:
-    """Runs a tower; returns L2-normalised features [n, dim], float32 on the CPU."""
-    dtype = get_input_dtype(options.precision) if inputs.is_floating_point() else None
-    with get_autocast(options.precision, device_type=env.device.type)():
-        features = tower(inputs.to(env.device, dtype, non_blocking=True))
+def run_tower(tower: Callable, inputs: torch.Tensor, device: torch.device, precision: str) -> torch.Tensor:
+    """Runs a tower; returns L2-normalised features [n, dim], float32 on the CPU.
+
+    Raises:
+        FloatingPointError: the model returned NaN or infinity.
+    """
+    dtype = get_input_dtype(precision) if inputs.is_floating_point() else None
+    with get_autocast(precision, device_type=device.type)():
+        features = tower(inputs.to(device, dtype, non_blocking=True))
     # Normalised in fp32 even if the tower runs in 16 bits, because rounding here would reduce R@1.
     features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
     if not features.isfinite().all():
         remedy = "try --precision fp32"
-        if options.precision == "fp32":
+        if precision == "fp32":
             remedy = "the weights are broken, or their training diverged; no flag can fix this"
-        raise FloatingPointError(f"the model returned NaN or infinity in {options.precision}; {remedy}")
+        raise FloatingPointError(f"the model returned NaN or infinity in {precision}; {remedy}")
     return features

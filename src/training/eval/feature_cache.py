@@ -2,31 +2,36 @@
 
     DIR/TOWER/features.safetensors    features [n, dim] float32, lost_tokens [n], key [n, 32] (SHA-256 of each item)
 
-TOWER is a hash of the tower's weights, of the preprocessing or tokenizer, and of the precision, so features are never
-used for another model or other preprocessing. For an image tower with a linear head, the trunk's features are cached,
-so that models with the same locked trunk share them.
+TOWER is a hash of everything that changes a feature: the tower's weights, structure and settings, what it makes of a
+fixed image or text, the reading of images or the tokenizer, and the precision. For an image tower with a linear head,
+the trunk's features are cached, so that models with the same locked trunk share them.
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from training.eval.encode import ComputeOptions, Encoding, encode_images
+from training.data.images import ImageReader
+from training.eval.encode import ComputeOptions, Encoding, encode_images, run_tower
 from training.eval.image_cache import image_key
 from training.model.assembly.factory import EncoderParts
+from training.model.towers.image_encoder import image_encoder
 from training.model.towers.locking import HEAD, apply_linear_head, linear_head
-from training.model.weights.fingerprint import fingerprint, preprocessing_fingerprint, tokenizer_fingerprint
+from training.model.weights.fingerprint import PROBE_TEXTS, fingerprint, probe_images, rounded, tokenizer_fingerprint
 from training.runtime.distributed import DistEnv, agree
 from training.runtime.files import atomic_write
 
-FORMAT = 2  # part of the hash: after a change, old files are not used
+FORMAT = 3  # part of the hash: after a change, old files are not used
 NAME = "features.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def text_key(text: str) -> bytes:
@@ -34,21 +39,54 @@ def text_key(text: str) -> bytes:
     return sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
+def describe_image_tower(
+    model: torch.nn.Module,
+    preprocess: Callable,
+    precision: str = "fp32",
+    image_decoding: str = "exact",
+    cut_head: bool = False,
+) -> dict[str, object]:
+    """Returns everything that changes an image's features, as values for JSON; the features of a probe are among it.
+
+    Args:
+        model: any open_clip model in eval mode.
+        preprocess: PIL image -> [3, H, W].
+        precision, image_decoding: see `ComputeOptions`.
+        cut_head: the features are those before the tower's `linear_head`.
+    """
+    head = HEAD if cut_head and linear_head(model.visual) else None
+    pixels = [ImageReader(preprocess, image_decoding)(file) for file in probe_images()]
+    tower = image_encoder(model, cut_head)
+    return {
+        "tower": fingerprint(model.visual, leave_out=head),
+        "probe": rounded(run_tower(tower, pixels[0][None], _device_of(model), precision)),
+        "pixels": sha256(torch.cat([p.flatten() for p in pixels]).numpy()).hexdigest(),
+        "precision": precision,
+        "image_decoding": image_decoding,
+    }
+
+
+def describe_text_tower(model: torch.nn.Module, tokenizer: Callable, precision: str) -> dict[str, object]:
+    """Does for texts what `describe_image_tower` does for images."""
+    ids = tokenizer(list(PROBE_TEXTS))
+    return {
+        "tower": fingerprint(model, leave_out="visual."),
+        "probe": rounded(run_tower(model.encode_text, ids, _device_of(model), precision)),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "precision": precision,
+    }
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def open_caches(
     folder: str, parts: EncoderParts, precision: str, env: DistEnv, image_decoding: str = "exact"
 ) -> tuple["FeatureCache", "FeatureCache"]:
     """Returns the caches of a model's image tower and text tower."""
-    image = {
-        "tower": fingerprint(parts.model.visual, leave_out=HEAD if linear_head(parts.model.visual) else None),
-        "reads": preprocessing_fingerprint(parts.preprocess),
-        "precision": precision,
-        "image_decoding": image_decoding,
-    }
-    text = {
-        "tower": fingerprint(parts.model, leave_out="visual."),
-        "reads": tokenizer_fingerprint(parts.tokenizer),
-        "precision": precision,
-    }
+    image = describe_image_tower(parts.model, parts.preprocess, precision, image_decoding, cut_head=True)
+    text = describe_text_tower(parts.model, parts.tokenizer, precision)
     return FeatureCache(folder, image, env), FeatureCache(folder, text, env)
 
 
@@ -94,50 +132,46 @@ class FeatureCache:
     def encode(self, keys: Sequence[bytes], encode: Callable[[list[int]], Encoding]) -> Encoding:
         """Returns the features of all items; encodes and adds those that are not in the cache.
 
+        A file that can't be read or written costs a warning: its features are encoded again, or not kept.
+
         Args:
             keys: one key per item.
             encode: indices of items -> their encoding, complete on every rank.
-
-        Raises:
-            ValueError: the cache's file can't be read.
         """
-        kept = agree(self._load, self.env)
-        row_of = {bytes(row): number for number, row in enumerate(kept["key"].numpy())}
+        content = agree(self._load, self.env)
+        row_of = {bytes(row): number for number, row in enumerate(content["key"].numpy())}
         missing = [position for position, key in enumerate(keys) if key not in row_of]
-        if not missing:
-            rows = torch.tensor([row_of[key] for key in keys], dtype=torch.int64)
-            return Encoding(kept["features"][rows], {}, kept["lost_tokens"][rows])
-        new = encode(missing)
-        whole = Encoding(
-            torch.zeros(len(keys), new.features.shape[1]),
-            {missing[position]: reason for position, reason in new.broken.items()},
-            torch.zeros(len(keys), dtype=torch.int64),
-        )
-        whole.features[missing], whole.lost_tokens[missing] = new.features, new.lost_tokens
-        known = [position for position, key in enumerate(keys) if key in row_of]
-        if known:
-            rows = torch.tensor([row_of[keys[position]] for position in known])
-            whole.features[known], whole.lost_tokens[known] = kept["features"][rows], kept["lost_tokens"][rows]
-        good = [position for position in missing if position not in whole.broken]
-        agree(lambda: self._save(kept, [keys[p] for p in good], whole, good), self.env)
-        return whole
+        broken: dict[int, str] = {}
+        if missing:
+            new = encode(missing)
+            broken = {missing[position]: reason for position, reason in new.broken.items()}
+            new_keys = np.frombuffer(b"".join(keys[p] for p in missing), dtype=np.uint8).reshape(-1, 32).copy()
+            added = {"features": new.features, "lost_tokens": new.lost_tokens, "key": torch.from_numpy(new_keys)}
+            row_of |= {keys[p]: row for row, p in enumerate(missing, start=len(content["key"]))}
+            if len(content["key"]):
+                added = {name: torch.cat([content[name], value]) for name, value in added.items()}
+            content = added
+            good = torch.ones(len(content["key"]), dtype=torch.bool)
+            good[[row_of[keys[p]] for p in broken]] = False
+            agree(lambda: self._save({name: value[good] for name, value in content.items()}), self.env)
+        rows = torch.tensor([row_of[key] for key in keys], dtype=torch.int64)
+        return Encoding(content["features"][rows], broken, content["lost_tokens"][rows])
 
     def _load(self) -> dict[str, torch.Tensor]:
         nothing = {"features": torch.zeros(0, 0), "lost_tokens": torch.zeros(0, dtype=torch.int64)}
         nothing["key"] = torch.zeros(0, 32, dtype=torch.uint8)
-        if not self.path.is_file():
-            return nothing
         try:
-            return load_file(self.path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"--feature-cache: {self.path} can't be read ({error}); remove it") from error
+            if not self.path.is_file():
+                return nothing
+            content = load_file(self.path)
+            return {name: content[name] for name in nothing}
+        except (SafetensorError, OSError, KeyError) as error:
+            logger.warning(f"--feature-cache: {self.path} can't be read ({error}); its features are encoded again")
+            return nothing
 
-    def _save(self, kept: dict[str, torch.Tensor], keys: list[bytes], new: Encoding, rows: list[int]) -> None:
-        if not rows:
-            return
-        own = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
-        content = {"features": new.features[rows], "lost_tokens": new.lost_tokens[rows], "key": own}
-        if len(kept["key"]):
-            content = {name: torch.cat([kept[name], value]) for name, value in content.items()}
-        with atomic_write(self.path) as temporary:
-            save_file(content, temporary)
+    def _save(self, content: dict[str, torch.Tensor]) -> None:
+        try:
+            with atomic_write(self.path) as temporary:
+                save_file(content, temporary)
+        except (SafetensorError, OSError) as error:
+            logger.warning(f"--feature-cache: {self.path} can't be written ({error}); its features are not kept")

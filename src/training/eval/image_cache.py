@@ -8,6 +8,7 @@ are therefore bit-identical with and without the cache, and models that normalis
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib.metadata import version
@@ -21,17 +22,20 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 from training.data.images import ImageReader, Source
+from training.model.weights.fingerprint import probe_images
 from training.readers.files import EmbeddedImage, ShardMember
 from training.readers.images import BrokenImageError
 from training.runtime.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
+logger = logging.getLogger(__name__)
 
 
 def image_key(path: Path | ShardMember | EmbeddedImage) -> bytes:
     """Returns a key that identifies an image file by path, size and modification time."""
     status = path.stat()
-    return sha256(f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}".encode()).digest()
+    identity = f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
+    return sha256(identity.encode("utf-8", "surrogatepass")).digest()  # a name need not be UTF-8
 
 
 class CachedReader:
@@ -45,21 +49,21 @@ class CachedReader:
         mode: one of `data.images.MODES`.
 
     Raises:
-        ValueError: the transform can't be split, or a file of the cache can't be read.
+        ValueError: the transform can't be split.
     """
 
     def __init__(self, folder: str | Path, transform: Callable, mode: str):
         before, self.after = split_at_tensor(transform)
         self.reader = ImageReader(before, mode)
-        noise = torch.randint(0, 256, (401, 613, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         reading = {
             "format": FORMAT,
-            "pixels": sha256(np.asarray(before(Image.fromarray(noise.numpy()))).tobytes()).hexdigest(),
+            "pixels": [sha256(np.asarray(self.reader(file)).tobytes()).hexdigest() for file in probe_images()],
             "decoding": mode,
             "versions": [version(name) for name in ("pillow", "torchvision")],
         }
         self.folder = Path(folder) / sha256(json.dumps(reading).encode()).hexdigest()[:32]
-        self.place: dict[bytes, tuple[Path, int]] = {}  # key of an image -> file and row of its pixels
+        self.rows: dict[bytes, tuple[Path, int]] = {}  # key of an image -> file and row of its pixels
+        self.can_write = True
         for path in sorted(self.folder.glob("*.safetensors")):
             self._index(path)
 
@@ -68,8 +72,9 @@ class CachedReader:
             with safe_open(path, "numpy") as file:
                 keys = file.get_tensor("key")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"--image-cache: {path} can't be read ({error}); remove it") from error
-        self.place |= {key.tobytes(): (path, row) for row, key in enumerate(keys)}
+            logger.warning(f"--image-cache: {path} can't be read ({error}); its images are read again")
+            return
+        self.rows |= {key.tobytes(): (path, row) for row, key in enumerate(keys)}
 
     def read(self, sources: Sequence[Source]) -> list[torch.Tensor | BrokenImageError]:
         """Reads image files, and adds those that are not in the cache.
@@ -81,8 +86,8 @@ class CachedReader:
         for source in sources:
             key = image_key(source)
             try:
-                if key in self.place:
-                    pixels = self._read_cached(*self.place[key])
+                if key in self.rows:
+                    pixels = self._read_cached(*self.rows[key])
                 else:
                     pixels = new[key] = np.asarray(self.reader(source))
             except BrokenImageError as error:
@@ -103,9 +108,15 @@ class CachedReader:
             "key": torch.from_numpy(np.frombuffer(b"".join(new), dtype=np.uint8).reshape(-1, 32).copy()),
         }
         path = self.folder / f"{sha256(b''.join(new)).hexdigest()[:32]}.safetensors"
-        with atomic_write(path) as temporary:
-            save_file(content, temporary)
-        self._index(path)
+        try:
+            with atomic_write(path) as temporary:
+                save_file(content, temporary)
+        except (SafetensorError, OSError) as error:
+            if self.can_write:  # said once by each process
+                logger.warning(f"--image-cache: {self.folder} can't be written ({error}); its pixels are not kept")
+            self.can_write = False
+        else:
+            self._index(path)
 
 
 def split_at_tensor(transform: Callable) -> tuple[Callable, Callable]:

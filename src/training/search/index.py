@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from training.eval.encode import Encoding
+from training.eval.feature_cache import describe_image_tower
 from training.eval.image_cache import image_key
-from training.model.weights.fingerprint import fingerprint, preprocessing_fingerprint
 from training.readers.files import IMAGE_SUFFIXES
 from training.runtime.files import atomic_write
 from training.runtime.lease import Lease
@@ -74,10 +74,10 @@ def index_path(index: Path, images: Path, model: torch.nn.Module, preprocess: Ca
         index: folder of ``--index``.
         images: the folder of images.
         model, preprocess: the model with the image tower ``visual``, and its preprocessing.
-        reading: everything else that features depend on (precision, image decoding), as values for JSON.
+        reading: the precision and the image decoding, see `describe_image_tower`.
     """
-    own = {"format": FORMAT, "images": str(images.resolve()), **reading}
-    own |= {"tower": fingerprint(model.visual), "preprocessing": preprocessing_fingerprint(preprocess)}
+    own = {"format": FORMAT, "images": os.fsencode(images.resolve()).hex()}
+    own |= describe_image_tower(model, preprocess, **reading)
     return index / sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32] / FILE
 
 
