@@ -94,7 +94,7 @@ def run(setting: Setting) -> list[Figure]:
     title = f"evaluation of five sets, {num_pairs:,} pairs, {workers} loader processes: {name}"
     facts = {
         "pairs_per_s": {side: num_pairs / value for side, value in seconds.items()},
-        "images_encoded": {"baseline": sum(len(s.image_paths) for s in sets), "ours": len(work.images.paths)},
+        "images_encoded": {"baseline": sum(len(s.image_paths) for s in sets), "ours": len(set(work.identity.values()))},
     }
     figures = []
     for mode in MODES:

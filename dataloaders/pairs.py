@@ -118,25 +118,13 @@ class ClassificationSet:
     class_texts: ClassTexts | None = None
 
 
-@dataclass(frozen=True)
-class FoundImages:
-    """The distinct image files of several sets, and which of them each set uses.
-
-    Attributes:
-        paths: one path per distinct file.
-        index: for each set, the position in `paths` of each of its images.
-    """
-
-    paths: tuple[Path, ...]
-    index: tuple[tuple[int, ...], ...]
-
-
-def find_images(sets: list[RetrievalSet]) -> tuple[list[RetrievalSet], FoundImages]:
+def find_images(sets: list[RetrievalSet]) -> tuple[list[RetrievalSet], dict[Path, object]]:
     """Looks up every image file of all sets, in parallel.
 
     Returns:
-        The sets without the images that have no file (these are named in `missing`), and the distinct files of all
-        sets. Files are compared by inode, so an image that is linked into several benchmarks is encoded once.
+        The sets without the images that have no file (these are named in `missing`), and the identity of each file:
+        two paths to the same inode have the same one, so an image that is linked into several benchmarks is encoded
+        once.
     """
     wanted = list(dict.fromkeys(path for s in sets for path in s.image_paths))
     identity = dict(zip(wanted, parallel_map(file_identity, wanted)))
@@ -144,14 +132,7 @@ def find_images(sets: list[RetrievalSet]) -> tuple[list[RetrievalSet], FoundImag
         s.without_images({i: f"{p}: no such image" for i, p in enumerate(s.image_paths) if identity[p] is None})
         for s in sets
     ]
-    position: dict[object, int] = {}
-    paths: list[Path] = []
-    for path in (p for s in present for p in s.image_paths):
-        if identity[path] not in position:
-            position[identity[path]] = len(paths)
-            paths.append(path)
-    index = tuple(tuple(position[identity[p]] for p in s.image_paths) for s in present)
-    return present, FoundImages(tuple(paths), index)
+    return present, {path: found for path, found in identity.items() if found is not None}
 
 
 def describe_missing(retrieval_set: RetrievalSet) -> str:

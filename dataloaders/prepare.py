@@ -132,14 +132,14 @@ def check_benchmark(sets: list[RetrievalSet], read_images: bool) -> tuple[str, b
     Returns:
         A report, and whether the benchmark is complete.
     """
-    sets, images = find_images(sets)
+    sets, identity = find_images(sets)
     broken = {}
     if read_images:
-        errors = parallel_map(_why_unreadable, images.paths)
-        broken = {number: error for number, error in enumerate(errors) if error}
+        errors = parallel_map(_why_unreadable, identity)
+        broken = {path: error for path, error in zip(identity, errors) if error}
     lines, complete = [], True
-    for number, s in enumerate(sets):
-        s = s.without_images({i: broken[file] for i, file in enumerate(images.index[number]) if file in broken})
+    for s in sets:
+        s = s.without_images({i: broken[path] for i, path in enumerate(s.image_paths) if path in broken})
         expected = s.num_published or len(s.captions)
         if s.missing:
             lines.append(describe_missing(s))

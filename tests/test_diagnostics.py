@@ -15,7 +15,7 @@ from support import read_results
 from training.eval.diagnostics import CHANGES, diagnose, monotonicity
 from training.eval.encode import ComputeOptions, encode_images, encode_texts
 from training.eval.report.card import above_chance, draw_card
-from training.eval.retrieval import plan_retrieval, rank_sets
+from training.eval.retrieval import EncodedSet, plan_retrieval, rank_set
 from training.main import main
 from training.model.assembly.factory import EncoderParts
 from training.readers.sentences import split_caption
@@ -252,9 +252,10 @@ def reports(tmp_path_factory):
     options = ComputeOptions(workers=0, sort_texts=False)
     for name, weights in (("learned", learned), ("random", guessed)):
         parts = EncoderParts(SceneReader(weights, mean), small, tokenize, small)
-        images = encode_images(parts.model, small, work.images.paths, ENV, options)
-        texts = encode_texts(parts.model, tokenize, work.texts, ENV, options, count_lost=False)
-        found[name] = diagnose(parts, rank_sets(work, images, texts, ENV), images, ENV, options)
+        images = encode_images(parts.model, small, work.sets[0].image_paths, ENV, options)
+        texts = encode_texts(parts.model, tokenize, work.sets[0].captions, ENV, options, count_lost=False)
+        encoded = EncodedSet(work.sets[0], images.features, texts.features, texts.lost_tokens)
+        found[name] = diagnose(parts, [rank_set(encoded, ENV)], ENV, options)
     return found
 
 

@@ -1,5 +1,6 @@
 """The four readers against recorded output of the published loaders, and irregular files found in practice."""
 
+import itertools
 import json
 import os
 import shutil
@@ -151,9 +152,9 @@ def test_files_shared_by_links_are_one_image(layouts):
     target = sets[-1].image_paths[0]
     target.unlink()
     os.link(sets[0].image_paths[0], target)
-    found_sets, found = find_images(sets)
+    found_sets, identity = find_images(sets)
     assert [len(s.captions) for s in found_sets] == [12, 12, 8, 12, 12]
-    assert found.index[4][0] == found.index[0][0]
-    assert len(found.paths) == 12 + 12 + 12 + 12 - 1  # the 8 images of share4v are among its 12
-    for s, index in zip(found_sets, found.index):
-        assert all(os.path.samefile(found.paths[i], p) for i, p in zip(index, s.image_paths))
+    assert identity[target] == identity[sets[0].image_paths[0]]
+    assert len(set(identity.values())) == 12 + 12 + 12 + 12 - 1  # the 8 images of share4v are among its 12
+    for first, second in itertools.combinations(identity, 2):
+        assert os.path.samefile(first, second) == (identity[first] == identity[second])

@@ -119,17 +119,17 @@ def test_filters_by_rank_and_search(page, features):
 
 
 def test_what_the_model_found_in_both_directions(page, features):
-    work, images, texts = read_features([str(features / "first.npz")])
+    (encoded,) = read_features([str(features / "first.npz")])
     page.click("#list li:nth-child(5) button")
-    order = np.argsort(-(texts.features[4] @ images.features.T).numpy())[:10]
+    order = np.argsort(-(encoded.texts[4] @ encoded.images.T).numpy())[:10]
     names = page.locator("#detail .matches li > img, #detail .matches li > .none").evaluate_all(
         "all => all.map(e => e.alt || e.textContent)"
     )
     assert names == [f"{n}.jpg" if n != 3 else "no image" for n in order]
     page.select_option("#direction", "i2t")
     page.click("#list li:nth-child(5) button")
-    order = np.argsort(-(images.features[4] @ texts.features.T).numpy())[:10]
-    assert page.locator("#detail .matches li > p").all_inner_texts() == [work.texts[n] for n in order]
+    order = np.argsort(-(encoded.images[4] @ encoded.texts.T).numpy())[:10]
+    assert page.locator("#detail .matches li > p").all_inner_texts() == [encoded.pairs.captions[n] for n in order]
     rank = expected_ranks(features)["i2t"][4]
     assert f"rank {rank}." in page.inner_text("#detail")
 
@@ -291,7 +291,7 @@ def test_features_that_do_not_fit_exit_2(arrays, said, tmp_path, capsys):
 def test_top_matches_by_brute_force():
     rng = torch.Generator().manual_seed(0)
     queries, candidates = (torch.nn.functional.normalize(torch.randn(n, 5, generator=rng), dim=1) for n in (23, 31))
-    top, score = top_matches(queries, candidates, 4, block_size=7)
+    top, score = top_matches(queries, candidates, 4, tile=(7, 5))
     expected = (queries.double() @ candidates.double().T).numpy()
     assert np.array_equal(top.numpy(), np.argsort(-expected, axis=1)[:, :4])
     assert np.allclose(score.numpy(), -np.sort(-expected, axis=1)[:, :4])

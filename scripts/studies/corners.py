@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 
 from training.eval.encode import ComputeOptions
 from training.eval.metrics import count_ranks, hit_probability
-from training.eval.retrieval import encode_work, plan_benchmarks
+from training.eval.retrieval import encode_sets, plan_benchmarks
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags
 from training.model.towers.special_attention import special_attention, words_of
@@ -105,12 +105,11 @@ def main() -> int:
                     raise ValueError(f"{args.run}: its model has no corner tokens")
                 work = plan_benchmarks(flags)
                 options = ComputeOptions(flags.batch_size, flags.workers, flags.precision)
-                images, _ = encode_work(parts, work, env, options, cache=flags.feature_cache)
-            features = all_features(parts, work.texts, flags.precision)
-            index, owner = work.text_index[0], torch.tensor(work.sets[0].image_of_caption)
-            own_images = images.features[torch.tensor(work.images.index[0])]
-            found[name] = {"cosine": cosines(features), "r1": recall(own_images, features[index], owner)}
-            found[name]["words"] = words(parts, work.texts[: args.captions])
+                encoded = next(encode_sets(parts, work, env, options, cache=flags.feature_cache))
+            captions, owner = encoded.pairs.captions, torch.tensor(encoded.pairs.image_of_caption)
+            features = all_features(parts, captions, flags.precision)
+            found[name] = {"cosine": cosines(features), "r1": recall(encoded.images, features, owner)}
+            found[name]["words"] = words(parts, captions[: args.captions])
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     (args.run / "corners.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from training.eval.encode import ComputeOptions, Encoding, encode_texts
+from training.eval.encode import ComputeOptions, encode_texts
 from training.eval.lengths import drop_sentence, shuffle_sentences
 from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probability, paired_bootstrap
 from training.eval.record import DIRECTIONS
@@ -48,7 +48,6 @@ CHANGES: dict[str, Callable[[list[str], int], list[str]]] = {
 def diagnose(
     parts: EncoderParts,
     ranked: Sequence[RankedSet],
-    images: Encoding,
     env: DistEnv,
     options: ComputeOptions,
     seed: int = 0,
@@ -57,8 +56,7 @@ def diagnose(
 
     Args:
         parts: the model.
-        ranked: the benchmarks, without unreadable images.
-        images: features of their images.
+        ranked: the benchmarks.
         env: the ranks share the encoding; all get the result.
         options: batch size, workers, precision.
         seed: seed of shuffling and dropping.
@@ -80,9 +78,9 @@ def diagnose(
     features = _encode_distinct(parts, list(wanted), env, options)
     return {
         r.pairs.title: {
-            "changes": _measure_changes(r, sentences[r.pairs.title], images, features, env, seed),
-            "himo": _measure_himo(r, sentences[r.pairs.title], images, features),
-            "positions": recall_by_position(r, sentences[r.pairs.title], images, features, env),
+            "changes": _measure_changes(r, sentences[r.pairs.title], features, env, seed),
+            "himo": _measure_himo(r, sentences[r.pairs.title], features),
+            "positions": recall_by_position(r, sentences[r.pairs.title], features, env),
         }
         for r in ranked
     }
@@ -116,13 +114,12 @@ def _encode_distinct(parts: EncoderParts, texts: list[str], env: DistEnv, option
 
 
 def _measure_changes(
-    r: RankedSet, sentences: list[list[str]], images: Encoding, features: _Features, env: DistEnv, seed: int
+    r: RankedSet, sentences: list[list[str]], features: _Features, env: DistEnv, seed: int
 ) -> dict[str, dict]:
     owner = torch.tensor(r.pairs.image_of_caption)
-    own_images = images.features[r.image_rows]
 
     def top1(captions: list[str]) -> dict[str, np.ndarray]:
-        counts = count_over_ranks(own_images, features(captions), owner, env)
+        counts = count_over_ranks(r.images, features(captions), owner, env)
         return {d: hit_probability(c, 1).numpy() for d, c in zip(DIRECTIONS, counts)}
 
     whole = [join_split(own) for own in sentences]
@@ -139,9 +136,9 @@ def _measure_changes(
     return found
 
 
-def _measure_himo(r: RankedSet, sentences: list[list[str]], images: Encoding, features: _Features) -> dict[str, dict]:
+def _measure_himo(r: RankedSet, sentences: list[list[str]], features: _Features) -> dict[str, dict]:
     similarity, cut = [], []
-    own_images = images.features[r.image_rows].double()
+    own_images = r.images.double()
     for own, image in zip(sentences, r.pairs.image_of_caption):
         prefixes = _prefixes(own)
         similarity.append((features(prefixes).double() @ own_images[image]).numpy())
@@ -203,7 +200,6 @@ def monotonicity(
 def recall_by_position(
     r: RankedSet,
     sentences: list[list[str]],
-    images: Encoding,
     features: Callable[[Sequence[str]], torch.Tensor],
     env: DistEnv,
 ) -> dict[str, dict[str, object]]:
@@ -216,7 +212,7 @@ def recall_by_position(
     owner = torch.tensor([i for i, own in zip(r.pairs.image_of_caption, sentences) for _ in own])
     place = torch.tensor([n for own in sentences for n in range(1, len(own) + 1)])
     alone = features([sentence for own in sentences for sentence in own])
-    _, t2i = count_over_ranks(images.features[r.image_rows], alone, owner, env)
+    _, t2i = count_over_ranks(r.images, alone, owner, env)
     hits = hit_probability(t2i, 1)
     found = {}
     for position in range(1, int(place.max()) + 1):

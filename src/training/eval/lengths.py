@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from training.eval.encode import ComputeOptions, Encoding, encode_texts
-from training.eval.metrics import hit_probability
+from training.eval.encode import ComputeOptions, encode_texts
+from training.eval.metrics import RankCounts, hit_probability
 from training.eval.record import DIRECTIONS
-from training.eval.retrieval import RankedSet, RetrievalWork, rank_sets
+from training.eval.retrieval import RankedSet, count_over_ranks
+from training.eval.store import FeatureStore
 from training.model.assembly.factory import EncoderParts
 from training.readers.sentences import join_split, split_sentences
 from training.runtime.distributed import DistEnv
@@ -91,9 +92,7 @@ def default_questions(tokenizer: Callable) -> LengthQuestions:
 
 def analyse_lengths(
     parts: EncoderParts,
-    work: RetrievalWork,
-    images: Encoding,
-    texts: Encoding,
+    ranked: Sequence[RankedSet],
     questions: LengthQuestions,
     env: DistEnv,
     options: ComputeOptions,
@@ -103,8 +102,7 @@ def analyse_lengths(
 
     Args:
         parts: the model.
-        work: benchmarks.
-        images, texts: features of the images and of the original captions.
+        ranked: benchmarks, with the features of the original captions.
         questions: what to measure.
         env: the ranks share the encoding.
         options: batch size, workers, precision.
@@ -121,32 +119,31 @@ def analyse_lengths(
         FloatingPointError: the model returned NaN or infinity.
     """
     tokenizer = parts.tokenizer
-    found: dict[str, dict[str, dict]] = {s.title: {} for s in work.sets}
-    hits: dict[str, list[np.ndarray]] = {s.title: [] for s in work.sets}
+    found: dict[str, dict[str, dict]] = {r.pairs.title: {} for r in ranked}
+    hits: dict[str, list[np.ndarray]] = {r.pairs.title: [] for r in ranked}
 
-    def note(kind: str, value: object, encoding: Encoding, with_similarity: bool = False) -> None:
-        similarity = _similarity(work, texts.features, encoding.features) if with_similarity else {}
-        for r in rank_sets(work, images, encoding, env):
-            own = {d: r.result.recall(d).top1 for d in DIRECTIONS}
-            own |= {"similarity": similarity[r.pairs.title]} if similarity else {}
+    def note(kind: str, value: object, change: Callable | None, through: Callable = tokenizer) -> None:
+        store = FeatureStore(lambda texts: encode_texts(parts.model, through, texts, env, options, count_lost=False))
+        for r in ranked:
+            changed = store(list(map(change, r.pairs.captions))).features if change else r.texts
+            i2t, t2i = count_over_ranks(r.images, changed, r.owner, env)
+            own: dict[str, float] = {d: float(hit_probability(c, 1).mean()) for d, c in zip(DIRECTIONS, (i2t, t2i))}
+            own |= {"similarity": _similarity(r, changed)} if kind == "sensitivity" else {}
             found[r.pairs.title].setdefault(kind, {})[str(value)] = own
             if kind == "tokens":
-                hits[r.pairs.title].append(_hits_by_image(r))
-
-    def encode(changed: Sequence[str], through: Callable = tokenizer) -> Encoding:
-        return encode_texts(parts.model, through, changed, env, options, count_lost=False)
+                hits[r.pairs.title].append(_hits_by_image(r.owner, i2t, t2i))
 
     for length in token_lengths(tokenizer, questions.tokens) if questions.tokens else ():
         is_whole = length == tokenizer.context_length
-        note("tokens", length, texts if is_whole else encode(work.texts, cut_tokenizer(tokenizer, length)))
+        note("tokens", length, None if is_whole else str, cut_tokenizer(tokenizer, length))
     for number in sorted(questions.sentences):
-        note("sentences", number, encode([join_split(split_sentences(text)[:number]) for text in work.texts]))
+        note("sentences", number, lambda text: join_split(split_sentences(text)[:number]))
     if questions.sentences:
-        note("sentences", "all", texts)
+        note("sentences", "all", None)
     if questions.sensitivity:
-        note("sensitivity", "as it is", texts, True)
-        for name, change in (("sentences shuffled", shuffle_sentences), ("one sentence dropped", drop_sentence)):
-            note("sensitivity", name, encode([change(text, seed) for text in work.texts]), True)
+        note("sensitivity", "as it is", None)
+        note("sensitivity", "sentences shuffled", lambda text: shuffle_sentences(text, seed))
+        note("sensitivity", "one sentence dropped", lambda text: drop_sentence(text, seed))
     result = {"context_length": tokenizer.context_length, "sets": found}
     return result | (_effective_lengths(found, hits) if questions.tokens else {})
 
@@ -171,16 +168,10 @@ def drop_sentence(text: str, seed: int) -> str:
     return join_split(sentences)
 
 
-def _similarity(work: RetrievalWork, before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
-    """Returns for each set the mean cosine between features before and after a change, over captions of two sentences
-    or more."""
-    cosine = (before.double() * after.double()).sum(dim=1)
-    several = torch.tensor([len(split_sentences(text)) > 1 for text in work.texts])
-    means = {}
-    for s, rows in zip(work.sets, work.text_index):
-        kept = [row for row in rows if several[row]]
-        means[s.title] = float(cosine[kept].mean()) if kept else 1.0
-    return means
+def _similarity(r: RankedSet, changed: torch.Tensor) -> float:
+    """Returns the mean cosine between features before and after a change, over captions of two sentences or more."""
+    several = torch.tensor([len(split_sentences(text)) > 1 for text in r.pairs.captions])
+    return float((r.texts.double() * changed.double()).sum(dim=1)[several].mean()) if several.any() else 1.0
 
 
 def effective_length(lengths: Sequence[float], recall: Sequence[float]) -> float | None:
@@ -204,15 +195,14 @@ def effective_length(lengths: Sequence[float], recall: Sequence[float]) -> float
     return float(np.interp(target, recall[first - 1 : first + 1], lengths[first - 1 : first + 1]))
 
 
-def _hits_by_image(r: RankedSet) -> np.ndarray:
+def _hits_by_image(owner: torch.Tensor, i2t: RankCounts, t2i: RankCounts) -> np.ndarray:
     """Returns for each image its own hit, the number of hits of its captions, and the number of its captions.
 
     Returns:
         [num_images, 3].
     """
-    owner = np.array(r.pairs.image_of_caption)
-    captions = np.bincount(owner, hit_probability(r.t2i, 1).numpy())
-    return np.stack([hit_probability(r.i2t, 1).numpy(), captions, np.bincount(owner)], axis=1)
+    captions = np.bincount(owner, hit_probability(t2i, 1).numpy())
+    return np.stack([hit_probability(i2t, 1).numpy(), captions, np.bincount(owner)], axis=1)
 
 
 def _effective_lengths(found: dict[str, dict], hits: dict[str, list[np.ndarray]]) -> dict[str, dict[str, object]]:

@@ -11,16 +11,15 @@ protocol          ()                    optional: name of the benchmark's varian
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
-from dataloaders.pairs import FoundImages, RetrievalSet
-from training.eval.encode import ComputeOptions, Encoding, encode_texts
-from training.eval.retrieval import RankedSet, RetrievalWork, check_names
+from dataloaders.pairs import RetrievalSet
+from training.eval.encode import ComputeOptions, encode_texts
+from training.eval.retrieval import EncodedSet, check_names
 from training.model.assembly.factory import EncoderParts
 from training.runtime.distributed import DistEnv
 
@@ -30,64 +29,37 @@ NUM_CHECKED = 32  # number of captions encoded again to check that the features 
 SAME_MODEL = 0.99  # minimum cosine; bf16 compared with fp32 reaches 0.999
 
 
-def write_features(ranked: RankedSet, images: Encoding, texts: Encoding, folder: Path) -> Path:
-    """Writes one benchmark to ``FOLDER/KEY.npz``.
-
-    Args:
-        ranked: the benchmark.
-        images, texts: all encoded features, of which `ranked` gives the rows.
-        folder: created if it does not exist.
-
-    Returns:
-        The path of the file.
-    """
+def write_features(encoded: EncodedSet, folder: Path) -> Path:
+    """Writes one benchmark to ``FOLDER/KEY.npz``; the folder is created if it does not exist; returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{ranked.result.key}.npz"
+    path = folder / f"{encoded.pairs.key}.npz"
     np.savez(
         path,
-        image_features=images.features[ranked.image_rows].numpy(),
-        text_features=texts.features[ranked.text_rows].numpy(),
-        image_of_caption=np.array(ranked.pairs.image_of_caption),
-        captions=np.array(ranked.pairs.captions),
-        image_paths=np.array([os.path.abspath(str(p)) for p in ranked.pairs.image_paths]),
-        lost_tokens=texts.lost_tokens[ranked.text_rows].numpy(),
-        title=np.array(ranked.pairs.title),
-        protocol=np.array(ranked.pairs.protocol),
+        image_features=encoded.images.numpy(),
+        text_features=encoded.texts.numpy(),
+        image_of_caption=np.array(encoded.pairs.image_of_caption),
+        captions=np.array(encoded.pairs.captions),
+        image_paths=np.array([os.path.abspath(str(p)) for p in encoded.pairs.image_paths]),
+        lost_tokens=encoded.lost_tokens.numpy(),
+        title=np.array(encoded.pairs.title),
+        protocol=np.array(encoded.pairs.protocol),
     )
     return path
 
 
-def read_features(paths: list[str]) -> tuple[RetrievalWork, Encoding, Encoding]:
-    """Reads benchmarks from files of features.
-
-    Returns:
-        The sets, and the features of their images and captions, concatenated over the sets, L2-normalised float32.
+def read_features(paths: list[str]) -> list[EncodedSet]:
+    """Reads benchmarks from files of features, and normalises these.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: a file is not an .npz file, or its arrays are inconsistent.
     """
-    loaded = [_read_one(Path(path)) for path in paths]
-    sets = [s for s, _ in loaded]
-    check_names(sets)
-    first_image = np.cumsum([0, *(len(s.image_paths) for s in sets)])
-    first_text = np.cumsum([0, *(len(s.captions) for s in sets)])
-    found = FoundImages(
-        tuple(path for s in sets for path in s.image_paths),
-        tuple(tuple(range(first_image[n], first_image[n + 1])) for n in range(len(sets))),
-    )
-    text_index = [list(range(first_text[n], first_text[n + 1])) for n in range(len(sets))]
-    work = RetrievalWork(sets, found, tuple(c for s in sets for c in s.captions), text_index)
-    dim = max(arrays["image"].shape[1] for _, arrays in loaded)
-    # Appending zeros does not change similarities, so files of models with different dimensions can be combined.
-    images, texts = (torch.cat([pad(a[kind], (0, dim - a[kind].shape[1])) for _, a in loaded]) for kind in KINDS)
-    lost = torch.cat([arrays["lost"] for _, arrays in loaded])
-    return work, Encoding(images, {}, torch.zeros(len(images), dtype=torch.int64)), Encoding(texts, {}, lost)
+    sets = [_read_one(Path(path)) for path in paths]
+    check_names([s.pairs for s in sets])
+    return sets
 
 
-def check_text_model(
-    parts: EncoderParts, captions: Sequence[str], texts: Encoding, env: DistEnv, options: ComputeOptions
-) -> None:
+def check_text_model(parts: EncoderParts, encoded: EncodedSet, env: DistEnv, options: ComputeOptions) -> None:
     """Checks that features from a file are those of the model, by encoding some captions again.
 
     Changed captions, encoded by the model, are compared with the file's features, so both must be of the same model.
@@ -95,18 +67,19 @@ def check_text_model(
     Raises:
         ValueError: the features in the file are not those of the model.
     """
+    captions = encoded.pairs.captions
     rows = torch.linspace(0, len(captions) - 1, min(NUM_CHECKED, len(captions))).long()
-    own = encode_texts(parts.model, parts.tokenizer, [captions[i] for i in rows], env, options).features
-    dim = min(own.shape[1], texts.features.shape[1])  # the features of several files are padded with zeros
-    cosine = float((own[:, :dim] * texts.features[rows, :dim]).sum(dim=1).min())
-    if own.shape[1] > texts.features.shape[1] or cosine < SAME_MODEL:
+    again = encode_texts(parts.model, parts.tokenizer, [captions[i] for i in rows], env, options).features
+    same_size = again.shape[1] == encoded.texts.shape[1]
+    cosine = float((again * encoded.texts[rows]).sum(dim=1).min()) if same_size else 0.0
+    if cosine < SAME_MODEL:
         raise ValueError(
             f"--features: text_features are not those of --model for the same captions (cosine {cosine:.3f}, expected "
             f"at least {SAME_MODEL}); give the model and weights that the file was made with, and put captions into it"
         )
 
 
-def _read_one(path: Path) -> tuple[RetrievalSet, dict[str, torch.Tensor]]:
+def _read_one(path: Path) -> EncodedSet:
     arrays = _load(path)
     where = f"--features {path}"
     features = {kind: _normalised(arrays.get(f"{kind}_features"), f"{where}: {kind}_features") for kind in KINDS}
@@ -137,7 +110,7 @@ def _read_one(path: Path) -> tuple[RetrievalSet, dict[str, torch.Tensor]]:
         protocol=str(arrays.get("protocol", "")),
     )
     lost = torch.from_numpy(arrays.get("lost_tokens", np.full(num_captions, -1)).astype(np.int64))
-    return pairs, features | {"lost": lost}
+    return EncodedSet(pairs, features["image"], features["text"], lost)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import torch
 from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 
-from training.eval.encode import ComputeOptions, Encoding, image_batches, load_batches
+from training.eval.encode import ComputeOptions, image_batches, load_batches
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.eval.record import Recall, RetrievalResult
 from training.eval.report.matches import top_matches
@@ -28,8 +28,6 @@ from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
 def rerank_sets(
     parts: EncoderParts,
     ranked: Sequence[RankedSet],
-    images: Encoding,
-    texts: Encoding,
     num_candidates: int,
     env: DistEnv,
     options: ComputeOptions,
@@ -39,7 +37,6 @@ def rerank_sets(
     Args:
         parts: a model with `flair.TextConditionedPooling`.
         ranked: benchmarks, ranked by cosine.
-        images, texts: the features used for that ranking.
         num_candidates: number of captions per image that are scored again.
         env: each rank processes its share of the images.
         options: batch size, workers, precision.
@@ -52,19 +49,17 @@ def rerank_sets(
     """
     results = []
     for r in ranked:
-        own_images, own_texts = images.features[r.image_rows], texts.features[r.text_rows]
-        candidates, _ = top_matches(own_images, own_texts, num_candidates, env.device)
+        candidates, _ = top_matches(r.images, r.texts, num_candidates, env.device)
         queries = encode_queries(parts, r.pairs.captions, env, options)
         scores = score_candidates(parts, r.pairs.image_paths, queries, candidates, env, options)
-        owner = torch.tensor(r.pairs.image_of_caption)
-        i2t, t2i = count_listed(candidates, scores, owner)
+        i2t, t2i = count_listed(candidates, scores, r.owner)
         result = replace(
             r.result,
             title=f"{r.result.title}, {candidates.shape[1]} reranked",
             key=f"{r.result.key}-reranked",
             protocol=f"{r.result.protocol}, {candidates.shape[1]} captions of each image reranked",
             i2t=Recall.of(summarise(i2t)),
-            t2i=Recall.of(summarise(t2i, clusters=owner)),
+            t2i=Recall.of(summarise(t2i, clusters=r.owner)),
         )
         results.append(result)
     return results

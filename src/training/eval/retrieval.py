@@ -4,17 +4,19 @@ Benchmarks come from `dataloaders.registry`; a new benchmark is one new file in 
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
-from dataloaders.pairs import ClassificationSet, FoundImages, RetrievalSet, describe_missing, find_images
+from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images
 from dataloaders.registry import benchmarks, destination
 from training.eval.encode import ComputeOptions, Encoding, encode_texts
 from training.eval.feature_cache import encode_images_once, open_caches, text_key
 from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.eval.record import Recall, RetrievalResult
+from training.eval.store import FeatureStore
 from training.model.assembly.factory import EncoderParts
 from training.readers.files import upright
 from training.readers.images import BrokenImageError
@@ -24,20 +26,16 @@ from training.runtime.stop import SIGNALS
 
 @dataclass(frozen=True)
 class RetrievalWork:
-    """The distinct image files and captions to encode, and which set uses which of them.
+    """The benchmarks to evaluate.
 
     Attributes:
-        sets: the benchmarks in the published order.
-        images: distinct image files, and for each set the file of each image.
-        texts: distinct captions.
-        text_index: for each set and each of its captions, the index in `texts`.
+        sets: retrieval sets in the published order.
+        identity: identity of each image file; the same for two paths to one file.
         classification: zero-shot sets, which are encoded separately.
     """
 
     sets: list[RetrievalSet]
-    images: FoundImages
-    texts: tuple[str, ...]
-    text_index: list[list[int]]
+    identity: dict[Path, object]
     classification: tuple[ClassificationSet, ...] = ()
 
 
@@ -76,14 +74,14 @@ def check_names(sets: Sequence[RetrievalSet]) -> None:
 
 
 def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWork:
-    """Checks that all images exist, and collects the distinct images and captions of all sets.
+    """Checks that all images exist.
 
     Raises:
         FileNotFoundError: images or annotations are missing and `allow_missing` is False; the message names the first
             ten of each set.
         ValueError: a set has no pairs.
     """
-    sets, images = find_images(sets)
+    sets, identity = find_images(sets)
     incomplete = [describe_missing(s) for s in sets if s.missing]
     if incomplete and not allow_missing:
         raise FileNotFoundError(
@@ -93,27 +91,45 @@ def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWo
         if not s.captions:
             detail = describe_missing(s) if s.missing else f"{s.title}: no pairs found; {s.source}"
             raise ValueError(f"{s.title} is empty.\n{detail}")
-    texts = {text: position for position, text in enumerate(dict.fromkeys(c for s in sets for c in s.captions))}
-    return RetrievalWork(sets, images, tuple(texts), [[texts[c] for c in s.captions] for s in sets])
+    return RetrievalWork(sets, identity)
 
 
 @dataclass(frozen=True)
-class RankedSet:
-    """A benchmark and its ranks.
+class EncodedSet:
+    """A benchmark and its features, complete on every rank.
+
+    Attributes:
+        pairs: the set without the pairs whose image is broken.
+        images: [num_images, dim] float32 on the CPU, L2-normalised.
+        texts: [num_captions, dim], likewise.
+        lost_tokens: [num_captions] int64, number of tokens that the tokenizer cut off; -1 if unknown.
+        num_broken: number of pairs left out because their image is broken.
+    """
+
+    pairs: RetrievalSet
+    images: torch.Tensor
+    texts: torch.Tensor
+    lost_tokens: torch.Tensor
+    num_broken: int = 0
+
+
+@dataclass(frozen=True)
+class RankedSet(EncodedSet):
+    """A benchmark with its features and ranks.
 
     Attributes:
         result: the numbers.
-        pairs: the set without the pairs whose image is broken.
-        image_rows, text_rows: rows of its images and captions among all encoded features.
         i2t, t2i: counts for image queries and for caption queries.
     """
 
-    result: RetrievalResult
-    pairs: RetrievalSet
-    image_rows: list[int]
-    text_rows: list[int]
-    i2t: RankCounts
-    t2i: RankCounts
+    result: RetrievalResult = field(kw_only=True)
+    i2t: RankCounts = field(kw_only=True)
+    t2i: RankCounts = field(kw_only=True)
+
+    @property
+    def owner(self) -> torch.Tensor:
+        """Image of each caption, [num_captions] int64."""
+        return torch.tensor(self.pairs.image_of_caption)
 
 
 def evaluate_retrieval(
@@ -123,20 +139,19 @@ def evaluate_retrieval(
     options: ComputeOptions,
     allow_broken: bool = False,
 ) -> list[RetrievalResult]:
-    """Encodes and ranks every set; see `encode_work` and `rank_sets`, also for what is raised."""
-    images, texts = encode_work(parts, work, env, options, allow_broken)
-    return [ranked.result for ranked in rank_sets(work, images, texts, env)]
+    """Encodes and ranks every set; see `encode_sets` and `rank_set`, also for what is raised."""
+    return [rank_set(encoded, env).result for encoded in encode_sets(parts, work, env, options, allow_broken)]
 
 
-def encode_work(
+def encode_sets(
     parts: EncoderParts,
     work: RetrievalWork,
     env: DistEnv,
     options: ComputeOptions,
     allow_broken: bool = False,
     cache: str | None = None,
-) -> tuple[Encoding, Encoding]:
-    """Encodes every distinct image and caption once, distributed over all ranks.
+) -> Iterator[EncodedSet]:
+    """Encodes set by set, distributed over all ranks; an image or caption of several sets is encoded once.
 
     Args:
         parts: the model with its transforms and tokenizer.
@@ -146,67 +161,59 @@ def encode_work(
         allow_broken: leave unreadable images out instead of raising.
         cache: folder of the feature cache, which is read and extended.
 
-    Returns:
-        Features of `work.images.paths` and of `work.texts`.
-
     Raises:
-        BrokenImageError: an image can't be read, unless allowed.
+        BrokenImageError: an image can't be read, unless allowed; or a set has no readable image.
         FloatingPointError: the model returned NaN or infinity.
     """
-
-    def texts_at(positions: Sequence[int]) -> Encoding:
-        chosen = [work.texts[p] for p in positions]
-        return encode_texts(parts.model, parts.tokenizer, chosen, env, options)
-
     image_cache, text_cache = None, None
     if cache:
         image_cache, text_cache = open_caches(cache, parts, options.precision, env, options.image_decoding)
-    images = encode_images_once(image_cache, parts, work.images.paths, env, options, allow_broken)
-    if text_cache is None:
-        return images, texts_at(range(len(work.texts)))
-    return images, text_cache.encode([text_key(text) for text in work.texts], texts_at)
 
+    def encode_captions(captions: list[str]) -> Encoding:
+        def encode(positions: Sequence[int]) -> Encoding:
+            return encode_texts(parts.model, parts.tokenizer, [captions[p] for p in positions], env, options)
 
-def rank_sets(work: RetrievalWork, images: Encoding, texts: Encoding, env: DistEnv) -> list[RankedSet]:
-    """Ranks every set.
+        return text_cache.encode(list(map(text_key, captions)), encode) if text_cache else encode(range(len(captions)))
 
-    Args:
-        work: the sets, and which encoded items they use.
-        images: features of `work.images.paths`; pairs whose image is broken are left out.
-        texts: features of `work.texts`.
-        env: each rank computes its share; all get the same result.
-
-    Raises:
-        BrokenImageError: a set has no readable image.
-    """
-    ranked = []
-    for number, whole in enumerate(work.sets):
+    images = FeatureStore(lambda paths: encode_images_once(image_cache, parts, paths, env, options, allow_broken))
+    texts = FeatureStore(encode_captions)
+    for s in work.sets:
         raise_together(SIGNALS.error(), env)
-        files = work.images.index[number]
-        broken = {i: images.broken[file] for i, file in enumerate(files) if file in images.broken}
-        kept = whole.without_images(broken)
+        found = images(s.image_paths, [work.identity[path] for path in s.image_paths])
+        kept = s.without_images(found.broken)
         if not kept.captions:
-            raise BrokenImageError(f"{kept.title}: no image can be read.\n{describe_missing(kept)}")
-        own_images = [file for i, file in enumerate(files) if i not in broken]
-        own_texts = [t for t, i in zip(work.text_index[number], whole.image_of_caption) if i not in broken]
-        owner = torch.tensor(kept.image_of_caption)
-        i2t, t2i = count_over_ranks(images.features[own_images], texts.features[own_texts], owner, env)
-        result = RetrievalResult(
-            title=kept.title,
-            key=kept.key,
-            protocol=kept.protocol,
-            fingerprint=kept.fingerprint(),
-            num_images=len(kept.image_paths),
-            num_pairs=len(kept.captions),
-            num_expected=max(kept.num_published or 0, len(kept.captions) + len(kept.missing)),
-            num_broken=len(kept.missing) - len(whole.missing),
-            num_missing=len(whole.missing),
-            i2t=Recall.of(summarise(i2t)),
-            t2i=Recall.of(summarise(t2i, clusters=owner)),
-            **_truncation(texts.lost_tokens[own_texts]),
+            raise BrokenImageError(f"{s.title}: no image can be read.\n{describe_missing(kept)}")
+        readable = [i for i in range(len(s.image_paths)) if i not in found.broken]
+        captions = texts(kept.captions)
+        yield EncodedSet(
+            kept,
+            found.features[readable] if found.broken else found.features,
+            captions.features,
+            captions.lost_tokens,
+            len(kept.missing) - len(s.missing),
         )
-        ranked.append(RankedSet(result, kept, own_images, own_texts, i2t, t2i))
-    return ranked
+
+
+def rank_set(encoded: EncodedSet, env: DistEnv) -> RankedSet:
+    """Ranks a set; each rank of `env` computes its share, and all get the result."""
+    pairs = encoded.pairs
+    owner = torch.tensor(pairs.image_of_caption)
+    i2t, t2i = count_over_ranks(encoded.images, encoded.texts, owner, env)
+    result = RetrievalResult(
+        title=pairs.title,
+        key=pairs.key,
+        protocol=pairs.protocol,
+        fingerprint=pairs.fingerprint(),
+        num_images=len(pairs.image_paths),
+        num_pairs=len(pairs.captions),
+        num_expected=max(pairs.num_published or 0, len(pairs.captions) + len(pairs.missing)),
+        num_broken=encoded.num_broken,
+        num_missing=len(pairs.missing) - encoded.num_broken,
+        i2t=Recall.of(summarise(i2t)),
+        t2i=Recall.of(summarise(t2i, clusters=owner)),
+        **_truncation(encoded.lost_tokens),
+    )
+    return RankedSet(**vars(encoded), result=result, i2t=i2t, t2i=t2i)
 
 
 def count_over_ranks(

@@ -9,7 +9,7 @@ from pathlib import Path
 from dataloaders.pairs import describe_missing
 from training.data.images import IN_EVALUATION
 from training.eval.diagnostics import diagnose
-from training.eval.encode import ComputeOptions, Encoding
+from training.eval.encode import ComputeOptions
 from training.eval.lengths import LengthQuestions, analyse_lengths, default_questions, token_lengths
 from training.eval.npz import check_text_model, read_features, write_features
 from training.eval.published import (
@@ -33,7 +33,7 @@ from training.eval.results import (
     run_name,
     write_results,
 )
-from training.eval.retrieval import RankedSet, RetrievalWork, encode_work, plan_benchmarks, rank_sets
+from training.eval.retrieval import EncodedSet, RankedSet, RetrievalWork, encode_sets, plan_benchmarks, rank_set
 from training.eval.zero_shot import evaluate_zero_shot
 from training.flags.effects import asks_about_texts
 from training.model.assembly.factory import EncoderParts
@@ -48,13 +48,13 @@ class Plan:
     """Result of rank 0's checks before a model is built; the same on every rank.
 
     Attributes:
-        work: benchmarks; None if they are given as features.
+        work: benchmarks; without retrieval sets if these are given as features.
         weights_sha256: hash of the weights file; None without weights.
         folder: folder of this run, LOGS/NAME.
         printed: published numbers of this model.
     """
 
-    work: RetrievalWork | None
+    work: RetrievalWork
     weights_sha256: str | None
     folder: Path
     printed: list[Printed]
@@ -64,9 +64,6 @@ class Plan:
 class Outcome:
     """Everything that was measured, and its inputs."""
 
-    work: RetrievalWork
-    images: Encoding | None
-    texts: Encoding | None
     ranked: list[RankedSet]
     zero_shot: list[ClassificationResult]
     reranked: list[RetrievalResult] = field(default_factory=list)
@@ -109,9 +106,8 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
     """
     check_precision(args.precision, env.device)
-    work = weights = None
-    if not args.features:
-        work = plan_benchmarks(args)
+    weights = None
+    work = RetrievalWork([], {}) if args.features else plan_benchmarks(args)
     if not args.features or asks_about_texts(args):
         weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
         if args.rerank:
@@ -137,9 +133,9 @@ def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
 def _measure(
     args: argparse.Namespace,
     parts: EncoderParts | None,
-    work: RetrievalWork | None,
+    work: RetrievalWork,
     env: DistEnv,
-    encoded: tuple[RetrievalWork, Encoding, Encoding] | None,
+    encoded: list[EncodedSet] | None,
 ) -> Outcome:
     """Encodes and ranks the benchmarks, and runs all analyses; with features in `encoded`, only changed captions are
     encoded.
@@ -158,29 +154,27 @@ def _measure(
         args.image_decoding or IN_EVALUATION,
         args.image_cache,
     )
-    images, texts, ranked, reranked, lengths, diagnostics = None, None, [], [], None, None
+    ranked, reranked, lengths, diagnostics = [], [], None, None
     questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)
     if args.diagnostics:  # the long-text card shows both curves
         usual = default_questions(parts.tokenizer)
         questions = replace(
             questions, tokens=questions.tokens or usual.tokens, sentences=questions.sentences or usual.sentences
         )
-    if encoded:
-        work, images, texts = encoded
-        if parts:
-            check_text_model(parts, work.texts, texts, env, options)
-    elif work.sets:
-        images, texts = encode_work(parts, work, env, options, args.allow_missing, args.feature_cache)
-    if work.sets:
-        ranked = rank_sets(work, images, texts, env)
+    if encoded and parts:
+        for one in encoded:
+            check_text_model(parts, one, env, options)
+    if encoded or work.sets:
+        encoded = encoded or encode_sets(parts, work, env, options, args.allow_missing, args.feature_cache)
+        ranked = [rank_set(one, env) for one in encoded]
         if args.rerank:
-            reranked = rerank_sets(parts, ranked, images, texts, args.rerank, env, options)
+            reranked = rerank_sets(parts, ranked, args.rerank, env, options)
         if questions:
-            lengths = analyse_lengths(parts, work, images, texts, questions, env, options, args.seed)
+            lengths = analyse_lengths(parts, ranked, questions, env, options, args.seed)
         if args.diagnostics:
-            diagnostics = diagnose(parts, ranked, images, env, options, args.seed)
+            diagnostics = diagnose(parts, ranked, env, options, args.seed)
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing, args.feature_cache)
-    return Outcome(work, images, texts, ranked, zero_shot, reranked, lengths, diagnostics)
+    return Outcome(ranked, zero_shot, reranked, lengths, diagnostics)
 
 
 def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
@@ -214,7 +208,7 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
         write_ranks(outcome.ranked, plan.folder / FILE)
     if args.save_features:
         for ranked in outcome.ranked:
-            write_features(ranked, outcome.images, outcome.texts, plan.folder / "features")
+            write_features(ranked, plan.folder / "features")
         print(f"Features: {plan.folder / 'features'}")
     if args.report:
         print(f"Report: {_write_page(args, plan, outcome, label, env, comparisons)}")
@@ -245,7 +239,7 @@ def _show_lengths(plan: Plan, outcome: Outcome) -> None:
         figure.savefig(plan.folder / "lengths.png", dpi=120)
         print(f"Curves: {plan.folder / 'lengths.png'}")
     path = plan.folder / "cut_captions.csv"
-    number = write_cut_captions(outcome.ranked, outcome.texts.lost_tokens.tolist(), path)
+    number = write_cut_captions(outcome.ranked, path)
     print(f"Captions that the tokenizer truncates: {number:,}, listed in {path}")
 
 
@@ -261,7 +255,7 @@ def _show_diagnostics(plan: Plan, outcome: Outcome, label: str) -> None:
 
 
 def _print_missing(outcome: Outcome) -> None:
-    missing = {s.key: describe_missing(s) for s in outcome.work.sets if s.missing}
+    missing = {r.result.key: describe_missing(r.pairs) for r in outcome.ranked if r.pairs.missing}
     for result in [*(r.result for r in outcome.ranked), *outcome.zero_shot]:
         if not result.is_complete:
             left_out = ""
@@ -297,9 +291,6 @@ def _write_page(
         label,
         {} if args.features else facts,
         outcome.ranked,
-        outcome.images,
-        outcome.texts,
-        outcome.work.images.paths,
         outcome.zero_shot,
         [(title, text, to_svg(figure)) for title, text, figure in figures],
         comparisons,

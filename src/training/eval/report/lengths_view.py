@@ -70,12 +70,11 @@ def draw_lengths(result: dict) -> object:
     return figure
 
 
-def write_cut_captions(ranked: Sequence[RankedSet], lost_tokens: Sequence[int], path: Path) -> int:
+def write_cut_captions(ranked: Sequence[RankedSet], path: Path) -> int:
     """Writes a CSV of the captions that the tokenizer truncates, in the order of the benchmarks.
 
     Args:
         ranked: benchmarks.
-        lost_tokens: number of tokens cut off each encoded caption.
         path: the file.
 
     Returns:
@@ -83,10 +82,9 @@ def write_cut_captions(ranked: Sequence[RankedSet], lost_tokens: Sequence[int], 
     """
     rows = []
     for r in ranked:
-        for number, (row, text, image) in enumerate(zip(r.text_rows, r.pairs.captions, r.pairs.image_of_caption)):
-            if lost_tokens[row] > 0:
-                name = r.pairs.image_paths[image].name
-                rows.append([r.pairs.title, number + 1, name, int(lost_tokens[row]), text])
+        for row in (r.lost_tokens > 0).nonzero()[:, 0].tolist():
+            name = r.pairs.image_paths[r.pairs.image_of_caption[row]].name
+            rows.append([r.pairs.title, row + 1, name, int(r.lost_tokens[row]), r.pairs.captions[row]])
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["benchmark", "caption_number", "image", "lost_tokens", "caption"], *rows])
     return len(rows)

@@ -1,6 +1,8 @@
-"""Finds the best candidates of every query, in blocks of queries. Pure tensors."""
+"""Finds the best candidates of every query, in tiles. Pure tensors."""
 
 import torch
+
+from training.eval.metrics import float64_device
 
 
 def top_matches(
@@ -8,23 +10,32 @@ def top_matches(
     candidates: torch.Tensor,
     k: int,
     device: torch.device | str = "cpu",
-    block_size: int = 1024,
+    tile: tuple[int, int] = (1024, 16384),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Finds the k candidates with the highest scores, in the precision that is also used to count ranks.
+    """Finds the k candidates with the highest scores in float64, the precision that decides ranks.
 
     Args:
         queries: [num_queries, dim], L2-normalised.
         candidates: [num_candidates, dim], L2-normalised.
         k: number of candidates to find; all if there are fewer.
-        device: device that multiplies the blocks.
-        block_size: number of queries per block.
+        device: device that multiplies the tiles.
+        tile: numbers of queries and of candidates of a tile.
 
     Returns:
         Indices of the candidates, [num_queries, k] int64, best first, and their scores, float64; on the CPU.
     """
-    if torch.device(device).type == "mps":
-        device = "cpu"  # Apple's GPUs have no float64
-    k = min(k, len(candidates))
-    on_device = candidates.to(device, torch.float64)
-    found = [(block.to(device, torch.float64) @ on_device.T).topk(k, dim=1) for block in queries.split(block_size)]
-    return torch.cat([f.indices.cpu() for f in found]), torch.cat([f.values.cpu() for f in found])
+    device = float64_device(device)
+    tops, scores = [], []
+    for part in queries.split(tile[0]):
+        part = part.to(device, torch.float64)
+        score = torch.empty(len(part), 0, dtype=torch.float64, device=device)
+        top = torch.empty(len(part), 0, dtype=torch.int64, device=device)
+        for first in range(0, len(candidates), tile[1]):
+            found = part @ candidates[first : first + tile[1]].to(device, torch.float64).T
+            found, position = found.topk(min(k, found.shape[1]), dim=1)
+            score, position = torch.cat([score, found], 1), torch.cat([top, position + first], 1)
+            score, kept = score.topk(min(k, score.shape[1]), dim=1)
+            top = position.gather(1, kept)
+        tops.append(top.cpu())
+        scores.append(score.cpu())
+    return torch.cat(tops), torch.cat(scores)

@@ -11,10 +11,9 @@ import torch
 from markupsafe import Markup
 from tabulate import tabulate
 
-from training.eval.encode import Encoding
 from training.eval.published import Comparison
 from training.eval.record import DIRECTIONS, ClassificationResult, RetrievalResult
-from training.eval.report.content import NUM_MATCHES, browser_content
+from training.eval.report.content import MAX_QUERIES, NUM_MATCHES, browser_content
 from training.eval.report.curves import KS, draw_recall, recall_curves
 from training.eval.report.thumbnails import make_thumbnails
 from training.eval.retrieval import RankedSet
@@ -22,7 +21,8 @@ from training.runtime.pages import render_page
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_BYTES = 19_500_000  # size of the page: mail and chat programs accept 20 MB
-MIN_THUMBNAIL_BYTES = 400
+# Reached by benchmarks of a million pairs; with thumbnails of 400 bytes, the page then has 45 MB.
+MAX_CONTENT_BYTES, MAX_THUMBNAILS = 16_000_000, 40_000
 
 
 def write_report(
@@ -30,9 +30,6 @@ def write_report(
     heading: str,
     facts: dict[str, str],
     ranked: Sequence[RankedSet],
-    images: Encoding,
-    texts: Encoding,
-    image_paths: Sequence[Path],
     zero_shot: Sequence[ClassificationResult] = (),
     figures: Sequence[tuple[str, str, str]] = (),
     published: Sequence[Comparison] = (),
@@ -45,8 +42,6 @@ def write_report(
         heading: the model, or the source of the features.
         facts: name -> value, shown below the heading.
         ranked: benchmarks; at least one.
-        images, texts: the features used for ranking.
-        image_paths: the file of each row of `images`.
         zero_shot: results of classification.
         figures: additional figures (title, description, SVG), shown below the recall curves.
         published: comparisons with published numbers.
@@ -55,11 +50,10 @@ def write_report(
     Returns:
         `path`.
     """
-    content = browser_content(ranked, images, texts, device)
-    rows = list(dict.fromkeys(row for r in ranked for row in r.image_rows))
-    compressed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
-    budget = max((MAX_BYTES * 3 // 4) - len(compressed) - 200_000, MIN_THUMBNAIL_BYTES * len(rows))
-    thumbnails = make_thumbnails([image_paths[row] for row in rows], budget)
+    compressed, paths = _compress_content(ranked, device)
+    paths, num_images = paths[:MAX_THUMBNAILS], len(paths)
+    thumbnails = make_thumbnails(paths, max(MAX_BYTES * 3 // 4 - len(compressed) - 200_000, 400 * len(paths)))
+    thumbnails += [b""] * (num_images - len(paths))
     # Padded to a multiple of 3 bytes, each thumbnail is a slice of the base64 text.
     padded = [thumbnail + b"\0" * (-len(thumbnail) % 3) for thumbnail in thumbnails]
     curves = recall_curves(ranked)
@@ -85,6 +79,17 @@ def write_report(
     )
     path.write_text(page, encoding="utf-8", newline="\n")
     return path
+
+
+def _compress_content(ranked: Sequence[RankedSet], device: torch.device | str) -> tuple[bytes, list[Path]]:
+    """Returns the query browser's data, with fewer queries if they take too much room, and the files of its images."""
+    number = MAX_QUERIES
+    while True:
+        content, paths = browser_content(ranked, device, number)
+        compressed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
+        if len(compressed) <= MAX_CONTENT_BYTES or number <= 100:
+            return compressed, paths
+        number //= 2
 
 
 def _ends(thumbnails: Sequence[bytes]) -> list[int]:

@@ -25,6 +25,8 @@
 
   const current = () => data.sets[state.set];
   const imageOf = (set, caption) => set.owner[caption];
+  const queryAt = (set, n) => set[state.direction].query[n];
+  const numberOf = (set, query) => set[state.direction === "t2i" ? "textNumber" : "imageNumber"][query];
   const captionsOf = (set, image) => {
     if (!set.byImage) {
       set.byImage = set.images.map(() => []);
@@ -50,8 +52,9 @@
     return lower[text].includes(word);
   }
 
-  function fits(set, query) {
-    const rank = set[state.direction].rank[query];
+  function fits(set, n) {
+    const rank = set[state.direction].rank[n];
+    const query = queryAt(set, n);
     if (rank < state.low || rank > state.high) return false;
     if (!state.search) return true;
     const image = state.direction === "t2i" ? imageOf(set, query) : query;
@@ -63,10 +66,11 @@
   function find() {
     const set = current();
     const ranks = set[state.direction].rank;
-    state.found = [...ranks.keys()].filter((query) => fits(set, query));
+    state.found = [...ranks.keys()].filter((n) => fits(set, n));
     if (state.order === "worst") state.found.sort((a, b) => ranks[b] - ranks[a] || a - b);
     if (state.order === "best") state.found.sort((a, b) => ranks[a] - ranks[b] || a - b);
     state.page = state.at = 0;
+    $("note").textContent = set[state.direction].note;
     $("status").textContent = `${state.found.length.toLocaleString("en")} of ${ranks.length.toLocaleString("en")} queries`;
     show();
   }
@@ -75,7 +79,7 @@
     state.page = Math.floor(state.at / PAGE);
     const set = current();
     const first = state.page * PAGE;
-    const rows = state.found.slice(first, first + PAGE).map((query, k) => row(set, query, first + k));
+    const rows = state.found.slice(first, first + PAGE).map((n, k) => row(set, n, first + k));
     $("list").replaceChildren(...rows);
     const pages = Math.max(1, Math.ceil(state.found.length / PAGE));
     $("page").textContent = `page ${state.page + 1} of ${pages}`;
@@ -84,8 +88,9 @@
     pick();
   }
 
-  function row(set, query, at) {
-    const rank = set[state.direction].rank[query];
+  function row(set, n, at) {
+    const rank = set[state.direction].rank[n];
+    const query = queryAt(set, n);
     const image = state.direction === "t2i" ? imageOf(set, query) : query;
     const words = state.direction === "t2i" ? textOf(set, query) : nameOf(set, image);
     const button = make(
@@ -104,15 +109,15 @@
     const buttons = [...$("list").querySelectorAll("button")];
     buttons.forEach((button, k) => button.setAttribute("aria-current", String(state.page * PAGE + k === state.at)));
     reveal(buttons[state.at - state.page * PAGE]);
-    const query = state.found[state.at];
-    if (query === undefined) {
+    const n = state.found[state.at];
+    if (n === undefined) {
       $("detail").replaceChildren(make("p", { textContent: "No query matches." }));
       return;
     }
-    $("detail").replaceChildren(...(state.direction === "t2i" ? textQuery(set, query) : imageQuery(set, query)));
+    $("detail").replaceChildren(...(state.direction === "t2i" ? textQuery(set, n) : imageQuery(set, n)));
     if (!state.started) return; // the address of an untouched page leads to its top
     clearTimeout(address); // browsers limit how often a page may change its address
-    address = setTimeout(() => history.replaceState(null, "", `#${state.set},${state.direction},${query}`), 200);
+    address = setTimeout(() => history.replaceState(null, "", `#${state.set},${state.direction},${numberOf(set, queryAt(set, n))}`), 200);
   }
 
   // Scrolls the list alone: `scrollIntoView` would also scroll the page, past the results.
@@ -132,16 +137,17 @@
     return make("p", { className: rank === 1 ? "good" : "bad", textContent: `The right answer has ${rankText(rank)}.` });
   }
 
-  function topOf(set, query, count) {
+  function topOf(set, n, count) {
     const k = Math.min(matches, count);
     const side = set[state.direction];
-    return Array.from({ length: k }, (_, n) => [side.top[query * k + n], side.score[query * k + n] / 1000]);
+    return Array.from({ length: k }, (_, m) => [side.top[n * k + m], side.score[n * k + m] / 1000]);
   }
 
-  function textQuery(set, query) {
-    const rank = set.t2i.rank[query];
+  function textQuery(set, number) {
+    const rank = set.t2i.rank[number];
+    const query = queryAt(set, number);
     const right = imageOf(set, query);
-    const found = topOf(set, query, set.images.length).map(([image, score], n) => {
+    const found = topOf(set, number, set.images.length).map(([image, score], n) => {
       const own = captionsOf(set, image);
       return make(
         "li",
@@ -152,7 +158,7 @@
       );
     });
     return [
-      make("h3", { textContent: `Caption ${query + 1}` }),
+      make("h3", { textContent: `Caption ${numberOf(set, query) + 1}` }),
       make("p", { id: "query", textContent: textOf(set, query) }),
       ...cutNote(set, query),
       verdict(rank),
@@ -164,9 +170,10 @@
     ];
   }
 
-  function imageQuery(set, query) {
-    const rank = set.i2t.rank[query];
-    const found = topOf(set, query, set.texts.length).map(([caption, score], n) => {
+  function imageQuery(set, number) {
+    const rank = set.i2t.rank[number];
+    const query = queryAt(set, number);
+    const found = topOf(set, number, set.texts.length).map(([caption, score], n) => {
       const isRight = imageOf(set, caption) === query;
       const other = imageOf(set, caption);
       return make(
@@ -178,7 +185,7 @@
       );
     });
     return [
-      make("h3", { textContent: `Image ${query + 1}: ${nameOf(set, query)}` }),
+      make("h3", { textContent: `Image ${numberOf(set, query) + 1}: ${nameOf(set, query)}` }),
       thumbnail(set, query, nameOf(set, query)),
       verdict(rank),
       make("h3", { textContent: captionsOf(set, query).length > 1 ? "Its captions" : "Its caption" }),
@@ -246,7 +253,7 @@
   }
   read();
   if (asked) {
-    const at = state.found.indexOf(Number(asked[3]));
+    const at = state.found.findIndex((n) => numberOf(current(), queryAt(current(), n)) === Number(asked[3]));
     if (at >= 0) { state.at = at; show(); }
     $("browser").scrollIntoView();
   }

@@ -1,0 +1,52 @@
+"""Features by content: what an earlier benchmark or caption has in common with a later one is encoded once."""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from training.eval.encode import Encoding
+
+
+class FeatureStore:
+    """Encodes items whose content it has not seen yet, and returns the features of all.
+
+    Args:
+        encode: distinct items -> their encoding, complete on every rank.
+    """
+
+    def __init__(self, encode: Callable[[list], Encoding]):
+        self.encode = encode
+        self._row_of: dict[Hashable, int] = {}  # content -> row in the concatenation of all parts
+        self._parts: list[Encoding] = []
+
+    def __call__(self, items: Sequence, contents: Sequence[Hashable] | None = None) -> Encoding:
+        """Returns the encoding of all items.
+
+        Args:
+            items: captions, or image files.
+            contents: items with equal contents have equal features; default: the items themselves.
+        """
+        contents = items if contents is None else contents
+        new = {content: item for content, item in zip(contents, items) if content not in self._row_of}
+        if new:
+            first = len(self._row_of)
+            self._parts.append(self.encode(list(new.values())))
+            self._row_of |= {content: row for row, content in enumerate(new, first)}
+        if len(new) == len(items) > 0:
+            return self._parts[-1]  # the usual case: there is only one copy of a benchmark's features
+        return self._gather(torch.tensor([self._row_of[content] for content in contents], dtype=torch.int64))
+
+    def _gather(self, rows: torch.Tensor) -> Encoding:
+        dim = self._parts[0].features.shape[1] if self._parts else 0
+        found = Encoding(torch.empty(len(rows), dim), {}, torch.zeros(len(rows), dtype=torch.int64))
+        first = 0
+        for part in self._parts:
+            here = ((rows >= first) & (rows < first + len(part.features))).nonzero()[:, 0]
+            own = rows[here] - first
+            found.features[here], found.lost_tokens[here] = part.features[own], part.lost_tokens[own]
+            if part.broken:
+                found.broken.update(
+                    (i, part.broken[k]) for i, k in zip(here.tolist(), own.tolist()) if k in part.broken
+                )
+            first += len(part.features)
+        return found
