@@ -115,8 +115,8 @@ def test_preprocessing_is_part_of_the_key(models, tmp_path, monkeypatch):
     assert len(set(keys)) == 4 and keys[0] == keys[4]
     assert index_path(tmp_path, tmp_path, model, preprocess(), {"image_decoding": "fast"}) not in keys
 
-    def turned(source: object, at_least: int | None = None) -> Image.Image:
-        return load_rgb(source, at_least).transpose(Image.Transpose.ROTATE_270)
+    def turned(*args: object) -> Image.Image:
+        return load_rgb(*args).transpose(Image.Transpose.ROTATE_270)
 
     folder = CachedReader(tmp_path, preprocess(), "exact").folder
     monkeypatch.setattr("training.data.images.load_rgb", turned)
