@@ -5,6 +5,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -78,6 +80,31 @@ def test_workers_outlive_a_signal_from_their_first_moment_on(tmp_path):
     finally:
         is_on.clear()
     assert sorted(key for b in got for key in b.keys) == sorted(key for b in expected for key in b.keys)
+
+
+SMALL = "mount -t tmpfs -o size={}k none /dev/shm && exec {} -c '{}'"  # like Docker's 64 MB, where batches are larger
+LOAD = """
+import logging, torch
+from training.runtime.workers import Loader
+logging.basicConfig()
+batches = [dict(image=torch.full((3, 50_000), n, dtype=torch.uint8), text=(torch.tensor(n),)) for n in range(12)]
+for n, batch in enumerate(Loader(batches, 2, pin=False)):
+    assert batch["image"].shape == (3, 50_000) and (batch["image"] == n).all() and batch["text"][0] == n
+print("complete")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "said"), [(256, "complete"), (1, "no room in shared memory (/dev/shm) to start")]
+)
+def test_batches_arrive_through_a_small_shared_memory(kilobytes, said):
+    new_mounts = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*new_mounts, SMALL.format(kilobytes, "true", "")], capture_output=True).returncode:
+        pytest.skip("mounting needs rights that this process does not have")
+    command = SMALL.format(kilobytes, sys.executable, LOAD)
+    done = subprocess.run([*new_mounts, command], capture_output=True, text=True, timeout=100)
+    assert said in done.stdout + done.stderr, done.stderr
+    assert "--shm-size" in done.stderr and "--workers 0" in done.stderr and done.stderr.count("--ipc=host") <= 2
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -1,6 +1,10 @@
 """Loader processes that ignore the signals of a job, end when their parent asks them to, and never outlive it."""
 
 import ctypes
+import errno
+import fcntl
+import logging
+import mmap
 import multiprocessing
 import os
 import signal
@@ -8,13 +12,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.reduction import ForkingPickler
 
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.runtime.processes import PATIENCE_S, STOP_SIGNALS, descendants, kill_family
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 IS_LINUX = sys.platform == "linux"
+SHARED_MEMORY = "/dev/shm"
+MORE_ROOM = "enlarge it (docker run --shm-size 16g, or --ipc=host), or load without processes: --workers 0"
+_has_warned = mmap.mmap(-1, 1)  # shared with the loader processes
+logger = logging.getLogger(__name__)
 
 
 class Loader(DataLoader):
@@ -22,6 +33,9 @@ class Loader(DataLoader):
 
     SLURM sends signals to every process of a job. If one ended a worker, the training would fail before it has saved.
     If workers ignored all signals, they could not be ended while they wait for a file system that hangs.
+
+    Batches travel in shared memory if there is room for them, otherwise through pipes, which is slower. With Docker's
+    64 MB, they would else end workers with a bus error.
 
     Args:
         dataset: dataset whose items are whole batches.
@@ -39,7 +53,7 @@ class Loader(DataLoader):
             num_workers=num_workers,
             pin_memory=pin,
             prefetch_factor=2 if num_workers else None,
-            worker_init_fn=_obey_parent_alone if IS_LINUX else None,
+            worker_init_fn=_begin_worker if IS_LINUX else None,
             # By default, Python 3.14 starts processes from a server, which does not inherit the signal mask.
             multiprocessing_context="fork" if num_workers and IS_LINUX else None,
         )
@@ -52,6 +66,11 @@ class Loader(DataLoader):
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             batches = super().__iter__()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            message = f"no room in shared memory ({SHARED_MEMORY}) to start loader processes: {MORE_ROOM}"
+            raise OSError(errno.ENOSPC, message) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return _batches(batches, [p for p in multiprocessing.active_children() if p not in others])
@@ -96,8 +115,9 @@ def _end(workers: Sequence[multiprocessing.Process]) -> None:
                 kill_family(pid)
 
 
-def _obey_parent_alone(_: int) -> None:
+def _begin_worker(_: int) -> None:
     """Ends this worker if its parent sends a stop signal or dies; other processes' stop signals are ignored."""
+    ForkingPickler.register(torch.Tensor, _reduce)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_wait_for_parent, args=(os.getppid(),), name="signals", daemon=True).start()
 
@@ -107,3 +127,31 @@ def _wait_for_parent(parent: int) -> None:
     while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
         pass
     os._exit(0)
+
+
+def _reduce(tensor: torch.Tensor) -> tuple:
+    """Sends a tensor to the parent: in shared memory if it has room, otherwise by value."""
+    size, room = tensor.untyped_storage().nbytes(), os.open(SHARED_MEMORY, os.O_RDONLY)
+    try:
+        # While this process takes memory, no other one may count on it; unless there is plenty for all of them.
+        if _free(room) < 128 * size:
+            fcntl.flock(room, fcntl.LOCK_EX)
+        if _free(room) >= size + 2 * mmap.PAGESIZE:
+            return reduce_tensor(tensor.share_memory_())
+        free = _free(room)
+    except (OSError, RuntimeError):  # raised here, it would only be printed, and the parent would wait for ever
+        free = 0
+    finally:
+        os.close(room)
+    if not _has_warned[0]:
+        _has_warned[0] = 1
+        logger.warning(
+            f"shared memory ({SHARED_MEMORY}, {free / 1e6:,.1f} MB free) has no room for {size / 1e6:,.1f} MB: batches "
+            f"go through pipes, which is slower; {MORE_ROOM}"
+        )
+    return torch.from_numpy, (tensor.contiguous().numpy(),)
+
+
+def _free(folder: int) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from training.flags.model import PRECISIONS
 from training.flags.types import not_negative, positive
+from training.runtime.startup import first_imports
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _search(args: argparse.Namespace) -> None:
     _check(args)
-    from training.search.encoder import SearchEncoder
-    from training.search.index import ImageIndex, index_path, list_images
+    with first_imports():
+        from training.search.encoder import SearchEncoder
+        from training.search.index import ImageIndex, index_path, list_images
 
     folder = list_images(args.images)
     encoder = SearchEncoder(args)
