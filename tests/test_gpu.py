@@ -17,7 +17,8 @@ from test_step import Towers, batches
 from benchmarks import precision
 from benchmarks.measure import Setting
 from training.data.batch import TrainBatch, to_device
-from training.loss.caption_loss import EarlyGather, LongCaptionLoss, _Gather
+from training.loss.caption_loss import LongCaptionLoss
+from training.loss.gather import EarlyGather, _Gather
 from training.model.assembly.factory import create_model
 from training.model.assembly.from_flags import make_arranger
 from training.model.packing.arranger import CaptionArranger

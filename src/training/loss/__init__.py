@@ -1,6 +1,16 @@
-"""Losses between images and several captions per image; usable without the rest of the project."""
+"""Losses between images and several captions per image, and their parts; usable without the rest of the project."""
 
+from training.loss.blockwise import cross_entropy, in_blocks, sigmoid_loss, similarities
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 from training.loss.terms import LossTerm, reduce_features
 
-__all__ = ["LongCaptionLoss", "LongCaptionSigLipLoss", "LossTerm", "reduce_features"]
+__all__ = [
+    "LongCaptionLoss",
+    "LongCaptionSigLipLoss",
+    "LossTerm",
+    "cross_entropy",
+    "in_blocks",
+    "reduce_features",
+    "sigmoid_loss",
+    "similarities",
+]

@@ -10,73 +10,13 @@ with the square of the batch size: see `blockwise`.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from training.loss.blockwise import ContrastRule, contrast
+from training.loss.blockwise import block_size, cross_entropy, sigmoid_loss
+from training.loss.gather import EarlyGather, gather_rows
 from training.loss.terms import NORMALISATIONS, LossTerm
-
-# torch 2.14 renamed these functions.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class _Gather(torch.autograd.Function):
-    """Gathers all ranks' rows in one tensor; backward sums all ranks' gradients of this rank's rows."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, world_size: int) -> torch.Tensor:
-        ctx.world_size = world_size
-        gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
-        _all_gather(gathered, rows.contiguous())
-        return gathered
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if dist.get_backend() == "nccl":
-            own = gradient.new_empty(len(gradient) // ctx.world_size, *gradient.shape[1:])
-            _reduce_scatter(own, gradient.contiguous())
-            return own, None
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)  # older releases of gloo have no reduce-scatter
-        return gradient.chunk(ctx.world_size)[dist.get_rank()], None
-
-
-def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Concatenates all ranks' rows in rank order; gradients flow back to each rank.
-
-    Args:
-        rows: [batch, ...], with the same batch on every rank.
-        world_size: number of ranks; 1 returns `rows` unchanged.
-
-    Returns:
-        [world_size x batch, ...].
-    """
-    return rows if world_size == 1 else _Gather.apply(rows, world_size)
-
-
-class EarlyGather:
-    """Gathers all ranks' rows, without a gradient, in the background.
-
-    Args:
-        rows: [batch, ...], with the same batch on every rank.
-        world_size: number of ranks.
-    """
-
-    def __init__(self, rows: torch.Tensor, world_size: int):
-        self.rows = rows.detach().contiguous()  # kept alive until it has been sent
-        self.gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
-        self.work = _all_gather(self.gathered, self.rows, async_op=True)
-
-    def wait(self) -> torch.Tensor:
-        """Returns all ranks' rows in rank order, [world_size x batch, ...]; may be called repeatedly."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-        return self.gathered
 
 
 class _CaptionLoss(nn.Module):
@@ -157,47 +97,75 @@ class _CaptionLoss(nn.Module):
             unweighted term, ``contrastive_loss``.
             With several views, a term of text 0 alone uses the first view; other terms average over all views.
         """
-        images = image_features if image_features.ndim == 3 else image_features[:, None]
-        texts = text_features if text_features.ndim == 3 else text_features[:, None]
+        dtype = torch.promote_types(text_features.dtype, torch.float32)
+        images, texts = (
+            list((x if x.ndim == 3 else x[:, None]).to(dtype).unbind(1)) for x in (image_features, text_features)
+        )
+        num_views, num_texts = len(images), len(texts)
         default = self.default_terms if text_features.ndim == 3 else (LossTerm("contrastive_loss", (0,)),)
-        terms = self.terms or default
-        num_texts = texts.shape[1]
-        images, texts, compared = self._forms(images, texts, terms)
-        pairs = tuple((k, view, text) for k, pairs in enumerate(compared) for view, text in pairs)
-        sums = self._contrast(images, texts, logit_scale, logit_bias, early, pairs)
+        compared = []
+        for term in self.terms or default:
+            columns = term.columns(num_texts)
+            views = list(range(1 if columns == [0] else num_views))
+            if term.image_form is not None:
+                views = [len(images)]
+                images.append(term.image_form(images[0]))
+            if term.text_form is not None:
+                texts += [term.text_form(texts[column]) for column in columns]
+                columns = list(range(len(texts) - len(columns), len(texts)))
+            compared.append((term, views, columns))
+        all_images, all_texts = self._gather(images, texts, early)
+        scalars = logit_scale.reshape(()), None if logit_bias is None else logit_bias.reshape(())
+        # As many texts at a time as fit in a block, because many small operations are slow.
+        count = max(1, block_size(texts[0], self.block_numbers) // (len(images[0]) * len(all_texts[0])))
         results = {}
-        for term, own, value in zip(terms, compared, sums):
-            num_own = len({text for _, text in own}) if self.normalisation == "per-term" else num_texts
-            results[term.name] = term.weight * value / (max(num_own, 1) * max(len({view for view, _ in own}), 1))
+        for term, views, columns in compared:
+            value = texts[0].new_zeros(())
+            for view in views:
+                for group in (columns[start : start + count] for start in range(0, len(columns), count)):
+                    own, everyone = ([side[column] for column in group] for side in (texts, all_texts))
+                    value = value + self.compare(images[view], own, all_images[view], everyone, *scalars)
+            num_own = max(len(columns), 1) if self.normalisation == "per-term" else num_texts
+            results[term.name] = term.weight * value / (num_own * len(views))
         return results if output_dict else sum(results.values())
 
-    @staticmethod
-    def _forms(images, texts, terms) -> tuple[torch.Tensor, torch.Tensor, list[list[tuple[int, int]]]]:
-        """Appends the terms' forms to images and texts; returns both, and the (view, text) pairs of each term."""
-        all_images, all_texts, compared = list(images.unbind(1)), list(texts.unbind(1)), []
-        used: set[int] = set()
-        num_views = len(all_images)
-        for term in terms:
-            columns = term.columns(texts.shape[1])
-            views = range(1 if columns == [0] else num_views)
-            if term.image_form is not None:
-                all_images.append(term.image_form(all_images[0]))
-                views = [len(all_images) - 1]
-            if term.text_form is not None:
-                forms = [term.text_form(all_texts[text]) for text in columns]
-            else:  # a text that an earlier term uses is copied, because `contrast` keeps one gradient per text
-                forms = [all_texts[text] for text in columns if text in used]
-            if forms:
-                kept = [] if term.text_form is not None else [text for text in columns if text not in used]
-                columns = [*kept, *range(len(all_texts), len(all_texts) + len(forms))]
-                all_texts += forms
-            used |= set(columns)
-            compared.append([(view, text) for view in views for text in columns])
-        if len(all_images) > num_views:
-            images = torch.stack(all_images, dim=1)
-        if len(all_texts) > texts.shape[1]:
-            texts = torch.stack(all_texts, dim=1)
-        return images, texts, compared
+    def compare(
+        self,
+        images: torch.Tensor,
+        texts: list[torch.Tensor],
+        all_images: torch.Tensor,
+        all_texts: list[torch.Tensor],
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compares this rank's rows with those of all ranks.
+
+        Args:
+            images: [n, dim].
+            texts: K texts, [n, dim] each.
+            all_images, all_texts: the same of all ranks, [N, dim] each.
+            scale, bias: scalars; bias may be None.
+
+        Returns:
+            The sum of the texts' losses.
+        """
+        raise NotImplementedError
+
+    def _targets(self, rows: torch.Tensor) -> torch.Tensor:
+        """Indices of this rank's rows among the gathered ones."""
+        return torch.arange(len(rows), device=rows.device) + self.rank * len(rows)
+
+    def _gather(self, images: list, texts: list, early: EarlyGather | None) -> tuple[list, list]:
+        """Returns all ranks' images and texts, exchanged in one call."""
+        if self.world_size == 1:
+            return images, texts
+        sent = texts if early else [*images, *texts]
+        gathered = gather_rows(torch.stack(sent, dim=1), self.world_size).unbind(1)
+        if early:
+            return [early.wait()], list(gathered)
+        # Stacking images without a gradient with the texts made them require one.
+        all_images = [x if own.requires_grad else x.detach() for own, x in zip(images, gathered)]
+        return all_images, list(gathered[len(images) :])
 
     def gather_early(self, image_features: torch.Tensor) -> EarlyGather | None:
         """Starts to gather a locked tower's features [batch, dim]; `forward` waits for the result.
@@ -208,22 +176,6 @@ class _CaptionLoss(nn.Module):
         if self.world_size == 1 or any(term.image_form is not None for term in self.terms):
             return None
         return EarlyGather(image_features, self.world_size)
-
-    def _contrast(self, images, texts, logit_scale, logit_bias, early, pairs) -> torch.Tensor:
-        """The terms [K], not weighted."""
-        rule = ContrastRule(self.kind, 0, self.block_numbers, self.label_smoothing, pairs)
-        if self.world_size == 1:
-            return contrast(images, texts, None, None, logit_scale, logit_bias, rule)
-        if early is not None:
-            all_texts = gather_rows(texts, self.world_size)
-            all_images = early.wait()[:, None]
-        else:
-            both = gather_rows(torch.cat([images, texts], dim=1), self.world_size)
-            all_images, all_texts = both.split([images.shape[1], texts.shape[1]], dim=1)
-            if not images.requires_grad:  # concatenating them with the texts made them require a gradient
-                all_images = all_images.detach()
-        rule = replace(rule, first=self.rank * len(images))
-        return contrast(images, texts, all_images, all_texts, logit_scale, logit_bias, rule)
 
 
 class LongCaptionLoss(_CaptionLoss):
@@ -240,6 +192,17 @@ class LongCaptionLoss(_CaptionLoss):
 
     kind = "softmax"
 
+    def compare(self, images, texts, all_images, all_texts, scale, bias) -> torch.Tensor:
+        """See `_CaptionLoss.compare`."""
+        options = {"smoothing": self.label_smoothing, "block_numbers": self.block_numbers}
+        targets = self._targets(images)
+        if self.world_size == 1:
+            return cross_entropy(images, texts, targets, scale, two_way=True, **options).sum()
+        of_images = cross_entropy(images, all_texts, targets, scale, **options)
+        rows, targets = torch.cat(texts), targets.repeat(len(texts))
+        of_texts = cross_entropy(rows, [all_images], targets, scale, **options) * len(texts)
+        return (of_images.sum() + of_texts.sum()) / 2
+
 
 class LongCaptionSigLipLoss(_CaptionLoss):
     """`LongCaptionLoss` with SigLIP's pairwise sigmoid (arXiv 2303.15343) instead of cross-entropy; not published.
@@ -248,3 +211,9 @@ class LongCaptionSigLipLoss(_CaptionLoss):
     """
 
     kind = "sigmoid"
+
+    def compare(self, images, texts, all_images, all_texts, scale, bias) -> torch.Tensor:
+        """See `_CaptionLoss.compare`."""
+        bias = torch.zeros_like(scale) if bias is None else bias
+        targets = self._targets(images)
+        return sigmoid_loss(images, all_texts, targets, scale, bias, block_numbers=self.block_numbers).sum()

@@ -43,43 +43,39 @@ def reduce_features(
     Args:
         features: features of this process's batch, [n, dim].
         components: number of components; with min(n - 1, dim) or more, the features are returned unchanged.
-        variance: instead of `components`: use the fewest components that explain this fraction of the variance. This
-            synchronises with the device.
+        variance: instead of `components`: use the fewest components that explain this fraction of the variance.
 
     Source: Long-CLIP (arXiv 2403.15378), HiMo-CLIP (arXiv 2511.06653).
     """
+    if variance is None and components >= min(len(features) - 1, features.shape[1]):
+        return features  # the components explain all of the variance
     mean = features.mean(0)
     centred = features - mean
-    if variance is not None:
-        squares = torch.linalg.svdvals(centred.detach()).square()
-        components = int((squares.cumsum(0) < variance * squares.sum()).sum()) + 1
-    if components >= min(len(features) - 1, features.shape[1]):
-        return features  # the components explain all of the variance
-    return _Projector.apply(centred @ centred.T, components) @ centred + mean
+    return _Projector.apply(centred @ centred.T, components, variance) @ centred + mean
 
 
 class _Projector(torch.autograd.Function):
-    """Projector [n, n] onto the eigenvectors with the k largest eigenvalues of a symmetric matrix.
+    """Projector [n, n] onto the eigenvectors with the largest eigenvalues of a symmetric matrix.
 
     Differentiating through the decomposition would divide by the differences between all eigenvalues, and some
-    eigenvalues of a centred batch nearly coincide. The projector's gradient needs only the differences between the k
-    largest eigenvalues and the rest.
+    eigenvalues of a centred batch nearly coincide. The projector's gradient needs only the differences between the
+    chosen eigenvalues and the rest. Which ones are chosen stays on the device.
     """
 
     @staticmethod
-    def forward(ctx, matrix: torch.Tensor, components: int) -> torch.Tensor:
-        values, vectors = torch.linalg.eigh(matrix)  # ascending
-        ctx.save_for_backward(values, vectors)
-        ctx.components = components
-        chosen = vectors[:, -components:]
-        return chosen @ chosen.T
+    def forward(ctx, matrix: torch.Tensor, components: int | None, variance: float | None) -> torch.Tensor:
+        values, vectors = (x.flip(-1) for x in torch.linalg.eigh(matrix))  # descending
+        if variance is None:
+            chosen = torch.arange(len(values), device=values.device) < components
+        else:  # as long as the larger eigenvalues explain too little
+            chosen = values.cumsum(0) - values < variance * values.sum()
+        ctx.save_for_backward(values, vectors, chosen)
+        return (vectors * chosen) @ vectors.T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        values, vectors = ctx.saved_tensors
-        rest, chosen = vectors[:, : -ctx.components], vectors[:, -ctx.components :]
-        gap = values[-ctx.components :] - values[: -ctx.components, None]  # [n - k, k]
-        inner = rest.T @ (grad + grad.T) @ chosen / gap / 2
-        half = rest @ inner @ chosen.T
-        return half + half.T, None
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        values, vectors, chosen = ctx.saved_tensors
+        gap = torch.where(~chosen[:, None] & chosen, values - values[:, None], torch.inf)  # [rest, chosen]
+        half = vectors @ (vectors.T @ (grad + grad.T) @ vectors / gap / 2) @ vectors.T
+        return half + half.T, None, None

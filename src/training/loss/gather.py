@@ -1,0 +1,63 @@
+"""Exchange of features between ranks: with a gradient, or early, in the background."""
+
+import torch
+import torch.distributed as dist
+
+# torch 2.14 renamed these functions.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class _Gather(torch.autograd.Function):
+    """Gathers all ranks' rows in one tensor; backward sums all ranks' gradients of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, world_size: int) -> torch.Tensor:
+        ctx.world_size = world_size
+        gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+        _all_gather(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if dist.get_backend() == "nccl":
+            own = gradient.new_empty(len(gradient) // ctx.world_size, *gradient.shape[1:])
+            _reduce_scatter(own, gradient.contiguous())
+            return own, None
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)  # older releases of gloo have no reduce-scatter
+        return gradient.chunk(ctx.world_size)[dist.get_rank()], None
+
+
+def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Concatenates all ranks' rows in rank order; gradients flow back to each rank.
+
+    Args:
+        rows: [batch, ...], with the same batch on every rank.
+        world_size: number of ranks; 1 returns `rows` unchanged.
+
+    Returns:
+        [world_size x batch, ...].
+    """
+    return rows if world_size == 1 else _Gather.apply(rows, world_size)
+
+
+class EarlyGather:
+    """Gathers all ranks' rows, without a gradient, in the background.
+
+    Args:
+        rows: [batch, ...], with the same batch on every rank.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, rows: torch.Tensor, world_size: int):
+        self.rows = rows.detach().contiguous()  # kept alive until it has been sent
+        self.gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+        self.work = _all_gather(self.gathered, self.rows, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """Returns all ranks' rows in rank order, [world_size x batch, ...]; may be called repeatedly."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.gathered
