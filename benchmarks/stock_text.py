@@ -46,7 +46,7 @@ def run(setting: Setting) -> list[Figure]:
             f"text side of {name}, forward and backward: {num_captions} captions of {tokens / num_captions:.0f} tokens",
             {
                 "time_ratio": seconds["baseline"] / seconds["ours"],
-                "token_ratio": ids.numel() / arrange(ids).num_slots,
+                "token_ratio": ids.numel() / arrange(ids).num_padded,
             },
             {"seconds": seconds, "padding_share": 1 - tokens / ids.numel()},
         )

@@ -106,14 +106,14 @@ def _figure(
         f"{tower.transformer.config.num_hidden_layers} layers x {tower.output_dim}, {arrange.mode}, {dtype}"
     )
     ratios = {
-        "token_ratio": together.numel() / captions.num_slots,
+        "token_ratio": together.numel() / captions.num_padded,
         "time_ratio": seconds["baseline"] / seconds["ours"],
         "memory_ratio": memory["baseline"] / memory["ours"],
     }
-    tokens = {"baseline": together.numel(), "ours": captions.num_slots, "without_padding": int(lengths.sum())}
+    tokens = {"baseline": together.numel(), "ours": captions.num_padded, "without_padding": int(lengths.sum())}
     facts = {
         "tokens_per_image": {side: count / num_images for side, count in tokens.items()},
-        "padding_share": 1 - int(lengths.sum()) / captions.num_slots,
+        "padding_share": 1 - int(lengths.sum()) / captions.num_padded,
         "seconds": seconds,
         "peak_bytes": memory,
     }

@@ -22,7 +22,7 @@ from benchmarks.measure import (
 )
 from training.loss.caption_loss import LongCaptionLoss
 from training.model.assembly.from_flags import make_arranger
-from training.model.towers.hf_tower import LotlipCLIP
+from training.model.towers.text_tower import LotlipCLIP
 from training.model.towers.train_model import TrainModel
 from training.train.optim import parameter_groups
 from training.train.step import Stepper

@@ -1,10 +1,13 @@
 """Corner tokens by perturbation: which positions a change of one token affects, layer by layer, in both towers."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
 from training.model.assembly.factory import create_model
+from training.model.packing.attention import additive_mask
 from training.model.towers.corner import (
     corner_places,
     cosine_with_cls,
@@ -103,10 +106,11 @@ def test_without_corners_it_is_the_hugging_face_model(family):
 def test_in_bf16_it_computes_what_the_hugging_face_model_computes():
     text = tower("bert", num_corners=0, num_layers=3, pooler_type="cls_last_hidden_state_pooler")
     config = text.transformer.config
-    plain = AutoModel.from_config(config, attn_implementation="sdpa", add_pooling_layer=False).eval()
+    plain = AutoModel.from_config(deepcopy(config), attn_implementation="sdpa", add_pooling_layer=False).eval()
     plain.load_state_dict(text.transformer.state_dict())
     ids = random_ids(text, num_padding=0)
     with torch.autocast("cpu", torch.bfloat16):
+        alone = hidden_states(text, ids)
         states = text.family.run(text.transformer, ids, prefix_attention(ids != text.pad_id, 0))
         expected = plain(input_ids=ids).last_hidden_state
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
@@ -114,9 +118,10 @@ def test_in_bf16_it_computes_what_the_hugging_face_model_computes():
     for model, output in ((text.transformer, states), (plain, expected)):
         (output.float() * weights).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters()]))
-    torch.testing.assert_close(states, expected, rtol=0, atol=0)
-    torch.testing.assert_close(*gradients, rtol=0, atol=2e-2 * float(gradients[1].abs().max()))
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.9999
+    torch.testing.assert_close(alone, expected, rtol=0, atol=0)
+    torch.testing.assert_close(states, expected, rtol=0, atol=0.1)  # with gradients, another kernel than sdpa's
+    torch.testing.assert_close(*gradients, rtol=0, atol=5e-2 * float(gradients[1].abs().max()))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.9995
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,12 +143,9 @@ def test_a_last_layer_for_the_first_positions_alone_changes_nothing(family, num_
     """States and gradients equal those of a last layer over all positions."""
     text = tower(family, num_corners, num_layers=3).double()
     ids = random_ids(text)
-    whole = text.family.run(text.transformer, ids, prefix_attention(ids != text.pad_id, num_corners))[
-        :, : num_corners + 1
-    ]
-    first = text.family.first_states(
-        text.transformer, ids, prefix_attention(ids != text.pad_id, num_corners), num_corners + 1
-    )
+    allowed = prefix_attention(ids != text.pad_id, num_corners)
+    whole = text.family.run(text.transformer, ids, allowed)[:, : num_corners + 1]
+    first = text.family.run_buckets(text.transformer, [ids], [allowed], num_corners + 1)[0]
     torch.testing.assert_close(first, whole, rtol=0, atol=1e-12)
     gradients = []
     for states in (whole, first):
@@ -156,12 +158,18 @@ def test_a_last_layer_for_the_first_positions_alone_changes_nothing(family, num_
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_eager_and_sdpa_agree(family):
+@torch.no_grad()
+def test_it_agrees_with_eager_attention(family):
     text = tower(family, num_layers=4)
-    ids = random_ids(text)
+    ids, encoder = random_ids(text), text.transformer
     expected = hidden_states(text, ids)
-    text.transformer.set_attn_implementation("eager")
-    torch.testing.assert_close(hidden_states(text, ids), expected, rtol=0, atol=1e-5)
+    encoder.set_attn_implementation("eager")
+    if family == "bert":
+        mask = additive_mask(prefix_attention(ids != text.pad_id, text.num_corners), torch.float32)
+        got = encoder.encoder(encoder.embeddings(ids), attention_mask=mask).last_hidden_state
+    else:
+        got = hidden_states(text, ids)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooler", ["mean_pooler", "max_pooler"])
@@ -277,3 +285,37 @@ def test_compile_equals_eager(kind):
         expected = text.all_features(ids)
         got = torch.compile(text.all_features)(ids)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def kept_bytes(run):
+    """Returns the bytes that a forward pass keeps for the backward pass; each storage counts once."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # kept, so that no other one gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_the_mask_of_clips_tower_is_kept_once_for_all_heads_and_layers():
+    kept = {}
+    for m in (0, 2):
+        model = create_model("ViT-S-32-alt", num_corner_tokens=m)
+        ids = clip_ids(m, length=77)
+        kept[m] = kept_bytes(lambda: model.text.all_features(ids))  # noqa: B023
+    one_mask = ids.numel() * 77 * 4
+    heads, layers = model.text.transformer.resblocks[0].attn.num_heads, len(model.text.layers())
+    assert heads * layers > 20 and kept[2] - kept[0] < 3 * one_mask
+
+
+def test_the_masks_of_modernbert_are_kept_once_for_all_layers_under_autocast():
+    text = tower("modernbert", num_layers=8).train()
+    ids = random_ids(text, num_rows=8, length=24)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = kept_bytes(lambda: text.all_features(ids))
+        without = kept_bytes(lambda: text.proj(text.transformer(ids)[0][:, :3]))  # no token is padding's: no full mask
+    assert ours - without < 2.5 * ids.numel() * 24 * 2

@@ -8,9 +8,10 @@ from PIL import Image
 
 import training
 from training.eval import corner_view
+from training.model.packing.attention import additive_mask
 from training.model.towers.corner import prefix_attention
-from training.model.towers.encoders.family import family_of
-from training.model.towers.special_attention import special_attention, words_of
+from training.model.towers.encoders.bert import ATTENTION
+from training.model.towers.text_tower import special_attention
 
 CAPTION = "An unbelievably reddish car stands here. Two dogs play on the left side."
 
@@ -29,10 +30,10 @@ def test_bert_attention_equals_transformers_eager_attention():
     encoder.set_attn_implementation("eager")  # so that attention modules return their weights
     layer = encoder.encoder.layer[-1].attention.self
     handle = layer.register_forward_hook(lambda _, args, output: seen.append(output[1]))
-    family_of(encoder).run(encoder, ids, prefix_attention(ids != 0, 2))
+    encoder.encoder(encoder.embeddings(ids), attention_mask=additive_mask(prefix_attention(ids != 0, 2), torch.float32))
     handle.remove()
     expected = seen[0].mean(dim=1)[:, :3]
-    encoder.set_attn_implementation("sdpa")
+    encoder.set_attn_implementation(ATTENTION)
     got = special_attention(tower, ids)
     assert got.shape == (2, 3, 128) and torch.allclose(got, expected, atol=1e-6)
     allowed = prefix_attention(ids != 0, 2)[:, :3]
@@ -55,13 +56,13 @@ def test_clip_attention_sees_the_text_and_itself_alone():
 def test_words_are_those_of_the_caption():
     expected = CAPTION.lower().replace(".", " .").split()
     _, tokenizer = make("lotlip_tiny")
-    words = words_of(tokenizer, tokenizer([CAPTION])[0].tolist())
+    words = tokenizer.words(tokenizer([CAPTION])[0].tolist())
     # The full stop between sentences is a [SEP] token; the pieces of a rare word are joined to one word.
     assert [word for word, _ in words] == [w for n, w in enumerate(expected) if w != "." or n == len(expected) - 1]
     assert any(len(positions) > 1 for _, positions in words)
     _, tokenizer = make("ViT-S-32-alt", num_corner_tokens=2)
     ids = tokenizer([CAPTION])[0].tolist()
-    words = words_of(tokenizer, ids)
+    words = tokenizer.words(ids)
     assert [word for word, _ in words] == expected
     positions = [p for _, own in words for p in own]
     assert positions == list(range(1, ids.index(tokenizer.tokenizer.eot_token_id) - 2))

@@ -1,4 +1,4 @@
-"""Code that differs on a GPU: collectives, attention in rows, the fp16 scaler, copies to the device, 16-bit evaluation.
+"""Code that differs on a GPU: collectives, attention, the fp16 scaler, copies to the device, 16-bit evaluation.
 
 Each test also runs on the CPU, so that its code is tested on machines without a GPU. ``pytest -m gpu`` selects the
 variants for the GPU, ``pytest tests/test_gpu.py -k cpu`` those for the CPU.
@@ -22,7 +22,6 @@ from training.loss.gather import EarlyGather, _Gather
 from training.model.assembly.factory import create_model
 from training.model.assembly.from_flags import make_arranger
 from training.model.packing.arranger import CaptionArranger
-from training.model.towers.row_attention import flex_fault
 from training.model.towers.text_encoder import text_encoder
 from training.train.step import Stepper
 
@@ -54,8 +53,7 @@ def test_the_gather_of_features_on_one_process_changes_nothing(device, group_of_
     torch.testing.assert_close(EarlyGather(rows, 1).wait(), rows.detach(), rtol=0, atol=0)
 
 
-def test_captions_in_a_row_have_the_padded_features_and_gradients(device):
-    """Attention runs with compiled FlexAttention on a GPU, and caption by caption on the CPU."""
+def test_captions_in_buckets_have_the_padded_features_and_gradients(device):
     torch.manual_seed(0)
     text = create_model("lotlip_tiny", pretrained_text=False).text.eval()
     captions = batch(text, num=15)
@@ -63,9 +61,7 @@ def test_captions_in_a_row_have_the_padded_features_and_gradients(device):
     short, long = (ids.to(device) for ids in captions)
     padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
     expected = gradients(text, padded)
-    row = make_arranger(text, "flex", device, False)(*captions).to(device)
-    assert text.transformer.attends_by_flex == (device.type == "cuda")
-    features = text_encoder(text).packed_features(row)
+    features = text_encoder(text).packed_features(make_arranger(text, "buckets", device, False)(*captions).to(device))
     tolerance = 2e-2 if device.type == "cuda" else 1e-5  # fp32 products on a GPU may use TF32
     got = gradients(text, features)
     assert got.keys() == expected.keys()
@@ -73,12 +69,6 @@ def test_captions_in_a_row_have_the_padded_features_and_gradients(device):
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=0, atol=tolerance * largest, msg=name)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_flex_attention_passes_its_check_at_the_published_size():
-    assert flex_fault(torch.device("cuda"), num_heads=12, head_dim=64) is None
 
 
 def test_the_fp16_scaler_trains_as_fp32_does_and_skips_an_overflow(device):
@@ -109,7 +99,7 @@ def test_the_fp16_scaler_trains_as_fp32_does_and_skips_an_overflow(device):
 def test_copies_to_the_device_are_whole_and_in_order(device):
     """Copies batches while the device computes; a copy that is read too early or overwritten gives wrong values."""
     text, stream = create_model("lotlip_tiny", pretrained_text=False).text, torch.Generator().manual_seed(0)
-    arrange = CaptionArranger("buckets", text.pad_id)
+    arrange = CaptionArranger(text.pad_id)
     sent = []
     for number in range(6):
         image = torch.randint(256, (8, 3, 224, 224), generator=stream, dtype=torch.uint8)
@@ -118,7 +108,7 @@ def test_copies_to_the_device_are_whole_and_in_order(device):
     sums = []
     for want, (got, inputs) in zip(sent, to_device(iter(sent), device), strict=True):
         assert got is want and inputs["image"].device.type == device.type
-        assert inputs["packed_text"].num_slots == want.inputs["packed_text"].num_slots
+        assert inputs["packed_text"].num_padded == want.inputs["packed_text"].num_padded
         work = torch.randn(1024, 1024, device=device)
         for _ in range(3):
             work = work @ work / 1024

@@ -1,13 +1,11 @@
-"""Captions in buckets and in rows against padded captions: the same features, gradients and trainings."""
+"""Captions in buckets against padded captions: the same features, gradients and trainings."""
 
 import itertools
-import shutil
 
 import pytest
 import torch
 from test_corner import tower
 from test_train import SMALL, losses, read_metrics
-from torch.nn.attention.flex_attention import flex_attention
 
 from training.data.reader import trim_padding
 from training.main import main
@@ -15,9 +13,7 @@ from training.model.assembly.from_flags import make_arranger
 from training.model.packing.arranger import CaptionArranger, bucket_bounds
 from training.model.packing.attention import additive_mask, attention
 from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer
-from training.model.towers import row_attention
 from training.model.towers.corner import prefix_attention
-from training.model.towers.row_attention import flex_fault, make_row_mask
 from training.model.towers.text_encoder import text_encoder
 from training.model.towers.train_model import TrainModel
 
@@ -44,18 +40,15 @@ def gradients(text, features):
     return {name: p.grad.clone() for name, p in text.named_parameters() if p.grad is not None}
 
 
-WAYS = [*itertools.product(["buckets", "flex"], ["bert", "roberta"]), ("buckets", "modernbert")]
-
-
-@pytest.mark.parametrize(("mode", "family"), WAYS)
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
 @pytest.mark.parametrize("pooler", [None, "mean_pooler", "max_pooler"])
-def test_features_and_gradients_equal_the_padded_ones(mode, family, pooler):
+def test_features_and_gradients_equal_the_padded_ones(family, pooler):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         text = tower(family, num_layers=3, pooler_type=pooler).to(dtype)
         short, long = batch(text)
         padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
         expected = gradients(text, padded)
-        features = text_encoder(text).packed_features(make_arranger(text, mode, CPU, False)(short, long))
+        features = text_encoder(text).packed_features(make_arranger(text, "buckets", CPU, False)(short, long))
         torch.testing.assert_close(features, padded, rtol=0, atol=tolerance)
         got = gradients(text, features)
         assert got.keys() == expected.keys()
@@ -77,7 +70,7 @@ def test_all_buckets_are_computed_together(family):
     for part in (text.transformer.embeddings, text.transformer.encoder.layer[1]):
         part.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape[:2])))
     together = text.bucket_features(captions.buckets)
-    assert len(captions.buckets) > 3 and shapes == [(1, captions.num_slots)] * 2
+    assert len(captions.buckets) > 3 and shapes == [(1, captions.num_padded)] * 2
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
     got = gradients(text, together)
     assert got.keys() == expected.keys()
@@ -115,87 +108,6 @@ def test_attention_dropout_removes_weights_and_scales_the_rest(dtype):
     )
 
 
-@pytest.mark.parametrize("num_corners", [0, 2])
-def test_flex_attention_gives_the_padded_features_and_gradients(num_corners, monkeypatch):
-    """Runs the GPU's code uncompiled; with 60 captions, the row has blocks that don't attend to each other."""
-    text = tower(num_corners=num_corners, num_layers=3)
-    short, long = batch(text, num=15)
-    padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
-    expected = gradients(text, padded)
-    captions = make_arranger(text, "flex", CPU, False)(short, long)
-    assert len(captions.row.first_blocks) > 4
-    text.transformer.attends_by_flex = True
-    # torch refuses a backward pass on a CPU, because it has no compiled kernel; uncompiled, it works.
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    features = text_encoder(text).packed_features(captions)
-    torch.testing.assert_close(features, padded, rtol=0, atol=1e-5)
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    got = gradients(text, features)
-    assert got.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
-
-
-def test_flex_attention_is_tried_before_it_is_used(monkeypatch):
-    """On a machine without a kernel, or with a wrong one, attention runs caption by caption."""
-
-    def refuse(*_):
-        raise ValueError("no kernel for this device")
-
-    check = "torch.nn.attention.flex_attention._validate_device"
-    monkeypatch.setattr(check, refuse)
-    assert "no kernel" in flex_fault(CPU, num_heads=2, head_dim=16)
-    monkeypatch.setattr(check, lambda *_: None)  # the CPU may compute it
-    assert flex_fault(CPU, num_heads=2, head_dim=16) is None
-    right = row_attention._block_mask
-    monkeypatch.setattr(row_attention, "_block_mask", lambda row, num_corners: right(row, num_corners - 1))
-    assert "off by" in flex_fault(CPU, num_heads=2, head_dim=16)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@torch.no_grad()
-def test_compiled_flex_attention_meets_new_batches_without_compiling_anew():
-    """On the CPU, forward pass only, with other numbers of captions, tokens and blocks.
-
-    The second shape makes all shapes dynamic.
-    """
-    compiled, stream = torch.compile(flex_attention), torch.Generator().manual_seed(0)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    for num in (9, 16, 20, 12, 31):
-        lengths = torch.randint(3, 129, (num,), generator=stream)
-        row = CaptionArranger("flex", 0)((torch.arange(128) < lengths[:, None]).long()).row
-        query, key, value = torch.randn(3, 1, 2, row.ids.shape[1], 16, generator=stream)
-        got = compiled(query, key, value, block_mask=make_row_mask(row, 2, torch.float32, True).blocks, scale=0.25)
-        expected = row_attention.attend(
-            None, query, key, value, make_row_mask(row, 2, torch.float32, False), scaling=0.25
-        )
-        used = int(lengths.sum())
-        torch.testing.assert_close(got.transpose(1, 2)[:, :used], expected[0][:, :used], rtol=0, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-
-
-def test_the_block_mask_leaves_out_nothing_that_is_allowed():
-    text = tower()
-    short, long = batch(text, num=40)
-    row = make_arranger(text, "flex", CPU, False)(short, long).row
-    mask = make_row_mask(row, 2, torch.float32, use_flex=True).blocks
-    size = row.ids.shape[1]
-    allowed = torch.zeros(size, size, dtype=torch.bool)
-    for start, length in zip(row.starts.tolist(), row.lengths.tolist()):
-        here = slice(start, start + length)
-        allowed[here, here] = prefix_attention(torch.ones(1, length, dtype=torch.bool), 2)[0]
-    used = int(row.lengths.sum())
-    allowed[range(used, size), range(used, size)] = True
-    index = torch.arange(size)
-    rule = mask.mask_mod(0, 0, index[:, None], index[None, :])
-    assert torch.equal(rule, allowed)
-    blocks = allowed.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(dim=3).any(dim=1)
-    dense = mask.to_dense()[0, 0].bool()
-    assert torch.equal(dense & blocks, blocks) and dense.sum() < dense.numel() / 2
-    assert torch.equal(dense, dense.T)
-
-
 def test_buckets_are_the_cheapest_there_are():
     lengths = [5, 5, 6, 9, 9, 14, 20, 21]
     for cost in (0, 3, 10, 100):
@@ -223,26 +135,16 @@ def reference_mix(num_images, num_long, seed):
 
 @pytest.mark.parametrize(("num_long", "fewer"), [(1, 1.7), (3, 1.3)])
 def test_little_padding_is_computed_on_the_published_mix(num_long, fewer):
-    for num_images, arranger in (
-        (64, CaptionArranger("buckets", 0)),
-        (64, CaptionArranger("flex", 0)),
-        (1024, CaptionArranger("buckets", 0)),
-        (1024, CaptionArranger("flex", 0)),
-    ):
-        budgets = set()
+    for num_images in (64, 1024):
         for seed in range(3):
             short, long, num_tokens = reference_mix(num_images, num_long, seed)
-            captions = arranger(short, long)
-            assert 1 - num_tokens / captions.num_slots < 0.05, (num_images, arranger)
-            assert (short.numel() + long.numel()) / captions.num_slots >= fewer, (num_images, arranger)
-            budgets.add(captions.num_slots)
-        if arranger.mode == "flex" and num_images == 1024:
-            assert len(budgets) <= 2  # few shapes for torch.compile
+            captions = CaptionArranger(pad_id=0)(short, long)
+            assert 1 - num_tokens / captions.num_padded < 0.05, num_images
+            assert (short.numel() + long.numel()) / captions.num_padded >= fewer, num_images
 
 
-@pytest.mark.parametrize("mode", ["buckets", "flex"])
 @pytest.mark.parametrize("num_long", [0, 2])
-def test_the_training_model_puts_features_where_they_belong(mode, num_long):
+def test_the_training_model_puts_features_where_they_belong(num_long):
     import training
 
     torch.manual_seed(0)
@@ -252,7 +154,7 @@ def test_the_training_model_puts_features_where_they_belong(mode, num_long):
     images = torch.randn(6, 3, 64, 64)
     whole = TrainModel(model)
     expected = whole(images, short, long if num_long else None)
-    got = whole(images, packed_text=make_arranger(model, mode, CPU, False)(short, long))
+    got = whole(images, packed_text=make_arranger(model, "buckets", CPU, False)(short, long))
     assert got["text_features"].shape == expected["text_features"].shape
     torch.testing.assert_close(got["text_features"], expected["text_features"], rtol=0, atol=1e-5)
 
@@ -262,10 +164,9 @@ def test_trainings_are_equal_and_log_the_padding(scenes, tmp_path):
     for name, flags in {
         "padded": ["--text-packing", "padded"],
         "auto": [],
-        "flex": ["--text-packing", "flex"],
-        "checkpointed": ["--grad-checkpointing", "--text-packing", "flex"],
+        "checkpointed": ["--grad-checkpointing"],
         "accumulated": ["--accum-freq", "2", "--batch-size", "20"],
-        "bf16": ["--precision", "amp_bf16", "--text-packing", "flex"],
+        "bf16": ["--precision", "amp_bf16"],
     }.items():
         argv = [*SMALL, "--train-data", str(scenes / "train"), "--batch-size", "40", "--epochs", "3", "--lr", "1e-4"]
         assert main([*argv, "--logs", str(tmp_path), "--name", name, *flags]) == 0
@@ -273,18 +174,19 @@ def test_trainings_are_equal_and_log_the_padding(scenes, tmp_path):
         curves[name], padding[name] = losses(lines), lines[0]["train/padding_share"]
     for name, curve in curves.items():
         assert curve == pytest.approx(curves["padded"], rel=2e-2 if name == "bf16" else 1e-4), name
-    assert padding["auto"] < 0.05 < padding["padded"] and padding["flex"] < 0.06
+    assert padding["auto"] < 0.05 < padding["padded"]
 
 
-def test_what_a_tower_cant_do_is_said(scenes, tmp_path, tiny_clip, capsys):
-    flags = ["--train-data", str(scenes / "train"), "--batch-size", "8", "--logs", str(tmp_path)]
-    assert main(["--model", tiny_clip, *flags, "--text-packing", "flex"]) == 2
-    assert "--text-packing flex: needs a text tower of ours" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--text-packing flex: needs .* bert, roberta, .*buckets"):
-        make_arranger(tower("modernbert", num_layers=2), "flex", CPU, False)
-    assert make_arranger(tower(), "auto", CPU, False).mode == "buckets"
+def test_auto_takes_buckets_on_every_device_unless_shapes_are_expensive():
+    assert make_arranger(tower(), "auto", CPU, False).multiple == 1
+    assert make_arranger(tower(), "auto", torch.device("cuda"), False).multiple == 8
     assert make_arranger(tower(), "auto", CPU, compiled=True) is None
-    assert make_arranger(tower(), "auto", torch.device("cuda"), False).mode == "flex"
+
+
+def test_the_way_of_packing_that_no_longer_exists_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", "lotlip_tiny", "--train-data", "x", "--text-packing", "flex"])
+    assert stop.value.code == 2 and "flex, all captions in a row, no longer exists" in capsys.readouterr().err
 
 
 def test_exclamation_marks_are_not_padding_for_clip():

@@ -74,9 +74,6 @@ class Electra(Bert):
     model_types = ("electra",)
     default_pooler = "cls_last_hidden_state_pooler"
     has_pooler = False
-
-
-FAMILIES = (Electra(),)
 """
 RUN_FAMILY = """
 import sys

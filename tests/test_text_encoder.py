@@ -51,7 +51,7 @@ def check_equal(model, ids):
     results = []
     weights = torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(1))
     captions = make_arranger(model, "auto", CPU, compiled=False)(ids)
-    assert captions.num_slots < ids.numel() / 1.5
+    assert captions.num_padded < ids.numel() / 1.5
     for encode in (lambda: model.encode_text(ids), lambda: text_encoder(model).packed_features(captions)[:, 0]):
         model.zero_grad()
         features = encode()
@@ -93,15 +93,14 @@ def test_towers_that_read_padding_get_it():
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-@pytest.mark.parametrize("mode", ["buckets", "flex"])
-def test_the_padding_id_within_a_caption_changes_nothing(family, mode):
+def test_the_padding_id_within_a_caption_changes_nothing(family):
     """A tokenizer reads "[PAD]" in a text as the padding token: in the middle, at the end, several times."""
     text = tower(family, num_layers=3)
     ids = random_ids(text, num_rows=5)
     for row, places in enumerate(([5], [10], [9, 10], [4, 6, 7])):
         ids[row, places] = text.pad_id
     padded = text.all_features(ids)
-    packed = text_encoder(text).packed_features(make_arranger(text, mode, CPU, False)(ids))
+    packed = text_encoder(text).packed_features(make_arranger(text, "buckets", CPU, False)(ids))
     torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
 
 

@@ -28,8 +28,8 @@ from training.eval.metrics import count_ranks, hit_probability
 from training.eval.retrieval import encode_sets, plan_benchmarks
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags
-from training.model.towers.special_attention import special_attention, words_of
 from training.model.towers.text_encoder import cut_padding
+from training.model.towers.text_tower import special_attention
 from training.runtime.distributed import distributed
 
 
@@ -75,7 +75,7 @@ def words(parts: EncoderParts, texts: Sequence[str]) -> dict[str, float]:
     for text in texts:
         ids = cut_padding(parts.tokenizer([text]), parts.model.text.pad_id)
         attention = special_attention(parts.model.text, ids)[0]
-        own = torch.stack([attention[:, places].sum(dim=1) for _, places in words_of(parts.tokenizer, ids[0].tolist())])
+        own = torch.stack([attention[:, places].sum(dim=1) for _, places in parts.tokenizer.words(ids[0].tolist())])
         read = own > own.mean(dim=0)  # [words, m + 1]
         for corner in read.T[1:]:
             by_corner_alone.append(float((corner & ~read[:, 0]).sum() / corner.sum()))

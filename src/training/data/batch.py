@@ -24,7 +24,7 @@ class TrainBatch(NamedTuple):
     Attributes:
         inputs: name -> argument of the model; see above.
         num_tokens: number of tokens of all captions, without padding.
-        num_slots: number of tokens that the text tower computes, padding included.
+        num_padded: number of tokens that the text tower computes, padding included.
         keys: shard/key of each sample.
         bad_samples: (kind, shard/key) of each bad sample that was skipped while filling this batch.
         position: (worker, slots of its part of the epoch that it has read up to and including this batch).
@@ -32,7 +32,7 @@ class TrainBatch(NamedTuple):
 
     inputs: dict[str, object]
     num_tokens: int
-    num_slots: int
+    num_padded: int
     keys: list[str]
     bad_samples: list[tuple[str, str]]
     position: tuple[int, int]

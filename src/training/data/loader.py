@@ -105,8 +105,8 @@ class TrainBatches(IterableDataset):
         if not rows:
             return TrainBatch({}, 0, 0, [], bad_samples, (0, 0)), len(bad_samples)
         images = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
-        captions, num_tokens, num_slots = collate_captions(self.reader, rows)
-        batch = TrainBatch(images | captions, num_tokens, num_slots, keys, bad_samples, (0, 0))
+        captions, num_tokens, num_padded = collate_captions(self.reader, rows)
+        batch = TrainBatch(images | captions, num_tokens, num_padded, keys, bad_samples, (0, 0))
         return batch, len(keys) + len(bad_samples)
 
 
@@ -131,7 +131,7 @@ def collate_captions(reader: SampleReader, rows: list[Sample]) -> tuple[dict[str
         groups["long_text"], num_tokens = long.unflatten(0, (len(texts), num_long)), num_tokens + num_more
     if reader.arrange:
         packed = reader.arrange(*groups.values())
-        return {"packed_text": packed}, num_tokens, packed.num_slots
+        return {"packed_text": packed}, num_tokens, packed.num_padded
     return groups, num_tokens, sum(ids.numel() for ids in groups.values())
 
 

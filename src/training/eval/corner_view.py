@@ -30,8 +30,7 @@ def view(args: argparse.Namespace) -> dict[str, object]:
 
     from training.model.assembly.factory import create_model, get_tokenizer
     from training.model.names.resolve import resolve_weights
-    from training.model.tokenizers.corner_tokenizers import CornerHFTokenizer
-    from training.model.towers.special_attention import special_attention, words_of
+    from training.model.towers.text_tower import special_attention
 
     resolve_weights(args.model, args.pretrained, args.cache_dir)  # reports a wrong name before anything is built
     overrides = {"num_corner_tokens": args.num_corner_tokens, "context_length": args.context_length}
@@ -40,19 +39,18 @@ def view(args: argparse.Namespace) -> dict[str, object]:
     model = create_model(args.model, args.pretrained, cache_dir=args.cache_dir, **overrides).eval()
     ids = tokenizer([args.caption])
     attention = special_attention(getattr(model, "text", model), ids, args.layer)[0]  # [m + 1, seq_len]
-    words = words_of(tokenizer, ids[0].tolist())
+    words = tokenizer.words(ids[0].tolist())
     if not words:
         raise ValueError(f"caption {args.caption!r} contains no word")
     with torch.no_grad():
         features = torch.nn.functional.normalize(model.text.all_features(ids)[0], dim=-1)
-    first = "[CLS]" if isinstance(tokenizer, CornerHFTokenizer) else "[EOT]"
     shares = [[float(row[positions].sum()) for _, positions in words] for row in attention]
     return {
         "model": args.model,
         "pretrained": args.pretrained,
         "layer": args.layer,
         "words": [word for word, _ in words],
-        "tokens": [first, *(f"corner {n}" for n in range(len(attention) - 1))],
+        "tokens": [tokenizer.pooled_token, *(f"corner {n}" for n in range(len(attention) - 1))],
         "attention": shares,
         "elsewhere": [1 - sum(share) for share in shares],
         "similarity": (features @ features.T).tolist(),

@@ -8,7 +8,7 @@ import torch
 from training.export.source import Source, check_samples
 from training.model.assembly.factory import create_model_and_transforms, get_tokenizer
 from training.model.assembly.saving import save_pretrained
-from training.model.towers.hf_tower import LotlipCLIP
+from training.model.towers.text_tower import LotlipCLIP
 
 
 def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:

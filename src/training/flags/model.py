@@ -210,11 +210,18 @@ def _add_more_compute_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text-packing",
         default="auto",
-        choices=("auto", "padded", "buckets", "flex"),
+        type=_packing,
+        choices=("auto", "padded", "buckets"),
         metavar="P",
-        help="layout of a step's captions: padded to the longest; buckets of similar length; flex: all in one row "
-        "without padding; auto: flex on CUDA, else buckets, if the text tower supports it (default: %(default)s)",
+        help="layout of a step's captions: padded to the longest; buckets of similar length; auto: buckets, if the "
+        "text tower supports it (default: %(default)s)",
     )
+
+
+def _packing(text: str) -> str:
+    if text == "flex":
+        raise argparse.ArgumentTypeError("flex, all captions in a row, no longer exists; use auto, which takes buckets")
+    return text
 
 
 def validate_model_args(args: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ class StepLog:
         """Counts a batch of this process; logs the first bad samples of each kind."""
         self.samples += len(batch.keys)
         self.tokens += batch.num_tokens
-        self.slots += batch.num_slots
+        self.slots += batch.num_padded
         self.own.add(Totals(len(batch.keys) + len(batch.bad_samples), Counter(kind for kind, _ in batch.bad_samples)))
         for kind, name in batch.bad_samples:
             self.num_logged[kind] += 1

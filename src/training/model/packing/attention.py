@@ -1,7 +1,23 @@
-"""Scaled dot-product attention with an additive mask."""
+"""Scaled dot-product attention with an additive mask, for one batch or for several buckets of captions.
+
+With buckets, the linear layers of a tower run on the tokens of all buckets at once: one large matrix product is faster
+than one per bucket, and the gradient of a weight, or of the embedding table, is computed once and not added up over the
+buckets. Attention is the only part that needs the buckets apart.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
+
+MASK_ALIGNMENT = 16  # elements; CUDA's kernels would copy a mask with other strides, for every head and layer
+
+
+def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Returns the dtype in which a layer computes with hidden states, and which its attention mask should have."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -12,13 +28,16 @@ def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Args:
         allowed: [batch, num_queries, seq_len] bool.
-        dtype: dtype of the hidden states.
+        dtype: dtype in which the layer computes, see `compute_dtype`. In another one, autocast would cast the mask in
+            every layer, and keep each copy for the backward pass.
 
     Returns:
         [batch, 1, num_queries, seq_len], to be broadcast over heads.
     """
-    zero = torch.zeros((), dtype=dtype, device=allowed.device)
-    return torch.where(allowed, zero, torch.finfo(dtype).min)[:, None]
+    length = allowed.shape[-1]
+    hidden = functional.pad(~allowed, (0, -length % MASK_ALIGNMENT))
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, :, :length]
 
 
 def attention(
@@ -44,8 +63,51 @@ def attention(
     Returns:
         [n, heads, k, d].
     """
-    if query.device.type != "cpu" or (not dropout and query.dtype in (torch.float32, torch.float64)):
+    is_fast = query.dtype in (torch.float32, torch.float64) or not query.requires_grad
+    if query.device.type != "cpu" or (is_fast and not dropout):
         return functional.scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout, scale=scaling)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = ((query * scaling) @ key.transpose(-1, -2)).add_(allowed)
     return functional.dropout(scores.softmax(dim=-1), dropout) @ value
+
+
+class BucketMask(NamedTuple):
+    """The attention mask of all buckets, whose captions are concatenated in the order of the buckets.
+
+    Attributes:
+        shapes: number of captions and padded length (n_b, L_b) of each bucket.
+        allowed: additive mask of each bucket, [n_b, 1, L_b, L_b].
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    allowed: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, allowed: Sequence[torch.Tensor], dtype: torch.dtype) -> "BucketMask":
+        """Returns the mask of buckets whose tokens may attend as `allowed` says, [n_b, L_b, L_b] bool each."""
+        return cls(tuple(rule.shape[:2] for rule in allowed), tuple(additive_mask(rule, dtype) for rule in allowed))
+
+    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Divides [total, ...] into the buckets, [n_b, L_b, ...] each."""
+        parts = tokens.split([num * length for num, length in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes)]
+
+    def first_tokens(self, count: int, device: torch.device) -> torch.Tensor:
+        """Returns the index of the first tokens of each caption among all tokens, [n, count]."""
+        starts, before = [], 0
+        for num, length in self.shapes:
+            starts.append(before + length * torch.arange(num, device=device))
+            before += num * length
+        return torch.cat(starts)[:, None] + torch.arange(count, device=device)
+
+
+def attend_in_buckets(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BucketMask, dropout: float, scaling: float
+) -> torch.Tensor:
+    """Attention within each caption: [1, heads, total, d] each -> [1, total, heads, d]."""
+    parts = (mask.split(tokens.transpose(1, 2).flatten(0, 1)) for tokens in (query, key, value))
+    outputs = []
+    for *inputs, allowed in zip(*parts, mask.allowed):
+        by_head = (tokens.transpose(1, 2) for tokens in inputs)
+        outputs.append(attention(*by_head, allowed, dropout, scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None]

@@ -4,7 +4,7 @@ Both are called like open_clip's, ``tokenizer(texts) -> [n, context_length]``, a
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from training.model.names.config import ModelSpec, find_pretrained_folder, not_found
 
+_WORD_STARTS = ("\u0120", "\u2581")  # RoBERTa and XLM-R mark the start of words, BERT their continuation (##)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer_config.json")
 
 
@@ -24,6 +25,7 @@ class _CornerTokenizer:
     num_corners: int
     num_behind: int  # number of special and corner tokens after the words
     pad_id: int
+    pooled_token: str  # name of the token whose feature the tower returns
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int | None = None, padding: bool = True
@@ -62,6 +64,24 @@ class _CornerTokenizer:
         """Returns the ids of each text, special and corner tokens included, before truncation."""
         raise NotImplementedError
 
+    def words(self, ids: list[int]) -> list[tuple[str, list[int]]]:
+        """Joins the word pieces of one caption into words.
+
+        Returns:
+            Each word with the positions of its pieces, without special tokens, corners and padding.
+        """
+        words: list[tuple[str, list[int]]] = []
+        for position, piece, begins_word in self._pieces(ids):
+            if begins_word or not words or words[-1][1][-1] != position - 1:
+                words.append((piece, [position]))
+            else:
+                words[-1] = (words[-1][0] + piece, [*words[-1][1], position])
+        return words
+
+    def _pieces(self, ids: list[int]) -> Iterator[tuple[int, str, bool]]:
+        """Yields position and text of each word piece, and whether it begins a word."""
+        raise NotImplementedError
+
     def _cut(self, row: list[int], length: int) -> list[int]:
         """Truncates the words but keeps the special and corner tokens after them."""
         return row if len(row) <= length else row[: length - self.num_behind] + row[-self.num_behind :]
@@ -90,6 +110,8 @@ class CornerHFTokenizer(_CornerTokenizer):
 
     Source: LoTLIP (arXiv 2410.05249); the ids equal those of the published tokenizer.
     """
+
+    pooled_token = "[CLS]"
 
     def __init__(
         self, source: str | Path, context_length: int = 128, num_corners: int = 0, cache_dir: str | None = None
@@ -121,6 +143,19 @@ class CornerHFTokenizer(_CornerTokenizer):
         rows = self.tokenizer(texts, padding=False, truncation=False, return_attention_mask=False).input_ids
         return [row[:1] + self.corner_ids + row[1:] for row in rows]
 
+    def _pieces(self, ids: list[int]) -> Iterator[tuple[int, str, bool]]:
+        special, pieces = set(self.tokenizer.all_special_ids), self.tokenizer.convert_ids_to_tokens(ids)
+        marks_starts = any(piece.startswith(_WORD_STARTS) for piece in pieces)
+        for position, (number, piece) in enumerate(zip(ids, pieces)):
+            if number in special or number in self.corner_ids:
+                continue
+            begins_word = piece.startswith(_WORD_STARTS) if marks_starts else not piece.startswith("##")
+            yield (
+                position,
+                piece.lstrip("".join(_WORD_STARTS)) if marks_starts else piece.removeprefix("##"),
+                begins_word,
+            )
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files, corner tokens included."""
         self.tokenizer.save_pretrained(str(folder))
@@ -139,6 +174,8 @@ class CornerCLIPTokenizer(_CornerTokenizer):
         num_corners: m.
     """
 
+    pooled_token = "[EOT]"
+
     def __init__(self, context_length: int = 77, num_corners: int = 0):
         self.tokenizer = SimpleTokenizer(context_length=context_length)
         self.context_length = context_length
@@ -151,6 +188,16 @@ class CornerCLIPTokenizer(_CornerTokenizer):
     def _encode(self, texts: list[str]) -> list[list[int]]:
         start, end = [self.tokenizer.sot_token_id], [*self.corner_ids, self.tokenizer.eot_token_id]
         return [start + self.tokenizer.encode(text) + end for text in texts]
+
+    def _pieces(self, ids: list[int]) -> Iterator[tuple[int, str, bool]]:
+        begins_word = True
+        for position, number in enumerate(ids):
+            if number == self.tokenizer.eot_token_id:
+                break
+            if number < self.tokenizer.sot_token_id:
+                piece = self.tokenizer.decoder[number]
+                yield position, piece.removesuffix("</w>"), begins_word
+                begins_word = piece.endswith("</w>")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Does nothing: CLIP's vocabulary is part of open_clip."""

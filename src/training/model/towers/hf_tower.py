@@ -1,23 +1,29 @@
-"""LoTLIP's text tower, a Hugging Face encoder with corner tokens, and the two-tower model."""
+"""LoTLIP's text tower: a Hugging Face encoder with corner tokens."""
 
 from collections.abc import Sequence
 
-import open_clip
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from training.model.packing.arranger import Row
+from training.model.names.config import ModelSpec
 from training.model.towers.corner import max_without_corners, mean_without_corners, prefix_attention
-from training.model.towers.corner_tower import CornerTower
 from training.model.towers.encoders.family import EncoderFamily, family_of
-from training.model.towers.hf_encoders import POOLERS, build_encoder, fit_context
-from training.model.towers.row_attention import attends_in_buckets, row_slots
+from training.model.towers.hf_encoders import (
+    POOLERS,
+    build_encoder,
+    encoder_config,
+    fit_context,
+    load_pretrained_encoder,
+)
+from training.model.towers.text_tower import TextTower
+from training.model.weights.load import load_pretrained_text
 
 CORNER_ATTENTION = ("published", "ordinary")
+_NOT_ARCHITECTURE = ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type")
 
 
-class CornerHFText(CornerTower):
+class CornerHFText(TextTower):
     """A bidirectional Hugging Face encoder with corner tokens at positions 1..m.
 
     State-dict names are the published ones: ``transformer.*`` (the encoder's own names) and ``proj.*``.
@@ -36,6 +42,9 @@ class CornerHFText(CornerTower):
     Raises:
         ValueError: unknown pooler, projection or attention.
     """
+
+    rgb_first = True
+    locks_norms_apart = True
 
     def __init__(
         self,
@@ -65,51 +74,54 @@ class CornerHFText(CornerTower):
         self.vocab_size = self.transformer.config.vocab_size
         self.proj = _projection(proj_type, config.hidden_size, output_dim)
 
+    @classmethod
+    def check(cls, spec: ModelSpec, cache_dir: str | None) -> None:
+        encoder_config(spec.text_cfg, cache_dir)
+
+    @classmethod
+    def build(cls, spec: ModelSpec, stock: nn.Module, cache_dir: str | None) -> "CornerHFText":
+        cfg = spec.text_cfg
+        return cls(
+            encoder_config(cfg, cache_dir),
+            spec.model_cfg["embed_dim"],
+            spec.num_corners,
+            spec.context_length,
+            cfg.get("hf_proj_type", "mlp"),
+            cfg.get("hf_pooler_type"),
+            cfg.get("corner_attention", CORNER_ATTENTION[0]),
+        )
+
+    def load_pretrained(self, spec: ModelSpec, cache_dir: str | None) -> None:
+        if name := spec.text_cfg.get("hf_model_name"):
+            state = load_pretrained_encoder(name, self.pooler_type == "cls_pooler", cache_dir)
+            load_pretrained_text(self, state, name)
+
+    def config_fields(self) -> dict:
+        # The encoder's config written out in full, so that loading needs no hub access to get the encoder's size.
+        config = self.transformer.config
+        fields = {k: v for k, v in config.to_diff_dict().items() if k not in _NOT_ARCHITECTURE}
+        fields["vocab_size"] = config.vocab_size - self.num_corners
+        return {"hf_config": {"model_type": config.model_type, **fields}}
+
     @property
     def position_offset(self) -> int:
-        """Number of rows of the position table before the first token's row."""
         return self.family.position_offset(self.transformer.config)
 
-    def all_features(self, ids: torch.Tensor) -> torch.Tensor:
-        keep = ids != self.pad_id
-        allowed = prefix_attention(keep, self.num_hidden_corners)
-        if self._reads_all:
-            return self.proj(self._pool_all(self.family.run(self.transformer, ids, allowed), keep))
-        return self.proj(self._pool(self.family.first_states(self.transformer, ids, allowed, self.num_corners + 1)))
-
     @property
-    def attends_in_rows(self) -> bool:
-        """Whether captions can be packed in a row (``--text-packing flex``)."""
-        return self.family.packs_rows and self.transformer._supports_attention_backend
+    def joins_buckets(self) -> bool:
+        return self.family.joins_buckets
 
-    def row_features(self, row: Row) -> torch.Tensor:
-        """Features [n, m + 1, dim] of captions packed in a row by `packing.CaptionArranger`, as in `all_features`."""
-        if self._reads_all:
-            slots, keep = row_slots(row)
-            hidden = self.family.run_on_row(self.transformer, row, self.num_hidden_corners)[0]  # [budget, width]
-            return self.proj(self._pool_all(hidden[slots], keep))
-        hidden, num_first = self.num_hidden_corners, self.num_corners + 1
-        return self.proj(self._pool(self.family.first_states_in_row(self.transformer, row, hidden, num_first)))
+    def all_features(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.bucket_features([ids])
 
     def bucket_features(self, buckets: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Features [n, m + 1, dim] of buckets [n_b, L_b] of captions, in the order of the buckets.
-
-        After `row_attention.let_attend_in_buckets` the linear layers run on all buckets at once.
-        """
-        if len(buckets) == 1 or not attends_in_buckets(self.transformer):
-            return torch.cat([self.all_features(ids) for ids in buckets])
         keep = [ids != self.pad_id for ids in buckets]
         allowed = [prefix_attention(tokens, self.num_hidden_corners) for tokens in keep]
-        if self._reads_all:
-            hidden = self.family.run_on_buckets(self.transformer, buckets, allowed)
-            return self.proj(torch.cat([self._pool_all(*part) for part in zip(hidden, keep)]))
-        num_first = self.num_corners + 1
-        return self.proj(self._pool(self.family.first_states_in_buckets(self.transformer, buckets, allowed, num_first)))
-
-    @property
-    def _reads_all(self) -> bool:
-        """Whether the pooler needs all tokens' hidden states; other poolers need only [CLS] and the corners."""
-        return self.pooler_type in ("mean_pooler", "max_pooler")
+        if self.pooler_type in ("mean_pooler", "max_pooler"):  # the others read only [CLS] and the corners
+            hidden = self.family.run_buckets(self.transformer, buckets, allowed)
+            return self.proj(torch.cat([self._pool_all(*bucket) for bucket in zip(hidden, keep)]))
+        states = self.family.run_buckets(self.transformer, buckets, allowed, self.num_corners + 1)
+        return self.proj(self._pool(torch.cat(states)))
 
     def _pool_all(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """[batch, seq_len, width] -> [batch, m + 1, width]."""
@@ -124,13 +136,20 @@ class CornerHFText(CornerTower):
             return pooler.activation(pooler.dense(special))
         return special
 
+    def layers(self) -> Sequence[nn.Module]:
+        return self.family.layers(self.transformer)
+
+    def attention_weights(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
+        allowed = prefix_attention(ids != self.pad_id, self.num_hidden_corners)
+        return self.family.attention_weights(self.transformer, ids, allowed, self.num_corners + 1, layer)
+
     def layer_groups(self, pooler_in_head: bool = True) -> list[tuple[str, Sequence[nn.Module]]]:
         """Returns all parts with parameters as (name, modules), from the input to the output.
 
         Args:
             pooler_in_head: put BERT's pooler into the projection's group; False makes it a separate group.
         """
-        layers = [(f"layer.{i}", [layer]) for i, layer in enumerate(self.family.layers(self.transformer))]
+        layers = [(f"layer.{i}", [layer]) for i, layer in enumerate(self.layers())]
         layers[-1][1].extend(self.family.after_layers(self.transformer))
         pooler = getattr(self.transformer, "pooler", None)
         head = [("proj", [self.proj])]
@@ -181,19 +200,3 @@ def _projection(proj_type: str | None, width: int, output_dim: int) -> nn.Module
         middle = (width + output_dim) // 2
         return nn.Sequential(nn.Linear(width, middle, bias=False), nn.GELU(), nn.Linear(middle, output_dim, bias=False))
     raise ValueError(f"hf_proj_type {proj_type}: expected linear or mlp, or none where both widths are {output_dim}")
-
-
-class LotlipCLIP(open_clip.CustomTextCLIP):
-    """open_clip's two-tower model with one of our text towers as `text`.
-
-    Args:
-        stock: open_clip's model; its image tower, temperature and settings are used.
-        text: `CornerHFText` or `CornerCLIPText`.
-    """
-
-    def __init__(self, stock: open_clip.CustomTextCLIP, text: CornerTower):
-        nn.Module.__init__(self)
-        self.output_dict = stock.output_dict
-        self.visual, self.text = stock.visual, text
-        self.context_length, self.vocab_size = text.context_length, text.vocab_size
-        self.logit_scale, self.logit_bias = stock.logit_scale, stock.logit_bias

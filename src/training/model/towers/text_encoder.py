@@ -9,9 +9,9 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import text_global_pool
 from torch import nn
 
-from training.model.packing.arranger import Captions, Row, caption_lengths
+from training.model.packing.arranger import Captions, caption_lengths
 from training.model.towers.clip_tower import CLIP_PAD_ID, project
-from training.model.towers.corner_tower import CornerTower
+from training.model.towers.text_tower import TextTower
 
 _HF_FAMILIES = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")  # encoders that open_clip runs with a padding mask
 PADDING_MULTIPLE = 8  # lengths are rounded up to a multiple, so that few different shapes occur
@@ -25,15 +25,13 @@ class TextEncoder:
         features: token ids [n, seq_len] -> [n, m + 1, dim], not normalised; m = 0 for towers without corner tokens.
         pad_id: id of the padding after a caption, which may be cut off; None for towers that attend to padding
             (SigLIP), whose input has to be padded to the context length.
-        row_features: computes the features [n, m + 1, dim] of captions packed in one row; None if not supported.
-        bucket_features: computes the features [n, m + 1, dim] of buckets [n_b, L_b] of captions together; None
+        joined_features: computes the features [n, m + 1, dim] of buckets [n_b, L_b] of captions together; None
             computes one bucket after another.
     """
 
     features: Callable[[torch.Tensor], torch.Tensor]
     pad_id: int | None
-    row_features: Callable[[Row], torch.Tensor] | None = None
-    bucket_features: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
+    joined_features: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [n, seq_len] -> [n, dim], equal to `encode_text` of open_clip's models."""
@@ -41,13 +39,11 @@ class TextEncoder:
 
     def packed_features(self, captions: Captions) -> torch.Tensor:
         """Features [n, m + 1, dim] of captions arranged by `packing.CaptionArranger`, in their original order."""
-        if captions.row is not None:
-            return self.row_features(captions.row)
-        if self.bucket_features is not None:
-            features = self.bucket_features(captions.buckets)
+        if self.joined_features is not None:
+            features = self.joined_features(captions.buckets)
         else:
             features = torch.cat([self.features(ids) for ids in captions.buckets])
-        return features.index_select(0, captions.places)
+        return features.index_select(0, captions.index)
 
 
 def text_encoder(model: nn.Module) -> TextEncoder:
@@ -57,9 +53,8 @@ def text_encoder(model: nn.Module) -> TextEncoder:
     beyond rounding, because no token whose output is used attends to it.
     """
     text = getattr(model, "text", model)  # open_clip.CLIP holds the parts of its text tower itself
-    if isinstance(text, CornerTower):
-        packed = getattr(text, "row_features", None), getattr(text, "bucket_features", None)
-        return TextEncoder(text.all_features, text.pad_id, *packed)
+    if isinstance(text, TextTower):
+        return TextEncoder(text.all_features, text.pad_id, text.bucket_features if text.joins_buckets else None)
     if isinstance(text, HFTextEncoder) and text.config.model_type in _HF_FAMILIES and not text.output_tokens:
         return TextEncoder(lambda ids: text(ids)[:, None], text.config.pad_token_id)
     pool = getattr(model, "text_pool_type", getattr(text, "pool_type", None))

@@ -1,39 +1,42 @@
 """The interface of a family of Hugging Face encoders that can be a text tower with corner tokens.
 
-A family is one file in this folder that assigns ``FAMILIES``; no other registration is needed. An encoder's own
-`forward` derives its attention mask from the padding alone, so a family runs its encoder with our own mask.
+An encoder's own `forward` derives its attention mask from the padding alone, so a family runs its encoder with our own
+mask. Defining a subclass registers it for its model types; the files of this folder are imported when needed.
 """
 
-import functools
 import importlib
+import pkgutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 import training.model.towers.encoders as folder
-from training.model.packing.arranger import Row
+
+_FAMILIES: dict[str, "EncoderFamily"] = {}
 
 
 class EncoderFamily:
-    """A family of encoders; subclasses must define `run` and `layers`.
+    """A family of encoders; subclasses must define `run` (or `run_buckets`) and `layers`.
 
     Attributes:
         model_types: values of ``model_type`` in the encoder's config.
         default_pooler: one of `hf_encoders.POOLERS`, used if a model config names none.
         has_pooler: the encoder can end in BERT's pooler (``add_pooling_layer``).
-        packs_rows: captions can be packed in a row, and buckets computed together; needs `run_on_row` and
-            `run_on_buckets`.
-        shows_attention: the layers compute keys in ``attention.self.key``, which `special_attention` relies on.
+        joins_buckets: `run_buckets` computes all buckets together.
     """
 
     model_types: tuple[str, ...] = ()
     default_pooler = "mean_pooler"
     has_pooler = False
-    packs_rows = False
-    shows_attention = False
+    joins_buckets = False
+
+    def __init_subclass__(cls):
+        for model_type in cls.__dict__.get("model_types", ()):
+            if model_type in _FAMILIES and type(_FAMILIES[model_type]).__qualname__ != cls.__qualname__:
+                raise ValueError(f"two families of encoders have the model type {model_type}")
+            _FAMILIES[model_type] = cls()
 
     def position_offset(self, config: PretrainedConfig) -> int:
         """Returns the number of rows at the start of the position table that no token uses."""
@@ -53,50 +56,32 @@ class EncoderFamily:
         Returns:
             Last hidden states [batch, seq_len, width].
         """
-        raise NotImplementedError
+        return self.run_buckets(encoder, [ids], [allowed])[0]
 
-    def first_states(
-        self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor, num_first: int
-    ) -> torch.Tensor:
-        """Returns the same as `run`, for the first positions only: [batch, num_first, width]."""
-        return self.run(encoder, ids, allowed)[:, :num_first]
-
-    def run_on_row(self, encoder: nn.Module, row: Row, num_corners: int) -> torch.Tensor:
-        """Runs an encoder on captions packed in one row, with the corner tokens' mask for each.
-
-        Args:
-            encoder: after `row_attention.let_attend_in_rows`.
-            row: on the encoder's device.
-            num_corners: m.
-
-        Returns:
-            Last hidden states [1, budget, width].
-        """
-        raise NotImplementedError
-
-    def first_states_in_row(self, encoder: nn.Module, row: Row, num_corners: int, num_first: int) -> torch.Tensor:
-        """Returns the same as `run_on_row`, for the first positions of each caption only: [n, num_first, width]."""
-        raise NotImplementedError
-
-    def run_on_buckets(
-        self, encoder: nn.Module, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor]
+    def run_buckets(
+        self,
+        encoder: nn.Module,
+        buckets: Sequence[torch.Tensor],
+        allowed: Sequence[torch.Tensor],
+        num_first: int | None = None,
     ) -> list[torch.Tensor]:
-        """Runs an encoder on all buckets at once; only attention is computed bucket by bucket.
+        """Runs an encoder on several buckets of captions, each with its attention mask.
 
         Args:
-            encoder: after `row_attention.let_attend_in_buckets`.
+            encoder: from `hf_encoders.build_encoder`.
             buckets: token ids, [n_b, L_b] int64 each.
             allowed: [n_b, L_b, L_b] bool each, (query, key).
+            num_first: number of positions at the start of a caption whose states are needed; None means all.
 
         Returns:
-            Last hidden states [n_b, L_b, width] of each bucket.
+            Last hidden states of each bucket, [n_b, L_b, width] or [n_b, num_first, width].
         """
-        raise NotImplementedError
+        return [self.run(encoder, *bucket)[:, :num_first] for bucket in zip(buckets, allowed)]
 
-    def first_states_in_buckets(
-        self, encoder: nn.Module, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor], num_first: int
+    def attention_weights(
+        self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor, num_first: int, layer: int
     ) -> torch.Tensor:
-        """Returns the same as `run_on_buckets`, for the first positions of each caption only: [n, num_first, width]."""
+        """Returns the attention of the first positions in a layer, averaged over heads: [batch, num_first, seq_len]."""
         raise NotImplementedError
 
     def layers(self, encoder: nn.Module) -> Sequence[nn.Module]:
@@ -108,32 +93,15 @@ class EncoderFamily:
         return []
 
 
-@functools.cache
-def families() -> dict[str, EncoderFamily]:
-    """Imports the families from all files of this folder; returns model type -> family.
-
-    Raises:
-        ValueError: two families have the same model type.
-    """
-    found: dict[str, EncoderFamily] = {}
-    for path in sorted(path for place in folder.__path__ for path in Path(place).glob("*.py")):
-        if path.stem in ("__init__", "family"):
-            continue
-        for family in importlib.import_module(f"{folder.__name__}.{path.stem}").FAMILIES:
-            for model_type in family.model_types:
-                if model_type in found:
-                    raise ValueError(f"two families of encoders have the model type {model_type}")
-                found[model_type] = family
-    return found
-
-
 def family_of(encoder: nn.Module | PretrainedConfig) -> EncoderFamily:
     """Returns the family of an encoder or of its config.
 
     Raises:
         ValueError: no family supports this model type.
     """
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{folder.__name__}.{module.name}")
     model_type = getattr(encoder, "config", encoder).model_type
-    if model_type not in families():
-        raise ValueError(f"text towers of type {model_type} can't take corner tokens; {', '.join(families())} can")
-    return families()[model_type]
+    if model_type not in _FAMILIES:
+        raise ValueError(f"text towers of type {model_type} can't take corner tokens; {', '.join(_FAMILIES)} can")
+    return _FAMILIES[model_type]

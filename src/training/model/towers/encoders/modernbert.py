@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from training.model.packing.attention import additive_mask
+from training.model.packing.attention import additive_mask, compute_dtype
 from training.model.towers.encoders.family import EncoderFamily
 
 
@@ -14,10 +14,12 @@ class ModernBert(EncoderFamily):
     default_pooler = "cls_last_hidden_state_pooler"
 
     def run(self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        position = torch.arange(ids.shape[1], device=ids.device)
-        near = (position[:, None] - position[None, :]).abs() <= encoder.config.local_attention // 2
-        dtype = encoder.get_input_embeddings().weight.dtype
-        full, sliding = additive_mask(allowed, dtype), additive_mask(allowed & near, dtype)
+        window, dtype = encoder.config.local_attention // 2, compute_dtype(encoder.get_input_embeddings().weight)
+        full = sliding = additive_mask(allowed, dtype)
+        if ids.shape[1] > window + 1:  # in a shorter caption all tokens are near each other
+            position = torch.arange(ids.shape[1], device=ids.device)
+            near = (position[:, None] - position[None, :]).abs() <= window
+            sliding = additive_mask(allowed & near, dtype)
         return encoder(input_ids=ids, attention_mask={"full_attention": full, "sliding_attention": sliding})[0]
 
     def layers(self, encoder: nn.Module) -> nn.ModuleList:
@@ -25,6 +27,3 @@ class ModernBert(EncoderFamily):
 
     def after_layers(self, encoder: nn.Module) -> list[nn.Module]:
         return [encoder.final_norm]
-
-
-FAMILIES = (ModernBert(),)

@@ -1,0 +1,163 @@
+"""Base of the text towers: what the rest of the program asks a tower, the towers by name, and the two-tower model."""
+
+from collections.abc import Callable, Sequence
+
+import open_clip
+import torch
+from torch import nn
+
+from training.model.names.config import ModelSpec
+from training.model.tokenizers.corner_tokenizers import create_tokenizer
+from training.model.towers.corner import features_of_captions
+from training.model.towers.locking import rest_frozen
+
+TEXT_TOWERS: dict[str, type["TextTower"]] = {}
+
+
+class TextTower(nn.Module):
+    """A text tower, possibly with corner tokens.
+
+    It maps token ids [batch, seq_len] to features [batch, dim], and [batch, num_captions, seq_len] to [batch, T, dim]
+    with T = 1 + (num_captions - 1)(m + 1): see `corner.features_of_captions`.
+
+    A subclass defines `build`, `all_features`, `layers` and the attributes; it may stand in any file. Defining it as
+    ``class Mine(TextTower, name="mine")`` registers it for model configs with ``"text_cfg": {"tower": "mine", ...}``.
+
+    Attributes:
+        num_corners: number of corner tokens, m.
+        context_length: maximum number of tokens of a caption.
+        vocab_size: number of token ids, corners included.
+        pad_id: id of padding, which the tower ignores; None for a tower that attends to padding.
+        position_offset: number of rows of the position table before the first token's row.
+        joins_buckets: `bucket_features` computes all buckets together.
+        wraps_stock: `build` uses the text tower that open_clip builds from the same config.
+        rgb_first: images are converted to RGB before they are resized, as in LoTLIP; open_clip does it afterwards.
+        locks_norms_apart: `lock` can freeze weights without their layer norms.
+    """
+
+    num_corners = 0
+    context_length: int
+    vocab_size: int
+    pad_id: int | None
+    position_offset = 0
+    joins_buckets = False
+    wraps_stock = False
+    rgb_first = False
+    locks_norms_apart = False
+
+    def __init_subclass__(cls, name: str | None = None):
+        if name:
+            TEXT_TOWERS[name] = cls
+
+    @classmethod
+    def check(cls, spec: ModelSpec, cache_dir: str | None) -> None:
+        """Raises ValueError or FileNotFoundError if `build` would fail; called before the image tower is built."""
+
+    @classmethod
+    def build(cls, spec: ModelSpec, stock: nn.Module, cache_dir: str | None) -> "TextTower":
+        """Builds the tower with random weights on the CPU.
+
+        Args:
+            spec: the model's config; features have its ``embed_dim``.
+            stock: open_clip's text tower, if `wraps_stock`.
+            cache_dir: folder for downloads.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def tokenizer(cls, spec: ModelSpec, cache_dir: str | None = None) -> Callable:
+        """Returns the tokenizer: texts -> ids [n, context_length]."""
+        return create_tokenizer(spec, cache_dir)
+
+    def load_pretrained(self, spec: ModelSpec, cache_dir: str | None) -> None:
+        """Loads the pretrained weights that the config names, if any."""
+
+    def config_fields(self) -> dict:
+        """Returns the entries that a saved ``text_cfg`` needs in addition to those of the model's config."""
+        return {}
+
+    def train(self, mode: bool = True) -> "TextTower":
+        """Sets the mode like `nn.Module.train`, but keeps frozen parts in evaluation mode, with dropout off."""
+        super().train(mode)
+        return rest_frozen(self)
+
+    def all_features(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the pooled token's feature, then one feature per corner, not normalised.
+
+        Args:
+            ids: [batch, seq_len].
+
+        Returns:
+            [batch, m + 1, dim].
+        """
+        raise NotImplementedError
+
+    def bucket_features(self, buckets: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Returns the features [n, m + 1, dim] of buckets [n_b, L_b] of captions, in the order of the buckets."""
+        return torch.cat([self.all_features(ids) for ids in buckets])
+
+    def layers(self) -> Sequence[nn.Module]:
+        """Returns the transformer layers, first to last."""
+        raise NotImplementedError
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Computes features, not normalised.
+
+        Args:
+            ids: [batch, seq_len], or [batch, num_captions, seq_len] with the short caption first.
+
+        Returns:
+            [batch, dim], or [batch, T, dim].
+        """
+        if ids.ndim == 2:
+            return self.all_features(ids)[:, 0]
+        return features_of_captions(self.all_features(ids.flatten(0, 1)), ids.shape[0])
+
+    def attention_weights(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """Returns the attention of the pooled token and of each corner in a layer: [batch, m + 1, seq_len]."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def special_attention(tower: nn.Module, ids: torch.Tensor, layer: int = -1) -> torch.Tensor:
+    """Attention of the pooled token and of each corner over all positions, in one layer, averaged over its heads.
+
+    Args:
+        tower: a text tower in eval mode.
+        ids: [batch, seq_len] int64.
+        layer: index of the layer, from 0 for the first; negative indices count from the last.
+
+    Returns:
+        [batch, m + 1, seq_len]; each row sums to 1.
+
+    Raises:
+        ValueError: a tower that does not show its attention, or no such layer.
+    """
+    if isinstance(tower, TextTower):
+        num = len(tower.layers())
+        if not -num <= layer < num:
+            raise ValueError(f"--layer {layer}: the text tower has layers 0 to {num - 1}, or -1 for the last")
+        try:
+            return tower.attention_weights(ids, layer % num)
+        except NotImplementedError:
+            pass
+    raise ValueError(
+        f"attention can be shown for BERT-like encoders and for CLIP's text tower with corner tokens, not for a "
+        f"{type(tower).__name__}; use one of our models, or add --num-corner-tokens 2"
+    )
+
+
+class LotlipCLIP(open_clip.CustomTextCLIP):
+    """open_clip's two-tower model with one of our text towers as `text`.
+
+    Args:
+        stock: open_clip's model; its image tower, temperature and settings are used.
+        text: the text tower.
+    """
+
+    def __init__(self, stock: open_clip.CustomTextCLIP, text: TextTower):
+        nn.Module.__init__(self)
+        self.output_dict = stock.output_dict
+        self.visual, self.text = stock.visual, text
+        self.context_length, self.vocab_size = text.context_length, text.vocab_size
+        self.logit_scale, self.logit_bias = stock.logit_scale, stock.logit_bias
