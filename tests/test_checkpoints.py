@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_safety import command
 
+from support import end_ranks, free_ports, set_rank, speak_to_files, start_ranks
 from training.main import main
 from training.runtime.tracking import Tracker, run_id
 from training.train.checkpoint import newest_checkpoint, remove_old_checkpoints
@@ -74,3 +75,24 @@ def test_a_warm_up_that_never_ends_is_warned_of(scenes, tmp_path):
     assert main(command(scenes, tmp_path, "run", "--epochs", "1", "--warmup", "2000")) == 0
     log = (tmp_path / "run" / "out.log").read_text()
     assert "--warmup 2000: the run has only 10 steps, so the learning rate never reaches" in log
+
+
+def resume(rank: int, argv: list[str], port: int, folder: str) -> None:
+    """Runs one of two ranks; writes how many bytes it has read from files, memory maps excepted."""
+    speak_to_files(rank, folder)
+    set_rank(rank, 2, port)
+    assert main(argv) == 0
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    Path(folder, f"{rank}.read").write_text(counts["rchar"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what a process reads")
+def test_resuming_reads_the_checkpoint_once(scenes, tmp_path):
+    """Rank 0 verifies it; what the processes load is mapped into memory, which those of a machine share."""
+    argv = command(scenes, tmp_path, "run", "--epochs", "1")
+    assert main(argv) == 0
+    size = (tmp_path / "run" / "checkpoints" / "epoch_1.pt").stat().st_size
+    again = [*argv, "--resume", "latest", "--batch-size", "2", "--device", "cpu"]
+    assert end_ranks(start_ranks(resume, 2, again, free_ports(1)[0], str(tmp_path))) == [0, 0]
+    read = [int((tmp_path / f"{rank}.read").read_text()) for rank in range(2)]
+    assert size <= read[0] < 1.7 * size and read[1] < 0.6 * size, (read, size)

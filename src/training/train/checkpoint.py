@@ -103,10 +103,9 @@ def saved_checkpoints(folder: Path, kind: str) -> list[Path]:
 def checkpoint_progress(path: Path) -> tuple[float, float]:
     """Returns (whole epochs, steps) that a checkpoint records; infinity if it can't be read."""
     try:
-        # Memory-mapped, so that the tensors are not read.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_checkpoint(path)
         return content["epoch"], content.get("step", 0)
-    except Exception:  # torch raises many types of errors for broken files; `load_checkpoint` reports them
+    except ValueError:  # `check_checkpoint` reports it
         return math.inf, math.inf
 
 
@@ -135,7 +134,7 @@ def named_checkpoint(path: str) -> Path:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--resume {path}: no such file; give a checkpoint, or 'latest'")
-    load_checkpoint(Path(path))
+    check_checkpoint(Path(path))
     return Path(path)
 
 
@@ -150,7 +149,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         left_over.unlink()
     for path in sorted(_candidates(folder), key=checkpoint_progress, reverse=True):
         try:
-            load_checkpoint(path)
+            check_checkpoint(path)
             return path
         except ValueError as error:
             logger.warning(f"skipped a checkpoint: {error}")
@@ -168,19 +167,33 @@ def _candidates(folder: Path) -> list[Path]:
     return [*saved_checkpoints(folder, "epoch"), *saved_checkpoints(folder, "step"), *latest]
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint without running code from it.
+def check_checkpoint(path: Path) -> None:
+    """Reads a whole file once and compares its checksums, which torch itself does not.
 
     Raises:
         ValueError: the file is broken, or not a training checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch itself does not verify checksums
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch raise many types of errors for broken files
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises many types of errors for broken files
+        raise ValueError(f"--resume {path}: broken file ({first_line(error)})") from error
+    if damaged:
+        raise ValueError(f"--resume {path}: broken file ({damaged} is damaged)")
+    load_checkpoint(path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Maps a checkpoint into memory, without running code from it: tensors are read when they are used.
+
+    The processes of a machine share what has been read. Tensors must be copied before the file is removed.
+
+    Raises:
+        ValueError: the file is broken, or not a training checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many types of errors for broken files
         raise ValueError(f"--resume {path}: broken file ({first_line(error)})") from error
     if not isinstance(content, dict) or not {"epoch", "state_dict", "optimizer"} <= set(content):
         raise ValueError(f"--resume {path}: not a training checkpoint; to start from weights use --pretrained")

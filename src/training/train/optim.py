@@ -85,8 +85,20 @@ def load_optimizer_state(
                 f"its optimizer's state of {name} has the shape {shapes.pop()}, expected {own[name].shape}"
             )
     groups = optimizer.state_dict()["param_groups"]
-    numbered = {n: state[name] for g in groups for n, name in zip(g["params"], g["param_names"]) if name in state}
+    numbered = {
+        number: {key: _copy(value, own[name]) for key, value in state[name].items()}
+        for group in groups
+        for number, name in zip(group["params"], group["param_names"])
+        if name in state
+    }
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+
+def _copy(value: object, parameter: torch.Tensor) -> object:
+    """Copies a tensor of the state, which may be mapped from a file, to its parameter's device; scalars stay."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(parameter.device if value.ndim else value.device, copy=True)
 
 
 def _saved_names(groups: list[dict], trained: dict[str, torch.Tensor]) -> list[list[str]]:

@@ -15,7 +15,7 @@ import fsspec
 
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
-from training.train.checkpoint import CHECKPOINTS, checkpoint_progress, load_checkpoint, most_progress
+from training.train.checkpoint import CHECKPOINTS, check_checkpoint, checkpoint_progress, most_progress
 
 INDEX = "checkpoints.json"  # index of the complete checkpoints: name -> [epochs, steps, bytes]
 TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.tmp$")
@@ -74,7 +74,7 @@ class RemoteCopy:
                 return None
             try:
                 self._get(name)
-                load_checkpoint(self.folder / name)
+                check_checkpoint(self.folder / name)
             except ValueError as error:
                 logger.warning(f"skipped a checkpoint of --remote-sync {self.url}: {error}")
                 (self.folder / name).unlink()

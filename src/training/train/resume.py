@@ -14,7 +14,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from training.data.faults import Totals
 from training.data.position import EpochPosition, Share, count_slots
 from training.runtime.distributed import DistEnv
-from training.train.checkpoint import load_checkpoint
+from training.train.checkpoint import copy_to_cpu, load_checkpoint
 from training.train.optim import load_optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
     same_step = content["accum_freq"] == division.accum_freq
     if same_step and position.same_division(env.world_size, division.num_workers, division.batch_size):
         slots_done = list(position.slots_done[env.rank])
-        random_state = content["random_states"][env.rank]
+        random_state = copy_to_cpu(content["random_states"][env.rank])
         share = position.share(env.rank)
         return Progress(epoch, content["step"], share, position.batches_done, slots_done, totals, random_state)
     left = position.unread()
@@ -174,8 +174,11 @@ def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimize
     The checkpoint may come from open_clip's trainer. The optimizer keeps its own options, because the command line
     overrides the file.
 
+    Args:
+        path: a file that rank 0 has checked.
+
     Raises:
-        ValueError: the checkpoint is broken or of another model.
+        ValueError: the checkpoint is of another model.
     """
     content = load_checkpoint(path)
     weights = dict(content["state_dict"])
