@@ -12,7 +12,8 @@ import training
 from dataloaders.pairs import one_caption_per_image
 from dataloaders.scene_drawing import draw_scene, make_scene
 from support import read_results
-from training.eval.diagnostics import CHANGES, diagnose, monotonicity
+from training.eval.changes import CHANGES, Questions, wrong_sentence
+from training.eval.diagnostics import diagnose, monotonicity
 from training.eval.encode import ComputeOptions, encode_images, encode_texts
 from training.eval.report.card import above_chance, draw_card
 from training.eval.retrieval import EncodedSet, plan_retrieval, rank_set
@@ -147,6 +148,29 @@ def test_himo_against_brute_force(run):
     assert himo["K"]["score"] == pytest.approx(np.mean(correlations), abs=1e-4)
 
 
+def test_wrong_sentences_against_brute_force(run):
+    captions = [". ".join(own) for own in run.own]
+    for name, cut_to in (("after the first sentence", 1), ("after the whole caption", None)):
+        margins, same = [], 0
+        for n, own in enumerate(run.own):
+            wrong = wrong_sentence(captions, range(24), n, 0)
+            assert wrong not in own and any(wrong in run.own[other] for other in range(24) if other != n)
+            texts = [". ".join(own[:cut_to]), ". ".join([*own[:cut_to], wrong])]
+            if torch.equal(*(run.tokenizer([text]) for text in texts)):
+                same += 1
+                continue
+            short, long = (run.encode(texts) @ run.images[n]).tolist()
+            margins.append(short - long)
+        found = run.found["wrong_sentence"][name]
+        assert (found["captions"], found["left_out"], found["tied_by_cut"]) == (len(margins), same, same)
+        assert found["score"] == pytest.approx(np.mean(np.array(margins) > 0))
+        assert found["margin"] == pytest.approx(np.mean(margins), abs=1e-5)
+        assert found["ci95"][0] <= found["score"] <= found["ci95"][1]
+        assert found["margin_ci95"][0] <= found["margin"] <= found["margin_ci95"][1]
+    assert run.found["wrong_sentence"]["after the first sentence"]["captions"] == 24
+    assert run.found["wrong_sentence"]["after the whole caption"]["tied_by_cut"] > 0  # 77 tokens hold three sentences
+
+
 def test_saved_features_give_the_same_diagnostics(data, tiny_clip, tmp_path, capsys):
     """With saved image features, a model's text tower gives the same answers as the model; other models are refused."""
     common = ["--model", tiny_clip, "--workers", "0", "--device", "cpu", "--logs", str(tmp_path), "--diagnostics"]
@@ -255,7 +279,9 @@ def reports(tmp_path_factory):
         images = encode_images(parts.model, small, work.sets[0].image_paths, ENV, options)
         texts = encode_texts(parts.model, tokenize, work.sets[0].captions, ENV, options, count_lost=False)
         encoded = EncodedSet(work.sets[0], images.features, texts.features, texts.lost_tokens)
-        found[name] = diagnose(parts, [rank_set(encoded, ENV)], ENV, options)
+        found[name] = diagnose(parts, [rank_set(encoded, ENV)], Questions(diagnostics=True), ENV, options)[
+            "diagnostics"
+        ]
     return found
 
 
@@ -271,6 +297,10 @@ def test_diagnostics_distinguish_a_trained_model_from_a_random_one(reports):
     for number in ("2", "3", "K"):
         assert learned["himo"][number]["ci95"][0] > guessed["himo"][number]["ci95"][1]
     assert abs(guessed["himo"]["K"]["score"]) < 0.2
+    refused, by_chance = (found["wrong_sentence"]["after the whole caption"] for found in (learned, guessed))
+    assert refused["ci95"][0] > by_chance["ci95"][1] and refused["margin_ci95"][0] > 0
+    recall = [learned["changes"][f"query of {n} words"]["t2i"]["top1"] for n in (4, 8, 16)]
+    assert recall == sorted(recall) and recall[-1] > 2 / 300
     alone, by_chance = (np.mean([p["t2i"] for p in found["positions"].values()]) for found in (learned, guessed))
     assert alone > 2 * by_chance and alone > 2 / 300
 
@@ -281,7 +311,7 @@ def test_the_card_is_drawn_only_for_the_trained_model(reports, tmp_path):
     lengths = {"context_length": 77, "sets": {"Scenes": {"tokens": curve, "sentences": curve}}}
     lengths |= {"effective_length": {"Scenes": 70.0, "all": 70.0}}
     lengths |= {"effective_length_ci95": {"Scenes": [60.0, 77.0], "all": [60.0, 77.0]}}
-    figure = draw_card("a model", lengths, reports["learned"])
+    figure = draw_card("a model", {"lengths": lengths, "diagnostics": reports["learned"]})
     said = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
     assert any("Effective length 70 tokens (60 to 77) of 77" in text for text in said)
     figure.savefig(tmp_path / "card.png")

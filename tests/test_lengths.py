@@ -10,7 +10,8 @@ from PIL import Image
 
 import training
 from support import read_results, run_ranks
-from training.eval.lengths import cut_tokenizer, drop_sentence, effective_length, shuffle_sentences, token_lengths
+from training.eval.changes import cut_tokenizer, drop_sentence, shuffle_sentences, token_lengths
+from training.eval.lengths import effective_length
 from training.flags.parser import parse_args
 from training.main import main
 from training.readers.sentences import split_caption

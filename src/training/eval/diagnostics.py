@@ -1,150 +1,220 @@
-"""Long-text diagnostics: how recall drops when captions are changed, and whether similarity grows with each sentence.
+"""Diagnostics of long text: what a model loses when captions are changed, and how it judges their sentences.
 
-Only captions change; images are encoded once. The texts of all diagnostics are encoded in one pass, and texts with the
-same token ids only once, so texts that differ only beyond the model's context get exactly equal scores.
+Only captions change; images are encoded once. Texts with the same token ids get the features of one of them, so texts
+that differ only beyond the model's context get exactly equal scores. Only one change's features are in memory at a
+time, and single sentences are processed in parts of the captions.
 
-Sources: the changes are those of DeBias-CLIP (arXiv 2602.22419), with both interpretations of its "move"; HiMo is from
-HiMo-CLIP (arXiv 2511.06653). Both papers leave details open; the docstrings below state our choices.
+HiMo is from HiMo-CLIP (arXiv 2511.06653), the wrong sentence from CS-CLIP (arXiv 2602.23906). Both papers leave details
+open; the docstrings below state our choices.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from training.eval.encode import ComputeOptions, encode_texts
-from training.eval.lengths import drop_sentence, shuffle_sentences
+from training.eval.changes import Questions, list_changes, wrong_sentence
+from training.eval.encode import ComputeOptions, Encoding, encode_texts
+from training.eval.lengths import effective_lengths, hits_by_image
 from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probability, paired_bootstrap
 from training.eval.record import DIRECTIONS
 from training.eval.retrieval import RankedSet, count_over_ranks
+from training.eval.store import FeatureStore
 from training.model.assembly.factory import EncoderParts
 from training.readers.sentences import join_split, split_sentences
 from training.runtime.distributed import DistEnv
 
-NEUTRAL = "This is a photo"
 SEGMENTS = (2, 3)  # of HiMo@2 and HiMo@3
 MIN_CAPTIONS = 10  # recall by position is reported for positions with at least this many captions
-_TOKENIZER_BATCH = 4096
+CAPTIONS_AT_ONCE = 4096
 
-
-def _reordered(*order: int) -> Callable[[list[str], int], list[str]]:
-    """Returns a change that reorders the first sentences; a caption with fewer sentences is not changed."""
-    return lambda own, seed: own if len(own) < len(order) else [*(own[n] for n in order), *own[len(order) :]]
-
-
-# A caption that is too short for a change is not changed, and is counted as unchanged.
-CHANGES: dict[str, Callable[[list[str], int], list[str]]] = {
-    "first sentence dropped": lambda own, seed: own[1:] if len(own) > 1 else own,
-    "first moved to fourth place": _reordered(1, 2, 3, 0),
-    "first and fourth swapped": _reordered(3, 1, 2, 0),
-    "neutral sentence in front": lambda own, seed: [NEUTRAL, *own],
-    "4 neutral sentences in front": lambda own, seed: [NEUTRAL] * 4 + own,
-    "sentences shuffled": lambda own, seed: split_sentences(shuffle_sentences(join_split(own), seed)),
-    "one sentence dropped at random": lambda own, seed: split_sentences(drop_sentence(join_split(own), seed)),
-}
+Hits = dict[str, np.ndarray]  # direction -> probability that a right answer comes first, [num_queries]
 
 
 def diagnose(
     parts: EncoderParts,
     ranked: Sequence[RankedSet],
+    questions: Questions,
     env: DistEnv,
     options: ComputeOptions,
     seed: int = 0,
-) -> dict[str, dict[str, object]]:
-    """Runs all diagnostics on every benchmark.
+) -> dict[str, dict]:
+    """Runs diagnostics on every benchmark.
 
     Args:
         parts: the model.
-        ranked: the benchmarks.
-        env: the ranks share the encoding; all get the result.
+        ranked: the benchmarks, with the features of the original captions.
+        questions: what to measure, see `Questions.checked`.
+        env: the ranks share the work; all get the result.
         options: batch size, workers, precision.
-        seed: seed of shuffling and dropping.
+        seed: seed of random changes; a caption is changed in the same way in every run.
 
     Returns:
-        For each benchmark's title: ``changes``, for each change the number of captions ``changed``, and for each
-        direction ``top1`` and the paired ``difference``, ``low``, ``high``, ``p`` relative to the original captions
-        with their sentences joined by `join_split`; ``himo``, see `monotonicity`; ``positions``, see
-        `recall_by_position`. Recall is given as fractions.
+        ``lengths``, if lengths or sensitivity are asked: ``context_length``; ``sets``, for each title ``tokens``,
+        ``sentences`` and ``sensitivity``, which map each number or change to ``i2t`` and ``t2i`` (R@1 as fractions) and
+        in ``sensitivity`` to ``similarity``, the mean cosine with the original caption's feature; and the result of
+        `lengths.effective_lengths`.
+        ``diagnostics``, if asked: for each title ``changes``, for each change the number of captions ``changed``, and
+        for each direction ``top1`` and the paired ``difference``, ``low``, ``high``, ``p`` relative to the original
+        captions with their sentences joined by `join_split`; ``himo``, see `monotonicity`; ``wrong_sentence``, see
+        `half_truths`; and ``positions``, see `recall_by_position`.
 
     Raises:
         FloatingPointError: the model returned NaN or infinity.
     """
-    sentences = {r.pairs.title: [split_sentences(text) or [""] for text in r.pairs.captions] for r in ranked}
-    wanted: dict[str, None] = {}
-    for own in (own for captions in sentences.values() for own in captions):
-        texts = [join_split(change(own, seed)) for change in CHANGES.values()]
-        wanted |= dict.fromkeys([*texts, *own, *_prefixes(own)])
-    features = _encode_distinct(parts, list(wanted), env, options)
-    return {
-        r.pairs.title: {
-            "changes": _measure_changes(r, sentences[r.pairs.title], features, env, seed),
-            "himo": _measure_himo(r, sentences[r.pairs.title], features),
-            "positions": recall_by_position(r, sentences[r.pairs.title], features, env),
+    originals = FeatureStore(partial(_encode, parts, parts.tokenizer, env, options))
+    for r in ranked:
+        originals.add(_token_keys(parts.tokenizer, r.pairs.captions), Encoding(r.texts, {}, r.lost_tokens))
+    measured, hits = _measure_changes(parts, ranked, questions, originals, env, options, seed)
+    lengths = {title: {kind: v for kind, v in kinds.items() if kind != "changes"} for title, kinds in measured.items()}
+    result: dict[str, dict] = {}
+    if any(lengths.values()):
+        result["lengths"] = {"context_length": parts.tokenizer.context_length, "sets": lengths}
+        result["lengths"] |= effective_lengths(hits) if questions.tokens else {}
+    if questions.diagnostics:
+        keys_of = partial(_token_keys, parts.tokenizer)
+        result["diagnostics"] = {
+            r.pairs.title: {
+                "changes": measured[r.pairs.title]["changes"],
+                **_measure_sentences(r, originals, keys_of, env, seed),
+            }
+            for r in ranked
         }
-        for r in ranked
-    }
-
-
-def _prefixes(sentences: Sequence[str]) -> list[str]:
-    """Returns the first sentence, the first two, and so on up to the whole caption."""
-    return [join_split(sentences[: n + 1]) for n in range(len(sentences))]
-
-
-@dataclass(frozen=True)
-class _Features:
-    """Features of texts; texts with the same token ids share a row of `rows` [num_rows, dim]."""
-
-    rows: torch.Tensor
-    row_of: dict[str, int]
-
-    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        return self.rows[[self.row_of[text] for text in texts]]
-
-
-def _encode_distinct(parts: EncoderParts, texts: list[str], env: DistEnv, options: ComputeOptions) -> _Features:
-    row_of, row_of_ids, first = {}, {}, []
-    for start in range(0, len(texts), _TOKENIZER_BATCH):
-        part = texts[start : start + _TOKENIZER_BATCH]
-        for text, ids in zip(part, parts.tokenizer(part).numpy()):
-            row_of[text] = row_of_ids.setdefault(ids.tobytes(), len(first))
-            if row_of[text] == len(first):
-                first.append(text)
-    return _Features(encode_texts(parts.model, parts.tokenizer, first, env, options, count_lost=False).features, row_of)
+    return result
 
 
 def _measure_changes(
-    r: RankedSet, sentences: list[list[str]], features: _Features, env: DistEnv, seed: int
-) -> dict[str, dict]:
-    owner = torch.tensor(r.pairs.image_of_caption)
+    parts: EncoderParts,
+    ranked: Sequence[RankedSet],
+    questions: Questions,
+    originals: FeatureStore,
+    env: DistEnv,
+    options: ComputeOptions,
+    seed: int,
+) -> tuple[dict[str, dict[str, dict]], dict[str, dict[int, np.ndarray]]]:
+    """Returns for each title: kind -> name -> results of a change, and number of tokens -> hits of each image."""
+    measured: dict[str, dict[str, dict]] = {r.pairs.title: {} for r in ranked}
+    hits: dict[str, dict[int, np.ndarray]] = {r.pairs.title: {} for r in ranked}
+    as_it_is: dict[str, Hits] = {}
+    for change in list_changes(questions, parts.tokenizer):
+        tokenizer = change.tokenizer or parts.tokenizer
+        store = originals.copy(partial(_encode, parts, tokenizer, env, options))
+        for r in ranked:
+            title = r.pairs.title
+            texts = [change(caption, seed) for caption in r.pairs.captions]
+            features = store(texts, _token_keys(tokenizer, texts)).features
+            counts = count_over_ranks(r.images, features, r.owner, env)
+            found: Hits = {d: hit_probability(c, 1).numpy() for d, c in zip(DIRECTIONS, counts)}
+            if change.kind == "tokens":
+                hits[title][int(change.name)] = hits_by_image(r.owner, *counts)
+            if change.kind == "changes":
+                row = _compare(r, texts, found, as_it_is.setdefault(title, found))
+            else:
+                row = {d: float(values.mean()) for d, values in found.items()}
+                row |= {"similarity": _similarity(r, features)} if change.kind == "sensitivity" else {}
+            measured[title].setdefault(change.kind, {})[change.name] = row
+    return measured, hits
 
-    def top1(captions: list[str]) -> dict[str, np.ndarray]:
-        counts = count_over_ranks(r.images, features(captions), owner, env)
-        return {d: hit_probability(c, 1).numpy() for d, c in zip(DIRECTIONS, counts)}
 
-    whole = [join_split(own) for own in sentences]
-    before = top1(whole)
-    found: dict[str, dict] = {"as it is": {"changed": 0, **{d: {"top1": float(before[d].mean())} for d in DIRECTIONS}}}
-    for name, change in CHANGES.items():
-        changed = [join_split(change(own, seed)) for own in sentences]
-        after = top1(changed)
-        found[name] = {"changed": sum(new != old for new, old in zip(changed, whole))}
-        for direction in DIRECTIONS:
-            clusters = owner.numpy() if direction == "t2i" else None
-            difference = paired_bootstrap(before[direction], after[direction], clusters)
-            found[name][direction] = {"top1": float(after[direction].mean()), **difference._asdict()}
+def _encode(
+    parts: EncoderParts, tokenizer: Callable, env: DistEnv, options: ComputeOptions, texts: list[str]
+) -> Encoding:
+    return encode_texts(parts.model, tokenizer, texts, env, options, count_lost=False)
+
+
+def _token_keys(tokenizer: Callable, texts: Sequence[str]) -> list[bytes]:
+    """Returns the token ids of each text without padding, as bytes."""
+    padding, keys = int(tokenizer([""])[0, -1]), []
+    for start in range(0, len(texts), CAPTIONS_AT_ONCE):
+        ids = tokenizer(list(texts[start : start + CAPTIONS_AT_ONCE])).numpy()
+        lengths = ids.shape[1] - (ids[:, ::-1] != padding).argmax(1)
+        keys += [row[:length].tobytes() for row, length in zip(ids, lengths)]
+    return keys
+
+
+def _compare(r: RankedSet, texts: list[str], after: Hits, before: Hits) -> dict[str, object]:
+    """Compares a change with the captions as they are; without differences if these are what was measured."""
+    unchanged = (join_split(split_sentences(caption)) for caption in r.pairs.captions)
+    found: dict[str, object] = {"changed": sum(new != old for new, old in zip(texts, unchanged))}
+    for direction, clusters in zip(DIRECTIONS, (None, r.owner.numpy())):
+        found[direction] = {"top1": float(after[direction].mean())}
+        if after is not before:
+            found[direction] |= paired_bootstrap(before[direction], after[direction], clusters)._asdict()
     return found
 
 
-def _measure_himo(r: RankedSet, sentences: list[list[str]], features: _Features) -> dict[str, dict]:
-    similarity, cut = [], []
-    own_images = r.images.double()
-    for own, image in zip(sentences, r.pairs.image_of_caption):
-        prefixes = _prefixes(own)
-        similarity.append((features(prefixes).double() @ own_images[image]).numpy())
-        rows = [features.row_of[text] for text in prefixes]
-        cut.append([first == second for first, second in zip(rows, rows[1:])])
-    return monotonicity(similarity, cut, torch.tensor(r.pairs.image_of_caption))
+def _similarity(r: RankedSet, changed: torch.Tensor) -> float:
+    """Returns the mean cosine between features before and after a change, over captions of two sentences or more."""
+    several = torch.tensor([len(split_sentences(text)) > 1 for text in r.pairs.captions])
+    return float((r.texts.double() * changed.double()).sum(dim=1)[several].mean()) if several.any() else 1.0
+
+
+class _Part:
+    """Some captions of a benchmark with their sentences, each with a wrong one, and the features of all these texts.
+
+    Args:
+        r: the benchmark.
+        numbers: numbers of the captions.
+        store: features by token ids; extended.
+        keys_of: texts -> token ids as bytes.
+        seed: seed of the wrong sentences.
+    """
+
+    def __init__(self, r: RankedSet, numbers: range, store: FeatureStore, keys_of: Callable, seed: int):
+        captions, self.owner, self.images = r.pairs.captions, r.pairs.image_of_caption, r.images
+        self.sentences = {n: split_sentences(captions[n]) or [""] for n in numbers}
+        wrong = {n: wrong_sentence(captions, self.owner, n, seed) for n in numbers}
+        self.prefixes = {n: [join_split(own[: k + 1]) for k in range(len(own))] for n, own in self.sentences.items()}
+        # For the first sentence and for the whole caption: the correct text, and the same with the wrong sentence.
+        self.half_truths = {
+            n: []
+            if wrong[n] is None
+            else [t for text in ([own[0]], own) for t in map(join_split, (text, [*text, wrong[n]]))]
+            for n, own in self.sentences.items()
+        }
+        groups = (group for kind in (self.sentences, self.prefixes, self.half_truths) for group in kind.values())
+        texts = list(dict.fromkeys(text for group in groups for text in group))
+        self.row_of = {text: row for row, text in enumerate(texts)}
+        self.keys = keys_of(texts)
+        self.features = store(texts, self.keys).features
+
+    def score(self, number: int, texts: Sequence[str]) -> tuple[np.ndarray, list[bytes]]:
+        """Returns the similarities of texts to the image of a caption, and the token ids of each text."""
+        rows = [self.row_of[text] for text in texts]
+        scores = self.features[rows].double() @ self.images[self.owner[number]].double()
+        return scores.numpy(), [self.keys[row] for row in rows]
+
+    def search(self, env: DistEnv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Searches with each sentence alone; returns its image, its position and the probability of a hit."""
+        owner = torch.tensor([self.owner[n] for n, own in self.sentences.items() for _ in own])
+        position = torch.tensor([k for own in self.sentences.values() for k in range(1, len(own) + 1)])
+        features = self.features[[self.row_of[text] for own in self.sentences.values() for text in own]]
+        _, t2i = count_over_ranks(self.images, features, owner, env, both=False)
+        return owner, position, hit_probability(t2i, 1)
+
+
+def _measure_sentences(
+    r: RankedSet, originals: FeatureStore, keys_of: Callable, env: DistEnv, seed: int
+) -> dict[str, dict]:
+    """Measures prefixes, single sentences and wrong sentences, in parts of the captions."""
+    similarity, cut, pairs, searched = [], [], [], []
+    for start in range(0, len(r.pairs.captions), CAPTIONS_AT_ONCE):
+        numbers = range(start, min(start + CAPTIONS_AT_ONCE, len(r.pairs.captions)))
+        part = _Part(r, numbers, originals.copy(), keys_of, seed)
+        for number in numbers:
+            scores, keys = part.score(number, part.prefixes[number])
+            similarity.append(scores)
+            cut.append([a == b for a, b in itertools.pairwise(keys)])
+            scores, keys = part.score(number, part.half_truths[number])
+            pairs.append([(scores[k], scores[k + 1], keys[k] == keys[k + 1]) for k in range(0, len(keys), 2)])
+        searched.append(part.search(env))
+    return {
+        "himo": monotonicity(similarity, cut, r.owner),
+        "wrong_sentence": half_truths(pairs, r.owner),
+        "positions": recall_by_position(*map(torch.cat, zip(*searched))),
+    }
 
 
 def monotonicity(
@@ -185,39 +255,68 @@ def monotonicity(
             else:
                 scores.append(0.0 if np.ptp(values) <= TIE_TOLERANCE else np.corrcoef(np.arange(n), values)[0, 1])
             kept.append(number)
-        values = torch.tensor(scores, dtype=torch.float64)
-        found[str(segments or "K")] = {
-            "score": float(values.mean()) if kept else None,
-            "ci95": list(bootstrap_interval(values, owner[kept])) if kept else None,
-            "captions": len(kept),
-            "left_out": len(similarity) - len(kept),
-            "tied": tied,
-            "tied_by_cut": tied_by_cut,
-        }
+        found[str(segments or "K")] = _summary(scores, kept, owner, tied, tied_by_cut)
     return found
 
 
-def recall_by_position(
-    r: RankedSet,
-    sentences: list[list[str]],
-    features: Callable[[Sequence[str]], torch.Tensor],
-    env: DistEnv,
+def half_truths(
+    scores: Sequence[Sequence[tuple[float, float, bool]]], owner: torch.Tensor
 ) -> dict[str, dict[str, object]]:
-    """Measures text-to-image recall with single sentences of the captions as queries, by position of the sentence.
+    """Measures whether a model prefers a correct text to the same text with a wrong sentence at its end.
+
+    Args:
+        scores: for each caption the similarities of its image to the correct text and to the longer one, and whether
+            both have the same token ids; first for the first sentence, then for the whole caption. Empty for a caption
+            without a wrong sentence.
+        owner: image of each caption, [num_captions]; intervals resample images.
 
     Returns:
-        For each position, starting at 1: ``t2i``, R@1 among all images; its interval ``ci95``; and the number of
-        ``captions`` with such a sentence. Positions with fewer than `MIN_CAPTIONS` captions are omitted.
+        ``after the first sentence`` and ``after the whole caption``: ``score``, the share of captions for which the
+        correct text has the higher similarity (a tie counts as a failure), and ``margin``, by how much on average, with
+        ``ci95`` and ``margin_ci95``; the number of ``captions``; ``left_out``, those without a wrong sentence and those
+        whose wrong sentence is beyond the model's context; ``tied``; and ``tied_by_cut``, the latter ones.
     """
-    owner = torch.tensor([i for i, own in zip(r.pairs.image_of_caption, sentences) for _ in own])
-    place = torch.tensor([n for own in sentences for n in range(1, len(own) + 1)])
-    alone = features([sentence for own in sentences for sentence in own])
-    _, t2i = count_over_ranks(r.images, alone, owner, env)
-    hits = hit_probability(t2i, 1)
     found = {}
-    for position in range(1, int(place.max()) + 1):
-        here = place == position
-        if here.sum() >= MIN_CAPTIONS:
-            ci95 = list(bootstrap_interval(hits[here], owner[here]))
-            found[str(position)] = {"t2i": float(hits[here].mean()), "ci95": ci95, "captions": int(here.sum())}
+    for place, name in enumerate(("after the first sentence", "after the whole caption")):
+        kept = [n for n, own in enumerate(scores) if own and not own[place][2]]
+        margins = np.array([scores[n][place][0] - scores[n][place][1] for n in kept])
+        cut = sum(own[place][2] for own in scores if own)
+        tied = cut + int((abs(margins) <= TIE_TOLERANCE).sum())
+        found[name] = _summary((margins > TIE_TOLERANCE).astype(float).tolist(), kept, owner, tied, cut)
+        values = torch.from_numpy(margins)
+        found[name]["margin"] = float(values.mean()) if kept else None
+        found[name]["margin_ci95"] = list(bootstrap_interval(values, owner[kept])) if kept else None
+    return found
+
+
+def _summary(scores: list[float], kept: list[int], owner: torch.Tensor, tied: int, tied_by_cut: int) -> dict:
+    values = torch.tensor(scores, dtype=torch.float64)
+    return {
+        "score": float(values.mean()) if kept else None,
+        "ci95": list(bootstrap_interval(values, owner[kept])) if kept else None,
+        "captions": len(kept),
+        "left_out": len(owner) - len(kept),
+        "tied": tied,
+        "tied_by_cut": tied_by_cut,
+    }
+
+
+def recall_by_position(owner: torch.Tensor, position: torch.Tensor, hits: torch.Tensor) -> dict[str, dict[str, object]]:
+    """Summarises text-to-image recall with single sentences of the captions as queries, by position of the sentence.
+
+    Args:
+        owner: image of each sentence, [num_sentences].
+        position: its position in its caption, starting at 1.
+        hits: probability of a hit.
+
+    Returns:
+        For each position ``t2i``, R@1 among all images; its interval ``ci95``; and the number of ``captions`` with such
+        a sentence. Positions with fewer than `MIN_CAPTIONS` captions are omitted.
+    """
+    found = {}
+    for number in range(1, int(position.max()) + 1):
+        chosen = position == number
+        if chosen.sum() >= MIN_CAPTIONS:
+            ci95 = list(bootstrap_interval(hits[chosen], owner[chosen]))
+            found[str(number)] = {"t2i": float(hits[chosen].mean()), "ci95": ci95, "captions": int(chosen.sum())}
     return found

@@ -44,6 +44,7 @@ def count_ranks(
     *,
     device: torch.device | str = "cpu",
     tile: tuple[int, int] | None = None,
+    both: bool = True,
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[RankCounts, RankCounts]:
@@ -55,9 +56,10 @@ def count_ranks(
     Args:
         image_features: [num_images, dim] float32, on any device.
         text_features: [num_captions, dim] float32, on any device.
-        image_of_caption: [num_captions] int64; every image has at least one caption.
+        image_of_caption: [num_captions] int64; with `both`, every image has at least one caption.
         device: device that multiplies the tiles.
         tile: numbers of images and of captions of a tile, which needs about 8 bytes per pair; default: see `TILES`.
+        both: count for image queries, too; otherwise their counts are 0.
         rank, world_size: with several processes, process `rank` handles every world_size-th row of tiles. `better`
             and `tied` have to be summed over all processes; `right` is complete in each.
 
@@ -65,7 +67,7 @@ def count_ranks(
         Counts for image queries (image to text) and for caption queries (text to image), on the CPU.
 
     Raises:
-        ValueError: an image has no caption.
+        ValueError: an image has no caption, and `both`.
     """
     device = float64_device(device)
     height, width = tile or TILES.get(device.type, TILES["cuda"])
@@ -73,7 +75,7 @@ def count_ranks(
     own_score = _score_of_pairs(image_features, text_features, image_of_caption, device, width)  # [num_captions]
     best_score = torch.full((num_images,), -torch.inf, dtype=torch.float64)
     best_score.scatter_reduce_(0, image_of_caption, own_score, reduce="amax")
-    if torch.isinf(best_score).any():
+    if both and torch.isinf(best_score).any():
         raise ValueError(f"image {int(torch.isinf(best_score).nonzero()[0])} has no caption")
     right = torch.zeros(num_images, dtype=torch.int64)
     right.index_add_(0, image_of_caption, (own_score >= best_score[image_of_caption] - TIE_TOLERANCE).long())
@@ -85,7 +87,8 @@ def count_ranks(
             for t in range(0, num_captions, width):
                 texts = text_features[t : t + width].to(device)
                 score = images.float() @ texts.float().T  # [images, captions]
-                i2t.add(score, images, texts, i, dim=1)
+                if both:
+                    i2t.add(score, images, texts, i, dim=1)
                 t2i.add(score, images, texts, t, dim=0)
     # Right candidates are subtracted from the ties only once, not once per process.
     once = int(rank == 0)

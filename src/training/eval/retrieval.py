@@ -217,17 +217,10 @@ def rank_set(encoded: EncodedSet, env: DistEnv) -> RankedSet:
 
 
 def count_over_ranks(
-    images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor, env: DistEnv
+    images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor, env: DistEnv, both: bool = True
 ) -> tuple[RankCounts, RankCounts]:
-    """Does what `metrics.count_ranks` does, distributed over all ranks; all get the same result.
-
-    Args:
-        images: [num_images, dim], L2-normalised.
-        texts: [num_captions, dim], L2-normalised.
-        owner: [num_captions] int64, image of each caption.
-        env: this process.
-    """
-    counts = count_ranks(images, texts, owner, device=env.device, rank=env.rank, world_size=env.world_size)
+    """Does what `metrics.count_ranks` does, distributed over all ranks of `env`; all get the same result."""
+    counts = count_ranks(images, texts, owner, device=env.device, both=both, rank=env.rank, world_size=env.world_size)
     i2t, t2i = (RankCounts(sum_over_ranks(c.better, env), sum_over_ranks(c.tied, env), c.right) for c in counts)
     return i2t, t2i
 

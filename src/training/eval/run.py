@@ -3,14 +3,14 @@
 import argparse
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataloaders.pairs import describe_missing
 from training.data.images import IN_EVALUATION
+from training.eval.changes import Questions
 from training.eval.diagnostics import diagnose
 from training.eval.encode import ComputeOptions
-from training.eval.lengths import LengthQuestions, analyse_lengths, default_questions, token_lengths
 from training.eval.npz import check_text_model, read_features, write_features
 from training.eval.published import (
     Comparison,
@@ -22,7 +22,7 @@ from training.eval.published import (
     to_json,
 )
 from training.eval.record import ClassificationResult, RetrievalResult
-from training.eval.report.ranks import FILE, write_ranks
+from training.eval.report.ranks import FILE, write_cut_captions, write_ranks
 from training.eval.rerank import rerank_sets
 from training.eval.results import (
     format_markdown,
@@ -41,6 +41,8 @@ from training.model.assembly.from_flags import build_from_flags, check_pooling, 
 from training.model.names.resolve import file_sha256, resolve_weights
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, agree, distributed, fail, together
+
+CARD = ("Long-text card", "long_text_card.png")
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ class Outcome:
     ranked: list[RankedSet]
     zero_shot: list[ClassificationResult]
     reranked: list[RetrievalResult] = field(default_factory=list)
-    lengths: dict[str, object] | None = None
-    diagnostics: dict[str, dict] | None = None
+    diagnostics: dict[str, dict] = field(default_factory=dict)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -125,9 +126,12 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
 
 def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
     parts = build_from_flags(args, env.device)
-    if args.retrieval_lengths:
-        token_lengths(parts.tokenizer, args.retrieval_lengths)  # raises now instead of after an hour of encoding
+    _questions(args).checked(parts.tokenizer)  # raises now instead of after an hour of encoding
     return parts
+
+
+def _questions(args: argparse.Namespace) -> Questions:
+    return Questions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity, args.diagnostics)
 
 
 def _measure(
@@ -154,13 +158,7 @@ def _measure(
         args.image_decoding or IN_EVALUATION,
         args.image_cache,
     )
-    ranked, reranked, lengths, diagnostics = [], [], None, None
-    questions = LengthQuestions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity)
-    if args.diagnostics:  # the long-text card shows both curves
-        usual = default_questions(parts.tokenizer)
-        questions = replace(
-            questions, tokens=questions.tokens or usual.tokens, sentences=questions.sentences or usual.sentences
-        )
+    ranked, reranked, diagnostics = [], [], {}
     if encoded and parts:
         for one in encoded:
             check_text_model(parts, one, env, options)
@@ -169,20 +167,17 @@ def _measure(
         ranked = [rank_set(one, env) for one in encoded]
         if args.rerank:
             reranked = rerank_sets(parts, ranked, args.rerank, env, options)
-        if questions:
-            lengths = analyse_lengths(parts, ranked, questions, env, options, args.seed)
-        if args.diagnostics:
-            diagnostics = diagnose(parts, ranked, env, options, args.seed)
+        if questions := _questions(args):
+            diagnostics = diagnose(parts, ranked, questions.checked(parts.tokenizer), env, options, args.seed)
     zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing, args.feature_cache)
-    return Outcome(ranked, zero_shot, reranked, lengths, diagnostics)
+    return Outcome(ranked, zero_shot, reranked, diagnostics)
 
 
 def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
     """Prints the tables and writes the run's files. Rank 0 only."""
     results = [r.result for r in outcome.ranked]
     extra = {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)}
-    extra |= {"lengths": outcome.lengths} if outcome.lengths else {}
-    extra |= {"diagnostics": outcome.diagnostics} if outcome.diagnostics else {}
+    extra |= outcome.diagnostics
     comparisons = compare_with_published(results, plan.printed)
     extra |= {"published": to_json(comparisons)} if comparisons else {}
     found = [*results, *outcome.reranked, *outcome.zero_shot]
@@ -199,8 +194,6 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     _print_missing(outcome)
     if results:
         print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(results, label)}")
-    if outcome.lengths:
-        _show_lengths(plan, outcome)
     if outcome.diagnostics:
         _show_diagnostics(plan, outcome, label)
     print(f"\nResults: {path}")
@@ -230,28 +223,33 @@ def _show_published(
         print("\n".join(f"  {reason}" for reason in reasons))
 
 
-def _show_lengths(plan: Plan, outcome: Outcome) -> None:
-    from training.eval.report.lengths_view import draw_lengths, format_lengths, write_cut_captions
+def _show_diagnostics(plan: Plan, outcome: Outcome, label: str) -> None:
+    from training.eval.report.card import format_diagnostics
 
-    print(f"\nRecall with shortened captions (percent; both directions):\n\n{format_lengths(outcome.lengths)}")
-    if any({"tokens", "sentences"} & found.keys() for found in outcome.lengths["sets"].values()):
-        figure = draw_lengths(outcome.lengths)
-        figure.savefig(plan.folder / "lengths.png", dpi=120)
-        print(f"Curves: {plan.folder / 'lengths.png'}")
+    print(f"\nRecall with changed captions (percent and points):\n\n{format_diagnostics(outcome.diagnostics)}")
+    drawn = _draw_diagnostics(outcome, label)
+    if drawn:
+        title, file, figure = drawn
+        figure.savefig(plan.folder / file, dpi=120)
+        print(f"{title}: {plan.folder / file}")
+    if "diagnostics" in outcome.diagnostics and (not drawn or drawn[1] != CARD[1]):
+        print("No long-text card: with fewer than 10 right answers on every benchmark, the model is at chance level.")
     path = plan.folder / "cut_captions.csv"
     number = write_cut_captions(outcome.ranked, path)
     print(f"Captions that the tokenizer truncates: {number:,}, listed in {path}")
 
 
-def _show_diagnostics(plan: Plan, outcome: Outcome, label: str) -> None:
-    from training.eval.report.card import above_chance, draw_card, format_diagnostics
+def _draw_diagnostics(outcome: Outcome, label: str) -> tuple[str, str, object] | None:
+    """Returns title, file name and figure; the curves alone if the model is at chance level; None without curves."""
+    from training.eval.report.card import above_chance, draw_card
 
-    print(f"\nLong-text diagnostics (percent and points):\n\n{format_diagnostics(outcome.diagnostics)}")
-    if above_chance(outcome.diagnostics):
-        draw_card(label, outcome.lengths, outcome.diagnostics).savefig(plan.folder / "long_text_card.png", dpi=120)
-        print(f"Long-text card: {plan.folder / 'long_text_card.png'}")
-    else:
-        print("No long-text card: with fewer than 10 right answers on every benchmark, the model is at chance level.")
+    found = outcome.diagnostics
+    if above_chance(found.get("diagnostics", {})):
+        return *CARD, draw_card(label, found)
+    curves = {"lengths": found["lengths"]} if "lengths" in found else {}
+    if any({"tokens", "sentences"} & kinds.keys() for kinds in curves.get("lengths", {}).get("sets", {}).values()):
+        return "Recall with shortened captions", "lengths.png", draw_card(label, curves)
+    return None
 
 
 def _print_missing(outcome: Outcome) -> None:
@@ -270,21 +268,14 @@ def _print_missing(outcome: Outcome) -> None:
 def _write_page(
     args: argparse.Namespace, plan: Plan, outcome: Outcome, label: str, env: DistEnv, comparisons: list[Comparison]
 ) -> Path:
-    from training.eval.report.card import above_chance, draw_card, format_diagnostics
     from training.eval.report.curves import to_svg  # imported here because matplotlib is slow to import
-    from training.eval.report.lengths_view import draw_lengths, format_lengths
     from training.eval.report.page import write_report
 
     figures = []
-    if outcome.diagnostics and above_chance(outcome.diagnostics):
-        card = draw_card(label, outcome.lengths, outcome.diagnostics)
-        numbers = f"{format_lengths(outcome.lengths)}\n\n{format_diagnostics(outcome.diagnostics)}"
-        figures.append(("Long-text card", numbers, card))
-    elif outcome.lengths and (args.diagnostics or args.retrieval_lengths or args.retrieval_sentences):
-        figures.append(
-            ("Recall with shortened captions", format_lengths(outcome.lengths), draw_lengths(outcome.lengths))
-        )
+    if outcome.diagnostics and (drawn := _draw_diagnostics(outcome, label)):
+        from training.eval.report.card import format_diagnostics
 
+        figures.append((drawn[0], format_diagnostics(outcome.diagnostics), to_svg(drawn[2])))
     facts = {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}
     return write_report(
         plan.folder / "report.html",
@@ -292,7 +283,7 @@ def _write_page(
         {} if args.features else facts,
         outcome.ranked,
         outcome.zero_shot,
-        [(title, text, to_svg(figure)) for title, text, figure in figures],
+        figures,
         comparisons,
         env.device,
     )

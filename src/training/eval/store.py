@@ -19,6 +19,19 @@ class FeatureStore:
         self._row_of: dict[Hashable, int] = {}  # content -> row in the concatenation of all parts
         self._parts: list[Encoding] = []
 
+    def add(self, contents: Sequence[Hashable], encoding: Encoding) -> None:
+        """Adds items that are encoded already; of equal contents, the first counts."""
+        first = sum(len(part.features) for part in self._parts)
+        self._parts.append(encoding)
+        for row, content in enumerate(contents, first):
+            self._row_of.setdefault(content, row)
+
+    def copy(self, encode: Callable[[list], Encoding] | None = None) -> "FeatureStore":
+        """Returns a store of the same features; what is added to one of them does not reach the other."""
+        new = FeatureStore(encode or self.encode)
+        new._row_of, new._parts = dict(self._row_of), list(self._parts)
+        return new
+
     def __call__(self, items: Sequence, contents: Sequence[Hashable] | None = None) -> Encoding:
         """Returns the encoding of all items.
 
@@ -29,9 +42,7 @@ class FeatureStore:
         contents = items if contents is None else contents
         new = {content: item for content, item in zip(contents, items) if content not in self._row_of}
         if new:
-            first = len(self._row_of)
-            self._parts.append(self.encode(list(new.values())))
-            self._row_of |= {content: row for row, content in enumerate(new, first)}
+            self.add(list(new), self.encode(list(new.values())))
         if len(new) == len(items) > 0:
             return self._parts[-1]  # the usual case: there is only one copy of a benchmark's features
         return self._gather(torch.tensor([self._row_of[content] for content in contents], dtype=torch.int64))

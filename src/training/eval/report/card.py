@@ -1,77 +1,92 @@
-"""The long-text card of a model: its diagnostics as tables for the terminal and as one figure."""
+"""Results of diagnostics as tables for the terminal and as one figure, the long-text card of a model."""
 
 from collections.abc import Sequence
 from textwrap import fill
 
-from tabulate import tabulate
-
 from training.eval.lengths import MIN_RIGHT
 from training.eval.record import DIRECTIONS
 from training.eval.report.curves import plain
+from training.eval.tables import format_rows, interval, percent, points
 
-_HIMO = {"2": "HiMo@2, percent", "3": "HiMo@3, percent", "K": "HiMo@K, correlation"}
+_SCORES = {
+    ("himo", "2"): "HiMo@2, percent",
+    ("himo", "3"): "HiMo@3, percent",
+    ("himo", "K"): "HiMo@K, correlation",
+    ("wrong_sentence", "after the first sentence"): "correct text preferred, percent: wrong sentence after the first",
+    ("wrong_sentence", "after the whole caption"): "the same: wrong sentence after the caption",
+}
 
 
-def format_diagnostics(result: dict[str, dict]) -> str:
+def format_diagnostics(found: dict[str, dict]) -> str:
     """Returns the tables of all benchmarks for a terminal.
 
     Args:
-        result: result of `diagnostics.diagnose`.
+        found: result of `diagnostics.diagnose`.
     """
+    lengths, diagnostics = found.get("lengths", {}), found.get("diagnostics", {})
     tables = []
-    for title, found in result.items():
-        rows = []
-        for name, own in found["changes"].items():
-            row = [name, f"{own['changed']:,}"]
-            for direction in DIRECTIONS:
-                r = own[direction]
-                row.append(f"{100 * r['top1']:.2f}")
-                row += [f"{100 * r['difference']:+.2f}", _interval(r["low"], r["high"])] if "p" in r else ["", ""]
-            rows.append(row)
-        headers = [f"{title}: captions changed", "number"]
-        headers += [h for name in DIRECTIONS.values() for h in (f"{name}\nR@1", "change", "95% interval")]
-        align = ["left"] + ["right"] * 7
-        tables.append(tabulate(rows, headers=headers, colalign=align, disable_numparse=True))
-        tables.append(_format_himo(title, found["himo"]))
-        tables.append(_format_positions(title, found["positions"]))
-    return "\n\n".join(tables)
+    for title in diagnostics or lengths["sets"]:
+        measured = diagnostics.get(title, {})
+        rows = _length_rows(lengths.get("sets", {}).get(title, {}))
+        rows += [_change_row(name, own) for name, own in measured.get("changes", {}).items()]
+        rows += [
+            {"captions": f"sentence {position} alone, of {own['captions']:,}", "T2I\nR@1": percent(own["t2i"])}
+            for position, own in measured.get("positions", {}).items()
+        ]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        ordered = [name for name in _COLUMNS if name in names]
+        tables.append(f"{title}\n" + format_rows([{name: row.get(name, "") for name in ordered} for row in rows]))
+        if measured:
+            tables.append(format_rows([_score_row(title, measured[kind][name], kind, name) for kind, name in _SCORES]))
+    return "\n\n".join(tables + [describe_effective_length(lengths)] * ("effective_length" in lengths))
 
 
-def _interval(low: float, high: float) -> str:
-    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+_COLUMNS = ["captions", "changed"]
+_COLUMNS += [f"{name}\n{column}" for name in DIRECTIONS.values() for column in ("R@1", "change", "95% interval")]
+_COLUMNS += ["cosine"]
 
 
-def _format_himo(title: str, himo: dict[str, dict]) -> str:
+def _length_rows(by_kind: dict[str, dict[str, dict]]) -> list[dict[str, str]]:
     rows = []
-    for name, heading in _HIMO.items():
-        own, factor = himo[name], 1 if name == "K" else 100
-        score = interval = "-"
-        if own["captions"]:
-            digits = 3 if name == "K" else 1
-            score = f"{factor * own['score']:.{digits}f}"
-            interval = "{:.{d}f} to {:.{d}f}".format(*(factor * bound for bound in own["ci95"]), d=digits)
-        rows.append(
-            [heading, score, interval, *(f"{own[k]:,}" for k in ("captions", "left_out", "tied", "tied_by_cut"))]
-        )
-    headers = [
-        f"{title}: similarity grows",
-        "score",
-        "95% interval",
-        "captions",
-        "too short",
-        "tied",
-        "of these truncated",
-    ]
-    return tabulate(rows, headers=headers, colalign=["left"] + ["right"] * 6, disable_numparse=True)
+    for kind, measured in by_kind.items():
+        for name, own in measured.items():
+            first = "" if name == "all" or kind == "sensitivity" else "first "
+            row = {"captions": f"{first}{name}{'' if kind == 'sensitivity' else ' ' + kind}"}
+            row |= {f"{heading}\nR@1": percent(own[direction]) for direction, heading in DIRECTIONS.items()}
+            rows.append(row | ({"cosine": f"{own['similarity']:.3f}"} if "similarity" in own else {}))
+    return rows
 
 
-def _format_positions(title: str, positions: dict[str, dict]) -> str:
-    rows = [
-        [position, f"{100 * own['t2i']:.2f}", "{:.1f}-{:.1f}".format(*(100 * b for b in own["ci95"])), own["captions"]]
-        for position, own in positions.items()
-    ]
-    headers = [f"{title}: sentence alone, at", "T2I R@1", "95% interval", "captions"]
-    return tabulate(rows, headers=headers, colalign=["left", "right", "right", "right"], disable_numparse=True)
+def _change_row(name: str, own: dict) -> dict[str, str]:
+    row = {"captions": name, "changed": f"{own['changed']:,}"}
+    for direction, heading in DIRECTIONS.items():
+        r = own[direction]
+        row[f"{heading}\nR@1"] = percent(r["top1"])
+        if "p" in r:
+            row[f"{heading}\nchange"] = points(r["difference"])
+            row[f"{heading}\n95% interval"] = interval((r["low"], r["high"]), signed=True)
+    return row
+
+
+def _score_row(title: str, own: dict, kind: str, name: str) -> dict[str, str]:
+    digits, factor = (3, 1) if name == "K" else (1, 100)
+    row = {f"{title}: similarity to the image": _SCORES[kind, name], "score": "-", "95% interval": "-", "margin": ""}
+    if own["captions"]:
+        row["score"] = f"{factor * own['score']:.{digits}f}"
+        row["95% interval"] = " to ".join(f"{factor * bound:.{digits}f}" for bound in own["ci95"])
+        row["margin"] = f"{own['margin']:+.4f}" if "margin" in own else ""
+    counts = {"captions": "captions", "left_out": "left out", "tied": "tied", "tied_by_cut": "of these\ntruncated"}
+    return row | {heading: f"{own[count]:,}" for count, heading in counts.items()}
+
+
+def describe_effective_length(lengths: dict) -> str:
+    """Returns a line such as ``Effective length: 61 (95%: 55 to 70) tokens of 128 (DCI 58, IIW 64)``."""
+    by_title = {title: "none" if n is None else f"{n:.0f}" for title, n in lengths["effective_length"].items()}
+    overall = by_title.pop("all")
+    bounds = lengths["effective_length_ci95"]["all"]
+    overall += " (95%: {:.0f} to {:.0f})".format(*bounds) if bounds else ""
+    each = ", ".join(f"{title} {length}" for title, length in by_title.items())
+    return f"Effective length: {overall} tokens of {lengths['context_length']} ({each})"
 
 
 def above_chance(result: dict[str, dict]) -> list[str]:
@@ -89,13 +104,12 @@ def above_chance(result: dict[str, dict]) -> list[str]:
     return titles
 
 
-def draw_card(label: str, lengths: dict, result: dict[str, dict]) -> object:
-    """Draws the card: recall by tokens, by sentences and by position, and the effect of changes to captions.
+def draw_card(label: str, found: dict[str, dict]) -> object:
+    """Draws recall by tokens and by sentences; with diagnostics also recall by position and the effect of changes.
 
     Args:
         label: the model.
-        lengths: result of `lengths.analyse_lengths`.
-        result: result of `diagnostics.diagnose`; benchmarks at chance level are left out.
+        found: result of `diagnostics.diagnose`; with diagnostics, benchmarks at chance level are left out.
 
     Returns:
         The matplotlib figure.
@@ -105,20 +119,34 @@ def draw_card(label: str, lengths: dict, result: dict[str, dict]) -> object:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    titles = above_chance(result)
+    lengths, diagnostics = found["lengths"], found.get("diagnostics")
+    titles = above_chance(diagnostics) if diagnostics else list(lengths["sets"])
     colours = {title: f"C{n}" for n, title in enumerate(titles)}
-    figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    _draw_curve(panels[0][0], "tokens", lengths, colours)
-    _draw_curve(panels[0][1], "sentences", lengths, colours)
-    _draw_positions(panels[1][0], result, colours)
-    _draw_changes(panels[1][1], result, colours)
+    kinds = [kind for kind in ("tokens", "sentences") if any(kind in lengths["sets"][title] for title in titles)]
+    num_rows = 2 if diagnostics else 1
+    size = (5.5 * max(len(kinds), num_rows), 4 * num_rows)
+    figure, panels = pyplot.subplots(
+        num_rows, max(len(kinds), num_rows), figsize=size, layout="constrained", squeeze=False
+    )
+    for axes in panels[0][len(kinds) :]:
+        axes.set_axis_off()
+    for axes, kind in zip(panels[0], kinds):
+        _draw_curve(axes, kind, lengths, colours)
     panels[0][0].legend(fontsize=9)
-    lines = [f"Long-text card: {plain(label)}", _describe_length(lengths)]
-    for title in titles:
-        scores = [f"{n} {result[title]['himo'][n]['score']:.2f}" for n in _HIMO if result[title]["himo"][n]["captions"]]
-        lines.append(f"{plain(title)}: HiMo@{', @'.join(scores)}")
-    figure.suptitle("\n".join(line for line in lines if line), fontsize=11)
+    if diagnostics:
+        _draw_positions(panels[1][0], diagnostics, colours)
+        _draw_changes(panels[1][1], diagnostics, colours)
+        lines = [f"Long-text card: {plain(label)}", _describe_length(lengths)]
+        lines += [_describe_scores(title, diagnostics[title]) for title in titles]
+        figure.suptitle("\n".join(line for line in lines if line), fontsize=11)
     return figure
+
+
+def _describe_scores(title: str, measured: dict) -> str:
+    himo = [f"HiMo@{name} {own['score']:.2f}" for name, own in measured["himo"].items() if own["captions"]]
+    wrong = [f"{100 * own['score']:.0f}% {name}" for name, own in measured["wrong_sentence"].items() if own["captions"]]
+    preferred = f"; correct text preferred to a wrong sentence: {', '.join(wrong)}" if wrong else ""
+    return f"{plain(title)}: {', '.join(himo)}{preferred}"
 
 
 def _describe_length(lengths: dict) -> str:

@@ -1,5 +1,6 @@
-"""Stores the ranks of all queries of a run in a small file next to its results, for comparisons between runs."""
+"""Files next to the results of a run: the rank of every query, for comparisons between runs; truncated captions."""
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,3 +91,23 @@ def read_ranks(run: str | Path) -> dict[str, QueryRanks]:
         }
     except Exception as error:  # zipfile's, numpy's and json's own errors have no common base
         raise ValueError(f"{path}: not ranks of an evaluation ({type(error).__name__}: {error})") from error
+
+
+def write_cut_captions(ranked: Sequence[RankedSet], path: Path) -> int:
+    """Writes a CSV of the captions that the tokenizer truncates, in the order of the benchmarks.
+
+    Args:
+        ranked: benchmarks.
+        path: the file.
+
+    Returns:
+        The number of captions written.
+    """
+    rows = []
+    for r in ranked:
+        for row in (r.lost_tokens > 0).nonzero()[:, 0].tolist():
+            name = r.pairs.image_paths[r.pairs.image_of_caption[row]].name
+            rows.append([r.pairs.title, row + 1, name, int(r.lost_tokens[row]), r.pairs.captions[row]])
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["benchmark", "caption_number", "image", "lost_tokens", "caption"], *rows])
+    return len(rows)
