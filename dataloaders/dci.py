@@ -12,13 +12,13 @@ from dataloaders.registry import Benchmark, Tree, chosen_protocols
 from training.readers.files import parallel_map, read_json, require_dir, text_field
 from training.readers.sentences import normalise_caption
 
-NUM_PAIRS = {"dci/short+extra": 7805, "dci/extra-lower": 7805, "long-dci": 7602}
+PROTOCOLS = {"dci/short+extra": {7805: ()}, "dci/extra-lower": {7805: ()}, "long-dci": {7602: ()}}
+SPLIT_SIZES = [98, 108, 7599]
 FLAG = "--dci-retrieval"
-PROTOCOLS = tuple(NUM_PAIRS)
 SOURCE = "see DCI in EVAL_DATASETS.md: annotations from the DCI release, photos from SA-1B's archive sa_000138"
 
 
-def read_dci(root: str | Path, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
+def read_dci(root: str | Path, protocol: str = "dci/short+extra") -> RetrievalSet:
     """Reads DCI: all splits, one after another; ``long-dci`` reads every annotation file instead, sorted by name.
 
     Protocols: ``dci/short+extra`` (LoTLIP, FLAIR) joins the short caption, a newline and the extra caption, and applies
@@ -36,6 +36,7 @@ def read_dci(root: str | Path, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
     splits = read_json(base / "splits.json")
     if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
         raise ValueError(f"{base / 'splits.json'}: expected lists of annotation files under train, valid and test")
+    sizes = sorted(map(len, splits.values()))
     paths = [base / "annotations" / str(name) for names in splits.values() for name in names]
     if protocol == "long-dci":
         paths = sorted(p for p in (base / "annotations").glob("*.json") if not p.name.startswith("."))
@@ -45,7 +46,9 @@ def read_dci(root: str | Path, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
         f"{title.lower().replace(' ', '-')}-retrieval",
         title,
         [(base / "photos" / row[0], row[1]) for row in rows if row and (row[1] or protocol != "long-dci")],
-        num_published=NUM_PAIRS[protocol],
+        num_published=max(PROTOCOLS[protocol]),
+        official=PROTOCOLS[protocol],
+        fault=f"splits of {sizes} items" if protocol != "long-dci" and sizes != SPLIT_SIZES else "",
         missing=tuple(f"{path}: no such annotation" for path, row in zip(paths, rows) if not row),
         source=SOURCE,
         protocol=protocol,

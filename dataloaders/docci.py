@@ -12,9 +12,9 @@ from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 from training.readers.files import read_json_lines, require_dir, text_field
 from training.readers.sentences import normalise_caption, split_caption
 
-NUM_PAIRS = 5000
+NUM_IMAGES = 5000
+PROTOCOLS = {"docci/test": {NUM_IMAGES: ()}, "docci/sentences": {}}
 FLAG = "--docci-retrieval"
-PROTOCOLS = ("docci/test", "docci/sentences")
 ANNOTATIONS = "docci_descriptions.jsonlines"
 SOURCE = f"see DOCCI in EVAL_DATASETS.md: {ANNOTATIONS} and docci_images.tar.gz"
 
@@ -40,28 +40,26 @@ def read_docci(root: str | Path, sentences: bool = False) -> list[RetrievalSet]:
             rows.append((folder / text_field(row, "image_file", where), text_field(row, "description", where)))
     if not rows:
         raise ValueError(f"{path}: no row of split 'test'; {SOURCE}")
+    fault = "" if all(image.name.startswith("test_") for image, _ in rows) else "images of another split"
     whole = [(image, normalise_caption(text)) for image, text in rows]
-    sets = [
-        one_caption_per_image(
-            "docci-retrieval", "DOCCI", whole, num_published=NUM_PAIRS, source=SOURCE, protocol=PROTOCOLS[0]
-        )
-    ]
+    given = {"num_published": NUM_IMAGES, "official": PROTOCOLS["docci/test"], "protocol": "docci/test"}
+    sets = [one_caption_per_image("docci-retrieval", "DOCCI", whole, source=SOURCE, fault=fault, **given)]
     if sentences:
         parts = [(image, own) for image, text in rows if (own := split_caption(text))]
-        title, complete = "DOCCI sentences", len(rows) == NUM_PAIRS
-        number = sum(len(own) for _, own in parts) if complete else None
-        sets.append(
-            several_captions_per_image(
-                "docci-sentences-retrieval", title, parts, num_published=number, source=SOURCE, protocol=PROTOCOLS[1]
-            )
-        )
+        number = sum(len(own) for _, own in parts)
+        if len(rows) != NUM_IMAGES:
+            fault = f"sentences of {len(rows):,} images instead of {NUM_IMAGES:,}"
+        # The number of sentences follows from the descriptions.
+        given = {"num_published": None if fault else number, "official": {number: ()}, "protocol": "docci/sentences"}
+        key, title = "docci-sentences-retrieval", "DOCCI sentences"
+        sets.append(several_captions_per_image(key, title, parts, source=SOURCE, fault=fault, **given))
     return sets
 
 
 def _read_chosen(args: argparse.Namespace) -> list[RetrievalSet]:
     chosen = chosen_protocols(args, PROTOCOLS)
-    whole_and_parts = read_docci(args.docci_retrieval, args.docci_sentences or PROTOCOLS[1] in chosen)
-    return [s for s in whole_and_parts if s.protocol in chosen or args.docci_sentences]
+    sets = read_docci(args.docci_retrieval, args.docci_sentences or "docci/sentences" in chosen)
+    return [s for name, s in zip(PROTOCOLS, sets) if name in chosen or args.docci_sentences]
 
 
 BENCHMARKS = (

@@ -12,15 +12,14 @@ from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 from training.readers.files import read_json_lines, require_dir, text_field
 from training.readers.sentences import normalise_caption, split_caption
 
-NUM_PAIRS = 612
+PROTOCOLS = {"iiw/612": {612: ("e5f6a068fe47a46c",)}, "iiw/sentences": {6216: ("e7a8c3df5fb350c3",)}}
 FLAG = "--iiw-retrieval"
-PROTOCOLS = ("iiw/612", "iiw/sentences")
 SOURCE = "python -m dataloaders.prepare iiw; see IIW in EVAL_DATASETS.md"
 # Subset of google/imageinwords -> image folder, in the published order.
 SUBSETS = {"DOCCI_Test": "docci", "IIW-400": "docci_aar", "DCI_Test": "dci"}
 
 
-def read_iiw(root: str | Path, annotations: str | Path | None = None, protocol: str = PROTOCOLS[0]) -> RetrievalSet:
+def read_iiw(root: str | Path, annotations: str | Path | None = None, protocol: str = "iiw/612") -> RetrievalSet:
     """Reads IIW: the captions under `IIW` of DOCCI_Test, IIW-400 and DCI_Test, in this order.
 
     Protocols: ``iiw/612`` takes whole captions; in ``iiw/sentences`` (FLAIR's fine-grained set) every sentence is a
@@ -42,18 +41,24 @@ def read_iiw(root: str | Path, annotations: str | Path | None = None, protocol: 
     ]
     if protocol == "iiw/sentences":
         rows = [(image, own) for image, caption in pairs if (own := split_caption(caption))]
-        number = sum(len(own) for _, own in rows) if len(pairs) == NUM_PAIRS else None
         return several_captions_per_image(
             "iiw-sentences-retrieval",
             "IIW sentences",
             rows,
-            num_published=number,
+            num_published=max(PROTOCOLS[protocol]),
+            official=PROTOCOLS[protocol],
             source=SOURCE,
             protocol=protocol,
         )
     pairs = [(image, normalise_caption(caption)) for image, caption in pairs]
     return one_caption_per_image(
-        "iiw-retrieval", "IIW", pairs, num_published=NUM_PAIRS, source=SOURCE, protocol=protocol
+        "iiw-retrieval",
+        "IIW",
+        pairs,
+        num_published=max(PROTOCOLS[protocol]),
+        official=PROTOCOLS[protocol],
+        source=SOURCE,
+        protocol=protocol,
     )
 
 

@@ -12,18 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataloaders.pairs import RetrievalSet, several_captions_per_image
+from dataloaders.pairs import OfficialLists, RetrievalSet, several_captions_per_image
 from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 from training.readers.files import first_present, read_json, require_dir, text_field
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
 SPLITS = ("test", "val")
 VAL2017 = "coco/val2017"
+UNVERIFIED = "a list without Karpathy's splits"
 
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """What differs between COCO and Flickr30k: names, usual file locations, image counts and protocols by split."""
+    """What differs between COCO and Flickr30k: names, usual file locations, image counts and protocols by split.
+
+    Attributes:
+        num_images: number of images by split.
+        num_listed: number of images of all splits in Karpathy's file.
+    """
 
     key: str
     title: str
@@ -31,8 +37,15 @@ class _Benchmark:
     annotations: tuple[str, ...]
     folders: tuple[str, ...]
     num_images: dict[str, int]
+    num_listed: int
     protocols: dict[str, str]
     source: str
+
+    @property
+    def official(self) -> dict[str, OfficialLists]:
+        """The official lists of each protocol."""
+        lists = {name: {NUM_CAPTIONS * self.num_images[split]: ()} for split, name in self.protocols.items()}
+        return lists | ({VAL2017: {NUM_CAPTIONS * 5000: ()}} if self.key == "coco" else {})
 
 
 COCO = _Benchmark(
@@ -42,6 +55,7 @@ COCO = _Benchmark(
     ("dataset_coco.json", "annotations/dataset_coco.json", "annotations/captions_val2017.json"),
     ("", "images"),
     {"test": 5000, "val": 5000},
+    123_287,
     {"test": "coco/karpathy", "val": "coco/karpathy-val"},
     "see COCO in EVAL_DATASETS.md: Karpathy's dataset_coco.json and val2014.zip",
 )
@@ -51,7 +65,8 @@ FLICKR30K = _Benchmark(
     "--flickr30k-retrieval",
     ("dataset_flickr30k.json", "annotations/dataset_flickr30k.json", "flickr30k_test.json"),
     ("flickr30k-images", "flickr30k_images", "images", "Images", ""),
-    {"test": 1000, "val": 1014, "all": 31014},
+    {"test": 1000, "val": 1014, "all": 31_014},
+    31_014,
     {"test": "flickr30k/test", "val": "flickr30k/val", "all": "flickr30k/all"},
     "see Flickr30k in EVAL_DATASETS.md: Karpathy's dataset_flickr30k.json and the images of the Illinois group",
 )
@@ -75,7 +90,7 @@ def read_karpathy(
     path = _find_annotations(which, root, annotations)
     content = read_json(path)
     key, title, expected = which.key, which.title, which.num_images[split]
-    protocol = which.protocols[split]
+    protocol, fault = which.protocols[split], ""
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         rows = _official_rows(content, path)
         protocol = f"{key}/{_official_name(path)}"
@@ -85,8 +100,10 @@ def read_karpathy(
             expected = 5000
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
         rows = _karpathy_rows(content["images"], path, split)
+        if len(content["images"]) != which.num_listed:
+            fault = f"{len(content['images']):,} images in Karpathy's list instead of {which.num_listed:,}"
     elif isinstance(content, list):
-        rows = _listed_rows(content, path)
+        rows, fault = _listed_rows(content, path), UNVERIFIED
     else:
         raise ValueError(
             f"{path}: expected Karpathy's {{'images': [..]}}, COCO's annotations or a list; {which.source}"
@@ -104,6 +121,8 @@ def read_karpathy(
         num_published=expected and expected * NUM_CAPTIONS,
         source=which.source,
         protocol=protocol,
+        official=which.official.get(protocol),
+        fault=fault,
     )
 
 
@@ -183,7 +202,7 @@ def _read_chosen(which: _Benchmark, args: argparse.Namespace, root: str, annotat
     """Reads the protocols that ``--protocol`` names; without one, the split of ``--karpathy-split``."""
     by_split = which.protocols[args.karpathy_split]
     sets = []
-    for protocol in chosen_protocols(args, list(dict.fromkeys([by_split, *which.protocols.values(), VAL2017]))):
+    for protocol in chosen_protocols(args, list(dict.fromkeys([by_split, *which.official]))):
         if protocol == VAL2017:
             sets.append(
                 read_karpathy(which, root, annotations or Path(root) / "annotations" / "captions_val2017.json", "test")
@@ -209,7 +228,7 @@ def _declare(which: _Benchmark, order: int, read: Callable[[argparse.Namespace],
         group="short",
         order=order,
         options=(annotations, SPLIT),
-        protocols=(*which.protocols.values(), *((VAL2017,) if which is COCO else ())),
+        protocols=which.official,
         tree=Tree(which.key, which.annotations),
         suites=("short",),
         source=which.source,

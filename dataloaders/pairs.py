@@ -3,11 +3,17 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from training.readers.files import file_identity, parallel_map
+
+# Number of pairs of an official list -> its fingerprints, of which a complete set must have one. An empty tuple stands
+# for a list that was not at hand when this was written: then only the number of pairs and the structure are checked.
+# Every evaluation prints the fingerprint of what it read; a copy of the official list gives the value to enter here.
+OfficialLists = Mapping[int, tuple[str, ...]]
+MODIFIED = " (modified)"
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class RetrievalSet:
         num_published: number of pairs of the full benchmark; None if there is no such number.
         missing: one readable line for each pair that had to be left out; empty if the set is complete.
         source: how to get the missing files, one line.
-        protocol: name of the variant that was read, e.g. ``dci/short+extra``; empty for a user's own pairs.
+        protocol: name of the variant that was read, e.g. ``dci/short+extra``, followed by `MODIFIED` if the list is
+            not the official one; empty for a user's own pairs.
     """
 
     key: str
@@ -64,22 +71,57 @@ class RetrievalSet:
         )
 
 
+def check_list(s: RetrievalSet, official: OfficialLists, fault: str = "") -> RetrievalSet:
+    """Appends `MODIFIED` to the protocol of a set whose list is not an official one, and warns.
+
+    Args:
+        s: a set as read, before images are looked up.
+        official: the official lists of its protocol.
+        fault: a difference that the reader found.
+    """
+    number = len(s.captions) + len(s.missing)
+    if not fault and number not in official:
+        fault = f"{number:,} pairs instead of {' or '.join(f'{n:,}' for n in official)}"
+    if not fault and len(set(s.image_paths)) < len(s.image_paths):
+        fault = "an image occurs twice"
+    if not fault and official[number] and not s.missing and s.fingerprint() not in official[number]:
+        fault = f"fingerprint {s.fingerprint()} instead of {' or '.join(official[number])}"
+    if not fault:
+        return s
+    logging.warning(
+        f"{s.title}: not the list of {s.protocol} ({fault}), so its numbers are not compared with published ones."
+    )
+    return replace(s, protocol=s.protocol + MODIFIED)
+
+
 def one_caption_per_image(key: str, title: str, pairs: Iterable[tuple[Path, str]], **fields) -> RetrievalSet:
     """Builds a `RetrievalSet` from (image path, normalised caption) pairs."""
     return several_captions_per_image(key, title, [(path, [caption]) for path, caption in pairs], **fields)
 
 
 def several_captions_per_image(
-    key: str, title: str, rows: Sequence[tuple[Path, Sequence[str]]], **fields
+    key: str,
+    title: str,
+    rows: Sequence[tuple[Path, Sequence[str]]],
+    official: OfficialLists | None = None,
+    fault: str = "",
+    **fields,
 ) -> RetrievalSet:
-    """Builds a `RetrievalSet` from (image path, its captions) rows; the captions of an image follow one another."""
+    """Builds a `RetrievalSet` from (image path, its captions) rows; the captions of an image follow one another.
+
+    Args:
+        key, title, fields: attributes of the set.
+        rows: the rows, in the published order.
+        official, fault: see `check_list`; None for a set without an official list.
+    """
     paths = tuple(path for path, _ in rows)
     captions = tuple(caption for _, own in rows for caption in own)
     image_of_caption = tuple(number for number, (_, own) in enumerate(rows) for _ in own)
     empty = sum(not c for c in captions)
     if empty:
         logging.warning(f"{title}: {empty:,} of {len(captions):,} captions are empty; their pairs are kept.")
-    return RetrievalSet(key, title, paths, captions, image_of_caption, **fields)
+    found = RetrievalSet(key, title, paths, captions, image_of_caption, **fields)
+    return found if official is None else check_list(found, official, fault)
 
 
 @dataclass(frozen=True)

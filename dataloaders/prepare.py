@@ -19,7 +19,7 @@ from pathlib import Path
 from dataloaders.iiw import SUBSETS, read_iiw_subset
 from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images, one_caption_per_image
 from dataloaders.registry import Benchmark, benchmarks, destination, find_below_data_root, options_of, suites
-from dataloaders.share4v import SOURCE, read_items
+from dataloaders.share4v import SAM_NAME, SOURCE, read_items
 from dataloaders.stats import CaptionStats, caption_stats, draw_stats, format_stats, to_json, token_counter
 from dataloaders.values import names
 from training.readers.files import parallel_map, require_dir
@@ -34,7 +34,7 @@ def prepare_share4v(captions: Path, out: Path, num: int) -> str:
     """
     read_items(captions)  # checks the structure, with errors that name the item
     items = json.loads(captions.read_text(encoding="utf-8-sig"))
-    chosen = [item for item in items if re.fullmatch(r"sa_\d+\.jpe?g", Path(item["image"]).name)][:num]
+    chosen = [item for item in items if re.fullmatch(SAM_NAME, Path(item["image"]).name)][:num]
     if len(chosen) < num:
         raise ValueError(
             f"{captions}: only {len(chosen):,} of {len(items):,} items show an SA-1B image (sa_N.jpg), {num:,} are "

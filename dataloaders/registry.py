@@ -8,12 +8,12 @@ import argparse
 import functools
 import importlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import dataloaders
-from dataloaders.pairs import ClassificationSet, RetrievalSet
+from dataloaders.pairs import ClassificationSet, OfficialLists, RetrievalSet
 
 GROUPS = ("long", "short", "own")
 _DECLARES = re.compile(r"^BENCHMARKS\b", re.MULTILINE)
@@ -45,7 +45,7 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
-        """Tells whether the flag takes no value."""
+        """Whether the flag takes no value."""
         return self.metavar is None and self.choices is None
 
     @property
@@ -99,7 +99,7 @@ class Benchmark:
         options: further flags.
         classification: `read` returns classification sets.
         requires: (flag of `options` that must be given, what it is and how to get it).
-        protocols: variants that ``--protocol`` chooses from, the default first.
+        protocols: variants that ``--protocol`` chooses from, the default first, with their official lists.
         check: replaces `read` in ``prepare check``; None if `read` will do.
         tree: where ``--data-root`` finds it; None if it has no fixed location.
         suites: the values of ``--suite`` that include it.
@@ -116,7 +116,7 @@ class Benchmark:
     options: tuple[Option, ...] = ()
     classification: bool = False
     requires: tuple[tuple[str, str], ...] = ()
-    protocols: tuple[str, ...] = ()
+    protocols: Mapping[str, OfficialLists] = field(default_factory=dict)
     check: Callable[[argparse.Namespace], Sequence[RetrievalSet | ClassificationSet]] | None = None
     tree: Tree | None = None
     suites: tuple[str, ...] = ()
@@ -149,9 +149,9 @@ def benchmarks() -> tuple[Benchmark, ...]:
     return tuple(sorted(found, key=lambda b: (GROUPS.index(b.group), b.order, b.name)))
 
 
-def chosen_protocols(args: argparse.Namespace, offered: Sequence[str]) -> list[str]:
+def chosen_protocols(args: argparse.Namespace, offered: Iterable[str]) -> list[str]:
     """Returns the protocols of a benchmark that ``--protocol`` names; the first one if it names none of them."""
-    return [name for name in offered if name in args.protocol] or [offered[0]]
+    return [name for name in offered if name in args.protocol] or [next(iter(offered))]
 
 
 def options_of(chosen: Sequence[Benchmark]) -> dict[Option, list[str]]:

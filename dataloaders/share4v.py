@@ -6,6 +6,7 @@ ROOT/..    SA-1B images, in any tree
 
 import argparse
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from training.readers.files import file_identity, parallel_map, read_json, requi
 from training.readers.sentences import normalise_caption
 
 FLAG = "--share4v-retrieval"
-PROTOCOLS = ("sv/sam", "sv/first")
+PROTOCOLS = {"sv/sam": {1000: (), 10000: ()}, "sv/first": {1000: (), 10000: ()}}
+NUM_UNCUT = 1_246_000  # items of the list of sv/first, share-captioner_coco_lcs_sam_1246k_1107.json, at least
+SAM_NAME = r"sa_\d+\.jpe?g"
 ANNO_FLAG = "--share4v-anno"
 NUM_FLAG = "--share4v_val_num"
 SOURCE = "see ShareGPT4V in EVAL_DATASETS.md: SA-1B archives sa_000000 to sa_000050"
 
 
 def read_share4v(
-    root: str | Path, annotations: str | Path, sizes: list[int], protocol: str = PROTOCOLS[0]
+    root: str | Path, annotations: str | Path, sizes: list[int], protocol: str = "sv/sam"
 ) -> list[RetrievalSet]:
     """Reads the first N items of the list, for each N of `sizes`.
 
@@ -42,7 +45,13 @@ def read_share4v(
             twice.
     """
     root = require_dir(root, FLAG)
-    items = read_items(annotations)[: max(sizes)]
+    items = read_items(annotations)
+    fault = ""
+    if protocol == "sv/first" and len(items) < NUM_UNCUT:
+        fault = f"{len(items):,} items in the list; the uncut one has at least {NUM_UNCUT:,}"
+    items = items[: max(sizes)]
+    if protocol == "sv/sam" and not all(re.fullmatch(SAM_NAME, image.rsplit("/", 1)[-1]) for image, _ in items):
+        fault = "images that are not from SA-1B"
     if len(items) < max(sizes):
         raise ValueError(
             f"{NUM_FLAG} {max(sizes)}: only {len(items):,} annotations in {annotations}; lower the number or complete "
@@ -58,6 +67,8 @@ def read_share4v(
             (f"SV-{n // 1000}k" if n % 1000 == 0 else f"SV-{n}") + (" first" if first else ""),
             pairs[:n],
             num_published=n,
+            official=PROTOCOLS[protocol],
+            fault=fault,
             source=SOURCE,
             protocol=protocol,
         )

@@ -11,7 +11,7 @@ from dataloaders.registry import Benchmark, Tree
 from training.readers.files import natural_key, parallel_map, read_json, require_dir, text_field
 from training.readers.sentences import normalise_caption
 
-NUM_PAIRS = 1000
+PROTOCOLS = {"urban1k/first-line": {1000: ()}}
 FLAG = "--urban1k-retrieval"
 SOURCE = "see Urban1k in EVAL_DATASETS.md: Urban1k.zip of the Long-CLIP project"
 
@@ -30,9 +30,9 @@ def read_urban1k(root: str | Path) -> RetrievalSet:
             pairs = _read_annotations(base)
         else:
             continue
-        return one_caption_per_image(
-            "urban1k-retrieval", "Urban1k", pairs, num_published=NUM_PAIRS, source=SOURCE, protocol="urban1k/first-line"
-        )
+        ((protocol, official),) = PROTOCOLS.items()
+        fields = {"num_published": max(official), "official": official, "protocol": protocol}
+        return one_caption_per_image("urban1k-retrieval", "Urban1k", pairs, source=SOURCE, **fields)
     raise FileNotFoundError(f"{FLAG} {root}: found neither caption/ nor annotations/annotations.json; {SOURCE}")
 
 
@@ -73,7 +73,7 @@ BENCHMARKS = (
         "Urban1k: folder with image/ and caption/",
         lambda args: [read_urban1k(args.urban1k_retrieval)],
         order=40,
-        protocols=("urban1k/first-line",),
+        protocols=PROTOCOLS,
         tree=Tree("Urban1k", ("caption", "annotations/annotations.json", "Urban1k")),
         suites=("long",),
         source=SOURCE,

@@ -142,7 +142,8 @@ def test_the_card_shows_the_runs_recipe_and_its_last_evaluation(runs, scenes, tm
     export(runs / "long", "open_clip", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: unknown" in card and "| seed | 0 |" in card and f"| architecture | {flags['model']} |" in card
-    shown = next(line for line in card.splitlines() if line.startswith("| urban1k-retrieval | urban1k/first-line |"))
+    row = "| urban1k-retrieval | urban1k/first-line (modified) |"
+    shown = next(line for line in card.splitlines() if line.startswith(row))
     assert "25 of 1,000 pairs" in shown
     for direction in ("i2t", "t2i"):
         assert f" {100 * record[f'urban1k-retrieval-{direction}-top1']:.2f} (" in shown

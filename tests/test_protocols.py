@@ -1,14 +1,19 @@
 """Protocols: each variant on a small tree in its exact layout; results, report and compare name the protocol."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dataloaders import dci, docci, iiw, karpathy, share4v, urban1k
+from dataloaders.pairs import one_caption_per_image
 from dataloaders.registry import benchmarks
 from eval_files import write_coco, write_docci, write_flickr30k, write_image
 from support import LAYOUTS, evaluate
+from training.eval.npz import read_features
+from training.eval.retrieval import read_benchmarks
 from training.flags.parser import parse_args
 from training.readers.sentences import normalise_caption, split_caption
 
@@ -25,9 +30,9 @@ def test_dci_extra_lower():
     names = [name for split in json.loads((base / "splits.json").read_text()).values() for name in split]
     rows = [json.loads((base / "annotations" / name).read_text()) for name in names]
     assert found.captions == tuple(row["extra_caption"].lower() for row in rows)
-    assert (found.key, found.protocol) == ("dci-extra-lower-retrieval", "dci/extra-lower")
+    assert (found.key, found.protocol) == ("dci-extra-lower-retrieval", "dci/extra-lower (modified)")
     whole = dci.read_dci(LAYOUTS / "dci")
-    assert (whole.key, whole.protocol) == ("dci-retrieval", "dci/short+extra")
+    assert (whole.key, whole.protocol) == ("dci-retrieval", "dci/short+extra (modified)")
     assert found.image_paths == whole.image_paths and found.fingerprint() != whole.fingerprint()
 
 
@@ -42,7 +47,7 @@ def test_long_dci_takes_every_annotation_with_an_extra_caption(tmp_path):
     (found,) = read("dci", "long-dci", dci_retrieval=tmp_path)
     assert found.captions == ("Ten.", "Two. Extra\nlines.")  # names are sorted as text
     assert [path.name for path in found.image_paths] == ["sa_1.jpg", "sa_2.jpg"]
-    assert (found.key, found.protocol, found.num_published) == ("long-dci-retrieval", "long-dci", 7602)
+    assert (found.key, found.protocol, found.num_published) == ("long-dci-retrieval", "long-dci (modified)", 7602)
 
 
 def test_iiw_sentences():
@@ -68,22 +73,23 @@ def test_share4v_first_keeps_captions_as_they_are(tmp_path):
 
 def test_docci_sentences_alone(tmp_path):
     (found,) = read("docci", "docci/sentences", docci_retrieval=write_docci(tmp_path))
-    assert found.protocol == "docci/sentences" and "A 3" in found.captions
-    assert [s.protocol for s in docci.read_docci(tmp_path, sentences=True)] == ["docci/test", "docci/sentences"]
+    assert found.protocol == "docci/sentences (modified)" and "A 3" in found.captions
+    found = docci.read_docci(tmp_path, sentences=True)
+    assert [s.protocol for s in found] == ["docci/test (modified)", "docci/sentences (modified)"]
 
 
 def test_flickr30k_all_and_coco_val2017(tmp_path):
     root = write_flickr30k(tmp_path / "flickr", num=5)
     (found,) = read("flickr30k", "flickr30k/all", flickr30k_retrieval=root, flickr30k_anno=None)
     assert len(found.image_paths) == 8 and found.key == "flickr30k-all-retrieval"
-    assert karpathy.read_karpathy(karpathy.FLICKR30K, root).protocol == "flickr30k/test"
+    assert karpathy.read_karpathy(karpathy.FLICKR30K, root).protocol == "flickr30k/test (modified)"
     root = write_coco(tmp_path / "coco")
-    assert karpathy.read_karpathy(karpathy.COCO, root).protocol == "coco/karpathy"
+    assert karpathy.read_karpathy(karpathy.COCO, root).protocol == "coco/karpathy (modified)"
     official = {"images": [{"id": 7, "file_name": "000000000007.jpg"}]}
     official["annotations"] = [{"image_id": 7, "caption": f"c{n}"} for n in range(5)]
     (root / "annotations" / "captions_val2017.json").write_text(json.dumps(official))
     (found,) = read("coco", "coco/val2017", coco_retrieval=root, coco_anno=None)
-    assert found.protocol == "coco/val2017" and found.captions == ("c0", "c1", "c2", "c3", "c4")
+    assert found.protocol == "coco/val2017 (modified)" and found.captions == ("c0", "c1", "c2", "c3", "c4")
 
 
 @pytest.mark.parametrize(
@@ -109,9 +115,9 @@ def test_results_report_and_compare_name_what_was_read(tmp_path, tiny_clip, caps
         (root / "caption" / f"{number}.txt").write_text(f"Street {number}.\nsecond line")
     first = evaluate(tmp_path, tiny_clip, "--urban1k-retrieval", root, "--report", name="first")
     own = urban1k.read_urban1k(root).fingerprint()
-    assert first["urban1k-retrieval-protocol"] == "urban1k/first-line"
+    assert first["urban1k-retrieval-protocol"] == "urban1k/first-line (modified)"
     assert first["urban1k-retrieval-fingerprint"] == own
-    assert f"Urban1k: urban1k/first-line, pairs {own}" in capsys.readouterr().out
+    assert f"Urban1k: urban1k/first-line (modified), pairs {own}" in capsys.readouterr().out
     page = (tmp_path / "logs" / "first" / "report.html").read_text()
     assert "urban1k/first-line" in page and own in page
     (root / "caption" / "0.txt").write_text("Another street.")
@@ -119,14 +125,19 @@ def test_results_report_and_compare_name_what_was_read(tmp_path, tiny_clip, caps
     capsys.readouterr()
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "logs" / name) for name in ("first", "second")])
-    assert f"and first (urban1k/first-line {own}) ranked different pairs; not comparable" in capsys.readouterr().err
+    assert (
+        f"and first (urban1k/first-line (modified) {own}) ranked different pairs; not comparable"
+        in capsys.readouterr().err
+    )
     evaluate(tmp_path, tiny_clip, "--urban1k-retrieval", root, name="third")
     capsys.readouterr()
     written = tmp_path / "compared.json"
     assert compare.main([*(str(tmp_path / "logs" / name) for name in ("second", "third")), "--json", str(written)]) == 0
     own = urban1k.read_urban1k(root).fingerprint()
-    assert f"Urban1k: urban1k/first-line, pairs {own}" in capsys.readouterr().out
-    assert {(r["protocol"], r["fingerprint"]) for r in json.loads(written.read_text())} == {("urban1k/first-line", own)}
+    assert f"Urban1k: urban1k/first-line (modified), pairs {own}" in capsys.readouterr().out
+    assert {(r["protocol"], r["fingerprint"]) for r in json.loads(written.read_text())} == {
+        ("urban1k/first-line (modified)", own)
+    }
 
 
 def test_a_shorter_list_has_another_fingerprint():
@@ -135,3 +146,76 @@ def test_a_shorter_list_has_another_fingerprint():
     )
     assert eight.fingerprint() == again.fingerprint() != twelve.fingerprint()
     assert eight.fingerprint() != eight.without_images({0: "gone"}).fingerprint()
+
+
+def karpathy_file(path, which, num_listed, num_test, **change):
+    """Writes a list in Karpathy's format; the first `num_test` images are in the test split."""
+    images = [
+        {
+            "filename": f"{n}.jpg",
+            "split": "test" if n < num_test else "train",
+            "sentences": [{"raw": f"{n} {k}"} for k in range(5)],
+        }
+        | (change if n == 0 else {})
+        for n in range(num_listed)
+    ]
+    path.write_text(json.dumps({"images": images}))
+    return karpathy.read_karpathy(which, path.parent, path)
+
+
+def test_a_list_has_the_name_of_a_protocol_only_if_it_is_that_list(tmp_path, caplog):
+    """Any list passed as flickr30k/test, and a shortened one as sv/first."""
+    file = tmp_path / "list.json"
+    whole = karpathy_file(file, karpathy.FLICKR30K, 31_014, 1000)
+    assert whole.protocol == "flickr30k/test" and not caplog.records
+    changes = [(31_014, 999, {}), (31_014, 1000, {"sentences": [{"raw": "one"}]}), (2000, 1000, {})]
+    changes += [(31_014, 1000, {"filename": "1.jpg"})]
+    for listed, test, change in changes:
+        assert karpathy_file(file, karpathy.FLICKR30K, listed, test, **change).protocol == "flickr30k/test (modified)"
+    file.write_text(json.dumps([{"image": f"{n}.jpg", "caption": [f"{n} {k}" for k in range(5)]} for n in range(1000)]))
+    assert karpathy.read_karpathy(karpathy.FLICKR30K, tmp_path, file).protocol == "flickr30k/test (modified)"
+    turns = [{"value": "?"}, {"value": "A dog."}]
+    file.write_text(json.dumps([{"image": f"sa_{n}.jpg", "conversations": turns} for n in range(1001)]))
+    named = {
+        (protocol, size): share4v.read_share4v(tmp_path, file, [size], protocol)[0].protocol
+        for protocol, size in (("sv/sam", 1000), ("sv/sam", 1001), ("sv/first", 1000))
+    }
+    assert list(named.values()) == ["sv/sam", "sv/sam (modified)", "sv/first (modified)"]
+    assert "31,014" in caplog.text and "1,001 items in the list" in caplog.text
+
+
+def test_a_list_with_a_known_fingerprint_must_have_it(caplog):
+    pairs = [(Path(f"{n}.jpg"), f"caption {n}") for n in range(3)]
+    plain = one_caption_per_image("k", "T", pairs, protocol="p")
+    for known, name in (
+        ((), "p"),
+        ((plain.fingerprint(),), "p"),
+        (("0" * 16, plain.fingerprint()), "p"),
+        (("0" * 16,), "p (modified)"),
+    ):
+        assert one_caption_per_image("k", "T", pairs, official={3: known}, protocol="p").protocol == name
+    swapped = [pairs[1], pairs[0], pairs[2]]
+    official = {3: (plain.fingerprint(),)}
+    assert one_caption_per_image("k", "T", swapped, official=official, protocol="p").protocol == "p (modified)"
+    assert "fingerprint" in caplog.text
+
+
+def test_labels_in_files_of_features_are_checked_too(tmp_path):
+    features = np.eye(4, dtype=np.float32)
+    for protocol, name in (("dci/short+extra", "dci/short+extra (modified)"), ("my/set", "my/set")):
+        np.savez(tmp_path / "f.npz", image_features=features, text_features=features, protocol=np.array(protocol))
+        (found,) = read_features([str(tmp_path / "f.npz")])
+        assert found.pairs.protocol == name
+
+
+def test_protocols_of_coco_and_flickr30k_do_not_collide(tmp_path):
+    write_coco(tmp_path / "coco"), write_flickr30k(tmp_path / "flickr30k")
+    official = {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [{"image_id": 7, "caption": "c"}]}
+    (tmp_path / "coco" / "annotations" / "captions_val2017.json").write_text(json.dumps(official))
+    for protocol, keys in (
+        ("coco/val2017", ["coco-val2017-retrieval", "flickr30k-retrieval"]),
+        ("coco/karpathy-val", ["coco-val-retrieval", "flickr30k-retrieval"]),
+        ("flickr30k/all,coco/val2017", ["coco-val2017-retrieval", "flickr30k-all-retrieval"]),
+    ):
+        args = parse_args(["--data-root", str(tmp_path), "--suite", "short", "--protocol", protocol, "--model", "x"])
+        assert [s.key for s in read_benchmarks(args)[0]] == keys

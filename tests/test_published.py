@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dataloaders import urban1k
 from dataloaders.registry import benchmarks
 from eval_files import write_docci, write_image
 from support import evaluate
@@ -52,8 +53,9 @@ def test_differences_are_counted_in_half_intervals_and_sizes_are_kept_apart():
     ]
 
 
-def test_a_planted_number_is_found_and_compared(tmp_path, tiny_clip, capsys):
+def test_a_planted_number_is_found_and_compared(tmp_path, tiny_clip, capsys, monkeypatch):
     root = urban(tmp_path / "Urban1k")
+    monkeypatch.setitem(urban1k.PROTOCOLS, "urban1k/first-line", {6: ()})
     sha = evaluate(tmp_path, tiny_clip, "--urban1k-retrieval", root, name="first")["weights_sha256"]
     own = {"model": "ours", "i2t": 97.5, "t2i": 0.5, "source": "a <b>paper</b>"}
     planted = {
@@ -76,9 +78,29 @@ def test_a_planted_number_is_found_and_compared(tmp_path, tiny_clip, capsys):
     assert i2t["half_intervals"] == pytest.approx(i2t["difference"] / ((high - low) / 2))
     said = capsys.readouterr().out
     assert "Published numbers of ours" in said and "97.50" in said and "0.50" in said
-    assert "6 of 1,000 pairs; fewer candidates" in said and "urban1k/raw 50.0 / 0.5" in said
+    assert "urban1k/raw 50.0 / 0.5" in said
     page = (tmp_path / "logs" / "second" / "report.html").read_text()
     assert "97.50" in page and "a &lt;b&gt;paper" in page
+
+
+def test_modified_and_incomplete_lists_are_not_compared(tmp_path, tiny_clip, caplog):
+    root = urban(tmp_path / "Urban1k")
+    flags = ("--urban1k-retrieval", root, "--published", "LoTLIP ViT-B/16")
+    assert "published" not in evaluate(tmp_path, tiny_clip, *flags)
+    assert "there are no published numbers for the protocols" in caplog.text
+    recall = Recall(0.6, 0.8, 0.9, (0.58, 0.62), 2.0, 1.0)
+    texts = {
+        "truncated_share": 0.0,
+        "truncated_mean_tokens_lost": 0.0,
+        "fingerprint": "0" * 16,
+        "i2t": recall,
+        "t2i": recall,
+    }
+    printed = [Printed("m", name, 55.0, 61.0, "s") for name in ("p", "p (modified)")]
+    for protocol, missing, number in (("p", 0, 2), ("p", 1, 0), ("p (modified)", 0, 0)):
+        counts = {"num_pairs": 9 - missing, "num_expected": 9, "num_missing": missing, "num_broken": 0, "num_images": 9}
+        result = RetrievalResult("t", "k", protocol=protocol, **counts, **texts)
+        assert len(compare_with_published([result], printed)) == number
 
 
 def test_no_number_of_that_protocol_is_said(tmp_path, tiny_clip, capsys, caplog):

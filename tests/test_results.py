@@ -41,7 +41,8 @@ def test_a_row_per_evaluation_and_benchmark(logs):
     assert whole["--batch-size"].tolist() == [line["flags"]["batch_size"] for line in lines]
     parts = table[table["benchmark"] == "DOCCI sentences"]
     assert parts["num-pairs"].tolist() == [line["docci-sentences-retrieval-num-pairs"] for line in lines]
-    assert set(parts["protocol"]) == {"docci/sentences"} and set(whole["protocol"]) == {"docci/test"}
+    assert set(parts["protocol"]) == {"docci/sentences (modified)"}
+    assert set(whole["protocol"]) == {"docci/test (modified)"}
     (imagenet,) = table[table["key"] == "imagenet-zeroshot-val"]["top5"]
     assert imagenet == lines[1]["imagenet-zeroshot-val-top5"]
     assert table.groupby("benchmark")["i2t-top1"].mean()["COCO"] == pytest.approx(

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from dataloaders.pairs import RetrievalSet
+from dataloaders.pairs import RetrievalSet, check_list
+from dataloaders.registry import benchmarks
 from training.eval.encode import ComputeOptions, encode_texts
 from training.eval.retrieval import EncodedSet, check_names
 from training.model.assembly.factory import EncoderParts
@@ -109,6 +110,8 @@ def _read_one(path: Path) -> EncodedSet:
         tuple(owner.tolist()),
         protocol=str(arrays.get("protocol", "")),
     )
+    if official := {k: v for b in benchmarks() for k, v in b.protocols.items()}.get(pairs.protocol):
+        pairs = check_list(pairs, official)
     lost = torch.from_numpy(arrays.get("lost_tokens", np.full(num_captions, -1)).astype(np.int64))
     return EncodedSet(pairs, features["image"], features["text"], lost)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dataloaders.pairs import MODIFIED
 from training.eval.record import DIRECTIONS, RetrievalResult
 from training.readers.files import read_json
 
@@ -123,9 +124,14 @@ def find_published(asked: str | None, model: str, pretrained: str | None, weight
 
 
 def compare_with_published(results: Sequence[RetrievalResult], printed: Sequence[Printed]) -> list[Comparison]:
-    """Compares each measured number with every published one of the same protocol and size."""
+    """Compares each measured number with every published one of the same protocol and size.
+
+    A set whose list is not the official one has another protocol (`pairs.MODIFIED`); an incomplete set is left out.
+    """
     found = []
     for result in results:
+        if not result.is_complete or result.protocol.endswith(MODIFIED):
+            continue
         for number in printed:
             if number.protocol != result.protocol or number.pairs not in (None, result.num_expected):
                 continue
@@ -174,8 +180,6 @@ def explain(
         return []
     lines = []
     for result in (r for r in results if r.title in outside):
-        if not result.is_complete:
-            lines.append(f"{result.title}: {result.pairs} pairs; fewer candidates make retrieval easier.")
         if result.truncated_share:
             share = f"{100 * result.truncated_share:.1f}% of captions are truncated"
             lines.append(f"{result.title}: {share}; another context length gives different numbers.")
