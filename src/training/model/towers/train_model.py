@@ -38,6 +38,8 @@ class TrainModel(nn.Module):
         self.text = text_encoder(model)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        # The only convolution of a vision transformer cuts patches, for which the order of pixels does not matter.
+        self.is_convolutional = sum(isinstance(module, nn.Conv2d) for module in model.visual.modules()) > 1
         self.image_is_locked = not any(p.requires_grad for p in model.visual.parameters())
 
     def train(self, mode: bool = True) -> "TrainModel":
@@ -103,10 +105,11 @@ class TrainModel(nn.Module):
             return self.model.encode_image(self._pixels(image), normalize=True)
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        dtype = next(self.model.visual.parameters()).dtype
+        memory_format = torch.channels_last if images.is_cuda and self.is_convolutional else torch.contiguous_format
         if images.dtype == torch.uint8:
-            images = normalise_pixels(images, self.mean, self.std)
-        images = images.to(next(self.model.visual.parameters()).dtype)
-        return images.to(memory_format=torch.channels_last) if images.is_cuda else images
+            return normalise_pixels(images, self.mean, self.std, dtype, memory_format)
+        return images.to(dtype, memory_format=memory_format)
 
 
 def _select_features(texts: list[torch.Tensor], corners: Sequence[bool]) -> list[torch.Tensor]:
