@@ -15,6 +15,7 @@ from training.export.modeling_lotlip import LotlipConfig, LotlipModel
 from training.export.source import Source, check_samples
 from training.export.tokenizer_files import write_tokenizer
 from training.model.towers.clip_tower import CornerCLIPText
+from training.model.towers.encoders.bert import Bert
 from training.model.towers.hf_tower import CornerHFText
 from training.model.weights.transformers_names import from_open_clip
 
@@ -112,7 +113,7 @@ def _lotlip(source: Source) -> LotlipModel:
     model, model_cfg = source.model, source.config["model_cfg"]
     text, visual = model.text, model.visual
     encoder = text.transformer.config
-    if not text.family.shows_attention or text.pooler_type in ("mean_pooler", "max_pooler"):
+    if not isinstance(text.family, Bert) or text.pooler_type in ("mean_pooler", "max_pooler"):
         raise ValueError(
             f"text tower {encoder.model_type} with {text.pooler_type}: only BERT-like encoders that pool [CLS] can be "
             "exported"
