@@ -51,7 +51,7 @@ def group_of_one(device, tmp_path):
 def test_the_gather_of_features_on_one_process_changes_nothing(device, group_of_one):
     rows = torch.randn(5, 3, device=device, requires_grad=True)
     weights = torch.randn(5, 3, device=device)
-    everyone = _Gather.apply(rows, 1)
+    everyone = _Gather.apply(rows, 1, None)
     (everyone * weights).sum().backward()
     torch.testing.assert_close(everyone, rows, rtol=0, atol=0)
     torch.testing.assert_close(rows.grad, weights, rtol=0, atol=0)

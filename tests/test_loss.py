@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 from support import REFERENCE, end_ranks, free_ports, start_ranks
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
+from training.loss.gather import EarlyGather, gather_rows
 
 SAVED = np.load(REFERENCE / "losses.npz")
 CASES = sorted({name.rsplit("/", 1)[0] for name in SAVED if name.endswith("/total")})
@@ -109,6 +110,42 @@ def test_several_processes_equal_one(world_size):
                 assert np.mean([p[3] for p in parts]) == pytest.approx(float(d_scale), abs=1e-12)
                 if kind == "sigmoid":
                     assert np.mean([p[4] for p in parts]) == pytest.approx(float(d_bias), abs=1e-12)
+
+
+def rounding_worker(rank, port, results):
+    """Loss and gradients with features that travel in 16 bits, and what the gather returned."""
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    rows = slice(4 * rank, 4 * rank + 4)
+    for dtype in (torch.bfloat16, torch.float16):
+        image, text = unit(8, 12, seed=5)[rows], unit(8, 4, 12, seed=6)[rows]
+        got = gradients("softmax", image, text, rank=rank, world_size=2, gather_dtype=dtype)
+        everyone = gather_rows(text, 2, dtype)
+        early = EarlyGather(image, 2, dtype)
+        sent = early.rows.dtype
+        results[(rank, str(dtype))] = (*(g.numpy() for g in got[:4]), everyone.numpy(), early.wait().numpy(), str(sent))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_features_that_travel_in_16_bits():
+    """The others' rows are rounded once, and the loss and its gradients nearly those of exact features."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        assert end_ranks(start_ranks(rounding_worker, 2, free_ports(1)[0], results)) == [0, 0]
+        results = dict(results)
+    image, text = unit(8, 12, seed=5), unit(8, 4, 12, seed=6)
+    total, d_image, d_text, d_scale, _ = gradients("softmax", image, text)
+    for dtype, error in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        parts = [results[(rank, str(dtype))] for rank in (0, 1)]
+        for *_, everyone, early, sent in parts:
+            np.testing.assert_array_equal(everyone, text.to(dtype).double())
+            np.testing.assert_array_equal(early, image.to(dtype).double())
+            assert sent == str(dtype)
+        got = np.mean([p[0] for p in parts])
+        assert 0 < abs(got - float(total)) < error * float(total)
+        for k, exact in ((1, d_image), (2, d_text)):
+            both = np.concatenate([p[k] for p in parts]) / 2
+            np.testing.assert_allclose(both, exact, rtol=0, atol=9 * error * float(exact.abs().max()))
 
 
 def test_published_two_process_totals():

@@ -30,6 +30,7 @@ ALWAYS = Condition("", lambda args: True)
 TRAINING = Condition("without --train-data", lambda args: args.train_data)
 TRAINING_MEANT = Condition("without --train-data", lambda args: args.train_data, refused=True)
 STEPS = Condition("with --extract-image-features, which does not train", lambda args: not args.extract_image_features)
+STEPS_MEANT = Condition(STEPS.otherwise, STEPS.holds, refused=True)
 EVALUATION = Condition("in training; evaluate a checkpoint", lambda args: not args.train_data, refused=True)
 MODEL = Condition("with --features, which need no model", lambda args: not args.features or asks_about_texts(args))
 

@@ -3,7 +3,7 @@
 import argparse
 
 from training.flags import data
-from training.flags.effects import STEPS, TRAINING, TRAINING_MEANT, Condition, Effects
+from training.flags.effects import STEPS, STEPS_MEANT, TRAINING, TRAINING_MEANT, Condition, Effects
 from training.flags.types import Switch
 
 _SEVERAL = Condition(
@@ -17,7 +17,8 @@ _FLAGS = (
 )
 
 EFFECTS: Effects = (
-    (TRAINING_MEANT, "--siglip"),
+    (TRAINING_MEANT, "--siglip --gather-dtype"),
+    (STEPS_MEANT, "--gather-dtype"),
     (TRAINING, _FLAGS),
     (STEPS, _FLAGS),
     (_VARIANCE, "--long-text-variance-weight"),
@@ -62,6 +63,13 @@ def add_loss_args(group: argparse._ArgumentGroup) -> None:
         action=Switch,
         default=True,
         help="no effect, for open_clip's commands: gradients always flow through the gathered features",
+    )
+    group.add_argument(
+        "--gather-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="dtype in which features travel between processes; 16 bits halve the bytes, but round the features of the "
+        "other processes (gradients always travel in float32; default: %(default)s)",
     )
 
 

@@ -35,6 +35,8 @@ class _CaptionLoss(nn.Module):
         label_smoothing: fraction of the target that is spread evenly over all rows of the batch.
         normalisation: ``published``: a term is the sum of its texts' losses divided by the number of all text features;
             ``per-term``: divided by the number of its own texts, so adding texts to one term does not weaken another.
+        gather_dtype: dtype in which features travel between ranks; None: that of the features. Each rank compares its
+            own rows, which are not rounded, with all ranks' rows, which are.
 
     Raises:
         ValueError: label smoothing with a sigmoid loss, an unknown normalisation, or two terms with the same name.
@@ -55,6 +57,7 @@ class _CaptionLoss(nn.Module):
         terms: Sequence[LossTerm] | None = None,
         label_smoothing: float = 0.0,
         normalisation: str = "published",
+        gather_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if label_smoothing and self.kind == "sigmoid":
@@ -70,7 +73,7 @@ class _CaptionLoss(nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"terms {', '.join(names)}: expected unique names")
         self.rank, self.world_size, self.block_numbers = rank, world_size, block_numbers
-        self.label_smoothing, self.normalisation = label_smoothing, normalisation
+        self.label_smoothing, self.normalisation, self.gather_dtype = label_smoothing, normalisation, gather_dtype
 
     def forward(
         self,
@@ -160,7 +163,7 @@ class _CaptionLoss(nn.Module):
         if self.world_size == 1:
             return images, texts
         sent = texts if early else [*images, *texts]
-        gathered = gather_rows(torch.stack(sent, dim=1), self.world_size).unbind(1)
+        gathered = gather_rows(torch.stack(sent, dim=1), self.world_size, self.gather_dtype).unbind(1)
         if early:
             return [early.wait()], list(gathered)
         # Stacking images without a gradient with the texts made them require one.
@@ -175,7 +178,7 @@ class _CaptionLoss(nn.Module):
         """
         if self.world_size == 1 or any(term.image_form is not None for term in self.terms):
             return None
-        return EarlyGather(image_features, self.world_size)
+        return EarlyGather(image_features, self.world_size, self.gather_dtype)
 
 
 class LongCaptionLoss(_CaptionLoss):

@@ -12,34 +12,37 @@ class _Gather(torch.autograd.Function):
     """Gathers all ranks' rows in one tensor; backward sums all ranks' gradients of this rank's rows."""
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor, world_size: int) -> torch.Tensor:
+    def forward(ctx, rows: torch.Tensor, world_size: int, dtype: torch.dtype | None) -> torch.Tensor:
         ctx.world_size = world_size
-        gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
-        _all_gather(gathered, rows.contiguous())
-        return gathered
+        sent = rows.to(dtype or rows.dtype).contiguous()
+        gathered = sent.new_empty(world_size * len(rows), *rows.shape[1:])
+        _all_gather(gathered, sent)
+        return gathered.to(rows.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if dist.get_backend() == "nccl":
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        if dist.get_backend() != "gloo":
             own = gradient.new_empty(len(gradient) // ctx.world_size, *gradient.shape[1:])
             _reduce_scatter(own, gradient.contiguous())
-            return own, None
+            return own, None, None
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)  # older releases of gloo have no reduce-scatter
-        return gradient.chunk(ctx.world_size)[dist.get_rank()], None
+        return gradient.chunk(ctx.world_size)[dist.get_rank()], None, None
 
 
-def gather_rows(rows: torch.Tensor, world_size: int) -> torch.Tensor:
+def gather_rows(rows: torch.Tensor, world_size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Concatenates all ranks' rows in rank order; gradients flow back to each rank.
 
     Args:
         rows: [batch, ...], with the same batch on every rank.
         world_size: number of ranks; 1 returns `rows` unchanged.
+        dtype: dtype in which the rows travel; None: their own. Gradients always travel in the rows' dtype, because sums
+            over hundreds of ranks would lose too much in 16 bits.
 
     Returns:
         [world_size x batch, ...].
     """
-    return rows if world_size == 1 else _Gather.apply(rows, world_size)
+    return rows if world_size == 1 else _Gather.apply(rows, world_size, dtype)
 
 
 class EarlyGather:
@@ -48,11 +51,13 @@ class EarlyGather:
     Args:
         rows: [batch, ...], with the same batch on every rank.
         world_size: number of ranks.
+        dtype: dtype in which the rows travel; None: their own.
     """
 
-    def __init__(self, rows: torch.Tensor, world_size: int):
-        self.rows = rows.detach().contiguous()  # kept alive until it has been sent
-        self.gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+    def __init__(self, rows: torch.Tensor, world_size: int, dtype: torch.dtype | None = None):
+        self.dtype = rows.dtype
+        self.rows = rows.detach().to(dtype or rows.dtype).contiguous()  # kept alive until it has been sent
+        self.gathered = self.rows.new_empty(world_size * len(rows), *rows.shape[1:])
         self.work = _all_gather(self.gathered, self.rows, async_op=True)
 
     def wait(self) -> torch.Tensor:
@@ -60,4 +65,5 @@ class EarlyGather:
         if self.work is not None:
             self.work.wait()
             self.work = None
+            self.gathered = self.gathered.to(self.dtype)
         return self.gathered

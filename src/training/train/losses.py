@@ -1,10 +1,12 @@
 """Builds the loss from flags: texts, weight and name of each term."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import nn
 
 from training.data.views import Entry
@@ -12,6 +14,8 @@ from training.flags.data import caption_entries, reads
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 from training.loss.terms import LossTerm, reduce_features
 from training.runtime.distributed import DistEnv
+
+logger = logging.getLogger(__name__)
 
 
 def make_loss(args: argparse.Namespace, num_corners: int, env: DistEnv) -> nn.Module:
@@ -23,6 +27,8 @@ def make_loss(args: argparse.Namespace, num_corners: int, env: DistEnv) -> nn.Mo
         env: this process.
     """
     kind = LongCaptionSigLipLoss if args.siglip else LongCaptionLoss
+    if args.gather_dtype != "float32" and env.world_size == 1:
+        logger.warning(f"--gather-dtype {args.gather_dtype}: no effect with one process, which gathers nothing")
     return kind(
         local_loss=args.local_loss,
         gather_with_grad=args.gather_with_grad,
@@ -31,6 +37,7 @@ def make_loss(args: argparse.Namespace, num_corners: int, env: DistEnv) -> nn.Mo
         world_size=env.world_size,
         label_smoothing=args.label_smoothing,
         normalisation=args.loss_normalisation,
+        gather_dtype=getattr(torch, args.gather_dtype),
     )
 
 
