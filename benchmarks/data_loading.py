@@ -16,7 +16,8 @@ from training.data.images import ImageReader
 from training.data.loader import make_loader
 from training.data.position import Share
 from training.data.reader import SampleReader
-from training.data.shards import ShardSource, count_samples
+from training.data.shards import ShardSource
+from training.data.sizes import count_samples
 from training.model.assembly.from_flags import make_arranger
 
 MODEL = "lotlip_tiny"

@@ -27,6 +27,7 @@ import training
 from benchmarks.measure import CONTEXT_LENGTH, LONG_TOKENS, RAW_TOKENS
 from training.data import shards
 from training.data.position import Share
+from training.data.sizes import count_samples, expand_sources
 from training.train.flops import PEAKS, count_flops
 
 PER_SHARD, IMAGE_BYTES, WORKERS, BATCH_SIZE, WINDOW = 10_000, 100_000, 8, 32, 1000
@@ -65,8 +66,8 @@ def measure_start(num_shards: int, num_ranks: int, stat_ms: float = 0.0) -> dict
     with tempfile.TemporaryDirectory() as folder:
         spec = write_shards(Path(folder), num_shards)
         with patch.object(os, "stat", slowed(os.stat, stat_ms / 1000)):
-            urls, listing_s = timed(lambda: shards.expand_sources(spec)[0])
-            sizes, counting_s = timed(lambda: shards.count_samples(urls))
+            urls, listing_s = timed(lambda: expand_sources(spec)[0])
+            sizes, counting_s = timed(lambda: count_samples(urls))
         source = shards.ShardSource(urls, sizes, seed=0, window=WINDOW)
     sent, pickle_s = timed(lambda: pickle.dumps(source))
     firsts, lanes, peak = [], [], 0
@@ -120,7 +121,7 @@ def write_shards(folder: Path, count: int) -> str:
     return f"{folder}/{{00000..{count - 1:05d}}}.tar"
 
 
-def places(url: str, first: int, stop: int, _: int) -> Iterator[tuple[str, int]]:
+def places(url: str, first: int, stop: int, *_: object) -> Iterator[tuple[str, int]]:
     """Replaces reading: yields the position of each sample."""
     return ((url, number) for number in range(first, stop))
 

@@ -1,11 +1,12 @@
 """A user's own pairs of images and captions in tar shards, in the format of training shards.
 
-SHARD.tar: KEY.jpg (.jpeg, .png, .webp) with KEY.txt, or with captions in KEY.json
+SHARD.tar: KEY.jpg (or another suffix of `IMAGE_SUFFIXES`) with KEY.txt, or with captions in KEY.json
 
 Captions are left unchanged, unless the rule of the long benchmarks is chosen.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,17 +14,20 @@ from dataloaders.own_set import CAPTION_KEYS, CAPTION_LINES, CAPTION_LISTS, CAPT
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark
 from training.readers.captions import caption_texts, read_record
-from training.readers.files import IMAGE_SUFFIXES, ShardMember
-from training.readers.tar import BrokenTarError, Member, TarReader, TarSample, expand_shards, is_local
+from training.readers.files import ShardMember
+from training.readers.samples import BrokenShardError, RawSample, read_samples
+from training.readers.streams import expand_shards, is_local, local_copy
+from training.readers.tar import TEXT_SUFFIXES
 
 
 def read_shard_pairs(
     shards: str, caption_keys: Sequence[str], rule: str, lines: bool = False, lists: str = "alternatives"
 ) -> RetrievalSet:
-    """Reads pairs from local tar shards; the images are not extracted, but read from the shards when needed.
+    """Reads pairs from tar shards; images are read from the shards when needed.
 
     Args:
-        shards: files, with ``{000..123}`` or ``*``, or a folder (all its ``*.tar``).
+        shards: see `expand_shards`; several are separated by ``::``. The output of a ``pipe:`` and compressed shards
+            are unpacked to temporary files.
         caption_keys: keys of the ``.json`` that hold a text or a list of texts; all that exist are read. If none does,
             the ``.txt`` is read.
         rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
@@ -34,75 +38,67 @@ def read_shard_pairs(
         FileNotFoundError, ValueError: a shard is missing or broken, or a sample lacks an image or a caption.
     """
     pairs, num_with_lines = [], 0
-    for path in _local_shards(shards):
-        where, num_before = f"--retrieval-wds {path}", len(pairs)
-        try:
-            with open(path, "rb", buffering=1 << 16) as file:
-                tar = TarReader(file, str(path))
-                for sample in tar.samples(lambda _, suffix, member: _text(tar, suffix, member)):
-                    texts = _captions_of(sample, caption_keys, lists, lines, f"{where}: sample {sample.key}")
-                    num_with_lines += not lines and any("\n" in t for t in texts if sample.loaded.get("txt"))
-                    pairs.append((_image_of(sample, path, texts, caption_keys, where), texts))
-        except (BrokenTarError, OSError) as error:
-            raise ValueError(f"--retrieval-wds {error}") from error
-        if len(pairs) == num_before:
-            size = Path(path).stat().st_size
-            raise ValueError(f"{where}: no sample in its {size:,} bytes; fetch it again, or leave it out")
+    try:
+        urls = [url for part in shards.split("::") for url in expand_shards(part)]
+        for url in urls:
+            if is_local(url) and not os.path.exists(url):
+                raise FileNotFoundError(f"{url}: no such file")
+            num_before, path = len(pairs), local_copy(url)
+            for raw in read_samples(path, load=TEXT_SUFFIXES):
+                texts = _captions_of(raw, caption_keys, lists, lines, url)
+                num_with_lines += not lines and any("\n" in t for t in texts if raw.files.get("txt"))
+                pairs.append((_image_of(raw, path, texts, caption_keys, url), texts))
+            if len(pairs) == num_before:
+                held = f"its {os.path.getsize(path):,} bytes" if is_local(path) else "it"
+                raise ValueError(f"{url}: no sample in {held}; fetch it again, or leave it out")
+    except (BrokenShardError, FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"--retrieval-wds {error}") from error
     if num_with_lines:
         logging.warning(
             f"--retrieval-wds {shards}: {num_with_lines:,} of {len(pairs):,} .txt files have several lines; each file "
             "is one caption. If each line is a caption of its own, add --caption-lines"
         )
-    path = Path(shards)
-    return as_set(path.stem if path.is_file() else pairs[0][0].shard.parent.resolve().name, pairs, rule)
+    return as_set(_name(shards, urls), pairs, rule)
 
 
-def _local_shards(shards: str) -> list[str]:
-    if not is_local(shards):
-        raise ValueError(f"--retrieval-wds {shards}: expected local files; download the shards first")
-    try:
-        paths = expand_shards(shards)
-    except ValueError as error:
-        raise ValueError(f"--retrieval-wds {error}") from error
-    for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--retrieval-wds {path}: no such file")
-    return paths
+def _name(shards: str, urls: Sequence[str]) -> str:
+    """Returns the name of the set: the name of a single file, or of the folder that holds several."""
+    if urls == [shards]:
+        return Path(shards.split()[-2 if shards.endswith(" -") else -1]).name.split(".tar")[0]
+    return Path(urls[0]).parent.name if not is_local(urls[0]) else Path(urls[0]).parent.resolve().name
 
 
-def _text(tar: TarReader, suffix: str, member: Member) -> bytes | None:
-    return tar.read(member) if suffix in ("json", "txt") and member.kind == "file" else None
-
-
-def _image_of(sample: TarSample, path: str, texts: list[str], keys: Sequence[str], where: str) -> ShardMember:
+def _image_of(raw: RawSample, path: str, texts: list[str], keys: Sequence[str], url: str) -> ShardMember:
     """Returns the image of a sample; ValueError if an image or a caption is missing or can't be read."""
-    if fault := sample.fault(("json", "txt", *IMAGE_SUFFIXES)):
-        found = ", ".join(member.name for member in sample.members.values() if member.kind in ("link", "sparse"))
-        raise ValueError(f"{where}: {fault}: {found}; pack the shard again with tar --hard-dereference -h, without -S")
-    image = next((sample.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.members), None)
+    members = raw.members.members
+    if raw.fault:
+        found = ", ".join(m.name for m in members.values() if m.kind in ("link", "sparse")) or raw.key
+        raise ValueError(f"{url}: {raw.fault}: {found}; pack it again: tar --hard-dereference -h, without -S")
+    image = raw.members.image
     if image is None or not texts:
         raise ValueError(
-            f"{where}: sample {sample.key} lacks an image or a caption (found {', '.join(sorted(sample.members))}; "
-            f"captions are read from .json under {', '.join(keys)}, see --retrieval-caption-keys, else from .txt). The "
-            "files of a sample must be next to each other in the tar: tar --sort=name"
+            f"{url}: sample {raw.key} lacks an image or a caption (found {', '.join(sorted(members))}; captions are "
+            f"read from .json under {', '.join(keys)}, see --retrieval-caption-keys, else from .txt). The files of a "
+            "sample must be next to each other in the tar: tar --sort=name"
         )
-    return ShardMember(Path(path), image.offset, image.size, image.name)
+    return ShardMember(Path(path) if is_local(path) else path, image.offset, image.size, image.name)
 
 
-def _captions_of(sample: TarSample, keys: Sequence[str], lists: str, lines: bool, where: str) -> list[str]:
+def _captions_of(raw: RawSample, keys: Sequence[str], lists: str, lines: bool, url: str) -> list[str]:
     try:
-        record = read_record(sample.loaded)
+        record = read_record(raw.files)
         found = [text for key in keys if key in record for text in caption_texts(record[key], f"key {key}", lists)]
         return found or caption_texts(record.get("txt"), "key txt", lines=lines)
     except ValueError as error:
-        raise ValueError(f"{where}: broken caption ({error})") from error
+        raise ValueError(f"{url}: sample {raw.key}: broken caption ({error})") from error
 
 
 BENCHMARKS = (
     Benchmark(
         "retrieval-wds",
         "--retrieval-wds",
-        "local tar shards of pairs: '{000..004}.tar' or a folder",
+        "tar shards of pairs: '{000..004}.tar', a folder, URLs",
         lambda args: [
             read_shard_pairs(
                 args.retrieval_wds,

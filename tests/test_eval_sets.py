@@ -22,7 +22,7 @@ from eval_files import (
     write_table,
 )
 from support import evaluate, read_results, run_command
-from training.data.shards import count_samples
+from training.data.sizes import count_samples
 from training.eval.metrics import count_ranks, summarise
 from training.main import main
 from training.readers.images import load_rgb

@@ -15,10 +15,11 @@ from PIL import Image
 import training
 from support import read_results, run_ranks
 from training.data.features import read_features, read_index
-from training.data.shards import ShardSource, count_samples, expand_sources
-from training.data.tar import read_samples
+from training.data.shards import ShardSource
+from training.data.sizes import count_samples, expand_sources
 from training.main import main
 from training.readers.images import load_rgb
+from training.readers.samples import read_samples
 
 MODEL = ["--model", "lotlip_tiny", "--workers", "0"]
 TRAINING = "--lock-image --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 8".split()

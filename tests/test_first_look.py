@@ -10,7 +10,7 @@ from test_faults import BAD, GOOD, bomb, image_bytes, load
 from test_tar import files, interleaved, pack
 from test_train_data import write_shard
 
-from training.data import shards as shards_module
+from training.data import sizes as sizes_module
 from training.data.images import ImageReader
 from training.data.loader import NoUsableSampleError
 from training.data.shards import ResampledShards, ShardSource
@@ -79,9 +79,9 @@ def test_images_before_captions_and_images_that_are_not_there(tmp_path, capsys):
 
 
 def test_a_loader_without_a_usable_sample_names_the_kinds(tmp_path):
-    bad = [BAD["cut"][1], {"txt": b"a"}, BAD["pkl"][1], {"txt": b"b"}]
+    bad = [BAD["cut"][1], {"txt": b"a"}, BAD["list"][1], {"txt": b"b"}]
     path = write_shard(tmp_path / "0.tar", {f"{n}": own for n, own in enumerate(bad)})
-    with pytest.raises(NoUsableSampleError, match=r"slots 0 to 4 .*\(1 broken JSON, 2 no image, 1 pickled data\)"):
+    with pytest.raises(NoUsableSampleError, match=r"slots 0 to 4 .*\(1 JSON not an object, 1 broken JSON, 2 no image"):
         load(ShardSource([path], [4], seed=0), 2, 2)
 
 
@@ -101,10 +101,10 @@ def test_sizes_that_count_too_few_are_refused(tmp_path, capsys, flags):
 def test_sizes_that_count_too_few_are_reported_where_shards_are_too_large_to_count(
     tmp_path, monkeypatch, caplog, capsys
 ):
-    monkeypatch.setattr(shards_module, "MAX_CHECKED_BYTES", 0)
+    monkeypatch.setattr(sizes_module, "MAX_CHECKED_BYTES", 0)
     few(tmp_path, {"a.tar": 3, "b.tar": 6})
     urls = [str(tmp_path / name) for name in ("a.tar", "b.tar")]
-    sizes = shards_module.count_samples(urls)
+    sizes = sizes_module.count_samples(urls)
     assert sizes == [3, 6]
     keys = [sample.key for sample in ShardSource(urls, sizes, seed=0).read(0, 0, 9)]
     assert sorted(keys) == sorted(f"{n}" for size in sizes for n in range(size))

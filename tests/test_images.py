@@ -15,11 +15,11 @@ from PIL import Image, ImageOps
 from support import evaluate, read_results
 from training.data.images import MODES, ImageReader, decode_bytes
 from training.data.reader import read_image
-from training.data.tar import RawSample
 from training.main import main
 from training.readers import images
 from training.readers.files import IMAGE_SUFFIXES, upright
 from training.readers.images import BrokenImageError, load_rgb
+from training.readers.samples import RawSample
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (48, 32)) -> Image.Image:

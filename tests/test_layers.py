@@ -11,7 +11,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 # Lowest first: a file imports only from its own folder and from folders of lower layers.
 LAYERS = [
-    {"training.readers", "training.runtime"},
+    {"training.runtime"},
+    {"training.readers"},
     {"dataloaders", "training.data", "training.loss"},
     {"training.flags"},
     {"training.model.packing", "training.model.weights"},

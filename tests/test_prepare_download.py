@@ -18,9 +18,9 @@ from PIL import Image
 from test_train_data import jpeg, write_shard
 
 from support import run_command
-from training.data.tar import read_samples
 from training.prepare.__main__ import main
 from training.prepare.download import failure_kind
+from training.readers.samples import read_samples
 
 # img2dataset needs another version of webdataset, so it may be installed in another environment: name it there.
 HERE = Path(sys.prefix)

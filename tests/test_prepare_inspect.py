@@ -12,8 +12,8 @@ from PIL import Image
 from test_train_data import write_shard
 
 from training import get_tokenizer
-from training.data.tar import read_samples
 from training.prepare.__main__ import main
+from training.readers.samples import read_samples
 
 EVIL = '<script>alert("x")</script><img src=x onerror=y> & &amp; "A dog."'
 

@@ -11,10 +11,10 @@ import pytest
 from test_train_data import jpeg, write_shard
 
 from support import run_command
-from training.data.tar import index_shard, read_samples
 from training.prepare.__main__ import main
 from training.prepare.shards import files as shard_files
 from training.prepare.work import my_share
+from training.readers.samples import index_shard, read_samples
 
 NUM = 40
 

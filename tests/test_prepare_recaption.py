@@ -15,12 +15,12 @@ from tiny_vlm import save_tiny_instructblip, save_tiny_vlm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from training.data.captions import CaptionRule, choose_captions
-from training.data.tar import read_samples
 from training.prepare import recaption
 from training.prepare.__main__ import main
 from training.prepare.engines import Generated, TransformersEngine
 from training.prepare.recaption import judge
 from training.prepare.tables.clean import clean_caption
+from training.readers.samples import read_samples
 
 PROMPT = "Describe this image in detail"
 MAX_TOKENS = 14

@@ -23,8 +23,8 @@ def test_a_loader_process_needs_memory_for_shards_alone(monkeypatch):
 
 def test_windows_of_all_loader_processes_are_different_samples(tmp_path, monkeypatch):
     spec = scale.write_shards(tmp_path, 12)
-    urls = scale.shards.expand_sources(spec)[0]
-    source = scale.shards.ShardSource(urls, scale.shards.count_samples(urls), seed=0)
+    urls = scale.expand_sources(spec)[0]
+    source = scale.shards.ShardSource(urls, scale.count_samples(urls), seed=0)
     monkeypatch.setattr(scale.shards, "read_exactly", scale.places)
     windows = [scale.first_samples(source, rank, 3, worker) for rank in range(3) for worker in range(scale.WORKERS)]
     everything = [sample for window in windows for sample in window]

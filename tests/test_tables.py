@@ -15,7 +15,8 @@ import pytest
 from dataloaders.own_tables import read_table_pairs
 from eval_files import write_image
 from training.data.embedded import embedded_sources, read_rows
-from training.data.shards import ShardSource, count_samples
+from training.data.shards import ShardSource
+from training.data.sizes import count_samples
 from training.data.tables import read_tables
 from training.main import main
 from training.prepare.tables.columns import Columns

@@ -5,18 +5,22 @@ import json
 import random
 import subprocess
 import tarfile
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from test_faults import GOOD, image_bytes, load
 from test_train_data import write_shard
 
 from dataloaders.own_pairs import read_shard_pairs
-from training.data.shards import ShardSource, count_samples, expand_sources
-from training.data.tar import BrokenShardError, index_shard, read_samples
+from training.data.shards import ShardSource
+from training.data.sizes import count_samples, expand_sources
 from training.prepare.__main__ import main as prepare
 from training.prepare.shards.files import read_json_samples, rewrite_shard
-from training.readers.tar import TarReader, expand_shards
+from training.readers.samples import BrokenShardError, index_shard, read_samples
+from training.readers.streams import expand_shards
+from training.readers.tar import TarReader
 
 
 def pack(path: Path, members: list[tuple[str, bytes | str]], form: int = tarfile.GNU_FORMAT) -> Path:
@@ -178,14 +182,102 @@ def test_a_damaged_shard_loses_no_more_than_is_damaged(tmp_path, seed):
         assert bool(index.fault) == bool(fault) and len(index.offsets) - len(got) == (place >= 512 and bool(fault))
 
 
-def test_compressed_shards_are_refused_with_the_command_that_reads_them(tmp_path):
-    shard = write_shard(tmp_path / "s.tar", {f"{n}": GOOD for n in range(3)})
-    subprocess.run(["gzip", "s.tar"], cwd=tmp_path, check=True)
-    with pytest.raises(ValueError, match=r"s.tar.gz: compressed; .*'pipe:gunzip -c .*s.tar.gz'"):
-        count_samples([f"{shard}.gz"])
-    with pytest.raises(ValueError, match="compressed"):
-        read_shard_pairs(f"{shard}.gz", ["caption"], "raw")
-    assert len(list(read_samples(f"pipe:gunzip -c {shard}.gz"))) == 3
+@pytest.mark.parametrize("command", ["gzip -c", "bzip2 -c", "xz -c", "zstd", "cat"])
+def test_compressed_shards_are_read_everywhere(tmp_path, command, caplog):
+    shard = Path(write_shard(tmp_path / "plain.tar", {f"{n}": GOOD | {"txt": f"{n}".encode()} for n in range(9)}))
+    if command == "zstd":
+        packed = pa.compress(shard.read_bytes(), "zstd", asbytes=True)
+    else:
+        packed = subprocess.run([*command.split(), shard], stdout=subprocess.PIPE, check=True).stdout
+    path = tmp_path / "s.tar.packed"
+    path.write_bytes(packed)
+    expected = [s.files for s in read_samples(str(shard))]
+    for url in (str(path), f"pipe:cat {path}"):
+        for first in (0, 4):
+            assert [s.files for s in read_samples(url, first)] == expected[first:]
+        pairs = read_shard_pairs(url, ["caption"], "raw")
+        assert list(pairs.captions) == [f"{n}" for n in range(9)]
+        assert [p.open().read() for p in pairs.image_paths] == [files["jpg"] for files in expected]
+    assert count_samples([str(path)]) == [9]
+    keys = sorted(s.key for s in ShardSource([str(path)], [9], seed=0).read(0, 0, 9))
+    assert keys == [f"{n}" for n in range(9)]
+    if command != "cat":
+        path.write_bytes(packed[: len(packed) // 2])
+        with pytest.raises(BrokenShardError, match="s.tar.packed: (broken compression|truncated)"):
+            list(read_samples(str(path), waits=()))
+
+
+def test_what_follows_the_end_of_an_archive_is_ignored_and_said(tmp_path, caplog):
+    shard = Path(write_shard(tmp_path / "s.tar", {f"{n}": GOOD for n in range(3)}))
+    whole = shard.read_bytes()
+    for rest, is_said in ((bytes(700), False), (bytes(1 << 16), False), (b"junk", True), (b"junk" * 999, True)):
+        caplog.clear()
+        shard.write_bytes(whole + rest)
+        assert [s.key for s in read_samples(str(shard))] == ["0", "1", "2"] and count_samples([str(shard)]) == [3]
+        assert len(read_shard_pairs(str(shard), ["caption"], "raw").captions) == 3
+        assert is_said == ("after the end of the archive, is ignored" in caplog.text)
+
+
+def test_leftovers_and_pickles_beside_images_cost_no_sample(tmp_path, caplog):
+    leftovers = [(f".ipynb_checkpoints/{name}", data) for name, data in files("0-checkpoint", 7)]
+    others = [("Thumbs.db", b"x"), ("__MACOSX/d/._0.jpg", b"x"), ("./d/desktop.ini", b"x")]
+    samples = [m for n in range(3) for m in files(f"./d/{n}", n, pth=b"cos\nsystem\n")]
+    path = str(pack(tmp_path / "s.tar", [*leftovers, *samples, *others]))
+    assert [s.key for s in read_samples(path)] == ["./d/0", "./d/1", "./d/2"]
+    assert "s.tar: 3 files of pickled data" in caplog.text
+    assert read_shard_pairs(path, ["caption"], "raw").captions == ("number 0", "number 1", "number 2")
+    out = tmp_path / "out"
+    assert prepare(["inspect", path, "--out", str(out), "--model", "lotlip_tiny", "--workers", "1"]) == 0
+    report = json.loads((out / "inspect.json").read_text())
+    assert report["usable"] == report["samples"] == 3 and not report["bad"]
+
+
+@pytest.mark.parametrize(("suffix", "size"), [("jpg", (1 << 28) + 1), ("txt", (1 << 24) + 1), ("json", (1 << 24) + 1)])
+def test_a_member_larger_than_it_can_be_is_never_read(tmp_path, suffix, size):
+    """Its content is a hole of the file system; reading it would take that much memory."""
+    shard = write_shard(tmp_path / "s.tar", {"0": GOOD, "1": GOOD})
+    member = tarfile.TarInfo(f"huge.{suffix}")
+    member.size = size
+    with open(shard, "r+b") as file:
+        file.seek(index_shard(shard).offsets[-1])
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(file.tell() + size + -size % 512)
+    tracemalloc.start()
+    found = list(read_samples(shard))
+    assert found[1].fault == "file too large" and not found[1].files
+    with pytest.raises(ValueError, match="file too large"):
+        read_shard_pairs(shard, ["caption"], "raw")
+    assert [s.fault for s in read_json_samples(shard)] == [None, "file too large"]
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_names_as_webdataset_users_write_them(tmp_path, monkeypatch):
+    path = str(pack(tmp_path / "a b" / "0.tar", files("x")))
+    monkeypatch.setenv("SHARDS", str(tmp_path / "a b"))
+    for name in ("${SHARDS}/0.tar", "$SHARDS/{0..0}.tar", f"file:{path}", f"file://{path}", "${SHARDS}"):
+        assert expand_sources(name) == [[path]]
+    assert [s.key for s in read_samples(expand_shards('pipe:cat "${SHARDS}"/{0..0}.tar')[0])] == ["x"]
+    with pytest.raises(ValueError, match="the environment variable NOWHERE_AT_ALL is not set"):
+        expand_shards("${NOWHERE_AT_ALL}/0.tar")
+    (tmp_path / "loose" / "00000").mkdir(parents=True)
+    (tmp_path / "loose" / "00000.parquet").touch()
+    with pytest.raises(ValueError, match="loose: no .*tar in this folder, which holds 1 .parquet, 1 folders"):
+        expand_shards(str(tmp_path / "loose"))
+
+
+@pytest.mark.parametrize("name", ["a.b.c", "a b, c", "100%41", "\u00e9e\u0301", "\u4e2d\u6587", "caf\udce9"])
+def test_names_of_every_kind_are_keys(tmp_path, name):
+    path = str(pack(tmp_path / "s.tar", [*files("0"), *files(f"d/{name}", 1), *files("2", 2)]))
+    samples = list(read_samples(path))
+    if name == "a.b.c":  # the suffix begins at the first full stop, as in webdataset
+        assert [len(s.files) for s in samples] == [2, 0, 2]
+        return
+    assert [s.files["txt"] for s in samples] == [b"number 0", b"number 1", b"number 2"]
+    pairs = read_shard_pairs(path, ["caption"], "raw")
+    assert [p.open().read() for p in pairs.image_paths] == [s.files["jpg"] for s in samples]
+    rewrite_shard(path, tmp_path / "new.tar", [{"a": 1}] * 3)
+    assert [s.key for s in read_samples(str(tmp_path / "new.tar"))] == [s.key for s in samples]
 
 
 def test_a_pipe_that_is_closed_early_is_no_failure(tmp_path, caplog):

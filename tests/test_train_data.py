@@ -23,9 +23,10 @@ from training.data.images import ImageReader
 from training.data.loader import NoUsableSampleError, make_loader
 from training.data.position import Share
 from training.data.reader import SampleReader
-from training.data.shards import ResampledShards, ShardSource, count_samples, expand_sources
+from training.data.shards import ResampledShards, ShardSource
+from training.data.sizes import count_samples, expand_sources
 from training.data.tables import read_tables
-from training.data.tar import BrokenShardError, index_shard, read_samples
+from training.readers.samples import BrokenShardError, index_shard, read_samples
 
 
 def jpeg(value: int) -> bytes:

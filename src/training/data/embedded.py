@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from training.data.tar import BrokenShardError, RawSample
 from training.readers.columnar import ColumnarFile, choose_image_column, image_bytes
+from training.readers.samples import BrokenShardError, RawSample
 from training.readers.table_files import COLUMNAR, names_tables, table_files
 
 _PREFERRED = "image"  # the column to use if several hold images

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 FAULT_KINDS = (
     "unreachable shard",
     "broken shard",
-    "pickled data",
     "file too large",
     "sparse file",
     "link in the tar",

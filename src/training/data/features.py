@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.data.faults import Totals
-from training.data.tar import BrokenShardError, RawSample
+from training.readers.samples import BrokenShardError, RawSample
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
 

@@ -8,7 +8,7 @@ from training.data.captions import CaptionRule, NoCaptionError, captions_found, 
 from training.data.faults import BadSample
 from training.data.reader import read_image, read_record
 from training.data.shards import Source
-from training.data.tar import BrokenShardError, RawSample
+from training.readers.samples import BrokenShardError, RawSample
 
 NUM_LOOKED_AT = 100
 

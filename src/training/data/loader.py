@@ -12,7 +12,7 @@ from training.data.faults import BadSample, Totals
 from training.data.position import Share, Span, count_slots, cut
 from training.data.reader import Sample, SampleReader, random_state_kept, tokenise
 from training.data.shards import Source
-from training.data.tar import BrokenShardError, RawSample
+from training.readers.samples import BrokenShardError, RawSample
 from training.runtime.workers import Loader
 
 

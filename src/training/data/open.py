@@ -15,17 +15,11 @@ from training.data.loader import make_loader
 from training.data.padding import check_front_padding
 from training.data.position import Share
 from training.data.reader import SampleReader
-from training.data.shards import (
-    ResampledShards,
-    ShardSource,
-    Source,
-    count_samples,
-    expand_sources,
-    trusted_sizes,
-)
+from training.data.shards import ResampledShards, ShardSource, Source
+from training.data.sizes import count_samples, expand_sources, trusted_sizes
 from training.data.tables import TableSource, read_tables
+from training.readers.streams import is_local
 from training.readers.table_files import names_tables, table_files
-from training.readers.tar import is_local
 from training.runtime.distributed import DistEnv, agree, together
 from training.runtime.workers import Loader
 
@@ -89,23 +83,7 @@ def open_source(
         return read_tables(table_files(spec), args.csv_img_key, keys, args.csv_separator, args.seed)
 
     def shards() -> Source:
-        sources = inside or expand_sources(spec)
-        if resampled:
-            factors = _factors(args.train_data_upsampling_factors, len(sources))
-            urls = [url for shards in sources for url in shards]
-            weights = [factor for factor, shards in zip(factors, sources) for _ in shards]
-            sizes = trusted_sizes(urls)
-            unknown = [url for url, size in zip(urls, sizes) if size is None and not is_local(url)]
-            if unknown:
-                logger.warning(
-                    f"{flag} {unknown[0]}: {len(unknown):,} shards of unknown size are always read from their "
-                    "beginning, so their first samples are seen more often; put sizes.json beside them"
-                )
-            return ResampledShards(
-                urls, weights, args.train_num_samples, args.seed, args.shuffle_window, sizes, args.shuffle_shards
-            )
-        urls = [url for shards in sources for url in shards]
-        return ShardSource(urls, count_samples(urls), args.seed, args.shuffle_window, args.shuffle_shards)
+        return _open_shards(args, flag, inside or expand_sources(spec), resampled)
 
     def checked(open_: Callable[[], Source]) -> Source:
         def open_checked() -> Source:
@@ -125,6 +103,31 @@ def open_source(
         agree(lambda: opened.append(checked(table)), env)
         return together(lambda: opened[0] if opened else table(), env)
     return agree(lambda: checked(shards), env)
+
+
+def _open_shards(args: argparse.Namespace, flag: str, sources: list[list[str]], resampled: bool) -> Source:
+    urls = [url for shards in sources for url in shards]
+    order = {"window": args.shuffle_window, "lanes": args.shuffle_shards, "index_cache": args.index_cache}
+    of_training = flag == "--train-data"
+    sizes_file = args.train_sizes if of_training else None
+    sizes = trusted_sizes(urls, sizes_file)
+    unknown = [url for url, size in zip(urls, sizes) if size is None and not is_local(url)]
+    if of_training and not resampled and args.train_num_samples and unknown[:1] and unknown[0].startswith("pipe:"):
+        logger.warning(
+            f"{flag} {unknown[0]}: number of samples unknown, so shards are drawn with replacement, as with "
+            "--dataset-resampled; add --train-sizes FILE to read each sample once per epoch"
+        )
+        resampled = True
+    if not resampled:
+        return ShardSource(urls, count_samples(urls, sizes, args.index_cache, not of_training), args.seed, **order)
+    factors = _factors(args.train_data_upsampling_factors, len(sources))
+    weights = [factor for factor, shards in zip(factors, sources) for _ in shards]
+    if unknown:
+        logger.warning(
+            f"{flag} {unknown[0]}: {len(unknown):,} shards of unknown size are always read from their beginning, so "
+            "their first samples are seen more often; put sizes.json beside them, or add --train-sizes"
+        )
+    return ResampledShards(urls, weights, args.train_num_samples, args.seed, sizes=sizes, **order)
 
 
 def _check_type(dataset_type: str, flag: str, spec: str) -> None:

@@ -14,9 +14,9 @@ from training.data.captions import CaptionRule, NoCaptionError, choose_captions
 from training.data.faults import BadSample
 from training.data.images import ImageReader
 from training.data.padding import front_shares, pad_in_front
-from training.data.tar import RawSample
 from training.readers import captions
 from training.readers.images import BrokenImageError, load_rgb
+from training.readers.samples import RawSample
 
 
 class Sample(NamedTuple):

@@ -11,22 +11,19 @@ import os
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
 
 from training.data.embedded import count_rows, read_rows
 from training.data.features import SUFFIX as FEATURES
-from training.data.features import count_features, feature_files, is_feature_folder, read_features
+from training.data.features import count_features, read_features
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
-from training.data.tar import BrokenShardError, Part, RawSample, index_shard, read_samples, read_sizes
-from training.readers.files import parallel_map
+from training.readers.samples import BrokenShardError, Part, RawSample, index_shard, read_samples
+from training.readers.streams import is_local
 from training.readers.table_files import COLUMNAR
-from training.readers.tar import expand_shards, is_local
 
 USUAL_SIZE = 10_000  # assumed number of samples in a shard of unknown size: img2dataset's default
-MAX_CHECKED_BYTES = 1 << 28  # total size of the shards whose samples are counted to check sizes.json
 
 
 class Source(Protocol):
@@ -62,6 +59,7 @@ class ShardSource:
         window: number of samples in memory.
         lanes: maximum number of shards that are read side by side. The slots of a process are divided into lanes where
             shards begin, so that no shard is opened twice because of it.
+        index_cache: folder of `cached_index`.
     """
 
     def __init__(
@@ -71,8 +69,9 @@ class ShardSource:
         seed: int,
         window: int = SHUFFLE_WINDOW,
         lanes: int = SHUFFLE_SHARDS,
+        index_cache: str | None = None,
     ):
-        self.urls, self.sizes = list(urls), list(sizes)
+        self.urls, self.sizes, self.index_cache = list(urls), list(sizes), index_cache
         self.seed, self.window, self.lanes = seed, window, lanes
         self.num_samples = sum(sizes)
 
@@ -102,7 +101,7 @@ class ShardSource:
             begin = ends[place] - size
             if begin >= stop:
                 return
-            yield from read_exactly(url, max(start - begin, 0), min(stop - begin, size), size)
+            yield from read_exactly(url, max(start - begin, 0), min(stop - begin, size), size, self.index_cache)
 
 
 class ResampledShards:
@@ -116,7 +115,7 @@ class ResampledShards:
         urls: the shards.
         factors: weight of each shard in the draw.
         num_samples: number of samples in an epoch.
-        seed, window, lanes: see `ShardSource`.
+        seed, window, lanes, index_cache: see `ShardSource`.
         sizes: number of samples in each; None if unknown. A local shard of unknown size is indexed when it is drawn.
     """
 
@@ -129,10 +128,11 @@ class ResampledShards:
         window: int = SHUFFLE_WINDOW,
         sizes: Sequence[int | None] = (),
         lanes: int = SHUFFLE_SHARDS,
+        index_cache: str | None = None,
     ):
         self.urls, self.factors = list(urls), list(factors)
         self.num_samples, self.seed, self.window, self.lanes = num_samples, seed, window, lanes
-        self.sizes = dict(zip(self.urls, sizes))
+        self.sizes, self.index_cache = dict(zip(self.urls, sizes)), index_cache
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
         name, total, number = f"{self.seed}/{epoch}/{start}", stop - start, self._num_lanes(stop - start)
@@ -180,8 +180,8 @@ class ResampledShards:
             if skip >= num_items:
                 skip -= num_items
                 continue
-            yield from read_exactly(url, min(first + skip, size), size, size)
-            yield from read_exactly(url, max(first + skip - size, 0), first, size)
+            yield from read_exactly(url, min(first + skip, size), size, size, self.index_cache)
+            yield from read_exactly(url, max(first + skip - size, 0), first, size, self.index_cache)
             if fault:
                 yield BrokenShardError(fault)
             skip = 0
@@ -207,7 +207,9 @@ def _local_extent(url: str) -> tuple[int | None, str | None]:
     return None, None
 
 
-def read_exactly(url: str, first: int, stop: int, size: int) -> Iterator[RawSample | BrokenShardError]:
+def read_exactly(
+    url: str, first: int, stop: int, size: int, index_cache: str | None = None
+) -> Iterator[RawSample | BrokenShardError]:
     """Yields stop - first items of a shard; if it is broken or too short, an error instead of each missing sample.
 
     Args:
@@ -215,10 +217,11 @@ def read_exactly(url: str, first: int, stop: int, size: int) -> Iterator[RawSamp
         first, stop: number of the first sample, and the number before which to stop.
         size: number of samples in the shard according to sizes.json; if there are more, a warning is logged once per
             process.
+        index_cache: see `read_samples`.
     """
     fault = BrokenShardError(f"{url}: fewer samples than sizes.json counts")
     try:
-        for sample in read_shard(url, first, None if stop == size else stop):
+        for sample in read_shard(url, first, None if stop == size else stop, index_cache):
             if first == stop:
                 _report_more(url, size)
                 return
@@ -234,11 +237,15 @@ def _report_more(url: str, size: int) -> None:
     logging.warning(f"{url}: has more than the {size:,} samples that sizes.json counts; the others are never read")
 
 
-def read_shard(url: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
-    """Reads a tar shard, a feature file, or a table with images inside; see `tar.read_samples` for the arguments."""
+def read_shard(
+    url: str, first: int = 0, stop: int | None = None, index_cache: str | None = None
+) -> Iterator[RawSample]:
+    """Reads a tar shard, a feature file, or a table with images inside; see `read_samples` for the arguments."""
     if url.endswith(FEATURES):
         return read_features(url, first, stop)
-    return read_rows(url, first, stop) if url.endswith(COLUMNAR) else read_samples(url, first, stop)
+    if url.endswith(COLUMNAR):
+        return read_rows(url, first, stop)
+    return read_samples(url, first, stop, index_cache=index_cache)
 
 
 def _names(urls: Sequence[str]) -> list[str]:
@@ -255,87 +262,3 @@ def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample | BrokenShar
         yield from samples
     except BrokenShardError as error:
         yield error
-
-
-def expand_sources(spec: str) -> list[list[str]]:
-    """Returns the shards of each source in the value of a flag.
-
-    Args:
-        spec: sources separated by ``::``; each is an argument of `expand_shards`, or a folder of image features.
-
-    Raises:
-        FileNotFoundError, ValueError: a local shard or folder doesn't exist, or a folder has no shard.
-    """
-    sources = []
-    for part in spec.split("::"):
-        if is_feature_folder(part):
-            urls = feature_files(part)
-        else:
-            urls = expand_shards(part)
-        sources.append(urls)
-    local = [url for urls in sources for url in urls if is_local(url)]
-    missing = [url for url, is_there in zip(local, parallel_map(os.path.isfile, local)) if not is_there]
-    if missing:
-        total = sum(map(len, sources))
-        shown = ", ".join(missing[:3]) + (", .." if len(missing) > 3 else "")
-        raise FileNotFoundError(f"{spec}: {len(missing):,} of {total:,} shards are missing: {shown}")
-    return sources
-
-
-def known_sizes(urls: Sequence[str]) -> list[int | None]:
-    """Returns the number of samples of each shard by the ``sizes.json`` beside it; None if it has no entry."""
-    folders = {os.path.dirname(url) for url in urls if not url.startswith("pipe:")}
-    sizes = {folder: read_sizes(folder) for folder in folders}
-    return [sizes.get(os.path.dirname(url), {}).get(os.path.basename(url)) for url in urls]
-
-
-def trusted_sizes(urls: Sequence[str]) -> list[int | None]:
-    """Returns `known_sizes`, after checking them for the smallest local shards, up to `MAX_CHECKED_BYTES` in total.
-
-    Raises:
-        ValueError: ``sizes.json`` counts too few samples in a shard, so the others would never be read.
-    """
-    known = known_sizes(urls)
-    local = [(url, size) for url, size in zip(urls, known) if size and is_local(url)]
-    counted = sorted((n, *pair) for n, pair in zip(parallel_map(os.path.getsize, [url for url, _ in local]), local))
-    ends = itertools.accumulate(num_bytes for num_bytes, _, _ in counted)
-    for (_, url, size), end in zip(counted, ends):
-        if end > MAX_CHECKED_BYTES:
-            break
-        found = len(index_shard(url).offsets)
-        if found > size:
-            path = os.path.join(os.path.dirname(url), "sizes.json")
-            raise ValueError(f"{path}: counts {size:,} samples in {url}, which has {found:,}; remove or correct it")
-    return known
-
-
-def count_samples(urls: Sequence[str]) -> list[int]:
-    """Returns the number of samples of each shard, from ``sizes.json`` or else from the headers of local files.
-
-    In a broken shard, the samples before the break are counted, with a warning.
-
-    Raises:
-        ValueError: a remote shard has no entry in sizes.json, a local shard is not a tar file, or sizes.json is wrong.
-    """
-    if all(url.endswith(FEATURES) for url in urls):
-        return [count_features(url) for url in urls]
-    if all(url.endswith(COLUMNAR) for url in urls):
-        return [count_rows(url) for url in urls]
-    known = trusted_sizes(urls)
-    unknown = [url for url, size in zip(urls, known) if size is None]
-    remote = [url for url in unknown if not is_local(url)]
-    if remote:
-        raise ValueError(
-            f"{remote[0]}: number of samples unknown (of {len(remote):,} remote shards); put sizes.json "
-            f'({{"00000.tar": 10000, ..}}) beside them, or add --dataset-resampled and --train-num-samples'
-        )
-    with ThreadPoolExecutor(16) as pool:
-        counted = dict(zip(unknown, pool.map(index_shard, unknown)))
-    for url, index in counted.items():
-        if index.fault and not index.offsets:
-            raise ValueError(index.fault)
-        if index.fault:
-            logging.warning(f"{index.fault}; its {len(index.offsets):,} samples before that are used")
-        elif not index.offsets:
-            logging.warning(f"{url}: no sample in it")
-    return [len(counted[url].offsets) if size is None else size for url, size in zip(urls, known)]

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from training.data.permutation import permuted
-from training.data.tar import Part, RawSample
 from training.readers.columnar import ColumnarFile
 from training.readers.csv_rows import BadRows, CsvForm, CsvRecords, choose_form, default_separator
+from training.readers.samples import Part, RawSample
 from training.readers.table_files import COLUMNAR, check_image_path
 
 ROWS_PER_PART = 10_000

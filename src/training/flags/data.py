@@ -8,6 +8,7 @@ from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW
 from training.data.views import Entry, parse_views, views_by_flags
 from training.flags.effects import TRAINING, TRAINING_MEANT, Condition
 from training.flags.types import Switch, names, not_negative, positive
+from training.readers.samples import INDEX_CACHE
 from training.readers.table_files import names_csv, names_tables
 
 _TABLE = Condition(
@@ -36,12 +37,13 @@ EFFECTS = (
     (_TABLE, "--csv-img-key"),
     (_CSV, "--csv-separator"),
     (TRAINING, "--train-data --train-num-samples --dataset-resampled --train-data-upsampling-factors"),
+    (TRAINING, "--train-sizes --index-cache"),
     (
         TRAINING,
         "--shuffle-window --shuffle-shards --feature-views --strong-augment --aug-cfg --num-long-captions --captions",
     ),
     (TRAINING, "--sub-caption-sentences --raw-caption-keys --short-caption-keys --long-caption-keys"),
-    (_SHARDS, "--shuffle-window --shuffle-shards"),
+    (_SHARDS, "--shuffle-window --shuffle-shards --train-sizes --index-cache"),
     (TRAINING, "--text-views"),
     (_BY_FLAGS, "--num-long-captions --captions --sub-caption-sentences"),
     (LONG, "--num-long-captions --sub-caption-sentences --long-caption-keys"),
@@ -128,6 +130,18 @@ def _add_more_data_args(group: argparse._ArgumentGroup) -> None:
         "--csv-separator",
         metavar="C",
         help="column separator of .csv and .tsv tables (default: comma; for .tsv tab)",
+    )
+    group.add_argument(
+        "--train-sizes",
+        metavar="FILE",
+        help='number of samples of each shard of --train-data, a file or URL: {"00000.tar": 10000, ..} (default: '
+        "sizes.json beside the shards; else their headers are counted, which a pipe: does not allow)",
+    )
+    group.add_argument(
+        "--index-cache",
+        default=INDEX_CACHE,
+        metavar="DIR",
+        help="folder that keeps where samples begin in shards at URLs (default: ~/.cache/lotlip/shards)",
     )
     group.add_argument(
         "--dataset-resampled",

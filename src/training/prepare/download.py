@@ -1,7 +1,6 @@
 """`prepare download`: fetches the images of caption tables into shards with img2dataset, and counts the failures.
 
-img2dataset runs as a separate command. It needs another version of webdataset than this project, so it may be installed
-in another environment; on a cluster it often is.
+img2dataset runs as a separate command, so it may be installed in another environment; on a cluster it often is.
 """
 
 import argparse
@@ -19,11 +18,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.data.tar import index_shard
 from training.prepare.shards.order import order_shard
 from training.prepare.tables.columns import KEY, RAW, URL
 from training.prepare.work import format_counts, load_json, progress, write_json
 from training.readers.files import parallel_map
+from training.readers.samples import index_shard
 from training.runtime.messages import first_line
 
 STATE = ".download"

@@ -17,10 +17,8 @@ from PIL import Image
 
 from training.data.faults import FAULT_KINDS, BadSample
 from training.data.reader import read_image
-from training.data.tar import BrokenShardError, RawSample, read_samples
 from training.prepare.engines import PROMPTS, Engine, Generated, make_engine
 from training.prepare.shards.files import (
-    BrokenShardFile,
     Place,
     fingerprint,
     finish,
@@ -33,6 +31,7 @@ from training.prepare.shards.files import (
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.work import add_counts, format_counts, progress
 from training.readers.images import load_rgb
+from training.readers.samples import RawSample, read_samples
 from training.readers.sentences import split_lines
 from training.runtime.files import atomic_write
 
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         for place in progress(left, len(left), "captioning", "shard"):
             try:
                 add_counts(total, recaption_shard(place, engine, prompts, batch_size, mark))
-            except (BrokenShardError, BrokenShardFile, OSError) as error:
+            except OSError as error:
                 broken[str(place.source)] = str(error)
     summary = {"shards": len(mine), "done_before": len(mine) - len(left), "broken_shards": broken, "prompts": prompts}
     faults = {kind: total[kind] for kind in SAMPLE_KINDS[1:]}
@@ -98,7 +97,7 @@ def recaption_shard(place: Place, engine: Engine, prompts: dict[str, str], batch
         Counts of `SAMPLE_KINDS`, and under ``captions`` for each key counts of `CAPTION_KINDS`.
 
     Raises:
-        BrokenShardError, BrokenShardFile, OSError: the shard can't be read or written.
+        OSError: the shard can't be read or written.
     """
     written = place.state / "captions" / f"{place.target.name}.{mark}.jsonl"
     samples = read_json_samples(place.source)  # raises for a broken shard, before the model spends time on it

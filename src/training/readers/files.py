@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, TypeVar
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "jfif", "jpe", "avif", "heic", "heif", "bmp", "gif", "tif", "tiff")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
+
+_LEFTOVERS = ("__macosx", "thumbs.db", "desktop.ini")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,13 +29,13 @@ class ShardMember:
     """A file inside a tar file, read in place; used like a `Path`.
 
     Attributes:
-        shard: the tar file.
+        shard: the tar file, or its URL.
         offset, size: position and length of the content in the tar file, in bytes.
         member: the file's name inside the tar file.
         upright: apply the rotation in the EXIF data when the image is read.
     """
 
-    shard: Path
+    shard: Path | str
     offset: int
     size: int
     member: str
@@ -45,19 +48,25 @@ class ShardMember:
     def name(self) -> str:
         return self.member.rsplit("/", 1)[-1]
 
-    def stat(self) -> os.stat_result:
+    def stat(self) -> os.stat_result | SimpleNamespace:
         """Returns the status of the tar file, because its change is a change of the content."""
-        return self.shard.stat()
+        if isinstance(self.shard, Path):
+            return self.shard.stat()
+        from training.readers.remote import identity
+
+        size, changes = identity(self.shard)
+        return SimpleNamespace(st_size=size, st_mtime_ns=changes)
 
     def resolve(self) -> str:
         """Returns a name that no other content has while the tar file stays as it is."""
-        return f"{self.shard.resolve()}/{self.member}@{self.offset}{_TURNED * self.upright}"
+        shard = self.shard.resolve() if isinstance(self.shard, Path) else self.shard
+        return f"{shard}/{self.member}@{self.offset}{_TURNED * self.upright}"
 
     def open(self) -> io.BytesIO:
         """Returns the content as a file."""
-        with open(self.shard, "rb") as file:
-            file.seek(self.offset)
-            return io.BytesIO(file.read(self.size))
+        from training.readers.remote import read_range
+
+        return io.BytesIO(read_range(self.shard, self.offset, self.size))
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,12 @@ ImageFile = Path | ShardMember | EmbeddedImage | UprightFile
 def upright(image: ImageFile) -> ImageFile:
     """Returns the same image, to be read with the rotation in its EXIF data."""
     return replace(image, upright=True) if is_dataclass(image) else UprightFile(image)
+
+
+def is_leftover(name: str) -> bool:
+    """Returns whether a path names what systems leave in folders: hidden files and folders, Thumbs.db and others."""
+    parts = name.split("/")
+    return any((p.startswith(".") and p not in (".", "..")) or p.lower() in _LEFTOVERS for p in parts)
 
 
 def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -230,7 +245,7 @@ def file_identity(path: ImageFile) -> object | None:
         found = file_identity(path.path)
         return found and (found, "upright")
     if hasattr(path, "shard"):  # in a tar or Parquet file
-        return path if path.shard.is_file() else None
+        return path if isinstance(path.shard, str) or path.shard.is_file() else None
     try:
         status = os.stat(path)
     except (OSError, ValueError):

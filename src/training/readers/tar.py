@@ -8,24 +8,35 @@ This module parses headers itself because Python's tarfile takes about three tim
 broken header. Nothing is unpacked to disk, so a member's name can't lead outside a folder.
 """
 
-import glob
-import os
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import IO, NamedTuple
 
-from training.readers.files import matching_files, parallel_map
+from training.readers.files import IMAGE_SUFFIXES, is_leftover
 
 BLOCK = 512
 _CHUNK, _MAX_NOTES = 1 << 20, 1 << 20
-_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "sparse", b"1": "link", b"2": "link"}
 _EMPTY_KINDS = b"123456"  # links, devices, folders and pipes have no content, whatever their header says
 _SPARSE_CONTINUES, _EXTENSION_CONTINUES = 482, 504  # bytes of a sparse file's headers that say another one follows
 
 
+TEXT_SUFFIXES = ("json", "txt")
+SUFFIXES = (*TEXT_SUFFIXES, *IMAGE_SUFFIXES)  # the files of a sample that are read; others are ignored
+PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset and other libraries would execute these
+MAX_BYTES = dict.fromkeys(TEXT_SUFFIXES, 1 << 24) | dict.fromkeys(IMAGE_SUFFIXES, 1 << 28)
+
+
 class BrokenTarError(ValueError):
-    """A file that is not a tar file, is broken, or is truncated; the message says where."""
+    """A file that is not a tar file, is broken, or is truncated; the message says where.
+
+    Attributes:
+        begun: where the sample begins that is therefore incomplete; empty if none is.
+    """
+
+    begun: tuple[int, ...] = ()
 
 
 class Member(NamedTuple):
@@ -67,9 +78,23 @@ class TarSample:
     members: dict[str, Member] = field(default_factory=dict)
     loaded: dict[str, bytes] = field(default_factory=dict)
 
-    def fault(self, suffixes: tuple[str, ...]) -> str | None:
-        """Returns why a member with one of these suffixes can't be read; None if all can."""
-        kinds = {self.members[suffix].kind for suffix in suffixes if suffix in self.members}
+    @property
+    def start(self) -> int:
+        """The byte where the sample begins."""
+        return min(member.start for member in self.members.values())
+
+    @cached_property
+    def image(self) -> Member | None:
+        """The image file; None if there is none."""
+        return next((self.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
+
+    @property
+    def fault(self) -> str | None:
+        """Why the sample can't be used: a caption or image that can't be read or is larger than one can be."""
+        used = {suffix: self.members[suffix] for suffix in SUFFIXES if suffix in self.members}
+        kinds = {member.kind for member in used.values()}
+        if any(member.size > MAX_BYTES[suffix] for suffix, member in used.items()):
+            return "file too large"
         return "sparse file" if "sparse" in kinds else "link in the tar" if "link" in kinds else None
 
 
@@ -77,15 +102,15 @@ class TarReader:
     """Reads a tar file in one pass.
 
     Args:
-        stream: the open file, positioned at the beginning of a member; it doesn't have to be seekable.
+        stream: the open file, positioned at the beginning of a member.
         name: name of the file, for messages.
+        size: size of the file in bytes; None if the stream can't be positioned.
         position: position of the stream in the file, in bytes.
     """
 
-    def __init__(self, stream: IO[bytes], name: str, position: int = 0):
-        self.stream, self.name, self.position = stream, name, position
-        seekable = getattr(stream, "seekable", None)
-        self.size = os.fstat(stream.fileno()).st_size if seekable and seekable() else None
+    def __init__(self, stream: IO[bytes], name: str, size: int | None = None, position: int = 0):
+        self.stream, self.name, self.size, self.position = stream, name, size, position
+        self.at_end = False  # of an archive, after which another one may follow, or junk
 
     def members(self) -> Iterator[Member | None]:
         """Yields the members in order, and None where an archive ends.
@@ -94,7 +119,7 @@ class TarReader:
             BrokenTarError: the file is not a tar file, is broken, or is truncated.
         """
         while header := self._block():
-            if _is_empty(header):
+            if self.at_end:
                 yield None
                 continue
             start = self.position - BLOCK
@@ -121,53 +146,53 @@ class TarReader:
                 raise BrokenTarError(f"{self.name}: truncated, {sizes}")
             self._skip_to(member.end)
 
-    def read(self, member: Member, most: int | None = None) -> bytes:
-        """Returns the content of the member that `members` has just yielded, or the first `most` bytes of it."""
-        return self._take(member.size if most is None else min(member.size, most), padded=False)
-
-    def samples(self, load: Callable[[int, str, Member], bytes | None] | None = None) -> Iterator[TarSample]:
+    def samples(self, load: Callable[[int, str, Member], bool] | None = None) -> Iterator[TarSample]:
         """Yields the samples in order.
 
         Args:
-            load: function of (number of the sample, suffix, member) that returns the content to put into
-                `TarSample.loaded`, or None; it may call `read`.
+            load: function of (number of the sample, suffix, member) that tells which files to read into
+                `TarSample.loaded`. Files that `TarSample.fault` names are never read.
 
         Raises:
             BrokenTarError: see `members`; raised instead of yielding the sample that is incomplete.
         """
         sample, number = None, 0
-        for member in self.members():
-            key, suffix = key_and_suffix(member.name) if member and member.kind != "other" else (None, "")
-            if member and key is None:
-                continue
-            if sample and (key != sample.key or suffix in sample.members):
-                yield sample
-                sample, number = None, number + 1
-            if member:
-                sample = sample or TarSample(number, key)
-                sample.members[suffix] = member
-                content = load(number, suffix, member) if load else None
-                if content is not None:
-                    sample.loaded[suffix] = content
+        try:
+            for member in self.members():
+                key, suffix = key_and_suffix(member.name) if member and member.kind != "other" else (None, "")
+                if member and key is None:
+                    continue
+                if sample and (key != sample.key or suffix in sample.members):
+                    yield sample
+                    sample, number = None, number + 1
+                if member:
+                    sample = sample or TarSample(number, key)
+                    sample.members[suffix] = member
+                    readable = member.kind == "file" and member.size <= MAX_BYTES.get(suffix, 0)
+                    if readable and load and load(number, suffix, member):
+                        sample.loaded[suffix] = self._take(member.size, padded=False)
+        except BrokenTarError as error:
+            error.begun = (sample.start,) if sample else ()
+            raise
         if sample:
             yield sample
 
     def _block(self) -> bytes:
-        """Reads the next header; returns empty bytes at the end of the file."""
+        """Reads the next header; returns empty bytes at the end of the file, or of all archives in it."""
         start = self.position
         header = self.stream.read(BLOCK)
         self.position += len(header)
         if _is_empty(header):
+            self.at_end = True
             return header
-        for magic, tool in _COMPRESSED.items():
-            if not start and header.startswith(magic):
-                raise BrokenTarError(
-                    f"{self.name}: compressed; unpack it, or read it with 'pipe:{tool} -c {self.name}'"
-                )
-        if len(header) < BLOCK:
-            raise self._cut_short()
-        if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        if len(header) < BLOCK or _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+            if self.at_end:
+                logging.warning(f"{self.name}: what follows byte {start:,}, after the end of the archive, is ignored")
+                return b""
+            if len(header) < BLOCK:
+                raise self._cut_short()
             raise BrokenTarError(f"{self.name}: not a tar file, or broken at byte {start:,}")
+        self.at_end = False
         return header
 
     def _size_of(self, header: bytes) -> int:
@@ -193,41 +218,13 @@ class TarReader:
 
     def _skip_to(self, position: int) -> None:
         if self.size is not None:
-            self.stream.seek(position - self.position, os.SEEK_CUR)
+            self.stream.seek(position)
             self.position = position
         while self.position < position:
             passed = len(self.stream.read(min(position - self.position, _CHUNK)))
             self.position += passed
             if not passed:
                 raise self._cut_short()
-
-
-def is_local(url: str) -> bool:
-    """Tells whether a shard is a plain file rather than a URL or ``pipe:COMMAND``."""
-    return "://" not in url and not url.startswith("pipe:")
-
-
-def expand_shards(name: str) -> list[str]:
-    """Returns the shards that a name stands for; local shards that don't exist are included.
-
-    Args:
-        name: a file, a folder (all its ``*.tar``), or paths and URLs with ``{000..123}``; local paths may contain
-            ``*``. A file with exactly this name is returned as it is, whatever characters the name contains.
-
-    Raises:
-        ValueError: the folder has no shard.
-    """
-    from braceexpand import braceexpand
-
-    if os.path.isdir(name):
-        found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-        if not found:
-            raise ValueError(f"{name}: no *.tar in this folder")
-        return found
-    if os.path.isfile(name) or name.startswith("pipe:") and "{" not in name:
-        return [name]
-    urls = list(braceexpand(name))
-    return [path for url, found in zip(urls, parallel_map(matching_files, urls)) for path in found or [url]]
 
 
 def _is_empty(header: bytes) -> bool:
@@ -238,8 +235,10 @@ def key_and_suffix(name: str) -> tuple[str | None, str]:
     """Splits a member's name as webdataset does.
 
     Returns:
-        ``a/0001.seg.PNG`` -> (``a/0001``, ``seg.png``); (None, "") for a hidden file, or a name without a suffix.
+        ``a/0001.seg.PNG`` -> (``a/0001``, ``seg.png``); (None, "") for a leftover or a name without a suffix.
     """
+    if is_leftover(name):
+        return None, ""
     folder, slash, file = name.rpartition("/")
     stem, stop, suffix = file.partition(".")
     return (folder + slash + stem, suffix.lower()) if stem and stop else (None, "")

@@ -32,13 +32,13 @@ from training.data.images import IN_TRAINING, ImageReader
 from training.data.open import caption_rule, open_source
 from training.data.reader import read_image, read_record, seed_augmentation
 from training.data.shards import Source
-from training.data.tar import BrokenShardError, Part, RawSample
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags, check_precision
 from training.model.names.resolve import resolve_weights
 from training.model.towers.image_encoder import image_encoder
 from training.model.towers.locking import HEAD, linear_head
 from training.model.weights.fingerprint import fingerprint
+from training.readers.samples import BrokenShardError, Part, RawSample
 from training.runtime.distributed import DistEnv, agree, distributed, fail, raise_together, together
 from training.runtime.lease import FILE, Lease
 from training.runtime.tracking import log_to

@@ -18,8 +18,7 @@ import numpy as np
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
 from training.data.faults import BadSample
 from training.data.reader import read_image, read_record
-from training.data.shards import expand_sources, known_sizes
-from training.data.tar import BrokenShardError, RawSample, read_samples
+from training.data.sizes import expand_sources, known_sizes
 from training.model.assembly.factory import get_tokenizer
 from training.model.tokenizers.truncation import count_tokens
 from training.prepare.inspect.counts import MAX_TOKENS, Counts
@@ -34,6 +33,7 @@ from training.readers.images import (
     open_image,
     orientation_of,
 )
+from training.readers.samples import BrokenShardError, RawSample, read_samples
 from training.readers.sentences import is_refusal
 
 KNOWN_KEYS = tuple(dict.fromkeys((*RAW_KEYS, *LONG_KEYS, *SHORT_NAMES.values())))

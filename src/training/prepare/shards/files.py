@@ -14,16 +14,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from training.data.shards import expand_sources
+from training.data.sizes import expand_sources
 from training.prepare.work import add_counts, load_json, my_share, write_json
-from training.readers.tar import BLOCK, BrokenTarError, Member, TarReader, TarSample, is_local
+from training.readers.captions import RecordError, read_record
+from training.readers.samples import RawSample, read_samples
+from training.readers.streams import is_local
+from training.readers.tar import BLOCK, Member, TarReader
 from training.runtime.files import atomic_write
-
-BROKEN_JSON, NO_OBJECT = "broken JSON", "JSON not an object"
-
-
-class BrokenShardFile(ValueError):
-    """A shard that can't be read to its end; the message says where it is broken."""
 
 
 class JsonSample(NamedTuple):
@@ -163,38 +160,22 @@ def write_sizes(folder: Path, state: Path) -> None:
     write_json(folder / "sizes.json", {name: size for name, size in sizes.items() if (folder / name).exists()})
 
 
-def _parse(key: str, content: bytes | None) -> JsonSample:
-    if content is None:
-        return JsonSample(key, {}, None)
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError):
-        return JsonSample(key, {}, BROKEN_JSON)
-    return JsonSample(key, record, None) if isinstance(record, dict) else JsonSample(key, {}, NO_OBJECT)
-
-
 def read_json_samples(path: Path) -> list[JsonSample]:
     """Reads the JSON files of a shard; images are skipped without reading them.
 
     Raises:
-        BrokenShardFile: the shard is broken, or not a tar file.
-        OSError: the file can't be read.
+        BrokenShardError: the shard is broken, not a tar file, or can't be read.
     """
-    with open(path, "rb", buffering=1 << 16) as file:
-        return [_parse(sample.key, sample.loaded.get("json")) for sample in _samples(file, path)]
+    return [JsonSample(raw.key, *_record(raw)) for raw in read_samples(str(path), load=("json",), waits=())]
 
 
-def _samples(file: IO[bytes], path: Path) -> list[TarSample]:
-    """Returns all samples of a shard, with the content of their JSON files."""
-    tar = TarReader(file, str(path))
-
-    def load(_: int, suffix: str, member: Member) -> bytes | None:
-        return tar.read(member) if suffix == "json" and member.kind == "file" else None
-
+def _record(raw: RawSample) -> tuple[dict, str | None]:
+    if raw.fault:
+        return {}, raw.fault
     try:
-        return list(tar.samples(load))
-    except BrokenTarError as error:
-        raise BrokenShardFile(str(error)) from error
+        return read_record(raw.files), None
+    except RecordError as error:
+        return {}, str(error)
 
 
 def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
@@ -206,31 +187,27 @@ def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
         additions: for each sample, in order, the entries to add; an empty dict leaves the sample unchanged.
 
     Raises:
-        BrokenShardFile: the source is broken, or not a tar file.
-        OSError: a file can't be read or written.
+        BrokenShardError: the source is broken, not a tar file, or can't be read.
+        OSError: the target can't be written.
     """
     with atomic_write(target) as path, open(path, "wb") as out, open(source, "rb") as raw:
-        samples = _samples(raw, source)
-        assert len(samples) == len(additions), f"{source}: {len(samples)} samples, {len(additions)} additions"
         # Byte where a JSON file begins -> its new content; byte where a sample's last member begins -> a new JSON file.
         changed, added = {}, {}
-        for sample, addition in zip(samples, additions):
-            if "json" in sample.loaded:
-                record = json.loads(sample.loaded["json"]) | addition if addition else None
-                changed[sample.members["json"].start] = record
+        samples = read_samples(str(source), load=("json",), waits=())
+        for sample, addition in zip(samples, additions, strict=True):
+            if addition and "json" in sample.files:
+                changed[sample.members.members["json"].start] = read_record(sample.files) | addition
             elif addition:
-                last = max(member.start for member in sample.members.values())
-                added[last] = tarfile.TarInfo(f"{sample.key}.json"), addition
-        raw.seek(0)
-        for member in filter(None, TarReader(raw, str(source)).members()):
-            if changed.get(member.start):
+                last = max(member.start for member in sample.members.members.values())
+                added[last] = tarfile.TarInfo(f"{sample.members.key}.json"), addition
+        for member in filter(None, TarReader(raw, str(source), os.path.getsize(source)).members()):
+            if member.start in changed:
                 _write_member(_header(member, raw), changed[member.start], out)
             else:
                 raw.seek(member.start)
                 out.write(raw.read(member.end - member.start))
             if member.start in added:
                 _write_member(*added[member.start], out)
-            raw.seek(member.offset)  # the position that the reader expects
         out.write(bytes(2 * BLOCK))
         out.write(bytes(-out.tell() % tarfile.RECORDSIZE))
 

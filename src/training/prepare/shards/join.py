@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from training.data.tar import BrokenShardError
+from training.data.faults import FAULT_KINDS
 from training.prepare.shards.files import (
-    BrokenShardFile,
     JsonSample,
     Place,
     fingerprint,
@@ -27,7 +26,7 @@ from training.prepare.shards.match import CaptionTables, find_rows, make_index, 
 from training.prepare.work import add_counts, format_counts, processes, progress, spread
 
 STATE = ".join"
-KINDS = ("samples", "matched", "unmatched", "nothing to match by", "broken JSON", "JSON not an object", "captions")
+KINDS = ("samples", "matched", "unmatched", "nothing to match by", *FAULT_KINDS, "captions")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +62,7 @@ def _guess_match(shards: list[Path]) -> str:
     for path in shards:
         try:
             samples = read_json_samples(path)
-        except (BrokenShardFile, OSError):
+        except OSError:
             continue
         return "url" if any(isinstance(s.record.get("url"), str) for s in samples[:100]) else "key"
     return "key"
@@ -81,7 +80,7 @@ def _read(job: tuple[Place, str]) -> tuple[Place, list[list[str]] | None, list[s
     place, match = job
     try:
         samples = read_json_samples(place.source)
-    except (BrokenShardFile, BrokenShardError, OSError) as error:
+    except OSError as error:
         return place, None, [], str(error)
     return place, [[] if s.fault else sample_values(s, match) for s in samples], [s.fault for s in samples], None
 
@@ -132,7 +131,7 @@ def _write(job: tuple) -> tuple[Place, dict, str | None]:
             there = [sample.record for sample in read_json_samples(place.source)]
             additions = [{k: v for k, v in new.items() if not old.get(k)} for new, old in zip(additions, there)]
         rewrite_shard(place.source, place.target, additions)
-    except (BrokenShardFile, OSError) as error:
+    except OSError as error:
         return place, {}, str(error)
     counts["captions"] = sum(map(len, additions))
     write_note(place, mark, counts)

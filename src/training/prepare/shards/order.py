@@ -15,7 +15,7 @@ def order_shard(path: Path) -> bool:
         Whether the shard was rewritten; False if it was in this form already.
     """
     with open(path, "rb") as source:
-        members = [m for m in TarReader(source, str(path)).members() if m and m.kind == "file"]
+        members = [m for m in TarReader(source, str(path), path.stat().st_size).members() if m and m.kind == "file"]
         ordered = sorted(members, key=lambda member: key_and_suffix(member.name)[0] or member.name)
         if ordered == members and not any(_has_traces(source, member) for member in members):
             return False

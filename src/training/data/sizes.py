@@ -1,0 +1,185 @@
+"""How many samples each shard holds: from sizes.json, or counted from headers once."""
+
+import itertools
+import json
+import logging
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from training.data.embedded import count_rows
+from training.data.features import SUFFIX as FEATURES
+from training.data.features import count_features, feature_files, is_feature_folder
+from training.readers.files import parallel_map
+from training.readers.remote import file_system
+from training.readers.samples import INDEX_CACHE, ShardIndex, cached_index, index_shard
+from training.readers.streams import expand_shards, is_local
+from training.readers.table_files import COLUMNAR
+
+MAX_CHECKED_BYTES = 1 << 28  # total size of the shards whose samples are counted to check sizes.json
+NUM_THREADS = 32  # shards that are indexed at the same time; an object store answers slowly, but many requests at once
+
+
+def expand_sources(spec: str) -> list[list[str]]:
+    """Returns the shards of each source in the value of a flag.
+
+    Args:
+        spec: sources separated by ``::``; each is an argument of `expand_shards`, or a folder of image features.
+
+    Raises:
+        FileNotFoundError, ValueError: a local shard or folder doesn't exist, or a folder has no shard.
+    """
+    parts = spec.split("::")
+    sources = [feature_files(part) if is_feature_folder(part) else expand_shards(part) for part in parts]
+    local = [url for urls in sources for url in urls if is_local(url)]
+    missing = [url for url, is_there in zip(local, parallel_map(os.path.exists, local)) if not is_there]
+    if missing:
+        total = sum(map(len, sources))
+        shown = ", ".join(missing[:3]) + (", .." if len(missing) > 3 else "")
+        raise FileNotFoundError(f"{spec}: {len(missing):,} of {total:,} shards are missing: {shown}")
+    return sources
+
+
+def read_sizes(url: str) -> dict[str, int]:
+    """Returns shard name -> number of samples from a ``sizes.json``, a path or a URL.
+
+    Raises:
+        OSError, ValueError: the file can't be read or is something else; file systems of fsspec may raise other errors.
+    """
+    if is_local(url):
+        with open(url, encoding="utf-8-sig") as file:
+            content = json.load(file)
+    else:
+        fs, path = file_system(url)
+        content = json.loads(fs.cat_file(path))
+    if not isinstance(content, dict):
+        raise ValueError(f'{url}: expected {{"00000.tar": 10000, ..}}')
+    return {str(name): size for name, size in content.items() if isinstance(size, int)}
+
+
+def _sizes_beside(folder: str) -> dict[str, int]:
+    try:
+        return read_sizes(f"{folder}/sizes.json" if folder else "sizes.json")
+    except Exception:  # each of fsspec's file systems has its own exceptions
+        return {}
+
+
+def known_sizes(urls: Sequence[str], sizes_file: str | None = None) -> list[int | None]:
+    """Returns the number of samples of each shard by ``sizes.json``; None if it has no entry.
+
+    Args:
+        urls: the shards.
+        sizes_file: path or URL of a ``sizes.json``; its names may be those of files, URLs, or files that a command
+            names. Otherwise, and for shards that it lacks, the file beside the shards is read.
+
+    Raises:
+        ValueError: `sizes_file` can't be read.
+    """
+    given: dict[str, int] = {}
+    if sizes_file:
+        try:
+            given = read_sizes(sizes_file)
+        except Exception as error:  # see _sizes_beside
+            raise ValueError(f"--train-sizes {sizes_file}: {error}") from error
+    folders = {os.path.dirname(url) for url in urls if not url.startswith("pipe:")}
+    beside = dict(zip(folders, parallel_map(_sizes_beside, list(folders))))
+    sizes = []
+    for url in urls:
+        found = [given[name] for name in _names(url) if name in given]
+        sizes.append(found[0] if found else beside.get(os.path.dirname(url), {}).get(os.path.basename(url)))
+    return sizes
+
+
+def _names(url: str) -> list[str]:
+    """Returns the names under which ``sizes.json`` may list a shard."""
+    if not url.startswith("pipe:"):
+        return [url, os.path.basename(url)]
+    try:
+        words = shlex.split(url.removeprefix("pipe:"))
+    except ValueError:
+        words = url.split()
+    return [url, url.removeprefix("pipe:"), *words, *map(os.path.basename, words)]
+
+
+def trusted_sizes(urls: Sequence[str], sizes_file: str | None = None) -> list[int | None]:
+    """Returns `known_sizes`, after checking them for the smallest local shards, up to `MAX_CHECKED_BYTES` in total.
+
+    Raises:
+        ValueError: ``sizes.json`` counts too few samples in a shard, so the others would never be read.
+    """
+    known = known_sizes(urls, sizes_file)
+    local = [(url, size) for url, size in zip(urls, known) if size and is_local(url)]
+    counted = sorted((n, *pair) for n, pair in zip(parallel_map(os.path.getsize, [url for url, _ in local]), local))
+    ends = itertools.accumulate(num_bytes for num_bytes, _, _ in counted)
+    for (_, url, size), end in zip(counted, ends):
+        if end > MAX_CHECKED_BYTES:
+            break
+        found = len(index_shard(url).offsets)
+        if found > size:
+            path = sizes_file or os.path.join(os.path.dirname(url), "sizes.json")
+            raise ValueError(f"{path}: counts {size:,} samples in {url}, which has {found:,}; remove or correct it")
+    return known
+
+
+def count_samples(
+    urls: Sequence[str],
+    sizes: Sequence[int | None] | None = None,
+    index_cache: str = INDEX_CACHE,
+    run_pipes: bool = False,
+) -> list[int]:
+    """Returns the number of samples of each shard, from ``sizes.json`` or else from the shards' headers.
+
+    Shards at URLs are indexed by requests for their headers, once: the index is kept. In a broken shard, the samples
+    before the break are counted, with a warning.
+
+    Args:
+        urls: the shards.
+        sizes: the known ones; None means `trusted_sizes`.
+        index_cache: folder of the kept indices.
+        run_pipes: run each ``pipe:`` of unknown size once to count its samples, instead of raising.
+
+    Raises:
+        ValueError: a ``pipe:`` has no known size, a shard is not a tar file or can't be reached, or sizes are wrong.
+    """
+    if all(url.endswith(FEATURES) for url in urls):
+        return [count_features(url) for url in urls]
+    if all(url.endswith(COLUMNAR) for url in urls):
+        return [count_rows(url) for url in urls]
+    known = trusted_sizes(urls) if sizes is None else sizes
+    unknown = [url for url, size in zip(urls, known) if size is None]
+    pipes = [url for url in unknown if url.startswith("pipe:")]
+    if pipes and not run_pipes:
+        raise ValueError(
+            f"{pipes[0]}: number of samples unknown (of {len(pipes):,} commands). Name the shards by their own URLs "
+            '(s3://.., gs://.., https://..), which are counted once; or add --train-sizes FILE with {"00000.tar": '
+            "10000, ..}; or add --dataset-resampled and --train-num-samples"
+        )
+    counted = dict(zip(unknown, _index_all(unknown, index_cache)))
+    for url, index in counted.items():
+        if index.fault and not index.offsets:
+            raise ValueError(index.fault)
+        if index.fault:
+            logging.warning(f"{index.fault}; its {len(index.offsets):,} samples before that are used")
+        elif not index.offsets:
+            logging.warning(f"{url}: no sample in it")
+    return [len(counted[url].offsets) if size is None else size for url, size in zip(urls, known)]
+
+
+def _index_all(urls: Sequence[str], index_cache: str) -> list[ShardIndex]:
+    def index(url: str) -> ShardIndex:
+        try:
+            return index_shard(url) if is_local(url) or url.startswith("pipe:") else cached_index(url, index_cache)
+        except Exception as error:  # each of fsspec's file systems has its own exceptions
+            raise ValueError(error if url in str(error) else f"{url}: {type(error).__name__}: {error}") from error
+
+    remote = [url for url in urls if not is_local(url)]
+    if remote:
+        logging.warning(
+            f"{len(remote):,} shards without an entry in sizes.json, the first {remote[0]}: their samples are counted"
+        )
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        work: Callable = pool.map(index, urls)
+        return list(tqdm(work, "counting samples", len(urls), unit="shard", delay=5))
