@@ -189,3 +189,13 @@ def describe_missing(retrieval_set: RetrievalSet) -> str:
     if retrieval_set.source:
         lines.append(f"  To get them: {retrieval_set.source}")
     return "\n".join(lines)
+
+
+def describe_completeness(s: RetrievalSet) -> tuple[str, bool]:
+    """Returns whether a set whose images were looked up is complete, and a line or paragraph about it first."""
+    expected = s.num_published or len(s.captions)
+    if s.missing:
+        return describe_missing(s), False
+    if len(s.captions) < expected:
+        return f"{s.title}: no image is missing, but only {len(s.captions):,} of {expected:,} pairs listed", False
+    return f"{s.title}: complete, {len(s.captions):,} pairs", True

@@ -17,7 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.iiw import SUBSETS, read_iiw_subset
-from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images, one_caption_per_image
+from dataloaders.pairs import (
+    ClassificationSet,
+    RetrievalSet,
+    describe_completeness,
+    find_images,
+    one_caption_per_image,
+)
 from dataloaders.registry import Benchmark, benchmarks, destination, find_below_data_root, options_of, suites
 from dataloaders.share4v import SAM_NAME, SOURCE, read_items
 from dataloaders.stats import CaptionStats, caption_stats, draw_stats, format_stats, to_json, token_counter
@@ -137,18 +143,9 @@ def check_benchmark(sets: list[RetrievalSet], read_images: bool) -> tuple[str, b
     if read_images:
         errors = parallel_map(_why_unreadable, identity)
         broken = {path: error for path, error in zip(identity, errors) if error}
-    lines, complete = [], True
-    for s in sets:
-        s = s.without_images({i: broken[path] for i, path in enumerate(s.image_paths) if path in broken})
-        expected = s.num_published or len(s.captions)
-        if s.missing:
-            lines.append(describe_missing(s))
-        elif len(s.captions) < expected:
-            lines.append(f"{s.title}: no image is missing, but only {len(s.captions):,} of {expected:,} pairs listed")
-        else:
-            lines.append(f"{s.title}: complete, {len(s.captions):,} pairs")
-        complete &= not s.missing and len(s.captions) >= expected
-    return "\n".join(lines), complete
+    sets = [s.without_images({i: broken[p] for i, p in enumerate(s.image_paths) if p in broken}) for s in sets]
+    found = [describe_completeness(s) for s in sets]
+    return "\n".join(line for line, _ in found), all(complete for _, complete in found)
 
 
 def _why_unreadable(path: Path) -> str | None:

@@ -62,6 +62,24 @@ def test_all_benchmarks_equal_a_plain_computation(layouts, tiny_clip, tmp_path, 
     assert "12 of 7,805" in out and "I2T / T2I" in out
 
 
+def test_a_dry_run_reads_and_checks_all_but_encodes_and_writes_nothing(layouts, tiny_clip, tmp_path, capsys):
+    argv = layout_flags(layouts) + common(tmp_path, tiny_clip)
+    code, out, _ = run([*argv, "--dry-run"], capsys)
+    assert code == 0 and not (tmp_path / "logs").exists() and "recall" not in out
+    assert "DCI: no image is missing, but only 12 of 7,805 pairs listed" in out
+    assert "To encode: 48 distinct images" in out and f"results would go to {tmp_path / 'logs' / 'run'}" in out
+    assert run(argv, capsys)[0] == 0
+    record = read_results(tmp_path / "logs", "run")
+    for key in ("dci-retrieval", "iiw-retrieval", "share4v-retrieval-8", "urban1k-retrieval"):
+        described = f"{record[f'{key}-title']}: {record[f'{key}-protocol']}, pairs {record[f'{key}-fingerprint']}"
+        assert described in out
+    next((layouts / "urban1k" / "image").iterdir()).unlink()
+    code, _, err = run([*argv, "--dry-run"], capsys)
+    assert code == 2 and "1 of 12 pairs are missing" in err
+    code, _, err = run([*argv, "--dry-run", "--allow-missing", "--model", "no-such-model"], capsys)
+    assert code == 2 and "no-such-model" in err
+
+
 def test_two_and_three_processes_equal_one(layouts, tiny_clip, tmp_path):
     records = {}
     for n in (1, 2, 3):

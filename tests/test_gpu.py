@@ -18,12 +18,16 @@ from benchmarks import precision
 from benchmarks.measure import Setting
 from training.data.augment import normalise_pixels
 from training.data.batch import TrainBatch, to_device
+from training.flags.parser import parse_args
 from training.loss.caption_loss import LongCaptionLoss
 from training.loss.gather import EarlyGather, _Gather
 from training.model.assembly.factory import create_model
-from training.model.assembly.from_flags import make_arranger
+from training.model.assembly.from_flags import build_from_flags, make_arranger
 from training.model.packing.arranger import CaptionArranger
 from training.model.towers.text_encoder import text_encoder
+from training.runtime.distributed import DistEnv
+from training.train.optim import make_optimizer, parameter_groups
+from training.train.run import make_stepper
 from training.train.step import Stepper
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -135,3 +139,27 @@ def test_16_bit_evaluation_finds_nearly_the_captions_that_fp32_finds(device):
     assert set(facts["recall_at_1"]) == {"fp32", "bf16"} | ({"fp16"} if device.type == "cuda" else set())
     assert facts["recall_at_1"]["fp32"] > 0.5
     assert facts["largest_difference"] <= 0.04
+
+
+@pytest.mark.parametrize("flags", ["--text-packing padded", "--label-smoothing 0.1 --lock-image", "--siglip"])
+def test_a_step_does_not_wait_for_the_device(device, flags):
+    """On a GPU, torch raises an error where the host would read a value; test_meta_step.py has more settings."""
+    args = parse_args(["--train-data", "d.tar", "--model", "lotlip_tiny", "--no-pretrained-text", *flags.split()])
+    parts = build_from_flags(args, device)
+    groups = parameter_groups(parts.model, 1e-3, 0.1, None, None)
+    optimizer = make_optimizer(groups, "adamw", 1e-3, (0.9, 0.98), 1e-6)
+    stepper = make_stepper(args, parts.model, optimizer, None, DistEnv(0, 1, device))
+    stepper.model.train()
+    short, long = batch(parts.model.text)
+    captions = {"packed_text": parts.arrange(short, long)} if parts.arrange else {"text": short, "long_text": long}
+    images = torch.zeros(len(short), 3, 64, 64, dtype=torch.uint8)
+    inputs = {name: value.to(device) for name, value in {"image": images, **captions}.items()}
+    stepper([inputs])  # libraries are initialised in the first step
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        report = stepper([inputs])
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert not report["skipped_steps"] and report["loss"].isfinite()

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataloaders.pairs import describe_missing
+from dataloaders.pairs import describe_completeness, describe_missing
 from training.data.images import IN_EVALUATION
 from training.eval.changes import Questions
 from training.eval.diagnostics import diagnose
@@ -21,7 +21,7 @@ from training.eval.published import (
     format_published,
     to_json,
 )
-from training.eval.record import ClassificationResult, RetrievalResult
+from training.eval.record import ClassificationResult, RetrievalResult, describe_pairs
 from training.eval.report.ranks import FILE, write_cut_captions, write_ranks
 from training.eval.rerank import rerank_sets
 from training.eval.results import (
@@ -86,6 +86,8 @@ def evaluate(args: argparse.Namespace) -> int:
         try:
             plan = agree(lambda: _check(args, env), env)
             encoded = together(lambda: read_features(args.features), env) if args.features else None
+            if args.dry_run:
+                return _describe(args, plan, encoded, env)
             parts = None if encoded and not asks_about_texts(args) else together(lambda: _build(args, env), env)
         except (ValueError, OSError) as error:
             return fail(error, 2, env)
@@ -119,9 +121,26 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     printed = find_published(args.published, args.model, args.pretrained, sha256)
     name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))
     folder = Path(args.logs) / name
-    # A full or read-only disk is noticed now, not after an hour of encoding.
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if not args.dry_run:  # a full or read-only disk is noticed now, not after an hour of encoding
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     return Plan(work, sha256, folder, printed)
+
+
+def _describe(args: argparse.Namespace, plan: Plan, encoded: list[EncodedSet] | None, env: DistEnv) -> int:
+    """Prints what would be evaluated, and under which protocol; returns exit code 0."""
+    if not env.is_main:
+        return 0
+    sets = [s.pairs for s in encoded] if encoded else plan.work.sets
+    for s in sets:
+        print(f"{describe_completeness(s)[0]}\n  {describe_pairs(s.title, s.protocol, s.fingerprint())}")
+    for s in plan.work.classification:
+        print(f"{s.title}: {len(s.labels):,} of {max(s.num_published, len(s.labels)):,} images")
+    images = set(plan.work.identity.values())
+    captions = {caption for s in plan.work.sets for caption in s.captions}
+    print(f"Model: {label_of(args)}, {args.precision}, weights {(plan.weights_sha256 or 'none')[:16]}")
+    print(f"To encode: {len(images):,} distinct images and {len(captions):,} distinct captions")
+    print(f"Dry run: nothing was encoded or written; results would go to {plan.folder}")
+    return 0
 
 
 def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:

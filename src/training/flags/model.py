@@ -175,6 +175,9 @@ def add_compute_args(parser: argparse.ArgumentParser, everything: bool) -> None:
     group.add_argument(
         "--name", default=None, metavar="NAME", help="folder of this run in --logs (default: time, model and precision)"
     )
+    group.add_argument(
+        "--dry-run", action=Switch, help="read and check flags, files and weights, print what would be done, and exit"
+    )
 
 
 def _add_more_compute_args(group: argparse._ArgumentGroup) -> None:

@@ -63,7 +63,7 @@ def create_model(
         model_name: see `config.resolve_model_config`.
         pretrained: open_clip's tag or a weights file; see `weights_file.read_state_dict`.
         precision: fp32, bf16, fp16, pure_bf16, pure_fp16, amp, ... as in open_clip.
-        device: device of the model.
+        device: device of the model; to build it on ``meta``, without memory, also enter ``torch.device("meta")``.
         cache_dir: folder for downloads; pretrained parts are looked up there first.
         num_corner_tokens, context_length: override the config's values. A longer context stretches pretrained
             positions.
@@ -84,6 +84,8 @@ def create_model(
     if weights and not spec.model_cfg.get("quick_gelu") and _had_quick_gelu(spec, pretrained, weights):
         logging.warning(f"{pretrained} was trained with QuickGELU, --model {spec.name} has GELU: QuickGELU is used")
         spec.model_cfg["quick_gelu"] = kwargs["force_quick_gelu"] = True
+    if torch.device(device).type == "meta":  # otherwise built on the CPU, where weights are loaded
+        kwargs["device"] = "meta"
     if spec.is_ours:
         model = _create_two_towers(spec, precision, cache_dir, kwargs)
     else:

@@ -17,7 +17,8 @@ MASK_ALIGNMENT = 16  # elements; CUDA's kernels would copy a mask with other str
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     """Returns the dtype in which a layer computes with hidden states, and which its attention mask should have."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on meta
+    return torch.get_autocast_dtype(device) if is_cast else hidden.dtype
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

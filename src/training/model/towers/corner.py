@@ -103,8 +103,9 @@ def cosine_with_cls(text_features: torch.Tensor, places: tuple[list[int], list[i
     Returns:
         A scalar without a gradient.
     """
-    features = text_features.detach()
-    return (features[:, places[0]] * features[:, places[1]]).sum(dim=-1).mean()
+    features = text_features.detach().unbind(1)  # an index made of a list would be copied to the device and waited for
+    cls, own = (torch.stack([features[place] for place in side], dim=1) for side in places)
+    return (cls * own).sum(dim=-1).mean()
 
 
 def features_of_captions(features: torch.Tensor, batch: int) -> torch.Tensor:
