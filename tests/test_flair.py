@@ -10,7 +10,8 @@ from torch.nn.functional import layer_norm, linear, normalize
 
 import training
 from dataloaders.urban1k import read_urban1k
-from support import evaluate
+from support import end_ranks, evaluate, free_ports, set_rank, start_ranks
+from training.eval.encode import ComputeOptions
 from training.eval.metrics import expected_rank
 from training.eval.rerank import count_listed
 from training.main import main
@@ -131,6 +132,27 @@ def test_counts_equal_those_of_the_full_matrix():
             scores = torch.randint(0, 4, (7, k)) / 4  # with ties
             found = [expected_rank(counts).tolist() for counts in count_listed(candidates, scores, torch.tensor(owner))]
             assert found == [pytest.approx(expected) for expected in brute_ranks(candidates, scores, owner)]
+
+
+def check_queries(rank: int, name: str, file: str, port: int) -> None:
+    from training.eval.rerank import encode_queries
+    from training.model.assembly.factory import EncoderParts
+    from training.runtime.distributed import DistEnv, distributed
+
+    set_rank(rank, 2, port)
+    model, tokenizer = training.create_model(name, file).eval(), training.get_tokenizer(name)
+    texts, asked = [f"{n} dogs" for n in range(7)], []
+    options = ComputeOptions(batch_size=2)
+    alone = DistEnv(0, 1, torch.device("cpu"))
+    expected = encode_queries(EncoderParts(model, None, tokenizer, None), texts, alone, options)
+    with distributed("cpu") as env:
+        parts = EncoderParts(model, None, lambda own: asked.extend(own) or tokenizer(own), None)
+        found = encode_queries(parts, texts, env, options)
+    assert torch.equal(found, expected) and asked == [t for n, t in enumerate(texts) if n // 2 % 2 == rank], asked
+
+
+def test_processes_divide_the_captions_of_reranking(small):
+    assert end_ranks(start_ranks(check_queries, 2, small[0], str(small[1]), free_ports(1)[0])) == [0, 0]
 
 
 def test_rerank_equals_brute_force(small, scenes, tmp_path, capsys):

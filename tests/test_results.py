@@ -57,14 +57,16 @@ def test_compare_names_the_flags_that_differ(logs, capsys):
     assert "Flags that differ:" in said and "--batch-size" in said and "--workers" not in said.split("Flags that")[1]
 
 
-def test_missing_results_and_broken_lines_are_errors(tmp_path):
+def test_missing_results_are_an_error_and_broken_lines_are_read_past(tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match="evaluate a model"):
         results.load(tmp_path)
     path = tmp_path / "run" / "checkpoints" / "results.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text('{"a": 1}\n{"b":')
-    with pytest.raises(ValueError, match="results.jsonl line 2: broken JSON"):
-        results.load(tmp_path)
+    line = json.dumps({"model": "m\u2028\u2028", "k-i2t-top1": 0.5}, ensure_ascii=False)  # U+2028 ends no line
+    path.write_text(f'{line}\n{{"b":\n[1]\n{line}\n')
+    table = results.load(tmp_path)
+    assert table["i2t-top1"].tolist() == [0.5, 0.5] and set(table["model"]) == {"m\u2028\u2028"}
+    assert "results.jsonl line 2: skipped, broken JSON" in caplog.text
 
 
 def test_json_keys_are_the_published_ones():

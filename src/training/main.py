@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from training.flags.parser import parse_args
+from training.runtime.messages import print_any_name
 from training.runtime.processes import end_process
 from training.runtime.startup import first_imports
 from training.runtime.stop import EXIT_STOPPED, SIGNALS
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code. 0: success; 1: the data can't be used, or the model diverged; 2: usage error; 70: a process ended or
         hangs; 75: stopped by a signal, continue with --resume latest; 130: Ctrl-C.
     """
+    print_any_name()
     args = parse_args(argv)  # before heavy imports, so that --help and usage errors appear immediately
     try:
         with SIGNALS.caught() if args.train_data else nullcontext():

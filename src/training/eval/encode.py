@@ -23,7 +23,7 @@ from training.model.tokenizers.truncation import tokenise_and_count_lost
 from training.model.towers.image_encoder import image_encoder
 from training.model.towers.text_encoder import cut_padding, text_encoder
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, max_over_ranks, merge_over_ranks, raise_together, sum_over_ranks
+from training.runtime.distributed import DistEnv, join_rows, merge_over_ranks, raise_together, sum_over_ranks
 from training.runtime.stop import SIGNALS
 from training.runtime.workers import Loader
 
@@ -228,11 +228,7 @@ def _encode(
     broken = merge_over_ranks(broken, env)
     if broken and env.is_main:
         logger.warning(f"{len(broken):,} {unit}s can't be read and are skipped; the first: {broken[min(broken)]}")
-    dim = max_over_ranks(max((rows.shape[1] for _, rows in features), default=0), env)
-    everything = torch.zeros(num_items, dim)
-    for positions, rows in features:
-        everything[positions] = rows
-    return Encoding(sum_over_ranks(everything, env), broken, sum_over_ranks(lost_tokens, env))
+    return Encoding(join_rows(features, num_items, env), broken, sum_over_ranks(lost_tokens, env))
 
 
 def load_batches(

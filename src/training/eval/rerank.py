@@ -22,7 +22,7 @@ from training.model.assembly.factory import EncoderParts
 from training.model.towers.flair import conditioned_scores, encode_patches
 from training.model.towers.image_encoder import in_parts
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
+from training.runtime.distributed import DistEnv, join_rows, raise_together, sum_over_ranks
 
 
 def rerank_sets(
@@ -67,14 +67,21 @@ def rerank_sets(
 
 @torch.no_grad()
 def encode_queries(parts: EncoderParts, texts: Sequence[str], env: DistEnv, options: ComputeOptions) -> torch.Tensor:
-    """Returns the text features that query the pooling: [num_texts, dim] float32 on the CPU, not normalised."""
+    """Returns the text features that query the pooling: [num_texts, dim] float32 on the CPU, not normalised.
+
+    Each rank encodes its share of the batches; all get all features.
+    """
     size = options.text_batch_size or options.batch_size
-    found = []
-    for start in range(0, len(texts), size):
-        ids = parts.tokenizer(list(texts[start : start + size])).to(env.device)
-        with get_autocast(options.precision, device_type=env.device.type)():
-            found.append(parts.model.encode_text(ids).float().cpu())
-    return torch.cat(found)
+    found, error = [], None
+    try:
+        for start in range(0, len(texts), size)[env.rank :: env.world_size]:
+            ids = parts.tokenizer(list(texts[start : start + size])).to(env.device)
+            with get_autocast(options.precision, device_type=env.device.type)():
+                found.append((slice(start, start + size), parts.model.encode_text(ids).float().cpu()))
+    except Exception as caught:  # any error has to reach the other ranks before they wait for this one
+        error = caught
+    raise_together(error, env)
+    return join_rows(found, len(texts), env)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from training.eval.record import DIRECTIONS, ClassificationResult, RetrievalResult, describe_pairs, to_json
+from training.runtime.files import append_line
 
 PACKAGES = ("lotlip", "open_clip_torch", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 
@@ -103,6 +104,9 @@ def write_results(
 
     Returns:
         The path of the file.
+
+    Raises:
+        OSError: the file can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
@@ -117,6 +121,5 @@ def write_results(
         "flags": vars(args),
         **extra,
     }
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    append_line(path, json.dumps(line))  # in ASCII: U+2028 ends no line, and names need not be UTF-8
     return path

@@ -1,9 +1,12 @@
 """Reads all evaluations below a folder into one table."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from training.readers.sentences import split_lines
 
 if TYPE_CHECKING:
     import pandas
@@ -27,7 +30,8 @@ def load(*folders: str | Path, last: bool = False) -> "pandas.DataFrame":
 
     Raises:
         FileNotFoundError: a folder contains no results.
-        ValueError: a line is not a JSON object; the message names file and line.
+
+    A line that is not a JSON object, such as half a line that a crash left, is skipped with a warning that names it.
     """
     import pandas
 
@@ -37,23 +41,21 @@ def load(*folders: str | Path, last: bool = False) -> "pandas.DataFrame":
         if not paths:
             raise FileNotFoundError(f"{folder}: no {PLACE} in or below it; evaluate a model with --logs and --name")
         for path in paths:
-            lines = _read_lines(path)
+            lines = read_lines(path)
             for line in lines[-1:] if last else lines:
                 rows += _rows(str(path.parents[1]), line)
     return pandas.DataFrame(rows)
 
 
-def _read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
+    """Returns the objects of a results.jsonl, without broken lines."""
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(split_lines(path.read_text(encoding="utf-8", errors="replace")), 1):
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number}: broken JSON ({error})") from error
-        if not isinstance(line, dict):
-            raise ValueError(f"{path} line {number}: expected a JSON object")
-        lines.append(line)
-    return lines
+            logging.warning(f"{path} line {number}: skipped, broken JSON ({error})")
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _rows(run: str, line: dict) -> list[dict[str, object]]:

@@ -1,9 +1,11 @@
 """Runs one evaluation from start to end: check, build, encode, rank, report."""
 
 import argparse
+import itertools
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from dataloaders.pairs import describe_completeness, describe_missing
@@ -40,7 +42,9 @@ from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags, check_pooling, check_precision
 from training.model.names.resolve import file_sha256, resolve_weights
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, agree, distributed, fail, together
+from training.runtime.distributed import DistEnv, agree, distributed, fail, set_timeout, together
+from training.runtime.lease import Lease
+from training.runtime.messages import or_warn
 
 CARD = ("Long-text card", "long_text_card.png")
 
@@ -82,9 +86,10 @@ def evaluate(args: argparse.Namespace) -> int:
     start = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
-    with distributed(args.device, args.timeout_minutes) as env:
+    with distributed(args.device, args.timeout_minutes) as env, Lease() as lease:
+        set_timeout(env, args.timeout_minutes)
         try:
-            plan = agree(lambda: _check(args, env), env)
+            plan = agree(lambda: _check(args, lease, env), env)
             encoded = together(lambda: read_features(args.features), env) if args.features else None
             if args.dry_run:
                 return _describe(args, plan, encoded, env)
@@ -102,8 +107,8 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
-    """Checks flags and files before a model is built. Rank 0 only.
+def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
+    """Checks flags and files before a model is built, and takes the lease of the run's folder. Rank 0 only.
 
     Raises:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
@@ -121,9 +126,15 @@ def _check(args: argparse.Namespace, env: DistEnv) -> Plan:
     printed = find_published(args.published, args.model, args.pretrained, sha256)
     name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))
     folder = Path(args.logs) / name
-    if not args.dry_run:  # a full or read-only disk is noticed now, not after an hour of encoding
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return Plan(work, sha256, folder, printed)
+    for number in itertools.count(2):
+        try:
+            if not args.dry_run:  # a full or read-only disk is noticed now, not after an hour of encoding
+                lease.take(folder / "checkpoints", f"--name {name}")
+            return Plan(work, sha256, folder, printed)
+        except ValueError:  # jobs that started in the same second have the same name unless they were given one
+            if args.name:
+                raise
+            folder = Path(args.logs) / f"{name}-{number}"
 
 
 def _describe(args: argparse.Namespace, plan: Plan, encoded: list[EncodedSet] | None, env: DistEnv) -> int:
@@ -200,7 +211,6 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     comparisons = compare_with_published(results, plan.printed)
     extra |= {"published": to_json(comparisons)} if comparisons else {}
     found = [*results, *outcome.reranked, *outcome.zero_shot]
-    path = write_results(found, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
     label = label_of(args)
     if results:
         print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
@@ -214,16 +224,26 @@ def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv
     if results:
         print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(results, label)}")
     if outcome.diagnostics:
-        _show_diagnostics(plan, outcome, label)
-    print(f"\nResults: {path}")
+        print(f"\nRecall with changed captions (percent and points):\n\n{_format_diagnostics(outcome)}")
+    print(flush=True)
+    # Every number is on the screen now; a file that can't be written costs a warning.
+    line = partial(write_results, found, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
+    if path := or_warn(line, "results.jsonl"):
+        print(f"Results: {path}")
     if outcome.ranked:
-        write_ranks(outcome.ranked, plan.folder / FILE)
+        or_warn(lambda: write_ranks(outcome.ranked, plan.folder / FILE), FILE)
+    if outcome.diagnostics:
+        or_warn(lambda: _write_diagnostics(plan, outcome, label), "the figures of the diagnostics")
     if args.save_features:
-        for ranked in outcome.ranked:
-            write_features(ranked, plan.folder / "features")
-        print(f"Features: {plan.folder / 'features'}")
-    if args.report:
-        print(f"Report: {_write_page(args, plan, outcome, label, env, comparisons)}")
+        saved = or_warn(
+            lambda: [write_features(r, plan.folder / "features") for r in outcome.ranked], "--save-features"
+        )
+        if saved:
+            print(f"Features: {plan.folder / 'features'}")
+    if args.report and (
+        page := or_warn(partial(_write_page, args, plan, outcome, label, env, comparisons), "--report")
+    ):
+        print(f"Report: {page}")
 
 
 def _show_published(
@@ -242,10 +262,13 @@ def _show_published(
         print("\n".join(f"  {reason}" for reason in reasons))
 
 
-def _show_diagnostics(plan: Plan, outcome: Outcome, label: str) -> None:
+def _format_diagnostics(outcome: Outcome) -> str:
     from training.eval.report.card import format_diagnostics
 
-    print(f"\nRecall with changed captions (percent and points):\n\n{format_diagnostics(outcome.diagnostics)}")
+    return format_diagnostics(outcome.diagnostics)
+
+
+def _write_diagnostics(plan: Plan, outcome: Outcome, label: str) -> None:
     drawn = _draw_diagnostics(outcome, label)
     if drawn:
         title, file, figure = drawn
@@ -292,9 +315,7 @@ def _write_page(
 
     figures = []
     if outcome.diagnostics and (drawn := _draw_diagnostics(outcome, label)):
-        from training.eval.report.card import format_diagnostics
-
-        figures.append((drawn[0], format_diagnostics(outcome.diagnostics), to_svg(drawn[2])))
+        figures.append((drawn[0], _format_diagnostics(outcome), to_svg(drawn[2])))
     facts = {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}
     return write_report(
         plan.folder / "report.html",

@@ -17,7 +17,7 @@ from training.eval.record import TEMPLATES, ClassificationResult
 from training.model.assembly.factory import EncoderParts
 from training.model.tokenizers.truncation import count_lost_tokens
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, max_over_ranks, raise_together, sum_over_ranks
+from training.runtime.distributed import DistEnv, join_rows, raise_together
 from training.runtime.stop import SIGNALS
 
 CLASSES_PER_BATCH = 10  # open_clip's
@@ -122,7 +122,7 @@ def build_classifier(
     Raises:
         FloatingPointError: the model returned NaN or infinity.
     """
-    columns: dict[int, torch.Tensor] = {}
+    rows: list[tuple[slice, torch.Tensor]] = []
     stop = None
     for start, end in _batch_classes([len(texts) for texts in class_texts])[env.rank :: env.world_size]:
         if stop := SIGNALS.error():
@@ -138,13 +138,9 @@ def build_classifier(
                 num_classes_per_batch=None,
                 device=env.device,
             )
-        columns[start] = built.float().cpu()
+        rows.append((slice(start, end), built.T.float().cpu()))
     raise_together(stop, env)
-    dim = max_over_ranks(max((built.shape[0] for built in columns.values()), default=0), env)
-    classifier = torch.zeros(len(class_texts), dim)  # classes are rows here, because ranks contribute rows
-    for start, built in columns.items():
-        classifier[start : start + built.shape[1]] = built.T
-    classifier = sum_over_ranks(classifier, env)
+    classifier = join_rows(rows, len(class_texts), env)
     if not classifier.isfinite().all():
         raise FloatingPointError(f"the model returned NaN or infinity in {options.precision}; try --precision fp32")
     return classifier.T

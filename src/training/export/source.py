@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dataloaders.scene_drawing import draw_scene, make_scene
+from training.eval.results_table import read_lines
 from training.model.assembly.factory import create_model_and_transforms, get_tokenizer
 from training.model.names.config import CONFIG_FILE, LOCAL_DIR
 from training.model.names.transformers_clip import HF
@@ -75,8 +76,8 @@ def load_source(path: str, args: argparse.Namespace) -> Source:
     if not name:
         raise ValueError(f"{path}: not in a run's folder (no params.json); give its architecture with --model")
     results = run / "checkpoints" / "results.jsonl"
-    last = results.read_text(encoding="utf-8").splitlines()[-1:] if results.is_file() else []
-    return _load(name, weights, run.name if flags else path.stem, flags, json.loads(last[0]) if last else {}, args)
+    lines = read_lines(results) if results.is_file() else []
+    return _load(name, weights, run.name if flags else path.stem, flags, lines[-1] if lines else {}, args)
 
 
 def _load(name: str, weights: Path | None, title: str, flags: dict, results: dict, args: argparse.Namespace) -> Source:

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -196,6 +196,21 @@ def sum_over_ranks(tensor: torch.Tensor, env: DistEnv) -> torch.Tensor:
             dist.all_reduce(chunk)
             tensor[start : start + CHUNK_ROWS] = chunk.cpu()
     return tensor
+
+
+def join_rows(parts: Iterable[tuple[slice | list[int], torch.Tensor]], number: int, env: DistEnv) -> torch.Tensor:
+    """Returns the rows [number, dim] of all ranks, complete on every rank, float32 on the CPU.
+
+    Args:
+        parts: this rank's (positions, rows [n, dim]); each position belongs to one rank, others stay zero.
+        number: number of rows.
+        env: this process.
+    """
+    parts = list(parts)
+    joined = torch.zeros(number, max_over_ranks(max((rows.shape[1] for _, rows in parts), default=0), env))
+    for positions, rows in parts:
+        joined[positions] = rows
+    return sum_over_ranks(joined, env)
 
 
 def merge_over_ranks(entries: dict, env: DistEnv) -> dict:

@@ -1,4 +1,4 @@
-"""Atomic replacement of files, used for all files that this project replaces."""
+"""Atomic replacement of files, and appending of whole lines."""
 
 import errno
 import os
@@ -41,3 +41,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line in one write, so that processes do not mix their lines; ends half a line that a crash left.
+
+    Raises:
+        OSError: the file can't be written; on a full disk, nothing of the line is left.
+    """
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(file).st_size
+        is_whole = not size or os.pread(file, 1, size - 1) == b"\n"
+        content = (b"" if is_whole else b"\n") + line.encode("utf-8", "backslashreplace") + b"\n"
+        if os.write(file, content) < len(content):
+            os.ftruncate(file, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(file)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from training.runtime.messages import printable
+
 
 def render_page(template: Path, **values: object) -> str:
-    """Renders a template, which can include templates in the same folder.
+    """Renders a template, which can include templates in the same folder; names need not be UTF-8.
 
     Raises:
         jinja2.UndefinedError: the template uses a name that is not in `values`.
@@ -18,4 +20,4 @@ def render_page(template: Path, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template.name).render(values)
+    return printable(environment.get_template(template.name).render(values))

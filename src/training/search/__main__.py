@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from training.flags.model import PRECISIONS
 from training.flags.types import not_negative, positive
+from training.runtime.messages import print_any_name, printable
 from training.runtime.startup import first_imports
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 for a usage error."""
+    print_any_name()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -159,7 +161,7 @@ def _export(index: "ImageIndex", folder: "FolderContent", path: Path) -> None:
     keys = [key for key in folder.images if key in known]
     vectors = index.vectors(keys)
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), vectors.shape[1])
-    table = pyarrow.table({"path": [str(folder.images[key]) for key in keys], "vector": column})
+    table = pyarrow.table({"path": [printable(folder.images[key]) for key in keys], "vector": column})
     with atomic_write(path) as temporary:
         parquet.write_table(table, temporary)
 

@@ -22,6 +22,7 @@ from training.eval.zero_shot import evaluate_zero_shot
 from training.model.assembly.factory import EncoderParts
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, merge_over_ranks, sum_over_ranks
+from training.runtime.messages import or_warn
 from training.train.step import is_row_wise
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def evaluate_benchmarks(
     if env.is_main:
         _warn_about_broken_images([*results, *zero_shot])
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
-        write_results([*results, *zero_shot], folder, args, None, extra)
+        or_warn(lambda: write_results([*results, *zero_shot], folder, args, None, extra), "results.jsonl")
         tables = [format_table(results)] if results else []
         tables += [format_zero_shot(zero_shot)] if zero_shot else []
         logger.info(f"after epoch {epoch}:\n" + "\n\n".join(tables))

@@ -108,6 +108,6 @@ def write_cut_captions(ranked: Sequence[RankedSet], path: Path) -> int:
         for row in (r.lost_tokens > 0).nonzero()[:, 0].tolist():
             name = r.pairs.image_paths[r.pairs.image_of_caption[row]].name
             rows.append([r.pairs.title, row + 1, name, int(r.lost_tokens[row]), r.pairs.captions[row]])
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         csv.writer(file).writerows([["benchmark", "caption_number", "image", "lost_tokens", "caption"], *rows])
     return len(rows)
