@@ -1,11 +1,20 @@
-"""The registries find new files: a benchmark in dataloaders/, a family of text towers in model/towers/encoders/."""
+"""What new files add: a benchmark in dataloaders/, a family of encoders, a text tower in a file of its own."""
 
+import importlib.util
+import json
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+import torch
+from test_train import losses, read_metrics
+
+import training
 from dataloaders.registry import benchmarks
 from eval_files import write_image
 from support import read_results
+from training.main import main
 
 PLUGIN = """
 from pathlib import Path
@@ -111,3 +120,52 @@ def test_a_new_file_adds_a_family_of_text_towers(tmp_path):
         [sys.executable, "-c", RUN_FAMILY, str(tmp_path)], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+TOWER = """
+from torch import nn
+
+from training.model.towers.text_tower import TextTower
+
+
+class Bag(TextTower, name="bag"):
+    def __init__(self, vocab_size, output_dim, context_length):
+        super().__init__()
+        self.context_length, self.vocab_size, self.pad_id = context_length, vocab_size, 0
+        self.table, self.proj = nn.Embedding(vocab_size, 32), nn.Linear(32, output_dim)
+
+    @classmethod
+    def build(cls, spec, stock, cache_dir):
+        return cls(spec.text_cfg["vocab_size"], spec.model_cfg["embed_dim"], spec.context_length)
+
+    def all_features(self, ids):
+        keep = (ids != self.pad_id)[..., None]
+        return self.proj((self.table(ids) * keep).sum(dim=1) / keep.sum(dim=1))[:, None]
+
+    def layers(self):
+        return [self.proj]
+"""
+
+
+def test_a_text_tower_in_a_file_of_its_own_is_trained_packed_and_saved(scenes, tmp_path):
+    config = json.loads((Path(training.__file__).parent / "model/model_configs/lotlip_tiny.json").read_text())
+    config["text_cfg"] = {"tower": "bag", "context_length": 64, "vocab_size": 49408}
+    (tmp_path / "bag.json").write_text(json.dumps(config))
+    name = f"config:{tmp_path / 'bag.json'}"
+    with pytest.raises(ValueError, match="no text tower has the name bag .*import the file that defines it"):
+        training.create_model(name)
+    (tmp_path / "bag.py").write_text(TOWER)
+    spec = importlib.util.spec_from_file_location("bag", tmp_path / "bag.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    curves = {}
+    for packing in ("padded", "buckets"):
+        argv = ["--model", name, "--train-data", str(scenes / "train"), "--logs", str(tmp_path), "--name", packing]
+        argv += ["--workers", "0", "--batch-size", "20", "--epochs", "3", "--lr", "1e-3", "--warmup", "0"]
+        assert main([*argv, "--log-every-n-steps", "1", "--text-packing", packing]) == 0
+        curves[packing] = losses(read_metrics(tmp_path, packing))
+    assert curves["buckets"] == pytest.approx(curves["padded"], rel=1e-4)
+    model = training.create_model(name, str(tmp_path / "buckets" / "checkpoints" / "epoch_3.pt")).eval()
+    tokenizer = training.get_tokenizer(name)
+    training.save_pretrained(model, tmp_path / "saved", tokenizer)
+    again, ids = training.create_model(f"local-dir:{tmp_path / 'saved'}").eval(), tokenizer(["a red cube", "two dogs"])
+    assert ids.shape == (2, 64) and torch.equal(again.encode_text(ids), model.encode_text(ids))
