@@ -22,21 +22,21 @@ import torch
 
 from training.main import main
 from training.train import checkpoint, run
-from training.train.nonfinite import StepGuard
+from training.train.step_flags import StepFlags
 
 PATIENCE = 120.0  # seconds that a rank may run longer than another
 
 
 def record_samples(folder: Path, rank: int) -> None:
     """Makes training write the samples of every step to a file before the step is saved."""
-    original = StepGuard.add
+    original = StepFlags.add
 
-    def add(self: StepGuard, step: int, skipped: torch.Tensor, keys: list[str]) -> None:
+    def add(self: StepFlags, step: int, flags: torch.Tensor, keys: list[str]) -> tuple[bool, bool]:
         with open(folder / f"rank{rank}.jsonl", "a") as file:
             file.write(json.dumps([step, keys]) + "\n")
-        original(self, step, skipped, keys)
+        return original(self, step, flags, keys)
 
-    StepGuard.add = add
+    StepFlags.add = add
 
 
 def signal_itself(number: int, place: str, times: int) -> None:
@@ -51,7 +51,7 @@ def signal_itself(number: int, place: str, times: int) -> None:
     if place == "build":
         run.make_stepper = after(reached, run.make_stepper)
     elif place == "step":
-        StepGuard.add = after(reached, StepGuard.add)
+        StepFlags.add = after(reached, StepFlags.add)
     else:
         atomic_write = checkpoint.atomic_write
 

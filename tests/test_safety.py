@@ -19,8 +19,8 @@ from torch import nn
 from support import run_lab, run_ranks
 from training.main import main
 from training.runtime.files import atomic_write
-from training.train.nonfinite import StepGuard
 from training.train.step import Stepper
+from training.train.step_flags import StepFlags
 
 FLAGS = (
     "--model lotlip_tiny --workers 0 --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 4"
@@ -38,17 +38,17 @@ def metrics(run: Path) -> list[dict]:
 
 @pytest.fixture
 def steps(monkeypatch) -> dict[int, list[str]]:
-    """Records step -> samples of the trainings in this process; at a step in "stop", sends SIGUSR1 as SLURM does."""
+    """Records step -> samples of the trainings in this process; before step "stop", sends SIGUSR1 as SLURM does."""
     taken: dict = {}
-    original = StepGuard.add
+    original = StepFlags.add
 
-    def add(self: StepGuard, step: int, skipped: torch.Tensor, keys: list[str]) -> None:
+    def add(self: StepFlags, step: int, flags: torch.Tensor, keys: list[str]) -> tuple[bool, bool]:
         taken[step] = keys
-        if step == taken.get("stop"):
+        if step + 1 == taken.get("stop"):
             os.kill(os.getpid(), signal.SIGUSR1)
-        original(self, step, skipped, keys)
+        return original(self, step, flags, keys)
 
-    monkeypatch.setattr(StepGuard, "add", add)
+    monkeypatch.setattr(StepFlags, "add", add)
     return taken
 
 

@@ -49,7 +49,7 @@ def mark_places(folder: Path, rank: int) -> None:
     import training.eval.encode as encode
     import training.train.extract as extract
     import training.train.run as run
-    from training.train.nonfinite import StepGuard
+    from training.train.step_flags import StepFlags
 
     def marked(owner: object, name: str, place: Callable[..., str]) -> None:
         original = getattr(owner, name)
@@ -67,7 +67,7 @@ def mark_places(folder: Path, rank: int) -> None:
     marked(
         reader, "read_image", lambda raw, *_: "validating" if raw.source == "val.tar" else f"training {next(images)}"
     )
-    marked(StepGuard, "add", lambda _, step, *__: f"step {step}")
+    marked(StepFlags, "add", lambda _, step, *__: f"step {step}")
     marked(run, "open_source", lambda *_: f"opening on rank {rank}")
     marked(extract.ImageReader, "decode", lambda *_: "extracting")
 
@@ -194,8 +194,8 @@ def test_a_stuck_loader_process_does_not_keep_a_run_from_ending(scenes, tmp_path
     run.signal(signal.SIGTERM)
     run.let_go()
     assert run.end() == [75], run.log
-    assert "stopped after step 1 by a signal" in run.log
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_1.pt"]
+    assert "stopped after step 2 by a signal" in run.log  # it came after the update of step 1
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_2.pt"]
     wait_for_end(run.halted[1])
 
 
@@ -209,7 +209,7 @@ def test_a_closed_terminal_stops_and_saves_a_run_without_nohup(nohup, scenes, tm
     run.let_go()
     assert run.end() == [0 if nohup else 75], run.log
     saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert saved == ({"epoch_1.pt", "epoch_2.pt"} if nohup else {"step_1.pt"})
+    assert saved == ({"epoch_1.pt", "epoch_2.pt"} if nohup else {"step_2.pt"})
 
 
 def test_a_signal_while_no_data_come(scenes, tmp_path):

@@ -113,11 +113,7 @@ def test_one_process_accumulates_as_one_batch(scenes, logs):
     [
         (["--train-data", "{here}/none.tar"], 2, "1 of 1 shards are missing"),
         (["--train-data", "{set}", "--batch-size", "21"], 2, "a step takes 42 samples, but an epoch has 40"),
-        (
-            ["--train-data", "{here}/t.csv", "--batch-size", "1"],
-            70,
-            "no usable sample",
-        ),  # 70: ended because another rank failed
+        (["--train-data", "{here}/t.csv", "--batch-size", "1"], 1, "no usable sample"),
     ],
 )
 def test_no_rank_waits_for_one_that_stopped(flags, code, said, scenes, tmp_path):

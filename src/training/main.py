@@ -14,7 +14,7 @@ from training.flags.parser import parse_args
 from training.runtime.messages import print_any_name
 from training.runtime.processes import end_process
 from training.runtime.startup import first_imports
-from training.runtime.stop import EXIT_STOPPED, SIGNALS
+from training.runtime.stop import SIGNALS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     with first_imports():
-        from training.runtime.distributed import EXIT_LOST, check_device, check_launch, fail, is_lost_rank
+        from training.runtime.distributed import RunFailedError, check_device, check_launch, print_error
 
         if args.extract_image_features:
             from training.train.extract import extract as work
@@ -48,18 +48,13 @@ def _run(args: argparse.Namespace) -> int:
         check_device(args.device)
         check_launch()
     except ValueError as error:
-        return fail(error, 2)
+        print_error(error)
+        return 2
     try:
         return work(args)
-    except SystemExit as stop:  # only this rank failed; it exits without waiting for the others
-        return stop.code
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        if SIGNALS.name:  # other ranks received the same signal and exited first
-            return EXIT_STOPPED
-        reason = " ".join(str(error).split())[:200]
-        return fail(RuntimeError(f"another process of this run has ended; see its message ({reason})"), EXIT_LOST)
+    except RunFailedError as error:
+        print_error(error)
+        return error.code
 
 
 if __name__ == "__main__":

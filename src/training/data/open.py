@@ -20,7 +20,7 @@ from training.data.sizes import count_samples, expand_sources, trusted_sizes
 from training.data.tables import TableSource, read_tables
 from training.readers.streams import is_local
 from training.readers.table_files import names_tables, table_files
-from training.runtime.distributed import DistEnv, agree, together
+from training.runtime.distributed import DistEnv, on_main_rank
 from training.runtime.workers import Loader
 
 T = TypeVar("T")
@@ -93,16 +93,16 @@ def open_source(
 
         return _with_flag(flag, open_checked)
 
-    inside = agree(lambda: _with_flag(flag, lambda: embedded_sources(spec, args.csv_img_key)), env)
+    inside = on_main_rank(lambda: _with_flag(flag, lambda: embedded_sources(spec, args.csv_img_key)), env)
     _check_type(args.dataset_type, flag, spec)
     if not inside and names_tables(spec):
         if resampled:
             raise ValueError("--dataset-resampled is for shards; each row of a table is used once per epoch")
         # A table is too large to send to other ranks: rank 0 reads and checks it, then the other ranks read it as well.
         opened: list[Source] = []
-        agree(lambda: opened.append(checked(table)), env)
-        return together(lambda: opened[0] if opened else table(), env)
-    return agree(lambda: checked(shards), env)
+        on_main_rank(lambda: opened.append(checked(table)), env)
+        return opened[0] if opened else table()
+    return on_main_rank(lambda: checked(shards), env)
 
 
 def _open_shards(args: argparse.Namespace, flag: str, sources: list[list[str]], resampled: bool) -> Source:

@@ -23,7 +23,7 @@ from training.model.tokenizers.truncation import tokenise_and_count_lost
 from training.model.towers.image_encoder import image_encoder
 from training.model.towers.text_encoder import cut_padding, text_encoder
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, join_rows, merge_over_ranks, raise_together, sum_over_ranks
+from training.runtime.distributed import DistEnv, join_rows, merge_over_ranks, stop_together, sum_over_ranks
 from training.runtime.stop import SIGNALS
 from training.runtime.workers import Loader
 
@@ -210,20 +210,17 @@ def _encode(
     features: list[tuple[list[int], torch.Tensor]] = []
     broken: dict[int, str] = {}
     lost_tokens = torch.zeros(num_items, dtype=torch.int64)
-    error = None
-    try:
-        for batch in load_batches(dataset, unit, env, options):
-            SIGNALS.check()  # during training, a signal must not wait for the end of the evaluation
-            broken.update(batch.broken)
-            if batch.broken and not allow_broken:
-                reason = next(iter(batch.broken.values()))
-                raise BrokenImageError(f"{reason}; replace the file, or add --allow-missing to skip it")
-            if batch.positions:
-                features.append((batch.positions, run_tower(tower, batch.inputs, env.device, options.precision)))
-                lost_tokens[batch.positions] = batch.lost_tokens
-    except Exception as caught:  # any error has to reach the other ranks before they wait for this one
-        error = caught
-    raise_together(error, env)
+    for batch in load_batches(dataset, unit, env, options):
+        if SIGNALS.name:  # during training, a signal must not wait for the end of the evaluation
+            break
+        broken.update(batch.broken)
+        if batch.broken and not allow_broken:
+            reason = next(iter(batch.broken.values()))
+            raise BrokenImageError(f"{reason}; replace the file, or add --allow-missing to skip it")
+        if batch.positions:
+            features.append((batch.positions, run_tower(tower, batch.inputs, env.device, options.precision)))
+            lost_tokens[batch.positions] = batch.lost_tokens
+    stop_together(env)
 
     broken = merge_over_ranks(broken, env)
     if broken and env.is_main:

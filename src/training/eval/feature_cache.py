@@ -26,7 +26,7 @@ from training.model.assembly.factory import EncoderParts
 from training.model.towers.image_encoder import image_encoder
 from training.model.towers.locking import HEAD, apply_linear_head, linear_head
 from training.model.weights.fingerprint import PROBE_TEXTS, fingerprint, probe_images, rounded, tokenizer_fingerprint
-from training.runtime.distributed import DistEnv, agree
+from training.runtime.distributed import DistEnv, on_main_rank
 from training.runtime.files import atomic_write
 
 FORMAT = 3  # part of the hash: after a change, old files are not used
@@ -138,7 +138,7 @@ class FeatureCache:
             keys: one key per item.
             encode: indices of items -> their encoding, complete on every rank.
         """
-        content = agree(self._load, self.env)
+        content = on_main_rank(self._load, self.env)
         row_of = {bytes(row): number for number, row in enumerate(content["key"].numpy())}
         missing = [position for position, key in enumerate(keys) if key not in row_of]
         broken: dict[int, str] = {}
@@ -153,7 +153,7 @@ class FeatureCache:
             content = added
             good = torch.ones(len(content["key"]), dtype=torch.bool)
             good[[row_of[keys[p]] for p in broken]] = False
-            agree(lambda: self._save({name: value[good] for name, value in content.items()}), self.env)
+            on_main_rank(lambda: self._save({name: value[good] for name, value in content.items()}), self.env)
         rows = torch.tensor([row_of[key] for key in keys], dtype=torch.int64)
         return Encoding(content["features"][rows], broken, content["lost_tokens"][rows])
 

@@ -22,7 +22,7 @@ from training.model.assembly.factory import EncoderParts
 from training.model.towers.flair import conditioned_scores, encode_patches
 from training.model.towers.image_encoder import in_parts
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, join_rows, raise_together, sum_over_ranks
+from training.runtime.distributed import DistEnv, join_rows, sum_over_ranks
 
 
 def rerank_sets(
@@ -72,15 +72,11 @@ def encode_queries(parts: EncoderParts, texts: Sequence[str], env: DistEnv, opti
     Each rank encodes its share of the batches; all get all features.
     """
     size = options.text_batch_size or options.batch_size
-    found, error = [], None
-    try:
-        for start in range(0, len(texts), size)[env.rank :: env.world_size]:
-            ids = parts.tokenizer(list(texts[start : start + size])).to(env.device)
-            with get_autocast(options.precision, device_type=env.device.type)():
-                found.append((slice(start, start + size), parts.model.encode_text(ids).float().cpu()))
-    except Exception as caught:  # any error has to reach the other ranks before they wait for this one
-        error = caught
-    raise_together(error, env)
+    found = []
+    for start in range(0, len(texts), size)[env.rank :: env.world_size]:
+        ids = parts.tokenizer(list(texts[start : start + size])).to(env.device)
+        with get_autocast(options.precision, device_type=env.device.type)():
+            found.append((slice(start, start + size), parts.model.encode_text(ids).float().cpu()))
     return join_rows(found, len(texts), env)
 
 
@@ -106,22 +102,17 @@ def score_candidates(
         [num_images, k] float32 on the CPU, complete on every rank.
 
     Raises:
-        BrokenImageError: an image can't be read; raised on all ranks.
+        BrokenImageError: an image can't be read; raised on its rank only.
     """
     scores = torch.zeros(candidates.shape)
-    error = None
-    try:
-        for batch in load_batches(image_batches(parts.preprocess, paths, env, options), "image", env, options):
-            if batch.broken:
-                raise BrokenImageError(next(iter(batch.broken.values())))
-            pixels = batch.inputs.to(env.device, get_input_dtype(options.precision))
-            with get_autocast(options.precision, device_type=env.device.type)():
-                patches = in_parts(partial(encode_patches, parts.model.visual), pixels)
-                own = queries[candidates[batch.positions]].to(env.device, patches.dtype)
-                scores[batch.positions] = conditioned_scores(parts.model.visual_proj, own, patches).cpu()
-    except Exception as caught:  # any error has to reach the other ranks before they wait for this one
-        error = caught
-    raise_together(error, env)
+    for batch in load_batches(image_batches(parts.preprocess, paths, env, options), "image", env, options):
+        if batch.broken:
+            raise BrokenImageError(next(iter(batch.broken.values())))
+        pixels = batch.inputs.to(env.device, get_input_dtype(options.precision))
+        with get_autocast(options.precision, device_type=env.device.type)():
+            patches = in_parts(partial(encode_patches, parts.model.visual), pixels)
+            own = queries[candidates[batch.positions]].to(env.device, patches.dtype)
+            scores[batch.positions] = conditioned_scores(parts.model.visual_proj, own, patches).cpu()
     return sum_over_ranks(scores, env)
 
 

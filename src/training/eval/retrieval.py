@@ -20,8 +20,7 @@ from training.eval.store import FeatureStore
 from training.model.assembly.factory import EncoderParts
 from training.readers.files import upright
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, raise_together, sum_over_ranks
-from training.runtime.stop import SIGNALS
+from training.runtime.distributed import DistEnv, stop_together, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def encode_sets(
     images = FeatureStore(lambda paths: encode_images_once(image_cache, parts, paths, env, options, allow_broken))
     texts = FeatureStore(encode_captions)
     for s in work.sets:
-        raise_together(SIGNALS.error(), env)
+        stop_together(env)
         found = images(s.image_paths, [work.identity[path] for path in s.image_paths])
         kept = s.without_images(found.broken)
         if not kept.captions:

@@ -42,9 +42,10 @@ from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags, check_pooling, check_precision
 from training.model.names.resolve import file_sha256, resolve_weights
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, agree, distributed, fail, set_timeout, together
+from training.runtime.distributed import DistEnv, failing_with, on_main_rank
 from training.runtime.lease import Lease
 from training.runtime.messages import or_warn
+from training.runtime.watchdog import BUILDING, EVALUATING, joined_ranks
 
 CARD = ("Long-text card", "long_text_card.png")
 
@@ -86,22 +87,17 @@ def evaluate(args: argparse.Namespace) -> int:
     start = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
-    with distributed(args.device, args.timeout_minutes) as env, Lease() as lease:
-        set_timeout(env, args.timeout_minutes)
-        try:
-            plan = agree(lambda: _check(args, lease, env), env)
-            encoded = together(lambda: read_features(args.features), env) if args.features else None
+    with joined_ranks(args.device, args.timeout_minutes) as (env, watchdog), Lease() as lease:
+        with failing_with(2, ValueError, OSError):
+            plan = on_main_rank(lambda: _check(args, lease, env), env)
+            watchdog.at(0, BUILDING)
+            encoded = read_features(args.features) if args.features else None
             if args.dry_run:
                 return _describe(args, plan, encoded, env)
-            parts = None if encoded and not asks_about_texts(args) else together(lambda: _build(args, env), env)
-        except (ValueError, OSError) as error:
-            return fail(error, 2, env)
-        try:
+            parts = None if encoded and not asks_about_texts(args) else _build(args, env)
+        watchdog.at(0, EVALUATING)
+        with failing_with(2, ValueError, OSError), failing_with(1, BrokenImageError, FloatingPointError):
             outcome = _measure(args, parts, plan.work, env, encoded)
-        except (BrokenImageError, FloatingPointError) as error:
-            return fail(error, 1, env)
-        except (ValueError, OSError) as error:  # from a cache
-            return fail(error, 2, env)
         if env.is_main:
             _report(args, plan, outcome, env, time.monotonic() - start)
     return 0

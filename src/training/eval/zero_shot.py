@@ -17,7 +17,7 @@ from training.eval.record import TEMPLATES, ClassificationResult
 from training.model.assembly.factory import EncoderParts
 from training.model.tokenizers.truncation import count_lost_tokens
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, join_rows, raise_together
+from training.runtime.distributed import DistEnv, join_rows, stop_together
 from training.runtime.stop import SIGNALS
 
 CLASSES_PER_BATCH = 10  # open_clip's
@@ -123,9 +123,8 @@ def build_classifier(
         FloatingPointError: the model returned NaN or infinity.
     """
     rows: list[tuple[slice, torch.Tensor]] = []
-    stop = None
     for start, end in _batch_classes([len(texts) for texts in class_texts])[env.rank :: env.world_size]:
-        if stop := SIGNALS.error():
+        if SIGNALS.name:
             break
         # open_clip is given a class's list of texts as its "name"; template k then selects the k-th text.
         take = [itemgetter(k) for k in range(len(class_texts[start]))]
@@ -139,7 +138,7 @@ def build_classifier(
                 device=env.device,
             )
         rows.append((slice(start, end), built.T.float().cpu()))
-    raise_together(stop, env)
+    stop_together(env)
     classifier = join_rows(rows, len(class_texts), env)
     if not classifier.isfinite().all():
         raise FloatingPointError(f"the model returned NaN or infinity in {options.precision}; try --precision fp32")

@@ -1,6 +1,9 @@
-"""The processes of a run: rank, device, and collectives, which do nothing in a run with a single process."""
+"""The processes of a run: rank, device, and collectives, which do nothing in a run with a single process.
 
-import logging
+A rank that fails does not tell the others by a collective, because they may never come to it. It raises, and the
+watchdogs end the other ranks (see watchdog.py).
+"""
+
 import os
 import sys
 import threading
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device_so
 
-from training.runtime.stop import StoppedError
+from training.runtime.stop import SIGNALS, StoppedError
 
 EXIT_LOST = 70  # sysexits.h: internal error
 CHUNK_ROWS = 65_536
@@ -40,14 +43,14 @@ class DistEnv:
         return self.rank == 0
 
 
-@contextmanager
-def distributed(device: str | None, timeout_minutes: float = 30.0) -> Iterator[DistEnv]:
-    """Joins the process group that torchrun or srun describe in the environment, and leaves it at the end.
+def join_ranks(device: str | None, timeout_minutes: float = 30.0) -> DistEnv:
+    """Joins the process group that torchrun or srun describe in the environment.
 
     Args:
         device: ``cuda``, ``cpu``, ...; None uses CUDA if available. With several processes, each uses the device of its
             local rank.
-        timeout_minutes: a process that has not connected to all others by then exits with `EXIT_LOST`.
+        timeout_minutes: a process that has not connected to all others by then exits with `EXIT_LOST`. Collectives
+            time out five minutes later, so that the watchdog, which names the late rank, is first.
 
     Raises:
         ValueError: the device does not exist.
@@ -59,17 +62,21 @@ def distributed(device: str | None, timeout_minutes: float = 30.0) -> Iterator[D
         info = init_distributed_device_so(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     finally:
         alarm.cancel()
-    last = torch.zeros(1, device=info["device"])
-    try:
-        yield DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
-        if dist.is_initialized():
-            # In torch 2.6, gloo's threads take the GIL to free the tensors of finished work, while the destruction of
-            # the group holds the GIL and waits for these threads. A last collective, whose tensor outlives the group,
-            # ensures that no such tensor is left.
-            dist.all_reduce(last)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(minutes=timeout_minutes + 5), dist.group.WORLD)
+    return DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
+
+
+def leave_ranks(env: DistEnv) -> None:
+    """Waits for all ranks and leaves the process group. Only for ranks that have not failed."""
+    if env.world_size > 1:
+        # In torch 2.6, gloo's threads take the GIL to free the tensors of finished work, while the destruction of the
+        # group holds the GIL and waits for these threads. A last collective, whose tensor outlives the group, ensures
+        # that no such tensor is left.
+        last = torch.zeros(1, device=env.device)
+        dist.all_reduce(last)
+        dist.destroy_process_group()
 
 
 def _end_alone(minutes: float) -> None:
@@ -122,6 +129,32 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"--device {device}: not usable here ({reason}); omit it or use cpu") from error
 
 
+class RunFailedError(Exception):
+    """An error whose message is enough for the user: it is printed without a traceback.
+
+    Attributes:
+        code: exit code. 1: data, loss or disk failed during the work; 2: wrong flags, files or weights.
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@contextmanager
+def failing_with(code: int, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns errors of these kinds into `RunFailedError` with an exit code."""
+    try:
+        yield
+    except kinds as error:
+        raise RunFailedError(str(error), code) from error
+
+
+def print_error(message: object) -> None:
+    """Prints an error in the form of argparse."""
+    print(f"python -m training.main: error: {message}", file=sys.stderr, flush=True)
+
+
 def broadcast_object(value: T, env: DistEnv) -> T:
     """Returns rank 0's value on every rank."""
     if env.world_size == 1:
@@ -131,58 +164,23 @@ def broadcast_object(value: T, env: DistEnv) -> T:
     return box[0]
 
 
-def agree(check: Callable[[], T], env: DistEnv) -> T:
-    """Runs a function on rank 0; every rank returns its result, or raises its ValueError or OSError."""
-    outcome = None
-    if env.is_main:
-        try:
-            outcome = check()
-        except (ValueError, OSError) as error:
-            outcome = error
-    outcome = broadcast_object(outcome, env)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+def on_main_rank(function: Callable[[], T], env: DistEnv) -> T:
+    """Calls a function on rank 0 only, and returns its result on every rank; an error is raised on rank 0 only."""
+    return broadcast_object(function() if env.is_main else None, env)
 
 
-def together(build: Callable[[], T], env: DistEnv) -> T:
-    """Runs a function without collectives on every rank; if one fails, all ranks raise, so that none waits forever."""
-    result, error = None, None
-    try:
-        result = build()
-    except (ValueError, OSError) as caught:
-        error = caught
-    raise_together(error, env)
-    return result
-
-
-def fail(error: Exception, code: int, env: DistEnv | None = None) -> int:
-    """Prints an error, only on rank 0; returns the exit code."""
-    if env is None or env.is_main:
-        print(f"python -m training.main: error: {error}", file=sys.stderr)
-    return code
-
-
-def raise_together(error: Exception | None, env: DistEnv) -> None:
-    """Raises on every rank if any rank has an error, so that no rank waits for one that stopped.
-
-    If a signal stopped a rank, all ranks raise its StoppedError. Otherwise a rank with an error raises its own error,
-    and all other ranks raise the error of the first rank that has one.
-    """
+def gather_objects(value: T, env: DistEnv) -> list[T]:
+    """Returns the values of all ranks in rank order, on every rank."""
     if env.world_size == 1:
-        errors = [error]
-    else:
-        errors = [None] * env.world_size
-        dist.all_gather_object(errors, error)
-    failed = [(rank, e) for rank, e in enumerate(errors) if e is not None]
-    stopped = [e for _, e in failed if isinstance(e, StoppedError)]
-    if stopped:
-        raise stopped[0]
-    if error is not None:
-        raise error
-    if failed:
-        logging.error(f"rank {failed[0][0]} failed")
-        raise failed[0][1]
+        return [value]
+    values: list = [None] * env.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def merge_over_ranks(entries: dict, env: DistEnv) -> dict:
+    """Returns the union of all ranks' dicts, sorted by key, on every rank."""
+    return dict(sorted(item for part in gather_objects(entries, env) for item in part.items()))
 
 
 def sum_over_ranks(tensor: torch.Tensor, env: DistEnv) -> torch.Tensor:
@@ -207,45 +205,25 @@ def join_rows(parts: Iterable[tuple[slice | list[int], torch.Tensor]], number: i
         env: this process.
     """
     parts = list(parts)
-    joined = torch.zeros(number, max_over_ranks(max((rows.shape[1] for _, rows in parts), default=0), env))
+    dim = torch.tensor(max((rows.shape[1] for _, rows in parts), default=0), device=env.device)
+    joined = torch.zeros(number, int(max_over_ranks(dim, env)))
     for positions, rows in parts:
         joined[positions] = rows
     return sum_over_ranks(joined, env)
 
 
-def merge_over_ranks(entries: dict, env: DistEnv) -> dict:
-    """Returns the union of all ranks' dicts, sorted by key, on every rank."""
-    parts = [entries]
+def max_over_ranks(value: torch.Tensor, env: DistEnv) -> torch.Tensor:
+    """Replaces a tensor on the device by its largest values of all ranks, without synchronising with the device."""
     if env.world_size > 1:
-        parts = [{}] * env.world_size
-        dist.all_gather_object(parts, entries)
-    return dict(sorted(item for part in parts for item in part.items()))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended; torch has no single exception type for this."""
-    words = ("gloo", "NCCL", "closed by peer", "TCPStore")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-
-
-def any_rank(flag: torch.Tensor, env: DistEnv) -> torch.Tensor:
-    """Returns whether a flag (0 or 1, on the device) is set on any rank, without synchronising with the device."""
-    if env.world_size > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return flag
-
-
-def set_timeout(env: DistEnv, minutes: float) -> None:
-    """Makes collectives time out after the watchdog, whose message names the rank; the backends' defaults differ."""
-    if env.world_size > 1:
-        set_ = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-        set_(timedelta(minutes=minutes + 5), dist.group.WORLD)
-
-
-def max_over_ranks(value: int, env: DistEnv) -> int:
-    """Returns the largest value of all ranks."""
-    if env.world_size == 1:
-        return value
-    box = torch.tensor(value, device=env.device)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return int(box)
+def stop_together(env: DistEnv) -> None:
+    """Raises StoppedError on all ranks if any has received a stop signal; a collective, so all ranks must call it."""
+    # The exception of a rank that stopped alone would be taken for a failure of this rank.
+    stop = torch.zeros((), device=env.device)
+    if SIGNALS.name:
+        stop.fill_(1)
+    if max_over_ranks(stop, env):
+        raise StoppedError(f"stopped by {SIGNALS.name or 'a signal'}")

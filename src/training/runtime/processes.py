@@ -50,4 +50,7 @@ def end_process(code: int) -> None:
         child.join(PATIENCE_S / len(children))
     if any(child.is_alive() for child in children):  # even SIGKILL can't end an uninterruptible read
         os._exit(code)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():  # this rank failed; the end of its group would wait for the others
+        os._exit(code)
     sys.exit(code)

@@ -82,14 +82,5 @@ class StopSignals:
             kill_loaders()
             os._exit(EXIT_STOPPED)
 
-    def error(self) -> StoppedError | None:
-        """Returns the error to raise if a signal has been recorded, otherwise None."""
-        return StoppedError(f"stopped by {self.name}") if self.name else None
-
-    def check(self) -> None:
-        """Raises StoppedError if a signal has been recorded. Ranks may differ, so `raise_together` has to follow."""
-        if error := self.error():
-            raise error
-
 
 SIGNALS = StopSignals()

@@ -1,4 +1,8 @@
-"""Aborts a run when a rank hangs or dies, and reports which one."""
+"""Ends all ranks when one hangs, dies or fails, and names it. No collective is needed for that.
+
+The ranks report to a store on rank 0. A rank that fails prints its error, writes it to the store, and leaves; the
+watchdogs of the other ranks read it there and end their processes with the same exit code, whatever they wait for.
+"""
 
 import json
 import os
@@ -6,11 +10,23 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from training.runtime.distributed import EXIT_LOST, DistEnv, broadcast_object, is_lost_rank
+from training.runtime.distributed import (
+    EXIT_LOST,
+    DistEnv,
+    RunFailedError,
+    broadcast_object,
+    join_ranks,
+    leave_ranks,
+    print_error,
+)
 from training.runtime.processes import kill_loaders
 from training.runtime.stop import EXIT_STOPPED, SIGNALS
 from training.runtime.workers import Loader
@@ -18,12 +34,49 @@ from training.runtime.workers import Loader
 STARTING, OPENING, BUILDING = "checking the command", "opening the data", "building the model"
 WAITING, STEPPING, SAVING, EVALUATING = "waiting for data", "taking a step", "saving", "evaluating"
 COPYING = "copying to --remote-sync"
-LEAVING = "leaving"  # this rank exits because another rank has ended
-PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, COPYING, LEAVING)
+FAILED = "ending, because it or another rank has failed"
+PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, COPYING, FAILED)
 SLOW = {OPENING: 4, EVALUATING: 4, COPYING: 4}  # number of timeouts that a phase may take while all ranks report
 SILENT = 4  # number of intervals without a report after which a rank counts as lost
+LOST_S = 30.0  # time after which a rank ends if the store on rank 0 refuses connections
 STOP_PATIENCE_S = 10.0  # longest wait for a batch after a signal: SLURM kills 30 s after SIGTERM
-SIGNAL, ABANDONED = "signal", "abandoned"  # keys of the store
+SIGNAL, ABANDONED, FAILURE, NUM_LEFT = "signal", "abandoned", "failure", "num_left"  # keys of the store
+COMMUNICATION = ("gloo", "nccl", "closed by peer", "tcpstore", "remote worker")  # words of errors
+
+
+class Report(NamedTuple):
+    """What a rank tells the others: its step and phase, the seconds in that phase, its host, and the time now."""
+
+    step: int
+    phase: str
+    seconds: float
+    host: str
+    time: float
+
+
+class Failure(NamedTuple):
+    """The first failure of a run: the rank that found it, its host, the exit code of all ranks, and what happened."""
+
+    rank: int
+    host: str
+    code: int
+    message: str
+
+
+@contextmanager
+def joined_ranks(device: str | None, timeout_minutes: float) -> Iterator[tuple[DistEnv, "Watchdog"]]:
+    """Joins the other processes of a run, with a watchdog; leaves them at the end, unless the block raises.
+
+    Args:
+        device, timeout_minutes: see `join_ranks`.
+
+    Raises:
+        ValueError: the device does not exist.
+    """
+    env = join_ranks(device, timeout_minutes)
+    with Watchdog(env, 60 * timeout_minutes) as watchdog:
+        yield env, watchdog
+        leave_ranks(env)
 
 
 class Watchdog:
@@ -31,9 +84,10 @@ class Watchdog:
 
     This is a context manager, to be entered as soon as the process group exists. A rank that makes no progress for
     longer than the timeout exits with `EXIT_LOST`; before that, rank 0 prints which rank is furthest behind or silent.
-    Opening data, evaluating and copying may take four times as long unless a rank is silent. The thread also forwards
-    stop signals: a signal on one rank reaches all ranks within two intervals. If a rank then gets no further batch, the
-    run can't save any more, and all ranks exit with `EXIT_STOPPED`.
+    A new phase, a new step and a batch from a loader are progress. Opening data, evaluating and copying may take four
+    times as long unless a rank is silent. The thread also forwards stop signals: a signal on one rank reaches all ranks
+    within two intervals. If a rank then gets no further batch, the run can't save any more, and all ranks exit with
+    `EXIT_STOPPED`. If the block raises an error in a run of several ranks, all ranks end, see `_fail`.
 
     Args:
         env: this process; all ranks must create their watchdogs at the same point.
@@ -44,10 +98,12 @@ class Watchdog:
         self.env, self.timeout_s = env, timeout_s
         self.interval = min(max(timeout_s / 20, 0.5), 2.0)
         self.host = socket.gethostname()
-        self.ended = threading.Event()
-        self.heard = time.monotonic()  # when the store last answered
+        self.ended, self.wake = threading.Event(), threading.Event()
+        self.last_answer = time.monotonic()  # of the store
         self.stopping_since: float | None = None
         self.is_abandoned = False  # whether the run stops without saving
+        self.failure: Failure | None = None  # of this rank
+        self.has_shown_traceback = False
         self.store = _make_store(env, timeout_s) if env.world_size > 1 else None
         if self.store is not None:
             SIGNALS.grace_s = 3 * self.interval
@@ -55,7 +111,7 @@ class Watchdog:
 
     def at(self, step: int, phase: str) -> None:
         """Records the current step and phase of this rank, one of `PHASES`."""
-        self.place = step, phase, time.monotonic()
+        self.status = step, phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -67,46 +123,129 @@ class Watchdog:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, RuntimeError) and is_lost_rank(error) and not SIGNALS.name:
-            self._name_lost_ranks()
+        if error is not None and self.store is not None:
+            self._end_run(error)
         self.ended.set()
+        self.wake.set()
         self.thread.join()
         if self.store is not None:
             self.exchange.join(self.interval)
 
+    def _end_run(self, error: BaseException) -> None:
+        """Prints this rank's error and ends all ranks; does not return."""
+        if isinstance(error, RunFailedError):
+            where = f"rank {self.env.rank} on {self.host}: " if self.env.rank else ""
+            self._fail(error.code, f"{where}{error}")
+        if isinstance(error, KeyboardInterrupt):
+            self._fail(130, "interrupted")
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        if any(word in str(error).lower() for word in COMMUNICATION):  # may be the consequence of another rank's end
+            if SIGNALS.name:
+                _end_process(EXIT_STOPPED)  # other ranks received the same signal and exited first
+            self._end_if_ranks_are_lost()
+        self.has_shown_traceback = True
+        text = traceback.format_exception_only(error)[-1].strip()
+        self._fail(1, f"rank {self.env.rank} on {self.host} failed: {text}")
+
+    def _fail(self, code: int, message: str) -> None:
+        """Ends all ranks with an exit code; of all ranks that call it, only the first prints its message.
+
+        This rank stays until the others have ended, because communication libraries abort a process when its peer
+        ends, and because the store ends with rank 0.
+        """
+        self.at(self.status[0], FAILED)
+        self.failure = Failure(self.env.rank, self.host, code, message)
+        self.wake.set()
+        time.sleep(SILENT * self.interval + 5)  # the exchange ends the process before
+        print_error(message)  # the store does not answer
+        _end_process(code)
+
+    def _end_if_ranks_are_lost(self) -> None:
+        """Waits until a lost rank has missed several reports; if there is one, ends all ranks."""
+        self.at(self.status[0], FAILED)
+        time.sleep(SILENT * self.interval + 1)
+        if time.monotonic() - self.last_answer > SILENT * self.interval:
+            self._end_without_main_rank()
+        now, reports = time.time(), self._reports()
+        lost = [r for r in range(self.env.world_size) if r not in reports or self._is_silent(reports[r], now)]
+        if lost:
+            hosts = {rank: f" on {reports[rank].host}" if rank in reports else "" for rank in lost}
+            who = ", ".join(f"rank {rank}{hosts[rank]}" for rank in lost[:8])
+            self._fail(EXIT_LOST, f"{who} has ended or does not answer")
+
+    def _end_without_main_rank(self) -> None:
+        if self.env.rank == 1:
+            print_error("rank 0 has ended or does not answer")
+        _end_process(EXIT_LOST)
+
+    def _is_silent(self, report: Report, now: float) -> bool:
+        return now - report.time > SILENT * self.interval
+
     def _watch(self) -> None:
+        batches = 0
         while not self.ended.wait(self.interval):
-            step, phase, since = self.place
+            if Loader.num_batches != batches:
+                batches = Loader.num_batches
+                self.at(*self.status[:2])
+            step, phase, since = self.status
             now = time.monotonic()
             self._check_stop(now)
             # Rank 0 waits least and names the late rank, because the first rank that exits may make the others fail.
             longest = self.timeout_s + (0 if self.env.is_main else 3 * self.interval)
-            is_cut_off = self.store is not None and now - self.heard > longest
+            is_cut_off = self.store is not None and now - self.last_answer > longest
             if is_cut_off or now - since > longest * SLOW.get(phase, 1):
-                self._end()
+                self._end_stuck()
             if self.env.is_main and now - since > longest and self._some_rank_is_silent():
-                self._end()
+                self._end_stuck()
 
     def _exchange(self) -> None:
-        """Reports this rank's step, phase and signal to the store; records a signal that another rank received."""
-        while not self.ended.wait(self.interval):
-            step, phase, since = self.place
-            place = [step, phase, time.monotonic() - since, self.host, time.time()]
+        """Reports this rank to the store; reads there what ended or stops the other ranks."""
+        while not self.ended.is_set():
+            self.wake.wait(self.interval)
+            if self.failure is None:
+                self.wake.clear()
+            start = time.monotonic()
             try:
-                self.store.set(str(self.env.rank), json.dumps(place))
-                if SIGNALS.name:
-                    self.store.set(SIGNAL, SIGNALS.name)
-                if self.is_abandoned:
-                    self.store.set(ABANDONED, "")
-                signalled, abandoned = self.store.check([SIGNAL]), self.store.check([ABANDONED])
-                name = self.store.get(SIGNAL).decode() if signalled else None
-            except RuntimeError:  # rank 0 has ended; the timeout will end this rank, too
-                continue
-            self.heard = time.monotonic()
-            if name and not SIGNALS.name:
-                SIGNALS.note(name)
-            if abandoned:
-                _end_process(EXIT_STOPPED)
+                self._exchange_once()
+                self.last_answer = start
+            except RuntimeError:  # without an answer for a longer time, the timeout ends this rank, too
+                is_refused = time.monotonic() - start < 0.5  # rank 0 has ended; one that hangs would not refuse
+                if is_refused and start - self.last_answer > LOST_S and not self.ended.is_set():
+                    self._end_without_main_rank()
+                self.ended.wait(self.interval)
+
+    def _exchange_once(self) -> None:
+        step, phase, since = self.status
+        report = Report(step, phase, time.monotonic() - since, self.host, time.time())
+        self.store.set(str(self.env.rank), json.dumps(report))
+        if self.failure:
+            self.store.compare_set(FAILURE, "", json.dumps(self.failure))  # only the first is kept
+        if SIGNALS.name:
+            self.store.set(SIGNAL, SIGNALS.name)
+        if self.is_abandoned:
+            self.store.set(ABANDONED, "")
+        if self.store.check([FAILURE]):
+            self._follow(Failure(*json.loads(self.store.get(FAILURE))))
+        if self.store.check([ABANDONED]):
+            _end_process(EXIT_STOPPED)
+        if self.store.check([SIGNAL]) and not SIGNALS.name:
+            SIGNALS.note(self.store.get(SIGNAL).decode())
+
+    def _follow(self, failure: Failure) -> None:
+        """Ends this process because a rank has failed."""
+        is_first = failure.rank == self.env.rank
+        if is_first and not self.has_shown_traceback:
+            print_error(failure.message)
+        # A usage error needs no more than its own message, nor does an error that all ranks raised.
+        if not is_first and self.failure is None and failure.code != 2:
+            print_error(f"rank {self.env.rank} ends, because {failure.message}")
+        with suppress(RuntimeError):  # the store has ended
+            self.store.add(NUM_LEFT, 1)
+            deadline = time.monotonic() + SILENT * self.interval * (is_first or self.env.is_main)
+            while time.monotonic() < deadline and self.store.add(NUM_LEFT, 0) < self.env.world_size:
+                time.sleep(0.05)
+        _end_process(failure.code)
 
     def _check_stop(self, now: float) -> None:
         """Ends the run without saving if a signal was received but the next batch does not arrive."""
@@ -127,71 +266,58 @@ class Watchdog:
             time.sleep(3 * self.interval)  # the others must read this before the store ends with rank 0
         _end_process(EXIT_STOPPED)
 
-    def _name_lost_ranks(self) -> None:
-        """Prints which ranks no longer report, except those that report that they are leaving."""
-        self.at(self.place[0], LEAVING)
-        time.sleep((SILENT if self.env.rank <= 1 else 2) * self.interval + 1)
-        if self.env.is_main:
-            now, places = time.time(), self._places()
-            late = [r for r in range(self.env.world_size) if r not in places or self._is_lost(places[r], now)]
-            hosts = {rank: f" on {places[rank][3]}" if rank in places else "" for rank in late}
-            who = ", ".join(f"rank {rank}{hosts[rank]}" for rank in late[:8])
-        else:
-            who = "rank 0" if self.env.rank == 1 and time.monotonic() - self.heard > SILENT * self.interval else ""
-        if who:
-            print(f"python -m training.main: error: {who} has ended or does not answer", file=sys.stderr, flush=True)
-
-    def _is_lost(self, place: list, now: float) -> bool:
-        return place[1] != LEAVING and now - place[4] > SILENT * self.interval
-
     def _some_rank_is_silent(self) -> bool:
-        places = self._places()
-        return len(places) < self.env.world_size or any(time.time() - p[4] > self.timeout_s for p in places.values())
+        reports = self._reports()
+        return len(reports) < self.env.world_size or any(
+            time.time() - r.time > self.timeout_s for r in reports.values()
+        )
 
-    def _end(self) -> None:
+    def _end_stuck(self) -> None:
         if self.env.rank <= 1:  # rank 1 gets here only if rank 0 has not ended the run before
-            print(f"python -m training.main: error: {self._describe()}", file=sys.stderr, flush=True)
+            print_error(self._describe())
         _end_process(EXIT_LOST)
 
-    def _places(self) -> dict[int, list]:
-        """Returns the last report of every rank that has reported; rank 0 only."""
-        step, phase, since = self.place
-        places = {self.env.rank: [step, phase, time.monotonic() - since, self.host, time.time()]}
+    def _reports(self) -> dict[int, Report]:
+        """Returns the last report of every rank that has reported."""
+        step, phase, since = self.status
+        reports = {self.env.rank: Report(step, phase, time.monotonic() - since, self.host, time.time())}
         if self.store is not None:
-            ranks = range(self.env.world_size)
-            places |= {r: json.loads(self.store.get(str(r))) for r in ranks if self.store.check([str(r)])}
-        return places
+            others = [r for r in range(self.env.world_size) if r != self.env.rank and self.store.check([str(r)])]
+            reports |= {r: Report(*json.loads(self.store.get(str(r)))) for r in others}
+        return reports
 
     def _describe(self) -> str:
         if not self.env.is_main:  # otherwise rank 0, which has all reports, would have ended the run before
             return _stuck(self.timeout_s, "rank 0 does not answer")
-        return describe_stuck(self._places(), self.env.world_size, self.timeout_s, SILENT * self.interval)
+        return describe_stuck(self._reports(), self.env.world_size, self.timeout_s, SILENT * self.interval)
 
 
 def _end_process(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
     kill_loaders()
     os._exit(code)
 
 
-def describe_stuck(places: dict[int, list], world_size: int, timeout_s: float, silent_s: float) -> str:
+def describe_stuck(reports: dict[int, Report], world_size: int, timeout_s: float, silent_s: float) -> str:
     """Returns a message that names the ranks that the others are waiting for.
 
     Args:
-        places: rank -> its report [step, phase, seconds in this phase, host, time of the report].
+        reports: the last report of each rank that has reported.
         world_size: number of ranks.
         timeout_s: time without progress, in seconds.
         silent_s: seconds without a report after which a rank counts as lost.
     """
-    now = max(place[4] for place in places.values())
-    late = {r: f"has not reported for {now - p[4]:,.0f} s" for r, p in places.items() if now - p[4] > silent_s}
-    late |= {rank: "has never reported" for rank in range(world_size) if rank not in places}
+    now = max(report.time for report in reports.values())
+    late = {r: f"has not reported for {now - p.time:,.0f} s" for r, p in reports.items() if now - p.time > silent_s}
+    late |= {rank: "has never reported" for rank in range(world_size) if rank not in reports}
     if not late:
-        order = {rank: (place[0], PHASES.index(place[1])) for rank, place in places.items()}
+        order = {rank: (report.step, PHASES.index(report.phase)) for rank, report in reports.items()}
         first = min(order.values())
-        for rank, place in places.items():
+        for rank, report in reports.items():
             if order[rank] == first:
-                late[rank] = f"is at step {place[0]:,}, {place[1]} for {place[2]:,.0f} s"
-    hosts = {rank: f" on {places[rank][3]}" if rank in places else "" for rank in late}
+                late[rank] = f"is at step {report.step:,}, {report.phase} for {report.seconds:,.0f} s"
+    hosts = {rank: f" on {reports[rank].host}" if rank in reports else "" for rank in late}
     shown = "; ".join(f"rank {rank}{hosts[rank]} {late[rank]}" for rank in sorted(late)[:8])
     rest = world_size - len(late)
     waiting = f"; {rest} other{' ranks wait' if rest > 1 else ' rank waits'}" if rest else ""

@@ -44,6 +44,7 @@ class Loader(DataLoader):
     """
 
     waiting_since: float | None = None  # when this process began to wait for a batch; None if it is not waiting
+    num_batches = 0  # of all loaders of this process; the watchdog takes a further one for progress
 
     def __init__(self, dataset: Dataset, num_workers: int, pin: bool):
         super().__init__(
@@ -97,6 +98,7 @@ def _batches(batches: Iterator, workers: Sequence[multiprocessing.Process]) -> I
                 return
             finally:
                 Loader.waiting_since = None
+            Loader.num_batches += 1
             yield batch
     finally:
         # torch waits up to 5 s for each worker, one after the other. The timer terminates those that are still alive.

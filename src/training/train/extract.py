@@ -39,9 +39,10 @@ from training.model.towers.image_encoder import image_encoder
 from training.model.towers.locking import HEAD, linear_head
 from training.model.weights.fingerprint import fingerprint
 from training.readers.samples import BrokenShardError, Part, RawSample
-from training.runtime.distributed import DistEnv, agree, distributed, fail, raise_together, together
+from training.runtime.distributed import DistEnv, failing_with, gather_objects, on_main_rank
 from training.runtime.lease import FILE, Lease
 from training.runtime.tracking import log_to
+from training.runtime.watchdog import BUILDING, EVALUATING, joined_ranks
 from training.runtime.workers import Loader
 from training.train.step_log import EXAMPLES_PER_KIND
 
@@ -174,24 +175,20 @@ def extract(args: argparse.Namespace) -> int:
     Returns:
         Exit code. 0: success; 2: wrong flags, files or weights.
     """
-    with distributed(args.device, args.timeout_minutes) as env, Lease() as lease:
+    with joined_ranks(args.device, args.timeout_minutes) as (env, watchdog), Lease() as lease:
         log_to(None)
         if env.is_main:
             logging.getLogger("training").setLevel(logging.INFO)
-        try:
-            agree(lambda: _check(args, env), env)
+        with failing_with(2, ValueError, OSError):
+            on_main_rank(lambda: _check(args, env), env)
             source = open_source(args, "--train-data", args.train_data, caption_rule(args), env)
-            parts = together(lambda: build_from_flags(args, env.device), env)
-            info = together(lambda: tower_info(parts.model, args), env)
-            agree(lambda: _begin(args, source, info, lease), env)
-        except (ValueError, OSError) as error:
-            return fail(error, 2, env)
-        error = None
-        try:
-            _encode_own_parts(args, source, parts, env)
-        except Exception as caught:  # the error has to reach the other ranks before they wait for this one
-            error = caught
-        raise_together(error, env)
+            watchdog.at(0, BUILDING)
+            parts = build_from_flags(args, env.device)
+            info = tower_info(parts.model, args)
+            on_main_rank(lambda: _begin(args, source, info, lease), env)
+        watchdog.at(0, EVALUATING)
+        _encode_own_parts(args, source, parts, env)
+        gather_objects(None, env)  # all files exist
         if env.is_main:
             _finish(args, source, info)
     return 0

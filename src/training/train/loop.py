@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +15,18 @@ from training.data.batch import TrainBatch, to_device
 from training.data.open import TrainData
 from training.eval.retrieval import RetrievalWork
 from training.model.assembly.factory import EncoderParts
-from training.runtime.control import Control
-from training.runtime.distributed import DistEnv, agree
+from training.runtime.distributed import DistEnv, gather_objects, on_main_rank, stop_together
 from training.runtime.stop import SIGNALS, StoppedError
 from training.runtime.tracking import Tracker
-from training.runtime.watchdog import COPYING, EVALUATING, SAVING, Watchdog
+from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
 from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, remove_old_checkpoints
 from training.train.flops import ModelFlops
-from training.train.nonfinite import StepGuard
 from training.train.profile import StepProfile
 from training.train.remote import RemoteCopy
 from training.train.resume import Division, Progress, get_random_state, set_random_state
 from training.train.step import Stepper
+from training.train.step_flags import StepFlags
 from training.train.step_log import StepLog
-from training.train.supervision import Supervision
 from training.train.validate import ValidationSet, evaluate_benchmarks, validate
 
 logger = logging.getLogger(__name__)
@@ -102,20 +102,20 @@ class Trainer:
         env: DistEnv,
     ):
         self.args, self.plan, self.built, self.env = args, plan, run, env
-        self.tracker, self.remote, profile = observers
+        self.tracker, self.remote, self.profile = observers
         self.progress = run.start
         self.folder = plan.folder / CHECKPOINTS
         self.writer = CheckpointWriter(self.folder, plan.resume)  # only used on rank 0
-        self.control = Control(env, args.save_every_steps, args.save_every_minutes)
         self.watchdog = watchdog
         self.saved_step: int | None = None
-        guard = StepGuard(plan.folder, env.rank, args.max_skipped_steps, lambda: self.writer.last_good)
+        self.save_is_due, self.saved_at = False, time.monotonic()
+        lag = 1 if env.device.type == "cuda" else 0
+        self.flags = StepFlags(plan.folder, env.rank, lag, args.max_skipped_steps, lambda: self.writer.last_good)
         per_epoch = run.division.steps_per_epoch
         self.log = StepLog(
             env, self.tracker, run.start.totals, args.log_every_n_steps, per_epoch * args.epochs, per_epoch,
             args.max_bad_samples, run.flops,
         )  # fmt: skip
-        self.supervision = Supervision(watchdog, self.control, self.log, guard, profile)
 
     def run(self) -> None:
         """Trains.
@@ -142,7 +142,7 @@ class Trainer:
 
     def _leave(self) -> None:
         """Waits until all ranks have finished, because the first rank that exits may make the others fail."""
-        agree(self.writer.finish, self.env)
+        on_main_rank(self.writer.finish, self.env)
         self.watchdog.at(self.progress.step, COPYING)
 
     def _introduce(self) -> None:
@@ -164,23 +164,54 @@ class Trainer:
         Raises:
             StoppedError: see `run`.
         """
-        args, run, progress = self.args, self.built, self.progress
+        progress, stepper, log = self.progress, self.built.stepper, self.log
+        accum_freq = self.args.accum_freq
         batches = self._start_loader()
-        steps_left = (progress.share.num_batches - progress.batches_done) // args.accum_freq
-        with self.supervision.epoch(progress.step):
-            while steps_left:
-                steps_left -= 1
-                with self.supervision.step(progress.step + 1) as step:
-                    # After the last step of an epoch, `_end_epoch` saves.
-                    can_save = steps_left > 0 and not self.writer.is_busy
-                    inputs = step.take(batches, args.accum_freq, can_save)
-                    step.lr = run.schedule(progress.step)
-                    step.report = run.stepper(inputs)
-                    progress.advance(step.positions)
-                if step.stop or step.save:
-                    self._save([f"step_{progress.step}.pt"])
-                if step.stop:
-                    raise StoppedError(f"stopped after step {progress.step:,} by a signal")
+        last_step = progress.step + (progress.share.num_batches - progress.batches_done) // accum_freq
+        with log.epoch(progress.step):
+            while progress.step < last_step:
+                number = progress.step + 1
+
+                self.watchdog.at(number, WAITING)
+                with log.waiting():
+                    micro_batches = [next(batches) for _ in range(accum_freq)]
+                self.watchdog.at(number, STEPPING)
+
+                lr = self.built.schedule(progress.step)
+                output, early = stepper.forward([inputs for _, inputs in micro_batches])
+                terms = stepper.compute_loss(output, early)
+                stepper.backward(terms)
+                norm, flags = stepper.update(terms, self._requests(number, last_step))
+                progress.advance([batch.position for batch, _ in micro_batches])
+
+                keys = [log.add_batch(batch) for batch, _ in micro_batches]
+                log.add_step(number, stepper.report(output, terms, norm, flags), lr)
+                stop, save = self.flags.add(number, flags, sum(keys, []))
+                if number == last_step:
+                    stop, save = map(max, (stop, save), self.flags.finish())
+
+                if save or stop:
+                    self._save([f"step_{number}.pt"])
+                if stop:
+                    raise StoppedError(f"stopped after step {number:,} by a signal")
+                if self.profile:
+                    self.profile.step()
+
+    def _requests(self, number: int, last_step: int) -> tuple[bool, bool]:
+        """Whether this rank asks all ranks to stop, because of a signal, and to save, because it is due.
+
+        Only rank 0 asks to save. As the ranks read the requests `lag` steps late, it asks as much earlier.
+        """
+        args, lag = self.args, self.flags.lag
+        if args.save_every_steps and (number + lag) % args.save_every_steps == 0:
+            self.save_is_due = True
+        if args.save_every_minutes and time.monotonic() - self.saved_at >= 60 * args.save_every_minutes:
+            self.save_is_due = True
+        # After the last step of an epoch, `_end_epoch` saves.
+        asks = self.env.is_main and self.save_is_due and number + lag < last_step and not self.writer.is_busy
+        if asks:
+            self.save_is_due, self.saved_at = False, time.monotonic()
+        return SIGNALS.name is not None, asks
 
     def _start_loader(self) -> Iterator[tuple[TrainBatch, dict[str, object]]]:
         """Returns the remaining batches of the current epoch, on the device; sets the random state of its steps."""
@@ -226,8 +257,7 @@ class Trainer:
         metrics = {}
         if validates:
             model = getattr(run.stepper.model, "module", run.stepper.model)
-            check = self.control.raise_if_stopped
-            result = validate(run.val, model, run.stepper.autocast, env, check)
+            result = validate(run.val, model, run.stepper.autocast, env, partial(stop_together, env))
             metrics |= {f"val/{name}": value for name, value in result.items()}
             if env.is_main:
                 shown = ", ".join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v:,}" for n, v in result.items())
@@ -241,14 +271,14 @@ class Trainer:
     def _save(self, names: list[str]) -> None:
         """Passes all ranks' state to the writer; training continues as soon as the state is copied."""
         self.watchdog.at(self.progress.step, SAVING)
-        self.control.saved()
+        self.save_is_due, self.saved_at = False, time.monotonic()
         self.saved_step = self.progress.step
-        own = {
+        state = {
             "slots_done": list(self.progress.slots_done),
             "random_state": get_random_state(),
             "totals": self.log.pending(),
         }
-        states = self.control.gather(own)
+        states = gather_objects(state, self.env)
         if not self.env.is_main:
             return
         stepper = self.built.stepper

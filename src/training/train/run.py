@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,13 +27,13 @@ from training.model.names.resolve import resolve_weights
 from training.model.towers.corner import corner_places
 from training.model.towers.locking import linear_head
 from training.model.towers.train_model import TrainModel
-from training.runtime.distributed import DistEnv, agree, any_rank, distributed, fail, set_timeout, together
+from training.runtime.distributed import DistEnv, failing_with, max_over_ranks, on_main_rank
 from training.runtime.files import atomic_write
 from training.runtime.lease import Lease
 from training.runtime.stop import EXIT_STOPPED, StoppedError
 from training.runtime.tracking import Tracker, check_reporters, log_to
-from training.runtime.watchdog import BUILDING, OPENING, Watchdog
-from training.train.checkpoint import CHECKPOINTS, SaveError, named_checkpoint, newest_checkpoint, saved_checkpoints
+from training.runtime.watchdog import BUILDING, OPENING, Watchdog, joined_ranks
+from training.train.checkpoint import CHECKPOINTS, named_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
 from training.train.flops import count_model
 from training.train.loop import Observers, Plan, Run, Trainer
@@ -54,19 +55,23 @@ def train(args: argparse.Namespace) -> int:
         Exit code. 0: success; 1: data, loss or disk failed during training; 2: wrong flags, files or weights; 75:
         stopped by a signal, continue with ``--resume latest``.
     """
-    with distributed(args.device, args.timeout_minutes) as env:
-        set_timeout(env, args.timeout_minutes)
-        with Watchdog(env, 60 * args.timeout_minutes) as watchdog, Lease() as lease:
-            try:
-                plan, run = _prepare(args, watchdog, lease, env)
-            except (ValueError, OSError) as error:
-                return fail(error, 2, env)
-            return _train(args, plan, run, watchdog, env)
+    with joined_ranks(args.device, args.timeout_minutes) as (env, watchdog), Lease() as lease:
+        with failing_with(2, ValueError, OSError):
+            plan, run = _prepare(args, watchdog, lease, env)
+        try:
+            with failing_with(1, FloatingPointError, TooManyBadSamplesError, NoUsableSampleError, OSError, RemoteError):
+                with _observers(args, plan, run, env) as observers:
+                    Trainer(args, plan, run, observers, watchdog, env).run()
+        except StoppedError as stop:
+            if env.is_main:
+                logger.info(f"{stop}; continue with --name {plan.name} --resume latest")
+            return EXIT_STOPPED
+    return 0
 
 
 def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: DistEnv) -> tuple[Plan, Run]:
-    """Does everything before the first step; raises ValueError or OSError on all ranks."""
-    plan = agree(lambda: _check(args, lease, env), env)
+    """Does everything before the first step; raises ValueError or OSError, possibly on this rank only."""
+    plan = on_main_rank(lambda: _check(args, lease, env), env)
     if not env.is_main:
         log_to(None)
     _set_arithmetic(env)
@@ -74,22 +79,7 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     source, val_source = _open_sources(args, env)
     steps_per_epoch = _count_steps(args, source, env)
     watchdog.at(0, BUILDING)
-    return plan, together(lambda: _build(args, plan, source, val_source, steps_per_epoch, env), env)
-
-
-def _train(args: argparse.Namespace, plan: Plan, run: Run, watchdog: Watchdog, env: DistEnv) -> int:
-    try:
-        with _observers(args, plan, run, env) as observers:
-            Trainer(args, plan, run, observers, watchdog, env).run()
-    except StoppedError as stop:
-        if env.is_main:
-            logger.info(f"{stop}; continue with --name {plan.name} --resume latest")
-        return EXIT_STOPPED
-    except (FloatingPointError, TooManyBadSamplesError, SaveError, RemoteError) as error:  # raised on all ranks
-        return fail(error, 1, env)
-    except (NoUsableSampleError, OSError) as error:  # only on this rank: exit without waiting for the others
-        raise SystemExit(fail(RuntimeError(f"rank {env.rank}: {error}"), 1)) from error
-    return 0
+    return plan, _build(args, plan, source, val_source, steps_per_epoch, env)
 
 
 @contextmanager
@@ -241,7 +231,7 @@ def make_stepper(
         autocast=get_autocast(args.precision, device_type=env.device.type),
         scaler=scaler,
         max_norm=args.grad_clip_norm,
-        on_any_rank=lambda flag: any_rank(flag, env),
+        max_over_ranks=partial(max_over_ranks, env=env),
         locked_images=whole.encode_images if whole.image_is_locked else None,
         corners=corner_places(corners, _num_corners(core)),
     )

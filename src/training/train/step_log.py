@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from training.data.batch import TrainBatch
@@ -85,11 +86,12 @@ class StepLog:
     def waiting(self) -> Iterator[None]:
         """Measures the time of waiting for a batch."""
         start = time.monotonic()
-        yield
+        with record_function("wait for data"):
+            yield
         self.waited += time.monotonic() - start
 
-    def add_batch(self, batch: TrainBatch) -> None:
-        """Counts a batch of this process; logs the first bad samples of each kind."""
+    def add_batch(self, batch: TrainBatch) -> list[str]:
+        """Counts a batch of this process; logs the first bad samples of each kind. Returns the keys of its samples."""
         self.samples += len(batch.keys)
         self.tokens += batch.num_tokens
         self.slots += batch.num_padded
@@ -99,6 +101,7 @@ class StepLog:
             if self.num_logged[kind] <= EXAMPLES_PER_KIND:
                 more = "; further ones are counted only" if self.num_logged[kind] == EXAMPLES_PER_KIND else ""
                 logger.warning(f"skipped sample, {kind}: {name}{more}")
+        return batch.keys
 
     def add_step(self, step: int, report: dict[str, torch.Tensor], lr: float) -> None:
         """Adds a step's metrics; logs every `every` steps and at the end of an epoch.
@@ -145,7 +148,7 @@ class StepLog:
 
     def _reduce(self) -> dict[str, float]:
         """Returns the means of the report's entries over steps and ranks; adds all ranks' samples to the totals."""
-        # Only here does training wait for the current step; `StepGuard` lags one step behind.
+        # Only here does training wait for the current step; `StepFlags` lags one step behind.
         own = torch.stack([value.float() for value in self.sums.values()]).cpu().double()
         counts = [self.own.num_seen, *(self.own.faults[kind] for kind in FAULT_KINDS)]
         total = sum_over_ranks(torch.cat([own, torch.tensor(counts, dtype=torch.float64)]), self.env)

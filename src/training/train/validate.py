@@ -23,7 +23,7 @@ from training.model.assembly.factory import EncoderParts
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, merge_over_ranks, sum_over_ranks
 from training.runtime.messages import or_warn
-from training.train.step import is_row_wise
+from training.train.grad_cache import is_row_wise
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,88 @@
+"""Reads the flags of steps: whether a step was skipped, and whether a rank asks to stop or to save."""
+
+import json
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+MAX_RECORDS = 100
+
+
+class _Pending(NamedTuple):
+    step: int
+    flags: torch.Tensor
+    copied: torch.cuda.Event | None
+    keys: list[str]
+
+
+class StepFlags:
+    """Reads the flags of each step and acts on skipped ones. On a GPU one step late, so that no step waits for another.
+
+    Args:
+        folder: LOGS/NAME; samples of skipped steps are written to ``skipped_steps_rankR.jsonl`` in this folder.
+        rank: rank of this process.
+        lag: number of steps by which the flags are read late: 0 or 1.
+        max_in_a_row: maximum number of consecutive skipped steps, whose loss or gradient was not finite.
+        last_good: returns the last good checkpoint, for the message.
+    """
+
+    def __init__(self, folder: Path, rank: int, lag: int, max_in_a_row: int, last_good: Callable[[], Path | None]):
+        self.path = folder / f"skipped_steps_rank{rank}.jsonl"
+        self.lag, self.max_in_a_row, self.last_good = lag, max_in_a_row, last_good
+        self.pending: deque[_Pending] = deque()
+        self.in_a_row = self.total = 0
+
+    def add(self, step: int, flags: torch.Tensor, keys: list[str]) -> tuple[bool, bool]:
+        """Adds a step; returns what the ranks ask for, as far as it is known yet.
+
+        Args:
+            step: number of the step, from 1.
+            flags: [3] on the device, the same on all ranks: whether the step was skipped, whether to stop and to save.
+            keys: keys of this rank's samples.
+
+        Returns:
+            Whether to stop, and whether to save; the same on all ranks.
+
+        Raises:
+            FloatingPointError: too many consecutive steps were skipped; raised on all ranks.
+        """
+        copied = None
+        if flags.is_cuda:
+            copied = torch.cuda.Event()
+            flags = flags.to("cpu", non_blocking=True)
+            copied.record()
+        self.pending.append(_Pending(step, flags, copied, keys))
+        return self._read(self.lag)
+
+    def finish(self) -> tuple[bool, bool]:
+        """Reads the remaining steps; see `add`."""
+        return self._read(0)
+
+    def _read(self, keep: int) -> tuple[bool, bool]:
+        stop = save = False
+        while len(self.pending) > keep:
+            pending = self.pending.popleft()
+            if pending.copied is not None:
+                pending.copied.synchronize()
+            skipped, stop_here, save_here = map(bool, pending.flags.tolist())
+            stop, save = stop or stop_here, save or save_here
+            self._count(skipped, pending)
+        return stop, save
+
+    def _count(self, skipped: bool, pending: _Pending) -> None:
+        if not skipped:
+            self.in_a_row = 0
+            return
+        self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
+        if self.total <= MAX_RECORDS:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": pending.step, "keys": pending.keys}) + "\n")
+        if self.in_a_row > self.max_in_a_row:
+            raise FloatingPointError(
+                f"step {pending.step:,}: loss or gradient not finite for {self.in_a_row} steps in a row "
+                f"(--max-skipped-steps {self.max_in_a_row}); last good checkpoint: {self.last_good() or 'none'}; "
+                f"samples of these steps: {self.path.parent}/skipped_steps_rank*.jsonl"
+            )
