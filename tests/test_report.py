@@ -1,5 +1,7 @@
 """The report as a reader sees it: in a headless browser, from disk, with captions that contain code."""
 
+import base64
+import gzip
 import json
 import re
 import shutil
@@ -12,6 +14,7 @@ from PIL import Image
 from eval_files import write_coco, write_image
 from support import read_results
 from training.eval.npz import read_features
+from training.eval.report import page as page_module
 from training.eval.report.matches import top_matches
 from training.eval.report.thumbnails import make_thumbnails
 from training.main import main
@@ -246,6 +249,46 @@ def test_ten_thousand_queries_do_not_freeze(browser, tmp_path):
     page.click("#list li:nth-child(2) button")
     page.wait_for_function("() => location.hash === '#0,t2i,151'")
     page.close()
+
+
+def test_of_many_queries_all_failures_and_a_sample_of_the_rest_are_shown(browser, tmp_path):
+    number = 12_000
+    rows = np.random.default_rng(1).normal(size=(number, 12)).astype(np.float32)
+    texts = rows.copy()
+    texts[::40] = -texts[::40]  # 300 captions that find anything but their image
+    np.savez(tmp_path / "many.npz", image_features=rows, text_features=texts)
+    argv = ["--features", str(tmp_path / "many.npz"), "--report", "--logs", str(tmp_path), "--name", "r"]
+    assert main([*argv, "--device", "cpu"]) == 0
+    failures = round(number * (1 - read_results(tmp_path, "r")["many-retrieval-t2i-top1"]))
+    assert failures >= 300
+    page = browser.new_page()
+    page.goto((tmp_path / "r" / "report.html").as_uri())
+    wait_for_status(page, "10,000 of 10,000 queries")
+    shown = f"{failures:,} of {failures:,} whose first answer is wrong, and {10_000 - failures:,} of the"
+    assert "shows 10,000 of 12,000 queries" in page.inner_text("#note") and shown in page.inner_text("#note")
+    page.fill("#low", "1.1")
+    wait_for_status(page, f"{failures:,} of 10,000 queries")
+    page.fill("#search", "caption 11960")  # of this caption, the page shows its own number
+    wait_for_status(page, "1 of 10,000 queries")
+    assert page.inner_text("#detail h3") == "Caption 11961" and page.inner_text("#query") == "caption 11960"
+    assert page.locator("#detail .matches > li").count() == 10 and "image 11960" in page.inner_text("#detail")
+    page.close()
+
+
+def test_a_page_with_too_much_text_shows_fewer_queries(tmp_path, monkeypatch):
+    """Captions without repetition hardly compress. The limit is lowered here from 16 MB, so that the test is fast."""
+    monkeypatch.setattr(page_module, "MAX_CONTENT_BYTES", 300_000)
+    rng = np.random.default_rng(0)
+    captions = [rng.bytes(2500).hex() for _ in range(400)]
+    rows = rng.normal(size=(400, 8)).astype(np.float32)
+    np.savez(tmp_path / "long.npz", image_features=rows, text_features=rows, captions=captions)
+    argv = ["--features", str(tmp_path / "long.npz"), "--report", "--logs", str(tmp_path), "--name", "r"]
+    assert main([*argv, "--device", "cpu"]) == 0
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert len(page) < 600_000
+    content = json.loads(gzip.decompress(base64.b64decode(re.search(r'id="content".*?>(.*?)<', page)[1])))
+    queries = content["sets"][0]["t2i"]["query"]
+    assert 0 < len(queries) < 100 and f"shows {len(queries)} of 400 queries" in content["sets"][0]["t2i"]["note"]
 
 
 def test_saved_features_give_the_same_numbers_and_page(tmp_path, tiny_clip):

@@ -132,7 +132,7 @@ def _normalised(features: np.ndarray | None, where: str) -> torch.Tensor:
     if features is None or features.ndim != 2 or not np.issubdtype(features.dtype, np.floating) or not len(features):
         found = "nothing" if features is None else f"{features.dtype} of shape {features.shape}"
         raise ValueError(f"{where}: expected floating point [number, dim], found {found}")
-    tensor = torch.from_numpy(features.astype(np.float32))
+    tensor = torch.from_numpy(features.astype(np.float32, copy=False))
     if not tensor.isfinite().all():
         raise ValueError(f"{where}: contains NaN or infinity")
-    return normalize(tensor, dim=-1)
+    return normalize(tensor, dim=-1, out=tensor)  # in place: there is one copy

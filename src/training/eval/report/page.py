@@ -86,10 +86,11 @@ def _compress_content(ranked: Sequence[RankedSet], device: torch.device | str) -
     number = MAX_QUERIES
     while True:
         content, paths = browser_content(ranked, device, number)
-        compressed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
-        if len(compressed) <= MAX_CONTENT_BYTES or number <= 100:
+        compressed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), 6, mtime=0)
+        if len(compressed) <= MAX_CONTENT_BYTES or number == 1:
             return compressed, paths
-        number //= 2
+        number = min(number, max(max(map(len, (r.images, r.texts))) for r in ranked))
+        number = max(1, int(0.8 * number * MAX_CONTENT_BYTES / len(compressed)))
 
 
 def _ends(thumbnails: Sequence[bytes]) -> list[int]:
