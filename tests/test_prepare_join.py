@@ -146,8 +146,12 @@ def test_a_stopped_join_continues_and_gives_the_same_bytes(tmp_path, in_place, m
     for path in folders[0].glob("*.tar"):
         assert path.read_bytes() == (folders[1] / path.name).read_bytes()
     assert not list(tmp_path.rglob("*.tmp"))
-    # A table with other captions is joined again.
+    # A table with other captions is joined again in place; a folder made from the old one is not overwritten.
     pq.write_table(pa.table({"url": [url(0)], "longSV_captions": ["New."]}), tmp_path / "more.parquet")
+    if not in_place:
+        with pytest.raises(SystemExit):
+            join(tmp_path / "more.parquet", *words("b")[1:])
+        return
     assert join(tmp_path / "more.parquet", *words("b")[1:]) == 0
     assert json.loads(members(folders[1] / "0.tar")["000000.json"])["longSV_captions"] == "New."
 

@@ -45,7 +45,7 @@ def write_csv(path: Path, rows: list[dict[str, str]], header: list[str] = HEADER
 
 def run(out: Path, *words: object) -> dict:
     assert main(["tables", *map(str, words), "--out", str(out), "--workers", "1"]) == 0
-    return json.loads((out / "summary.json").read_text())
+    return json.loads((out / "_summary.json").read_text())
 
 
 def parts(out: Path) -> list[dict]:
@@ -134,7 +134,7 @@ def test_a_killed_run_leaves_no_processes_and_continues(tmp_path):
         time.sleep(0.01)
     process.kill()
     process.communicate()  # returns when no process has the other end of the pipes
-    assert not (tmp_path / "out" / "summary.json").exists()
+    assert not (tmp_path / "out" / "_summary.json").exists()
     run(tmp_path / "out", path, "--rows-per-part", "100")
     run(tmp_path / "whole", path, "--rows-per-part", "100")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

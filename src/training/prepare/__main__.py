@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from training.prepare.params import build_parser
+from training.runtime.lease import Lease
 
 MODULES = {
     "tables": "tables.run",
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    return importlib.import_module(f"training.prepare.{MODULES[args.command]}").run(args)
+    with Lease() as args.lease:  # each command takes it once its flags are checked
+        return importlib.import_module(f"training.prepare.{MODULES[args.command]}").run(args)
 
 
 if __name__ == "__main__":

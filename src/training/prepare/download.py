@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {out}: started from other tables or with other sizes; name another folder")
     if not args.check_only:
         words[0] = _find_engine(words)
+        args.lease.take(out / STATE, "--out")
         write_json(out / STATE / "settings.json", settings)
         (out / "sizes.json").unlink(missing_ok=True)  # img2dataset would read it as one of its own .json files
         code = subprocess.run(words, check=False, env=_engine_environment(words[0])).returncode

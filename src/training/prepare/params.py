@@ -55,7 +55,7 @@ def _workers(parser: argparse.ArgumentParser, most: int = 64) -> None:
 def add_tables_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `tables`."""
     parser.add_argument("tables", nargs="+", metavar="IN", help=".csv, .tsv or .parquet tables, or folders of them")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for part-*.parquet and summary.json")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for part-*.parquet and _summary.json")
     parser.add_argument("--summary", metavar="FILE", help="write the summary to this file as well")
     parser.add_argument(
         "--url-column", metavar="COL", help="column of image URLs (default: Image Path, url, URL, image_url)"

@@ -1,14 +1,15 @@
 """`prepare recaption`: writes long captions for images in shards with a vision-language model.
 
-The captions of a shard are first kept in a file beside the new shards, so that none has to be generated twice. Then
-they are added to the shard's JSON files as in `prepare join`.
+The captions of a shard are first kept in a file beside the new shards, batch by batch, so that none has to be generated
+twice. Then they are added to the shard's JSON files as in `prepare join`.
 """
 
 import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,8 @@ from training.data.reader import read_image
 from training.prepare.engines import PROMPTS, Engine, Generated, make_engine
 from training.prepare.shards.files import (
     Place,
+    check_sources,
+    done_counts,
     fingerprint,
     finish,
     my_places,
@@ -30,9 +33,9 @@ from training.prepare.shards.files import (
 )
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.work import add_counts, format_counts, progress
+from training.readers.files import parallel_map
 from training.readers.images import load_rgb
 from training.readers.samples import RawSample, read_samples
-from training.readers.sentences import split_lines
 from training.runtime.files import atomic_write
 
 STATE = ".recaption"
@@ -44,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if shards can't be read."""
     prompts = read_prompts(args.caption)
     everything, mine = my_places(args, args.shards, "SHARDS", STATE)
+    check_sources(args, everything)
     mark = fingerprint({"vlm": args.vlm, "prompts": prompts, "max_tokens": args.max_tokens})
     total: dict = dict.fromkeys(SAMPLE_KINDS, 0)
     total["captions"] = {key: dict.fromkeys(CAPTION_KINDS, 0) for key in prompts}
@@ -55,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
         )
         batch_size = args.batch_size or engine.batch_size
         for place in progress(left, len(left), "captioning", "shard"):
-            try:
-                add_counts(total, recaption_shard(place, engine, prompts, batch_size, mark))
+            try:  # another job may have done it by now
+                counts = done_counts(place, mark) or recaption_shard(place, engine, prompts, batch_size, mark)
+                add_counts(total, counts)
             except OSError as error:
                 broken[str(place.source)] = str(error)
     summary = {"shards": len(mine), "done_before": len(mine) - len(left), "broken_shards": broken, "prompts": prompts}
@@ -101,12 +106,17 @@ def recaption_shard(place: Place, engine: Engine, prompts: dict[str, str], batch
     """
     written = place.state / "captions" / f"{place.target.name}.{mark}.jsonl"
     samples = read_json_samples(place.source)  # raises for a broken shard, before the model spends time on it
-    lines = _read_lines(written)
-    if [line["key"] for line in lines] != [sample.key for sample in samples]:
-        with atomic_write(written) as path, open(path, "w", encoding="utf-8") as file:
-            for line in caption_samples(str(place.source), engine, prompts, batch_size, len(samples)):
-                file.write(json.dumps(line) + "\n")
-        lines = _read_lines(written)
+    lines, keys = _read_lines(written), [sample.key for sample in samples]
+    if [line["key"] for line in lines] != keys[: len(lines)]:
+        lines = []
+    if len(lines) < len(keys):
+        with atomic_write(written) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        with open(written, "a", encoding="utf-8") as file:
+            for batch in caption_samples(str(place.source), engine, prompts, batch_size, len(keys), len(lines)):
+                file.write("".join(json.dumps(line) + "\n" for line in batch))
+                file.flush()  # a killed job loses no more than this batch
+                lines += batch
     counts: dict = {"samples": len(lines), "captions": {}}
     additions = []
     for line, sample in zip(lines, samples, strict=True):
@@ -120,16 +130,22 @@ def recaption_shard(place: Place, engine: Engine, prompts: dict[str, str], batch
 
 
 def _read_lines(path: Path) -> list[dict]:
+    """Returns the lines that were written completely."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
 
 
-def caption_samples(url: str, engine: Engine, prompts: dict[str, str], batch_size: int, total: int) -> Iterator[dict]:
-    """Yields for each sample of a shard, in order, its captions and faults as the dict to write to the file."""
-    samples = iter(progress(read_samples(url), total, os.path.basename(url), "image"))
-    while batch := list(islice(samples, batch_size)):
-        images = [_image(sample) for sample in batch]
+def caption_samples(
+    url: str, engine: Engine, prompts: dict[str, str], batch_size: int, total: int, first: int = 0
+) -> Iterator[list[dict]]:
+    """Yields for each batch of samples, in order, the captions and faults of each as the dict to write to the file.
+
+    The images of the next batch are decoded while the model works.
+    """
+    samples = read_samples(url, first)
+    for batch, images in _decoded(progress(samples, total - first, os.path.basename(url), "image"), batch_size):
         good = [image for image, fault in images if not fault]
         lines: list[dict] = [
             {"key": sample.key, "fault": fault, "captions": {}, "kinds": {}}
@@ -144,7 +160,21 @@ def caption_samples(url: str, engine: Engine, prompts: dict[str, str], batch_siz
                 line["kinds"][key] = kinds
                 if text:
                     line["captions"][key] = text
-        yield from lines
+        yield lines
+
+
+def _decoded(samples: Iterable[RawSample], batch_size: int) -> Iterator[tuple[list[RawSample], list[tuple]]]:
+    samples = iter(samples)
+
+    def read() -> tuple[list[RawSample], list[tuple]]:
+        batch = list(islice(samples, batch_size))
+        return batch, parallel_map(_image, batch)
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read)
+        while (ready := coming.result())[0]:
+            coming = pool.submit(read)
+            yield ready
 
 
 def _image(sample: RawSample) -> tuple[Image.Image | None, str | None]:

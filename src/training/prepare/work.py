@@ -132,22 +132,31 @@ def my_share(items: Sequence[T], span: str | None, environ: Mapping[str, str]) -
             raise ValueError(f"--shard-range {span}: expected A:B for the shards number A to B - 1, e.g. 0:100")
         items = items[int(first or 0) : int(last) if last else None]
     place, parts = job_place(environ)
-    return list(items[place::parts])
+    if place < parts:
+        return list(items[place::parts])
+    # The numbers of an array have gaps, such as --array=3,17,20, so no task knows which are missing. Each takes all
+    # items, beginning elsewhere, and passes over those that another has done by then.
+    start = int(len(items) * ((place - parts) * 0.618034 % 1))  # far from the others, whatever their numbers
+    return [*items[start:], *items[:start]]
 
 
 def job_place(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Returns (number of this job, number of jobs), from SLURM's array and step or from torchrun's ranks."""
+    """Returns (number of this job, number of jobs), from SLURM's array and step or from torchrun's ranks.
+
+    The number of a task of an array with gaps is not below the number of jobs.
+    """
 
     def number(*names: str) -> int:
         return int(next((environ[name] for name in names if environ.get(name, "").isdecimal()), 0))
 
-    place, parts = 0, 1
+    place, parts, has_gaps = 0, 1, False
     if number("SLURM_ARRAY_TASK_COUNT") > 1:
-        step = number("SLURM_ARRAY_TASK_STEP") or 1
-        place = (number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN")) // step
+        step, least = number("SLURM_ARRAY_TASK_STEP") or 1, number("SLURM_ARRAY_TASK_MIN")
+        place = (number("SLURM_ARRAY_TASK_ID") - least) // step
         parts = number("SLURM_ARRAY_TASK_COUNT")
+        has_gaps = number("SLURM_ARRAY_TASK_MAX") > least + (parts - 1) * step
     # The tasks of srun's step, not of the job: a batch script that starts one process may have many tasks.
     ranks = number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
     if ranks > 1:
         place, parts = place * ranks + number("RANK", "SLURM_PROCID"), parts * ranks
-    return place, parts
+    return place + parts * has_gaps, parts

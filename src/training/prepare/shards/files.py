@@ -8,15 +8,16 @@ import argparse
 import json
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from training.data.sizes import expand_sources
-from training.prepare.work import add_counts, load_json, my_share, write_json
+from training.prepare.work import add_counts, job_place, load_json, my_share, write_json
 from training.readers.captions import RecordError, read_record
+from training.readers.files import parallel_map
 from training.readers.samples import RawSample, read_samples
 from training.readers.streams import is_local
 from training.readers.tar import BLOCK, Member, TarReader
@@ -54,7 +55,7 @@ class Place:
     @property
     def note(self) -> Path:
         """The note which says that the target is complete, and what it holds."""
-        return self.state / f"{self.target.name}.json"
+        return self.state / f"{self.source.name}.json"
 
 
 def local_shards(spec: str, flag: str) -> list[Path]:
@@ -82,7 +83,7 @@ def places(shards: list[Path], out: str | None, state: str) -> list[Place]:
         ValueError: two shards would be written under the same name, or `out` is the folder of a shard.
     """
     if out is None:
-        return [Place(path, path, path.parent / state) for path in shards]
+        return [Place(path, path.resolve(), path.parent / state) for path in shards]  # links stay links
     seen: dict[str, Path] = {}
     for path in shards:
         if path.name in seen:
@@ -105,10 +106,51 @@ def my_places(args: argparse.Namespace, spec: str, flag: str, state: str) -> tup
     """Returns (all shards, the shards of this job), by --out, --in-place, --shard-range and the environment.
 
     Raises:
-        FileNotFoundError, ValueError: see `local_shards`, `places` and `my_share`.
+        FileNotFoundError, ValueError: another live command works on the same shards; see also `local_shards`,
+            `places` and `my_share`.
     """
     everything = places(local_shards(spec, flag), None if args.in_place else args.out, state)
-    return everything, my_share(everything, args.shard_range, os.environ)
+    mine = my_share(everything, args.shard_range, os.environ)
+    place, parts = job_place(os.environ)
+    jobs = everything[0].target.parent / ".jobs"
+    args.lease.take(jobs / f"{(args.shard_range or 'all').replace(':', '-')}-{place}-of-{parts}", "--out or --in-place")
+    return everything, mine
+
+
+def check_sources(args: argparse.Namespace, everything: list[Place], tables: Sequence[Path] = ()) -> None:
+    """Notes in the folder of --out which shards and tables it is made from.
+
+    Raises:
+        ValueError: the folder was made from others, or holds shards that this command did not write.
+    """
+    if args.in_place:
+        return
+    path = everything[0].state / "sources.json"
+    known = load_json(path) or {"shards": {}, "tables": None}
+    names = [place.source.name for place in everything]
+    shards = dict(zip(names, parallel_map(content_mark, [place.source for place in everything])))
+    made_from = sorted(map(content_mark, tables))
+    for place in everything:
+        name = place.source.name
+        if known["shards"].get(name, shards[name]) != shards[name]:
+            raise ValueError(
+                f"--out {args.out}: its {name} is made from another shard than {place.source}; name another"
+            )
+        if name not in known["shards"] and place.target.exists():
+            raise ValueError(f"--out {args.out}: holds {name}, which this command did not write; name another folder")
+    if known["tables"] not in (None, made_from):
+        raise ValueError(f"--out {args.out}: made from other tables; name another folder")
+    write_json(path, {"shards": known["shards"] | shards, "tables": made_from})
+
+
+def content_mark(path: Path) -> str:
+    """Returns a text that differs between files of different content: their size, and a hash of both their ends."""
+    size, digest = os.path.getsize(path), blake2b(digest_size=12)
+    with open(path, "rb") as file:
+        digest.update(file.read(1 << 16))
+        file.seek(max(0, size - (1 << 16)))
+        digest.update(file.read())
+    return f"{size} {digest.hexdigest()}"
 
 
 def not_done(mine: list[Place], mark: str, total: dict) -> list[Place]:
@@ -138,6 +180,9 @@ def finish(args: argparse.Namespace, everything: list[Place], summary: dict, lin
     share = "" if summary["shards"] == len(everything) else f" of {len(everything):,}"
     before = f", {summary['done_before']:,} of them before" if summary["done_before"] else ""
     broken = [f"not done: {reason}" for reason in summary["broken_shards"].values()]
+    left = [place.source.name for place in everything if not place.note.exists()]
+    if left and not broken:
+        lines = [*lines, f"left to other jobs: {len(left):,} shards ({', '.join(left[:5])}{', ..' * (len(left) > 5)})"]
     print("\n".join([f"{summary['shards']:,}{share} shards{before}", *lines, *broken]))
     return 1 if broken else 0
 

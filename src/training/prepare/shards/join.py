@@ -14,6 +14,7 @@ from training.data.faults import FAULT_KINDS
 from training.prepare.shards.files import (
     JsonSample,
     Place,
+    check_sources,
     fingerprint,
     finish,
     my_places,
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     everything, mine = my_places(args, args.shards, "--shards", STATE)
     match = args.match or _guess_match([place.source for place in everything])
     tables = open_tables(args.tables, match, args.columns, everything[0].state / "index")
+    check_sources(args, everything, tables.paths)
     mark = fingerprint(tables.describe() | {"keep": args.keep_existing})
     total: dict = dict.fromkeys(KINDS, 0)
     left = not_done(mine, mark, total)
@@ -108,7 +110,8 @@ def _jobs(left: list[Place], tables: CaptionTables, mark: str, args, pool, broke
                 held.append((place, samples, faults))
         if sum(len(samples) for _, samples, _ in held) >= args.samples_per_pass:
             yield from found()
-    yield from found()
+    if held:
+        yield from found()
 
 
 def _kind(fault: str | None, values: list[str], row: int | None) -> str:

@@ -45,6 +45,7 @@ from training.readers.csv_rows import CsvForm, CsvRecords
 from training.runtime.messages import first_line
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
+SUMMARY = "_summary.json"  # readers of folders of Parquet pass over names that begin with an underscore
 VERSION = 1  # version of the cleaning; parts of different versions are never mixed
 
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     captions = tuple(output_captions([table.columns for table in tables]))
     rules = Rules(captions, not args.keep_cut_off, args.keep_without_long)
     out, settings = Path(args.out), _settings(tables, rules, args.rows_per_part)
-    summary = load_json(out / "summary.json")
+    summary = load_json(out / SUMMARY) or load_json(out / SUMMARY[1:])
     complete = isinstance(summary, dict)
     if complete:
         if summary.get("settings") != settings:
@@ -84,6 +85,7 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
         raise ValueError(
             f"--out {out}: started from other tables or with other flags; name another folder, or remove it"
         )
+    args.lease.take(work, "--out")
     write_json(work / "settings.json", settings)
     for folder in (out, work):
         remove_leftovers(folder)
@@ -110,7 +112,7 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
     assert kept + duplicates["duplicates"] == counts["kept"]
     summary = counts | {"kept": kept} | duplicates | {"parts": sum(bool(mask.any()) for mask in keep)}
     summary |= {"settings": settings}
-    write_json(out / "summary.json", summary)
+    write_json(out / SUMMARY, summary)
     shutil.rmtree(work)
     return summary
 
