@@ -137,7 +137,8 @@ def test_counts_equal_those_of_the_full_matrix():
 def check_queries(rank: int, name: str, file: str, port: int) -> None:
     from training.eval.rerank import encode_queries
     from training.model.assembly.factory import EncoderParts
-    from training.runtime.distributed import DistEnv, distributed
+    from training.runtime.distributed import DistEnv
+    from training.runtime.watchdog import joined_ranks
 
     set_rank(rank, 2, port)
     model, tokenizer = training.create_model(name, file).eval(), training.get_tokenizer(name)
@@ -145,7 +146,7 @@ def check_queries(rank: int, name: str, file: str, port: int) -> None:
     options = ComputeOptions(batch_size=2)
     alone = DistEnv(0, 1, torch.device("cpu"))
     expected = encode_queries(EncoderParts(model, None, tokenizer, None), texts, alone, options)
-    with distributed("cpu") as env:
+    with joined_ranks("cpu", 30) as (env, _):
         parts = EncoderParts(model, None, lambda own: asked.extend(own) or tokenizer(own), None)
         found = encode_queries(parts, texts, env, options)
     assert torch.equal(found, expected) and asked == [t for n, t in enumerate(texts) if n // 2 % 2 == rank], asked

@@ -61,7 +61,7 @@ def test_classes_are_described_by_long_texts(tmp_path, tiny_clip, capsys, caplog
     from training.eval.encode import ComputeOptions
     from training.eval.zero_shot import build_classifier
     from training.model.assembly.factory import EncoderParts
-    from training.runtime.distributed import distributed
+    from training.runtime.watchdog import joined_ranks
 
     names = dict.fromkeys(IMAGENET_CLASSNAMES)
     described = {name: [f"A photo of a {name}, {k} of them." for k in range(1 + i % 3)] for i, name in enumerate(names)}
@@ -84,7 +84,7 @@ def test_classes_are_described_by_long_texts(tmp_path, tiny_clip, capsys, caplog
         ]
     expected = torch.nn.functional.normalize(torch.stack(features), dim=1).T
     parts = EncoderParts(model, None, tokenizer, None)
-    with distributed("cpu") as env:
+    with joined_ranks("cpu", 30) as (env, _):
         got = build_classifier(parts, read_prompts(path).texts, env, ComputeOptions())
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
     assert not torch.allclose(got[:, 744], got[:, 657], atol=1e-3) and IMAGENET_CLASSNAMES[744] == "missile"
@@ -134,12 +134,12 @@ def check_classifier(rank: int, name: str, port: int) -> None:
     from training.eval.encode import ComputeOptions
     from training.eval.zero_shot import build_classifier
     from training.model.assembly.factory import EncoderParts
-    from training.runtime.distributed import distributed
+    from training.runtime.watchdog import joined_ranks
 
     set_rank(rank, 2, port)
     names, templates = open_clip.IMAGENET_CLASSNAMES[:25], open_clip.OPENAI_IMAGENET_TEMPLATES[:2]
     model, tokenizer = training.create_model(name).eval(), training.get_tokenizer(name)
-    with distributed("cpu") as env:
+    with joined_ranks("cpu", 30) as (env, _):
         parts = EncoderParts(model, None, tokenizer, None)
         class_texts = [[template(name) for template in templates] for name in names]
         classifier = build_classifier(parts, class_texts, env, ComputeOptions())

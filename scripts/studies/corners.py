@@ -30,7 +30,7 @@ from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags
 from training.model.towers.text_encoder import cut_padding
 from training.model.towers.text_tower import special_attention
-from training.runtime.distributed import distributed
+from training.runtime.watchdog import joined_ranks
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def main() -> int:
         for name in args.evaluations:
             line = (args.run / name / "checkpoints" / "results.jsonl").read_text().splitlines()[-1]
             flags = argparse.Namespace(**json.loads(line)["flags"])
-            with distributed("cpu", 30) as env:
+            with joined_ranks("cpu", 30, 30) as (env, _):
                 parts = build_from_flags(flags, env.device)
                 if not getattr(getattr(parts.model, "text", None), "num_corners", 0):
                     raise ValueError(f"{args.run}: its model has no corner tokens")
