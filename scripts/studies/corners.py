@@ -99,7 +99,7 @@ def main() -> int:
         for name in args.evaluations:
             line = (args.run / name / "checkpoints" / "results.jsonl").read_text().splitlines()[-1]
             flags = argparse.Namespace(**json.loads(line)["flags"])
-            with joined_ranks("cpu", 30, 30) as (env, _):
+            with joined_ranks("cpu", 30) as (env, _):
                 parts = build_from_flags(flags, env.device)
                 if not getattr(getattr(parts.model, "text", None), "num_corners", 0):
                     raise ValueError(f"{args.run}: its model has no corner tokens")
