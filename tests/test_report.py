@@ -1,22 +1,14 @@
 """The report as a reader sees it: in a headless browser, from disk, with captions that contain code."""
 
-import base64
-import gzip
-import json
 import re
 import shutil
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from eval_files import write_coco, write_image
 from support import read_results
 from training.eval.npz import read_features
-from training.eval.report import page as page_module
-from training.eval.report.matches import top_matches
-from training.eval.report.thumbnails import make_thumbnails
 from training.main import main
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -275,25 +267,6 @@ def test_of_many_queries_all_failures_and_a_sample_of_the_rest_are_shown(browser
     page.close()
 
 
-def test_a_page_with_too_much_text_shows_fewer_queries(tmp_path, monkeypatch):
-    """Captions without repetition hardly compress. The limit is lowered here from 16 MB, so that the test is fast."""
-    monkeypatch.setattr(page_module, "MAX_CONTENT_BYTES", 300_000)
-    rng = np.random.default_rng(0)
-    captions = [rng.bytes(2500).hex() for _ in range(400)]
-    rows = rng.normal(size=(400, 8)).astype(np.float32)
-    np.savez(tmp_path / "long.npz", image_features=rows, text_features=rows, captions=captions)
-    argv = ["--features", str(tmp_path / "long.npz"), "--report", "--logs", str(tmp_path), "--name", "r"]
-    assert main([*argv, "--device", "cpu"]) == 0
-    page = (tmp_path / "r" / "report.html").read_text()
-    content = json.loads(gzip.decompress(base64.b64decode(re.search(r'id="content".*?>(.*?)<', page)[1])))
-    queries = content["sets"][0]["t2i"]["query"]
-    assert (
-        len(page) < 600_000
-        and 0 < len(queries) < 100
-        and f"shows {len(queries)} of 400 queries" in content["sets"][0]["t2i"]["note"]
-    )
-
-
 def test_saved_features_give_the_same_numbers_and_page(tmp_path, tiny_clip):
     common = ["--logs", str(tmp_path), "--device", "cpu", "--report"]
     coco = ["--coco-retrieval", str(write_coco(tmp_path / "coco")), "--model", tiny_clip, "--workers", "0"]
@@ -332,23 +305,3 @@ def test_features_that_do_not_fit_exit_2(arrays, said, tmp_path, capsys):
     assert main(["--features", str(tmp_path / "x.npz"), "--logs", str(tmp_path), "--device", "cpu"]) == 2
     err = capsys.readouterr().err
     assert said in err and "x.npz" in err and err.count("error:") == 1
-
-
-def test_top_matches_by_brute_force():
-    rng = torch.Generator().manual_seed(0)
-    queries, candidates = (torch.nn.functional.normalize(torch.randn(n, 5, generator=rng), dim=1) for n in (23, 31))
-    top, score = top_matches(queries, candidates, 4, tile=(7, 5))
-    expected = (queries.double() @ candidates.double().T).numpy()
-    assert np.array_equal(top.numpy(), np.argsort(-expected, axis=1)[:, :4])
-    assert np.allclose(score.numpy(), -np.sort(-expected, axis=1)[:, :4])
-    assert top_matches(queries, candidates[:2], 4)[0].shape == (23, 2)
-
-
-def test_thumbnails_keep_the_budget_and_survive_broken_files(tmp_path):
-    paths = [tmp_path / f"{n}.png" for n in range(20)]
-    for n, path in enumerate(paths):
-        Image.effect_noise((300, 200), 80 + n).convert("RGB").save(path)
-    paths[4].write_bytes(b"no image")
-    large, small = make_thumbnails(paths, 10**6), make_thumbnails(paths, 12_000)
-    assert large[4] == small[4] == b"" and sum(map(len, small)) <= 12_000 < sum(map(len, large)) <= 10**6
-    assert json.dumps([len(p) for p in make_thumbnails(paths, 12_000)]) == json.dumps([len(p) for p in small])
