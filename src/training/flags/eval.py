@@ -164,7 +164,7 @@ def _add_insight_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--diagnostics",
         action=Switch,
-        help="R@1 with changed captions: shortened as by the two flags above, sentences dropped, moved and added, short "
+        help="R@1 with changed captions: shortened as by the two flags above, sentences dropped, moved, added; short "
         "queries; preference of correct to wrong sentences, HiMo, R@1 by position; one table, and one figure: the card",
     )
     group.add_argument(
