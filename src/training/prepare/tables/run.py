@@ -79,7 +79,7 @@ def _make(tables: list[Table], rules: Rules, args: argparse.Namespace, settings:
     out = Path(args.out)
     work = out / ".work"
     known = load_json(work / "settings.json")
-    if known is None and out.is_dir() and any(out.iterdir()):
+    if known is None and out.is_dir() and any(path != work for path in out.iterdir()):
         raise ValueError(f"--out {out}: holds something else; name an empty or new folder")
     if known not in (None, settings):
         raise ValueError(
