@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -124,6 +125,21 @@ def test_a_full_disk_stops_saving_but_not_training(scenes, tmp_path, capfd):
     assert "epoch_2.pt: " in said.splitlines()[-1] and "the last good checkpoint is none; training continues" in said
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_loader_processes_of_the_next_epoch_start_before_the_last_step(scenes, tmp_path, monkeypatch):
+    processes: dict[int, set[int]] = {}
+    original = StepFlags.add
+
+    def add(self: StepFlags, step: int, *args: object) -> tuple[bool, bool]:
+        processes[step] = {process.pid for process in multiprocessing.active_children()}
+        return original(self, step, *args)
+
+    monkeypatch.setattr(StepFlags, "add", add)
+    assert main(command(scenes, tmp_path, "run", "--workers", "1", "--epochs", "3")) == 0
+    for last in (10, 20):
+        assert processes[last] & processes[last + 1] and not processes[last - 5] & processes[last + 1]
+    assert len(processes[30]) <= 1  # none for an epoch that does not come
 
 
 def test_storage_that_refuses_to_flush_does_not_end_a_run(scenes, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.runtime.processes import PATIENCE_S, STOP_SIGNALS, descendants, kill_family
 
+PREFETCH = 2  # number of batches that a worker prepares ahead
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 IS_LINUX = sys.platform == "linux"
 SHARED_MEMORY = "/dev/shm"
@@ -53,7 +54,7 @@ class Loader(DataLoader):
             collate_fn=_unchanged,
             num_workers=num_workers,
             pin_memory=pin,
-            prefetch_factor=2 if num_workers else None,
+            prefetch_factor=PREFETCH if num_workers else None,
             worker_init_fn=_begin_worker if IS_LINUX else None,
             # By default, Python 3.14 starts processes from a server, which does not inherit the signal mask.
             multiprocessing_context="fork" if num_workers and IS_LINUX else None,

@@ -3,15 +3,12 @@
 import argparse
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from training.data.batch import TrainBatch, to_device
 from training.data.open import TrainData
 from training.eval.retrieval import RetrievalWork
 from training.model.assembly.factory import EncoderParts
@@ -19,11 +16,13 @@ from training.runtime.distributed import DistEnv, gather_objects, on_main_rank, 
 from training.runtime.stop import SIGNALS, StoppedError
 from training.runtime.tracking import Tracker
 from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
+from training.runtime.workers import PREFETCH
 from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, remove_old_checkpoints
+from training.train.epoch_batches import EpochBatches
 from training.train.flops import ModelFlops
 from training.train.profile import StepProfile
 from training.train.remote import RemoteCopy
-from training.train.resume import Division, Progress, get_random_state, set_random_state
+from training.train.resume import Division, Progress, get_random_state
 from training.train.step import Stepper
 from training.train.step_flags import StepFlags
 from training.train.step_log import StepLog
@@ -108,6 +107,8 @@ class Trainer:
         self.writer = CheckpointWriter(self.folder, plan.resume)  # only used on rank 0
         self.watchdog = watchdog
         self.saved_step: int | None = None
+        self.next_epoch: EpochBatches | None = None
+        self.num_prefetched = PREFETCH * args.workers // args.accum_freq  # in steps
         self.save_is_due, self.saved_at = False, time.monotonic()
         lag = 1 if env.device.type == "cuda" else 0
         self.flags = StepFlags(plan.folder, env.rank, lag, args.max_skipped_steps, lambda: self.writer.last_good)
@@ -166,7 +167,9 @@ class Trainer:
         """
         progress, stepper, log = self.progress, self.built.stepper, self.log
         accum_freq = self.args.accum_freq
-        batches = self._start_loader()
+        batches = (self.next_epoch or self._open_epoch(progress)).begin()
+        self.next_epoch = None
+        stepper.model.train()
         last_step = progress.step + (progress.share.num_batches - progress.batches_done) // accum_freq
         with log.epoch(progress.step):
             while progress.step < last_step:
@@ -175,6 +178,10 @@ class Trainer:
                 self.watchdog.at(number, WAITING)
                 with log.waiting():
                     micro_batches = [next(batches) for _ in range(accum_freq)]
+                if last_step - number <= self.num_prefetched and self.next_epoch is None:
+                    # The processes of this epoch have read their last batch.
+                    upcoming = progress.next_epoch(self.built.division, self.env)
+                    self.next_epoch = self._open_epoch(upcoming) if upcoming.epoch < self.args.epochs else None
                 self.watchdog.at(number, STEPPING)
 
                 lr = self.built.schedule(progress.step)
@@ -213,17 +220,10 @@ class Trainer:
             self.save_is_due, self.saved_at = False, time.monotonic()
         return SIGNALS.name is not None, asks
 
-    def _start_loader(self) -> Iterator[tuple[TrainBatch, dict[str, object]]]:
-        """Returns the remaining batches of the current epoch, on the device; sets the random state of its steps."""
-        run, env, progress = self.built, self.env, self.progress
+    def _open_epoch(self, progress: Progress) -> EpochBatches:
         # Dropout differs between ranks.
-        torch.manual_seed(self.args.seed * 1_000_003 + progress.epoch * env.world_size + env.rank)
-        run.stepper.model.train()
-        batches = iter(run.train.loader(progress.epoch, progress.share, pin=env.device.type == "cuda"))
-        if progress.random_state:  # restored here, because creating the loader draws a random number
-            set_random_state(progress.random_state)
-            progress.random_state = None
-        return to_device(batches, env.device)
+        seed = self.args.seed * 1_000_003 + progress.epoch * self.env.world_size + self.env.rank
+        return EpochBatches(self.built.train, progress, seed, self.env.device)
 
     def _end_epoch(self) -> None:
         """Evaluates and saves if due after this epoch, and advances to the next epoch."""
