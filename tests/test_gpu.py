@@ -12,15 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_packing import batch, gradients
+from test_safety import command, steps  # noqa: F401, the second is a fixture
 from test_step import Towers, batches
 
 from benchmarks import precision
 from benchmarks.measure import Setting
+from support import evaluate, read_results
 from training.data.augment import normalise_pixels
 from training.data.batch import TrainBatch, to_device
 from training.flags.parser import parse_args
 from training.loss.caption_loss import LongCaptionLoss
 from training.loss.gather import EarlyGather, _Gather
+from training.main import main
 from training.model.assembly.factory import create_model
 from training.model.assembly.from_flags import build_from_flags, make_arranger
 from training.model.packing.arranger import CaptionArranger
@@ -163,3 +166,40 @@ def test_a_step_does_not_wait_for_the_device(device, flags):
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     assert not report["skipped_steps"] and report["loss"].isfinite()
+
+
+def test_a_deterministic_run_that_is_resumed_equals_an_uninterrupted_one(device, scenes, tmp_path, steps):  # noqa: F811
+    flags = ["--deterministic", "--device", str(device), "--workers", "1"]
+    assert main(command(scenes, tmp_path, "whole", *flags)) == 0
+    steps["stop"] = 13
+    assert main(command(scenes, tmp_path, "run", *flags)) == 75
+    steps.clear()
+    assert main(command(scenes, tmp_path, "run", *flags, "--resume", "latest")) == 0
+    assert not torch.are_deterministic_algorithms_enabled()
+    whole, run = (torch.load(tmp_path / n / "checkpoints/epoch_2.pt", weights_only=True) for n in ("whole", "run"))
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, run["state_dict"][name]), name
+    for number, entries in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, run["optimizer"]["state"][number][name]) for name, value in entries.items())
+
+
+def test_determinism_is_refused_where_it_can_not_be_had(scenes, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command(scenes, tmp_path, "run", "--deterministic", "--torchcompile"))
+    assert "--deterministic: no effect with --torchcompile" in capsys.readouterr().err
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    assert main(command(scenes, tmp_path, "run", "--deterministic", "--device", "cpu")) == 2
+    assert "--deterministic: CUBLAS_WORKSPACE_CONFIG=:0:0; unset it" in capsys.readouterr().err
+
+
+def test_one_model_has_one_result_in_training_and_in_a_separate_evaluation(device, scenes, tmp_path):
+    """Training's towers use TF32 on a GPU; evaluations do not."""
+    flags = ["--urban1k-retrieval", str(scenes / "urban1k"), "--device", str(device)]
+    assert main(command(scenes, tmp_path, "run", *flags, "--epochs", "1")) == 0
+    inside = read_results(tmp_path, "run")
+    weights = str(tmp_path / "run" / "checkpoints" / "epoch_1.pt")
+    apart = evaluate(
+        tmp_path, "lotlip_tiny", *flags[:2], "--pretrained", weights, "--device", str(device), name="apart"
+    )
+    found = [{k: v for k, v in r.items() if k.startswith("urban1k")} for r in (inside, apart)]
+    assert found[0] and found[0] == found[1]

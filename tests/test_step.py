@@ -2,6 +2,9 @@
 
 import copy
 import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -64,6 +67,50 @@ def test_accumulation_with_dropout_equals_one_graph_over_all_micro_batches():
     assert float(report["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
     for (name, got), wanted in zip(model.named_parameters(), expected.parameters()):
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_only_the_towers_are_computed_in_the_arithmetic_of_the_towers(count):
+    """On a GPU, they multiply in TF32; the loss, forward and backward, in float32."""
+    inside, seen = [False], Counter()
+
+    @contextmanager
+    def arithmetic() -> Iterator[None]:
+        before, inside[0] = inside[0], True
+        yield
+        inside[0] = before
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value, who):
+            ctx.who = who
+            seen[who, "forward", inside[0]] += 1
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen[ctx.who, "backward", inside[0]] += 1
+            return gradient, None
+
+    class RecordedTowers(Towers):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            return output | {"image_features": Recorded.apply(output["image_features"], "towers")}
+
+    class RecordedLoss(LongCaptionLoss):
+        def forward(self, image_features, **inputs):
+            return super().forward(Recorded.apply(image_features, "loss"), **inputs)
+
+    model = RecordedTowers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Stepper(model, model, RecordedLoss(0.7, 1.3), optimizer, arithmetic=arithmetic)(batches(count))
+    assert {(who, step): is_inside for who, step, is_inside in seen} == {
+        ("towers", "forward"): True,
+        ("towers", "backward"): True,
+        ("loss", "forward"): False,
+        ("loss", "backward"): False,
+    }
+    assert len(seen) == 4 and seen["towers", "backward", True] == count
 
 
 class MarginStepper(Stepper):

@@ -40,7 +40,7 @@ _REFUSED = {
     "--image-std": ("+", "write std of preprocess_cfg in a file for --model-config"),
     "--image-interpolation": (1, "write interpolation of preprocess_cfg in a file for --model-config"),
     "--image-resize-mode": (1, "write resize_mode of preprocess_cfg in a file for --model-config"),
-    "--use-bn-sync": (0, "batch-norm statistics are not synchronised; freeze them, or use a model without batch norms"),
+    "--use-bn-sync": (0, "each process normalises by its own batch; running statistics are averaged over processes"),
     "--torchscript": (0, "train without it; python -m training.export writes ONNX files"),
     "--trace": (0, "evaluate without it; python -m training.export writes ONNX files"),
     "--dist-url": (1, "set MASTER_ADDR and MASTER_PORT, or start with torchrun, which sets them"),

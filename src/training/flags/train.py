@@ -19,7 +19,12 @@ _MID_EPOCH = Condition(
 _WHOLE_EPOCHS = Condition("with --save-frequency 0, which never saves epoch_N.pt", lambda args: args.save_frequency)
 _OPTIMIZATION = (
     "--epochs --lr --image-lr --text-lr --wd --beta1 --beta2 --eps --warmup --lr-scheduler --grad-clip-norm "
-    "--accum-freq --grad-checkpointing --torchcompile"
+    "--accum-freq --grad-checkpointing --torchcompile --deterministic"
+)
+_NOT_COMPILED = Condition(
+    "with --torchcompile, which may choose other kernels at each start",
+    lambda args: not args.torchcompile,
+    refused=True,
 )
 _LOGGING = (
     "--log-every-n-steps --save-frequency --save-most-recent --delete-previous-checkpoint --zeroshot-frequency "
@@ -38,6 +43,7 @@ EFFECTS: Effects = (
     (TRAINING_MEANT, "--resume --report-to"),
     *((TRAINING, flags) for flags in (_OPTIMIZATION, _LOGGING, _SAFETY, "--max-bad-samples")),
     *((STEPS, flags) for flags in (_OPTIMIZATION, _LOGGING, _SAFETY, "--report-to --val-data")),
+    (_NOT_COMPILED, "--deterministic"),
     (_VALIDATION, "--val-frequency"),
     (_BENCHMARK, "--zeroshot-frequency"),
     (_REMOTE, "--remote-sync-frequency"),
@@ -110,6 +116,11 @@ def _add_more_optimization_args(group: argparse._ArgumentGroup) -> None:
         metavar="WHAT",
         help="compile the model, or with the value image only the image tower, whose shapes never change "
         "(default: compile nothing)",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="use only deterministic algorithms, so that a resumed run on a GPU equals an uninterrupted one; slower",
     )
 
 

@@ -62,6 +62,7 @@ def join_ranks(device: str | None, timeout_minutes: float = 30.0) -> DistEnv:
         info = init_distributed_device_so(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     finally:
         alarm.cancel()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; training's towers choose TF32, see arithmetic.py
     if dist.is_initialized():
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         set_timeout(timedelta(minutes=timeout_minutes + 5), dist.group.WORLD)

@@ -1,4 +1,7 @@
-"""Gradient accumulation of a contrastive loss: each micro-batch is compared with all others, not only with itself."""
+"""Separates the towers' graph from the loss's, which also accumulates gradients of a contrastive loss.
+
+With several micro-batches, each is compared with all others, not only with itself.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -43,7 +46,7 @@ class GradCache:
     Args:
         encode: function from a micro-batch to the output of the model: tensors with one row per image, and scalars, of
             which the mean over the micro-batches is taken.
-        micro_batches: at least two, all of the same size.
+        micro_batches: all of the same size.
         without_sync: returns a context in which a backward pass does not reduce gradients over ranks.
 
     Attributes:
@@ -67,11 +70,15 @@ class GradCache:
             self.random_states.append(_random_state())
             with torch.no_grad():
                 outputs.append(in_fp32(encode(batch)))
-        with without_sync():
+        with without_sync() if outputs else nullcontext():
             self.last = in_fp32(encode(micro_batches[-1]))
         self.size = len(self.last["image_features"])
-        self.output = {}
+        self.output = dict(self.last)
         for name, value in self.last.items():
+            if not outputs:
+                if isinstance(value, torch.Tensor):
+                    self.output[name] = value.detach().requires_grad_(value.requires_grad)
+                continue
             values = [*(output[name] for output in outputs), value]
             if is_row_wise(name, value, self.size):
                 joined = torch.cat([part.detach() for part in values])
@@ -81,6 +88,8 @@ class GradCache:
 
     def backward(self) -> None:
         """Passes the gradients of `output` on to the parameters."""
+        if not self.random_states:
+            return self._backward(0, self.last)
         after = _random_state()
         with self.without_sync():
             self._backward(len(self.random_states), self.last)
@@ -96,11 +105,13 @@ class GradCache:
         rows = slice(number * self.size, (number + 1) * self.size)
         tensors, gradients = [], []
         for name, value in output.items():
-            gradient = self.output[name].grad
+            gradient = getattr(self.output[name], "grad", None)
             if gradient is not None:
                 tensors.append(value)
-                is_rows = is_row_wise(name, value, self.size)
-                gradients.append(gradient[rows] if is_rows else gradient / len(self.micro_batches))
+                if len(self.micro_batches) > 1:
+                    is_rows = is_row_wise(name, value, self.size)
+                    gradient = gradient[rows] if is_rows else gradient / len(self.micro_batches)
+                gradients.append(gradient)
         torch.autograd.backward(tensors, gradients)
 
 

@@ -27,12 +27,14 @@ from training.model.names.resolve import resolve_weights
 from training.model.towers.corner import corner_places
 from training.model.towers.locking import linear_head
 from training.model.towers.train_model import TrainModel
+from training.runtime.arithmetic import deterministic, tf32
 from training.runtime.distributed import DistEnv, failing_with, max_over_ranks, on_main_rank
 from training.runtime.files import atomic_write
 from training.runtime.lease import Lease
 from training.runtime.stop import EXIT_STOPPED, StoppedError
 from training.runtime.tracking import Tracker, check_reporters, log_to
 from training.runtime.watchdog import BUILDING, OPENING, Watchdog, joined_ranks
+from training.train.batch_norm import statistics_average
 from training.train.checkpoint import CHECKPOINTS, named_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
 from training.train.flops import count_model
@@ -55,8 +57,9 @@ def train(args: argparse.Namespace) -> int:
         Exit code. 0: success; 1: data, loss or disk failed during training; 2: wrong flags, files or weights; 75:
         stopped by a signal, continue with ``--resume latest``.
     """
-    with joined_ranks(args.device, args.timeout_minutes) as (env, watchdog), Lease() as lease:
+    with joined_ranks(args.device, args.timeout_minutes) as (env, watchdog), Lease() as lease, ExitStack() as stack:
         with failing_with(2, ValueError, OSError):
+            stack.enter_context(deterministic(args.deterministic))
             plan, run = _prepare(args, watchdog, lease, env)
         try:
             with failing_with(1, FloatingPointError, TooManyBadSamplesError, NoUsableSampleError, OSError, RemoteError):
@@ -74,7 +77,6 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     plan = on_main_rank(lambda: _check(args, lease, env), env)
     if not env.is_main:
         log_to(None)
-    _set_arithmetic(env)
     watchdog.at(0, OPENING)
     source, val_source = _open_sources(args, env)
     steps_per_epoch = _count_steps(args, source, env)
@@ -230,9 +232,11 @@ def make_stepper(
         optimizer=optimizer,
         autocast=get_autocast(args.precision, device_type=env.device.type),
         scaler=scaler,
+        arithmetic=partial(tf32, env.device),
         max_norm=args.grad_clip_norm,
         max_over_ranks=partial(max_over_ranks, env=env),
         locked_images=whole.encode_images if whole.image_is_locked else None,
+        average_statistics=statistics_average(core, env),
         corners=corner_places(corners, _num_corners(core)),
     )
 
@@ -249,15 +253,6 @@ def _check_warmup(warmup: int, num_steps: int, lr: float) -> None:
             f"--warmup {warmup}: the run has only {num_steps:,} steps, so the learning rate never reaches --lr {lr:g}; "
             f"a tenth of the steps is usual (--warmup {num_steps // 10})"
         )
-
-
-def _set_arithmetic(env: DistEnv) -> None:
-    """Makes CUDA multiply fp32 matrices in TF32, like open_clip's trainer, and logs this."""
-    if env.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
-        if env.is_main:
-            logger.info("matrix products in fp32 use TF32 (10 bits of mantissa) during training")
 
 
 def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from training.model.towers.corner import cosine_with_cls
-from training.train.grad_cache import GradCache, in_fp32
+from training.train.grad_cache import GradCache
 
 LOGIT_SCALE_MAX = math.log(100)
 IMAGE_INPUTS = ("image", "image_features")
@@ -32,12 +32,14 @@ class Stepper:
         loss: called with the model's output and ``output_dict=True``.
         optimizer: optimizer of `core`'s parameters.
         autocast: returns the context of forward passes.
+        arithmetic: returns the context of the towers' forward and backward passes; the loss is computed outside of it.
         scaler: gradient scaler for float16; None otherwise.
         max_norm: maximum norm of the gradient; None does not clip.
         max_over_ranks: replaces a tensor on the device by its largest values of all ranks.
         locked_images: for an image tower that is not trained: ``image`` or ``image_features`` -> normalised features.
             It runs once per image, separately from `model`; the features are gathered while the text tower computes.
             None if images go through `model`.
+        average_statistics: called after each step, see `batch_norm.statistics_average`.
         corners: indices of [CLS] and the corners among the text features, see `corner.corner_places`.
     """
 
@@ -46,10 +48,12 @@ class Stepper:
     loss: nn.Module
     optimizer: torch.optim.Optimizer
     autocast: Callable = nullcontext
+    arithmetic: Callable = nullcontext
     scaler: torch.amp.GradScaler | None = None
     max_norm: float | None = None
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda flags: flags
     locked_images: Callable[..., torch.Tensor] | None = None
+    average_statistics: Callable[[], None] = lambda: None
     corners: tuple[list[int], list[int]] = ((), ())
     cache: GradCache | None = field(default=None, init=False)
 
@@ -76,15 +80,12 @@ class Stepper:
             nearly equal. And additional arguments of the loss, from `encode_locked_images`.
         """
         micro_batches, early = self.encode_locked_images(micro_batches)
-        if len(micro_batches) > 1:
-            self.cache = GradCache(self.encode, micro_batches, self._without_sync)
-            return self.cache.output, early
-        self.cache = None
-        return in_fp32(self.encode(micro_batches[0])), early
+        self.cache = GradCache(self.encode, micro_batches, self._without_sync)
+        return self.cache.output, early
 
     def encode(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
         """Returns the model's output for one micro-batch: features [batch, ...] and scalars."""
-        with self.autocast():
+        with self.arithmetic(), self.autocast():
             return self.model(**batch)
 
     @record_function("loss")
@@ -102,7 +103,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         total = sum(terms.values())
         (self.scaler.scale(total) if self.scaler else total).backward()
-        if self.cache:
+        with self.arithmetic():
             self.cache.backward()
         for parameter in self.loss.parameters():  # DDP wraps the model only
             if parameter.grad is not None and dist.is_initialized():
@@ -144,6 +145,7 @@ class Stepper:
             self.optimizer.step()
         with torch.no_grad():
             self.core.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+        self.average_statistics()
         return norm, flags
 
     def report(
@@ -178,7 +180,7 @@ class Stepper:
         if self.locked_images is None:
             return micro_batches, {}
         images = [{name: batch[name] for name in IMAGE_INPUTS if name in batch} for batch in micro_batches]
-        with self.autocast():
+        with self.arithmetic(), self.autocast():
             features = [self.locked_images(**inputs).float() for inputs in images]
         rest = [{name: value for name, value in batch.items() if name not in IMAGE_INPUTS} for batch in micro_batches]
         batches = [{"image_features": rows} | others for rows, others in zip(features, rest)]

@@ -1,0 +1,48 @@
+"""The precision of fp32 products, and algorithms that always give the same result."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic
+
+
+@contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Context in which CUDA multiplies fp32 matrices in TF32, with 10 bits of mantissa; no effect on other devices."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
+def deterministic(is_wanted: bool) -> Iterator[None]:
+    """Context in which PyTorch uses only deterministic algorithms; to be entered before the first product on a GPU.
+
+    Raises:
+        ValueError: the environment asks cuBLAS for a workspace with which its results vary.
+    """
+    if not is_wanted:
+        yield
+        return
+    if os.environ.setdefault(WORKSPACE, WORKSPACES[0]) not in WORKSPACES:
+        raise ValueError(f"--deterministic: {WORKSPACE}={os.environ[WORKSPACE]}; unset it, or set {WORKSPACES[0]}")
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
