@@ -22,7 +22,7 @@ class StopSignals:
     """Records the stop signals of this process; `SIGNALS` is the only instance.
 
     Inside `caught`, a signal ends the process immediately with `EXIT_STOPPED`, because before the training loop there
-    is nothing to lose. After `only_note`, a signal only sets `name`, which the training loop and the evaluation check
+    is nothing to lose. After `defer`, a signal only sets `name`, which the training loop and the evaluation check
     between batches.
 
     Attributes:
@@ -60,8 +60,8 @@ class StopSignals:
             listener.join()
             os.close(read_end)
 
-    def only_note(self) -> None:
-        """From now on, signals are only recorded and no longer end the process."""
+    def defer(self) -> None:
+        """From now on, signals are only recorded, for the training loop to act on; they no longer end the process."""
         self._ends_at_once = False
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -70,9 +70,9 @@ class StopSignals:
     def _listen(self, read_end: int) -> None:
         while received := os.read(read_end, 1):
             if received[0] in STOP_SIGNALS:
-                self.note(signal.Signals(received[0]).name)
+                self.record(signal.Signals(received[0]).name)
 
-    def note(self, name: str) -> None:
+    def record(self, name: str) -> None:
         """Records a signal that this or another rank received; if training has not begun, ends the process."""
         self.name = self.name or name
         if self._ends_at_once:

@@ -230,7 +230,7 @@ class Watchdog:
         if self.store.check([ABANDONED]):
             _end_process(EXIT_STOPPED)
         if self.store.check([SIGNAL]) and not SIGNALS.name:
-            SIGNALS.note(self.store.get(SIGNAL).decode())
+            SIGNALS.record(self.store.get(SIGNAL).decode())
 
     def _follow(self, failure: Failure) -> None:
         """Ends this process because a rank has failed."""

@@ -128,7 +128,7 @@ class Trainer:
             TooManyBadSamplesError: there are more bad samples than ``--max-bad-samples`` allows.
             NoUsableSampleError: this rank's loader found no usable sample; raised only on this rank.
         """
-        SIGNALS.only_note()
+        SIGNALS.defer()
         self._introduce()
         try:
             while self.progress.epoch < self.args.epochs:
