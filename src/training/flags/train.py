@@ -119,7 +119,7 @@ def _add_more_optimization_args(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--deterministic",
-        action="store_true",
+        action=Switch,
         help="use only deterministic algorithms, so that a resumed run on a GPU equals an uninterrupted one; slower",
     )
 
