@@ -182,3 +182,41 @@ def test_an_empty_folder_and_a_broken_index_are_named(copies, tiny_clip, tmp_pat
         with pytest.raises(SystemExit) as stop:
             main([str(word) for word in argv])
         assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_unreadable_files_are_read_again_only_when_they_change(copies, tiny_clip, tmp_path, capsys):
+    index, broken = tmp_path / "index", copies / "broken.jpg"
+    broken.write_text("no image")
+    assert "Encoded 26 of 26" in search(copies, index, tiny_clip, capsys)
+    out = search(copies, index, tiny_clip, capsys)
+    assert "Encoded" not in out and "Unreadable files, skipped: 1" in out and "broken.jpg" in out
+    shutil.copyfile(next(copies.glob("0/*")), broken)
+    out = search(copies, index, tiny_clip, capsys)
+    assert "Encoded 1 of 1" in out and "26 images (1 new" in out and "Unreadable" not in out
+
+
+def test_linked_folders_are_listed_once_or_named(copies, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copyfile(next(copies.glob("0/*")), tmp_path / "elsewhere" / "x.jpg")
+    (copies / "a").symlink_to(tmp_path / "elsewhere")  # a folder that is only linked
+    (copies / "a2").symlink_to(tmp_path / "elsewhere")
+    (copies / "b").symlink_to(copies / "1")  # one that is listed anyway
+    (copies / "1" / "loop").symlink_to(copies)
+    found = list_images(copies)
+    names = sorted(str(path.relative_to(copies)) for path in found.images.values())
+    assert len(names) == 26 and sum(name.endswith("/x.jpg") for name in names) == 1
+    assert not any(name.startswith("b/") for name in names) and found.others == {"folders linked again": 3}
+
+
+def test_a_query_without_update_looks_at_no_file(copies, tiny_clip, tmp_path, capsys):
+    index, query = tmp_path / "index", tmp_path / "query.jpg"
+    shutil.copyfile(next(copies.glob("0/*")), query)
+    flags = ["--image", query, "--top", "25"]
+    with pytest.raises(SystemExit):
+        search(copies, index, tiny_clip, capsys, *flags, "--no-update")
+    assert "run once without the flag" in capsys.readouterr().err
+    whole = rows_of(search(copies, index, tiny_clip, capsys, *flags))
+    shutil.rmtree(copies)
+    copies.mkdir()
+    found = search(copies, index, tiny_clip, capsys, *flags, "--no-update", "--export", tmp_path / "all.parquet")
+    assert rows_of(found) == whole and len(exported(tmp_path / "all.parquet")) == 25

@@ -33,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("images", metavar="IMAGES", type=Path, help="folder, with all folders below it")
     parser.add_argument("--index", required=True, type=Path, metavar="DIR", help="folder that stores the vectors")
+    parser.add_argument(
+        "--no-update", action="store_true", help="search what the index holds, without looking at the files"
+    )
     group = parser.add_argument_group("query").add_mutually_exclusive_group()
     group.add_argument("--query", metavar="TEXT", help="a text, in quotes")
     group.add_argument("--image", type=Path, metavar="FILE", help="an image file")
@@ -80,20 +83,23 @@ def _search(args: argparse.Namespace) -> None:
         from training.search.encoder import SearchEncoder
         from training.search.index import ImageIndex, index_path, list_images
 
-    folder = list_images(args.images)
+    folder = None if args.no_update else list_images(args.images)
     encoder = SearchEncoder(args)
     model, preprocess = encoder.parts.model, encoder.parts.preprocess
     index = ImageIndex(index_path(args.index, args.images, model, preprocess, {"precision": args.precision}))
-    _update(index, folder, encoder, args.save_every)
+    if folder:
+        _update(index, folder, encoder, args.save_every)
+    elif not len(index):
+        raise ValueError(f"--no-update: there is no index of {args.images} for this model; run once without the flag")
     if args.export:
-        _export(index, folder, args.export)
+        _export(index, args.export)
         print(f"Vectors: {args.export}")
     if args.query is None and args.image is None:
         return
     query, note = encoder.text(args.query) if args.image is None else (encoder.image(args.image), "")
     if note:
         print(note)
-    _answer(args, index, folder, query)
+    _answer(args, index, query)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -130,13 +136,13 @@ def _update(index: "ImageIndex", folder: "FolderContent", encoder: "SearchEncode
         print(f"Files other than images, skipped: {folder.others.total():,} ({kinds})")
 
 
-def _answer(args: argparse.Namespace, index: "ImageIndex", folder: "FolderContent", query: "torch.Tensor") -> None:
+def _answer(args: argparse.Namespace, index: "ImageIndex", query: "torch.Tensor") -> None:
     from tabulate import tabulate
 
     start = time.perf_counter()
     found = index.search(query, args.top)
     milliseconds = 1000 * (time.perf_counter() - start)
-    results = [(folder.images[key], score) for key, score in found]
+    results = list(zip(index.paths([key for key, _ in found]), (score for _, score in found)))
     how = "exact" if index.is_exact else "approximate, with usearch's graph"
     print(f"Search: {milliseconds:.1f} ms ({how})\n")
     rows = [(number, f"{score:.4f}", str(path)) for number, (path, score) in enumerate(results, start=1)]
@@ -150,18 +156,17 @@ def _answer(args: argparse.Namespace, index: "ImageIndex", folder: "FolderConten
         print(f"\nPage: {args.html}")
 
 
-def _export(index: "ImageIndex", folder: "FolderContent", path: Path) -> None:
+def _export(index: "ImageIndex", path: Path) -> None:
     """Writes a Parquet file with a row per image: ``path`` and ``vector`` (float32, L2-normalised)."""
     import pyarrow
     from pyarrow import parquet
 
     from training.runtime.files import atomic_write
 
-    known = index.keys
-    keys = [key for key in folder.images if key in known]
-    vectors = index.vectors(keys)
+    files = sorted(zip(index.paths(keys := list(index.keys)), keys))
+    vectors = index.vectors([key for _, key in files])
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), vectors.shape[1])
-    table = pyarrow.table({"path": [printable(folder.images[key]) for key in keys], "vector": column})
+    table = pyarrow.table({"path": [printable(path) for path, _ in files], "vector": column})
     with atomic_write(path) as temporary:
         parquet.write_table(table, temporary)
 
