@@ -1,11 +1,11 @@
-"""The cost of starting and shuffling with 10,000 shards on 512 ranks, and of a run on 100M images x 10 epochs.
+"""The cost of starting and shuffling with 10,000 shards on 512 ranks.
 
     python -m benchmarks.scale [--shards 10000] [--ranks 512] [--stat-ms 2] [--json FILE]
 
 This needs no images: shards are empty files with the size of 10,000 images and a ``sizes.json`` beside them, and a
 sample is represented by its position. Everything else runs as in training: shard names are expanded, checked and
-counted, the source is sent to a rank, and loader processes plan their part of an epoch. The cost of a run is not
-measured, but calculated from the model's FLOPs and from published caption lengths.
+counted, the source is sent to a rank, and loader processes plan their part of an epoch. What a run computes, reads and
+sends is told by ``--dry-run``.
 """
 
 import argparse
@@ -20,22 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 from tabulate import tabulate
 
-import training
-from benchmarks.measure import CONTEXT_LENGTH, LONG_TOKENS, RAW_TOKENS
 from training.data import shards
 from training.data.position import Share
 from training.data.sizes import count_samples, expand_sources
-from training.train.flops import PEAKS, count_flops
 
 PER_SHARD, IMAGE_BYTES, WORKERS, BATCH_SIZE, WINDOW = 10_000, 100_000, 8, 32, 1000
-MODEL, EPOCHS, NUM_LONG = "lotlip_bert-ViT-B-16", 10, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line, which prints two tables; returns 0."""
+    """Runs the command line, which prints a table; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,16 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args(argv)
-    content = {
-        "measured on this machine": measure_start(args.shards, args.ranks, args.stat_ms),
-        "calculated": count_run(args.shards * PER_SHARD, args.ranks),
-    }
-    for title, numbers in content.items():
-        rows = [
-            (name, f"{n:,}" if isinstance(n, int) else f"{n:,.3g}" if isinstance(n, float) else n)
-            for name, n in numbers.items()
-        ]
-        print(f"\n{title}\n" + tabulate(rows, tablefmt="github", disable_numparse=True))
+    content = measure_start(args.shards, args.ranks, args.stat_ms)
+    rows = [
+        (name, f"{n:,}" if isinstance(n, int) else f"{n:,.3g}" if isinstance(n, float) else n)
+        for name, n in content.items()
+    ]
+    print("\n" + tabulate(rows, tablefmt="github", disable_numparse=True))
     if args.json:
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0
@@ -132,42 +123,6 @@ def first_samples(source: shards.ShardSource, rank: int, num_ranks: int, worker:
     (span,), _ = share.of_worker(worker, WORKERS)
     reading = source.read(0, span.start, span.stop)
     return [sample for sample, _ in zip(reading, range(WINDOW))]
-
-
-def count_run(num_images: int, num_ranks: int) -> dict[str, object]:
-    """Calculates how much a run computes, reads and sends."""
-    model = training.create_model(MODEL, pretrained_text=False).eval()
-    model.lock_image_tower()
-    ids = torch.randint(1000, 2000, (1, CONTEXT_LENGTH))
-    per_image, per_token = count_flops(model, (224, 224), ids)
-    tokens = RAW_TOKENS + NUM_LONG * LONG_TOKENS
-    text, seen = tokens * per_token, EPOCHS * num_images
-    batch = BATCH_SIZE * num_ranks
-    hours = {name: seen * flops / 0.4 / PEAKS["H100"] / 3600 for name, flops in (("images", per_image), ("text", text))}
-    features = batch * (1 + (1 + NUM_LONG) * 3) * 512 * 4
-    return {
-        "model": f"{MODEL}, image tower locked, {NUM_LONG} long captions, {tokens} tokens per image",
-        "images seen": seen,
-        "steps": seen // batch,
-        "images per step": batch,
-        "GFLOPs per image: image tower, forward": per_image / 1e9,
-        "GFLOPs per image: text tower, forward and backward": text / 1e9,
-        "H100 hours at 40% of the peak, image tower": hours["images"],
-        "H100 hours at 40% of the peak, text tower": hours["text"],
-        "hours on all ranks": sum(hours.values()) / num_ranks,
-        "images to read and decode per second": round(seen / sum(hours.values()) * num_ranks / 3600),
-        "hours on all ranks with cached image features": hours["text"] / num_ranks,
-        "TB read per epoch, at 100 kB per image": num_images * IMAGE_BYTES / 1e12,
-        "TB of cached image features": num_images * 768 * 2 / 1e12,
-        "MB of features gathered into each rank per step": features / 1e6,
-        "GB of a checkpoint": checkpoint_bytes(model) / 1e9,
-        "GB read on all ranks for the first windows, at most": num_ranks * WORKERS * WINDOW * IMAGE_BYTES / 1e9,
-    }
-
-
-def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """Returns the bytes of all weights, and of two optimizer moments for each trained weight."""
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
 
 
 def timed(work: Callable) -> tuple[object, float]:

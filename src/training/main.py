@@ -40,6 +40,8 @@ def _run(args: argparse.Namespace) -> int:
 
         if args.extract_image_features:
             from training.train.extract import extract as work
+        elif args.train_data and args.dry_run:
+            from training.train.dry_run import dry_run as work
         elif args.train_data:
             from training.train.run import train as work
         else:

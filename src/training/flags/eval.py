@@ -53,7 +53,7 @@ EFFECTS: Effects = (
     (_TEXT_MODEL_NEEDED, " ".join(_TEXT_FLAGS)),
     (_MODEL_NEEDED, "--save-features --rerank"),
     (_RETRIEVAL, " ".join(INSIGHT_FLAGS)),
-    (EVALUATION, "--features --dry-run"),
+    (EVALUATION, "--features"),
     (_FIXED_WEIGHTS, "--feature-cache"),
     (_NO_FEATURES, "--feature-cache --image-cache"),
     (Condition("without a benchmark", lambda args: has_benchmark(args)), "--image-cache"),

@@ -176,7 +176,10 @@ def add_compute_args(parser: argparse.ArgumentParser, everything: bool) -> None:
         "--name", default=None, metavar="NAME", help="folder of this run in --logs (default: time, model and precision)"
     )
     group.add_argument(
-        "--dry-run", action=Switch, help="read and check flags, files and weights, print what would be done, and exit"
+        "--dry-run",
+        action=Switch,
+        help="read and check flags, files and weights, print what would be done, and exit; with --train-data: what the "
+        "training needs (memory, hours, data, network), from a step traced without a GPU",
     )
 
 

@@ -3,10 +3,11 @@
 import argparse
 
 from training.flags import data, loss
-from training.flags.effects import ALWAYS, STEPS, TRAINING, TRAINING_MEANT, Condition, Effects
+from training.flags.effects import ALWAYS, STEPS, STEPS_MEANT, TRAINING, TRAINING_MEANT, Condition, Effects
 from training.flags.eval import has_benchmark
 from training.flags.open_clip import validate_open_clip_args
 from training.flags.types import Switch, names, not_negative, positive
+from training.runtime.gpus import GPUS
 
 REPORTERS = ("tensorboard", "wandb")
 
@@ -17,6 +18,7 @@ _MID_EPOCH = Condition(
     lambda args: args.save_every_minutes or args.save_every_steps,
 )
 _WHOLE_EPOCHS = Condition("with --save-frequency 0, which never saves epoch_N.pt", lambda args: args.save_frequency)
+_DRY_RUN = Condition("without --dry-run", lambda args: args.dry_run)
 _OPTIMIZATION = (
     "--epochs --lr --image-lr --text-lr --wd --beta1 --beta2 --eps --warmup --lr-scheduler --grad-clip-norm "
     "--accum-freq --grad-checkpointing --torchcompile --deterministic"
@@ -44,6 +46,8 @@ EFFECTS: Effects = (
     *((TRAINING, flags) for flags in (_OPTIMIZATION, _LOGGING, _SAFETY, "--max-bad-samples")),
     *((STEPS, flags) for flags in (_OPTIMIZATION, _LOGGING, _SAFETY, "--report-to --val-data")),
     (_NOT_COMPILED, "--deterministic"),
+    (STEPS_MEANT, "--dry-run"),
+    *((condition, "--dry-run-ranks --dry-run-gpu --dry-run-json") for condition in (TRAINING, _DRY_RUN)),
     (_VALIDATION, "--val-frequency"),
     (_BENCHMARK, "--zeroshot-frequency"),
     (_REMOTE, "--remote-sync-frequency"),
@@ -60,6 +64,7 @@ def add_train_args(parser: argparse.ArgumentParser, everything: bool) -> None:
     if everything:
         _add_more_optimization_args(group)
         loss.add_loss_args(parser.add_argument_group("loss"))
+        _add_dry_run_args(parser.add_argument_group("dry run of a training"))
     group = parser.add_argument_group("logging and checkpoints")
     _add_common_logging_args(group)
     if everything:
@@ -227,6 +232,19 @@ def _add_safety_args(group: argparse._ArgumentGroup) -> None:
         help="abort the run, and name the process, when one makes no progress for X minutes; evaluations during "
         "training may take four times as long (default: %(default)g)",
     )
+
+
+def _add_dry_run_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dry-run-ranks",
+        type=positive,
+        metavar="N",
+        help="with --dry-run: plan for N processes, one per GPU (default: those that were started)",
+    )
+    group.add_argument(
+        "--dry-run-gpu", choices=tuple(GPUS), default="H100", help="with --dry-run: kind of GPU (default: %(default)s)"
+    )
+    group.add_argument("--dry-run-json", metavar="FILE", help="with --dry-run: also write the plan to FILE")
 
 
 def validate_train_args(args: argparse.Namespace) -> None:

@@ -8,22 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from training.runtime.gpus import GPUS
 from training.runtime.messages import first_line
 
-# FLOP/s of 16-bit matrix products without sparsity, from the vendor's data sheets; the first matching name is used.
-PEAKS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 logger = logging.getLogger(__name__)
 
 
@@ -46,8 +33,8 @@ class ModelFlops:
 
 
 def peak_of(device_name: str, is_16_bit: bool) -> float | None:
-    """Returns a device's peak FLOP/s, half of it for fp32, which is computed in TF32; None if it is not in `PEAKS`."""
-    peak = next((peak for name, peak in PEAKS.items() if name in device_name), None)
+    """Returns a device's peak FLOP/s, half of it for fp32, which is computed in TF32; None if it is not in `GPUS`."""
+    peak = next((peak for name, (peak, _) in GPUS.items() if name in device_name), None)
     return peak and peak * (1.0 if is_16_bit else 0.5)
 
 

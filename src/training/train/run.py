@@ -21,7 +21,7 @@ from training.data.loader import NoUsableSampleError
 from training.data.open import caption_rule, open_source, open_train_data
 from training.data.shards import Source
 from training.eval.results import run_name
-from training.eval.retrieval import plan_benchmarks
+from training.eval.retrieval import RetrievalWork, plan_benchmarks
 from training.model.assembly.from_flags import build_from_flags, check_precision
 from training.model.names.resolve import resolve_weights
 from training.model.towers.corner import corner_places
@@ -78,8 +78,8 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     if not env.is_main:
         log_to(None)
     watchdog.at(0, OPENING)
-    source, val_source = _open_sources(args, env)
-    steps_per_epoch = _count_steps(args, source, env)
+    source, val_source = open_sources(args, env)
+    steps_per_epoch = count_steps(args, source, env)
     watchdog.at(0, BUILDING)
     return plan, _build(args, plan, source, val_source, steps_per_epoch, env)
 
@@ -109,14 +109,7 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     Raises:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
     """
-    check_precision(args.precision, env.device)
-    check_reporters(args.report_to)
-    parse_augmentation(args.aug_cfg)
-    work = plan_benchmarks(args)
-    resolve_weights(args.model, args.pretrained, args.cache_dir)
-    for flag, spec in (("--train-data", args.train_data), ("--val-data", args.val_data)):
-        if spec and feature_info(spec) and (not args.lock_image or args.lock_image_unlocked_groups):
-            raise ValueError(f"{flag} {spec}: features of a locked image tower; add --lock-image and unlock no groups")
+    work = check_inputs(args, env.device)
     name = args.name or run_name(args.model)
     folder = Path(args.logs) / name
     lease.take(folder, f"--name {name}")
@@ -146,14 +139,28 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     return Plan(name, folder, resume, work)
 
 
-def _open_sources(args: argparse.Namespace, env: DistEnv) -> tuple[Source, Source | None]:
+def check_inputs(args: argparse.Namespace, device: torch.device) -> RetrievalWork | None:
+    """Checks flags and files that need no folder of the run; returns the benchmarks. Raises like `_check`."""
+    check_precision(args.precision, device)
+    check_reporters(args.report_to)
+    parse_augmentation(args.aug_cfg)
+    work = plan_benchmarks(args)
+    resolve_weights(args.model, args.pretrained, args.cache_dir)
+    for flag, spec in (("--train-data", args.train_data), ("--val-data", args.val_data)):
+        if spec and feature_info(spec) and (not args.lock_image or args.lock_image_unlocked_groups):
+            raise ValueError(f"{flag} {spec}: features of a locked image tower; add --lock-image and unlock no groups")
+    return work
+
+
+def open_sources(args: argparse.Namespace, env: DistEnv) -> tuple[Source, Source | None]:
+    """Opens ``--train-data`` and ``--val-data``; see `data.open.open_source`."""
     rule = caption_rule(args)
     source = open_source(args, "--train-data", args.train_data, rule, env, args.dataset_resampled)
     val = open_source(args, "--val-data", args.val_data, rule, env) if args.val_data else None
     return source, val
 
 
-def _count_steps(args: argparse.Namespace, source: Source, env: DistEnv) -> int:
+def count_steps(args: argparse.Namespace, source: Source, env: DistEnv) -> int:
     """Optimizer steps of an epoch; the samples left over after the last whole one are other ones each epoch."""
     num_samples = args.train_num_samples or source.num_samples
     if num_samples > source.num_samples:
@@ -204,14 +211,15 @@ def _build(
     if val_source:
         val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
         alone = replace(env, rank=0, world_size=1)
-        val = ValidationSet.of(val_data, args.batch_size, env, make_loss(args, _num_corners(core), alone))
+        val = ValidationSet.of(val_data, args.batch_size, env, make_loss(args, num_corners(core), alone))
     if env.is_main:
         _check_warmup(0 if args.skip_scheduler else args.warmup, steps_per_epoch * args.epochs, args.lr)
     data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
     return Run(data, val, parts, stepper, _schedule(args, optimizer, steps_per_epoch), division, start, flops)
 
 
-def _num_corners(core: torch.nn.Module) -> int:
+def num_corners(core: torch.nn.Module) -> int:
+    """Returns m of a model's text tower; 0 for a tower without corner tokens."""
     return getattr(getattr(core, "text", None), "num_corners", 0)
 
 
@@ -228,7 +236,7 @@ def make_stepper(
     return Stepper(
         model=_over_ranks(whole, env),
         core=core,
-        loss=make_loss(args, _num_corners(core), env),
+        loss=make_loss(args, num_corners(core), env),
         optimizer=optimizer,
         autocast=get_autocast(args.precision, device_type=env.device.type),
         scaler=scaler,
@@ -237,7 +245,7 @@ def make_stepper(
         max_over_ranks=partial(max_over_ranks, env=env),
         locked_images=whole.encode_images if whole.image_is_locked else None,
         average_statistics=statistics_average(core, env),
-        corners=corner_places(corners, _num_corners(core)),
+        corners=corner_places(corners, num_corners(core)),
     )
 
 
