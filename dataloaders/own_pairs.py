@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.own_set import CAPTION_KEYS, CAPTION_LINES, CAPTION_LISTS, CAPTION_RULE, as_set
+from dataloaders.own_set import CAPTION_KEYS, CAPTION_LINES, CAPTION_LISTS, CAPTION_RULE, as_set, present_keys
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark
 from training.readers.captions import caption_texts, read_record
@@ -88,8 +88,12 @@ def _image_of(raw: RawSample, path: str, texts: list[str], keys: Sequence[str], 
 def _captions_of(raw: RawSample, keys: Sequence[str], lists: str, lines: bool, url: str) -> list[str]:
     try:
         record = read_record(raw.files)
-        found = [text for key in keys if key in record for text in caption_texts(record[key], f"key {key}", lists)]
-        return found or caption_texts(record.get("txt"), "key txt", lines=lines)
+        found = present_keys(keys, record) or ["txt"]
+        return [
+            text
+            for key in found
+            for text in caption_texts(record.get(key), f"key {key}", lists, lines and key == "txt")
+        ]
     except ValueError as error:
         raise ValueError(f"{url}: sample {raw.key}: broken caption ({error})") from error
 

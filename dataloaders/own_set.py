@@ -1,6 +1,6 @@
 """What a user's own pairs have in common, whether they are in tables or in shards."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
 from dataloaders.registry import Option
@@ -10,9 +10,10 @@ from training.readers.sentences import normalise_caption
 CAPTION_RULES = ("raw", "long")
 CAPTION_KEYS = Option(
     "--retrieval-caption-keys",
-    "where the captions are: columns of the table, or keys in a shard's .json (default: caption)",
+    "where the captions are: columns of the table, or keys in a shard's .json; all that exist are read (default: the "
+    "first of caption, raw_caption, txt, title, text, long_caption, conversations)",
     metavar="KEYS",
-    default=("caption",),
+    default=("caption", "raw_caption", "txt", "title", "text", "long_caption", "conversations"),
     type=names,
     aliases=("--caption-keys",),
 )
@@ -35,6 +36,12 @@ CAPTION_RULE = Option(
     default="raw",
     choices=CAPTION_RULES,
 )
+
+
+def present_keys(keys: Sequence[str], present: Container[str]) -> list[str]:
+    """Returns the caption keys that a sample or table has; of the default ones only the first."""
+    found = [key for key in dict.fromkeys(keys) if key in present]
+    return found[:1] if keys == CAPTION_KEYS.default else found
 
 
 def as_set(name: str, pairs: Iterable[tuple], rule: str) -> RetrievalSet:

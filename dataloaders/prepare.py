@@ -203,7 +203,7 @@ def write_stats(found: list[CaptionStats], path: Path) -> str:
 
 def _benchmark_at(args: argparse.Namespace, name: str, root: str) -> Benchmark:
     """Sets a benchmark's flag to its folder; ValueError if another flag that it needs is missing."""
-    benchmark = next(b for b in benchmarks() if b.name == name)
+    benchmark = next(b for b in benchmarks() if name in (b.name, b.flag[2:]))
     for flag, what in benchmark.requires:
         if not getattr(args, destination(flag)):
             raise ValueError(f"{args.command} {name} needs {flag}, {what}")
@@ -239,7 +239,8 @@ def build_parser() -> argparse.ArgumentParser:
     iiw.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
     check = commands.add_parser("check", help="tell whether a benchmark is complete, or what is missing")
     known = [b.name for b in benchmarks()]
-    check.add_argument("benchmark", choices=known, metavar="BENCHMARK", help=", ".join(known))
+    by_flag = [b.flag[2:] for b in benchmarks() if b.old_flag]
+    check.add_argument("benchmark", choices=[*known, *by_flag], metavar="BENCHMARK", help=", ".join(known))
     check.add_argument("root", metavar="ROOT", help="the folder given to the benchmark's flag")
     _add_options(check)
     check.add_argument("--read-images", action="store_true", help="decode every image as well (minutes)")
@@ -259,8 +260,8 @@ def _add_options(check: argparse.ArgumentParser) -> None:
     aliases: dict[str, list[str]] = {}
     for option in options_of(benchmarks()):
         switch = {"action": "store_true"} if option.is_switch else {}
-        check.add_argument(option.flag, **option.keywords, **switch)
-        for alias in option.aliases:
+        check.add_argument(option.flag, *(option.aliases if switch else ()), **option.keywords, **switch)
+        for alias in () if option.is_switch else option.aliases:
             aliases.setdefault(alias, []).append(option.flag)
     for alias, flags in aliases.items():
         check.add_argument(alias, action=_Alias, flags=flags, help=f"the same as {' or '.join(flags)}")

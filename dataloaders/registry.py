@@ -104,6 +104,7 @@ class Benchmark:
         tree: where ``--data-root`` finds it; None if it has no fixed location.
         suites: the values of ``--suite`` that include it.
         source: how to get it, one line.
+        old_flag: a former name of the flag, which is accepted as well.
     """
 
     name: str
@@ -121,6 +122,12 @@ class Benchmark:
     tree: Tree | None = None
     suites: tuple[str, ...] = ()
     source: str = ""
+    old_flag: str = ""
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The flag and its former name."""
+        return (self.flag, self.old_flag) if self.old_flag else (self.flag,)
 
 
 def destination(flag: str) -> str:

@@ -170,7 +170,7 @@ def test_csv_and_parquet_and_other_column_names_give_the_same(tmp_path):
     assert len(parts(tmp_path / "csv")) == 30
 
 
-def test_sentence_lists_and_other_published_tables(tmp_path):
+def test_sentence_lists_and_other_published_tables(tmp_path, capsys):
     table = pa.table(
         {
             "url": ["http://a/1.jpg", "http://a/2.jpg"],
@@ -179,7 +179,10 @@ def test_sentence_lists_and_other_published_tables(tmp_path):
         }
     )
     pq.write_table(table, tmp_path / "recap.parquet")
-    run(tmp_path / "out", tmp_path / "recap.parquet")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "refused", tmp_path / "recap.parquet")
+    assert "a cell holds 2 captions ('A dog.', ..)" in capsys.readouterr().err
+    run(tmp_path / "out", tmp_path / "recap.parquet", "--caption-lists", "sentences")
     written = parts(tmp_path / "out")
     assert [r["long_caption"] for r in written] == ["A dog. It runs.", "A cat."]
     assert [r["raw_caption"] for r in written] == ["one", None]
@@ -258,10 +261,10 @@ def test_duplicates_are_found_as_by_a_set_however_many_passes(tmp_path):
     ("words", "said"),
     [
         (["no.csv"], "no.csv: no such file"),
-        (["{here}/empty"], "no .csv, .tsv, .parquet in this folder"),
-        (["{here}/a.zip"], "unpack archives first"),
+        (["{here}/empty"], "no .csv, .tsv, .parquet, .arrow, .jsonl, .json and no images"),
+        (["{here}/a.zip"], "unpack or convert it"),
         (["{here}/t.csv", "{here}/t.csv"], "named twice"),
-        (["{here}/bad.parquet"], "not a Parquet file"),
+        (["{here}/bad.parquet"], "bad.parquet: not a readable table"),
         (["{here}/other.csv"], "no column of image URLs (--url-column)"),
         (["{here}/t.csv", "--url-column", "u"], "no column u (--url-column); it has 'url', 'a', 'b'"),
         (["{here}/t.csv"], "no captions; it has 'url', 'a', 'b'"),

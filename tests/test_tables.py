@@ -3,7 +3,6 @@
 import base64
 import csv
 import io
-import itertools
 import json
 import logging
 import random
@@ -22,7 +21,7 @@ from training.main import main
 from training.prepare.tables.columns import Columns
 from training.prepare.tables.records import Table, csv_chunks
 from training.prepare.tables.records import read_rows as read_table_rows
-from training.readers.csv_rows import CsvForm, CsvRecords, Stretch
+from training.readers.csv_rows import CsvForm, CsvRecords
 from training.readers.images import load_rgb
 from training.readers.table_files import names_tables, table_files
 
@@ -93,10 +92,8 @@ def test_cells_of_several_lines_are_read_as_the_csv_module_does(end, mark, tmp_p
 def test_other_encodings_and_line_ends(tmp_path, caplog):
     path = tmp_path / "t.csv"
     path.write_bytes("filepath,caption\na.jpg,caf\xe9\nb.jpg,two\n".encode("cp1252"))
-    with pytest.raises(ValueError, match="line 2: not UTF-8"):
-        pairs(path)
-    assert trained(path) == [("a.jpg", "caf\xe9"), ("b.jpg", "two")]
-    assert "1 rows are not UTF-8, and are read as Windows-1252" in caplog.text
+    assert pairs(path) == trained(path) == [("a.jpg", "caf\xe9"), ("b.jpg", "two")]
+    assert caplog.text.count("1 rows are not UTF-8, and are read as Windows-1252") == 2
     path.write_bytes(b"filepath,caption\ra.jpg,one\r")
     for read in (pairs, trained):
         with pytest.raises(ValueError, match="CR alone"):
@@ -241,12 +238,15 @@ def test_a_column_may_hold_the_short_and_the_long_caption(tmp_path):
     assert trained(tmp_path / "t.parquet", captions=("caption", "caption")) == [("a.jpg", ["one", "two"])]
 
 
-@pytest.mark.parametrize("name", ["t.csv.gz", "t.jsonl"])
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.jsonl.gz"])
 def test_tables_of_other_formats_are_refused_as_tables(name, tmp_path, capsys):
     (tmp_path / name).write_bytes(b"x")
-    for flag in ("--retrieval-csv", "--train-data"):
+    for flag in ("--retrieval-table", "--train-data"):
         assert main([flag, str(tmp_path / name), "--device", "cpu", "--logs", str(tmp_path)]) == 2
-        assert f"{flag} {tmp_path / name}: expected .csv, .tsv, .parquet, .arrow; unpack" in capsys.readouterr().err
+        assert (
+            f"{flag} {tmp_path / name}: expected .csv, .tsv, .parquet, .arrow, .jsonl, .json; unpack"
+            in capsys.readouterr().err
+        )
 
 
 def test_training_and_evaluation_on_a_folder_of_the_hub(tmp_path, capsys):
@@ -255,7 +255,7 @@ def test_training_and_evaluation_on_a_folder_of_the_hub(tmp_path, capsys):
     hub = str(tmp_path / "hub")
     flags = ["--model", "lotlip_tiny", "--device", "cpu", "--workers", "0", "--logs", str(tmp_path / "logs")]
     data = ["--train-data", hub, "--captions", "raw", "--batch-size", "8", "--epochs", "1", "--warmup", "0"]
-    assert main([*flags, *data, "--retrieval-csv", hub, "--name", "run"]) == 0
+    assert main([*flags, *data, "--retrieval-table", hub, "--name", "run"]) == 0
     assert "16 samples read, 0 skipped" in capsys.readouterr().err
     results = json.loads((tmp_path / "logs/run/checkpoints/results.jsonl").read_text().splitlines()[-1])
     assert results["hub-retrieval-num-images"] == 16
@@ -303,26 +303,6 @@ def messy_table(rng):
     for _ in range(rng.choice([0, 0, 1, 4])):
         content.insert(rng.randrange(len(content)), rng.choice(b'""",\r\n\t\xe9\0'))
     return bytes(content), CsvForm(separator, quoted)
-
-
-def test_rows_that_are_found_in_blocks_are_those_that_are_read_one_by_one(tmp_path):
-    rng, path, in_stretches = random.Random(0), tmp_path / "t.csv", 0
-    for _ in range(300):
-        content, form = messy_table(rng)
-        path.write_bytes(content)
-        records, found = CsvRecords(path, form, 3), []
-        for part in records.read_fast(0):
-            if isinstance(part, Stretch):
-                for begin, end in itertools.pairwise([part.begin, *part.ends.tolist()]):
-                    lines = io.StringIO(content[begin:end].decode(), newline="")
-                    quoting = csv.QUOTE_MINIMAL if form.quoted else csv.QUOTE_NONE
-                    (cells,) = csv.reader(lines, delimiter=form.separator, quoting=quoting)
-                    found.append((cells, begin, end, False))
-                    in_stretches += 1
-            else:
-                found.append(tuple(part))
-        assert found == [tuple(record) for record in records.read(0)], (content, form)
-    assert in_stretches > 3000
 
 
 def test_chunks_of_a_messy_table_hold_each_row_once(tmp_path):

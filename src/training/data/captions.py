@@ -213,7 +213,7 @@ def _captions(record: dict, key: str, rule: CaptionRule) -> list[list[str]]:
 
 def _pieces(value: object, lines: bool = False) -> list[str] | None:
     try:
-        return caption_texts(value, lines=lines)
+        return [text.strip() for text in caption_texts(value, lines=lines)]
     except ValueError:
         return None
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from training.data.augment import without_normalisation
 from training.data.captions import CaptionRule
-from training.data.embedded import embedded_sources
+from training.data.embedded import embedded_sources, warn_of_repeated_images
 from training.data.first_look import check_first_samples
 from training.data.images import IN_TRAINING, ImageReader
 from training.data.loader import make_loader
@@ -18,6 +18,7 @@ from training.data.reader import SampleReader
 from training.data.shards import ResampledShards, ShardSource, Source
 from training.data.sizes import count_samples, expand_sources, trusted_sizes
 from training.data.tables import TableSource, read_tables
+from training.readers.hub import local_spec
 from training.readers.streams import is_local
 from training.readers.table_files import names_tables, table_files
 from training.runtime.distributed import DistEnv, on_main_rank
@@ -93,7 +94,7 @@ def open_source(
 
         return _with_flag(flag, open_checked)
 
-    inside = on_main_rank(lambda: _with_flag(flag, lambda: embedded_sources(spec, args.csv_img_key)), env)
+    spec, inside = _find(args, flag, spec, env)
     _check_type(args.dataset_type, flag, spec)
     if not inside and names_tables(spec):
         if resampled:
@@ -130,10 +131,24 @@ def _open_shards(args: argparse.Namespace, flag: str, sources: list[list[str]], 
     return ResampledShards(urls, weights, args.train_num_samples, args.seed, sizes=sizes, **order)
 
 
+def _find(args: argparse.Namespace, flag: str, spec: str, env: DistEnv) -> tuple[str, list[list[str]] | None]:
+    """Returns (the names of local files, the sources if they are tables with images inside)."""
+
+    def local() -> str:
+        return _with_flag(flag, lambda: local_spec(spec))
+
+    on_main_rank(local, env)  # downloads before the others look
+    found = local()
+    inside = on_main_rank(lambda: _with_flag(flag, lambda: embedded_sources(found, args.csv_img_key)), env)
+    if inside and env.rank == 0:
+        warn_of_repeated_images(inside[0][0])
+    return found, inside
+
+
 def _check_type(dataset_type: str, flag: str, spec: str) -> None:
     is_table = names_tables(spec)
     if dataset_type != "auto" and is_table != (dataset_type == "csv"):
-        found = "a table" if is_table else "no table (.csv, .tsv, .parquet or .arrow)"
+        found = "a table" if is_table else "no table"
         raise ValueError(f"--dataset-type {dataset_type}: {flag} {spec} is {found}; use auto")
 
 

@@ -15,13 +15,12 @@ from functools import cache, lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
 
-from training.data.embedded import count_rows, read_rows
+from training.data.embedded import count_rows, is_table, read_rows
 from training.data.features import SUFFIX as FEATURES
 from training.data.features import count_features, read_features
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
 from training.readers.samples import BrokenShardError, Part, RawSample, index_shard, read_samples
 from training.readers.streams import is_local
-from training.readers.table_files import COLUMNAR
 
 USUAL_SIZE = 10_000  # assumed number of samples in a shard of unknown size: img2dataset's default
 
@@ -197,7 +196,7 @@ def _local_extent(url: str) -> tuple[int | None, str | None]:
     try:
         if url.endswith(FEATURES):
             return count_features(url), None
-        if url.endswith(COLUMNAR):
+        if is_table(url):
             return count_rows(url), None
         if is_local(url):
             index = index_shard(url)
@@ -243,7 +242,7 @@ def read_shard(
     """Reads a tar shard, a feature file, or a table with images inside; see `read_samples` for the arguments."""
     if url.endswith(FEATURES):
         return read_features(url, first, stop)
-    if url.endswith(COLUMNAR):
+    if is_table(url):
         return read_rows(url, first, stop)
     return read_samples(url, first, stop, index_cache=index_cache)
 

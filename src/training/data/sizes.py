@@ -10,14 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from training.data.embedded import count_rows
+from training.data.embedded import count_rows, is_table
 from training.data.features import SUFFIX as FEATURES
 from training.data.features import count_features, feature_files, is_feature_folder
 from training.readers.files import parallel_map
 from training.readers.remote import file_system
 from training.readers.samples import INDEX_CACHE, ShardIndex, cached_index, index_shard
 from training.readers.streams import expand_shards, is_local
-from training.readers.table_files import COLUMNAR
 
 MAX_CHECKED_BYTES = 1 << 28  # total size of the shards whose samples are counted to check sizes.json
 NUM_THREADS = 32  # shards that are indexed at the same time; an object store answers slowly, but many requests at once
@@ -146,8 +145,8 @@ def count_samples(
     """
     if all(url.endswith(FEATURES) for url in urls):
         return [count_features(url) for url in urls]
-    if all(url.endswith(COLUMNAR) for url in urls):
-        return [count_rows(url) for url in urls]
+    if all(map(is_table, urls)):
+        return parallel_map(count_rows, urls)
     known = trusted_sizes(urls) if sizes is None else sizes
     unknown = [url for url, size in zip(urls, known) if size is None]
     pipes = [url for url in unknown if url.startswith("pipe:")]

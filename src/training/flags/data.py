@@ -12,12 +12,12 @@ from training.readers.samples import INDEX_CACHE
 from training.readers.table_files import names_csv, names_tables
 
 _TABLE = Condition(
-    "without a table (.csv, .tsv, .parquet or .arrow)",
-    lambda args: any(map(names_tables, (args.train_data, args.val_data, args.retrieval_csv))),
+    "without a table (.csv, .tsv, .json, .jsonl, .parquet or .arrow)",
+    lambda args: any(map(names_tables, (args.train_data, args.val_data, args.retrieval_table))),
 )
 _CSV = Condition(
     "without a .csv or .tsv table",
-    lambda args: any(map(names_csv, (args.train_data, args.val_data, args.retrieval_csv))),
+    lambda args: any(map(names_csv, (args.train_data, args.val_data, args.retrieval_table))),
 )
 _SHARDS = Condition("for a table of image paths, whose rows are all shuffled", lambda args: not _has_paths(args))
 LONG = Condition(
@@ -27,8 +27,8 @@ _SHORT = Condition(
     "without a text from short captions; see --text-views", lambda args: reads(caption_entries(args), "short")
 )
 _OWN_DATA = Condition(
-    "without --train-data, --retrieval-csv or --retrieval-wds",
-    lambda args: args.train_data or args.retrieval_csv or args.retrieval_wds,
+    "without --train-data, --retrieval-table or --retrieval-wds",
+    lambda args: args.train_data or args.retrieval_table or args.retrieval_wds,
 )
 _BY_FLAGS = Condition("with --text-views; omit one or the other", lambda args: not args.text_views, refused=True)
 
@@ -108,7 +108,8 @@ def _add_common_data_args(group: argparse._ArgumentGroup) -> None:
         "--train-data",
         metavar="DATA",
         help="train on this: tar shards ('data/{00000..00575}.tar', a folder, URLs; several sources are separated by "
-        "::), tables (.csv, .tsv, .parquet), or a folder of a Hugging Face data set",
+        "::), tables (.csv, .tsv, .json, .jsonl, .parquet, .arrow), folders of these or of images with NAME.txt, "
+        "or hf:ORG/NAME:SPLIT",
     )
     group.add_argument(
         "--val-data", metavar="DATA", help="data for loss and R@1 during training, in any format of --train-data"
@@ -121,7 +122,8 @@ def _add_common_data_args(group: argparse._ArgumentGroup) -> None:
         "--image-key",
         default="filepath",
         metavar="COL",
-        help="image column of a table: paths or images (default: %(default)s, or else the only column of images)",
+        help="image column of a table: paths or images (default: %(default)s, else the only column of images, or the "
+        "only one of file_name, image, image_path, ..)",
     )
 
 
@@ -129,7 +131,8 @@ def _add_more_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--csv-separator",
         metavar="C",
-        help="column separator of .csv and .tsv tables (default: comma; for .tsv tab)",
+        help="column separator of .csv and .tsv tables (default: comma, semicolon or tab, whichever the first line has "
+        "most of; for .tsv tab)",
     )
     group.add_argument(
         "--train-sizes",

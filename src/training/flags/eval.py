@@ -80,7 +80,7 @@ def _add_benchmarks(group: argparse._ArgumentGroup, name: str) -> None:
     chosen = [b for b in benchmarks() if b.group == name]
     owners = options_of(chosen)
     for benchmark in chosen:
-        group.add_argument(benchmark.flag, metavar=benchmark.metavar, help=benchmark.help)
+        group.add_argument(*benchmark.flags, metavar=benchmark.metavar, help=benchmark.help)
         for option in benchmark.options:
             if not option.of_training and owners[option][-1] == benchmark.flag:
                 switch = {"action": Switch} if option.is_switch else {}

@@ -54,37 +54,15 @@ def _workers(parser: argparse.ArgumentParser, most: int = 64) -> None:
 
 def add_tables_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `tables`."""
-    parser.add_argument("tables", nargs="+", metavar="IN", help=".csv, .tsv or .parquet tables, or folders of them")
+    parser.add_argument(
+        "tables",
+        nargs="+",
+        metavar="IN",
+        help=".csv, .tsv, .json, .jsonl, .parquet or .arrow tables, folders of them, or hf:ORG/NAME",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for part-*.parquet and _summary.json")
     parser.add_argument("--summary", metavar="FILE", help="write the summary to this file as well")
-    parser.add_argument(
-        "--url-column", metavar="COL", help="column of image URLs (default: Image Path, url, URL, image_url)"
-    )
-    parser.add_argument(
-        "--key-column", metavar="COL", help="column of keys (default: key; without one, keys are made from URLs)"
-    )
-    parser.add_argument(
-        "--raw-column", metavar="COL", help="column of raw captions (default: raw_caption, org_caption, caption, TEXT)"
-    )
-    parser.add_argument(
-        "--long-columns",
-        type=names,
-        metavar="COL[=NAME],..",
-        help="columns of long captions, and names to write them under (default: the published names, vlm_caption, "
-        "re_caption)",
-    )
-    parser.add_argument(
-        "--short-columns",
-        type=names,
-        metavar="COL[=NAME],..",
-        help="columns of short captions, likewise (default: the published names)",
-    )
-    parser.add_argument(
-        "--separator", metavar="C", help="separator of .csv and .tsv tables (default: a comma; a tab in .tsv)"
-    )
-    parser.add_argument(
-        "--no-quotes", action="store_true", help="read quotes as plain characters, as many .tsv files need it"
-    )
+    _add_column_args(parser)
     parser.add_argument(
         "--keep-cut-off", action="store_true", help="do not remove unfinished last sentences of long captions"
     )
@@ -95,6 +73,56 @@ def add_tables_args(parser: argparse.ArgumentParser) -> None:
         "--rows-per-part", type=positive, default=100_000, metavar="N", help="rows per chunk (default: %(default)s)"
     )
     _workers(parser, most=8)  # they use less than 2 GB together
+
+
+def _add_column_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url-column", metavar="COL", help="column of image URLs (default: Image Path, url, URL, image_url)"
+    )
+    parser.add_argument(
+        "--key-column", metavar="COL", help="column of keys (default: key; without one, keys are made from URLs)"
+    )
+    parser.add_argument(
+        "--raw-caption-keys",
+        "--raw-column",
+        dest="raw_column",
+        metavar="COL",
+        help="column of raw captions (default: raw_caption, org_caption, caption, TEXT)",
+    )
+    parser.add_argument(
+        "--long-caption-keys",
+        "--long-columns",
+        dest="long_columns",
+        type=names,
+        metavar="COL[=NAME],..",
+        help="columns of long captions, and names to write them under (default: the published names, vlm_caption, "
+        "re_caption)",
+    )
+    parser.add_argument(
+        "--short-caption-keys",
+        "--short-columns",
+        dest="short_columns",
+        type=names,
+        metavar="COL[=NAME],..",
+        help="columns of short captions, likewise (default: the published names)",
+    )
+    parser.add_argument(
+        "--csv-separator",
+        "--separator",
+        metavar="C",
+        help="separator of .csv and .tsv tables (default: comma, semicolon or tab, whichever the first line has most "
+        "of; for .tsv tab)",
+    )
+    parser.add_argument(
+        "--caption-lists",
+        default="alternatives",
+        choices=("alternatives", "sentences"),
+        help="sentences: a list of texts is one caption; alternatives: it is several, which a part can't hold "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-quotes", action="store_true", help="read quotes as plain characters, as many .tsv files need it"
+    )
 
 
 def _output(parser: argparse.ArgumentParser) -> None:

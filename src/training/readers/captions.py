@@ -23,7 +23,7 @@ def read_record(files: Mapping[str, bytes]) -> dict:
     """Returns the entries of a sample's ``json`` file, and the content of its ``txt`` file under ``txt``.
 
     Args:
-        files: suffix -> content. A byte order mark is no part of the content.
+        files: suffix -> content. A byte order mark, and white space around a ``txt``, are no part of the content.
 
     Raises:
         RecordError: a file is not UTF-8, or the JSON is broken or not an object.
@@ -35,7 +35,7 @@ def read_record(files: Mapping[str, bytes]) -> dict:
         if not isinstance(record, dict):
             raise RecordError("JSON not an object")
         if "txt" in files:
-            record.setdefault("txt", files["txt"].decode("utf-8-sig"))
+            record.setdefault("txt", files["txt"].decode("utf-8-sig").strip())
     except UnicodeDecodeError as error:
         raise RecordError("text not UTF-8") from error
     except RecordError:
@@ -46,7 +46,7 @@ def read_record(files: Mapping[str, bytes]) -> dict:
 
 
 def caption_texts(value: object, where: str = "", lists: str = "alternatives", lines: bool = False) -> list[str]:
-    """Returns the captions in a value, without surrounding white space; empty ones are left out.
+    """Returns the captions in a value, unchanged; empty ones are left out.
 
     Args:
         value: a text, UTF-8 bytes, a list of these, a conversation, or None.
@@ -57,10 +57,10 @@ def caption_texts(value: object, where: str = "", lists: str = "alternatives", l
     Raises:
         ValueError: the value is something else.
     """
-    texts = [text.strip() for text in _texts(value, where) if text.strip()]
+    texts = [text for text in _texts(value, where) if text.strip()]
     if lines:
         texts = [line.strip() for text in texts for line in split_lines(text) if line.strip()]
-    return [join_sentences(texts)] if lists == "sentences" and len(texts) > 1 else texts
+    return [join_sentences([text.strip() for text in texts])] if lists == "sentences" and len(texts) > 1 else texts
 
 
 def _texts(value: object, where: str) -> list[str]:

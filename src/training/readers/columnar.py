@@ -1,16 +1,16 @@
 """Parquet and Arrow tables, with images inside or beside them, in the layout of data sets on the Hugging Face hub."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 ROWS_AT_ONCE = 64  # about 10 MB if the table holds images
-_HELD = b"."  # replaces an image's bytes where it only matters that there are some
+TEXT_ROWS_AT_ONCE = 10_000
 
 
 class ColumnarFile:
@@ -34,7 +34,7 @@ class ColumnarFile:
                 self._table, self._file = _map_arrow(self.path), None
                 self.schema, self.num_rows = self._table.schema, self._table.num_rows
             else:
-                self._table, self._file = None, pq.ParquetFile(self.path)
+                self._table, self._file = None, pq.ParquetFile(self.path, memory_map=True)
                 self.schema, self.num_rows = self._file.schema_arrow, self._file.metadata.num_rows
                 sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
                 self._ends = np.cumsum(sizes, dtype=np.int64)
@@ -58,14 +58,15 @@ class ColumnarFile:
             ValueError: the file is broken within these rows.
         """
         stop = self.num_rows if stop is None else min(stop, self.num_rows)
+        size = ROWS_AT_ONCE if any(name in self.image_columns for name in columns) else TEXT_ROWS_AT_ONCE
         if self._table is not None:
             part = self._table.select(columns).slice(first, max(stop - first, 0))
-            yield from part.to_batches(max_chunksize=ROWS_AT_ONCE)
+            yield from part.to_batches(max_chunksize=size)
             return
         groups = [i for i, end in enumerate(self._ends) if end > first and self._start(i) < stop]
         row = self._start(groups[0]) if groups else stop
         try:
-            for batch in self._file.iter_batches(ROWS_AT_ONCE, groups, columns, use_threads=False):
+            for batch in self._file.iter_batches(size, groups, columns, use_threads=False):
                 wanted = batch.slice(max(first - row, 0), max(min(stop, row + len(batch)) - max(first, row), 0))
                 if len(wanted):
                     yield wanted
@@ -73,14 +74,24 @@ class ColumnarFile:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path}: broken ({str(error).splitlines()[0][:300]})") from error
 
-    def rows(self, image_column: str, columns: Sequence[str]) -> Iterator[dict]:
-        """Yields each row as a dict of column -> value; the bytes of its image are replaced by `_HELD`."""
-        for batch in self.batches([image_column, *columns]):
-            values = {name: batch.column(name) for name in columns}
-            yield from pa.table({image_column: _without_bytes(batch.column(image_column))} | values).to_pylist()
+    def rows(self, columns: Sequence[str], first: int = 0, stop: int | None = None) -> Iterator[dict]:
+        """Yields each row from `first` up to, but not including, `stop` as a dict of column -> value."""
+        for batch in self.batches(columns, first, stop):
+            yield from batch.to_pylist()
+
+    def same_group(self, first: int, second: int) -> bool:
+        """Returns whether two rows are in the same row group, so that reading can't begin between them."""
+        return self._file is not None and len(set(np.searchsorted(self._ends, [first, second], "right"))) == 1
 
     def _start(self, group: int) -> int:
         return int(self._ends[group - 1]) if group else 0
+
+    def load(self, columns: Sequence[str]) -> pa.Table:
+        """Returns columns in memory; those of an Arrow file stay on disk."""
+        if self._table is not None:
+            return self._table.select(columns)
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        return pa.Table.from_batches(list(self.batches(columns)), schema)
 
 
 def _map_arrow(path: Path) -> pa.Table:
@@ -99,29 +110,17 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def choose_image_column(path: Path, names: Sequence[str], embedded: Sequence[str], wanted: str) -> str | None:
-    """Chooses the image column of a table.
-
-    Args:
-        path: the table, for messages.
-        names: all its columns.
-        embedded: the columns that hold images themselves.
-        wanted: the column that --csv-img-key names.
-
-    Returns:
-        `wanted` if the table has it, else the only column that holds images; None if no column holds images.
-
-    Raises:
-        ValueError: several columns hold images, and the flag names none of them.
-    """
-    if wanted in names:
-        return wanted
-    if len(embedded) > 1:
-        raise ValueError(f"{path}: several columns hold images: {', '.join(embedded)}; name one with --csv-img-key")
-    return embedded[0] if embedded else None
+def may_hold_text(kind: pa.DataType) -> bool:
+    """Returns whether a column of a type may hold captions: texts, lists of texts, or conversations."""
+    if pa.types.is_dictionary(kind) or pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+        return may_hold_text(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(may_hold_text(field.type) for field in kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def image_bytes(value: object) -> bytes | None:
@@ -131,34 +130,28 @@ def image_bytes(value: object) -> bytes | None:
 
 def read_image(path: Path, column: str, row: int) -> bytes:
     """Returns the bytes of the image file in a cell of a Parquet or Arrow file; empty if the cell holds none."""
-    start = row - row % ROWS_AT_ONCE
-    return image_bytes(_stretch(path, column, start)[row - start].as_py()) or b""
+    cursor = _cursor(path, column)
+    with cursor.lock:
+        return image_bytes(cursor.read(row)) or b""
 
 
-def _without_bytes(column: pa.Array) -> pa.Array:
-    """Replaces the images by `_HELD`, to avoid copying them."""
-    kind = column.type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        held = pc.struct_field(column, "bytes")
-        names = [field.name for field in kind if field.name in ("bytes", "path")]
-        parts = [_marks(held) if name == "bytes" else pc.struct_field(column, name) for name in names]
-        return pa.StructArray.from_arrays(parts, names)
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return _marks(column)
-    return column
+class _Cursor:
+    """Reads cells of a column, mostly in order: a Parquet row group can't be entered in the middle."""
+
+    def __init__(self, path: Path, column: str):
+        self.file, self.column, self.lock = ColumnarFile(path), column, threading.Lock()
+        self.first, self.held, self.batches = 0, [], self.file.batches([column])
+
+    def read(self, row: int) -> object:
+        following = self.first + len(self.held)
+        if row < self.first or (row >= following and not self.file.same_group(following, row)):
+            self.first, self.held, self.batches = row, [], self.file.batches([self.column], row)
+        while row >= self.first + len(self.held):
+            self.first += len(self.held)
+            self.held = next(self.batches).column(0)
+        return self.held[row - self.first].as_py()
 
 
-def _marks(column: pa.Array) -> pa.Array:
-    there = pc.fill_null(pc.greater(pc.binary_length(column), 0), False)
-    return pc.if_else(there, pa.scalar(_HELD, pa.binary()), pa.scalar(None, pa.binary()))
-
-
-@lru_cache(maxsize=4)
-def _opened(path: Path) -> ColumnarFile:
-    return ColumnarFile(path)
-
-
-@lru_cache(maxsize=4)  # images are read in order, so the next one is nearly always among the same rows
-def _stretch(path: Path, column: str, start: int) -> pa.Array:
-    batches = list(_opened(path).batches([column], start, start + ROWS_AT_ONCE))
-    return pa.chunked_array([batch.column(0) for batch in batches])
+@lru_cache(maxsize=16)
+def _cursor(path: Path, column: str) -> _Cursor:
+    return _Cursor(path, column)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import BinaryIO, TypeVar
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "jfif", "jpe", "avif", "heic", "heif", "bmp", "gif", "tif", "tiff")
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".json")
 
 _LEFTOVERS = ("__macosx", "thumbs.db", "desktop.ini")
 

@@ -1,40 +1,47 @@
-"""Finds the files that a table flag names: one, several, a pattern, or a folder of a Hugging Face data set."""
+"""Finds the files that a table flag names: one, several, a pattern, a folder, or a data set of the Hugging Face hub."""
 
 import json
+import os
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from training.readers.files import TABLE_SUFFIXES, matching_files
+from training.readers.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, matching_files
+from training.readers.hub import is_data_set
 
 COLUMNAR = (".parquet", ".arrow")
 FEATURES = "features.json"  # marks a folder of image features, whose files are Parquet as well
-_OTHER_TABLES = (".csv.gz", ".tsv.gz", ".json", ".jsonl", ".xlsx", ".feather")  # recognised, to refuse them clearly
+_SEPARATED = (".csv", ".tsv")
+_OTHER_TABLES = (".csv.gz", ".tsv.gz", ".jsonl.gz", ".json.gz", ".xlsx", ".feather")  # recognised, to refuse them
+_METADATA = ("metadata.parquet", "metadata.jsonl", "metadata.csv")  # beside images, in the hub's folders of images
+_NOT_ROWS = ("summary.json", "sizes.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _LONGEST_PATH = 4096  # PATH_MAX of Linux
-_SPLIT_FILE = re.compile(r"(?P<split>[\w.]+)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.(parquet|arrow)")
+_SPLIT_FILE = re.compile(r"(?P<split>[\w.]+)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.(parquet|arrow|jsonl|csv)")
 
 
 def names_tables(spec: str | None) -> bool:
-    """Tells whether a flag's value names tables rather than tar shards or features."""
+    """Returns whether a flag's value names tables or a folder of images, rather than tar shards or features."""
     if not spec:
         return False
     suffixes = (*TABLE_SUFFIXES, *_OTHER_TABLES)
-    return any(part.endswith(suffixes) or _is_folder_of_tables(Path(part)) for part in spec.split("::"))
+    return any(part.endswith(suffixes) or is_data_set(part) or _is_source(Path(part)) for part in spec.split("::"))
 
 
 def names_csv(spec: str | None) -> bool:
-    """Tells whether a flag's value names CSV or TSV tables, which have a separator."""
-    if not names_tables(spec):
+    """Returns whether a flag's value names CSV or TSV tables, which have a separator."""
+    if not names_tables(spec) or any(map(is_data_set, spec.split("::"))):
         return False
     try:
-        return any(path.suffix not in COLUMNAR for path in table_files(spec))
+        return any(path.suffix in _SEPARATED for path in table_files(spec))
     except (ValueError, OSError):
         return True  # reported when the table is read
 
 
-def _is_folder_of_tables(folder: Path) -> bool:
-    if not folder.is_dir() or any(path.suffix == ".tar" or path.name == FEATURES for path in folder.iterdir()):
+def _is_source(folder: Path) -> bool:
+    if not folder.is_dir() or any(name.endswith(".tar") or name == FEATURES for name in os.listdir(folder)):
         return False
-    return bool(_candidates(folder)) or (folder / "dataset_dict.json").is_file()
+    return bool(_candidates(folder) or _splits(folder) or next(image_files(folder), None))
 
 
 def table_files(spec: str) -> list[Path]:
@@ -42,15 +49,16 @@ def table_files(spec: str) -> list[Path]:
 
     Args:
         spec: names separated by ``::``. Each is a file, a pattern (``part-*.parquet``, ``{000..012}.csv``) or a folder
-            of tables, also one that `datasets.save_to_disk` wrote or that was cloned from the Hugging Face hub.
+            of tables, also one that `datasets.save_to_disk` wrote, that was cloned from the Hugging Face hub, or that
+            has ``metadata.csv`` beside images. A folder of images without tables is returned as it is.
 
     Raises:
         FileNotFoundError, ValueError: no file was found, a folder is ambiguous, or a folder lacks some of its files.
     """
     files = [path for part in spec.split("::") for path in _expand(part)]
-    twice = sorted({str(path) for path in files if files.count(path) > 1})
-    if twice:
-        raise ValueError(f"{twice[0]}: named twice")
+    (path, number) = Counter(files).most_common(1)[0]
+    if number > 1:
+        raise ValueError(f"{path}: named twice")
     return files
 
 
@@ -98,6 +106,23 @@ def check_image_path(value: object, where: str) -> str | None:
     raise ValueError(f"{where}: the image is {found}. Expected a path, or bytes and path as on the hub")
 
 
+def beside(table: Path, name: str) -> str:
+    r"""Returns the path of an image that a table names, relative to its folder; also if it was written with ``\``."""
+    path = os.path.join(table if table.is_dir() else table.parent, name)
+    return path if "\\" not in name or os.path.exists(path) else beside(table, name.replace("\\", "/"))
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """Yields the images in a folder and its subfolders, sorted by name; hidden files and folders are skipped."""
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (
+            Path(where, name)
+            for name in sorted(names)
+            if not name.startswith(".") and name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
+        )
+
+
 def _candidates(folder: Path) -> list[Path]:
     """Returns the tables directly in a folder; if there are none, those in its ``data`` folder."""
     state = folder / "state.json"
@@ -106,17 +131,38 @@ def _candidates(folder: Path) -> list[Path]:
             return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
         except (ValueError, KeyError, TypeError):
             pass
-    own = sorted(p for p in folder.iterdir() if p.suffix in TABLE_SUFFIXES and not p.name.startswith((".", "cache-")))
-    return own or (_candidates(folder / "data") if (folder / "data").is_dir() else [])
+    names = sorted(os.listdir(folder))
+    for metadata in _METADATA:
+        if metadata in names:
+            return [folder / metadata]
+    own = [name for name in names if name.endswith(TABLE_SUFFIXES) and not name.startswith((".", "_", "cache-"))]
+    own = [name for name in own if name not in _NOT_ROWS and not name.endswith("_stats.json")]
+    rows = [name for name in own if not name.endswith(".json")] or own  # .json files describe the tables beside them
+    if any(os.path.splitext(name)[0] in names for name in rows):
+        return []  # img2dataset's loose files: a folder of images beside each table of URLs
+    if any(f"{os.path.splitext(name)[0]}.{suffix}" in names for name in own[:1] for suffix in IMAGE_SUFFIXES):
+        return []  # NAME.json beside NAME.jpg
+    if not rows and "data" in names and (folder / "data").is_dir():
+        return _candidates(folder / "data")
+    return [folder / name for name in rows]
+
+
+def _splits(folder: Path) -> list[str]:
+    """Returns the folders of splits that a folder holds."""
+    marks = ("state.json", *_METADATA)
+    return [str(own) for own in sorted(folder.iterdir()) if any((own / mark).is_file() for mark in marks)]
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
     files = _candidates(folder)
-    if not files and (folder / "dataset_dict.json").is_file():
-        splits = sorted(str(path.parent) for path in folder.glob("*/state.json"))
+    if not files and (splits := _splits(folder)):
+        if len(splits) == 1:
+            return _files_of_folder(Path(splits[0]))
         raise ValueError(f"{folder}: holds several splits; name one of them: {', '.join(splits)}")
+    if not files and next(image_files(folder), None):
+        return [folder]
     if not files:
-        raise ValueError(f"{folder}: no {', '.join(TABLE_SUFFIXES)} in this folder or in its data folder")
+        raise ValueError(f"{folder}: no {', '.join(TABLE_SUFFIXES)} and no images in this folder or in its data folder")
     kinds = sorted({path.suffix for path in files})
     if len(kinds) > 1:
         raise ValueError(f"{folder}: holds {' and '.join(kinds)} files; name the files that are meant")

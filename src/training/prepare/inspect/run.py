@@ -150,7 +150,7 @@ def _size_of(content: bytes) -> tuple[int, int]:
 
 def _captions(record: dict, keys: tuple[str, ...]) -> dict[str, str]:
     wanted = keys or [k for k in record if k in KNOWN_KEYS or k.endswith(("caption", "captions"))]
-    texts = {key: (cell_text(record.get(key)) or "").strip() for key in wanted}
+    texts = {key: (cell_text(record.get(key), "sentences") or "").strip() for key in wanted}
     return {key: text for key, text in texts.items() if text}
 
 

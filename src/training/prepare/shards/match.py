@@ -180,7 +180,9 @@ def _as_text(table: pa.Table, schema: pa.Schema, match: str) -> pa.Table:
         if name not in table.column_names:
             columns.append(pa.nulls(table.num_rows, pa.large_string()))
         elif pa.types.is_nested(table.schema.field(name).type):
-            columns.append(pa.array([cell_text(v) for v in table.column(name).to_pylist()], pa.large_string()))
+            columns.append(
+                pa.array([cell_text(v, "sentences") for v in table.column(name).to_pylist()], pa.large_string())
+            )
         else:
             columns.append(table.column(name).cast(pa.large_string()))
     made = pa.table(columns, schema=schema)

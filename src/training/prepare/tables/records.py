@@ -1,4 +1,4 @@
-"""Reads tables that don't fit into memory in chunks: bytes of a CSV file, or row groups of a Parquet file."""
+"""Reads tables that don't fit into memory in chunks: bytes of a CSV file, row groups of a Parquet file, or rows."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,27 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from training.prepare.tables.columns import Columns
-from training.readers.csv_rows import CsvForm, CsvRecords, Record, Stretch
-from training.readers.sentences import join_sentences
+from training.readers.captions import RecordError, caption_texts
+from training.readers.csv_rows import CsvForm, CsvRecords
+from training.readers.tables import load_rows, open_table
 
 ROWS_AT_ONCE = 4_000  # 10 to 20 MB
 
 
 class Chunk(NamedTuple):
-    """A part of a table: the bytes `begin` to `end` of a CSV file, or these row groups of a Parquet file.
-
-    Attributes:
-        begin, end: bytes or row groups.
-        plain: (first byte, byte after the last, number of rows) of the stretches in a CSV that a parser in C may read.
-    """
+    """A part of a table: the bytes `begin` to `end` of a CSV file, row groups of a Parquet file, or rows of another."""
 
     begin: int
     end: int
-    plain: Sequence[tuple[int, int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -38,10 +32,11 @@ class Table:
 
     Attributes:
         path: the file.
-        form: how a CSV is written; None for Parquet.
+        form: how a CSV is written; None for other files.
         header: the names of all columns.
-        begin: the byte of the first row; 0 for Parquet.
+        begin: the byte of the first row; 0 for other files.
         columns: which columns are used, and for what.
+        lists: see `caption_texts`.
     """
 
     path: Path
@@ -49,6 +44,7 @@ class Table:
     header: tuple[str, ...]
     begin: int
     columns: Columns
+    lists: str = "alternatives"
 
     @property
     def wanted(self) -> list[str]:
@@ -74,21 +70,14 @@ class Rows(NamedTuple):
 
 def csv_chunks(records: CsvRecords, begin: int, num_rows: int) -> Iterator[Chunk]:
     """Divides the rows after byte `begin` into chunks of `num_rows` rows."""
-    end, missing, plain = begin, num_rows, []
-    for part in records.read_fast(begin):
-        ends = part.ends if isinstance(part, Stretch) else np.array([part.end])
-        end, first = part.begin, 0
-        while first < len(ends):
-            last = min(first + missing, len(ends))
-            stop, missing = int(ends[last - 1]), missing - (last - first)
-            if isinstance(part, Stretch):
-                plain.append((end, stop, last - first))
-            if not missing:
-                yield Chunk(begin, stop, plain)
-                begin, missing, plain = stop, num_rows, []
-            end, first = stop, last
+    end = begin
+    for number, record in enumerate(records.read(begin), start=1):
+        end = record.end
+        if number % num_rows == 0:
+            yield Chunk(begin, end)
+            begin = end
     if end > begin:
-        yield Chunk(begin, end, plain)
+        yield Chunk(begin, end)
 
 
 def parquet_chunks(group_sizes: Sequence[int], num_rows: int) -> Iterator[Chunk]:
@@ -106,7 +95,8 @@ def read_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
     held: list[pa.Table] = []
     repaired: list[np.ndarray] = []
     malformed = num_rows = 0
-    for rows in _csv_rows(table, chunk) if table.form else _parquet_rows(table, chunk):
+    read = _csv_rows if table.form else _parquet_rows if table.path.suffix == ".parquet" else _other_rows
+    for rows in read(table, chunk):
         held.append(rows.texts)
         repaired.append(rows.repaired)
         malformed += rows.num_malformed
@@ -119,40 +109,26 @@ def read_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
 
 
 def _csv_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
-    slow, place = CsvRecords(table.path, table.form, len(table.header)), chunk.begin
-    with open(table.path, "rb") as file:
-        for begin, end, num_rows in [*chunk.plain, (chunk.end, chunk.end, 0)]:
-            records = slow.read(place, begin)
-            while some := list(islice(records, ROWS_AT_ONCE)):
-                yield _careful_rows(table, some)
-            if num_rows:
-                file.seek(begin)
-                texts = _parse(table, file.read(end - begin))
-                assert len(texts) == num_rows
-                yield Rows(texts, np.zeros(num_rows, dtype=bool), 0)
-            place = end
-
-
-def _careful_rows(table: Table, records: list[Record]) -> Rows:
-    good = [record for record in records if record.cells is not None]
+    records = CsvRecords(table.path, table.form, len(table.header)).read(chunk.begin, chunk.end)
     places = [table.header.index(name) for name in table.wanted]
-    texts = [pa.array([record.cells[place] for record in good], pa.string()) for place in places]
-    repaired = np.array([record.repaired for record in good], dtype=bool)
-    return Rows(pa.table(texts, table.wanted), repaired, len(records) - len(good))
+    while some := list(islice(records, ROWS_AT_ONCE)):
+        good = [record for record in some if record.cells is not None]
+        texts = [pa.array([record.cells[place] for record in good], pa.string()) for place in places]
+        repaired = np.array([record.repaired for record in good], dtype=bool)
+        yield Rows(pa.table(texts, table.wanted), repaired, len(some) - len(good))
 
 
-def _parse(table: Table, data: bytes) -> pa.Table:
-    quote = '"' if table.form.quoted else False
-    return csv.read_csv(
-        pa.BufferReader(data),
-        csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=table.header),
-        csv.ParseOptions(delimiter=table.form.separator, quote_char=quote, newlines_in_values=True),
-        csv.ConvertOptions(
-            column_types=dict.fromkeys(table.wanted, pa.string()),
-            include_columns=table.wanted,
-            strings_can_be_null=False,
-        ),
-    )
+def _other_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
+    rows = load_rows(open_table(table.path), table.wanted)
+    for first in range(chunk.begin, chunk.end, ROWS_AT_ONCE):
+        good, numbers = [], range(first, min(first + ROWS_AT_ONCE, chunk.end))
+        for number in numbers:
+            try:
+                good.append(rows[number])
+            except RecordError:
+                pass
+        texts = [pa.array([cell_text(row.get(n), table.lists) for row in good], pa.string()) for n in table.wanted]
+        yield Rows(pa.table(texts, table.wanted), np.zeros(len(good), dtype=bool), len(numbers) - len(good))
 
 
 def _parquet_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
@@ -162,7 +138,7 @@ def _parquet_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
             try:
                 for batch in file.iter_batches(1000, row_groups=[group], columns=table.wanted, use_threads=False):
                     num_left -= len(batch)
-                    texts = pa.table([_strings(batch.column(name)) for name in table.wanted], table.wanted)
+                    texts = pa.table([_strings(batch.column(name), table.lists) for name in table.wanted], table.wanted)
                     yield Rows(texts, np.zeros(len(texts), dtype=bool), 0)
             except (pa.ArrowException, OSError) as error:
                 logging.warning(f"{table.path}: row group {group} is damaged, {num_left:,} rows lost ({error})")
@@ -170,15 +146,25 @@ def _parquet_rows(table: Table, chunk: Chunk) -> Iterator[Rows]:
                 yield Rows(none, np.zeros(0, dtype=bool), num_left)
 
 
-def _strings(column: pa.Array) -> pa.Array:
+def _strings(column: pa.Array, lists: str) -> pa.Array:
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return column.cast(pa.string())
-    return pa.array(map(cell_text, column.to_pylist()), pa.string())
+    return pa.array([cell_text(value, lists) for value in column.to_pylist()], pa.string())
 
 
-def cell_text(value: object) -> str | None:
-    """Returns the text in a Parquet cell, with a list of sentences joined; None for anything else."""
-    if isinstance(value, str):
-        return value
-    sentences = [s.strip() for s in value if isinstance(s, str) and s.strip()] if isinstance(value, list) else []
-    return join_sentences(sentences) if sentences else None
+def cell_text(value: object, lists: str) -> str | None:
+    """Returns the text in a cell; None for anything else than a text, a list of texts or a conversation.
+
+    Raises:
+        ValueError: there are several alternatives, but a part has one caption in each column.
+    """
+    try:
+        texts = caption_texts(value, lists=lists)
+    except ValueError:
+        return None
+    if len(texts) > 1:
+        raise ValueError(
+            f"a cell holds {len(texts)} captions ({texts[0][:40]!r}, ..), a part one in each column; if they are the "
+            "sentences of one caption, add --caption-lists sentences"
+        )
+    return texts[0] if texts else None

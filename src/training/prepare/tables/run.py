@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from tabulate import tabulate
 
@@ -41,11 +40,14 @@ from training.prepare.work import (
     spread,
     write_json,
 )
-from training.readers.csv_rows import CsvForm, CsvRecords
-from training.runtime.messages import first_line
+from training.readers import tables as readers
+from training.readers.csv_rows import CsvRecords, choose_form
+from training.readers.files import TABLE_SUFFIXES
+from training.readers.hub import local_spec
+from training.readers.table_files import table_files
 
-SUFFIXES = (".csv", ".tsv", ".parquet")
 SUMMARY = "_summary.json"  # readers of folders of Parquet pass over names that begin with an underscore
+_LOOKED_AT = 1 << 24  # bytes of a CSV by which its form is chosen
 VERSION = 1  # version of the cleaning; parts of different versions are never mixed
 
 
@@ -121,8 +123,7 @@ def _clean(task: Task) -> tuple[Path, int, dict]:
     """Returns (base of the results' paths, number of bytes of the table, counts)."""
     size = task.chunk.end - task.chunk.begin
     if task.table.form is None:
-        with pq.ParquetFile(task.table.path) as file:
-            share = size / max(file.num_row_groups, 1)
+        share = size / max(_num_units(task.table.path), 1)
         size = int(task.table.path.stat().st_size * share)
     return task.base, size, clean_chunk(task)
 
@@ -133,23 +134,10 @@ def expand_inputs(names: list[str]) -> list[Path]:
     Raises:
         FileNotFoundError, ValueError: a file is missing, has an unknown suffix, or is named twice.
     """
-    paths = []
-    for name in names:
-        path = Path(name)
+    paths = table_files(local_spec("::".join(names)))
+    for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-            if not inside:
-                raise ValueError(f"{name}: no {', '.join(SUFFIXES)} in this folder")
-            paths += inside
-            continue
-        if not path.is_file():
-            raise FileNotFoundError(f"{name}: no such file")
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"{name}: expected a {', '.join(SUFFIXES)} file; unpack archives first")
-        paths.append(path)
-    twice = [path for path in paths if paths.count(path) > 1]
-    if twice:
-        raise ValueError(f"{twice[0]}: named twice")
+            raise ValueError(f"{path}: no {', '.join(TABLE_SUFFIXES)} in this folder")
     return paths
 
 
@@ -160,18 +148,16 @@ def open_table(path: Path, args: argparse.Namespace) -> Table:
         ValueError: the file is not a table, or columns are missing (see `find_columns`).
     """
     form, begin = None, 0
-    if path.suffix == ".parquet":
-        try:
-            header = list(pq.read_schema(path).names)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a Parquet file ({first_line(error)})") from error
-    else:
-        form = CsvForm(args.separator or ("\t" if path.suffix == ".tsv" else ","), not args.no_quotes)
+    if path.suffix in (".csv", ".tsv"):
+        form, header = choose_form(path, args.csv_separator, _LOOKED_AT)
+        form = form._replace(quoted=form.quoted and not args.no_quotes)
         header, begin = CsvRecords(path, form).header()
+    else:
+        header = readers.open_table(path).names
     columns = find_columns(
         str(path), header, args.url_column, args.key_column, args.raw_column, args.long_columns, args.short_columns
     )
-    return Table(path, form, tuple(header), begin, columns)
+    return Table(path, form, tuple(header), begin, columns, args.caption_lists)
 
 
 def table_tasks(table: Table, number: int, rules: Rules, num_rows: int, work: Path) -> Iterator[Task]:
@@ -182,10 +168,13 @@ def table_tasks(table: Table, number: int, rules: Rules, num_rows: int, work: Pa
     for place, chunk in enumerate(known):
         yield replace(draft, chunk=chunk, base=work / f"part-{number:03d}-{place:06d}")
     begin = known[-1].end if known else table.begin
-    if table.form is None:
+    if table.form is None and table.path.suffix == ".parquet":
         with pq.ParquetFile(table.path) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         more = list(parquet_chunks(sizes, num_rows))[len(known) :]
+    elif table.form is None:
+        total = _num_units(table.path)
+        more = [Chunk(first, min(first + num_rows, total)) for first in range(begin, total, num_rows)]
     else:
         more = csv_chunks(CsvRecords(table.path, table.form, len(table.header)), begin, num_rows)
     with open(journal, "a", encoding="utf-8") as file:
@@ -193,6 +182,13 @@ def table_tasks(table: Table, number: int, rules: Rules, num_rows: int, work: Pa
             file.write(json.dumps(chunk) + "\n")
             file.flush()
             yield replace(draft, chunk=chunk, base=work / f"part-{number:03d}-{place:06d}")
+
+
+def _num_units(path: Path) -> int:
+    """Returns the number of row groups of a Parquet file, or of rows of another."""
+    if path.suffix == ".parquet":
+        return pq.read_metadata(path).num_row_groups
+    return len(readers.load_rows(readers.open_table(path), ()))
 
 
 def _read_journal(path: Path) -> list[Chunk]:
@@ -226,6 +222,7 @@ def _settings(tables: list[Table], rules: Rules, rows_per_part: int) -> dict:
         "trim": rules.trim,
         "keep_without_long": rules.keep_without_long,
         "rows_per_part": rows_per_part,
+        "lists": tables[0].lists,
     }
 
 

@@ -1,0 +1,125 @@
+"""Data sets of the Hugging Face hub: ``hf:ORG/NAME[:CONFIG][:SPLIT]`` becomes the names of local files.
+
+The repository is downloaded once by `huggingface_hub`, into its cache; without a connection, the cache is used. No code
+of a repository is executed.
+"""
+
+import fnmatch
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from training.readers.files import TABLE_SUFFIXES
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
+_FRONT_MATTER = re.compile(r"---\n(.*?)\n---", re.DOTALL)
+
+
+def local_spec(spec: str) -> str:
+    """Replaces the data sets of the hub in the value of a flag by local files, which are downloaded if necessary.
+
+    Args:
+        spec: names separated by ``::``; those that don't begin with ``hf:`` are returned as they are. ``ORG/NAME`` may
+            also be a local folder in the form of a repository.
+
+    Raises:
+        ValueError: a data set can't be fetched, has no such configuration or split, or has several and none is named.
+    """
+    return "::".join(_local(part) if is_data_set(part) else part for part in spec.split("::"))
+
+
+def is_data_set(part: str) -> bool:
+    """Returns whether a name is a data set of the hub; ``hf://`` begins the URL of a file there."""
+    return part.startswith("hf:") and not part.startswith("hf://")
+
+
+def _local(part: str) -> str:
+    name, *words = part.removeprefix("hf:").split(":")
+    root = Path(name) if Path(name).is_dir() else _snapshot(name, part)
+    files = sorted(
+        os.path.relpath(os.path.join(where, file), root)
+        for where, folders, found in os.walk(root, followlinks=True)
+        for file in found
+        if not file.startswith(".") and not any(p.startswith(".") for p in Path(where).relative_to(root).parts)
+    )
+    chosen = _data_files(root, files, words, part)
+    if not chosen:  # images alone
+        return str(root)
+    return "::".join(str(root / file) for file in chosen)
+
+
+def _snapshot(name: str, part: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{part}: no data set {name} on the hub or in its cache ({type(error).__name__}: {reason}); check the "
+            "name, the connection and the login (hf auth login), or name a local folder"
+        ) from error
+
+
+def _data_files(root: Path, files: Sequence[str], words: Sequence[str], part: str) -> list[str]:
+    """Returns the files of a configuration and split, by the README's list or else by the names of files."""
+    configs = _configs(root)
+    if configs:
+        config, words = _choose(configs, words, part, "configurations")
+        splits, words = _choose(configs[config], words, part, "splits")
+        patterns = configs[config][splits]
+        files = [file for file in files if any(fnmatch.fnmatch(file, p.replace("**/", "*")) for p in patterns)]
+    metadata = [file for file in files if os.path.basename(file) in _METADATA]
+    data = metadata or [file for file in files if file.endswith((*TABLE_SUFFIXES, ".tar"))]
+    # Files of JSON describe the tables beside them.
+    data = [file for file in data if not file.endswith(".json")] or data
+    for word in words:
+        named = [file for file in data if _is_of(file, word)]
+        if not named:
+            raise ValueError(f"{part}: nothing called {word} among its files, such as {', '.join(data[:3]) or 'none'}")
+        data = named
+    found = sorted({split for split in _SPLITS for file in data if _is_of(file, split)})
+    if len(found) > 1 and not configs:
+        raise ValueError(f"{part}: holds the splits {', '.join(found)}; name one: {part}:{found[0]}")
+    folders = sorted({os.path.dirname(file) for file in data})
+    if len(folders) > 1 and not configs and not found and not words:
+        raise ValueError(f"{part}: holds data in several folders ({', '.join(folders)}); name one: {part}:{folders[0]}")
+    return data
+
+
+def _is_of(file: str, word: str) -> bool:
+    return re.search(rf"(?:^|[/_.-]){re.escape(word)}(?:[/_.-]|$)", file) is not None
+
+
+def _choose(known: dict, words: Sequence[str], part: str, kind: str) -> tuple[str, Sequence[str]]:
+    """Returns (the key that the first word names, or the only one, or the one called default; the other words)."""
+    if words and words[0] in known:
+        return words[0], words[1:]
+    if len(known) == 1 or "default" in known:
+        return (next(iter(known)) if len(known) == 1 else "default"), words
+    wrong = f"no {words[0]}; " if words else ""
+    first = next(iter(known))
+    raise ValueError(f"{part}: {wrong}it has the {kind} {', '.join(known)}; name one of them, such as :{first}")
+
+
+def _configs(root: Path) -> dict[str, dict[str, list[str]]]:
+    """Returns configuration -> split -> patterns of files, from the README's front matter; empty if it has none."""
+    readme = root / "README.md"
+    found = _FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
+    try:
+        content = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    configs = {}
+    for config in content.get("configs") or [] if isinstance(content, dict) else []:
+        files = config.get("data_files")
+        files = files if isinstance(files, list) and files and isinstance(files[0], dict) else [{"path": files}]
+        splits = {str(f.get("split", "train")): [f["path"]] if isinstance(f["path"], str) else f["path"] for f in files}
+        if all(splits.values()):
+            configs[str(config.get("config_name", "default"))] = splits
+    return configs

@@ -1,0 +1,272 @@
+"""The table reader of training and evaluation: CSV, TSV, JSON, JSON lines, Parquet, Arrow and folders of images."""
+
+import json
+import logging
+import mmap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from training.readers.captions import RecordError, read_record
+from training.readers.columnar import ColumnarFile, may_hold_text
+from training.readers.csv_rows import BadRows, CsvRecords, choose_form
+from training.readers.table_files import COLUMNAR, image_files
+
+# Names of a column of image paths, of which the first is open_clip's default.
+PATH_NAMES = ("filepath", "file_name", "image", "image_path", "img_path", "path", "filename")
+ROWS_AT_ONCE = 50_000  # rows of a CSV that are collected before they are converted to Arrow's compact form
+_NAMES_SEEN = 1000  # lines of JSON, or images of a folder, in which the names of columns are looked for
+logger = logging.getLogger(__name__)
+
+
+class ArrowRows:
+    """Rows in Arrow's form, in any order."""
+
+    def __init__(self, table: pa.Table):
+        self.columns = dict(zip(table.column_names, table.columns))
+        self.num_rows = table.num_rows
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, row: int) -> dict:
+        return {name: values[row].as_py() for name, values in self.columns.items()}
+
+
+class CsvFile:
+    """A CSV or TSV.
+
+    Args:
+        path: the file.
+        separator: see `choose_form`.
+        strict: a bad row is an error; otherwise bad rows are left out with a warning.
+
+    Raises:
+        ValueError: see `choose_form`.
+    """
+
+    image_columns = ()
+
+    def __init__(self, path: Path, separator: str | None, strict: bool):
+        self.path, self.strict = path, strict
+        self.form, self.names = choose_form(path, separator)
+
+    def load(self, columns: Sequence[str]) -> ArrowRows:
+        """Returns all good rows.
+
+        Raises:
+            ValueError: the reader is strict and a row is bad.
+        """
+        records, bad = CsvRecords(self.path, self.form, len(self.names)), BadRows(self.path, self.form, self.names)
+        places = [self.names.index(name) for name in columns]
+        tables, held, num_repaired = [], [[] for _ in columns], 0
+
+        def flush() -> None:
+            tables.append(pa.table([pa.array(cells, pa.large_string()) for cells in held], list(columns)))
+            for cells in held:
+                cells.clear()
+
+        for record in records.read(records.header()[1]):
+            if record.cells is None:
+                bad.add(record)
+                continue
+            num_repaired += record.repaired
+            for cells, place in zip(held, places):
+                cells.append(record.cells[place])
+            if len(held[0]) == ROWS_AT_ONCE:
+                flush()
+        flush()
+        table = pa.concat_tables(tables)
+        if bad.count and self.strict:
+            raise ValueError(
+                f"{self.path}: {bad.describe()}; put cells that hold {self.form.separator!r} into double quotes, and "
+                "write a quotation mark inside one twice; --csv-separator names another separator"
+            )
+        if bad.count:
+            total = bad.count + table.num_rows
+            logger.warning(f"{self.path}: {bad.count:,} of {total:,} rows left out: {bad.describe()}")
+        if num_repaired:
+            logger.warning(f"{self.path}: {num_repaired:,} rows are not UTF-8, and are read as Windows-1252")
+        return ArrowRows(table)
+
+
+class JsonFile:
+    """JSON lines, or a JSON list of objects; lines are parsed when they are needed, and the file stays on disk.
+
+    Raises:
+        ValueError: the file is neither.
+    """
+
+    image_columns = ()
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open(path, "rb") as file:
+            begins = file.read(3)
+            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if begins else b""
+        if self.content[3 * (begins == b"\xef\xbb\xbf") :][:100].lstrip()[:1] == b"[" or not self._is_lines():
+            self.content = b"\n".join(json.dumps(row).encode() for row in _json_list(path))
+        self.begins = self._line_starts()
+        self.names = list(dict.fromkeys(name for row in self._first_rows() for name in row))
+
+    def _is_lines(self) -> bool:
+        try:
+            return isinstance(json.loads(bytes(self.content[: self.content.find(b"\n") + 1 or None])), dict)
+        except ValueError:
+            return self.path.suffix == ".jsonl"
+
+    def _line_starts(self) -> np.ndarray:
+        starts, place = [np.zeros(1, dtype=np.int64)], 0
+        while block := self.content[place : place + (1 << 24)]:
+            starts.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + place + 1)
+            place += len(block)
+        ends = np.append(np.concatenate(starts), len(self.content))
+        return np.stack([ends[:-1], ends[1:]])[:, np.diff(ends) > 2]  # without blank lines
+
+    def _first_rows(self) -> Iterator[dict]:
+        for number in range(min(_NAMES_SEEN, len(self))):
+            try:
+                yield self[number]
+            except RecordError:
+                pass
+
+    def __len__(self) -> int:
+        return self.begins.shape[1]
+
+    def __getitem__(self, row: int) -> dict:
+        begin, end = self.begins[:, row]
+        return read_record({"json": self.content[begin:end]})
+
+    def __reduce__(self) -> tuple:
+        return JsonFile, (self.path,)
+
+    def load(self, columns: Sequence[str]) -> "JsonFile":
+        """Returns the rows."""
+        return self
+
+    def describe(self, row: int) -> str:
+        """Returns the place of a row, for messages."""
+        before = self.content[: self.begins[0, row]]
+        return f"line {before.count(10) + 1:,}" if isinstance(self.content, mmap.mmap) else f"row {row + 1:,}"
+
+
+def _json_list(path: Path) -> list[dict]:
+    """Returns the objects of a JSON file: a list, or the only list of objects in an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: broken JSON ({error}); fetch or write it again") from error
+    lists = [content] if isinstance(content, list) else list(content.values()) if isinstance(content, dict) else []
+    lists = [rows for rows in lists if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)]
+    if len(lists) != 1:
+        raise ValueError(f"{path}: expected a list of objects, or one object per line")
+    return lists[0]
+
+
+class ImageFolder:
+    """Images with ``NAME.txt`` or ``NAME.json`` beside ``NAME.jpg``; the captions are read when they are needed."""
+
+    image_columns = ()
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.images = pa.array([str(image.relative_to(path)) for image in image_files(path)], pa.large_string())
+        self.names = list(dict.fromkeys(name for row in range(min(100, len(self))) for name in self[row]))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> dict:
+        name = self.images[row].as_py()
+        files = {}
+        for suffix in ("json", "txt"):
+            beside = (self.path / name).with_suffix(f".{suffix}")
+            if beside.is_file():
+                files[suffix] = beside.read_bytes()
+        return read_record(files) | {PATH_NAMES[0]: name}
+
+    def load(self, columns: Sequence[str]) -> "ImageFolder":
+        """Returns the rows."""
+        return self
+
+
+TableFile = CsvFile | JsonFile | ImageFolder | ColumnarFile
+
+
+def open_table(path: Path, separator: str | None = None, strict: bool = False) -> TableFile:
+    """Opens a table of any kind.
+
+    Args:
+        path: the file, or a folder of images with captions beside them.
+        separator: see `choose_form`; without effect on other files than CSV and TSV.
+        strict: a bad row of a CSV is an error; otherwise it is left out with a warning.
+
+    Raises:
+        ValueError: the file is not a table of the kind that its name says.
+    """
+    if path.is_dir():
+        return ImageFolder(path)
+    if path.suffix in COLUMNAR:
+        return ColumnarFile(path)
+    return JsonFile(path) if path.suffix in (".json", ".jsonl") else CsvFile(path, separator, strict)
+
+
+def load_rows(table: TableFile, columns: Sequence[str]) -> ArrowRows | JsonFile | ImageFolder:
+    """Returns the rows of a table in a form that gives them in any order; other columns may be included."""
+    rows = table.load(columns)
+    return ArrowRows(rows) if isinstance(rows, pa.Table) else rows
+
+
+def choose_image_column(table: TableFile, wanted: str | None) -> str:
+    """Chooses the image column of a table.
+
+    Args:
+        table: the table.
+        wanted: the column that --csv-img-key names; the first of `PATH_NAMES`, its default, may be absent.
+
+    Returns:
+        `wanted` if the table has it, else the only column that holds images, else the only one of `PATH_NAMES`.
+
+    Raises:
+        ValueError: there is no such column, or several and the flag names none of them.
+    """
+    if wanted in table.names:
+        return wanted
+    is_default = wanted in (None, PATH_NAMES[0])
+    found = list(table.image_columns) or [name for name in PATH_NAMES if name in table.names]
+    if is_default and len(found) == 1:
+        return found[0]
+    if is_default and found:
+        kind = "hold images" if table.image_columns else "may hold image paths"
+        raise ValueError(f"{table.path}: several columns {kind}: {', '.join(found)}; name one with --csv-img-key")
+    raise ValueError(
+        f"{table.path}: no image column {wanted or PATH_NAMES[0]!r} (--csv-img-key); its columns are "
+        f"{', '.join(table.names)} (the first line of a CSV is its header)"
+    )
+
+
+def caption_columns(table: TableFile, image_column: str, wanted: Sequence[str], flag: str) -> list[str]:
+    """Returns the columns of captions that a table has.
+
+    Args:
+        table: the table.
+        image_column: its image column.
+        wanted: the names to look for.
+        flag: the flags that name them, for messages.
+
+    Raises:
+        ValueError: there is no such column, or none that can hold texts.
+    """
+    found = [name for name in dict.fromkeys(wanted) if name in table.names and name != image_column]
+    kinds = {name: table.schema.field(name).type for name in found} if isinstance(table, ColumnarFile) else {}
+    if kinds and not any(may_hold_text(kind) or pa.types.is_binary(kind) for kind in kinds.values()):
+        held = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise ValueError(f"{table.path}: no texts or lists of texts in {held}; name other columns with {flag}")
+    if not found:
+        raise ValueError(
+            f"{table.path}: its columns are {', '.join(table.names)} (the first line of a CSV is its header); expected "
+            f"captions under one of {', '.join(wanted)} ({flag})"
+        )
+    return found
