@@ -134,7 +134,7 @@ def _place_objects(rng: random.Random, kinds: list[tuple[str, str]]) -> tuple[Sc
 
 
 def _is_clearly_placed(centre: float) -> bool:
-    """Tells whether a coordinate is far enough from the lines between thirds that its third is unambiguous."""
+    """Returns whether a coordinate is far enough from the lines between thirds that its third is unambiguous."""
     return min(abs(centre - 1 / 3), abs(centre - 2 / 3)) > 0.05
 
 

@@ -9,7 +9,7 @@ from dataloaders import urban1k
 from dataloaders.registry import benchmarks
 from eval_files import write_docci, write_image
 from support import evaluate
-from training.eval.published import Printed, compare_with_published, find_published, read_published
+from training.eval.published import PublishedNumber, compare_with_published, find_published, read_published
 from training.eval.record import Recall, RetrievalResult
 from training.main import main
 
@@ -45,7 +45,10 @@ def test_differences_are_counted_in_half_intervals_and_sizes_are_kept_apart():
     counts = {"num_pairs": 10000, "num_expected": 10000, "num_missing": 0, "num_broken": 0, "num_images": 10000}
     texts = {"truncated_share": 0.0, "truncated_mean_tokens_lost": 0.0, "protocol": "sv/sam", "fingerprint": "0" * 16}
     result = RetrievalResult("SV-10k", "share4v-retrieval-10000", **counts, **texts, i2t=recall, t2i=recall)
-    printed = [Printed("m", "sv/sam", 55.0, 61.0, "s", pairs=10000), Printed("m", "sv/sam", 1.0, 1.0, "s", pairs=1000)]
+    printed = [
+        PublishedNumber("m", "sv/sam", 55.0, 61.0, "s", pairs=10000),
+        PublishedNumber("m", "sv/sam", 1.0, 1.0, "s", pairs=1000),
+    ]
     found = compare_with_published([result], printed)
     assert [(c.direction, round(c.difference, 6), round(c.half_intervals, 6)) for c in found] == [
         ("i2t", 0.05, 2.5),
@@ -96,7 +99,7 @@ def test_modified_and_incomplete_lists_are_not_compared(tmp_path, tiny_clip, cap
         "i2t": recall,
         "t2i": recall,
     }
-    printed = [Printed("m", name, 55.0, 61.0, "s") for name in ("p", "p (modified)")]
+    printed = [PublishedNumber("m", name, 55.0, 61.0, "s") for name in ("p", "p (modified)")]
     for protocol, missing, number in (("p", 0, 2), ("p", 1, 0), ("p (modified)", 0, 0)):
         counts = {"num_pairs": 9 - missing, "num_expected": 9, "num_missing": missing, "num_broken": 0, "num_images": 9}
         result = RetrievalResult("t", "k", protocol=protocol, **counts, **texts)

@@ -20,7 +20,7 @@ FILE = Path(__file__).parent / "published.json"
 
 
 @dataclass(frozen=True)
-class Printed:
+class PublishedNumber:
     """One published pair of numbers, R@1 in percent.
 
     Attributes:
@@ -47,7 +47,7 @@ class Comparison:
 
     Attributes:
         benchmark, protocol, direction: what was measured.
-        model, source, note: see `Printed`.
+        model, source, note: see `PublishedNumber`.
         measured, low, high: R@1 of this run and its 95% interval.
         printed: the published number.
         difference: measured minus published.
@@ -68,7 +68,7 @@ class Comparison:
     half_intervals: float | None
 
 
-def read_published(path: str | Path = FILE) -> tuple[dict[str, dict], list[Printed]]:
+def read_published(path: str | Path = FILE) -> tuple[dict[str, dict], list[PublishedNumber]]:
     """Reads a file of published numbers; returns models by name, and the numbers.
 
     Raises:
@@ -84,7 +84,7 @@ def read_published(path: str | Path = FILE) -> tuple[dict[str, dict], list[Print
     numbers = []
     for place, row in enumerate(content["numbers"]):
         try:
-            numbers.append(Printed(**row))
+            numbers.append(PublishedNumber(**row))
         except TypeError as error:
             raise ValueError(f"--published {path}: entry {place} of numbers: {error}") from error
         if numbers[-1].model not in content["models"]:
@@ -92,7 +92,9 @@ def read_published(path: str | Path = FILE) -> tuple[dict[str, dict], list[Print
     return content["models"], numbers
 
 
-def find_published(asked: str | None, model: str, pretrained: str | None, weights_sha256: str | None) -> list[Printed]:
+def find_published(
+    asked: str | None, model: str, pretrained: str | None, weights_sha256: str | None
+) -> list[PublishedNumber]:
     """Returns the published numbers of a run's model; an empty list if there are none.
 
     Args:
@@ -123,7 +125,7 @@ def find_published(asked: str | None, model: str, pretrained: str | None, weight
     return [number for number in numbers if number.model == name]
 
 
-def compare_with_published(results: Sequence[RetrievalResult], printed: Sequence[Printed]) -> list[Comparison]:
+def compare_with_published(results: Sequence[RetrievalResult], printed: Sequence[PublishedNumber]) -> list[Comparison]:
     """Compares each measured number with every published one of the same protocol and size.
 
     A set whose list is not the official one has another protocol (`pairs.MODIFIED`); an incomplete set is left out.
@@ -162,7 +164,7 @@ def compare_with_published(results: Sequence[RetrievalResult], printed: Sequence
 def explain(
     comparisons: Sequence[Comparison],
     results: Sequence[RetrievalResult],
-    printed: Sequence[Printed],
+    printed: Sequence[PublishedNumber],
     precision: str,
     decoding: str,
 ) -> list[str]:

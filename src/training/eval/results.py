@@ -35,8 +35,8 @@ def format_table(results: Sequence[RetrievalResult]) -> str:
     for name in DIRECTIONS.values():
         headers += [f"{name}\nR@1", "95%\ninterval", "\nR@5", "\nR@10", "rank\nmedian / mean"]
     headers += ["captions\ncut", "tokens\nlost"]
-    right = ["left"] + ["right"] * (len(headers) - 1)
-    return tabulate(rows, headers=headers, colalign=right, disable_numparse=True)
+    alignment = ["left"] + ["right"] * (len(headers) - 1)
+    return tabulate(rows, headers=headers, colalign=alignment, disable_numparse=True)
 
 
 def format_protocols(results: Sequence[RetrievalResult]) -> str:

@@ -16,7 +16,7 @@ from training.eval.encode import ComputeOptions
 from training.eval.npz import check_text_model, read_features, write_features
 from training.eval.published import (
     Comparison,
-    Printed,
+    PublishedNumber,
     compare_with_published,
     explain,
     find_published,
@@ -64,7 +64,7 @@ class Plan:
     work: RetrievalWork
     weights_sha256: str | None
     folder: Path
-    printed: list[Printed]
+    printed: list[PublishedNumber]
 
 
 @dataclass(frozen=True)
