@@ -131,11 +131,13 @@ def _candidates(folder: Path) -> list[Path]:
             return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
         except (ValueError, KeyError, TypeError):
             pass
-    names = sorted(os.listdir(folder))
+    names = set(os.listdir(folder))
     for metadata in _METADATA:
         if metadata in names:
             return [folder / metadata]
-    own = [name for name in names if name.endswith(TABLE_SUFFIXES) and not name.startswith((".", "_", "cache-"))]
+    own = [
+        name for name in sorted(names) if name.endswith(TABLE_SUFFIXES) and not name.startswith((".", "_", "cache-"))
+    ]
     own = [name for name in own if name not in _NOT_ROWS and not name.endswith("_stats.json")]
     rows = [name for name in own if not name.endswith(".json")] or own  # .json files describe the tables beside them
     if any(os.path.splitext(name)[0] in names for name in rows):
