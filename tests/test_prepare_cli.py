@@ -60,3 +60,22 @@ def test_commands_in_the_guide_are_accepted():
         build_parser().parse_args(words)
         seen.add(words[0])
     assert seen == set(COMMANDS)
+
+
+HANGS = """
+import sys, threading
+import training.prepare.inspect.run, training.prepare.__main__ as prepare, training.search.__main__ as search
+hang = lambda *_: threading.Event().wait()  # like a read from storage that no longer answers
+training.prepare.inspect.run.run = search._check = hang
+sys.exit({"prepare": prepare, "search": search}[sys.argv[1]].main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [["prepare", "inspect", "0.tar", "--out", "out"], ["search", "images", "--index", "i", "--model", "m"]]
+)
+def test_a_command_that_hangs_ends_and_says_so(words):
+    command = [sys.executable, "-c", HANGS, *words, "--timeout-minutes", "0.02"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 70, done
+    assert "error: nothing was done for 0.02 minutes (--timeout-minutes)" in done.stderr

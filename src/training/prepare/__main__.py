@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from training.prepare.params import build_parser
 from training.runtime.lease import Lease
+from training.runtime.progress import ends_if_stuck
 
 MODULES = {
     "tables": "tables.run",
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    with Lease() as args.lease:  # each command takes it once its flags are checked
+    name = f"python -m training.prepare {args.command}"
+    with ends_if_stuck(name, args.timeout_minutes), Lease() as args.lease:  # commands take it once flags are checked
         return importlib.import_module(f"training.prepare.{MODULES[args.command]}").run(args)
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from training.flags.types import json_object, names, not_negative, positive, positive_numbers
+from training.runtime.progress import add_timeout_arg
 
 COMMANDS = {
     "tables": "clean published caption tables into Parquet parts",
@@ -38,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = {"tables": add_tables_args, "download": add_download_args, "join": add_join_args, "inspect": add_inspect_args}
     add |= {"recaption": add_recaption_args}
     for name, add_args in add.items():
-        add_args(commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False))
+        command = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False)
+        add_args(command)
+        add_timeout_arg(command, 120.0)  # a shard of downloads may take long
     return parser
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from training.runtime.files import atomic_write
+from training.runtime.progress import PROGRESS
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -111,7 +112,18 @@ def spread(function: Callable[[T], R], items: Iterable[T], pool: WorkerPool | No
 
 def progress(items: Iterable[T] | None, total: int | None, what: str, unit: str, scaled: bool = False) -> tqdm:
     """Shows a progress bar for work of more than 2 seconds; without items, the caller calls its `update`."""
-    return tqdm(items, total=total, desc=what, unit=unit, delay=2, unit_scale=scaled)
+    return _Bar(items, total=total, desc=what, unit=unit, delay=2, unit_scale=scaled)
+
+
+class _Bar(tqdm):
+    def __iter__(self) -> Iterator:
+        for item in super().__iter__():
+            PROGRESS.add()
+            yield item
+
+    def update(self, n: float = 1) -> bool | None:
+        PROGRESS.add()
+        return super().update(n)
 
 
 def my_share(items: Sequence[T], span: str | None, environ: Mapping[str, str]) -> list[T]:

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device_so
 
+from training.runtime.progress import EXIT_LOST
 from training.runtime.stop import SIGNALS, StoppedError
 
-EXIT_LOST = 70  # sysexits.h: internal error
 CHUNK_ROWS = 65_536
 T = TypeVar("T")
 

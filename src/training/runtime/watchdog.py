@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from training.runtime.distributed import (
-    EXIT_LOST,
     DistEnv,
     RunFailedError,
     broadcast_object,
@@ -28,6 +27,7 @@ from training.runtime.distributed import (
     print_error,
 )
 from training.runtime.processes import kill_loaders
+from training.runtime.progress import EXIT_LOST, PROGRESS
 from training.runtime.stop import EXIT_STOPPED, SIGNALS
 from training.runtime.workers import Loader
 
@@ -64,17 +64,20 @@ class Failure(NamedTuple):
 
 
 @contextmanager
-def joined_ranks(device: str | None, timeout_minutes: float) -> Iterator[tuple[DistEnv, "Watchdog"]]:
+def joined_ranks(
+    device: str | None, timeout_minutes: float, then: str = "start the same command again"
+) -> Iterator[tuple[DistEnv, "Watchdog"]]:
     """Joins the other processes of a run, with a watchdog; leaves them at the end, unless the block raises.
 
     Args:
         device, timeout_minutes: see `join_ranks`.
+        then: what to do after the end of a stuck run, for the message.
 
     Raises:
         ValueError: the device does not exist.
     """
     env = join_ranks(device, timeout_minutes)
-    with Watchdog(env, 60 * timeout_minutes) as watchdog:
+    with Watchdog(env, 60 * timeout_minutes, then) as watchdog:
         yield env, watchdog
         leave_ranks(env)
 
@@ -92,10 +95,11 @@ class Watchdog:
     Args:
         env: this process; all ranks must create their watchdogs at the same point.
         timeout_s: longest time without progress, in seconds.
+        then: what to do after the end of a stuck run, for the message.
     """
 
-    def __init__(self, env: DistEnv, timeout_s: float):
-        self.env, self.timeout_s = env, timeout_s
+    def __init__(self, env: DistEnv, timeout_s: float, then: str):
+        self.env, self.timeout_s, self.then = env, timeout_s, then
         self.interval = min(max(timeout_s / 20, 0.5), 2.0)
         self.host = socket.gethostname()
         self.ended, self.wake = threading.Event(), threading.Event()
@@ -183,10 +187,10 @@ class Watchdog:
         return now - report.time > SILENT * self.interval
 
     def _watch(self) -> None:
-        batches = 0
+        done = 0
         while not self.ended.wait(self.interval):
-            if Loader.num_batches != batches:
-                batches = Loader.num_batches
+            if PROGRESS.count != done:
+                done = PROGRESS.count
                 self.at(*self.status[:2])
             step, phase, since = self.status
             now = time.monotonic()
@@ -288,8 +292,13 @@ class Watchdog:
 
     def _describe(self) -> str:
         if not self.env.is_main:  # otherwise rank 0, which has all reports, would have ended the run before
-            return _stuck(self.timeout_s, "rank 0 does not answer")
-        return describe_stuck(self._reports(), self.env.world_size, self.timeout_s, SILENT * self.interval)
+            who = "rank 0 does not answer"
+        else:
+            who = describe_late(self._reports(), self.env.world_size, SILENT * self.interval)
+        return (
+            f"no progress for {self.timeout_s:,.0f} s (--timeout-minutes): {who}. Check its data and its machine, then "
+            f"{self.then}"
+        )
 
 
 def _end_process(code: int) -> None:
@@ -299,13 +308,12 @@ def _end_process(code: int) -> None:
     os._exit(code)
 
 
-def describe_stuck(reports: dict[int, Report], world_size: int, timeout_s: float, silent_s: float) -> str:
-    """Returns a message that names the ranks that the others are waiting for.
+def describe_late(reports: dict[int, Report], world_size: int, silent_s: float) -> str:
+    """Names the ranks that the others are waiting for.
 
     Args:
         reports: the last report of each rank that has reported.
         world_size: number of ranks.
-        timeout_s: time without progress, in seconds.
         silent_s: seconds without a report after which a rank counts as lost.
     """
     now = max(report.time for report in reports.values())
@@ -321,12 +329,7 @@ def describe_stuck(reports: dict[int, Report], world_size: int, timeout_s: float
     shown = "; ".join(f"rank {rank}{hosts[rank]} {late[rank]}" for rank in sorted(late)[:8])
     rest = world_size - len(late)
     waiting = f"; {rest} other{' ranks wait' if rest > 1 else ' rank waits'}" if rest else ""
-    return _stuck(timeout_s, shown + waiting)
-
-
-def _stuck(timeout_s: float, who: str) -> str:
-    advice = "Check its data and its machine, then continue with --resume latest"
-    return f"no progress for {timeout_s:,.0f} s (--timeout-minutes): {who}. {advice}"
+    return shown + waiting
 
 
 def _make_store(env: DistEnv, timeout_s: float) -> dist.TCPStore:

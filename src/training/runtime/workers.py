@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.runtime.processes import PATIENCE_S, STOP_SIGNALS, descendants, kill_family
+from training.runtime.progress import PROGRESS
 
 PREFETCH = 2  # number of batches that a worker prepares ahead
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -45,7 +46,6 @@ class Loader(DataLoader):
     """
 
     waiting_since: float | None = None  # when this process began to wait for a batch; None if it is not waiting
-    num_batches = 0  # of all loaders of this process; the watchdog takes a further one for progress
 
     def __init__(self, dataset: Dataset, num_workers: int, pin: bool):
         super().__init__(
@@ -99,7 +99,7 @@ def _batches(batches: Iterator, workers: Sequence[multiprocessing.Process]) -> I
                 return
             finally:
                 Loader.waiting_since = None
-            Loader.num_batches += 1
+            PROGRESS.add()
             yield batch
     finally:
         # torch waits up to 5 s for each worker, one after the other. The timer terminates those that are still alive.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from training.flags.model import PRECISIONS
 from training.flags.types import not_negative, positive
 from training.runtime.messages import print_any_name, printable
+from training.runtime.progress import add_timeout_arg, ends_if_stuck
 from training.runtime.startup import first_imports
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images between two saves of the index, the most an interrupted call loses (default: %(default)s)",
     )
+    add_timeout_arg(parser, 30.0)
     return parser
 
 
@@ -71,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        _search(args)
+        with ends_if_stuck(parser.prog, args.timeout_minutes):
+            _search(args)
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 0

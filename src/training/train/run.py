@@ -57,7 +57,8 @@ def train(args: argparse.Namespace) -> int:
         Exit code. 0: success; 1: data, loss or disk failed during training; 2: wrong flags, files or weights; 75:
         stopped by a signal, continue with ``--resume latest``.
     """
-    with joined_ranks(args.device, args.timeout_minutes) as (env, watchdog), Lease() as lease, ExitStack() as stack:
+    joined = joined_ranks(args.device, args.timeout_minutes, "continue with --resume latest")
+    with joined as (env, watchdog), Lease() as lease, ExitStack() as stack:
         with failing_with(2, ValueError, OSError):
             stack.enter_context(deterministic(args.deterministic))
             plan, run = _prepare(args, watchdog, lease, env)

@@ -1,0 +1,76 @@
+"""Counts what this process gets done, and ends a command that gets nothing done any more. Imports nothing heavy."""
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from training.runtime.processes import kill_loaders
+
+EXIT_LOST = 70  # sysexits.h: internal error
+
+
+class Progress:
+    """Number of batches, shards or files that this process has done; `PROGRESS` is the only instance."""
+
+    count = 0
+
+    def add(self) -> None:
+        """Counts one more."""
+        self.count += 1
+
+
+PROGRESS = Progress()
+
+
+def add_timeout_arg(parser: argparse.ArgumentParser, default: float) -> None:
+    """Adds ``--timeout-minutes`` to a command that runs in `ends_if_stuck`."""
+    parser.add_argument(
+        "--timeout-minutes",
+        type=float,
+        default=default,
+        metavar="X",
+        help="end with exit code 70 when nothing gets done for X minutes (default: %(default)g)",
+    )
+
+
+@contextmanager
+def ends_if_stuck(command: str, minutes: float) -> Iterator[None]:
+    """Context that ends the process with `EXIT_LOST` if `PROGRESS` does not grow for some time.
+
+    Args:
+        command: name of the command, for the message.
+        minutes: longest time without progress.
+
+    Raises:
+        ValueError: `minutes` is not positive.
+    """
+    if not minutes > 0:
+        raise ValueError(f"--timeout-minutes {minutes:g}: expected a positive number")
+    ended = threading.Event()
+
+    def watch() -> None:
+        count, since = PROGRESS.count, time.monotonic()
+        while not ended.wait(min(2.0, 6 * minutes)):
+            if PROGRESS.count != count:
+                count, since = PROGRESS.count, time.monotonic()
+            if time.monotonic() - since > 60 * minutes:
+                print(
+                    f"{command}: error: nothing was done for {minutes:g} minutes (--timeout-minutes). Check the "
+                    "storage that it reads and writes, then start the same command again: what is saved is kept",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                kill_loaders()
+                os._exit(EXIT_LOST)
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
