@@ -10,6 +10,7 @@ from eval_files import write_coco, write_docci, write_imagenet
 from support import evaluate
 from training import compare, results
 from training.eval.record import ClassificationResult, Recall, RetrievalResult, to_json
+from training.eval.results import result_rows
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,15 @@ def logs(tmp_path_factory, tiny_clip):
     )
     evaluate(folder, tiny_clip, *both, "--batch-size", 5, name="two")
     return folder / "logs"
+
+
+def test_tables_are_made_from_rows_of_the_data_frame(logs):
+    table = results.load(logs / "one")
+    rows = result_rows(table.to_dict("records"))
+    for (_, read), row in zip(table.iterrows(), rows):
+        assert row["benchmark"] == read["benchmark"] and row["T2I\nR@5"] == f"{100 * read['t2i-top5']:.2f}"
+        assert row["I2T rank\nmedian / mean"].endswith(f"/ {read['i2t-mean-rank']:.1f}")
+    assert len(rows) == 3
 
 
 def test_a_row_per_evaluation_and_benchmark(logs):

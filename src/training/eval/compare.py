@@ -73,23 +73,21 @@ def _names(runs: Sequence[str]) -> list[str]:
 
 def format_comparison(records: Sequence[dict[str, object]]) -> str:
     """Returns the table for a terminal, in percent and points."""
-    from tabulate import tabulate
-
     from training.eval.record import DIRECTIONS, describe_pairs
+    from training.eval.tables import format_rows, interval, percent, points
 
     rows, last = [], None
     for r in records:
-        place = (r["benchmark"], DIRECTIONS[r["direction"]])
-        row = [*(place if place != last else ("", "")), r["run"], f"{100 * r['top1']:.2f}"]
-        last = place
+        side = (r["benchmark"], DIRECTIONS[r["direction"]])
+        heading = side if side != last else ("", "")
+        last = side
+        row = {"benchmark": heading[0], "": heading[1], "run": r["run"], "R@1": percent(r["top1"])}
+        row |= dict.fromkeys(("difference", "95% interval", "p", "gained", "lost"), "")
         if "p" in r:
-            star = " *" if r["p"] < 0.05 else ""
-            row += [f"{100 * r['difference']:+.2f}", f"{100 * r['low']:+.1f} to {100 * r['high']:+.1f}"]
-            row += [f"{r['p']:.4f}{star}", r["gained"], r["lost"]]
-        rows.append(row + [""] * (9 - len(row)))
-    headers = ["benchmark", "", "run", "R@1", "difference", "95% interval", "p", "gained", "lost"]
-    align = ["left"] * 3 + ["right"] * 3 + ["left", "right", "right"]
-    table = tabulate(rows, headers=headers, colalign=align, disable_numparse=True)
+            row |= {"difference": points(r["difference"]), "95% interval": interval((r["low"], r["high"]), signed=True)}
+            row |= {"p": f"{r['p']:.4f}{' *' if r['p'] < 0.05 else ''}", "gained": r["gained"], "lost": r["lost"]}
+        rows.append(row)
+    table = format_rows(rows, num_left=3)
     read = dict.fromkeys(describe_pairs(r["benchmark"], r["protocol"], r["fingerprint"]) for r in records)
     return "\n".join([table, "", *read])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dataloaders.pairs import MODIFIED
 from training.eval.record import DIRECTIONS, RetrievalResult
+from training.eval.tables import format_rows, percent, points
 from training.readers.files import read_json
 
 FILE = Path(__file__).parent / "published.json"
@@ -206,21 +207,25 @@ def explain(
     return lines
 
 
-def format_published(comparisons: Sequence[Comparison]) -> str:
-    """Returns the table for a terminal, in percent and points."""
-    from tabulate import tabulate
+def published_rows(comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
+    """Returns the cells of a table, in percent and points."""
+    return [
+        {
+            "benchmark": c.benchmark,
+            "": DIRECTIONS[c.direction],
+            "measured": percent(c.measured),
+            "published": percent(c.printed),
+            "difference": points(c.difference),
+            "in half\nintervals": "-" if c.half_intervals is None else f"{c.half_intervals:+.1f}",
+            "source": f"{c.source}; {c.note}" if c.note else c.source,
+        }
+        for c in comparisons
+    ]
 
-    rows = []
-    for c in comparisons:
-        ratio = "-" if c.half_intervals is None else f"{c.half_intervals:+.1f}"
-        measured, printed = f"{100 * c.measured:.2f}", f"{100 * c.printed:.2f}"
-        source = f"{c.source}; {c.note}" if c.note else c.source
-        rows.append(
-            [c.benchmark, DIRECTIONS[c.direction], measured, printed, f"{100 * c.difference:+.2f}", ratio, source]
-        )
-    headers = ["benchmark", "", "measured", "published", "difference", "in half\nintervals", "source"]
-    align = ["left", "left", "right", "right", "right", "right", "left"]
-    return tabulate(rows, headers=headers, colalign=align, disable_numparse=True, maxcolwidths=[None] * 6 + [60])
+
+def format_published(comparisons: Sequence[Comparison]) -> str:
+    """Returns the table for a terminal."""
+    return format_rows(published_rows(comparisons), num_left=2, maxcolwidths=[None] * 6 + [60])
 
 
 def to_json(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:

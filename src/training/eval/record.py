@@ -64,6 +64,13 @@ class Result:
         """Whether the complete benchmark was evaluated."""
         return self.num_pairs == self.num_expected
 
+    def columns(self) -> dict[str, object]:
+        """Returns the values under the names of the columns of `training.results`."""
+        return {
+            "benchmark": self.title,
+            **{name.removeprefix(f"{self.key}-"): value for name, value in self.to_json().items()},
+        }
+
     @property
     def pairs(self) -> str:
         """``1,000`` for a complete benchmark, ``9,412 of 10,000`` for an incomplete one."""

@@ -3,40 +3,59 @@
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tabulate import tabulate
-
 from training.eval.record import DIRECTIONS, ClassificationResult, RetrievalResult, describe_pairs, to_json
+from training.eval.tables import format_rows, interval, percent
 from training.runtime.files import append_line
 
 PACKAGES = ("lotlip", "open_clip_torch", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 
 
-def format_table(results: Sequence[RetrievalResult]) -> str:
-    """Returns the table for a terminal, in percent: one row per benchmark, image to text before text to image."""
+def result_rows(records: Iterable[Mapping[str, object]]) -> list[dict[str, str]]:
+    """Returns the cells of a table of retrieval results, in percent: image to text before text to image.
+
+    Args:
+        records: rows of `training.results.load`, or `Result.columns`.
+    """
     rows = []
-    for result in results:
-        row = [result.title, result.pairs]
-        for direction in DIRECTIONS:
-            recall = result.recall(direction)
-            low, high = (100 * bound for bound in recall.top1_ci95)
-            row += [f"{100 * recall.top1:.2f}", f"{low:.1f}-{high:.1f}"]
-            row += [f"{100 * recall.top5:.2f}", f"{100 * recall.top10:.2f}"]
-            row += [f"{recall.median_rank:.6g} / {recall.mean_rank:.1f}"]
-        unknown = result.truncated_share is None  # features from a file without token counts
-        row.append("-" if unknown else f"{100 * result.truncated_share:.1f}%")
-        row.append("-" if unknown else f"{result.truncated_mean_tokens_lost:.1f}")
-        rows.append(row)
-    headers = ["benchmark", "pairs"]
-    for name in DIRECTIONS.values():
-        headers += [f"{name}\nR@1", "95%\ninterval", "\nR@5", "\nR@10", "rank\nmedian / mean"]
-    headers += ["captions\ncut", "tokens\nlost"]
-    alignment = ["left"] + ["right"] * (len(headers) - 1)
-    return tabulate(rows, headers=headers, colalign=alignment, disable_numparse=True)
+    for record in records:
+        whole = record["num-pairs"] == record["num-expected"]
+        pairs = f"{record['num-pairs']:,}" + ("" if whole else f" of {record['num-expected']:,}")
+        row = {"benchmark": str(record["benchmark"]), "pairs": pairs}
+        for direction, name in DIRECTIONS.items():
+            row[f"{name}\nR@1"] = percent(record[f"{direction}-top1"])
+            row[f"{name}\n95%"] = interval(record[f"{direction}-top1-ci95"])
+            row |= {f"{name}\nR@{k}": percent(record[f"{direction}-top{k}"]) for k in (5, 10)}
+            median, mean = record[f"{direction}-median-rank"], record[f"{direction}-mean-rank"]
+            row[f"{name} rank\nmedian / mean"] = f"{median:.6g} / {mean:.1f}"
+        share, lost = record["truncated-share"], record["truncated-mean-tokens-lost"]
+        unknown = share is None or share != share  # features from a file without token counts; NaN in a table
+        row |= {"captions\ncut": "-" if unknown else f"{100 * share:.1f}%"}
+        rows.append(row | {"tokens\nlost": "-" if unknown else f"{lost:.1f}"})
+    return rows
+
+
+def zero_shot_rows(results: Sequence[ClassificationResult]) -> list[dict[str, str]]:
+    """Returns the cells of a table of zero-shot classification, in percent."""
+    return [
+        {
+            "zero-shot": r.title,
+            "images": r.pairs,
+            "top-1": percent(r.top1),
+            "95%\ninterval": interval(r.top1_ci95),
+            "top-5": percent(r.top5),
+        }
+        for r in results
+    ]
+
+
+def format_table(results: Sequence[RetrievalResult]) -> str:
+    """Returns the table of retrieval results for a terminal."""
+    return format_rows(result_rows(r.columns() for r in results))
 
 
 def format_protocols(results: Sequence[RetrievalResult]) -> str:
@@ -45,13 +64,8 @@ def format_protocols(results: Sequence[RetrievalResult]) -> str:
 
 
 def format_zero_shot(results: Sequence[ClassificationResult]) -> str:
-    """Returns the table of zero-shot classification for a terminal, in percent."""
-    rows = []
-    for r in results:
-        low, high = (100 * bound for bound in r.top1_ci95)
-        rows.append([r.title, r.pairs, f"{100 * r.top1:.2f}", f"{low:.1f}-{high:.1f}", f"{100 * r.top5:.2f}"])
-    headers = ["zero-shot", "images", "top-1", "95%\ninterval", "top-5"]
-    return tabulate(rows, headers=headers, colalign=["left"] + ["right"] * 4, disable_numparse=True)
+    """Returns the table of zero-shot classification for a terminal."""
+    return format_rows(zero_shot_rows(results))
 
 
 def format_markdown(results: Sequence[RetrievalResult], label: str) -> str:
@@ -59,8 +73,8 @@ def format_markdown(results: Sequence[RetrievalResult], label: str) -> str:
     cells = {"model": label}
     for r in results:
         partial = "" if r.is_complete else f" ({r.pairs} pairs)"
-        cells[r.title] = f"{100 * r.i2t.top1:.2f} / {100 * r.t2i.top1:.2f}" + partial
-    return tabulate([list(cells.values())], headers=list(cells), tablefmt="github", disable_numparse=True)
+        cells[r.title] = f"{percent(r.i2t.top1)} / {percent(r.t2i.top1)}{partial}"
+    return format_rows([cells], num_left=len(cells), tablefmt="github")
 
 
 def package_versions() -> dict[str, str]:

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 from markupsafe import Markup
-from tabulate import tabulate
 
-from training.eval.published import Comparison
-from training.eval.record import DIRECTIONS, ClassificationResult, RetrievalResult
+from training.eval.published import Comparison, published_rows
+from training.eval.record import ClassificationResult
 from training.eval.report.content import MAX_QUERIES, NUM_MATCHES, browser_content
 from training.eval.report.curves import KS, draw_recall, recall_curves
 from training.eval.report.thumbnails import make_thumbnails
+from training.eval.results import result_rows, zero_shot_rows
 from training.eval.retrieval import RankedSet
+from training.eval.tables import format_rows
 from training.runtime.pages import render_page
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -57,17 +58,13 @@ def write_report(
     # Padded to a multiple of 3 bytes, each thumbnail is a slice of the base64 text.
     padded = [thumbnail + b"\0" * (-len(thumbnail) % 3) for thumbnail in thumbnails]
     curves = recall_curves(ranked)
-    rows_of_numbers = [[c["title"], c["direction"], *(f"{100 * value:.1f}" for value in c["recall"])] for c in curves]
-    recall_text = tabulate(rows_of_numbers, headers=["recall at", "", *KS], disable_numparse=True)
-    shown = [("Recall at k", recall_text, draw_recall(curves)), *figures]
+    shown = [("Recall at k", _format_curves(curves), draw_recall(curves)), *figures]
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = render_page(
         TEMPLATES / "report.html.j2",
         heading=heading,
         facts=facts,
-        table=[_table_row(r.result) for r in ranked],
-        zero_shot=[_zero_shot_row(r) for r in zero_shot],
-        published=[_published_row(c) for c in published],
+        tables=[(caption, rows) for caption, rows in _tables(ranked, published, zero_shot).items() if rows],
         figures=[(title, text, base64.b64encode(svg.encode()).decode()) for title, text, svg in shown],
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -79,6 +76,30 @@ def write_report(
     )
     path.write_text(page, encoding="utf-8", newline="\n")
     return path
+
+
+def _format_curves(curves: Sequence[dict]) -> str:
+    rows = [
+        {"recall at": c["title"], "": c["direction"], **{str(k): f"{100 * v:.1f}" for k, v in zip(KS, c["recall"])}}
+        for c in curves
+    ]
+    return format_rows(rows, num_left=2)
+
+
+def _tables(
+    ranked: Sequence[RankedSet], published: Sequence[Comparison], zero_shot: Sequence[ClassificationResult]
+) -> dict[str, list[dict[str, str]]]:
+    """Returns caption -> rows of each table; without rows, there is nothing to show."""
+    results = result_rows(r.result.columns() for r in ranked)
+    for row, r in zip(results, ranked):
+        row["protocol"] = f"{r.pairs.protocol} {r.result.fingerprint}".strip()
+    return {
+        "Recall in percent, with 95% bootstrap intervals of R@1; rank of the right answer": results,
+        "R@1 in percent compared with published numbers; differences in points, and in halves of the 95% interval": (
+            published_rows(published)
+        ),
+        "Zero-shot classification, accuracy in percent": zero_shot_rows(zero_shot),
+    }
 
 
 def _compress_content(ranked: Sequence[RankedSet], device: torch.device | str) -> tuple[bytes, list[Path]]:
@@ -100,38 +121,3 @@ def _ends(thumbnails: Sequence[bytes]) -> list[int]:
         total += len(thumbnail) // 3 * 4
         ends.append(total)
     return ends
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}"
-
-
-def _interval(bounds: Sequence[float]) -> str:
-    return "{:.1f}-{:.1f}".format(*(100 * bound for bound in bounds))
-
-
-def _table_row(result: RetrievalResult) -> dict[str, object]:
-    share = result.truncated_share
-    directions = []
-    for direction in DIRECTIONS:
-        recall = result.recall(direction)
-        directions += [_percent(recall.top1), _interval(recall.top1_ci95)]
-        directions += [_percent(recall.top5), _percent(recall.top10), f"{recall.median_rank:.6g}"]
-    cut = "unknown" if share is None else f"{100 * share:.1f}%"
-    return {
-        "title": result.title,
-        "pairs": result.pairs,
-        "protocol": result.protocol,
-        "fingerprint": result.fingerprint,
-        "cells": [*directions, cut],
-    }
-
-
-def _zero_shot_row(r: ClassificationResult) -> list[str]:
-    return [r.title, r.pairs, _percent(r.top1), _interval(r.top1_ci95), _percent(r.top5)]
-
-
-def _published_row(c: Comparison) -> list[str]:
-    ratio = "-" if c.half_intervals is None else f"{c.half_intervals:+.1f}"
-    numbers = [_percent(c.measured), _percent(c.printed), f"{100 * c.difference:+.2f}", ratio]
-    return [c.benchmark, DIRECTIONS[c.direction], *numbers, f"{c.source}; {c.note}" if c.note else c.source]
