@@ -16,6 +16,7 @@ MODULES = {
     "join": "shards.join",
     "recaption": "recaption",
     "inspect": "inspect.run",
+    "split": "split",
 }
 
 

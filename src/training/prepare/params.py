@@ -10,6 +10,7 @@ COMMANDS = {
     "tables": "clean published caption tables into Parquet parts",
     "download": "fetch the images of such parts into shards, with img2dataset",
     "join": "add captions from tables to existing shards",
+    "split": "divide a table of images into a train and a test part, near-duplicates on one side",
     "inspect": "statistics of a shard set, and a page of samples to look at",
     "recaption": "write long captions for images in shards with a vision-language model",
 }
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = {"tables": add_tables_args, "download": add_download_args, "join": add_join_args, "inspect": add_inspect_args}
-    add |= {"recaption": add_recaption_args}
+    add |= {"recaption": add_recaption_args, "split": add_split_args}
     for name, add_args in add.items():
         command = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False)
         add_args(command)
@@ -259,6 +260,18 @@ def add_download_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-only", action="store_true", help="fetch nothing; only check the shards and write sizes.json"
     )
+
+
+def add_split_args(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `split`."""
+    parser.add_argument("table", metavar="TABLE", help="a table of images and captions, as --train-data reads them")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for train.parquet and test.parquet")
+    parser.add_argument(
+        "--test", type=float, default=0.1, metavar="X", help="share of the images (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the choice (default: %(default)s)")
+    parser.add_argument("--csv-img-key", default="filepath", metavar="COL", help="image column (default: %(default)s)")
+    parser.add_argument("--csv-separator", metavar="C", help="separator of a CSV (default: a comma; a tab in .tsv)")
 
 
 def add_recaption_args(parser: argparse.ArgumentParser) -> None:

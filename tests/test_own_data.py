@@ -1,0 +1,134 @@
+"""docs/own-data.md: its commands run on a small set; near-duplicates are on one side of a split."""
+
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from support import read_results
+from training.eval.compare import main as compare
+from training.main import main as train
+from training.prepare.__main__ import main as prepare
+from training.search.__main__ import main as search
+
+PAGE = Path(__file__).parents[1] / "docs" / "own-data.md"
+NUM = 24
+
+
+def photo(number: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
+    coarse = np.random.default_rng(number).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def write_photos(folder: Path, form: str = "csv") -> Path:
+    """Writes photos, each with a near-duplicate that is smaller, recompressed or turned, and their table."""
+    (folder / "photos").mkdir(parents=True)
+    rows = []
+    for number in range(NUM):
+        image, copy, exif = photo(number), photo(number, (60, 40)), Image.Exif()
+        image.save(folder / "photos" / f"{number}.jpg", quality=92)
+        if number % 2:  # stored on its side, with the rotation in the EXIF data
+            copy, exif[0x0112] = copy.transpose(Image.Transpose.ROTATE_90), 6
+        copy.save(folder / "photos" / f"copy, {number}.jpg", quality=60, exif=exif)
+        rows += [{"filepath": f"photos/{n}{number}.jpg", "caption": f"photo {number}"} for n in ("", "copy, ")]
+    (folder / "photos" / "broken.jpg").write_bytes(b"no image")
+    rows.append({"filepath": "photos/broken.jpg", "caption": "broken"})
+    table = folder / f"photos.{form}"
+    if form == "jsonl":
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        lines = [f'"{row["filepath"]}",{row["caption"]}' for row in rows]
+        table.write_text("\n".join(["filepath,caption", *lines, ""]))
+    return table
+
+
+def paths(folder: Path) -> dict[str, list[str]]:
+    return {
+        name: pq.read_table(folder / f"{name}.parquet").column("filepath").to_pylist() for name in ("train", "test")
+    }
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_near_duplicates_are_on_one_side(tmp_path, form, capsys):
+    table = write_photos(tmp_path, form)
+    argv = ["split", str(table), "--test", "0.25", "--out"]
+    assert prepare([*argv, str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"{2 * NUM + 1} rows of {2 * NUM + 1} images: 36 rows in train.parquet, 12 in test.parquet, 1 left out" in said
+    )
+    assert "images left out: 1 broken image; 24 images are near-duplicates of another" in said
+    parts = paths(tmp_path / "a")
+    sides = [{re.sub(r"\D", "", Path(path).name) for path in part} for part in parts.values()]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == NUM
+    lines = table.read_text().splitlines(keepends=True)
+    head, body = (lines[:1], lines[1:]) if form == "csv" else ([], lines)
+    table.write_text("".join([*head, *body[::-1]]))
+    assert prepare([*argv, str(tmp_path / "b")]) == 0
+    assert {k: sorted(v) for k, v in paths(tmp_path / "b").items()} == {k: sorted(v) for k, v in parts.items()}
+    assert prepare([*argv, str(tmp_path / "c"), "--seed", "1"]) == 0
+    assert sorted(paths(tmp_path / "c")["test"]) != sorted(parts["test"])
+    with pytest.raises(SystemExit):
+        prepare([*argv, str(tmp_path / "a")])
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_plain_images_of_different_colours_are_different(tmp_path):
+    rows = ["filepath,caption"]
+    for number in range(8):
+        Image.new("RGB", (32, 32), (30 * number, 10, 255 - 30 * number)).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,colour {number}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    assert prepare(["split", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--test", "0.25"]) == 0
+    assert [len(part) for part in paths(tmp_path / "out").values()] == [6, 2]
+
+
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+    write_photos(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text().split("## From a data set")[0], re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    assert len(commands) == 6
+    quick = {"--batch-size": "8", "--epochs": "1", "--warmup": "1"}
+    for words in commands:
+        module, argv = words[2], [{"MODEL": "lotlip_tiny", "PHOTOS": "photos"}.get(word, word) for word in words[3:]]
+        for flag, value in quick.items():
+            if flag in argv:
+                argv[argv.index(flag) + 1] = value
+        argv = [word.replace("epoch_5", "epoch_1") for word in argv]
+        if module == "training.main":
+            train_flags = ["--no-pretrained-text"] * ("--pretrained" not in argv)
+            assert train([*argv, "--workers", "0", "--device", "cpu", *train_flags]) == 0
+        elif module == "training.search":
+            assert search([*argv, "--workers", "0", "--device", "cpu"]) == 0
+        elif module == "training.compare":
+            assert compare(argv) == 0
+        else:
+            assert prepare(argv) == 0
+    start, after = (read_results(tmp_path / "logs", name) for name in ("start", "after"))
+    assert start["test-retrieval-fingerprint"] == after["test-retrieval-fingerprint"]
+    assert (tmp_path / "results.html").stat().st_size and "Index: 48 images" in capsys.readouterr().out
+
+
+def test_bytes_of_a_photo_and_its_caption_survive(tmp_path):
+    import pyarrow as pa
+
+    buffer = io.BytesIO()
+    rows = []
+    for number in range(6):
+        buffer = io.BytesIO()
+        photo(number).save(buffer, "PNG")
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "caption": [f"a {number}", f"b {number}"]})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    assert prepare(["split", str(tmp_path / "t.parquet"), "--out", str(tmp_path / "out"), "--test", "0.34"]) == 0
+    found = [
+        row for name in ("train", "test") for row in pq.read_table(tmp_path / "out" / f"{name}.parquet").to_pylist()
+    ]
+    assert sorted(row["caption"] for row in found) == sorted(row["caption"] for row in rows)
+    assert {row["image"]["bytes"] for row in found} == {row["image"]["bytes"] for row in rows}
