@@ -1,5 +1,6 @@
 """Folders of shards know what they are made from, one command at a time writes them, arrays cover every shard."""
 
+import json
 import subprocess
 import sys
 import tarfile
@@ -123,3 +124,60 @@ def test_a_lease_of_this_process_is_returned(tmp_path):
     with Lease() as lease:
         lease.take(tmp_path / "x", "--out")
     assert not list((tmp_path / "x").iterdir())
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    ("name", "keys"), [("photos/{}.jpg", "{}"), ("{}.JPG", "d/{}"), ("{}", "./d/{}"), ("d/{}.png", "d/{}")]
+)
+def test_tables_of_image_names_are_joined_by_stem(tmp_path, form, name, keys, capsys):
+    rows = [{"file_name": name.format(n), "text": f"photo {n}"} for n in range(4)]
+    target = tmp_path / f"t.{form}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), target)
+    elif form == "jsonl":
+        target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        target.write_text("file_name,text\n" + "".join(f"{row['file_name']},{row['text']}\n" for row in rows))
+    (tmp_path / "a").mkdir()
+    write_shard(tmp_path / "a" / "0.tar", {keys.format(n): {"jpg": GOOD["jpg"]} for n in range(5)})
+    assert join(target, "--shards", tmp_path / "a", "--key-column", "file_name", "--out", tmp_path / "out") == 0
+    assert "5 samples by key: 4 matched, 1 unmatched" in capsys.readouterr().out
+    found = [json.loads(s.files.get("json", b"{}")) for s in read_samples(str(tmp_path / "out" / "0.tar"))]
+    assert [record.get("text") for record in found] == [*(f"photo {n}" for n in range(4)), None]
+
+
+def test_a_name_in_several_folders_matches_none(tmp_path, capsys):
+    rows = [{"key": "a/1.jpg", "text": "a"}, {"key": "b/1.jpg", "text": "b"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    for folder, keys, said in (("s", ["1"], "1 unmatched"), ("t", ["a/1", "c/1"], "1 matched, 1 unmatched")):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "0.tar", {key: {"jpg": GOOD["jpg"]} for key in keys})
+        out = tmp_path / f"{folder}-new"
+        assert join(tmp_path / "t.parquet", "--shards", tmp_path / folder, "--out", out, "--match", "key") == 0
+        assert said in capsys.readouterr().out
+
+
+def test_only_public_addresses_are_kept(tmp_path):
+    bad = [
+        "file:///etc/hostname",
+        "ftp://x.org/1",
+        "http://169.254.169.254/latest/",
+        "http://localhost/1",
+        "http://[::1]/1",
+    ]
+    bad += [
+        "https://10.0.0.1/1",
+        "http://127.1/1",
+        "http://2130706433/1",
+        "http://printer/1",
+        "https://a.internal/1",
+        "1.jpg",
+    ]
+    good = ["http://x.org/1.jpg", "HTTPS://a.b.example.com:8080/x?y=1", "http://8.8.8.8/1"]
+    lines = "".join(f"{url},A wall. It is day.\n" for url in (*bad, *good))
+    (tmp_path / "t.csv").write_text(f"url,long_caption\n{lines}")
+    assert main(["tables", str(tmp_path / "t.csv"), "--out", str(tmp_path / "parts"), "--workers", "1"]) == 0
+    assert pq.read_table(tmp_path / "parts").column("url").to_pylist() == good
+    summary = json.loads((tmp_path / "parts" / "_summary.json").read_text())
+    assert (summary["rows"], summary["bad_url"], summary["kept"]) == (12, 9, 3)

@@ -68,7 +68,7 @@ def test_every_row_is_kept_or_counted_by_kind(tmp_path):
     with open(path, "a") as file:
         file.write("https://example.com/8.jpg,too,few\n\n")
     summary = run(tmp_path / "out", path, "--rows-per-part", "3", "--summary", tmp_path / "s.json")
-    expected = {"rows": 12, "kept": 5, "duplicates": 2, "empty": 1, "refused": 2, "malformed": 2}
+    expected = {"rows": 12, "kept": 5, "duplicates": 2, "empty": 1, "refused": 2, "malformed": 2, "bad_url": 0}
     assert sizes(summary) == expected
     assert json.loads((tmp_path / "s.json").read_text()) == summary
     written = parts(tmp_path / "out")

@@ -147,7 +147,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
 def add_join_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `join`."""
     parser.add_argument(
-        "tables", nargs="+", metavar="IN", help="Parquet tables, or folders of them, as `tables` writes them"
+        "tables", nargs="+", metavar="IN", help="tables (.parquet, .csv, .tsv, .jsonl), or folders of them"
     )
     parser.add_argument(
         "--shards", required=True, metavar="SHARDS", help="as --train-data: a folder, 'data/{0..9}.tar'"
@@ -157,7 +157,10 @@ def add_join_args(parser: argparse.ArgumentParser) -> None:
         "--match",
         choices=("url", "key"),
         help="url: match the url in table and JSON; key: match the table's key with the sample's name or the JSON's "
-        "key (default: url if the first samples have one)",
+        "key, with or without folder and suffix (default: url if the first samples have one)",
+    )
+    parser.add_argument(
+        "--key-column", metavar="COL", help="the table's column of keys or image names, with --match key (default: key)"
     )
     parser.add_argument(
         "--columns", type=names, metavar="COL,..", help="captions to add (default: all columns of text)"

@@ -135,8 +135,8 @@ def _look(source: str | bytes) -> Look | str:
 def near_duplicates(looks: list[Look]) -> list[int]:
     """Returns for each image the number of its group; near-duplicates of an image, and theirs, are in one group.
 
-    If two images differ in at most `MOST_BITS` bits, at least one of `MOST_BITS` + 1 parts of the bits is equal, so only
-    images that share a part are compared.
+    If two images differ in at most `MOST_BITS` bits, at least one of `MOST_BITS` + 1 parts of the bits is equal, so
+    only images that share a part are compared.
     """
     group = list(range(len(looks)))
 

@@ -23,7 +23,7 @@ from training.prepare.shards.files import (
     rewrite_shard,
     write_note,
 )
-from training.prepare.shards.match import CaptionTables, find_rows, make_index, open_tables
+from training.prepare.shards.match import CaptionTables, find_rows, image_names, make_index, open_tables
 from training.prepare.work import add_counts, format_counts, processes, progress, spread
 
 STATE = ".join"
@@ -33,8 +33,9 @@ KINDS = ("samples", "matched", "unmatched", "nothing to match by", *FAULT_KINDS,
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if shards can't be read."""
     everything, mine = my_places(args, args.shards, "--shards", STATE)
-    match = args.match or _guess_match([place.source for place in everything])
-    tables = open_tables(args.tables, match, args.columns, everything[0].state / "index")
+    match = args.match or ("key" if args.key_column else None) or _guess_match([place.source for place in everything])
+    column = args.key_column if match == "key" and args.key_column else match
+    tables = open_tables(args.tables, column, args.columns, everything[0].state / "index", match == "key")
     check_sources(args, everything, tables.paths)
     mark = fingerprint(tables.describe() | {"keep": args.keep_existing})
     total: dict = dict.fromkeys(KINDS, 0)
@@ -74,7 +75,10 @@ def sample_values(sample: JsonSample, match: str) -> list[str]:
     """Returns the values that may identify a sample in a table's match column; the first one found there is used."""
     value = sample.record.get(match)
     values = [value.strip()] if isinstance(value, str) and value.strip() else []
-    return values if match == "url" else [sample.key, sample.key.rpartition("/")[2], *values]
+    if match == "url":
+        return values
+    key = sample.key.removeprefix("./")
+    return [key, key.rpartition("/")[2] if "/" in key else f"*/{key}", *(image_names(v)[0] for v in values)]
 
 
 def _read(job: tuple[Place, str]) -> tuple[Place, list[list[str]] | None, list[str | None], str | None]:
@@ -102,7 +106,7 @@ def _jobs(left: list[Place], tables: CaptionTables, mark: str, args, pool, broke
 
     # Read a few shards at a time, so that a pass exceeds its number of samples by no more than these.
     for start in range(0, len(left), args.workers):
-        some = [(place, tables.match) for place in left[start : start + args.workers]]
+        some = [(place, "key" if tables.by_name else "url") for place in left[start : start + args.workers]]
         for place, samples, faults, fault in sorted(spread(_read, some, pool), key=lambda r: str(r[0].source)):
             if fault:
                 broken[str(place.source)] = fault

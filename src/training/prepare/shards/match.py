@@ -13,9 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from training.prepare.shards.files import content_mark
 from training.prepare.tables.chunk import url_hash
 from training.prepare.tables.columns import KEY, URL
 from training.prepare.tables.records import cell_text
+from training.readers.files import IMAGE_SUFFIXES
+from training.readers.table_files import table_files
+from training.readers.tables import load_rows, open_table
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
 
@@ -29,15 +33,17 @@ class CaptionTables:
 
     Attributes:
         paths: the files.
-        match: the column that identifies the sample of a row, ``url`` or ``key``.
+        match: the column that identifies the sample of a row.
         columns: the caption columns to use.
         index: folder for the hashes.
+        by_name: the column holds names of images, which `image_names` compares.
     """
 
     paths: tuple[Path, ...]
     match: str
     columns: tuple[str, ...]
     index: Path
+    by_name: bool
 
     def describe(self) -> dict:
         """Returns the properties of the tables that the result depends on."""
@@ -50,31 +56,22 @@ class CaptionTables:
         return sum(pq.read_metadata(path).num_rows for path in self.paths)
 
 
-def open_tables(names: Sequence[str], match: str, columns: Sequence[str] | None, index: Path) -> CaptionTables:
+def open_tables(
+    names: Sequence[str], match: str, columns: Sequence[str] | None, index: Path, by_name: bool = False
+) -> CaptionTables:
     """Opens caption tables.
 
     Args:
-        names: Parquet files, or folders of them.
+        names: see `table_files`; other files than Parquet are converted once, in `index`.
         match: the column to match by.
         columns: the caption columns to use; None means all columns of text.
         index: folder for the hashes.
+        by_name: see `CaptionTables`.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, not Parquet, or lacks one of the columns.
     """
-    paths: list[Path] = []
-    for name in names:
-        path = Path(name)
-        inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"{name}: no *.parquet in this folder")
-        if not path.exists():
-            raise FileNotFoundError(f"{name}: no such file")
-        if inside[0].suffix != ".parquet":
-            raise ValueError(
-                f"{name}: expected .parquet; convert it with python -m training.prepare tables {name} --out DIR"
-            )
-        paths += inside
+    paths = [_as_parquet(path, match, index) for name in names for path in table_files(name)]
     found: list[str] = []
     for path in paths:
         try:
@@ -83,12 +80,39 @@ def open_tables(names: Sequence[str], match: str, columns: Sequence[str] | None,
             raise ValueError(f"{path}: not a Parquet file ({first_line(error)})") from error
         lacking = [name for name in (match, *(columns or ())) if name not in schema.names]
         if lacking:
-            raise ValueError(f"{path}: no column {lacking[0]}; it has {', '.join(schema.names)} (--match, --columns)")
+            raise ValueError(
+                f"{path}: no column {lacking[0]}; it has {', '.join(schema.names)} (--match, --key-column, --columns)"
+            )
         found += [field.name for field in schema if _is_text(field.type) and field.name not in (*NOT_CAPTIONS, match)]
     chosen = tuple(columns or dict.fromkeys(found))
     if not chosen:
         raise ValueError(f"{paths[0]}: no columns of text beside {match}; name them with --columns")
-    return CaptionTables(tuple(paths), match, chosen, index)
+    return CaptionTables(tuple(paths), match, chosen, index, by_name)
+
+
+def _as_parquet(path: Path, match: str, index: Path) -> Path:
+    if path.suffix == ".parquet":
+        return path
+    table = open_table(path)
+    if match not in table.names:
+        raise ValueError(f"{path}: no column {match}; it has {', '.join(table.names)} (--match, --key-column)")
+    target = index / f"{path.stem}-{url_hash(f'{path.resolve()} {content_mark(path)}'):016x}.parquet"
+    if not target.exists():
+        rows = load_rows(table, table.names)
+        with atomic_write(target) as temporary:
+            pq.write_table(pa.Table.from_pylist([dict(rows[number]) for number in range(len(rows))]), temporary)
+    return target
+
+
+def image_names(name: str) -> list[str]:
+    """Returns what identifies an image in a table, without its suffix: ``photos/1.jpg`` -> ``photos/1``, ``*/1``.
+
+    The last one matches a sample in no folder, such as ``1`` in a tar of the folder's content.
+    """
+    name = name.strip().removeprefix("./")
+    stem, stop, suffix = name.rpartition(".")
+    whole = stem if stop and suffix.lower() in IMAGE_SUFFIXES else name
+    return [whole, f"*/{whole.rpartition('/')[2]}"] if "/" in whole else [whole]
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -104,19 +128,28 @@ def make_index(job: tuple[CaptionTables, int]) -> None:
     if target.exists():
         return
     with pq.ParquetFile(tables.paths[number]) as file:
-        hashes = np.zeros(file.metadata.num_rows, dtype=np.uint64)
+        hashes = np.zeros((2, file.metadata.num_rows), dtype=np.uint64)
         row = 0
         for batch in file.iter_batches(10_000, columns=[tables.match], use_threads=False):
             for value in batch.column(0).to_pylist():
-                hashes[row] = url_hash(value.strip()) if isinstance(value, str) else 0
+                for place, name in enumerate(_names(tables, value)):
+                    hashes[place, row] = url_hash(name)
                 row += 1
     with atomic_write(target) as path, open(path, "wb") as file:
         np.save(file, hashes)
 
 
+def _names(tables: CaptionTables, value: object) -> list[str]:
+    if value is None or isinstance(value, float):
+        return []
+    return image_names(str(value)) if tables.by_name else [str(value).strip()]
+
+
 def _index_file(tables: CaptionTables, number: int) -> Path:
     path = tables.paths[number]
-    where = url_hash(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {tables.match}")
+    where = url_hash(
+        f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {tables.match} {tables.by_name}"
+    )
     return tables.index / f"{path.stem}-{where:016x}.npy"
 
 
@@ -129,7 +162,7 @@ def find_rows(tables: CaptionTables, values: set[str]) -> tuple[dict[str, int], 
 
     Returns:
         (value -> row in the returned table, the captions of these rows). If several rows have the same value, the first
-        one is used.
+        one is used; but ``*/1`` is left out if it stands for images of several folders.
 
     Raises:
         OSError: a table can't be read.
@@ -139,8 +172,7 @@ def find_rows(tables: CaptionTables, values: set[str]) -> tuple[dict[str, int], 
     taken = [schema.empty_table()]
     for number in range(len(tables.paths)):
         hashes = np.load(_index_file(tables, number))
-        place = np.minimum(np.searchsorted(wanted, hashes), max(len(wanted) - 1, 0))
-        rows = np.flatnonzero(wanted[place] == hashes) if len(wanted) else np.zeros(0, dtype=np.int64)
+        rows = np.flatnonzero(np.isin(hashes, wanted).any(axis=0))
         if len(rows):
             try:
                 taken.append(_take_rows(tables, number, rows, schema))
@@ -150,9 +182,14 @@ def find_rows(tables: CaptionTables, values: set[str]) -> tuple[dict[str, int], 
                 ) from error
     table = pa.concat_tables(taken)
     found: dict[str, int] = {}
+    owners: dict[str, set[str]] = {}
     for row, value in enumerate(table.column(tables.match).to_pylist()):
-        if value in values:  # two values may share a hash
-            found.setdefault(value, row)
+        names = _names(tables, value)
+        for name in names:
+            if name in values:  # two values may share a hash
+                found.setdefault(name, row)
+                owners.setdefault(name, set()).add(names[0])
+    found = {name: row for name, row in found.items() if len(owners[name]) == 1}
     logging.debug(f"{len(found):,} of {len(values):,} values found")
     return found, table.select(list(tables.columns))
 

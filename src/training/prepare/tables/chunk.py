@@ -3,7 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +17,9 @@ from training.prepare.tables.records import Chunk, Rows, Table, read_rows
 from training.prepare.work import add_counts, load_json, write_json
 from training.runtime.files import atomic_write
 
+_PRIVATE_NAMES = ("localhost", "local", "internal", "intranet", "lan", "home", "corp")
 ROW_GROUP = 4_000  # rows that a worker keeps in memory: 25 MB of dicts and Arrow
-ROW_KINDS = ("rows", "kept", "duplicates", "empty", "refused", "malformed")
+ROW_KINDS = ("rows", "kept", "duplicates", "empty", "refused", "malformed", "bad_url")
 CAPTION_KINDS = ("kept", "empty", "refused", "repaired", "cut_off")
 
 
@@ -125,6 +128,9 @@ def _clean_rows(rows: Rows, task: Task, counts: dict, captions: dict) -> tuple[p
     )
     named = np.array([bool(url or key) for url, key in zip(urls, keys)], dtype=bool)
     counts["malformed"] += rows.num_malformed + int((~named).sum())
+    fetchable = np.array([not url or is_public(url) for url in urls], dtype=bool)
+    counts["bad_url"] += int((named & ~fetchable).sum())
+    named &= fetchable
     found = {}
     for source, name in columns.captions.items():
         cleaned = clean_captions(rows.texts[source].filter(named), name != RAW, source in columns.long, rules.trim)
@@ -145,6 +151,27 @@ def _clean_rows(rows: Rows, task: Task, counts: dict, captions: dict) -> tuple[p
     } | {name: cleaned.texts.filter(pa.array(usable)) for name, cleaned in found.items()}
     nothing = pa.nulls(len(places), pa.string())
     return pa.table([written.get(name, nothing) for name in rules.schema.names], schema=rules.schema), hashes
+
+
+def is_public(url: str) -> bool:
+    """Returns whether a URL is of http or https, and its host not an address or name of a private network.
+
+    A text without ``://`` can't be fetched, so it is left to img2dataset's counts.
+    """
+    if "://" not in url:
+        return True
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").rstrip(".").lower()
+    except ValueError:
+        return False
+    if parts.scheme.lower() not in ("http", "https") or not host:
+        return False
+    try:
+        return ip_address(host).is_global
+    except ValueError:
+        last = host.rpartition(".")[2]
+        return last not in _PRIVATE_NAMES and not last[:1].isdigit()  # 127.1 is an address, too
 
 
 def first_of_each(hash_files: list[Path], per_pass: int = 2_000_000) -> tuple[list[np.ndarray], Counter]:
