@@ -294,7 +294,7 @@ def _flat(report: dict[str, object]) -> Iterator[tuple[str, object]]:
 
 def _shown(name: str, value: object) -> str:
     if "bytes" in name:
-        return f"{value / 1e9:,.3f} GB"
+        return f"{value / 1e9:,.3f} GB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if "flops" in name:
