@@ -4,7 +4,7 @@ Both are called like open_clip's, ``tokenizer(texts) -> [n, context_length]``, a
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,20 +45,13 @@ class _CornerTokenizer:
         return self._pad(rows, length) if padding else rows
 
     def tokenise_and_count_lost(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
-        """Returns token ids [n, context_length] and the result of `count_lost_tokens`, tokenising only once."""
+        """Returns token ids [n, context_length] and the number of tokens of each text beyond these."""
         rows, length = self._encode(list(texts)), self.context_length
-        return self._pad([self._cut(row, length) for row in rows], length), self._lost(map(len, rows))
+        return self._pad([self._cut(row, length) for row in rows], length), [max(0, len(row) - length) for row in rows]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Returns the number of tokens of each text before truncation, special and corner tokens included."""
         return [len(row) for row in self._encode(list(texts))]
-
-    def count_lost_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Returns for each text the number of tokens beyond the context length; 0 if the text fits."""
-        return self._lost(self.count_tokens(texts))
-
-    def _lost(self, lengths: Iterable[int]) -> list[int]:
-        return [max(0, length - self.context_length) for length in lengths]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of each text, special and corner tokens included, before truncation."""
