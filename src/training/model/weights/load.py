@@ -129,9 +129,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: the file can't be read, or keys are missing, unexpected or have another shape; the message names
             them and the likely reason.
     """
-    if is_big_vision(path) and _is_siglip(model):
-        _load_big_vision(model, path)
-        return
+    if is_big_vision(path) and hasattr(getattr(model.visual, "trunk", None), "attn_pool") and hasattr(model, "text"):
+        return _load_big_vision(model, path)
     state = convert_state_dict(read_state_dict(path), model)
     own = model.state_dict()
     if CORNER_TABLE in own and CORNER_TABLE not in state and "text.positional_embedding" in state:
@@ -147,10 +146,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         lines += _listed("other shape", [f"{k}: {shapes[k][0]} in the file, not {shapes[k][1]}" for k in reshaped])
         raise ValueError("\n".join(lines))
     model.load_state_dict(state, strict=True)
-
-
-def _is_siglip(model: nn.Module) -> bool:
-    return hasattr(getattr(model.visual, "trunk", None), "attn_pool") and hasattr(model, "text")
 
 
 def _load_big_vision(model: nn.Module, path: str | Path) -> None:

@@ -38,12 +38,12 @@ _SIGLIP = (
     ("vision_model.head.mlp.", "visual.trunk.attn_pool.mlp."),
 )
 _LAYER = (  # transformers, open_clip, timm
-    ("self_attn.out_proj.", "attn.out_proj.", "attn.proj."),
-    ("self_attn.qkv.", "attn.in_proj_", "attn.qkv."),
-    ("layer_norm1.", "ln_1.", "norm1."),
-    ("layer_norm2.", "ln_2.", "norm2."),
-    ("mlp.fc1.", "mlp.c_fc.", "mlp.fc1."),
-    ("mlp.fc2.", "mlp.c_proj.", "mlp.fc2."),
+    (".self_attn.out_proj.", ".attn.out_proj.", ".attn.proj."),
+    (".self_attn.qkv.", ".attn.in_proj_", ".attn.qkv."),
+    (".layer_norm1.", ".ln_1.", ".norm1."),
+    (".layer_norm2.", ".ln_2.", ".norm2."),
+    (".mlp.fc1.", ".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.fc2.", ".mlp.c_proj.", ".mlp.fc2."),
 )
 
 
@@ -59,13 +59,14 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         state: weights of `CLIPModel` or `SiglipModel`; not changed.
     """
     siglip = "vision_model.head.probe" in state
+    table = _SIGLIP if siglip else _CLIP
     state = {key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")}
     for key in [key for key in state if ".self_attn.q_proj." in key]:
         parts = [state.pop(key.replace("q_proj", f"{part}_proj")) for part in _QKV]
         state[key.replace("q_proj", "qkv")] = torch.cat(parts)
     result = {}
     for key, value in state.items():
-        name = _renamed(key, _SIGLIP if siglip else _CLIP, forward=True)
+        name = _renamed(key, table)
         result[name] = value.T.contiguous() if name in _TRANSPOSED else value
     if siglip:
         _convert_pooling(result)
@@ -91,22 +92,15 @@ def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _renamed(key: str, table: Sequence[tuple[str, str]], forward: bool) -> str:
+def _renamed(key: str, table: Sequence[tuple[str, str]], forward: bool = True) -> str:
     for theirs, ours in table:
         old, new = (theirs, ours) if forward else (ours, theirs)
-        if not key.startswith(old):
-            continue
-        rest = key[len(old) :]
-        if theirs.endswith("layers."):
-            number, _, rest = rest.partition(".")
-            column = 2 if "trunk" in ours else 1
-            for names in _LAYER:
-                inner_old, inner_new = (names[0], names[column]) if forward else (names[column], names[0])
-                if rest.startswith(inner_old):
-                    rest = inner_new + rest[len(inner_old) :]
-                    break
-            return f"{new}{number}.{rest}"
-        return new + rest
+        if key.startswith(old):
+            rest = key.removeprefix(old)
+            for names in _LAYER if theirs.endswith("layers.") else ():
+                part = names[0], names[2 if "trunk" in ours else 1]
+                rest = rest.replace(*(part if forward else part[::-1]))
+            return new + rest
     return key
 
 

@@ -35,7 +35,10 @@ _FORMATS = (  # first bytes of a file, its format, what to do
     (b"7z\xbc\xaf", "a 7z archive", _UNPACK),
     (b"(\xb5/\xfd", "a zstd archive", _UNPACK),
 )
-_WEB_PAGE = "a web page, such as download services send instead of a file"
+_BIG_VISION = (
+    "big_vision's NumPy archive, which only open_clip's SigLIP models can load: give --model ViT-B-16-SigLIP or a "
+    "similar one, without --num-corner-tokens and --context-length"
+)
 # Keys under which checkpoints store the weights. Averaged weights (EMA) come first, as in timm: results are usually
 # reported for them.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
@@ -76,11 +79,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 def is_big_vision(path: str | Path) -> bool:
     """Whether a file is big_vision's NumPy archive of a SigLIP model, whatever its name."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return all(name.endswith(".npy") for name in names) and any("img/" in name for name in names)
+    return zipfile.is_zipfile(path) and _kind_of_zip(Path(path)) == _BIG_VISION
 
 
 def is_torchscript(path: str | Path) -> bool:
@@ -159,7 +158,8 @@ def _unusable(path: Path, head: bytes) -> str | None:
     if not head:
         return "an empty file (0 bytes); fetch it again"
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        return f"{_WEB_PAGE}; open the link in a browser and download the file again"
+        remedy = "open the link in a browser and download the file again"
+        return f"a web page, such as download services send instead of a file; {remedy}"
     for start, what, remedy in _FORMATS:
         if head.startswith(start):
             return f"{what}; {remedy}"
@@ -183,10 +183,7 @@ def _kind_of_zip(path: Path) -> str:
         return "TorchScript" if "constants.pkl" in ends else "PyTorch"
     if names and all(name.endswith(".npy") for name in names):
         if any("img/" in name for name in names):
-            return (
-                "big_vision's NumPy archive, which only open_clip's SigLIP models can load: give --model "
-                "ViT-B-16-SigLIP or a similar one, without --num-corner-tokens and --context-length"
-            )
+            return _BIG_VISION
         return "a NumPy archive (.npz); save its arrays as safetensors under the names of a state dict"
     return f"a zip archive of {len(names)} files ({', '.join(names[:3])}); {_UNPACK}"
 
@@ -205,17 +202,6 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "BoolStorage": torch.bool,
-}
-
-
 class _Module:
     """Placeholder for the modules of a TorchScript archive: it stores attributes and has no code."""
 
@@ -231,8 +217,10 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type | Callable:
         if module.startswith("__torch__"):
             return type(name, (_Module,), {})
-        if module == "torch" and name in _STORAGES:
-            return type(name, (), {"dtype": _STORAGES[name]})
+        if module == "torch" and isinstance(
+            dtype := getattr(torch, name[: -len("Storage")].lower(), None), torch.dtype
+        ):
+            return type(name, (), {"dtype": dtype})  # FloatStorage: torch.float
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset)
         if (module, name) == ("collections", "OrderedDict"):
