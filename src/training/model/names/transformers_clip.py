@@ -18,6 +18,7 @@ from training.runtime.messages import first_line
 HF = "hf:"
 FAMILIES = ("clip", "siglip")
 CLIP_VOCABULARY = 49408
+_TANH = ("gelu_pytorch_tanh", "gelu_new")  # GELU approximated with tanh
 _REGISTERED = "hf_siglip_"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
@@ -64,42 +65,36 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"--model {HF}{folder}: no config.json in this folder")
-    kind = _json(path).get("model_type")
+    content = _json(path)
+    kind = content.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(_refusal(folder, kind, _json(path)))
+        raise ValueError(_refusal(folder, kind, content))
     from transformers import CLIPConfig, SiglipConfig
 
     config = (CLIPConfig if kind == "clip" else SiglipConfig).from_pretrained(folder)
     text, vision = config.text_config, config.vision_config
-    text_cfg = {
-        "context_length": text.max_position_embeddings,
-        "vocab_size": text.vocab_size,
-        "width": text.hidden_size,
-        "heads": text.num_attention_heads,
-        "layers": text.num_hidden_layers,
-        "mlp_ratio": _ratio(text),
-        "norm_kwargs": {"eps": text.layer_norm_eps},
-    }
     quick = {text.hidden_act == "quick_gelu", vision.hidden_act == "quick_gelu"}
     if len(quick) > 1:
         raise ValueError(f"{path}: open_clip has no model whose towers have different activations")
+    text_cfg = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "heads": text.num_attention_heads,
+        **_transformer_cfg(text, path),
+    }
+    vision_cfg = _transformer_cfg(vision, path)
     if kind == "clip":
         model_cfg = {"embed_dim": config.projection_dim, "quick_gelu": quick == {True}, "text_cfg": text_cfg}
-        model_cfg["vision_cfg"] = _clip_vision(vision)
+        head_width = vision.hidden_size // vision.num_attention_heads
+        model_cfg["vision_cfg"] = vision_cfg | {"patch_size": vision.patch_size, "head_width": head_width}
         if text.eos_token_id not in (2, text.vocab_size - 1):  # 2 means OpenAI's rule: pool at the largest id
             text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
     else:
         text_cfg |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
         model_cfg = {"embed_dim": vision.hidden_size, "custom_text": True, "init_logit_bias": -10, "text_cfg": text_cfg}
-        name = _register_siglip(vision)
-        model_cfg["vision_cfg"] = {
-            "image_size": vision.image_size,
-            "timm_model_name": name,
-            "timm_pool": "map",
-            "timm_proj": "none",
-        }
-    if act := _act_kwargs(text.hidden_act, path):
-        text_cfg["act_kwargs"] = act
+        name = _register_siglip(vision, vision_cfg)
+        model_cfg["vision_cfg"] = {"timm_model_name": name, "timm_pool": "map", "timm_proj": "none"}
+    model_cfg["vision_cfg"]["image_size"] = vision.image_size
     return model_cfg, _read_preprocessing(folder, kind, vision.image_size)
 
 
@@ -130,45 +125,36 @@ def _ratio(config: object) -> float:
     return ratio if exact else (config.intermediate_size + 0.5) / config.hidden_size
 
 
-def _act_kwargs(name: str, path: Path) -> dict | None:
-    if name not in ("gelu", "quick_gelu", "gelu_pytorch_tanh", "gelu_new"):
-        raise ValueError(f"{path}: hidden_act {name} has no counterpart in open_clip")
-    return {"approximate": "tanh"} if name in ("gelu_pytorch_tanh", "gelu_new") else None
-
-
-def _clip_vision(vision: object) -> dict:
-    cfg = {
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "width": vision.hidden_size,
-        "layers": vision.num_hidden_layers,
-        "head_width": vision.hidden_size // vision.num_attention_heads,
-        "mlp_ratio": _ratio(vision),
-        "norm_kwargs": {"eps": vision.layer_norm_eps},
+def _transformer_cfg(tower: object, path: Path) -> dict:
+    """Returns the entries that open_clip's configs of image and text transformers have in common."""
+    if tower.hidden_act not in (*_TANH, "gelu", "quick_gelu"):
+        raise ValueError(f"{path}: hidden_act {tower.hidden_act} has no counterpart in open_clip")
+    return {
+        "width": tower.hidden_size,
+        "layers": tower.num_hidden_layers,
+        "mlp_ratio": _ratio(tower),
+        "norm_kwargs": {"eps": tower.layer_norm_eps},
+        "act_kwargs": {"approximate": "tanh"} if tower.hidden_act in _TANH else None,
     }
-    if act := _act_kwargs(vision.hidden_act, Path("config.json")):
-        cfg["act_kwargs"] = act
-    return cfg
 
 
-def _register_siglip(vision: object) -> str:
+def _register_siglip(vision: object, cfg: dict) -> str:
     """Registers an image tower with exactly this config in timm; returns its name."""
     sizes = (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
     sizes += (vision.num_attention_heads, vision.intermediate_size)
-    name = f"{_REGISTERED}{'_'.join(map(str, sizes))}_{vision.hidden_act}_{vision.layer_norm_eps:g}".replace("-", "m")
-    name = name.replace(".", "p")
+    name = f"{_REGISTERED}{'_'.join(map(str, sizes))}_{vision.hidden_act}_{vision.layer_norm_eps:g}"
+    name = name.replace("-", "m").replace(".", "p")
     if timm.is_model(name):
         return name
-    act = _act_kwargs(vision.hidden_act, Path("config.json"))
     settings = {
         "img_size": vision.image_size,
         "patch_size": vision.patch_size,
         "embed_dim": vision.hidden_size,
         "depth": vision.num_hidden_layers,
         "num_heads": vision.num_attention_heads,
-        "mlp_ratio": _ratio(vision),
-        "norm_layer": partial(nn.LayerNorm, eps=vision.layer_norm_eps),
-        "act_layer": partial(nn.GELU, **act) if act else nn.GELU,
+        "mlp_ratio": cfg["mlp_ratio"],
+        "norm_layer": partial(nn.LayerNorm, **cfg["norm_kwargs"]),
+        "act_layer": partial(nn.GELU, **cfg["act_kwargs"] or {}),
         "class_token": False,
     }
 
