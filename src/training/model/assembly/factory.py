@@ -6,11 +6,11 @@ weights. All other models are built by open_clip itself, bit for bit.
 
 import logging
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
+import timm
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from timm.layers import to_2tuple
@@ -108,9 +108,8 @@ def _create_stock(spec: ModelSpec, pretrained: str | None, loads_weights: bool, 
     """Builds a model that is not one of ours, with random weights."""
     # `pretrained` also selects the image preprocessing. If weights follow, pretrained single towers are not needed.
     stock["pretrained_text"] &= not loads_weights
-    if spec.is_built_in or (spec.folder and not spec.is_transformers):
-        with _quiet():
-            return open_clip.create_model(spec.base_name, pretrained=pretrained, load_weights=False, **stock)
+    if spec.open_clip_name:
+        return _without_weights(spec.open_clip_name, pretrained=pretrained, **stock)
     if "multimodal_cfg" in spec.model_cfg:
         raise ValueError(
             f"--model {spec.name}: put a CoCa config into FOLDER/{CONFIG_FILE} and give --model local-dir:FOLDER"
@@ -119,8 +118,7 @@ def _create_stock(spec: ModelSpec, pretrained: str | None, loads_weights: bool, 
     stock["force_custom_text"] = stock.get("force_custom_text", False) or custom
     config = {key: value for key, value in spec.model_cfg.items() if key != "custom_text"}
     stock["force_preprocess_cfg"] = spec.preprocess_cfg | (stock.get("force_preprocess_cfg") or {})
-    with _quiet():
-        return open_clip.create_model(_ANY_NAME, load_weights=False, **config, **stock)
+    return _without_weights(_ANY_NAME, **config, **stock)
 
 
 def _had_quick_gelu(spec: ModelSpec, pretrained: str | None, weights: Path) -> bool:
@@ -129,12 +127,11 @@ def _had_quick_gelu(spec: ModelSpec, pretrained: str | None, weights: Path) -> b
     return tag.get("quick_gelu", False) if tag else is_torchscript(weights)
 
 
-@contextmanager
-def _quiet():
-    """Suppresses open_clip's warnings that no weights were loaded: we load them afterwards."""
+def _without_weights(name: str, **kwargs) -> torch.nn.Module:
+    """Builds open_clip's model without its warnings that no weights were loaded: we load them afterwards."""
     logging.disable(logging.WARNING)
     try:
-        yield
+        return open_clip.create_model(name, load_weights=False, **kwargs)
     finally:
         logging.disable(logging.NOTSET)
 
@@ -150,21 +147,12 @@ def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, k
         "text_cfg": stock_text if tower.wraps_stock else _PLACEHOLDER,
         "force_preprocess_cfg": spec.preprocess_cfg | (kwargs.pop("force_preprocess_cfg", None) or {}),
     }
-    with _quiet():
-        model = open_clip.create_model(
-            _ANY_NAME,
-            precision=precision,
-            load_weights=False,
-            pretrained_text=False,
-            force_custom_text=True,
-            **overrides | kwargs,
-        )
-    text = tower.build(spec, model.text, cache_dir)
-    if not tower.wraps_stock:
-        text = text.to(_CASTS.get(precision, torch.float32))
-    model = LotlipCLIP(model, text)
+    fixed = {"precision": precision, "pretrained_text": False, "force_custom_text": True}
+    model = _without_weights(_ANY_NAME, **fixed, **overrides | kwargs)
+    text, dtype = tower.build(spec, model.text, cache_dir), _CASTS.get(precision, torch.float32)
+    model = LotlipCLIP(model, text if tower.wraps_stock else text.to(dtype))
     if heads := spec.model_cfg.get(POOLING):
-        pooling = TextConditionedPooling(spec.model_cfg["embed_dim"], heads).to(_CASTS.get(precision, torch.float32))
+        pooling = TextConditionedPooling(spec.model_cfg["embed_dim"], heads).to(dtype)
         model.visual_proj = pooling.requires_grad_(False)  # none of our losses trains it
     return model
 
@@ -232,8 +220,6 @@ def _start_image(model: torch.nn.Module, spec: ModelSpec, cache_dir: str | None,
             raise FileNotFoundError(f"{found}: no weights file in this folder ({', '.join(WEIGHT_SUFFIXES)})")
         load_pretrained_image(model.visual.trunk, read_state_dict(file), str(file))
         return
-    import timm
-
     try:
         trunk = timm.create_model(name, pretrained=True, cache_dir=cache_dir)
     except Exception as error:  # urllib's, huggingface_hub's and timm's errors have no common base
@@ -288,13 +274,11 @@ def get_tokenizer(
         return _text_tower_class(spec).tokenizer(spec, cache_dir)
     if spec.is_transformers:
         return FolderTokenizer(spec.folder, context_length or spec.context_length)
-    if not spec.is_built_in and not spec.folder:  # a config file; open_clip finds tokenizers by name or folder only
-        name = spec.text_cfg.get("hf_tokenizer_name")
-        length = context_length or spec.context_length
-        kwargs = spec.text_cfg.get("tokenizer_kwargs", {}) | kwargs
-        if name:
-            return open_clip.tokenizer.HFTokenizer(name, context_length=length, cache_dir=cache_dir, **kwargs)
-        return open_clip.SimpleTokenizer(context_length=length, **kwargs)
+    if not spec.open_clip_name:  # a config file
+        kwargs = {"context_length": spec.context_length, **spec.text_cfg.get("tokenizer_kwargs", {}), **kwargs}
+        if name := spec.text_cfg.get("hf_tokenizer_name"):
+            return open_clip.tokenizer.HFTokenizer(name, cache_dir=cache_dir, **kwargs)
+        return open_clip.SimpleTokenizer(**kwargs)
     return open_clip.get_tokenizer(model_name, context_length=context_length, cache_dir=cache_dir, **kwargs)
 
 

@@ -5,6 +5,7 @@ A config is one of ours if its ``text_cfg`` has the key ``num_corner_token`` (po
 unchanged.
 """
 
+import difflib
 import importlib.util
 import json
 from copy import deepcopy
@@ -38,7 +39,6 @@ class ModelSpec:
 
     Attributes:
         name: the name given by the caller.
-        base_name: the name to pass to open_clip: `name`, or ``local-dir:FOLDER``.
         model_cfg: ``embed_dim``, ``vision_cfg``, ``text_cfg``, ..., with the overrides applied; keys as published.
         preprocess_cfg: image preprocessing that differs from open_clip's default (mean, std, ...).
         folder: folder with the config, and possibly weights and tokenizer; None for built-in names and config files.
@@ -46,16 +46,17 @@ class ModelSpec:
     """
 
     name: str
-    base_name: str
     model_cfg: dict
     preprocess_cfg: dict
     folder: Path | None
     is_ours: bool
 
     @property
-    def is_built_in(self) -> bool:
-        """Whether open_clip knows the model by its name."""
-        return ":" not in self.name
+    def open_clip_name(self) -> str | None:
+        """The name by which open_clip finds the config itself; None if it does not."""
+        if self.folder:
+            return None if self.name.startswith(HF) else f"{LOCAL_DIR}{self.folder}"
+        return None if self.name.startswith(CONFIG) else self.name
 
     @property
     def is_transformers(self) -> bool:
@@ -111,7 +112,7 @@ def resolve_model_config(
     else:
         model_cfg = open_clip.get_model_config(name.replace("/", "-"))
         if model_cfg is None:
-            raise ValueError(f"--model {name}: no such model")
+            raise ValueError(_no_such_model(name))
         preprocess_cfg = model_cfg.pop("preprocess_cfg", {})
     model_cfg = deepcopy(model_cfg)
     text_cfg = model_cfg["text_cfg"]
@@ -127,8 +128,16 @@ def resolve_model_config(
         raise ValueError(f"--model {name}: corner tokens and other context lengths need CLIP's own vocabulary")
     if is_ours and "multimodal_cfg" in model_cfg:
         raise ValueError(f"--model {name}: CoCa models can't take corner tokens or another context length")
-    base_name = f"{LOCAL_DIR}{folder}" if folder else name
-    return ModelSpec(name, base_name, model_cfg, preprocess_cfg, folder, is_ours)
+    return ModelSpec(name, model_cfg, preprocess_cfg, folder, is_ours)
+
+
+def _no_such_model(name: str) -> str:
+    known = open_clip.list_models()
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known[:4]
+    return (
+        f"--model {name}: no such model; the most similar of {len(known)} names: {', '.join(near)} "
+        f"(all: python -c 'import open_clip; print(open_clip.list_models())'), or local-dir:FOLDER, hf-hub:ORG/REPO"
+    )
 
 
 def read_config_file(path: Path) -> dict:

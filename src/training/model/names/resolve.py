@@ -1,21 +1,13 @@
 """Finds a model's config and weights: they are checked, downloaded and hashed before the model is built."""
 
-import difflib
 import hashlib
 from pathlib import Path
 
 import open_clip
 
 from training.model.names import transformers_clip
-from training.model.names.config import (
-    CONFIG,
-    CONFIG_FILE,
-    HF_HUB,
-    LOCAL_DIR,
-    read_config_file,
-    register_model_configs,
-)
-from training.model.names.transformers_clip import HF, find_folder, read_config
+from training.model.names.config import CONFIG_FILE, HF_HUB, LOCAL_DIR, resolve_model_config
+from training.model.names.transformers_clip import HF
 from training.runtime.messages import first_line
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -36,27 +28,18 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
         ValueError: unknown model, or `pretrained` is neither one of its tags nor a file.
         FileNotFoundError: a folder, config or file does not exist, or the download failed.
     """
-    if name.startswith(LOCAL_DIR) and not (pretrained and Path(pretrained).is_file()):
-        return _weights_in_folder(Path(name.removeprefix(LOCAL_DIR)))
+    folder = resolve_model_config(name, cache_dir=cache_dir).folder
+    file = Path(pretrained) if pretrained else None
     if name.startswith(HF_HUB):
         return Path(open_clip.pretrained.download_pretrained_from_hf(name.removeprefix(HF_HUB), cache_dir=cache_dir))
-    if name.startswith(HF):
-        folder = find_folder(name, cache_dir)
-        read_config(folder)
-        if pretrained is None:
-            return transformers_clip.find_weights(folder)
-    elif name.startswith(LOCAL_DIR):
-        read_config_file(Path(name.removeprefix(LOCAL_DIR)) / CONFIG_FILE)
-    elif name.startswith(CONFIG):
-        read_config_file(Path(name.removeprefix(CONFIG)))
-    else:
-        check_model_name(name)
-    if pretrained is None:
-        return None
-    if Path(pretrained).is_file():
-        return Path(pretrained)
-    if Path(pretrained).is_dir():
-        raise ValueError(f"--pretrained {pretrained}: {_about_folder(Path(pretrained))}")
+    if name.startswith(LOCAL_DIR) and not (file and file.is_file()):
+        return find_weights(folder)
+    if file is None:
+        return transformers_clip.find_weights(folder) if name.startswith(HF) else None
+    if file.is_file():
+        return file
+    if file.is_dir():
+        raise ValueError(f"--pretrained {pretrained}: {_about_folder(file)}")
     if ":" in name:
         raise ValueError(f"--pretrained {pretrained}: no such file, and --model {name} has no tags")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
@@ -70,23 +53,6 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
             f"--pretrained {pretrained} of --model {name}: download failed ({first_line(error)}); check the network, "
             f"or download the file on another machine and give its path"
         ) from error
-
-
-def check_model_name(name: str) -> None:
-    """Raises ValueError with the most similar names if open_clip knows no such model."""
-    register_model_configs()
-    known = open_clip.list_models()
-    if name.replace("/", "-") not in known:
-        near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known[:4]
-        raise ValueError(
-            f"--model {name}: no such model; the most similar of {len(known)} names: {', '.join(near)} "
-            f"(all: python -c 'import open_clip; print(open_clip.list_models())'), or local-dir:FOLDER, hf-hub:ORG/REPO"
-        )
-
-
-def _weights_in_folder(folder: Path) -> Path | None:
-    read_config_file(folder / CONFIG_FILE)
-    return find_weights(folder)
 
 
 def find_weights(folder: Path) -> Path | None:
