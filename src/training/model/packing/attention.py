@@ -93,14 +93,6 @@ class BucketMask(NamedTuple):
         parts = tokens.split([num * length for num, length in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes)]
 
-    def first_tokens(self, count: int, device: torch.device) -> torch.Tensor:
-        """Returns the index of the first tokens of each caption among all tokens, [n, count]."""
-        starts, before = [], 0
-        for num, length in self.shapes:
-            starts.append(before + length * torch.arange(num, device=device))
-            before += num * length
-        return torch.cat(starts)[:, None] + torch.arange(count, device=device)
-
 
 def attend_in_buckets(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BucketMask, dropout: float, scaling: float

@@ -123,7 +123,7 @@ def _cast_once(attention: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[
 def _run_on_first(layer: nn.Module, hidden: torch.Tensor, mask: BucketMask, num_first: int) -> list[torch.Tensor]:
     """Computes a layer for the first positions of each caption only: [total, width] -> [n_b, num_first, width] each."""
     attend = layer.attention.self
-    first = hidden[mask.first_tokens(num_first, hidden.device)]  # [n, num_first, width]
+    first = torch.cat([tokens[:, :num_first] for tokens in mask.split(hidden)])  # [n, num_first, width]
     hidden = hidden.to(compute_dtype(hidden))  # once for keys and values
     counts = [num for num, _ in mask.shapes]
     buckets = zip(attend.query(first).split(counts), mask.split(attend.key(hidden)), mask.split(attend.value(hidden)))
