@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -46,7 +46,8 @@ def signal_itself(number: int, place: str, times: int) -> None:
     def reached() -> None:
         if next(left) == 0:
             for pid in [*(children(os.getpid()) if number == signal.SIGTERM else []), os.getpid()]:
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):  # a loader process that has just ended
+                    os.kill(pid, number)
 
     if place == "build":
         run.make_stepper = after(reached, run.make_stepper)
