@@ -11,11 +11,12 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,9 +46,9 @@ def signal_itself(number: int, place: str, times: int) -> None:
 
     def reached() -> None:
         if next(left) == 0:
-            for pid in [*(children(os.getpid()) if number == signal.SIGTERM else []), os.getpid()]:
-                with suppress(ProcessLookupError):  # a loader process that has just ended
-                    os.kill(pid, number)
+            loaders = children(os.getpid()) if number == signal.SIGTERM else []
+            # Sent by another process, like SLURM's: loader processes obey signals of their parent.
+            subprocess.run(["kill", f"-{number}", *map(str, loaders), str(os.getpid())], stderr=subprocess.DEVNULL)
 
     if place == "build":
         run.make_stepper = after(reached, run.make_stepper)
