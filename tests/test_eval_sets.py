@@ -163,7 +163,7 @@ def multi_caption_features(num_images=40, dim=12, seed=0):
 @pytest.mark.parametrize("seed", range(3))
 def test_multi_caption_recall_by_brute_force(seed):
     images, texts, owner = multi_caption_features(seed=seed)
-    i2t, t2i = count_ranks(images, texts, owner, block_size=7)
+    i2t, t2i = count_ranks(images, texts, owner, tile=(7, 5))
     score = images.double().numpy() @ texts.double().numpy().T
     for k in (1, 5, 10):
         hits = [any(owner[j] == i for j in np.argsort(-row)[:k]) for i, row in enumerate(score)]

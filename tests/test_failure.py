@@ -47,7 +47,7 @@ def failing_rank(rank: int, argv: list[str], world_size: int, port: int, folder:
     errors = {
         "step": (Trainer, "_requests", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
         "network": (Trainer, "_requests", RuntimeError("NCCL error: Duplicate GPU detected")),
-        "data": (Trainer, "_start_loader", NoUsableSampleError("no usable sample in 00000.tar")),
+        "data": (Trainer, "_open_epoch", NoUsableSampleError("no usable sample in 00000.tar")),
         "build": (run, "build_from_flags", FileNotFoundError("/weights/bert.safetensors: no such file")),
     }
     owner, name, error = errors[place]

@@ -51,7 +51,9 @@ def test_what_fits_into_the_window_is_shuffled_as_a_whole():
 def test_batches_hold_samples_of_many_shards_and_other_neighbours_each_epoch(
     monkeypatch, per_shard, shards_of_open_clip
 ):
-    monkeypatch.setattr(shards, "read_exactly", lambda url, first, stop, size: ((url, n) for n in range(first, stop)))
+    monkeypatch.setattr(
+        shards, "read_exactly", lambda url, first, stop, size, _: ((url, n) for n in range(first, stop))
+    )
     num_shards = 200_000 // per_shard
     source = ShardSource([f"{n}.tar" for n in range(num_shards)], [per_shard] * num_shards, seed=0)
     windows = []

@@ -236,7 +236,7 @@ def test_a_set_in_img2datasets_format_is_checked_without_img2dataset(tmp_path, c
 
 def test_spark_workers_get_the_engines_own_python(tmp_path, capfd):
     """Otherwise Spark uses the first python3 on PATH, which may not have img2dataset."""
-    tables, home = write_tables(tmp_path, "http://127.0.0.1:9"), tmp_path / "home"
+    tables, home = write_tables(tmp_path, "http://images.example"), tmp_path / "home"
     assert main(["tables", *map(str, tables), "--out", str(tmp_path / "tables")]) == 0
     home.mkdir()
     (home / "python").touch()

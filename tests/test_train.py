@@ -210,10 +210,10 @@ def refused(capsys, *flags: str) -> str:
         (["--train-data", "{here}/zero.tar"], "not a tar file"),
         (["--train-data", "{here}/none.tar"], "no samples in it"),
         (["--train-data", "{here}/array.tar"], "none of the first 1 samples can be read: JSON not an object"),
-        (["--train-data", "{here}/t.csv"], "the image column --csv-img-key filepath is not among its columns (a, txt)"),
+        (["--train-data", "{here}/t.csv"], "no image column 'filepath' (--csv-img-key); its columns are a, txt"),
         (
             ["--train-data", "{here}/t.csv", "--csv-img-key", "a", "--raw-caption-keys", "x"],
-            "any caption column is not",
+            "its columns are a, txt (the first line of a CSV is its header); expected captions under one of x, ",
         ),
         (["--train-data", "{here}/no.parquet"], "no such file"),
         (["--train-data", "{here}/bad.parquet"], "not a readable table"),
