@@ -103,7 +103,7 @@ def _figure(
     tower.zero_grad()
     title = (
         f"text tower, forward and backward: {num_images:,} x (1 raw + {num_long} long), "
-        f"{tower.transformer.config.num_hidden_layers} layers x {tower.output_dim}, {arrange.mode}, {dtype}"
+        f"{tower.transformer.config.num_hidden_layers} layers x {tower.output_dim}, {dtype}"
     )
     ratios = {
         "token_ratio": together.numel() / captions.num_padded,

@@ -29,7 +29,7 @@ class Stepper:
     Attributes:
         model: a `TrainModel`, possibly compiled or wrapped in DDP; called with a batch's inputs by name.
         core: the two-tower model inside it.
-        loss: called with the model's output and ``output_dict=True``.
+        loss: a module or function, called with the model's output and ``output_dict=True``.
         optimizer: optimizer of `core`'s parameters.
         autocast: returns the context of forward passes.
         arithmetic: returns the context of the towers' forward and backward passes; the loss is computed outside of it.
@@ -105,7 +105,7 @@ class Stepper:
         (self.scaler.scale(total) if self.scaler else total).backward()
         with self.arithmetic():
             self.cache.backward()
-        for parameter in self.loss.parameters():  # DDP wraps the model only
+        for parameter in self.loss.parameters() if isinstance(self.loss, nn.Module) else ():  # DDP wraps the model only
             if parameter.grad is not None and dist.is_initialized():
                 dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
 
