@@ -12,6 +12,7 @@ from types import FrameType
 from training.runtime.processes import STOP_SIGNALS, kill_loaders
 
 EXIT_STOPPED = 75  # sysexits.h: try again later
+END = b"\0"  # tells the listener to end; signals have other numbers
 
 
 class StoppedError(RuntimeError):
@@ -56,8 +57,9 @@ class StopSignals:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(previous_fd)
             self.name, self._ends_at_once = None, False
-            os.close(write_end)
+            os.write(write_end, END)  # loader processes hold copies of this end, so closing it would not be seen
             listener.join()
+            os.close(write_end)
             os.close(read_end)
 
     def defer(self) -> None:
@@ -68,7 +70,7 @@ class StopSignals:
         self.name = self.name or signal.Signals(number).name
 
     def _listen(self, read_end: int) -> None:
-        while received := os.read(read_end, 1):
+        while (received := os.read(read_end, 1)) != END:
             if received[0] in STOP_SIGNALS:
                 self.record(signal.Signals(received[0]).name)
 
