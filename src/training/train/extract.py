@@ -1,10 +1,10 @@
 """Extracts image features of a locked tower into files that training can read instead of images."""
 
 import argparse
+import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ from training.runtime.lease import FILE, Lease
 from training.runtime.tracking import log_to
 from training.runtime.watchdog import BUILDING, EVALUATING, joined_ranks
 from training.runtime.workers import Loader
-from training.train.step_log import EXAMPLES_PER_KIND
+from training.train.step_log import log_bad_sample
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +53,15 @@ class ImageBatch(NamedTuple):
     """Consecutive samples of a part.
 
     Attributes:
-        number, source: number and name of the part.
-        pixels: [n, views, 3, H, W].
+        number: number of the part.
+        images: pixels [n, views, 3, H, W], later features [n, views, dim].
         keys, records: keys and records of the samples.
         faults: kinds of the bad samples skipped since the last batch.
         is_last: whether this is the last batch of the part.
     """
 
     number: int
-    source: str
-    pixels: torch.Tensor
+    images: torch.Tensor | np.ndarray
     keys: list[str]
     records: list[dict]
     faults: list[str]
@@ -90,33 +89,22 @@ class ImageBatches(IterableDataset):
             yield from self._read(number, part)
 
     def _read(self, number: int, part: Part) -> Iterator[ImageBatch]:
-        pixels, keys, records, faults = [], [], [], []
-        num_seen = 0
-
-        def batch(is_last: bool) -> ImageBatch:
-            return ImageBatch(number, part.name, torch.stack(pixels), keys, records, faults, is_last)
-
+        rows, faults, num_seen = [], [], 0
         try:
             for raw in part.read():
-                if len(keys) == self.batch_size:
-                    yield batch(is_last=False)
-                    pixels, keys, records, faults = [], [], [], []
+                if len(rows) == self.batch_size:
+                    yield self._batch(number, rows, faults, is_last=False)
+                    rows, faults = [], []
                 num_seen += 1
                 try:
-                    record, views = read_record(raw), self._views(raw)
+                    rows.append((raw.key, read_record(raw), self._views(raw)))
                 except BadSample as error:
                     faults.append(str(error))
-                    self.num_logged[str(error)] += 1
-                    if self.num_logged[str(error)] <= EXAMPLES_PER_KIND:
-                        logger.warning(f"skipped sample, {error}: {raw.source}/{raw.key}")
-                    continue
-                pixels.append(views)
-                keys.append(raw.key)
-                records.append(record)
+                    log_bad_sample(str(error), f"{raw.source}/{raw.key}", self.num_logged)
         except BrokenShardError as error:
             logger.warning(f"the readable part is used: {error}")
             faults += [error.kind] * max(1, part.size - num_seen)
-        yield batch(is_last=True) if keys else self._no_images(number, part, faults)
+        yield self._batch(number, rows, faults, is_last=True)
 
     def _views(self, raw: RawSample) -> torch.Tensor:
         image, views = read_image(raw, self.images.decode), []
@@ -125,27 +113,12 @@ class ImageBatches(IterableDataset):
             views.append(self.images.transform(image))
         return torch.stack(views)
 
-    def _no_images(self, number: int, part: Part, faults: list[str]) -> ImageBatch:
-        """Returns an empty batch that ends a part."""
-        pixels = self.images.whole(Image.new("RGB", (8, 8)))[None, None].expand(0, self.views, -1, -1, -1)
-        return ImageBatch(number, part.name, pixels, [], [], faults, True)
-
-
-@dataclass
-class OpenPart:
-    """The samples of a part that have been encoded so far."""
-
-    keys: list[str] = field(default_factory=list)
-    records: list[dict] = field(default_factory=list)
-    features: list[np.ndarray] = field(default_factory=list)
-    totals: Totals = field(default_factory=Totals)
-
-    def add(self, batch: ImageBatch, features: np.ndarray) -> None:
-        """Adds a batch and its features."""
-        self.keys += batch.keys
-        self.records += batch.records
-        self.features.append(features)
-        self.totals.add(Totals(len(batch.keys) + len(batch.faults), Counter(batch.faults)))
+    def _batch(self, number: int, rows: list[tuple], faults: list[str], is_last: bool) -> ImageBatch:
+        keys, records, pixels = ([row[n] for row in rows] for n in range(3))
+        if not rows:  # the features of no image have a shape, too
+            blank = self.images.whole(Image.new("RGB", (8, 8)))
+            return ImageBatch(number, blank.new_empty(0, self.views, *blank.shape), [], [], faults, is_last)
+        return ImageBatch(number, torch.stack(pixels), keys, records, faults, is_last)
 
 
 def tower_info(model: torch.nn.Module, args: argparse.Namespace) -> FeatureInfo:
@@ -154,17 +127,13 @@ def tower_info(model: torch.nn.Module, args: argparse.Namespace) -> FeatureInfo:
     return FeatureInfo(
         model=args.model,
         tower=fingerprint(model.visual, leave_out=HEAD if linear_head(model.visual) else None),
-        preprocessing=_plain(model.visual.preprocess_cfg),
+        preprocessing=json.loads(json.dumps(model.visual.preprocess_cfg)),
         views=args.feature_views,
         augmentation=augmentation if args.feature_views else "",
         precision=args.precision,
         image_decoding=args.image_decoding or IN_TRAINING,
         exif_rotation=args.exif_rotation != "off",
     )
-
-
-def _plain(config: dict) -> dict:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
 def extract(args: argparse.Namespace) -> int:
@@ -227,23 +196,23 @@ def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderPa
     images = ImageReader(transform, args.image_decoding or IN_TRAINING, args.exif_rotation != "off")
     batches = ImageBatches(todo, images, max(1, args.feature_views), args.batch_size, args.seed)
     loader = Loader(batches, min(args.workers, len(todo)), pin=env.device.type == "cuda")
-    started = {number: OpenPart() for number, _ in todo}
+    names, started = {number: part.name for number, part in todo}, defaultdict(list)
     total = sum(part.size for _, part in todo)
     with tqdm(desc="extract", total=total, unit="image", delay=2, disable=not env.is_main) as bar:
         for batch in loader:
-            part = started[batch.number]
-            part.add(batch, _encode(parts.model, batch.pixels, args.precision, env.device))
+            features = _encode(parts.model, batch.images, args.precision, env.device)
+            started[batch.number].append(batch._replace(images=features))
             bar.update(len(batch.keys))
             if batch.is_last:
-                write_features(
-                    _file_of(args, batch.number),
-                    batch.source,
-                    part.keys,
-                    part.records,
-                    np.concatenate(part.features),
-                    part.totals,
-                )
-                del started[batch.number]
+                _write(_file_of(args, batch.number), names[batch.number], started.pop(batch.number))
+
+
+def _write(path: Path, source: str, batches: list[ImageBatch]) -> None:
+    """Writes the features of a whole part."""
+    _, features, *columns, _ = zip(*batches)
+    keys, records, faults = (sum(column, []) for column in columns)
+    totals = Totals(len(keys) + len(faults), Counter(faults))
+    write_features(path, source, keys, records, np.concatenate(features), totals)
 
 
 @torch.no_grad()

@@ -276,7 +276,7 @@ class Trainer:
         state = {
             "slots_done": list(self.progress.slots_done),
             "random_state": get_random_state(),
-            "totals": self.log.pending(),
+            "totals": self.log.own.to_dict(),
         }
         states = gather_objects(state, self.env)
         if not self.env.is_main:

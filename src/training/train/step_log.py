@@ -23,6 +23,20 @@ FEW_SAMPLES = 1000  # the fraction of bad samples is checked only after this man
 logger = logging.getLogger(__name__)
 
 
+def log_bad_sample(kind: str, name: str, num_logged: Counter) -> None:
+    """Logs the first bad samples of each kind.
+
+    Args:
+        kind: one of `FAULT_KINDS`.
+        name: shard/key.
+        num_logged: number of samples of each kind so far; one is added.
+    """
+    num_logged[kind] += 1
+    if num_logged[kind] <= EXAMPLES_PER_KIND:
+        more = "; further ones are counted only" if num_logged[kind] == EXAMPLES_PER_KIND else ""
+        logger.warning(f"skipped sample, {kind}: {name}{more}")
+
+
 class StepLog:
     """Collects metrics on every rank, reduces them over ranks every `every` steps, and writes them on rank 0.
 
@@ -64,21 +78,13 @@ class StepLog:
         self.steps = self.samples = self.tokens = self.slots = 0
         self.waited = 0.0
 
-    def pending(self) -> dict:
-        """Returns what this rank has read since the last log line, in the form of `Totals.to_dict`."""
-        return self.own.to_dict()
-
     @contextmanager
     def epoch(self, first_step: int) -> Iterator[None]:
         """Shows a progress bar on a terminal; time between epochs is not measured."""
         self._reset()
+        hidden = not (self.env.is_main and sys.stderr.isatty())
         with tqdm(
-            desc="train",
-            total=self.total_steps,
-            initial=first_step,
-            unit="step",
-            disable=not (self.env.is_main and sys.stderr.isatty()),
-            leave=False,
+            desc="train", total=self.total_steps, initial=first_step, unit="step", disable=hidden, leave=False
         ) as self.bar:
             yield
 
@@ -97,10 +103,7 @@ class StepLog:
         self.slots += batch.num_padded
         self.own.add(Totals(len(batch.keys) + len(batch.bad_samples), Counter(kind for kind, _ in batch.bad_samples)))
         for kind, name in batch.bad_samples:
-            self.num_logged[kind] += 1
-            if self.num_logged[kind] <= EXAMPLES_PER_KIND:
-                more = "; further ones are counted only" if self.num_logged[kind] == EXAMPLES_PER_KIND else ""
-                logger.warning(f"skipped sample, {kind}: {name}{more}")
+            log_bad_sample(kind, name, self.num_logged)
         return batch.keys
 
     def add_step(self, step: int, report: dict[str, torch.Tensor], lr: float) -> None:
