@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from test_train_data import good, write_shard
 
 import training
 from support import read_results, run_ranks
@@ -87,6 +88,18 @@ def test_features_equal_the_towers_output(shards, features, model):
     _, sources, counts = read_index(features)
     assert number == 39 and sources == ["0.tar", "1.tar", "2.tar"]
     assert counts == {"seen": 40, "skipped": {"no image": 1}}
+
+
+def test_batches_without_an_image_do_not_end_the_extraction(tmp_path):
+    """Neither a shard without one, nor broken samples behind the last full batch of a shard; all are counted."""
+    (tmp_path / "data").mkdir()
+    bad = {"jpg": b"no image"}
+    write_shard(tmp_path / "data" / "0.tar", {"0": good(0), "1": good(1), "2": good(2) | bad})
+    write_shard(tmp_path / "data" / "1.tar", {"3": good(3) | bad})
+    assert extract(tmp_path / "data", tmp_path / "features", "--batch-size", "2") == 0
+    assert read_index(tmp_path / "features")[2] == {"seen": 4, "skipped": {"broken image": 2}}
+    found = [list(read_features(str(path))) for path in sorted((tmp_path / "features").glob("*.parquet"))]
+    assert [[sample.key for sample in samples] for samples in found] == [["0", "1"], []]
 
 
 def test_a_sample_takes_two_bytes_a_number_and_its_captions(tmp_path, features):

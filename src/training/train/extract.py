@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from open_clip import get_input_dtype
-from open_clip_train.precision import get_autocast
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -32,6 +30,7 @@ from training.data.images import IN_TRAINING, ImageReader
 from training.data.open import caption_rule, open_source
 from training.data.reader import read_image, read_record, seed_augmentation
 from training.data.shards import Source
+from training.eval.encode import run_tower
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags, check_precision
 from training.model.names.resolve import resolve_weights
@@ -54,7 +53,7 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         number: number of the part.
-        images: pixels [n, views, 3, H, W], later features [n, views, dim].
+        images: pixels [max(n, 1), views, 3, H, W], later normalised features [n, views, dim] in float16.
         keys, records: keys and records of the samples.
         faults: kinds of the bad samples skipped since the last batch.
         is_last: whether this is the last batch of the part.
@@ -115,9 +114,8 @@ class ImageBatches(IterableDataset):
 
     def _batch(self, number: int, rows: list[tuple], faults: list[str], is_last: bool) -> ImageBatch:
         keys, records, pixels = ([row[n] for row in rows] for n in range(3))
-        if not rows:  # the features of no image have a shape, too
-            blank = self.images.whole(Image.new("RGB", (8, 8)))
-            return ImageBatch(number, blank.new_empty(0, self.views, *blank.shape), [], [], faults, is_last)
+        if not rows:  # a blank image, whose features are dropped, because towers can't encode none
+            pixels = [torch.stack([self.images.whole(Image.new("RGB", (8, 8)))] * self.views)]
         return ImageBatch(number, torch.stack(pixels), keys, records, faults, is_last)
 
 
@@ -196,12 +194,14 @@ def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderPa
     images = ImageReader(transform, args.image_decoding or IN_TRAINING, args.exif_rotation != "off")
     batches = ImageBatches(todo, images, max(1, args.feature_views), args.batch_size, args.seed)
     loader = Loader(batches, min(args.workers, len(todo)), pin=env.device.type == "cuda")
+    tower = image_encoder(parts.model, without_head=True)
     names, started = {number: part.name for number, part in todo}, defaultdict(list)
     total = sum(part.size for _, part in todo)
     with tqdm(desc="extract", total=total, unit="image", delay=2, disable=not env.is_main) as bar:
         for batch in loader:
-            features = _encode(parts.model, batch.images, args.precision, env.device)
-            started[batch.number].append(batch._replace(images=features))
+            features = run_tower(tower, batch.images.flatten(0, 1), env.device, args.precision)
+            features = features.half().unflatten(0, batch.images.shape[:2]).numpy()
+            started[batch.number].append(batch._replace(images=features[: len(batch.keys)]))
             bar.update(len(batch.keys))
             if batch.is_last:
                 _write(_file_of(args, batch.number), names[batch.number], started.pop(batch.number))
@@ -213,18 +213,6 @@ def _write(path: Path, source: str, batches: list[ImageBatch]) -> None:
     keys, records, faults = (sum(column, []) for column in columns)
     totals = Totals(len(keys) + len(faults), Counter(faults))
     write_features(path, source, keys, records, np.concatenate(features), totals)
-
-
-@torch.no_grad()
-def _encode(model: torch.nn.Module, pixels: torch.Tensor, precision: str, device: torch.device) -> np.ndarray:
-    """[n, views, 3, H, W] -> normalised features [n, views, dim] float16."""
-    flat = pixels.flatten(0, 1).to(device, get_input_dtype(precision), non_blocking=True)
-    with get_autocast(precision, device_type=device.type)():
-        features = image_encoder(model, without_head=True)(flat)
-    features = torch.nn.functional.normalize(features.float(), dim=-1)
-    if not features.isfinite().all():
-        raise FloatingPointError(f"the image tower returned NaN or infinity in {precision}; try --precision fp32")
-    return features.half().cpu().numpy().reshape(*pixels.shape[:2], -1)
 
 
 def _finish(args: argparse.Namespace, source: Source, info: FeatureInfo) -> None:

@@ -5,8 +5,6 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
@@ -133,7 +131,7 @@ class RemoteCopy:
                 if name.endswith(".pt"):
                     self._send_checkpoint(name, local[name], stat.st_size)
                 else:
-                    self._put(name, partial(self.fs.put_file, str(local[name])))
+                    self._put(name, local[name])
             except FileNotFoundError:
                 if local[name].exists():
                     raise
@@ -147,7 +145,7 @@ class RemoteCopy:
         if math.inf in entry:  # the file is broken
             return
         if self.index.get(name) != entry:
-            self._put(name, partial(self.fs.put_file, str(path)))
+            self._put(name, path)
             self.index[name] = entry
             self._write_index()
             logger.info(f"copied {name} to {self.url}/{self.folder.name}")
@@ -171,12 +169,15 @@ class RemoteCopy:
             return []
         return [path[len(self.root) :].lstrip("/") for path in self.fs.find(self.root)]
 
-    def _put(self, name: str, write: Callable[[str], object]) -> None:
+    def _put(self, name: str, content: Path | bytes) -> None:
         target = f"{self.root}/{name}"
         self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         temporary = f"{target}.{uuid4().hex[:12]}.tmp"
         try:
-            write(temporary)
+            if isinstance(content, bytes):
+                self.fs.pipe_file(temporary, content)
+            else:
+                self.fs.put_file(str(content), temporary)
             self.fs.mv(temporary, target)
         except BaseException:
             if self.fs.exists(temporary):
@@ -184,8 +185,7 @@ class RemoteCopy:
             raise
 
     def _write_index(self) -> None:
-        content = json.dumps(self.index, indent=1).encode()
-        self._put(INDEX, lambda path: self.fs.pipe_file(path, content))
+        self._put(INDEX, json.dumps(self.index, indent=1).encode())
 
     def _get(self, name: str) -> None:
         with atomic_write(self.folder / name) as temporary:
