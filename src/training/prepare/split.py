@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     args.lease.take(out / ".jobs", "--out")
     counts: Counter = Counter()
     looks: dict[object, Look] = {}
-    sources = {_key(row[column]): _source(row[column]) for row in rows}
+    key_of_row = [_key(row[column]) for row in rows]
+    sources = {key: _source(row[column]) for key, row in zip(key_of_row, rows)}
     for key, found in zip(sources, parallel_map(_look, list(sources.values()))):
         if isinstance(found, str):
             counts[found] += 1
@@ -64,14 +65,14 @@ def run(args: argparse.Namespace) -> int:
     test = choose_test([looks[key].content for key in keys], groups, args.test, args.seed)
     is_test = dict(zip(keys, test))
     parts: dict[str, list[dict]] = {"train": [], "test": []}
-    for row in rows:
-        if _key(row[column]) in is_test:
-            parts["test" if is_test[_key(row[column])] else "train"].append(row)
+    for key, row in zip(key_of_row, rows):
+        if key in is_test:
+            parts["test" if is_test[key] else "train"].append(row)
     for name, content in parts.items():
         with atomic_write(out / f"{name}.parquet") as path:
             pq.write_table(pa.Table.from_pylist(content or rows[:1]).slice(0, len(content)), path)
     summary = {"rows": len(rows), "images": len(sources), "groups": len(set(groups)), "unreadable": dict(counts)}
-    summary |= {name: len(content) for name, content in parts.items()} | {"test": len(parts["test"]), "seed": args.seed}
+    summary |= {name: len(content) for name, content in parts.items()} | {"seed": args.seed}
     write_json(out / SUMMARY, summary)
     print(
         f"{len(rows):,} rows of {len(sources):,} images: {len(parts['train']):,} rows in train.parquet, "
