@@ -1,6 +1,7 @@
 """Atomic replacement of files, and appending of whole lines."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,6 +52,8 @@ def append_line(path: Path, line: str) -> None:
     """
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
+        with suppress(OSError):  # storage without locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # otherwise a line that is just being written looks like half a line
         size = os.fstat(file).st_size
         is_whole = not size or os.pread(file, 1, size - 1) == b"\n"
         content = (b"" if is_whole else b"\n") + line.encode("utf-8", "backslashreplace") + b"\n"
