@@ -10,11 +10,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 REFERENCE = Path(__file__).parent / "reference"
 LAYOUTS = REFERENCE / "layouts"
+# One layer of 32 dimensions a tower. Most tests of training ask what a run does, not what it learns.
+SMALL_LOTLIP = ["--model", f"local-dir:{Path(__file__).parent / 'lotlip_small'}"]
 
 
 def layout_flags(root: Path, sizes: str = "8,12") -> list[str]:
@@ -63,7 +67,11 @@ def start_ranks(function: Callable, num_processes: int, *args: object) -> list[m
     longer than most tests.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["training.train.run", "training.eval.run"])
+    context.set_forkserver_preload(["preload"])
+    # The server ignores this process's sys.path before Python 3.13.
+    search = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    with mock.patch.dict(os.environ, PYTHONPATH=search):
+        forkserver.ensure_running()
     ranks = [context.Process(target=_begin, args=(function, rank, *args)) for rank in range(num_processes)]
     for rank in ranks:
         rank.start()

@@ -8,13 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from support import end_ranks, free_ports, set_rank, speak_to_files, start_ranks
+from support import SMALL_LOTLIP, end_ranks, free_ports, set_rank, speak_to_files, start_ranks
 from training.main import main
 
 COLLECTIVES = ("all_reduce", "all_gather_object", "broadcast_object_list", "all_gather_into_tensor", "barrier")
-FLAGS = (
-    "--model lotlip_tiny --workers 0 --warmup 2 --epochs 200 --num-long-captions 1 --batch-size 4 --device cpu"
-).split()
+FLAGS = ("--workers 0 --warmup 2 --epochs 200 --num-long-captions 1 --batch-size 4 --device cpu").split()
 
 
 def never_return(*_: object, **__: object) -> None:
@@ -66,7 +64,7 @@ def failing_rank(rank: int, argv: list[str], world_size: int, port: int, folder:
     [("step", 1, 1), ("step", 0, 1), ("network", 1, 1), ("data", 1, 1), ("build", 1, 2), ("build", 0, 2)],
 )
 def test_all_ranks_end_with_the_code_of_the_one_that_fails(place, failing, code, scenes, tmp_path):
-    argv = [*FLAGS, "--train-data", str(scenes / "train"), "--logs", str(tmp_path), "--name", "run"]
+    argv = [*SMALL_LOTLIP, *FLAGS, "--train-data", str(scenes / "train"), "--logs", str(tmp_path), "--name", "run"]
     folder = tmp_path / "said"
     folder.mkdir()
     ranks = start_ranks(failing_rank, 2, argv, 2, free_ports(1)[0], str(folder), failing, place)

@@ -15,7 +15,7 @@ from PIL import Image
 from test_train_data import write_shard
 from torchvision.transforms.functional import pil_to_tensor
 
-from support import free_ports
+from support import SMALL_LOTLIP, free_ports
 from training.data.captions import CaptionRule
 from training.data.faults import FAULT_KINDS
 from training.data.images import ImageReader
@@ -90,10 +90,10 @@ def test_each_kind_is_counted_exactly_and_the_run_finishes(tmp_path):
     whole = write_shard(tmp_path / "b.tar", {f"more{n}": GOOD for n in range(9)})
     (tmp_path / "cut.tar").write_bytes(Path(whole).read_bytes()[: index_shard(whole).offsets[5] + 700])
     (tmp_path / "sizes.json").write_text(json.dumps({"a.tar": len(samples), "b.tar": 9, "cut.tar": 9}))
-    flags = "--model lotlip_tiny --workers 1 --batch-size 11 --epochs 1 --log-every-n-steps 1 --captions raw".split()
+    flags = "--workers 1 --batch-size 11 --epochs 1 --log-every-n-steps 1 --captions raw".split()
     places = ["--train-data", str(tmp_path), "--logs", str(tmp_path), "--name", "run", "--max-bad-samples", "1"]
     places += ["--val-data", str(tmp_path)]
-    assert main([*flags, *places]) == 0
+    assert main([*SMALL_LOTLIP, *flags, *places]) == 0
 
     # The expected samples: the epoch's slots read in order, and again from the start where slots were bad.
     urls = [str(tmp_path / name) for name in ("a.tar", "b.tar", "cut.tar")]
@@ -156,9 +156,9 @@ def test_a_sample_that_fills_a_gap_has_another_crop_and_captions(tmp_path):
 def test_too_many_bad_samples_end_training(tmp_path, capsys):
     bad = BAD["noimage"][1]
     write_shard(tmp_path / "0.tar", {f"{n:04d}": bad if n % 4 == 0 else GOOD for n in range(1200)})
-    flags = "--model lotlip_tiny --workers 0 --batch-size 100 --epochs 1 --log-every-n-steps 1 --captions raw".split()
+    flags = "--workers 0 --batch-size 100 --epochs 1 --log-every-n-steps 1 --captions raw".split()
     places = ["--train-data", str(tmp_path / "0.tar"), "--logs", str(tmp_path), "--name", "run"]
-    assert main([*flags, *places, "--max-bad-samples", "0.2"]) == 1
+    assert main([*SMALL_LOTLIP, *flags, *places, "--max-bad-samples", "0.2"]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert "no image): more than --max-bad-samples 0.2" in message and "Traceback" not in message
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

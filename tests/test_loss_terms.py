@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from test_loss import unit
 from torch.nn.functional import cross_entropy
 
-from support import end_ranks, free_ports, start_ranks
+from support import SMALL_LOTLIP, end_ranks, free_ports, start_ranks
 from training.data.views import parse_views
 from training.flags.parser import parse_args
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss, LossTerm
@@ -170,7 +170,7 @@ def test_flags_of_long_clips_recipe(scenes, tmp_path):
 
     from training.main import main
 
-    argv = ["--model", "lotlip_tiny", "--train-data", str(scenes / "train"), "--batch-size", "20", "--epochs", "1"]
+    argv = [*SMALL_LOTLIP, "--train-data", str(scenes / "train"), "--batch-size", "20", "--epochs", "1"]
     argv += ["--warmup", "0", "--workers", "0", "--log-every-n-steps", "1", "--logs", str(tmp_path), "--name", "run"]
     argv += ["--text-views", "short, long(weight=0.5)", "--label-smoothing", "0.1", "--loss-normalisation", "per-term"]
     assert main([*argv, "--short-image-components", "8", "--logit-scale", "50", "--lock-logit-scale"]) == 0

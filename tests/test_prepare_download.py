@@ -45,7 +45,7 @@ class ImageHandler(BaseHTTPRequestHandler):
     stopping = threading.Event()
 
     def do_GET(self):
-        name = self.path.strip("/").split(".")[0]
+        name = self.path.rsplit("/", 1)[-1].split(".")[0]
         if name.startswith("missing"):
             return self.send_error(404)
         if name.startswith("slow"):
@@ -66,10 +66,13 @@ class ImageHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server():
+    """Starts a server that answers as a proxy, because tables refuses URLs of private addresses."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), ImageHandler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
+        yield "http://images.example.org"
     ImageHandler.stopping.set()
     server.shutdown()
     server.server_close()

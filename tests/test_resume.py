@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import run_lab
+from support import SMALL_LOTLIP, run_lab
 
 TRAINING = (
-    "--model lotlip_tiny --log-every-n-steps 1 --warmup 2 --save-every-steps 2 --save-frequency 2 --epochs 5 "
+    "--log-every-n-steps 1 --warmup 2 --save-every-steps 2 --save-frequency 2 --epochs 5 "
     "--num-long-captions 1 --shuffle-window 7 --max-bad-samples 1 --timeout-minutes 0.5"
 ).split()
 
@@ -66,7 +66,18 @@ def shards(scenes, tmp_path_factory) -> Path:
     ids=["workers", "processes", "resampled"],
 )
 def test_killed_and_resumed_equals_uninterrupted(world_size, flags, shards, tmp_path):
-    argv = [*TRAINING, *flags, "--train-data", str(shards), "--logs", str(tmp_path), "--resume", "latest", "--name"]
+    argv = [
+        *SMALL_LOTLIP,
+        *TRAINING,
+        *flags,
+        "--train-data",
+        str(shards),
+        "--logs",
+        str(tmp_path),
+        "--resume",
+        "latest",
+        "--name",
+    ]
     assert run_lab([*argv, "quiet"], world_size, tmp_path / "samples").codes == [[0] * world_size]
     *killed, end = run_lab([*argv, "killed"], world_size, tmp_path / "samples-killed", kills(world_size)).codes
     assert end == [0] * world_size

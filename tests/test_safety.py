@@ -17,19 +17,17 @@ import pytest
 import torch
 from torch import nn
 
-from support import run_lab, run_ranks
+from support import SMALL_LOTLIP, run_lab, run_ranks
 from training.main import main
 from training.runtime.files import atomic_write
 from training.train.step import Stepper
 from training.train.step_flags import StepFlags
 
-FLAGS = (
-    "--model lotlip_tiny --workers 0 --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 4"
-).split()
+FLAGS = ("--workers 0 --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 4").split()
 
 
 def command(scenes: Path, logs: Path, name: str, *flags: str) -> list[str]:
-    return [*FLAGS, "--train-data", str(scenes / "train"), "--logs", str(logs), "--name", name, *flags]
+    return [*SMALL_LOTLIP, *FLAGS, "--train-data", str(scenes / "train"), "--logs", str(logs), "--name", name, *flags]
 
 
 def metrics(run: Path) -> list[dict]:
@@ -115,7 +113,7 @@ def test_broken_checkpoints_are_skipped(scenes, tmp_path, steps):
 
 def test_a_full_disk_stops_saving_but_not_training(scenes, tmp_path, capfd):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, hard))  # a checkpoint has about 57 MB
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, hard))  # a checkpoint has about 12 MB
     try:
         code = main(command(scenes, tmp_path, "run", "--save-every-steps", "4"))
     finally:

@@ -19,12 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import end_ranks, free_ports, set_rank, speak_to_files, start_ranks
+from support import SMALL_LOTLIP, end_ranks, free_ports, set_rank, speak_to_files, start_ranks
 from training.main import main
 
-FLAGS = (
-    "--model lotlip_tiny --device cpu --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 10"
-).split()
+FLAGS = ("--device cpu --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 10").split()
 PATIENCE = 120.0
 
 
@@ -124,7 +122,17 @@ class Halted:
 
 
 def command(scenes: Path, logs: Path, name: str, *flags: object) -> list[str]:
-    return [*FLAGS, "--train-data", str(scenes / "train"), "--logs", str(logs), "--name", name, *map(str, flags)]
+    return [
+        *SMALL_LOTLIP,
+        *FLAGS,
+        "--train-data",
+        str(scenes / "train"),
+        "--logs",
+        str(logs),
+        "--name",
+        name,
+        *map(str, flags),
+    ]
 
 
 def last_weights(logs: Path) -> dict:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eval_files import write_image
-from support import read_results
+from support import SMALL_LOTLIP, read_results
 from training.main import main
 
 NUM = 16
@@ -126,7 +126,7 @@ SOURCES = {
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_a_source_is_evaluated_trained_on_and_resumed_bit_for_bit(source, tmp_path, monkeypatch):
     spec = str(source(tmp_path, monkeypatch))
-    flags = ["--model", "lotlip_tiny", "--device", "cpu", "--workers", "0", "--logs", str(tmp_path / "logs")]
+    flags = [*SMALL_LOTLIP, "--device", "cpu", "--workers", "0", "--logs", str(tmp_path / "logs")]
     flags += ["--train-data", spec, "--batch-size", "8", "--epochs", "2", "--warmup", "0", "--num-long-captions", "1"]
     flags += ["--captions", "both", "--max-bad-samples", "0"]
     if not spec.endswith(".json"):

@@ -13,6 +13,7 @@ import pytest
 
 from dataloaders.own_tables import read_table_pairs
 from eval_files import write_image
+from support import SMALL_LOTLIP
 from training.data.embedded import embedded_sources, read_rows
 from training.data.shards import ShardSource
 from training.data.sizes import count_samples
@@ -253,7 +254,7 @@ def test_training_and_evaluation_on_a_folder_of_the_hub(tmp_path, capsys):
     for number in range(2):
         hub_file(tmp_path / "hub" / "data" / f"train-{number:05d}-of-00002.parquet", 8, first=8 * number)
     hub = str(tmp_path / "hub")
-    flags = ["--model", "lotlip_tiny", "--device", "cpu", "--workers", "0", "--logs", str(tmp_path / "logs")]
+    flags = [*SMALL_LOTLIP, "--device", "cpu", "--workers", "0", "--logs", str(tmp_path / "logs")]
     data = ["--train-data", hub, "--captions", "raw", "--batch-size", "8", "--epochs", "1", "--warmup", "0"]
     assert main([*flags, *data, "--retrieval-table", hub, "--name", "run"]) == 0
     assert "16 samples read, 0 skipped" in capsys.readouterr().err

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from support import read_results
+from support import SMALL_LOTLIP, read_results
 from training.main import main
 
-SMALL = ["--model", "lotlip_tiny", "--workers", "0", "--log-every-n-steps", "1", "--warmup", "2", "--wd", "0.1"]
+SMALL = [*SMALL_LOTLIP, "--workers", "0", "--log-every-n-steps", "1", "--warmup", "2", "--wd", "0.1"]
 EXACT = ["--aug-cfg", "scale=1.0,1.0"]  # no random cropping
 
 
@@ -75,7 +75,7 @@ def test_evaluations_during_training_are_those_of_an_evaluation(trained, logs, s
     assert ends[0]["val/num_samples"] == 40 and 0 <= ends[0]["val/long_i2t_top1"] <= 1
     checkpoint = logs / "first" / "checkpoints" / "epoch_2.pt"
     flags = ["--urban1k-retrieval", str(scenes / "urban1k"), "--workers", "0", "--logs", str(logs), "--name", "after"]
-    assert main(["--model", "lotlip_tiny", "--pretrained", str(checkpoint), *flags]) == 0
+    assert main([*SMALL_LOTLIP, "--pretrained", str(checkpoint), *flags]) == 0
     during, after = read_results(logs, "first"), read_results(logs, "after")
     assert during["epoch"] == 2
     for key in after:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_train_data import good, write_shard
 
-from support import end_ranks, free_ports, run_ranks, set_rank, start_ranks
+from support import SMALL_LOTLIP, end_ranks, free_ports, run_ranks, set_rank, start_ranks
 from training.main import main
 
 # Each step takes all 40 scenes, so that every number of processes compares the same captions; AdamW's eps is large, or
 # rounding errors in near-zero gradients would become steps of full size.
-WHOLE_SET = "--model lotlip_tiny --workers 0 --log-every-n-steps 1 --warmup 0 --epochs 4 --lr 0.001 --eps 0.01".split()
+WHOLE_SET = "--workers 0 --log-every-n-steps 1 --warmup 0 --epochs 4 --lr 0.001 --eps 0.01".split()
 # Buckets hold a rank's own captions, whose features are then rounded differently: what is compared is padded alike,
 # but for one way.
 WHOLE_SET += ["--text-packing", "padded"]
@@ -45,7 +45,7 @@ def argv(way: str, data: Path, logs: Path, world_size: int) -> list[str]:
     places = ["--train-data", str(data), "--logs", str(logs), "--name", f"{way}-{world_size}"]
     if way == "plain":
         places += ["--val-data", str(logs / "val.tar"), "--val-frequency", "4"]
-    return [*WHOLE_SET, *places, "--batch-size", str(batch_size), *flags]
+    return [*SMALL_LOTLIP, *WHOLE_SET, *places, "--batch-size", str(batch_size), *flags]
 
 
 def train_with(world_size: int, data: Path, logs: Path) -> None:
@@ -121,7 +121,7 @@ def test_no_rank_waits_for_one_that_stopped(flags, code, said, scenes, tmp_path)
     photo = next((scenes / "dci").rglob("*.jpg"))
     (tmp_path / "t.csv").write_text("\n".join(["filepath,txt", f"{photo},a", *rows]) + "\n")
     argv = [word.format(here=tmp_path, set=scenes / "train") for word in flags]
-    done = run_ranks([*WHOLE_SET, "--logs", str(tmp_path), "--captions", "raw", *argv], 2, timeout=100)
+    done = run_ranks([*SMALL_LOTLIP, *WHOLE_SET, "--logs", str(tmp_path), "--captions", "raw", *argv], 2, timeout=100)
     assert done.returncode == code and said in done.stderr
     if code == 2:
         assert done.stderr.count("error: ") == 1

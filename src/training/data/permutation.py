@@ -20,7 +20,12 @@ def permuted(size: int, name: str, start: int, stop: int) -> Iterator[int]:
         size: number of items, below 2**62.
         name: seeds the permutation; the same name always gives the same order.
         start, stop: positions, 0 <= start, stop <= size.
+
+    Raises:
+        ValueError: `stop` is larger; positions beyond the size have no number, so the walk would never end.
     """
+    if stop > size:
+        raise ValueError(f"position {stop} of {size} items")
     keys = np.frombuffer(sha256(name.encode()).digest() + sha256(name.encode() + b"/").digest(), np.uint64)[:_ROUNDS]
     half_bits = max(((size - 1).bit_length() + 1) // 2, 4)  # with fewer bits, the order is visibly non-uniform
     for begin in range(start, stop, _CHUNK):

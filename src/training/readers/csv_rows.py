@@ -133,17 +133,16 @@ class CsvRecords:
         return csv.reader(lines, delimiter=self.form.separator, quoting=quoting, strict=self.form.quoted)
 
     def _is_doubtful(self, cells: list[str], lines: Sequence[str]) -> bool:
-        """Returns whether one of a row's lines looks like a row itself.
+        """Returns whether one of a row's further lines looks like a row itself.
 
         Captions hardly ever contain tabs. They do contain commas, so a line also needs a cell of the same kind as that
         of its row, in a column in which the row has no line break: a name with the same suffix, of the same form, and
         so on.
         """
-        broken = next((place for place, cell in enumerate(cells) if "\n" in cell), self.num_cells)
-        for number, line in enumerate(lines[:_LINES_AHEAD]):
-            places = [place for place, cell in enumerate(cells) if "\n" not in cell and (number or place > broken)]
+        places = [place for place, cell in enumerate(cells) if "\n" not in cell]
+        for line in lines[1:_LINES_AHEAD]:
             for found in self._splits(line):
-                if number and self.form.separator == "\t" and self.num_cells > 1:
+                if self.form.separator == "\t" and self.num_cells > 1:
                     return True
                 if any(_is_alike(cells[place], found[place]) for place in places):
                     return True

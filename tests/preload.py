@@ -1,0 +1,12 @@
+"""Imports what a training or an evaluation imports late; for the process from which `support` forks ranks."""
+
+import PIL.Image
+
+import training.eval.run
+import training.train.run  # noqa: F401
+from support import SMALL_LOTLIP
+from training import create_model, get_tokenizer
+
+PIL.Image.init()
+create_model(SMALL_LOTLIP[1])
+get_tokenizer(SMALL_LOTLIP[1])("a text")
