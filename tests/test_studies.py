@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support import read_results
+from support import SMALL_LOTLIP, read_results
 from training.eval.report.ranks import read_ranks
 
 RUN = Path(__file__).parents[1] / "scripts" / "studies" / "run.py"
 STUDY = """
 title: drawn scenes
-model: {model: lotlip_tiny, workers: 0}
+model: {model: "{small}", workers: 0}
 extract: {train-data: "{data}/train"}
 train: {epochs: 1, batch-size: 8, warmup: 1, lr: 1e-3, log-every-n-steps: 1, num-long-captions: 1}
 seeds: [0]
@@ -37,7 +37,7 @@ def run(study: Path, data: Path, out: Path, *flags: str) -> tuple[int, str, str]
 
 def test_a_grid_is_run_once_and_tabulated(scenes, tmp_path):
     study, out = tmp_path / "study.yaml", tmp_path / "out"
-    study.write_text(STUDY)
+    study.write_text(STUDY.replace("{small}", SMALL_LOTLIP[1]))
     code, printed, err = run(study, scenes, out, "--jobs", "2", "--seeds", "0")
     assert code == 0, err
     assert "short captions" in printed and "both" in printed and "HiMo@2" in printed

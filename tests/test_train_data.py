@@ -180,8 +180,9 @@ def test_resampling_follows_the_factors(tmp_path):
     assert 0.85 < first / 5000 < 0.95
 
 
-@pytest.mark.parametrize("world_size, workers", [(1, 1), (1, 4), (2, 4)])
-@pytest.mark.parametrize("sizes", [(), (100, 100, 100, 100)])
+@pytest.mark.parametrize(
+    ("world_size", "workers", "sizes"), [(1, 1, ()), (2, 4, ()), (1, 4, (100,) * 4), (2, 4, (100,) * 4)]
+)
 def test_resampling_draws_every_sample_equally_often(tmp_path, world_size, workers, sizes):
     urls = []
     for shard in range(4):
@@ -193,12 +194,12 @@ def test_resampling_draws_every_sample_equally_often(tmp_path, world_size, worke
                 file.addfile(member, io.BytesIO(b"x"))
     source, counts = ResampledShards(urls, [1] * 4, num_samples=160, seed=0, window=25, sizes=sizes), Counter()
     share = 160 // world_size // workers
-    for epoch in range(100):
+    for epoch in range(50):
         for part in range(world_size * workers):
             counts.update((s.source, s.key) for s in source.read(epoch, part * share, (part + 1) * share))
-    assert counts.total() == 16_000 and len(counts) == 400  # uniform draws miss a sample in one of 10^15 runs
+    assert counts.total() == 8_000 and len(counts) == 400  # uniform draws miss a sample in one of 10^6 runs
     by_position = Counter(int(key) // 25 for _, key in counts.elements())
-    assert all(n == pytest.approx(4000, rel=0.2) for n in by_position.values()), by_position
+    assert all(n == pytest.approx(2000, rel=0.2) for n in by_position.values()), by_position
 
 
 FAULTS = {

@@ -23,6 +23,7 @@ OUT.
 
 import argparse
 import json
+import multiprocessing
 import os
 import shlex
 import subprocess
@@ -49,7 +50,7 @@ class Study:
     Attributes:
         content: the parsed YAML, with {data}, {out} and {here} replaced.
         out: folder of all results.
-        launch: words of the command line before ``-m training.main``.
+        launch: words of the command line before ``-m training.main``; empty for this Python.
     """
 
     content: dict
@@ -86,7 +87,7 @@ def read_study(path: Path, data: Path, out: Path) -> Study:
     if content["baseline"] not in content["arms"]:
         raise ValueError(f"{path}: baseline {content['baseline']}: expected one of {', '.join(content['arms'])}")
     content["arms"] = {name: arm or {} for name, arm in content["arms"].items()}
-    return Study(content, out, shlex.split(content.get("launch", "")) or [sys.executable])
+    return Study(content, out, shlex.split(content.get("launch", "")))
 
 
 def words(flags: dict) -> list[str]:
@@ -112,16 +113,37 @@ def call(study: Study, flags: dict, log: Path, gpu: int | None = None) -> float:
     Raises:
         RuntimeError: the command failed; the message names the log.
     """
-    command = [*study.launch, "-m", "training.main", *words(flags)]
-    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+    command = [*(study.launch or [sys.executable]), "-m", "training.main", *words(flags)]
+    environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with open(log, "a", encoding="utf-8") as file:
         print(shlex.join(command), file=file, flush=True)
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        if study.launch:
+            code = subprocess.run(command, stdout=file, stderr=file, env=os.environ | environment).returncode
+        else:
+            # Forked from a process that has imported everything, because a command of its own takes seconds to start.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["training.train.run", "training.eval.run"])
+            process = context.Process(target=run_forked, args=(words(flags), log, environment))
+            process.start()
+            process.join()
+            code = process.exitcode
     if code:
         raise RuntimeError(f"exit code {code}; see {log}")
     return time.monotonic() - start
+
+
+def run_forked(argv: list[str], log: Path, environment: dict[str, str]) -> None:
+    """Runs ``training.main`` in this process, with its output in a file; ends the process."""
+    from training.main import main
+
+    multiprocessing.set_start_method(None, force=True)  # its loader processes are not forked from the server
+    os.environ |= environment
+    with open(log, "a", encoding="utf-8") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    sys.exit(main(argv))
 
 
 def extract(study: Study) -> dict:
