@@ -7,7 +7,7 @@ from training.data.captions import LONG_KEYS, RAW_KEYS
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW
 from training.data.views import Entry, parse_views, views_by_flags
 from training.flags.effects import TRAINING, TRAINING_MEANT, Condition
-from training.flags.types import Switch, names, not_negative, positive
+from training.flags.types import Flags, names
 from training.readers.samples import INDEX_CACHE
 from training.readers.table_files import names_csv, names_tables
 
@@ -92,92 +92,74 @@ def _has_paths(args: argparse.Namespace) -> bool:
 
 def add_data_args(parser: argparse.ArgumentParser, everything: bool) -> None:
     """Adds the groups of training data flags; with `everything`, also flags that are rarely needed."""
-    group = parser.add_argument_group("training data")
+    group = Flags(parser, "training data")
     _add_common_data_args(group)
     if everything:
         _add_more_data_args(group)
-        _add_augmentation_args(parser.add_argument_group("augmentation and image features"))
-    group = parser.add_argument_group("captions of a training sample")
+        _add_augmentation_args(Flags(parser, "augmentation and image features"))
+    group = Flags(parser, "captions of a training sample")
     _add_common_caption_args(group)
     if everything:
         _add_more_caption_args(group)
 
 
-def _add_common_data_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_common_data_args(group: Flags) -> None:
+    group.text(
         "--train-data",
-        metavar="DATA",
-        help="train on this: tar shards ('data/{00000..00575}.tar', a folder, URLs; several sources are separated by "
-        "::), tables (.csv, .tsv, .json, .jsonl, .parquet, .arrow), folders of these or of images with NAME.txt, "
-        "or hf:ORG/NAME:SPLIT",
+        "DATA",
+        "train on this: tar shards ('data/{00000..00575}.tar', a folder, URLs; several sources are separated by ::), "
+        "tables (.csv, .tsv, .json, .jsonl, .parquet, .arrow), folders of these or of images with NAME.txt, or "
+        "hf:ORG/NAME:SPLIT",
     )
-    group.add_argument(
-        "--val-data", metavar="DATA", help="data for loss and R@1 during training, in any format of --train-data"
-    )
-    group.add_argument(
-        "--train-num-samples", type=positive, metavar="N", help="samples per epoch (default: all of --train-data)"
-    )
-    group.add_argument(
-        "--csv-img-key",
-        "--image-key",
+    group.text("--val-data", "DATA", "data for loss and R@1 during training, in any format of --train-data")
+    group.count("--train-num-samples", None, "samples per epoch (default: all of --train-data)")
+    group.text(
+        "--csv-img-key --image-key",
+        "COL",
+        "image column of a table: paths or images (default: %(default)s, else the only column of images, or the only "
+        "one of file_name, image, image_path, ..)",
         default="filepath",
-        metavar="COL",
-        help="image column of a table: paths or images (default: %(default)s, else the only column of images, or the "
-        "only one of file_name, image, image_path, ..)",
     )
 
 
-def _add_more_data_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_more_data_args(group: Flags) -> None:
+    group.text(
         "--csv-separator",
-        metavar="C",
-        help="column separator of .csv and .tsv tables (default: comma, semicolon or tab, whichever the first line has "
+        "C",
+        "column separator of .csv and .tsv tables (default: comma, semicolon or tab, whichever the first line has "
         "most of; for .tsv tab)",
     )
-    group.add_argument(
+    group.text(
         "--train-sizes",
-        metavar="FILE",
-        help='number of samples of each shard of --train-data, a file or URL: {"00000.tar": 10000, ..} (default: '
+        "FILE",
+        'number of samples of each shard of --train-data, a file or URL: {"00000.tar": 10000, ..} (default: '
         "sizes.json beside the shards; else their headers are counted, which a pipe: does not allow)",
     )
-    group.add_argument(
+    group.text(
         "--index-cache",
+        "DIR",
+        "folder that keeps where samples begin in shards at URLs (default: ~/.cache/lotlip/shards)",
         default=INDEX_CACHE,
-        metavar="DIR",
-        help="folder that keeps where samples begin in shards at URLs (default: ~/.cache/lotlip/shards)",
     )
-    group.add_argument(
-        "--dataset-resampled",
-        action=Switch,
-        help="draw shards with replacement instead of once per epoch; needs --train-num-samples",
+    group.switch(
+        "--dataset-resampled", "draw shards with replacement instead of once per epoch; needs --train-num-samples"
     )
-    group.add_argument(
+    group.text(
         "--train-data-upsampling-factors",
-        metavar="F::F",
-        help="with --dataset-resampled: how often to draw from each source of --train-data, relative to the others",
+        "F::F",
+        "with --dataset-resampled: how often to draw from each source of --train-data, relative to the others",
     )
-    group.add_argument(
-        "--shuffle-window",
-        type=positive,
-        default=SHUFFLE_WINDOW,
-        metavar="N",
-        help="number of samples that a loader process holds and shuffles, from shards (default: %(default)s)",
+    group.count(
+        "--shuffle-window", SHUFFLE_WINDOW, "number of samples that a loader process holds and shuffles, from shards"
     )
-    group.add_argument(
-        "--shuffle-shards",
-        type=positive,
-        default=SHUFFLE_SHARDS,
-        metavar="N",
-        help="number of shards that a loader process reads at the same time (default: %(default)s)",
-    )
+    group.count("--shuffle-shards", SHUFFLE_SHARDS, "number of shards that a loader process reads at the same time")
 
 
-def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_augmentation_args(group: Flags) -> None:
+    group.switch(
         "--strong-augment",
-        action=Switch,
-        help="augment images with crop 0.2-1, colour jitter, grayscale, blur, flip and two random operations "
-        "(default: open_clip's crop 0.9-1)",
+        "augment images with crop 0.2-1, colour jitter, grayscale, blur, flip and two random operations (default: "
+        "open_clip's crop 0.9-1)",
     )
     group.add_argument(
         "--aug-cfg",
@@ -186,88 +168,70 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
         metavar="K=V",
         help="settings of open_clip's augmentation, such as scale=0.4,1.0; none: the preprocessing of evaluation",
     )
-    group.add_argument(
+    group.text(
         "--extract-image-features",
-        metavar="DIR",
-        help="do not train: write the image tower's features of --train-data to DIR, which --train-data then accepts",
+        "DIR",
+        "do not train: write the image tower's features of --train-data to DIR, which --train-data then accepts",
     )
-    group.add_argument(
+    group.whole(
         "--feature-views",
-        type=not_negative,
-        default=0,
+        0,
+        "with --extract-image-features: number of augmented views of each image; 0: one view with the preprocessing "
+        "of evaluation (default: %(default)s)",
         metavar="V",
-        help="with --extract-image-features: number of augmented views of each image; 0: one view with the "
-        "preprocessing of evaluation (default: %(default)s)",
     )
 
 
-def _add_common_caption_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_common_caption_args(group: Flags) -> None:
+    group.text(
         "--text-views",
-        type=text_views,
-        default="",
-        metavar="LIST",
-        help="texts of a sample per step, such as 'raw, long*3' (LoTLIP) or 'sentences(1..3)*8' (FLAIR); see "
+        "LIST",
+        "texts of a sample per step, such as 'raw, long*3' (LoTLIP) or 'sentences(1..3)*8' (FLAIR); see "
         "docs/training.md (default: set by --captions, --num-long-captions and --sub-caption-sentences)",
+        default="",
+        type=text_views,
     )
-    group.add_argument(
-        "--num-long-captions",
-        type=not_negative,
-        default=3,
-        metavar="K",
-        help="number of long captions of a sample per step (default: %(default)s)",
-    )
-    group.add_argument(
+    group.whole("--num-long-captions", 3, "number of long captions of a sample per step", metavar="K")
+    group.text(
         "--raw-caption-keys",
-        type=names,
+        "K,K",
+        "columns or JSON keys of the short caption; the first that a sample has is used",
         default=",".join(RAW_KEYS),
-        metavar="K,K",
-        help="columns or JSON keys of the short caption; the first that a sample has is used (default: %(default)s)",
-    )
-    group.add_argument(
-        "--long-caption-keys",
         type=names,
+    )
+    group.text(
+        "--long-caption-keys",
+        "K,K",
+        "columns or JSON keys of long captions; all that a sample has are used",
         default=",".join(LONG_KEYS),
-        metavar="K,K",
-        help="columns or JSON keys of long captions; all that a sample has are used (default: %(default)s)",
+        type=names,
     )
 
 
-def _add_more_caption_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_more_caption_args(group: Flags) -> None:
+    group.choice(
         "--captions",
-        default="both",
-        choices=("both", "raw", "long"),
-        help="both: the short caption and K long ones; raw: only the short one; long: K long ones, the first of which "
+        ("both", "raw", "long"),
+        "both",
+        "both: the short caption and K long ones; raw: only the short one; long: K long ones, the first of which "
         "replaces the short one (default: %(default)s)",
     )
-    group.add_argument(
-        "--sub-caption-sentences",
-        type=not_negative,
-        default=0,
-        metavar="N",
-        help="use N consecutive sentences of each long caption; 0 uses all (default: %(default)s)",
-    )
-    group.add_argument(
+    group.whole("--sub-caption-sentences", 0, "use N consecutive sentences of each long caption; 0 uses all")
+    group.text(
         "--short-caption-keys",
-        type=names,
+        "K,K",
+        "additional short captions; each step draws one of these or the raw caption",
         default="",
-        metavar="K,K",
-        help="additional short captions; each step draws one of these or the raw caption",
+        type=names,
     )
-    group.add_argument(
+    group.choice(
         "--caption-lists",
-        default="alternatives",
-        choices=("alternatives", "sentences"),
-        help="alternatives: each text of a list is a caption of its own; sentences: a list is one caption (default: "
+        ("alternatives", "sentences"),
+        "alternatives",
+        "alternatives: each text of a list is a caption of its own; sentences: a list is one caption (default: "
         "%(default)s)",
     )
-    group.add_argument(
-        "--caption-lines",
-        "--retrieval-caption-lines",
-        action=Switch,
-        help="each line of a .txt is a caption of its own",
-    )
+    group.switch("--caption-lines --retrieval-caption-lines", "each line of a .txt is a caption of its own")
 
 
 def validate_data_args(args: argparse.Namespace) -> None:

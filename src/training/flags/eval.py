@@ -4,7 +4,7 @@ import argparse
 
 from dataloaders.registry import benchmarks, options_of, suites
 from training.flags.effects import ALWAYS, EVALUATION, Condition, Effects, asks_about_texts
-from training.flags.types import Switch, names, positive, positive_numbers
+from training.flags.types import Flags, Switch, names, positive_numbers
 
 RETRIEVAL_FLAGS = tuple(b.flag for b in benchmarks() if not b.classification)
 ZERO_SHOT_FLAGS = tuple(b.flag for b in benchmarks() if b.classification)
@@ -64,18 +64,18 @@ EFFECTS: Effects = (
 
 def add_eval_args(parser: argparse.ArgumentParser, everything: bool) -> None:
     """Adds the groups of evaluation flags; with `everything`, also flags that are rarely needed."""
-    group = parser.add_argument_group("long text-image retrieval (any subset; see EVAL_DATASETS.md)")
+    group = Flags(parser, "long text-image retrieval (any subset; see EVAL_DATASETS.md)")
     _add_benchmarks(group, "long")
     _add_reading_args(group)
-    _add_benchmarks(parser.add_argument_group("short captions and zero-shot classification"), "short")
-    group = parser.add_argument_group("your own pairs and features")
+    _add_benchmarks(Flags(parser, "short captions and zero-shot classification"), "short")
+    group = Flags(parser, "your own pairs and features")
     _add_benchmarks(group, "own")
     _add_features_args(group)
     if everything:
-        _add_insight_args(parser.add_argument_group("analysis (evaluation only)"))
+        _add_insight_args(Flags(parser, "analysis (evaluation only)"))
 
 
-def _add_benchmarks(group: argparse._ArgumentGroup, name: str) -> None:
+def _add_benchmarks(group: Flags, name: str) -> None:
     """Adds the benchmark flags of one group, and each option after the last benchmark that uses it."""
     chosen = [b for b in benchmarks() if b.group == name]
     owners = options_of(chosen)
@@ -88,45 +88,38 @@ def _add_benchmarks(group: argparse._ArgumentGroup, name: str) -> None:
                 group.add_argument(option.flag, *aliases, **option.keywords, **switch)
 
 
-def _add_reading_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_reading_args(group: Flags) -> None:
+    group.text(
         "--data-root",
-        metavar="DIR",
-        help="evaluate every benchmark below DIR (layout: EVAL_DATASETS.md; DIR/dci, DIR/iiw, DIR/Urban1k, ...)",
+        "DIR",
+        "evaluate every benchmark below DIR (layout: EVAL_DATASETS.md; DIR/dci, DIR/iiw, DIR/Urban1k, ...)",
     )
-    group.add_argument(
-        "--suite",
-        choices=suites(),
-        default="all",
-        help="benchmarks of --data-root to evaluate; long: the four of the paper (default: %(default)s)",
-    )
-    group.add_argument(
+    group.choice("--suite", suites(), "all", "benchmarks of --data-root to evaluate; long: the four of the paper")
+    group.text(
         "--protocol",
-        type=names,
-        default=(),
-        metavar="P,P",
-        help="variants of the benchmarks (default: the first of each): "
+        "P,P",
+        "variants of the benchmarks (default: the first of each): "
         + "; ".join(", ".join(b.protocols) for b in benchmarks() if len(b.protocols) > 1),
+        default=(),
+        type=names,
     )
-    group.add_argument(
+    group.text(
         "--feature-cache",
-        metavar="DIR",
-        help="store features in DIR, and encode only what it does not contain for the same weights and preprocessing",
+        "DIR",
+        "store features in DIR, and encode only what it does not contain for the same weights and preprocessing",
     )
-    group.add_argument(
+    group.text(
         "--image-cache",
-        metavar="DIR",
-        help="store decoded and resized images in DIR (147 KiB each at 224 pixels), bit-identical for every model with "
+        "DIR",
+        "store decoded and resized images in DIR (147 KiB each at 224 pixels), bit-identical for every model with "
         "the same image size",
     )
-    group.add_argument(
-        "--allow-missing",
-        action=Switch,
-        help="evaluate only the pairs whose images exist and can be read; results then state their number",
+    group.switch(
+        "--allow-missing", "evaluate only the pairs whose images exist and can be read; results then state their number"
     )
 
 
-def _add_features_args(group: argparse._ArgumentGroup) -> None:
+def _add_features_args(group: Flags) -> None:
     group.add_argument(
         "--features",
         nargs="+",
@@ -136,44 +129,42 @@ def _add_features_args(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_insight_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--report", action=Switch, help="write LOGS/NAME/report.html, for browsing every query")
-    group.add_argument(
+def _add_insight_args(group: Flags) -> None:
+    group.switch("--report", "write LOGS/NAME/report.html, for browsing every query")
+    group.text(
         "--published",
-        metavar="NAME",
-        help="compare with the published numbers of this model in the project's list, or of your own list FILE.json "
+        "NAME",
+        "compare with the published numbers of this model in the project's list, or of your own list FILE.json "
         "(default: the model with the same weights, or the same --model and tag)",
     )
-    group.add_argument(
+    group.text(
         "--retrieval-lengths",
-        type=positive_numbers,
+        "L,L",
+        "R@1 with captions truncated to these numbers of tokens, e.g. 10,20,40,77,128,248; the effective length",
         default=(),
-        metavar="L,L",
-        help="R@1 with captions truncated to these numbers of tokens, e.g. 10,20,40,77,128,248; the effective length",
+        type=positive_numbers,
     )
-    group.add_argument(
+    group.text(
         "--retrieval-sentences",
-        type=positive_numbers,
+        "N,N",
+        "R@1 with the first N sentences of each caption",
         default=(),
-        metavar="N,N",
-        help="R@1 with the first N sentences of each caption",
+        type=positive_numbers,
     )
-    group.add_argument(
-        "--retrieval-sensitivity", action=Switch, help="R@1 with sentences shuffled, and with one sentence dropped"
-    )
-    group.add_argument(
+    group.switch("--retrieval-sensitivity", "R@1 with sentences shuffled, and with one sentence dropped")
+    group.switch(
         "--diagnostics",
-        action=Switch,
-        help="R@1 with changed captions: shortened as by the two flags above, sentences dropped, moved, added; short "
-        "queries; preference of correct to wrong sentences, HiMo, R@1 by position; one table, and one figure: the card",
+        "R@1 with changed captions: shortened as by the two flags above, sentences dropped, moved, added; short "
+        "queries; preference of correct to wrong sentences, HiMo, R@1 by position; one table, and one figure: the "
+        "card",
     )
-    group.add_argument(
+    group.count(
         "--rerank",
-        type=positive,
+        None,
+        "score the first K captions of each image again with FLAIR's text-conditioned pooling (published: 128)",
         metavar="K",
-        help="score the first K captions of each image again with FLAIR's text-conditioned pooling (published: 128)",
     )
-    group.add_argument("--save-features", action=Switch, help="write LOGS/NAME/features/KEY.npz, for --features")
+    group.switch("--save-features", "write LOGS/NAME/features/KEY.npz, for --features")
 
 
 def has_benchmark(args: argparse.Namespace) -> bool:

@@ -4,7 +4,7 @@ import argparse
 
 from training.flags import data
 from training.flags.effects import STEPS, STEPS_MEANT, TRAINING, TRAINING_MEANT, Condition, Effects
-from training.flags.types import Switch
+from training.flags.types import Flags
 
 _SEVERAL = Condition(
     "with a single caption per sample, whose loss is not weighted",
@@ -27,90 +27,64 @@ EFFECTS: Effects = (
 )
 
 
-def add_loss_args(group: argparse._ArgumentGroup) -> None:
+def add_loss_args(group: Flags) -> None:
     """Adds the flags of the loss."""
     _add_term_args(group)
-    group.add_argument(
+    group.number(
         "--label-smoothing",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="fraction of each target spread evenly over the batch (default: %(default)s; Long-CLIP: 0.1)",
+        0.0,
+        "fraction of each target spread evenly over the batch (default: %(default)s; Long-CLIP: 0.1)",
     )
-    group.add_argument(
+    group.choice(
         "--loss-normalisation",
-        choices=("published", "per-term"),
-        default="published",
-        metavar="HOW",
-        help="published: divide every term by the number of all text features, as LoTLIP does; per-term: by the number "
-        "of the term's own, as Long-CLIP does (default: %(default)s)",
+        ("published", "per-term"),
+        "published",
+        "published: divide every term by the number of all text features, as LoTLIP does; per-term: by the number of "
+        "the term's own, as Long-CLIP does (default: %(default)s)",
     )
-    group.add_argument(
-        "--logit-scale",
-        type=float,
-        metavar="X",
-        help="initial logit scale, 1 / temperature (default: the model's; Long-CLIP: 100)",
-    )
-    group.add_argument("--lock-logit-scale", action=Switch, help="do not train the logit scale")
-    group.add_argument("--siglip", action=Switch, help="SigLIP's pairwise sigmoid loss instead of cross-entropy")
-    group.add_argument(
+    group.number("--logit-scale", None, "initial logit scale, 1 / temperature (default: the model's; Long-CLIP: 100)")
+    group.switch("--lock-logit-scale", "do not train the logit scale")
+    group.switch("--siglip", "SigLIP's pairwise sigmoid loss instead of cross-entropy")
+    group.switch(
         "--local-loss",
-        action=Switch,
-        help="no effect, for open_clip's commands: each process always compares its own rows with the whole batch",
+        "no effect, for open_clip's commands: each process always compares its own rows with the whole batch",
     )
-    group.add_argument(
+    group.switch(
         "--gather-with-grad",
-        action=Switch,
+        "no effect, for open_clip's commands: gradients always flow through the gathered features",
         default=True,
-        help="no effect, for open_clip's commands: gradients always flow through the gathered features",
     )
-    group.add_argument(
+    group.choice(
         "--gather-dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="dtype in which features travel between processes; 16 bits halve the bytes, but round the features of the "
+        ("float32", "bfloat16", "float16"),
+        "float32",
+        "dtype in which features travel between processes; 16 bits halve the bytes, but round the features of the "
         "other processes (gradients always travel in float32; default: %(default)s)",
     )
 
 
-def _add_term_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--short-loss-weight",
-        "--clip-lossweight",
-        type=float,
-        default=1.0,
-        metavar="W",
-        help="weight of the loss of the short caption (default: %(default)s)",
-    )
-    group.add_argument(
-        "--long-loss-weight",
-        "--declip-lossweight",
-        type=float,
-        default=1.0,
-        metavar="W",
-        help="weight of the loss of the long captions (default: %(default)s)",
-    )
-    group.add_argument(
+def _add_term_args(group: Flags) -> None:
+    group.number("--short-loss-weight --clip-lossweight", 1.0, "weight of the loss of the short caption", metavar="W")
+    group.number("--long-loss-weight --declip-lossweight", 1.0, "weight of the loss of the long captions", metavar="W")
+    group.text(
         "--short-image-components",
+        "K",
+        "compare short captions with image features reduced to K principal components of a process's batch (default: "
+        "not reduced; Long-CLIP: 32)",
         type=int,
-        metavar="K",
-        help="compare short captions with image features reduced to K principal components of a process's batch "
-        "(default: not reduced; Long-CLIP: 32)",
     )
-    group.add_argument(
+    group.number(
         "--long-text-variance",
-        type=float,
+        None,
+        "add a loss between images and long captions reduced to the principal components that explain this fraction "
+        "of the variance of a process's batch (default: no such loss; HiMo-CLIP: 0.9)",
         metavar="TAU",
-        help="add a loss between images and long captions reduced to the principal components that explain this "
-        "fraction of the variance of a process's batch (default: no such loss; HiMo-CLIP: 0.9)",
     )
-    group.add_argument(
+    group.number(
         "--long-text-variance-weight",
-        type=float,
-        default=1.0,
+        1.0,
+        "weight of the loss of --long-text-variance, relative to the loss of the long captions (default: %(default)s)",
         metavar="W",
-        help="weight of the loss of --long-text-variance, relative to the loss of the long captions "
-        "(default: %(default)s)",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from training.flags.effects import ALWAYS, MODEL, TRAINING, Condition
-from training.flags.types import Switch, not_negative, positive
+from training.flags.types import Flags
 
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
 _OUT_OF_TRAINING = Condition(
@@ -40,24 +40,24 @@ def add_model_args(parser: argparse.ArgumentParser, everything: bool) -> None:
         parser: the parser to extend.
         everything: also add flags that are rarely needed.
     """
-    group = parser.add_argument_group("model")
+    group = Flags(parser, "model")
     _add_common_model_args(group)
     if everything:
         _add_more_model_args(group)
-    group = parser.add_argument_group("frozen parts of the model")
-    group.add_argument("--lock-image", action=Switch, help="freeze the image tower (locked-image tuning, LiT)")
-    group.add_argument("--lock-text", action=Switch, help="freeze the text tower")
+    group = Flags(parser, "frozen parts of the model")
+    group.switch("--lock-image", "freeze the image tower (locked-image tuning, LiT)")
+    group.switch("--lock-text", "freeze the text tower")
     if everything:
         _add_lock_args(group)
 
 
-def _add_common_model_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_common_model_args(group: Flags) -> None:
+    group.text(
         "--model",
-        default="ViT-B-32",
-        metavar="NAME",
-        help="model of open_clip or of this project (lotlip_bert-ViT-B-16, long_clip-ViT-B-16, ...), local-dir:FOLDER, "
+        "NAME",
+        "model of open_clip or of this project (lotlip_bert-ViT-B-16, long_clip-ViT-B-16, ...), local-dir:FOLDER, "
         "hf-hub:ORG/REPO, or hf:FOLDER and hf:ORG/REPO for transformers' CLIP and SigLIP (default: %(default)s)",
+        default="ViT-B-32",
     )
     group.add_argument(
         "--model-config",
@@ -65,25 +65,18 @@ def _add_common_model_args(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="instead of --model: your own architecture, a JSON file in the format of open_clip's model configs",
     )
-    group.add_argument(
+    group.text(
         "--pretrained",
-        default=None,
-        metavar="TAG|FILE",
-        help="weights: an open_clip tag (openai, laion2b_s34b_b88k, ...), a .pt or a .safetensors file; "
-        "without this flag the model is untrained",
+        "TAG|FILE",
+        "weights: an open_clip tag (openai, laion2b_s34b_b88k, ...), a .pt or a .safetensors file; without this flag "
+        "the model is untrained",
     )
-    group.add_argument(
-        "--cache-dir",
-        default=None,
-        metavar="DIR",
-        help="folder for downloaded weights and tokenizers, which is searched first",
-    )
-    group.add_argument(
+    group.text("--cache-dir", "DIR", "folder for downloaded weights and tokenizers, which is searched first")
+    group.choice(
         "--precision",
-        default="fp32",
-        choices=PRECISIONS,
-        metavar="P",
-        help="one of %(choices)s (default: %(default)s; on CPU only fp32, bf16, pure_bf16, amp_bf16 and amp_bfloat16)",
+        PRECISIONS,
+        "fp32",
+        "numbers of weights and activations (default: %(default)s; on a CPU: fp32, bf16, pure_bf16, amp_bf16)",
     )
     group.add_argument(
         "--pretrained-image",
@@ -96,121 +89,72 @@ def _add_common_model_args(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_more_model_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_more_model_args(group: Flags) -> None:
+    group.switch(
         "--pretrained-text",
-        action=Switch,
+        "initialise the text tower with the weights that its config names (default: only in training)",
         default=None,
-        help="initialise the text tower with the weights that its config names (default: only in training)",
     )
-    group.add_argument(
-        "--num-corner-tokens",
-        type=not_negative,
-        default=None,
-        metavar="M",
-        help="number of corner tokens of the text tower (default: the model's)",
+    group.whole(
+        "--num-corner-tokens", None, "number of corner tokens of the text tower (default: the model's)", metavar="M"
     )
-    group.add_argument(
-        "--context-length",
-        "--force-context-length",
-        type=positive,
-        default=None,
+    group.count(
+        "--context-length --force-context-length",
+        None,
+        "maximum number of tokens of a text (default: the model's); a larger number interpolates pretrained position "
+        "embeddings",
         metavar="L",
-        help="maximum number of tokens of a text (default: the model's); "
-        "a larger number interpolates pretrained position embeddings",
     )
 
 
-def _add_lock_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--lock-image-unlocked-groups",
-        type=not_negative,
-        default=0,
-        metavar="N",
-        help="with --lock-image: train the last N layer groups of the image tower (default: %(default)s)",
+def _add_lock_args(group: Flags) -> None:
+    group.whole(
+        "--lock-image-unlocked-groups", 0, "with --lock-image: train the last N layer groups of the image tower"
     )
-    group.add_argument(
-        "--lock-image-freeze-bn-stats",
-        action=Switch,
-        help="with --lock-image: freeze the batch-norm statistics of the image tower, too",
+    group.switch(
+        "--lock-image-freeze-bn-stats", "with --lock-image: freeze the batch-norm statistics of the image tower, too"
     )
-    group.add_argument(
-        "--lock-text-unlocked-layers",
-        type=not_negative,
-        default=0,
-        metavar="N",
-        help="with --lock-text: train the last N layers of the text tower (default: %(default)s)",
-    )
-    group.add_argument(
+    group.whole("--lock-text-unlocked-layers", 0, "with --lock-text: train the last N layers of the text tower")
+    group.switch(
         "--lock-text-freeze-layer-norm",
-        action=Switch,
-        help="with --lock-text: freeze the layer norms of the text tower, too (CLIP's own tower always does)",
+        "with --lock-text: freeze the layer norms of the text tower, too (CLIP's own tower always does)",
     )
 
 
 def add_compute_args(parser: argparse.ArgumentParser, everything: bool) -> None:
     """Adds the groups of hardware and output flags; see `add_model_args` for the arguments."""
-    group = parser.add_argument_group("hardware")
-    group.add_argument(
-        "--batch-size",
-        type=positive,
-        default=64,
-        metavar="N",
-        help="images per step and process; in evaluation also captions (default: %(default)s)",
-    )
-    group.add_argument(
-        "--workers",
-        type=not_negative,
-        default=4,
-        metavar="N",
-        help="loader processes of each process; 0 loads in the process itself (default: %(default)s)",
-    )
-    group.add_argument("--device", default=None, metavar="DEV", help="cuda, cpu, mps, ... (default: cuda if available)")
+    group = Flags(parser, "hardware")
+    group.count("--batch-size", 64, "images per step and process; in evaluation also captions")
+    group.whole("--workers", 4, "loader processes of each process; 0 loads in the process itself")
+    group.text("--device", "DEV", "cuda, cpu, mps, ... (default: cuda if available)")
     if everything:
         _add_more_compute_args(group)
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--logs", default="logs", metavar="DIR", help="parent folder of all runs (default: ./%(default)s)"
-    )
-    group.add_argument(
-        "--name", default=None, metavar="NAME", help="folder of this run in --logs (default: time, model and precision)"
-    )
-    group.add_argument(
+    group = Flags(parser, "output")
+    group.text("--logs", "DIR", "parent folder of all runs (default: ./%(default)s)", default="logs")
+    group.text("--name", "NAME", "folder of this run in --logs (default: time, model and precision)")
+    group.switch(
         "--dry-run",
-        action=Switch,
-        help="read and check flags, files and weights, print what would be done, and exit; with --train-data: what the "
+        "read and check flags, files and weights, print what would be done, and exit; with --train-data: what the "
         "training needs (memory, hours, data, network), from a step traced without a GPU",
     )
 
 
-def _add_more_compute_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="seed of random weights, data order and augmentation (default: %(default)s)",
-    )
-    group.add_argument(
-        "--text-batch-size",
-        type=positive,
-        metavar="N",
-        help="captions per step in evaluation (default: the same as --batch-size)",
-    )
-    group.add_argument(
+def _add_more_compute_args(group: Flags) -> None:
+    group.text("--seed", "N", "seed of random weights, data order and augmentation", default=0, type=int)
+    group.count("--text-batch-size", None, "captions per step in evaluation (default: the same as --batch-size)")
+    group.choice(
         "--image-decoding",
-        choices=("exact", "fast", "scaled"),
-        metavar="D",
-        help="exact: Pillow, the published pixels; fast: torchvision, three times faster on large JPEGs, pixels may "
-        "differ by one level; scaled: like fast, but large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that "
-        "leaves twice the pixels needed (default: exact in evaluation, fast in training)",
+        ("exact", "fast", "scaled"),
+        None,
+        "exact: Pillow, the published pixels; fast: torchvision, three times faster on large JPEGs, pixels may "
+        "differ by one level; scaled: like fast, but large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if "
+        "that leaves twice the pixels needed (default: exact in evaluation, fast in training)",
     )
-    group.add_argument(
+    group.choice(
         "--exif-rotation",
-        default="auto",
-        choices=("auto", "on", "off"),
-        metavar="R",
-        help="turn photos as their EXIF data say; auto: in training and for your own data, not for benchmarks with "
+        ("auto", "on", "off"),
+        "auto",
+        "turn photos as their EXIF data say; auto: in training and for your own data, not for benchmarks with "
         "published numbers, which were made without (default: %(default)s)",
     )
     group.add_argument(

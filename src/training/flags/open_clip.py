@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from training.flags.effects import STEPS, TRAINING, Condition, Effects
-from training.flags.types import Switch, positive
+from training.flags.types import Flags
 
 _TIMM = Condition("with --opt adamw", lambda args: args.opt != "adamw")
 _COOLDOWN = Condition(
@@ -109,41 +109,25 @@ def optimizer(text: str) -> str:
 
 def add_open_clip_args(parser: argparse.ArgumentParser) -> None:
     """Adds the group of flags for open_clip's commands."""
-    group = parser.add_argument_group("open_clip compatibility")
-    group.add_argument(
+    group = Flags(parser, "open_clip compatibility")
+    group.choice(
         "--dataset-type",
-        choices=("auto", "webdataset", "csv"),
-        default="auto",
-        help="required type of --train-data: shards or a table; auto: by its name (default: %(default)s)",
+        ("auto", "webdataset", "csv"),
+        "auto",
+        "required type of --train-data: shards or a table; auto: by its name",
     )
     group.add_argument(
         "--csv-caption-key", action=_CaptionKey, metavar="COL", help="short for --raw-caption-keys COL --captions raw"
     )
-    group.add_argument(
-        "--opt",
-        type=optimizer,
-        default="adamw",
-        metavar="NAME",
-        help="adamw, or timm/NAME for a timm optimizer, such as timm/lion (default: %(default)s)",
+    group.text(
+        "--opt", "NAME", "adamw, or timm/NAME for a timm optimizer, such as timm/lion", default="adamw", type=optimizer
     )
-    group.add_argument("--momentum", type=float, metavar="X", help="momentum of timm's optimizers (default: theirs)")
-    group.add_argument("--skip-scheduler", action=Switch, help="keep the learning rate at --lr, without a warm-up")
-    group.add_argument(
-        "--epochs-cooldown", type=positive, metavar="N", help="number of epochs of const-cooldown's final decay"
-    )
-    group.add_argument(
-        "--lr-cooldown-end", type=float, default=0.0, metavar="LR", help="final learning rate (default: %(default)g)"
-    )
-    group.add_argument(
-        "--lr-cooldown-power",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="exponent of const-cooldown's decay; 1 is linear (default: %(default)g)",
-    )
-    group.add_argument(
-        "--wandb-project-name", default="lotlip", metavar="NAME", help="W&B project (default: %(default)s)"
-    )
+    group.number("--momentum", None, "momentum of timm's optimizers (default: theirs)")
+    group.switch("--skip-scheduler", "keep the learning rate at --lr, without a warm-up")
+    group.count("--epochs-cooldown", None, "number of epochs of const-cooldown's final decay")
+    group.number("--lr-cooldown-end", 0.0, "final learning rate", metavar="LR")
+    group.number("--lr-cooldown-power", 1.0, "exponent of const-cooldown's decay; 1 is linear")
+    group.text("--wandb-project-name", "NAME", "W&B project", default="lotlip")
     for flag, (nargs, why) in _IDLE.items():
         nargs = None if nargs == 1 else nargs
         group.add_argument(flag, action=_Idle, nargs=nargs, const=why, metavar="X", help=f"no effect: {why}")

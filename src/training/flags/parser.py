@@ -50,12 +50,18 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows only the form of a switch that changes its default."""
+    """Shows only the form of a switch that changes its default, and the defaults of other flags."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not isinstance(action, Switch):
             return super()._format_action_invocation(action)
         return ", ".join(action.negatives if action.default else action.option_strings[: len(action.negatives)])
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        absent = action.default is False or action.default in (None, "", (), [], argparse.SUPPRESS)
+        if absent or isinstance(action, Switch) or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
 
 
 class _Help(argparse.Action):

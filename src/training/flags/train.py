@@ -6,7 +6,7 @@ from training.flags import data, loss
 from training.flags.effects import ALWAYS, STEPS, STEPS_MEANT, TRAINING, TRAINING_MEANT, Condition, Effects
 from training.flags.eval import has_benchmark
 from training.flags.open_clip import validate_open_clip_args
-from training.flags.types import Switch, names, not_negative, positive
+from training.flags.types import Flags, names
 from training.runtime.gpus import GPUS
 
 REPORTERS = ("tensorboard", "wandb")
@@ -59,60 +59,42 @@ EFFECTS: Effects = (
 def add_train_args(parser: argparse.ArgumentParser, everything: bool) -> None:
     """Adds the groups of training flags; with `everything`, also flags that are rarely needed."""
     data.add_data_args(parser, everything)
-    group = parser.add_argument_group("optimization")
+    group = Flags(parser, "optimization")
     _add_common_optimization_args(group)
     if everything:
         _add_more_optimization_args(group)
-        loss.add_loss_args(parser.add_argument_group("loss"))
-        _add_dry_run_args(parser.add_argument_group("dry run of a training"))
-    group = parser.add_argument_group("logging and checkpoints")
+        loss.add_loss_args(Flags(parser, "loss"))
+        _add_dry_run_args(Flags(parser, "dry run of a training"))
+    group = Flags(parser, "logging and checkpoints")
     _add_common_logging_args(group)
     if everything:
         _add_more_logging_args(group)
-        _add_safety_args(parser.add_argument_group("running for weeks"))
+        _add_safety_args(Flags(parser, "running for weeks"))
 
 
-def _add_common_optimization_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--epochs", type=positive, default=10, metavar="N", help="epochs to train (default: %(default)s)"
-    )
-    group.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: %(default)s)")
-    group.add_argument("--wd", type=float, default=0.2, help="weight decay of matrices (default: %(default)s)")
-    group.add_argument(
-        "--warmup",
-        type=not_negative,
-        default=2000,
-        metavar="N",
-        help="steps over which the learning rate rises linearly to its peak (default: %(default)s)",
-    )
-    group.add_argument(
-        "--accum-freq",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="batches per step, compared as one large batch with the memory of a single one (default: %(default)s)",
-    )
-    group.add_argument(
-        "--grad-checkpointing", action=Switch, help="recompute activations: less memory, about a third more time"
-    )
+def _add_common_optimization_args(group: Flags) -> None:
+    group.count("--epochs", 10, "epochs to train")
+    group.number("--lr", 5e-4, "peak learning rate")
+    group.number("--wd", 0.2, "weight decay of matrices")
+    group.whole("--warmup", 2000, "steps over which the learning rate rises linearly to its peak")
+    group.count("--accum-freq", 1, "batches per step, compared as one large batch with the memory of a single one")
+    group.switch("--grad-checkpointing", "recompute activations: less memory, about a third more time")
 
 
-def _add_more_optimization_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image-lr", type=float, metavar="LR", help="learning rate of the image tower (default: --lr)")
-    group.add_argument("--text-lr", type=float, metavar="LR", help="learning rate of the text tower (default: --lr)")
-    group.add_argument("--beta1", type=float, default=0.9, help="AdamW's beta1 (default: %(default)s)")
-    group.add_argument("--beta2", type=float, default=0.98, help="AdamW's beta2 (default: %(default)s)")
-    group.add_argument("--eps", type=float, default=1e-6, help="AdamW's epsilon (default: %(default)s)")
-    group.add_argument(
+def _add_more_optimization_args(group: Flags) -> None:
+    group.number("--image-lr", None, "learning rate of the image tower (default: --lr)", metavar="LR")
+    group.number("--text-lr", None, "learning rate of the text tower (default: --lr)", metavar="LR")
+    group.number("--beta1", 0.9, "AdamW's beta1")
+    group.number("--beta2", 0.98, "AdamW's beta2")
+    group.number("--eps", 1e-6, "AdamW's epsilon")
+    group.choice(
         "--lr-scheduler",
-        default="cosine",
-        choices=("cosine", "const", "const-cooldown"),
-        help="learning rate after the warm-up: cosine decays to 0, const is constant, const-cooldown is constant and "
+        ("cosine", "const", "const-cooldown"),
+        "cosine",
+        "learning rate after the warm-up: cosine decays to 0, const is constant, const-cooldown is constant and "
         "decays in the last --epochs-cooldown (default: %(default)s)",
     )
-    group.add_argument(
-        "--grad-clip-norm", type=float, metavar="X", help="maximum norm of the gradient (default: no limit)"
-    )
+    group.number("--grad-clip-norm", None, "maximum norm of the gradient (default: no limit)")
     group.add_argument(
         "--torchcompile",
         nargs="?",
@@ -122,129 +104,66 @@ def _add_more_optimization_args(group: argparse._ArgumentGroup) -> None:
         help="compile the model, or with the value image only the image tower, whose shapes never change "
         "(default: compile nothing)",
     )
-    group.add_argument(
+    group.switch(
         "--deterministic",
-        action=Switch,
-        help="use only deterministic algorithms, so that a resumed run on a GPU equals an uninterrupted one; slower",
+        "use only deterministic algorithms, so that a resumed run on a GPU equals an uninterrupted one; slower",
     )
 
 
-def _add_common_logging_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--resume", metavar="FILE|latest", help="continue from a checkpoint; latest: the newest checkpoint of --name"
-    )
-    group.add_argument(
+def _add_common_logging_args(group: Flags) -> None:
+    group.text("--resume", "FILE|latest", "continue from a checkpoint; latest: the newest checkpoint of --name")
+    group.text(
         "--report-to",
-        type=names,
+        "R,R",
+        "tensorboard, wandb or both, in addition to metrics.jsonl, which is always written",
         default="",
-        metavar="R,R",
-        help="tensorboard, wandb or both, in addition to metrics.jsonl, which is always written",
+        type=names,
     )
-    group.add_argument(
-        "--save-frequency",
-        type=not_negative,
-        default=1,
-        metavar="N",
-        help="save epoch_N.pt every N epochs; 0: never (default: %(default)s)",
-    )
-    group.add_argument(
-        "--zeroshot-frequency",
-        type=not_negative,
-        default=1,
-        metavar="N",
-        help="evaluate the named benchmarks every N epochs and at the end; 0: never (default: %(default)s)",
-    )
+    group.whole("--save-frequency", 1, "save epoch_N.pt every N epochs; 0: never")
+    group.whole("--zeroshot-frequency", 1, "evaluate the named benchmarks every N epochs and at the end; 0: never")
 
 
-def _add_more_logging_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--log-every-n-steps", type=positive, default=100, metavar="N", help="steps per log line (default: %(default)s)"
-    )
-    group.add_argument(
-        "--profile", metavar="DIR", help="profile 5 steps: write a trace and a table of the ten slowest operations"
-    )
-    group.add_argument("--save-most-recent", action=Switch, help="also save epoch_latest.pt after every epoch")
-    group.add_argument(
-        "--delete-previous-checkpoint", action=Switch, help="keep only the last epoch_N.pt instead of all"
-    )
-    group.add_argument(
-        "--val-frequency",
-        type=not_negative,
-        default=1,
-        metavar="N",
-        help="evaluate --val-data every N epochs and at the end; 0: never (default: %(default)s)",
-    )
+def _add_more_logging_args(group: Flags) -> None:
+    group.count("--log-every-n-steps", 100, "steps per log line")
+    group.text("--profile", "DIR", "profile 5 steps: write a trace and a table of the ten slowest operations")
+    group.switch("--save-most-recent", "also save epoch_latest.pt after every epoch")
+    group.switch("--delete-previous-checkpoint", "keep only the last epoch_N.pt instead of all")
+    group.whole("--val-frequency", 1, "evaluate --val-data every N epochs and at the end; 0: never")
 
 
-def _add_safety_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--save-every-minutes",
-        type=float,
-        default=10.0,
-        metavar="X",
-        help="save step_N.pt every X minutes; 0: never (default: %(default)g)",
-    )
-    group.add_argument(
-        "--save-every-steps",
-        type=not_negative,
-        default=0,
-        metavar="N",
-        help="save step_N.pt every N steps; 0: never (default: %(default)s)",
-    )
-    group.add_argument(
-        "--keep-checkpoints",
-        type=positive,
-        default=2,
-        metavar="N",
-        help="number of newest step_N.pt to keep (default: %(default)s)",
-    )
-    group.add_argument(
+def _add_safety_args(group: Flags) -> None:
+    group.number("--save-every-minutes", 10.0, "save step_N.pt every X minutes; 0: never")
+    group.whole("--save-every-steps", 0, "save step_N.pt every N steps; 0: never")
+    group.count("--keep-checkpoints", 2, "number of newest step_N.pt to keep")
+    group.text(
         "--remote-sync",
-        metavar="URL",
-        help="copy checkpoints and logs to URL/NAME (such as s3://...) during training; --resume latest also reads it",
+        "URL",
+        "copy checkpoints and logs to URL/NAME (such as s3://...) during training; --resume latest also reads it",
     )
-    group.add_argument(
+    group.count(
         "--remote-sync-frequency",
-        type=positive,
-        default=300,
+        300,
+        "seconds between copies of the logs; checkpoints are copied immediately",
         metavar="S",
-        help="seconds between copies of the logs; checkpoints are copied immediately (default: %(default)s)",
     )
-    group.add_argument(
-        "--max-bad-samples",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-        help="maximum tolerated fraction of bad samples; training stops above it (default: %(default)s)",
+    group.number(
+        "--max-bad-samples", 0.1, "maximum tolerated fraction of bad samples; training stops above it", metavar="SHARE"
     )
-    group.add_argument(
-        "--max-skipped-steps",
-        type=not_negative,
-        default=20,
-        metavar="N",
-        help="stop after more than N steps in a row with a non-finite loss or gradient (default: %(default)s)",
-    )
-    group.add_argument(
+    group.whole("--max-skipped-steps", 20, "stop after more than N steps in a row with a non-finite loss or gradient")
+    group.number(
         "--timeout-minutes",
-        type=float,
-        default=30.0,
-        metavar="X",
-        help="abort the run, and name the process, when one makes no progress for X minutes; evaluations during "
-        "training may take four times as long (default: %(default)g)",
+        30.0,
+        "abort the run, and name the process, when one makes no progress for X minutes; evaluations during training "
+        "may take four times as long (default: %(default)g)",
     )
 
 
-def _add_dry_run_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--dry-run-ranks",
-        type=positive,
-        metavar="N",
-        help="with --dry-run: plan for N processes, one per GPU (default: those that were started)",
+def _add_dry_run_args(group: Flags) -> None:
+    group.count(
+        "--dry-run-ranks", None, "with --dry-run: plan for N processes, one per GPU (default: those that were started)"
     )
-    group.add_argument(
-        "--dry-run-gpu", choices=tuple(GPUS), default="H100", help="with --dry-run: kind of GPU (default: %(default)s)"
-    )
-    group.add_argument("--dry-run-json", metavar="FILE", help="with --dry-run: also write the plan to FILE")
+    group.choice("--dry-run-gpu", tuple(GPUS), "H100", "with --dry-run: kind of GPU")
+    group.text("--dry-run-json", "FILE", "with --dry-run: also write the plan to FILE")
 
 
 def validate_train_args(args: argparse.Namespace) -> None:

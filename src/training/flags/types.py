@@ -1,13 +1,13 @@
-"""Types of flag values. Each function parses a text; its error says what was expected."""
+"""Kinds of flags, and types of their values. Each function parses a text; its error says what was expected."""
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dataloaders.values import names, positive_numbers, whole_number
 
-__all__ = ["Switch", "json_object", "names", "not_negative", "positive", "positive_numbers"]
+__all__ = ["Flags", "Switch", "json_object", "names", "not_negative", "positive", "positive_numbers"]
 
 
 class Switch(argparse.Action):
@@ -19,6 +19,43 @@ class Switch(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
         setattr(namespace, self.dest, option_string not in self.negatives)
+
+
+class Flags:
+    """A group of flags in --help.
+
+    `flags` holds the names of a flag with blanks between; the first is the name of its value. The help adds the default
+    to a text that does not mention one.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str):
+        self.add_argument = parser.add_argument_group(title).add_argument
+
+    def switch(self, flags: str, text: str, default: bool | None = False) -> None:
+        """Adds a flag without a value; see `Switch`."""
+        self.add_argument(*flags.split(), action=Switch, default=default, help=text)
+
+    def count(self, flags: str, default: int | None, text: str, metavar: str = "N") -> None:
+        """Adds a whole number of at least 1."""
+        self.add_argument(*flags.split(), type=positive, default=default, metavar=metavar, help=text)
+
+    def whole(self, flags: str, default: int | None, text: str, metavar: str = "N") -> None:
+        """Adds a whole number of at least 0."""
+        self.add_argument(*flags.split(), type=not_negative, default=default, metavar=metavar, help=text)
+
+    def number(self, flags: str, default: float | None, text: str, metavar: str = "X") -> None:
+        """Adds a number."""
+        self.add_argument(*flags.split(), type=float, default=default, metavar=metavar, help=text)
+
+    def choice(self, flags: str, choices: Iterable[str], default: str | None, text: str) -> None:
+        """Adds one word of several."""
+        self.add_argument(*flags.split(), choices=tuple(choices), default=default, help=text)
+
+    def text(
+        self, flags: str, metavar: str, text: str, default: object = None, type: Callable[[str], object] = str
+    ) -> None:
+        """Adds any other value, a text unless `type` converts it."""
+        self.add_argument(*flags.split(), type=type, default=default, metavar=metavar, help=text)
 
 
 def positive(text: str) -> int:
