@@ -18,8 +18,9 @@ import pytest
 from support import run_command
 from training.data.captions import CaptionRule, choose_captions
 from training.prepare.__main__ import main
-from training.prepare.tables import chunk
+from training.prepare.tables import part
 from training.prepare.tables.clean import is_repetitive
+from training.prepare.tables.run import first_of_each
 from training.readers import csv_rows
 
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
@@ -57,7 +58,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def sizes(summary: dict) -> dict[str, int]:
-    return {kind: summary[kind] for kind in chunk.ROW_KINDS}
+    return {kind: summary[kind] for kind in part.ROW_KINDS}
 
 
 def test_every_row_is_kept_or_counted_by_kind(tmp_path):
@@ -90,9 +91,8 @@ def test_parts_are_the_same_bytes_however_often_a_run_is_stopped(tmp_path, monke
     assert whole["kept"] == len({r["url"] for r in parts(tmp_path / "whole")})
 
     # Stop before the first write, then before the second, and so on, until a run completes.
-    real, num_stops = chunk.atomic_write, 0
+    real, num_stops = part.atomic_write, 0
     from training.prepare import work
-    from training.prepare.tables import run as tables
 
     for count in range(1, 200):
         left = [count]
@@ -103,7 +103,7 @@ def test_parts_are_the_same_bytes_however_often_a_run_is_stopped(tmp_path, monke
                 raise KeyboardInterrupt
             return real(target)
 
-        for module in (chunk, tables, work):
+        for module in (part, work):
             monkeypatch.setattr(module, "atomic_write", stopping)
         code = main(["tables", *map(str, words), "--out", str(tmp_path / "stopped"), "--workers", "1"])
         num_stops += code == 130
@@ -130,7 +130,7 @@ def test_a_killed_run_leaves_no_processes_and_continues(tmp_path):
     words = ["tables", str(path), "--out", str(tmp_path / "out"), "--workers", "2", "--rows-per-part", "100"]
     command = [sys.executable, "-m", "training.prepare", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not list(tmp_path.glob("out/.work/part-*.json")):
+    while process.poll() is None and not list(tmp_path.glob("out/.work/part-*.parquet")):
         time.sleep(0.01)
     process.kill()
     process.communicate()  # returns when no process has the other end of the pipes
@@ -239,22 +239,19 @@ def test_repetitions():
     assert not is_repetitive("A dog and a cat and a bird and a tree stand on a hill, and a man and a woman look on.")
 
 
-def test_duplicates_are_found_as_by_a_set_however_many_passes(tmp_path):
+def test_duplicates_are_found_as_by_a_set(tmp_path):
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 40, n).astype(np.uint64) << np.uint64(58) for n in (30, 0, 25, 1)]
     arrays[0][3] = np.uint64(2**64 - 1)
     files = []
     for number, array in enumerate(arrays):
-        files.append(tmp_path / f"{number}.npy")
-        np.save(files[-1], array)
+        files.append(tmp_path / f"{number}.parquet")
+        pq.write_table(pa.table({"url_hash": pa.array(array)}), files[-1])
     seen: Counter = Counter()
     expected = []
     for array in arrays:
         expected.append([not seen[v] and not seen.update([v]) for v in array.tolist()])
-    for per_pass in (1, 7, 1000):
-        keep, duplicates = chunk.first_of_each(files, per_pass)
-        assert [k.tolist() for k in keep] == expected
-        assert duplicates["duplicates"] == sum(not k for row in expected for k in row)
+    assert [keep.tolist() for keep in first_of_each(files)] == expected
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,6 @@ from training.prepare.params import build_parser
 from training.runtime.lease import Lease
 from training.runtime.progress import ends_if_stuck
 
-MODULES = {
-    "tables": "tables.run",
-    "download": "download",
-    "join": "shards.join",
-    "recaption": "recaption",
-    "inspect": "inspect.run",
-    "split": "split",
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -44,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     name = f"python -m training.prepare {args.command}"
     with ends_if_stuck(name, args.timeout_minutes), Lease() as args.lease:  # commands take it once flags are checked
-        return importlib.import_module(f"training.prepare.{MODULES[args.command]}").run(args)
+        return importlib.import_module(f"training.prepare.{args.module}").run(args)
 
 
 if __name__ == "__main__":

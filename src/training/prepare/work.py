@@ -2,9 +2,11 @@
 
 import json
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from hashlib import blake2b
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -18,6 +20,7 @@ from training.runtime.progress import PROGRESS
 
 T = TypeVar("T")
 R = TypeVar("R")
+SUMMARY = "_summary.json"  # readers of folders of Parquet pass over names that begin with an underscore
 
 
 def write_json(path: Path, content: object) -> None:
@@ -34,10 +37,40 @@ def load_json(path: Path) -> object | None:
         return None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes partial files that killed runs left in a folder. No other job may be writing to that folder."""
-    for path in folder.glob("*.tmp"):
+def start_folder(args: Namespace, state: str, settings: dict, may_hold_others: bool = False) -> Path:
+    """Takes the lease of --out, and notes what its content is made from.
+
+    Args:
+        args: the parsed flags, of which --out and the lease are used.
+        state: name of the folder in --out for notes.
+        settings: what the content depends on.
+        may_hold_others: other files may be in --out before.
+
+    Returns:
+        The folder for notes.
+
+    Raises:
+        ValueError: the folder was made with other settings, holds other files, or another command writes to it.
+    """
+    out, folder = Path(args.out), Path(args.out) / state
+    known = load_json(folder / "settings.json")
+    if known is None and not may_hold_others and out.is_dir() and any(path != folder for path in out.iterdir()):
+        raise ValueError(f"--out {out}: holds something else; name an empty or new folder")
+    if known not in (None, settings):
+        raise ValueError(f"--out {out}: made from other tables or with other flags; name another folder")
+    args.lease.take(folder, "--out")
+    for path in [*out.glob("*.tmp"), *folder.glob("*.tmp")]:  # of runs that were killed
         path.unlink(missing_ok=True)
+    write_json(folder / "settings.json", settings)
+    return folder
+
+
+def hash_text(text: str) -> int:
+    """Returns a 64-bit hash of a URL or key.
+
+    For 100 million different URLs, the probability that any two have the same hash is 3 in 10,000.
+    """
+    return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
 def add_counts(total: dict, more: Mapping) -> None:
@@ -54,19 +87,14 @@ def format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number) or "none"
 
 
-class WorkerPool(ProcessPoolExecutor):
-    """Worker processes that end when the process that started them ends, even if it was killed.
-
-    Args:
-        workers: number of processes.
-    """
-
-    def __init__(self, workers: int):
-        super().__init__(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
-        self.workers = workers
+def shorten(names: Sequence[str]) -> str:
+    """Returns the first names of a list, for a message."""
+    return ", ".join([*names[:5], ".."] if len(names) > 5 else names)
 
 
 def _end_with_parent() -> None:
+    """Lets a worker process end when the process that started it ends, even if that was killed."""
+
     def watch() -> None:
         parent_process().join()
         os._exit(1)
@@ -75,55 +103,40 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def processes(workers: int) -> Iterator[WorkerPool | None]:
-    """Starts worker processes for `spread`; for one worker yields None, which means the current process."""
+def processes(workers: int) -> Iterator[Callable]:
+    """Starts worker processes; one worker is the current process.
+
+    Yields:
+        A function like `map`, but for results in any order. The called function must be at the top level of a module,
+        so that it can be sent to processes. Items are taken from the iterable only when workers need them, so there may
+        be any number of large ones.
+    """
     if workers == 1:
-        yield None
+        yield map
         return
-    with WorkerPool(workers) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
+
+        def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+            items = iter(items)
+            waiting = {pool.submit(function, item) for item in islice(items, workers + 2)}
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                waiting |= {pool.submit(function, item) for item in islice(items, len(done))}
+                for future in done:
+                    yield future.result()
+
         try:
-            yield pool
+            yield run
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def spread(function: Callable[[T], R], items: Iterable[T], pool: WorkerPool | None) -> Iterator[R]:
-    """Applies a function in worker processes; yields results as they become ready, in any order.
-
-    Items are taken from the iterable only when workers need them, so there may be any number of large ones.
-
-    Args:
-        function: a function at the top level of a module, so that it can be sent to processes.
-        items: the arguments of its calls.
-        pool: the pool that `processes` yields.
-    """
-    if pool is None:
-        yield from map(function, items)
-        return
-    items = iter(items)
-    waiting = {pool.submit(function, item) for item in islice(items, pool.workers + 2)}
-    while waiting:
-        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        waiting |= {pool.submit(function, item) for item in islice(items, len(done))}
-        for future in done:
-            yield future.result()
-
-
-def progress(items: Iterable[T] | None, total: int | None, what: str, unit: str, scaled: bool = False) -> tqdm:
-    """Shows a progress bar for work of more than 2 seconds; without items, the caller calls its `update`."""
-    return _Bar(items, total=total, desc=what, unit=unit, delay=2, unit_scale=scaled)
-
-
-class _Bar(tqdm):
-    def __iter__(self) -> Iterator:
-        for item in super().__iter__():
-            PROGRESS.add()
-            yield item
-
-    def update(self, n: float = 1) -> bool | None:
+def progress(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:
+    """Yields the items; shows a progress bar for work of more than 2 seconds."""
+    for item in tqdm(items, what, total, unit=unit, delay=2):
         PROGRESS.add()
-        return super().update(n)
+        yield item
 
 
 def my_share(items: Sequence[T], span: str | None, environ: Mapping[str, str]) -> list[T]:
