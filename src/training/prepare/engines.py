@@ -3,6 +3,7 @@
 Both engines decode greedily, so the same model gives the same captions.
 """
 
+import argparse
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -49,43 +50,25 @@ class Engine(Protocol):
         """Returns the answer to the prompt for each RGB image."""
 
 
-def make_engine(
-    name: str,
-    vlm: str,
-    max_tokens: int,
-    device: str | None,
-    tensor_parallel: int,
-    cache_dir: str | None,
-    vllm_args: Mapping[str, Any] | None = None,
-) -> Engine:
-    """Loads a model.
-
-    Args:
-        name: ``vllm``, ``transformers``, or ``auto`` for vLLM if it is installed and transformers otherwise.
-        vlm: folder, or name on the hub.
-        max_tokens: maximum number of tokens of a caption.
-        device: device for transformers; None means a GPU if there is one.
-        tensor_parallel: number of GPUs that share one model, with vLLM.
-        cache_dir: folder for downloads.
-        vllm_args: further arguments of `vllm.LLM`.
+def make_engine(args: argparse.Namespace) -> Engine:
+    """Loads the model that the flags name.
 
     Raises:
         FileNotFoundError: there is no such model, or it doesn't read images.
-        ValueError: vLLM is needed and not installed, or can't run with these arguments.
+        ValueError: vLLM is needed and not installed, or can't run with these flags.
     """
     installed = importlib.util.find_spec("vllm") is not None
-    if name == "vllm" and not installed:
-        raise ValueError("--engine vllm: not installed; pip install vllm, or use --engine transformers")
-    if name == "vllm" or (name == "auto" and installed):
-        return VllmEngine(vlm, max_tokens, tensor_parallel, cache_dir, vllm_args or {})
-    if tensor_parallel > 1:
-        raise ValueError(f"--tensor-parallel {tensor_parallel}: needs vLLM (pip install vllm)")
-    if vllm_args:
-        raise ValueError("--vllm-args: needs vLLM (pip install vllm, --engine vllm)")
-    return TransformersEngine(vlm, max_tokens, device, cache_dir)
+    if args.engine == "vllm" or (args.engine == "auto" and installed):
+        if not installed:
+            raise ValueError("--engine vllm: not installed; pip install vllm, or use --engine transformers")
+        return VllmEngine(args.vlm, args.max_tokens, args.tensor_parallel, args.cache_dir, args.vllm_args or {})
+    for flag, given in (("--tensor-parallel", args.tensor_parallel > 1), ("--vllm-args", args.vllm_args)):
+        if given:
+            raise ValueError(f"{flag}: needs vLLM (pip install vllm, --engine vllm)")
+    return TransformersEngine(args.vlm, args.max_tokens, args.device, args.cache_dir)
 
 
-def own_device(device: str | None) -> torch.device:
+def device_of_process(device: str | None) -> torch.device:
     """Returns the device of this process; several processes on one machine use different GPUs."""
     if device or not torch.cuda.is_available():
         return torch.device(device or "cpu")
@@ -111,7 +94,7 @@ class TransformersEngine:
     def __init__(self, vlm: str, max_tokens: int, device: str | None, cache_dir: str | None):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.device = own_device(device)
+        self.device = device_of_process(device)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:
             self.processor = AutoProcessor.from_pretrained(vlm, cache_dir=cache_dir)
@@ -151,7 +134,7 @@ class TransformersEngine:
         return [Generated(text.strip(), self._has_end(row)) for text, row in zip(texts, ids.tolist())]
 
     def _has_end(self, row: list[int]) -> bool:
-        """Tells whether the model ended the text. OPT's start token equals its end token, so the first is ignored."""
+        """Returns whether the model ended the text. OPT's start token equals its end token, so the first is ignored."""
         nothing = set(row) <= self.end_ids | {self.tokenizer.pad_token_id}
         return nothing or any(token in self.end_ids for token in row[1:])
 

@@ -6,7 +6,6 @@ twice. Then they are added to the shard's JSON files as in `prepare join`.
 
 import argparse
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,18 +18,8 @@ from PIL import Image
 from training.data.faults import FAULT_KINDS, BadSample
 from training.data.reader import read_image
 from training.prepare.engines import PROMPTS, Engine, Generated, make_engine
-from training.prepare.shards.files import (
-    Place,
-    check_sources,
-    done_counts,
-    fingerprint,
-    finish,
-    my_places,
-    not_done,
-    read_json_samples,
-    rewrite_shard,
-    write_note,
-)
+from training.prepare.shards.files import Shard, plain_tar, read_json_samples, rewrite_shard
+from training.prepare.shards.job import ShardJob
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.work import add_counts, format_counts, progress
 from training.readers.files import parallel_map
@@ -38,7 +27,6 @@ from training.readers.images import load_rgb
 from training.readers.samples import RawSample, read_samples
 from training.runtime.files import atomic_write
 
-STATE = ".recaption"
 SAMPLE_KINDS = ("samples", *FAULT_KINDS)
 CAPTION_KINDS = ("captions", "refused", "repetitive", "empty", "cut short")
 
@@ -46,29 +34,24 @@ CAPTION_KINDS = ("captions", "refused", "repetitive", "empty", "cut short")
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if shards can't be read."""
     prompts = read_prompts(args.caption)
-    everything, mine = my_places(args, args.shards, "SHARDS", STATE)
-    check_sources(args, everything)
-    mark = fingerprint({"vlm": args.vlm, "prompts": prompts, "max_tokens": args.max_tokens})
-    total: dict = dict.fromkeys(SAMPLE_KINDS, 0)
-    total["captions"] = {key: dict.fromkeys(CAPTION_KINDS, 0) for key in prompts}
-    left = not_done(mine, mark, total)
-    broken: dict[str, str] = {}
+    job = ShardJob(args, args.shards, "SHARDS", ".recaption")
+    settings = {"vlm": args.vlm, "prompts": prompts, "max_tokens": args.max_tokens}
+    counts = {"captions": {key: dict.fromkeys(CAPTION_KINDS, 0) for key in prompts}}
+    left = job.left(settings, dict.fromkeys(SAMPLE_KINDS, 0) | counts)
     if left:
-        engine = make_engine(
-            args.engine, args.vlm, args.max_tokens, args.device, args.tensor_parallel, args.cache_dir, args.vllm_args
-        )
-        batch_size = args.batch_size or engine.batch_size
-        for place in progress(left, len(left), "captioning", "shard"):
+        engine = make_engine(args)
+        for shard in progress(left, len(left), "captioning", "shard"):
             try:  # another job may have done it by now
-                counts = done_counts(place, mark) or recaption_shard(place, engine, prompts, batch_size, mark)
-                add_counts(total, counts)
+                job.add(
+                    shard, job.done(shard) or recaption_shard(shard, engine, prompts, args.batch_size, job.fingerprint)
+                )
             except OSError as error:
-                broken[str(place.source)] = str(error)
-    summary = {"shards": len(mine), "done_before": len(mine) - len(left), "broken_shards": broken, "prompts": prompts}
+                job.add(shard, str(error))
+    total = job.total
     faults = {kind: total[kind] for kind in SAMPLE_KINDS[1:]}
     lines = [f"{total['samples']:,} samples; bad: {format_counts(faults)}"]
     lines += [f"{key}: {format_counts(counts)}" for key, counts in total["captions"].items()]
-    return finish(args, everything, summary | {"vlm": args.vlm} | total, lines)
+    return job.finish({"prompts": prompts, "vlm": args.vlm}, lines)
 
 
 def read_prompts(pairs: list[str]) -> dict[str, str]:
@@ -88,15 +71,17 @@ def read_prompts(pairs: list[str]) -> dict[str, str]:
     return prompts
 
 
-def recaption_shard(place: Place, engine: Engine, prompts: dict[str, str], batch_size: int, mark: str) -> dict:
+def recaption_shard(
+    shard: Shard, engine: Engine, prompts: dict[str, str], batch_size: int | None, fingerprint: str
+) -> dict:
     """Writes one shard with the captions of a model.
 
     Args:
-        place: the shard, and where to write it.
+        shard: the shard, and where to write it.
         engine: the model.
         prompts: key -> prompt.
-        batch_size: number of images per call of the model.
-        mark: fingerprint of model and prompts; captions with another fingerprint are generated again.
+        batch_size: number of images per call of the model; None means the engine's default.
+        fingerprint: of model and prompts; captions with another one are generated again.
 
     Returns:
         Counts of `SAMPLE_KINDS`, and under ``captions`` for each key counts of `CAPTION_KINDS`.
@@ -104,28 +89,29 @@ def recaption_shard(place: Place, engine: Engine, prompts: dict[str, str], batch
     Raises:
         OSError: the shard can't be read or written.
     """
-    written = place.state / "captions" / f"{place.target.name}.{mark}.jsonl"
-    samples = read_json_samples(place.source)  # raises for a broken shard, before the model spends time on it
-    lines, keys = _read_lines(written), [sample.key for sample in samples]
-    if [line["key"] for line in lines] != keys[: len(lines)]:
-        lines = []
-    if len(lines) < len(keys):
-        with atomic_write(written) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        with open(written, "a", encoding="utf-8") as file:
-            for batch in caption_samples(str(place.source), engine, prompts, batch_size, len(keys), len(lines)):
-                file.write("".join(json.dumps(line) + "\n" for line in batch))
-                file.flush()  # a killed job loses no more than this batch
-                lines += batch
-    counts: dict = {"samples": len(lines), "captions": {}}
-    additions = []
-    for line, sample in zip(lines, samples, strict=True):
-        if line["fault"] or sample.fault:
-            add_counts(counts, {line["fault"] or sample.fault: 1})
-        add_counts(counts["captions"], {key: Counter(kinds) for key, kinds in line["kinds"].items()})
-        additions.append({} if sample.fault else line["captions"])
-    rewrite_shard(place.source, place.target, additions)
-    write_note(place, mark, counts)
+    written = shard.state / "captions" / f"{shard.target.name}.{fingerprint}.jsonl"
+    with plain_tar(shard) as path:
+        samples = read_json_samples(path)  # raises for a broken shard, before the model spends time on it
+        lines, keys = _read_lines(written), [sample.key for sample in samples]
+        if [line["key"] for line in lines] != keys[: len(lines)]:
+            lines = []
+        if len(lines) < len(keys):
+            with atomic_write(written) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            with open(written, "a", encoding="utf-8") as file:
+                raw = progress(read_samples(str(path), len(lines)), len(keys) - len(lines), written.name, "image")
+                for batch in caption_samples(raw, engine, prompts, batch_size or engine.batch_size):
+                    file.write("".join(json.dumps(line) + "\n" for line in batch))
+                    file.flush()  # a killed job loses no more than this batch
+                    lines += batch
+        counts: dict = {"samples": len(lines), "captions": {}}
+        additions = []
+        for line, sample in zip(lines, samples, strict=True):
+            if fault := line["fault"] or sample.fault:
+                add_counts(counts, {fault: 1})
+            add_counts(counts["captions"], {key: Counter(kinds) for key, kinds in line["kinds"].items()})
+            additions.append({} if sample.fault else line["captions"])
+        rewrite_shard(path, shard.target, additions)
     return counts
 
 
@@ -138,14 +124,13 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def caption_samples(
-    url: str, engine: Engine, prompts: dict[str, str], batch_size: int, total: int, first: int = 0
+    samples: Iterable[RawSample], engine: Engine, prompts: dict[str, str], batch_size: int
 ) -> Iterator[list[dict]]:
     """Yields for each batch of samples, in order, the captions and faults of each as the dict to write to the file.
 
     The images of the next batch are decoded while the model works.
     """
-    samples = read_samples(url, first)
-    for batch, images in _decoded(progress(samples, total - first, os.path.basename(url), "image"), batch_size):
+    for batch, images in _decoded(samples, batch_size):
         good = [image for image, fault in images if not fault]
         lines: list[dict] = [
             {"key": sample.key, "fault": fault, "captions": {}, "kinds": {}}

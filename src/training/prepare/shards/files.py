@@ -1,27 +1,32 @@
-"""Shards on disk: which of them this job has to write, what their JSON files hold, and how they are rewritten.
+"""Shards as input and output: reads them wherever they are, and writes tar files.
 
 A rewritten shard has the same members, byte for byte and in the same order, except for JSON files that were changed or
-added.
+added. Compressed shards, URLs and folders of loose images are copied to a temporary tar first.
 """
 
-import argparse
 import json
 import os
+import re
+import shutil
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from training.data.sizes import expand_sources
-from training.prepare.work import add_counts, job_place, load_json, my_share, write_json
 from training.readers.captions import RecordError, read_record
-from training.readers.files import parallel_map
-from training.readers.samples import RawSample, read_samples
-from training.readers.streams import is_local
-from training.readers.tar import BLOCK, Member, TarReader
+from training.readers.files import is_leftover
+from training.readers.hub import local_spec
+from training.readers.remote import identity
+from training.readers.samples import read_samples
+from training.readers.streams import BLOCK_BYTES, is_local, open_stream
+from training.readers.table_files import image_files
+from training.readers.tar import BLOCK, Member, TarReader, key_and_suffix
 from training.runtime.files import atomic_write
+from training.runtime.messages import first_line
 
 
 class JsonSample(NamedTuple):
@@ -39,195 +44,164 @@ class JsonSample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one shard is read and where it is written.
+class Shard:
+    """A shard to read, and the one to write.
 
     Attributes:
-        source: the shard.
-        target: the shard to write, which may be the same.
+        source: a tar file, its URL, or a folder of loose images and captions.
+        target: the tar file to write, which may be the same.
         state: folder for notes about shards that are done.
     """
 
-    source: Path
+    source: str
     target: Path
     state: Path
 
     @property
     def note(self) -> Path:
-        """The note which says that the target is complete, and what it holds."""
-        return self.state / f"{self.source.name}.json"
+        """The file which says that the target is complete, and what it holds."""
+        return self.state / f"{self.target.name}.json"
 
 
-def local_shards(spec: str, flag: str) -> list[Path]:
-    """Expands the value of a flag to files on disk, with the syntax of `--train-data`.
-
-    Raises:
-        FileNotFoundError, ValueError: some shards are missing, there are none, or they are not on a disk.
-    """
-    urls = [url for source in expand_sources(spec) for url in source]
-    remote = [url for url in urls if not is_local(url)]
-    if remote:
-        raise ValueError(f"{flag} {remote[0]}: expected files on a local or mounted disk; copy the shards first")
-    return [Path(url) for url in urls]
-
-
-def places(shards: list[Path], out: str | None, state: str) -> list[Place]:
-    """Decides where each shard goes.
+def find_shards(spec: str, flag: str, out: str | None, state: str) -> list[Shard]:
+    """Expands the value of a flag, with the syntax of `--train-data`, and decides where each shard goes.
 
     Args:
-        shards: all shards.
+        spec: the value. In a folder without tar files, each folder that holds images counts as a shard.
+        flag: the flag, for messages.
         out: folder to write to; None overwrites each shard.
         state: name of the folder for notes, beside the shards that are written.
 
     Raises:
-        ValueError: two shards would be written under the same name, or `out` is the folder of a shard.
+        FileNotFoundError, ValueError: some shards are missing, there are none, two would be written under the same
+            name, `out` is the folder of a shard, or a shard can't be overwritten.
     """
-    if out is None:
-        return [Place(path, path.resolve(), path.parent / state) for path in shards]  # links stay links
-    seen: dict[str, Path] = {}
-    for path in shards:
-        if path.name in seen:
-            raise ValueError(f"--out {out}: {seen[path.name]} and {path} have the same name; do one folder at a time")
-        seen[path.name] = path
-        if Path(out).resolve() == path.parent.resolve():
+    parts = local_spec(spec).split("::")
+    sources = [source for part in parts for source in _loose_folders(part) or sum(expand_sources(part), [])]
+    seen: dict[str, str] = {}
+    shards = []
+    for source in sources:
+        name = _tar_name(source)
+        if source.startswith("pipe:"):
+            raise ValueError(f"{flag} {source}: a command has no name under which to write; name files or URLs")
+        if out is None:
+            if not is_local(source) or name != os.path.basename(source):
+                raise ValueError(f"--in-place: {source} is not a plain tar file on a disk; write to another --out")
+            path = Path(source)
+            shards.append(Shard(source, path.resolve(), path.parent / state))  # links stay links
+            continue
+        if name in seen:
+            raise ValueError(f"--out {out}: {seen[name]} and {source} have the same name; do one folder at a time")
+        seen[name] = source
+        if is_local(source) and Path(out).resolve() == Path(source).parent.resolve():
             raise ValueError(f"--out {out}: this is the folder of the shards; use --in-place to overwrite them")
-    return [Place(path, Path(out) / path.name, Path(out) / state) for path in shards]
+        shards.append(Shard(source, Path(out) / name, Path(out) / state))
+    return shards
 
 
-def done_counts(place: Place, mark: str) -> dict | None:
-    """Returns the counts in the note about a shard that the same command has written; None if it has not."""
-    note = load_json(place.note)
-    if not isinstance(note, dict) or note.get("fingerprint") != mark or not place.target.exists():
-        return None
-    return note.get("counts") if note.get("bytes") == os.path.getsize(place.target) else None
+def _loose_folders(part: str) -> list[str]:
+    """Returns the folders with images in a folder without tar files, such as the one that img2dataset writes."""
+    folder = Path(part)
+    if not folder.is_dir() or any(re.search(r"\.(tar|tgz)\b", name) for name in os.listdir(folder)):
+        return []
+    return sorted({str(path.parent) for path in image_files(folder)})
 
 
-def my_places(args: argparse.Namespace, spec: str, flag: str, state: str) -> tuple[list[Place], list[Place]]:
-    """Returns (all shards, the shards of this job), by --out, --in-place, --shard-range and the environment.
-
-    Raises:
-        FileNotFoundError, ValueError: another live command works on the same shards; see also `local_shards`,
-            `places` and `my_share`.
-    """
-    everything = places(local_shards(spec, flag), None if args.in_place else args.out, state)
-    mine = my_share(everything, args.shard_range, os.environ)
-    place, parts = job_place(os.environ)
-    jobs = everything[0].target.parent / ".jobs"
-    args.lease.take(jobs / f"{(args.shard_range or 'all').replace(':', '-')}-{place}-of-{parts}", "--out or --in-place")
-    return everything, mine
+def _tar_name(source: str) -> str:
+    name = os.path.basename(source.rstrip("/") if is_local(source) else source.partition("?")[0])
+    return re.sub(r"(\.tar(\.\w+)?|\.tgz)?$", ".tar", name, count=1)
 
 
-def check_sources(args: argparse.Namespace, everything: list[Place], tables: Sequence[Path] = ()) -> None:
-    """Notes in the folder of --out which shards and tables it is made from.
+def content_mark(source: str | Path) -> str:
+    """Returns a text that differs between shards or tables of different content.
+
+    It holds the size and a hash of both ends of a file, what a file system says of a URL, or a hash of the names and
+    sizes in a folder.
 
     Raises:
-        ValueError: the folder was made from others, or holds shards that this command did not write.
+        ValueError: a URL can't be reached.
     """
-    if args.in_place:
-        return
-    path = everything[0].state / "sources.json"
-    known = load_json(path) or {"shards": {}, "tables": None}
-    names = [place.source.name for place in everything]
-    shards = dict(zip(names, parallel_map(content_mark, [place.source for place in everything])))
-    made_from = sorted(map(content_mark, tables))
-    for place in everything:
-        name = place.source.name
-        if known["shards"].get(name, shards[name]) != shards[name]:
-            raise ValueError(
-                f"--out {args.out}: its {name} is made from another shard than {place.source}; name another"
-            )
-        if name not in known["shards"] and place.target.exists():
-            raise ValueError(f"--out {args.out}: holds {name}, which this command did not write; name another folder")
-    if known["tables"] not in (None, made_from):
-        raise ValueError(f"--out {args.out}: made from other tables; name another folder")
-    write_json(path, {"shards": known["shards"] | shards, "tables": made_from})
-
-
-def content_mark(path: Path) -> str:
-    """Returns a text that differs between files of different content: their size, and a hash of both their ends."""
-    size, digest = os.path.getsize(path), blake2b(digest_size=12)
-    with open(path, "rb") as file:
+    source, digest = str(source), blake2b(digest_size=12)
+    if not is_local(source):
+        try:
+            return " ".join(map(str, identity(source)))
+        except Exception as error:  # each of fsspec's file systems has its own exceptions
+            raise ValueError(f"{source}: can't be reached ({type(error).__name__}: {error})") from error
+    if os.path.isdir(source):
+        listed = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(source))
+        digest.update(repr(listed).encode("utf-8", "surrogateescape"))
+        return f"{len(listed)} files {digest.hexdigest()}"
+    size = os.path.getsize(source)
+    with open(source, "rb") as file:
         digest.update(file.read(1 << 16))
         file.seek(max(0, size - (1 << 16)))
         digest.update(file.read())
     return f"{size} {digest.hexdigest()}"
 
 
-def not_done(mine: list[Place], mark: str, total: dict) -> list[Place]:
-    """Returns the shards that are not done yet; adds the counts of the others to `total`."""
-    done = [done_counts(place, mark) for place in mine]
-    for counts in done:
-        add_counts(total, counts or {})
-    return [place for place, counts in zip(mine, done) if counts is None]
+@contextmanager
+def plain_tar(shard: Shard) -> Iterator[Path]:
+    """Yields a tar file on a disk with the shard's content: the shard itself, or a copy that is removed afterwards.
 
-
-def finish(args: argparse.Namespace, everything: list[Place], summary: dict, lines: list[str]) -> int:
-    """Writes sizes and summary, and prints the counts.
-
-    Args:
-        args: the parsed flags, of which --out, --in-place and --summary are used.
-        everything: all shards.
-        summary: counts, with ``shards``, ``done_before`` and ``broken_shards``.
-        lines: lines to print between the number of shards and the list of broken ones.
-
-    Returns:
-        Exit code: 0, or 1 if shards can't be read.
+    Raises:
+        OSError: the shard can't be read.
     """
-    if not args.in_place:
-        write_sizes(Path(args.out), everything[0].state)
-    if args.summary:
-        write_json(Path(args.summary), summary)
-    share = "" if summary["shards"] == len(everything) else f" of {len(everything):,}"
-    before = f", {summary['done_before']:,} of them before" if summary["done_before"] else ""
-    broken = [f"not done: {reason}" for reason in summary["broken_shards"].values()]
-    left = [place.source.name for place in everything if not place.note.exists()]
-    if left and not broken:
-        lines = [*lines, f"left to other jobs: {len(left):,} shards ({', '.join(left[:5])}{', ..' * (len(left) > 5)})"]
-    print("\n".join([f"{summary['shards']:,}{share} shards{before}", *lines, *broken]))
-    return 1 if broken else 0
+    copy = _copy(shard)
+    try:
+        yield copy or Path(shard.source)
+    finally:
+        if copy:
+            copy.unlink(missing_ok=True)
 
 
-def fingerprint(settings: dict) -> str:
-    """Returns a hash of the settings that a result depends on."""
-    return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+def _copy(shard: Shard) -> Path | None:
+    """Unpacks or fetches a shard, or packs a folder; returns None for a plain tar file on a disk."""
+    copy = shard.state / f"{shard.target.name}.source.tmp"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.isdir(shard.source):
+        files = [path for path in sorted(Path(shard.source).iterdir()) if path.is_file() and not is_leftover(path.name)]
+        write_tar(copy, _open_each(files))
+        return copy
+    try:
+        stream, size = open_stream(shard.source)
+        with closing(stream):
+            if is_local(shard.source) and size is not None:
+                return None
+            with open(copy, "wb") as file:
+                shutil.copyfileobj(stream, file, BLOCK_BYTES)
+    except Exception as error:  # each of fsspec's file systems has its own exceptions
+        raise OSError(f"{shard.source}: can't be read ({type(error).__name__}: {first_line(error)})") from error
+    return copy
 
 
-def write_note(place: Place, mark: str, counts: Mapping) -> None:
-    """Writes the note that a shard is complete."""
-    content = {"fingerprint": mark, "bytes": os.path.getsize(place.target), "counts": dict(counts)}
-    write_json(place.note, content)
-
-
-def write_sizes(folder: Path, state: Path) -> None:
-    """Writes ``sizes.json`` from the notes about all shards written so far."""
-    notes = {path.name.removesuffix(".json"): load_json(path) for path in sorted(state.glob("*.tar.json"))}
-    sizes = {name: note["counts"]["samples"] for name, note in notes.items() if isinstance(note, dict)}
-    write_json(folder / "sizes.json", {name: size for name, size in sizes.items() if (folder / name).exists()})
+def _open_each(paths: Iterable[Path]) -> Iterator[tuple[str, int, IO[bytes]]]:
+    for path in paths:
+        with open(path, "rb") as file:
+            yield path.name, os.fstat(file.fileno()).st_size, file
 
 
 def read_json_samples(path: Path) -> list[JsonSample]:
-    """Reads the JSON files of a shard; images are skipped without reading them.
+    """Reads the JSON files of a plain tar file; images are skipped without reading them.
 
     Raises:
         BrokenShardError: the shard is broken, not a tar file, or can't be read.
     """
-    return [JsonSample(raw.key, *_record(raw)) for raw in read_samples(str(path), load=("json",), waits=())]
-
-
-def _record(raw: RawSample) -> tuple[dict, str | None]:
-    if raw.fault:
-        return {}, raw.fault
-    try:
-        return read_record(raw.files), None
-    except RecordError as error:
-        return {}, str(error)
+    samples = []
+    for raw in read_samples(str(path), load=("json",), waits=()):
+        record, fault = {}, raw.fault
+        try:
+            record = {} if fault else read_record(raw.files)
+        except RecordError as error:
+            fault = str(error)
+        samples.append(JsonSample(raw.key, record, fault))
+    return samples
 
 
 def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
     """Writes a shard with additional entries in its JSON files.
 
     Args:
-        source: the shard.
+        source: the shard, a plain tar file.
         target: path of the new shard, which appears there when it is complete; may be the source.
         additions: for each sample, in order, the entries to add; an empty dict leaves the sample unchanged.
 
@@ -247,7 +221,9 @@ def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
                 added[last] = tarfile.TarInfo(f"{sample.members.key}.json"), addition
         for member in filter(None, TarReader(raw, str(source), os.path.getsize(source)).members()):
             if member.start in changed:
-                _write_member(_header(member, raw), changed[member.start], out)
+                header = _header(member, raw)
+                header.name, header.mtime = member.name, int(header.mtime)
+                _write_member(header, changed[member.start], out)
             else:
                 raw.seek(member.start)
                 out.write(raw.read(member.end - member.start))
@@ -258,16 +234,50 @@ def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
 
 
 def _header(member: Member, raw: IO[bytes]) -> tarfile.TarInfo:
-    """Returns the member's own header, to keep owner, time and mode."""
+    """Returns the member's own header, which holds owner, time and mode."""
     raw.seek(member.offset - BLOCK)
-    header = tarfile.TarInfo.frombuf(raw.read(BLOCK), "utf-8", "surrogateescape")
-    header.name = member.name
-    return header
+    return tarfile.TarInfo.frombuf(raw.read(BLOCK), "utf-8", "surrogateescape")
 
 
 def _write_member(header: tarfile.TarInfo, record: dict, out: IO[bytes]) -> None:
     content = json.dumps(record).encode()
-    header.size, header.mtime = len(content), int(header.mtime)
+    header.size = len(content)
     out.write(header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
     out.write(content)
     out.write(bytes(-len(content) % BLOCK))
+
+
+def write_tar(target: Path, files: Iterable[tuple[str, int, IO[bytes]]]) -> None:
+    """Writes a tar file without times and owners, so that the same files give the same bytes.
+
+    Args:
+        target: the file to write.
+        files: (name, size, stream) of each, in order.
+    """
+    with atomic_write(target) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, size, stream in files:
+            plain = tarfile.TarInfo(name)
+            plain.size = size
+            tar.addfile(plain, stream)
+
+
+def order_shard(path: Path) -> bool:
+    """Sorts the samples of a complete shard by key, and removes times and owners; contents are unchanged.
+
+    Returns:
+        Whether the shard was rewritten; False if it was in this form already.
+    """
+    with open(path, "rb") as source:
+        members = [m for m in TarReader(source, str(path), path.stat().st_size).members() if m and m.kind == "file"]
+        ordered = sorted(members, key=lambda member: key_and_suffix(member.name)[0] or member.name)
+        headers = [_header(member, source) for member in members]
+        if ordered == members and not any(header.mtime or header.uname for header in headers):
+            return False
+        write_tar(path, _contents(ordered, source))
+    return True
+
+
+def _contents(members: Iterable[Member], source: IO[bytes]) -> Iterator[tuple[str, int, IO[bytes]]]:
+    for member in members:
+        source.seek(member.offset)
+        yield member.name, member.size, source

@@ -1,145 +1,115 @@
 """`prepare join`: adds captions from tables to the JSON files of existing shards.
 
-A pass reads the URLs (or keys) of some shards, looks up their rows in the tables, and rewrites the shards, several in
-parallel. A note beside each written shard says that it is done, so that the same command can continue after a stop.
+The names or URLs of all samples are read, then the tables once; then each shard is rewritten, several in parallel. A
+note beside each written shard says that it is done, so that the same command can continue after a stop.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
 
 from training.data.faults import FAULT_KINDS
-from training.prepare.shards.files import (
-    JsonSample,
-    Place,
-    check_sources,
-    fingerprint,
-    finish,
-    my_places,
-    not_done,
-    read_json_samples,
-    rewrite_shard,
-    write_note,
-)
-from training.prepare.shards.match import CaptionTables, find_rows, image_names, make_index, open_tables
-from training.prepare.work import add_counts, format_counts, processes, progress, spread
+from training.prepare.rows import as_utf8
+from training.prepare.shards.files import JsonSample, Shard, plain_tar, read_json_samples, rewrite_shard
+from training.prepare.shards.job import ShardJob
+from training.prepare.shards.match import captions_of, find_rows, image_names, open_found, open_tables
+from training.prepare.work import format_counts, hash_text, processes, progress
 
-STATE = ".join"
 KINDS = ("samples", "matched", "unmatched", "nothing to match by", *FAULT_KINDS, "captions")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if shards can't be read."""
-    everything, mine = my_places(args, args.shards, "--shards", STATE)
-    match = args.match or ("key" if args.key_column else None) or _guess_match([place.source for place in everything])
+    job = ShardJob(args, args.shards, "--shards", ".join")
+    match = args.match or ("key" if args.key_column else None) or _guess_match(job.shards)
     column = args.key_column if match == "key" and args.key_column else match
-    tables = open_tables(args.tables, column, args.columns, everything[0].state / "index", match == "key")
-    check_sources(args, everything, tables.paths)
-    mark = fingerprint(tables.describe() | {"keep": args.keep_existing})
-    total: dict = dict.fromkeys(KINDS, 0)
-    left = not_done(mine, mark, total)
-    broken: dict[str, str] = {}
-    with processes(args.workers) as pool:
-        if left:
-            jobs = [(tables, number) for number in range(len(tables.paths))]
-            for _ in progress(spread(make_index, jobs, pool), len(jobs), "indexing", "table"):
-                pass
-        work = _jobs(left, tables, mark, args, pool, broken)
-        for place, counts, fault in progress(spread(_write, work, pool), len(left), "joining", "shard"):
-            add_counts(total, counts)
-            if fault:
-                broken[str(place.source)] = fault
-    summary = {"shards": len(mine), "done_before": len(mine) - len(left), "broken_shards": broken} | total
-    summary |= {"match": match, "columns": list(tables.columns), "table_rows": tables.num_rows}
+    tables = open_tables(args.tables, column, args.columns, match == "key", args.caption_lists)
+    paths = [table.path for table in tables.tables]
+    settings = {"tables": [[path.name, path.stat().st_size] for path in paths], "match": column}
+    settings |= {"columns": tables.columns, "lists": args.caption_lists, "keep": args.keep_existing}
+    left = job.left(settings, dict.fromkeys(KINDS, 0), paths)
+    found, num_rows, num_malformed = job.state / f"captions-{job.name}.tmp", 0, 0
+    try:
+        with processes(args.workers) as parallel:
+            wanted, jobs = [np.zeros(1, dtype=np.uint64)], []
+            looked_at = parallel(_names_in, [(shard, match) for shard in left])
+            for shard, names in progress(looked_at, len(left), "reading", "shard"):
+                if isinstance(names, str):
+                    job.add(shard, names)
+                else:
+                    wanted.append(names)
+                    jobs.append((shard, match, found, args.keep_existing))
+            if jobs:
+                num_rows, num_malformed = find_rows(tables, np.unique(np.concatenate(wanted)), found)
+            for shard, counts in progress(parallel(_write, jobs), len(jobs), "joining", "shard"):
+                job.add(shard, counts)
+    finally:
+        found.unlink(missing_ok=True)
+    total, further = job.total, {"match": match, "columns": list(tables.columns), "table_rows": num_rows}
+    malformed = f" ({num_malformed:,} of them malformed)" if num_malformed else ""
     lines = [
         f"{total['samples']:,} samples by {match}: {format_counts({k: total[k] for k in KINDS[1:-1]})}",
-        f"{total['captions']:,} captions written from {tables.num_rows:,} rows",
+        f"{total['captions']:,} captions written; {num_rows:,} rows of tables read{malformed}",
     ]
-    return finish(args, everything, summary, lines)
+    return job.finish(further | {"malformed_rows": num_malformed}, lines)
 
 
-def _guess_match(shards: list[Path]) -> str:
+def _guess_match(shards: Sequence[Shard]) -> str:
     """Returns ``url`` if samples of the first readable shard have such a key, else ``key``."""
-    for path in shards:
+    for shard in shards:
         try:
-            samples = read_json_samples(path)
+            with plain_tar(shard) as path:
+                samples = read_json_samples(path)
         except OSError:
             continue
         return "url" if any(isinstance(s.record.get("url"), str) for s in samples[:100]) else "key"
     return "key"
 
 
-def sample_values(sample: JsonSample, match: str) -> list[str]:
-    """Returns the values that may identify a sample in a table's match column; the first one found there is used."""
+def sample_names(sample: JsonSample, match: str) -> list[str]:
+    """Returns what may identify a sample in a table's match column; the first one found there is used."""
     value = sample.record.get(match)
-    values = [value.strip()] if isinstance(value, str) and value.strip() else []
+    values = [as_utf8(value.strip())] if isinstance(value, str) and value.strip() else []
     if match == "url":
         return values
     key = sample.key.removeprefix("./")
-    return [key, key.rpartition("/")[2] if "/" in key else f"*/{key}", *(image_names(v)[0] for v in values)]
+    return [
+        key,
+        key.rpartition("/")[2] if "/" in key else f"*/{key}",
+        *(name for v in values for name in image_names(v)[:1]),
+    ]
 
 
-def _read(job: tuple[Place, str]) -> tuple[Place, list[list[str]] | None, list[str | None], str | None]:
-    """Returns (place, values of each sample or None, fault of each sample, why the shard can't be read)."""
-    place, match = job
+def _names_in(job: tuple[Shard, str]) -> tuple[Shard, np.ndarray | str]:
+    """Returns (shard, hashes of the names of its samples, or why it can't be read)."""
+    shard, match = job
     try:
-        samples = read_json_samples(place.source)
+        with plain_tar(shard) as path:
+            samples = read_json_samples(path)
     except OSError as error:
-        return place, None, [], str(error)
-    return place, [[] if s.fault else sample_values(s, match) for s in samples], [s.fault for s in samples], None
+        return shard, str(error)
+    names = [name for sample in samples if not sample.fault for name in sample_names(sample, match)]
+    return shard, np.array([hash_text(name) for name in names], dtype=np.uint64)
 
 
-def _jobs(left: list[Place], tables: CaptionTables, mark: str, args, pool, broken: dict[str, str]) -> Iterator[tuple]:
-    """Yields the argument of `_write` for each shard; looks up rows for `--samples-per-pass` samples at a time."""
-    held: list[tuple] = []
-
-    def found() -> Iterator[tuple]:
-        rows, table = find_rows(tables, {v for _, samples, _ in held for values in samples for v in values})
-        for place, samples, faults in held:
-            chosen = [next((rows[v] for v in values if v in rows), None) for values in samples]
-            captions = table.take(pa.array([row for row in chosen if row is not None], pa.int64()))
-            kinds = [_kind(f, values, row) for f, values, row in zip(faults, samples, chosen)]
-            yield place, kinds, captions.combine_chunks(), mark, args.keep_existing
-        held.clear()
-
-    # Read a few shards at a time, so that a pass exceeds its number of samples by no more than these.
-    for start in range(0, len(left), args.workers):
-        some = [(place, "key" if tables.by_name else "url") for place in left[start : start + args.workers]]
-        for place, samples, faults, fault in sorted(spread(_read, some, pool), key=lambda r: str(r[0].source)):
-            if fault:
-                broken[str(place.source)] = fault
-            else:
-                held.append((place, samples, faults))
-        if sum(len(samples) for _, samples, _ in held) >= args.samples_per_pass:
-            yield from found()
-    if held:
-        yield from found()
-
-
-def _kind(fault: str | None, values: list[str], row: int | None) -> str:
-    if fault:
-        return fault
-    if not values:
-        return "nothing to match by"
-    return "unmatched" if row is None else "matched"
-
-
-def _write(job: tuple) -> tuple[Place, dict, str | None]:
-    """Writes one shard; returns (place, counts, why it can't be written)."""
-    place, kinds, captions, mark, keep_existing = job
-    rows = iter(captions.to_pylist())
-    matched = [next(rows) if kind == "matched" else {} for kind in kinds]
-    additions = [{name: text for name, text in row.items() if text} for row in matched]
-    counts = {"samples": len(kinds)} | {kind: kinds.count(kind) for kind in set(kinds)}
+def _write(job: tuple[Shard, str, Path, bool]) -> tuple[Shard, dict | str]:
+    """Writes one shard; returns (shard, its counts, or why it can't be written)."""
+    shard, match, found, keep_existing = job
+    counts, additions = Counter(captions=0), []
     try:
-        if keep_existing:
-            there = [sample.record for sample in read_json_samples(place.source)]
-            additions = [{k: v for k, v in new.items() if not old.get(k)} for new, old in zip(additions, there)]
-        rewrite_shard(place.source, place.target, additions)
+        with plain_tar(shard) as path, closing(open_found(found)) as base:
+            for sample in read_json_samples(path):
+                names = [] if sample.fault else sample_names(sample, match)
+                captions = next((c for c in (captions_of(base, name) for name in names) if c is not None), None)
+                nothing = "unmatched" if names else "nothing to match by"
+                counts[sample.fault or (nothing if captions is None else "matched")] += 1
+                kept = sample.record if keep_existing else {}
+                additions.append({key: text for key, text in (captions or {}).items() if not kept.get(key)})
+            rewrite_shard(path, shard.target, additions)
     except OSError as error:
-        return place, {}, str(error)
-    counts["captions"] = sum(map(len, additions))
-    write_note(place, mark, counts)
-    return place, counts, None
+        return shard, str(error)
+    return shard, dict(counts) | {"samples": len(additions), "captions": sum(map(len, additions))}

@@ -1,227 +1,166 @@
-"""Finds the rows of large caption tables that belong to given samples.
+"""Finds the rows of large caption tables that belong to given samples, in one pass over the tables.
 
-For each table, an array of hashes is written once, beside the new shards. A pass over it finds the wanted rows, and
-only row groups with such rows are read.
+The rows that are found are kept in an SQLite file, as they may not fit into memory.
 """
 
-import logging
-from collections.abc import Sequence
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from training.prepare.shards.files import content_mark
-from training.prepare.tables.chunk import url_hash
-from training.prepare.tables.columns import KEY, URL
-from training.prepare.tables.records import cell_text
+from training.prepare.rows import TableRows, cell_name, cell_texts
+from training.prepare.tables.columns import HASH, KEY, URL
+from training.prepare.work import hash_text, progress
+from training.readers.columnar import ColumnarFile, may_hold_text
 from training.readers.files import IMAGE_SUFFIXES
+from training.readers.hub import local_spec
 from training.readers.table_files import table_files
-from training.readers.tables import load_rows, open_table
-from training.runtime.files import atomic_write
-from training.runtime.messages import first_line
 
+ROWS_AT_ONCE = 10_000
 # Text columns that are never captions.
-NOT_CAPTIONS = (URL, KEY, "status", "error_message", "exif", "sha256", "md5", "url_hash")
+NOT_CAPTIONS = (URL, KEY, HASH, "status", "error_message", "exif", "sha256", "md5")
 
 
 @dataclass(frozen=True)
 class CaptionTables:
-    """Parquet tables in order.
+    """Tables in order.
 
     Attributes:
-        paths: the files.
+        tables: the tables.
         match: the column that identifies the sample of a row.
         columns: the caption columns to use.
-        index: folder for the hashes.
         by_name: the column holds names of images, which `image_names` compares.
+        lists: see `caption_texts`.
     """
 
-    paths: tuple[Path, ...]
+    tables: tuple[TableRows, ...]
     match: str
     columns: tuple[str, ...]
-    index: Path
     by_name: bool
+    lists: str
 
-    def describe(self) -> dict:
-        """Returns the properties of the tables that the result depends on."""
-        files = [[path.name, path.stat().st_size] for path in self.paths]
-        return {"tables": files, "match": self.match, "columns": list(self.columns)}
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows of all tables."""
-        return sum(pq.read_metadata(path).num_rows for path in self.paths)
+    def names(self, cell: object) -> list[str]:
+        """Returns what a cell of the match column may be found by."""
+        name = cell_name(cell)
+        return image_names(name) if self.by_name else [name] if name else []
 
 
 def open_tables(
-    names: Sequence[str], match: str, columns: Sequence[str] | None, index: Path, by_name: bool = False
+    names: Sequence[str], match: str, columns: Sequence[str] | None, by_name: bool, lists: str
 ) -> CaptionTables:
     """Opens caption tables.
 
     Args:
-        names: see `table_files`; other files than Parquet are converted once, in `index`.
+        names: see `table_files`.
         match: the column to match by.
         columns: the caption columns to use; None means all columns of text.
-        index: folder for the hashes.
-        by_name: see `CaptionTables`.
+        by_name, lists: see `CaptionTables`.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, not Parquet, or lacks one of the columns.
+        FileNotFoundError, ValueError: a file is missing, not a table, or lacks one of the columns.
     """
-    paths = [_as_parquet(path, match, index) for name in names for path in table_files(name)]
+    tables = tuple(TableRows(path) for path in table_files(local_spec("::".join(names))))
     found: list[str] = []
-    for path in paths:
-        try:
-            schema = pq.read_schema(path)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a Parquet file ({first_line(error)})") from error
-        lacking = [name for name in (match, *(columns or ())) if name not in schema.names]
-        if lacking:
-            raise ValueError(
-                f"{path}: no column {lacking[0]}; it has {', '.join(schema.names)} (--match, --key-column, --columns)"
-            )
-        found += [field.name for field in schema if _is_text(field.type) and field.name not in (*NOT_CAPTIONS, match)]
-    chosen = tuple(columns or dict.fromkeys(found))
+    for table in tables:
+        for name in (match, *(columns or ())):
+            if name not in table.names:
+                raise ValueError(
+                    f"{table.path}: no column {name}; it has {', '.join(table.names)} (--match, --key-column, "
+                    "--columns)"
+                )
+        found += _text_columns(table)
+    chosen = columns or [name for name in dict.fromkeys(found) if name not in (*NOT_CAPTIONS, match)]
     if not chosen:
-        raise ValueError(f"{paths[0]}: no columns of text beside {match}; name them with --columns")
-    return CaptionTables(tuple(paths), match, chosen, index, by_name)
+        raise ValueError(f"{tables[0].path}: no columns of text beside {match}; name them with --columns")
+    return CaptionTables(tables, match, tuple(chosen), by_name, lists)
 
 
-def _as_parquet(path: Path, match: str, index: Path) -> Path:
-    if path.suffix == ".parquet":
-        return path
-    table = open_table(path)
-    if match not in table.names:
-        raise ValueError(f"{path}: no column {match}; it has {', '.join(table.names)} (--match, --key-column)")
-    target = index / f"{path.stem}-{url_hash(f'{path.resolve()} {content_mark(path)}'):016x}.parquet"
-    if not target.exists():
-        rows = load_rows(table, table.names)
-        with atomic_write(target) as temporary:
-            pq.write_table(pa.Table.from_pylist([dict(rows[number]) for number in range(len(rows))]), temporary)
-    return target
+def _text_columns(table: TableRows) -> list[str]:
+    if table.form is None and isinstance(table.table, ColumnarFile):
+        return [field.name for field in table.table.schema if may_hold_text(field.type)]
+    return table.names
 
 
 def image_names(name: str) -> list[str]:
-    """Returns what identifies an image in a table, without its suffix: ``photos/1.jpg`` -> ``photos/1``, ``*/1``.
+    r"""Returns what identifies an image in a table, without its suffix: ``photos\1.jpg`` -> ``photos/1``, ``*/1``.
 
     The last one matches a sample in no folder, such as ``1`` in a tar of the folder's content.
     """
-    name = name.strip().removeprefix("./")
+    name = name.strip().replace("\\", "/").removeprefix("./")
     stem, stop, suffix = name.rpartition(".")
     whole = stem if stop and suffix.lower() in IMAGE_SUFFIXES else name
-    return [whole, f"*/{whole.rpartition('/')[2]}"] if "/" in whole else [whole]
+    return [whole, f"*/{whole.rpartition('/')[2]}"] if "/" in whole else [whole] if whole else []
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _is_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def make_index(job: tuple[CaptionTables, int]) -> None:
-    """Writes the hashes of one table's rows, unless the file exists. The argument is (tables, number of the table)."""
-    tables, number = job
-    target = _index_file(tables, number)
-    if target.exists():
-        return
-    with pq.ParquetFile(tables.paths[number]) as file:
-        hashes = np.zeros((2, file.metadata.num_rows), dtype=np.uint64)
-        row = 0
-        for batch in file.iter_batches(10_000, columns=[tables.match], use_threads=False):
-            for value in batch.column(0).to_pylist():
-                for place, name in enumerate(_names(tables, value)):
-                    hashes[place, row] = url_hash(name)
-                row += 1
-    with atomic_write(target) as path, open(path, "wb") as file:
-        np.save(file, hashes)
-
-
-def _names(tables: CaptionTables, value: object) -> list[str]:
-    if value is None or isinstance(value, float):
-        return []
-    return image_names(str(value)) if tables.by_name else [str(value).strip()]
-
-
-def _index_file(tables: CaptionTables, number: int) -> Path:
-    path = tables.paths[number]
-    where = url_hash(
-        f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {tables.match} {tables.by_name}"
-    )
-    return tables.index / f"{path.stem}-{where:016x}.npy"
-
-
-def find_rows(tables: CaptionTables, values: set[str]) -> tuple[dict[str, int], pa.Table]:
-    """Finds the rows with given values in the match column.
+def find_rows(tables: CaptionTables, wanted: np.ndarray, path: Path) -> tuple[int, int]:
+    """Reads all tables once, and keeps the captions of the wanted rows.
 
     Args:
-        tables: the tables, for each of which `make_index` was called.
-        values: URLs or keys.
+        tables: the tables.
+        wanted: sorted hashes of the names to look for.
+        path: SQLite file to write.
 
     Returns:
-        (value -> row in the returned table, the captions of these rows). If several rows have the same value, the first
-        one is used; but ``*/1`` is left out if it stands for images of several folders.
-
-    Raises:
-        OSError: a table can't be read.
+        Number of rows, and how many of them can't be read.
     """
-    wanted = np.unique(np.array([url_hash(value) for value in values], dtype=np.uint64))
-    schema = pa.schema([(name, pa.large_string()) for name in (tables.match, *tables.columns)])
-    taken = [schema.empty_table()]
-    for number in range(len(tables.paths)):
-        hashes = np.load(_index_file(tables, number))
-        rows = np.flatnonzero(np.isin(hashes, wanted).any(axis=0))
-        if len(rows):
-            try:
-                taken.append(_take_rows(tables, number, rows, schema))
-            except (pa.ArrowException, OSError) as error:
-                raise OSError(
-                    f"{tables.paths[number]}: can't be read ({first_line(error)}); make or fetch it again"
-                ) from error
-    table = pa.concat_tables(taken)
-    found: dict[str, int] = {}
-    owners: dict[str, set[str]] = {}
-    for row, value in enumerate(table.column(tables.match).to_pylist()):
-        names = _names(tables, value)
-        for name in names:
-            if name in values:  # two values may share a hash
-                found.setdefault(name, row)
-                owners.setdefault(name, set()).add(names[0])
-    found = {name: row for name, row in found.items() if len(owners[name]) == 1}
-    logging.debug(f"{len(found):,} of {len(values):,} values found")
-    return found, table.select(list(tables.columns))
+    path.unlink(missing_ok=True)
+    num_rows = num_malformed = 0
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?nolock=1", uri=True)) as base:
+        base.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE names(name TEXT, owner TEXT, row INTEGER);"
+            "CREATE TABLE captions(row INTEGER PRIMARY KEY, texts TEXT);"
+        )
+        for part in progress(_parts(tables), None, "reading tables", "part"):
+            good = [(number, cells) for number, cells in enumerate(part, num_rows) if cells is not None]
+            num_rows += len(part)
+            num_malformed += len(part) - len(good)
+            _keep(base, tables, good, wanted)
+        base.execute("CREATE INDEX by_name ON names(name)")
+        base.commit()
+    return num_rows, num_malformed
 
 
-def _take_rows(tables: CaptionTables, number: int, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
-    """Reads some rows of one table, row group by row group."""
-    parts = []
-    with pq.ParquetFile(tables.paths[number]) as file:
-        names = [name for name in schema.names if name in file.schema_arrow.names]
-        start = 0
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            inside = rows[(rows >= start) & (rows < start + size)] - start
-            start += size
-            if len(inside):
-                part = file.read_row_group(group, columns=names).take(pa.array(inside))
-                parts.append(_as_text(part, schema, tables.match))
-    return pa.concat_tables(parts)
+def _parts(tables: CaptionTables) -> Iterator[list[tuple | None]]:
+    """Yields a few rows at a time, as the cells of the match column and of all caption columns."""
+    for table in tables.tables:
+        columns = [name for name in tables.columns if name in table.names]
+        places = {name: place for place, name in enumerate(columns, start=1)}
+        rows = table.read([tables.match, *columns])
+        while part := list(islice(rows, ROWS_AT_ONCE)):
+            yield [cells and (cells[0], {name: cells[place] for name, place in places.items()}) for cells, _ in part]
 
 
-def _as_text(table: pa.Table, schema: pa.Schema, match: str) -> pa.Table:
-    """Converts a table to the common schema; lists of sentences become texts, missing columns become null."""
-    columns = []
-    for name in schema.names:
-        if name not in table.column_names:
-            columns.append(pa.nulls(table.num_rows, pa.large_string()))
-        elif pa.types.is_nested(table.schema.field(name).type):
-            columns.append(
-                pa.array([cell_text(v, "sentences") for v in table.column(name).to_pylist()], pa.large_string())
-            )
-        else:
-            columns.append(table.column(name).cast(pa.large_string()))
-    made = pa.table(columns, schema=schema)
-    stripped = pa.array([(v or "").strip() for v in made.column(match).to_pylist()], pa.large_string())
-    return made.set_column(0, match, stripped)
+def _keep(base: sqlite3.Connection, tables: CaptionTables, rows: list, wanted: np.ndarray) -> None:
+    names = [(name, number) for number, (_, (cell, _)) in enumerate(rows) for name in tables.names(cell)]
+    hashes = np.array([hash_text(name) for name, _ in names], dtype=np.uint64)
+    places = np.searchsorted(wanted, hashes).clip(max=len(wanted) - 1)
+    found = dict.fromkeys(names[place][1] for place in np.flatnonzero(wanted[places] == hashes))
+    for row, (cell, captions) in (rows[number] for number in found):
+        texts = {name: cell_texts(value, tables.lists) for name, value in captions.items()}
+        content = {name: those if len(those) > 1 else those[0] for name, those in texts.items() if those}
+        base.execute("INSERT INTO captions VALUES (?, ?)", (row, json.dumps(content)))
+        known = tables.names(cell)
+        base.executemany("INSERT INTO names VALUES (?, ?, ?)", [(name, known[0], row) for name in known])
+
+
+def open_found(path: Path) -> sqlite3.Connection:
+    """Opens the file that `find_rows` wrote, for reading."""
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
+def captions_of(base: sqlite3.Connection, name: str) -> dict[str, str | list[str]] | None:
+    """Returns the captions under a name: of the first such row, and None if no row has it.
+
+    ``*/1`` has none if it stands for images of several folders.
+    """
+    row, num_owners = base.execute(
+        "SELECT MIN(row), COUNT(DISTINCT owner) FROM names WHERE name = ?", (name,)
+    ).fetchone()
+    if num_owners != 1:
+        return None
+    return json.loads(base.execute("SELECT texts FROM captions WHERE row = ?", (row,)).fetchone()[0])

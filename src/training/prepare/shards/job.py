@@ -1,0 +1,124 @@
+"""The part of a set of shards that one command writes: which shards are left, and what is noted about the others."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from training.prepare.shards.files import Shard, content_mark, find_shards
+from training.prepare.work import add_counts, job_place, load_json, my_share, shorten, write_json
+from training.readers.files import parallel_map
+
+
+class ShardJob:
+    """The shards of `join` or `recaption`, by --out, --in-place, --shard-range and the environment.
+
+    Args:
+        args: the parsed flags.
+        spec: the flag's value that names the shards.
+        flag: that flag, for messages.
+        state: name of the folder for notes, beside the shards that are written.
+
+    Attributes:
+        shards: all shards.
+        mine: the shards of this job.
+        name: a name that no other job of the same command has.
+        total: the counts of all shards of this job that are done.
+
+    Raises:
+        FileNotFoundError, ValueError: another live command works on the same shards; see also `find_shards` and
+            `my_share`.
+    """
+
+    def __init__(self, args: argparse.Namespace, spec: str, flag: str, state: str):
+        self.args = args
+        self.shards = find_shards(spec, flag, None if args.in_place else args.out, state)
+        self.mine = my_share(self.shards, args.shard_range, os.environ)
+        place, parts = job_place(os.environ)
+        self.name = f"{(args.shard_range or 'all').replace(':', '-')}-{place}-of-{parts}"
+        self.state, self.total, self.broken, self.num_before, self.fingerprint = self.shards[0].state, {}, {}, 0, ""
+        args.lease.take(self.shards[0].target.parent / ".jobs" / self.name, "--out or --in-place")
+
+    def left(self, settings: dict, total: dict, tables: Sequence[Path] = ()) -> list[Shard]:
+        """Returns the shards that are not done yet, and counts the others.
+
+        Args:
+            settings: what the result depends on.
+            total: names of counts, each 0.
+            tables: the tables whose captions are added.
+
+        Raises:
+            ValueError: --out was made from other shards or tables, or holds shards that this command did not write.
+        """
+        if not self.args.in_place:
+            self._check_sources(tables)
+        self.fingerprint = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+        self.total = total
+        done = [self.done(shard) for shard in self.mine]
+        for counts in done:
+            add_counts(total, counts or {})
+        self.num_before = len(done) - done.count(None)
+        return [shard for shard, counts in zip(self.mine, done) if counts is None]
+
+    def _check_sources(self, tables: Sequence[Path]) -> None:
+        path, out = self.state / "sources.json", self.args.out
+        known = load_json(path) or {"shards": {}, "tables": None}
+        marks = parallel_map(content_mark, [shard.source for shard in self.shards])
+        for shard, mark in zip(self.shards, marks):
+            name = shard.target.name
+            if known["shards"].get(name, mark) != mark:
+                raise ValueError(
+                    f"--out {out}: its {name} is made from another shard than {shard.source}; name another"
+                )
+            if name not in known["shards"] and shard.target.exists():
+                raise ValueError(f"--out {out}: holds {name}, which this command did not write; name another folder")
+            known["shards"][name] = mark
+        made_from = sorted(map(content_mark, tables))
+        if known["tables"] not in (None, made_from):
+            raise ValueError(f"--out {out}: made from other tables; name another folder")
+        write_json(path, {"shards": known["shards"], "tables": made_from})
+
+    def done(self, shard: Shard) -> dict | None:
+        """Returns the counts of a shard that the same command has written; None if it has not."""
+        note = load_json(shard.note)
+        if not isinstance(note, dict) or note.get("fingerprint") != self.fingerprint or not shard.target.exists():
+            return None
+        return note.get("counts") if note.get("bytes") == os.path.getsize(shard.target) else None
+
+    def add(self, shard: Shard, counts: dict | str) -> None:
+        """Notes that a shard is complete and what it holds, or why it can't be made."""
+        if isinstance(counts, str):
+            self.broken[shard.source] = counts
+            return
+        add_counts(self.total, counts)
+        content = {"fingerprint": self.fingerprint, "bytes": os.path.getsize(shard.target), "counts": counts}
+        write_json(shard.note, content)
+
+    def finish(self, further: dict, lines: list[str]) -> int:
+        """Writes sizes and summary, and prints the counts.
+
+        Args:
+            further: further entries of the summary.
+            lines: lines to print between the number of shards and the list of broken ones.
+
+        Returns:
+            Exit code: 0, or 1 if shards can't be read.
+        """
+        if not self.args.in_place:
+            notes = {path.name.removesuffix(".json"): load_json(path) for path in sorted(self.state.glob("*.tar.json"))}
+            sizes = {name: note["counts"]["samples"] for name, note in notes.items() if isinstance(note, dict)}
+            out = Path(self.args.out)
+            write_json(out / "sizes.json", {name: size for name, size in sizes.items() if (out / name).exists()})
+        if self.args.summary:
+            counts = {"shards": len(self.mine), "done_before": self.num_before, "broken_shards": self.broken}
+            write_json(Path(self.args.summary), counts | self.total | further)
+        of_all = "" if len(self.mine) == len(self.shards) else f" of {len(self.shards):,}"
+        before = f", {self.num_before:,} of them before" if self.num_before else ""
+        broken = [f"not done: {reason}" for reason in self.broken.values()]
+        others = [shard.target.name for shard in self.shards if not shard.note.exists()]
+        if others and not broken:
+            lines = [*lines, f"left to other jobs: {len(others):,} shards ({shorten(others)})"]
+        print("\n".join([f"{len(self.mine):,}{of_all} shards{before}", *lines, *broken]))
+        return 1 if broken else 0
