@@ -62,9 +62,8 @@ def test_counts_are_those_of_a_loop_over_the_samples(report, shards):
         for sample in read_samples(str(shards / f"{s}.tar")):
             if sample.key.isdecimal():
                 for key, value in json.loads(sample.files["json"]).items():
-                    value = " ".join(value) if isinstance(value, list) else value
                     if key.endswith(("caption", "captions")) and value:
-                        texts.setdefault(key, []).append(value)
+                        texts.setdefault(key, []).extend(value if isinstance(value, list) else [value])
     counted = report[0]
     assert counted["samples"] == 66 and counted["usable"] == 60
     assert counted["bad"] == {"broken JSON": 2, "broken image": 2, "no image": 2}
@@ -73,12 +72,14 @@ def test_counts_are_those_of_a_loop_over_the_samples(report, shards):
     for key, those in texts.items():
         lengths = [len(tokenizer(text, context_length=10_000, padding=False)[0]) for text in those]
         got = counted["captions"][key]
-        assert got["samples"] == len(those) and got["mean_tokens"] == round(sum(lengths) / len(those), 2)
+        assert got["captions"] == len(those) and got["mean_tokens"] == round(sum(lengths) / len(those), 2)
         assert got["token_quantiles"]["1.0"] == max(lengths)
         assert {int(n): count for n, count in got["token_histogram"].items()} == {n: lengths.count(n) for n in lengths}
         for limit in (20, 64, tokenizer.context_length):
             assert got["truncated_share"][str(limit)] == round(sum(n > limit for n in lengths) / len(those), 6)
     assert counted["captions"]["longSV_captions"]["refused"] == 6
+    lists = counted["captions"]["longIB_captions"]
+    assert (lists["samples"], lists["captions"]) == (30, 60)  # a list holds alternatives
     assert counted["image_width"]["min"] == 20 and counted["image_width"]["max"] == 22
     assert counted["duplicates"] == {"image": 0, "key": 0, "url": 1}
 

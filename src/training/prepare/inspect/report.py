@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from training.prepare.inspect.counts import MAX_TOKENS, Counts
+from training.prepare.inspect.counts import BROKEN, MAX_TOKENS, Counts
 from training.prepare.work import format_counts
 from training.runtime.files import atomic_write
 from training.runtime.pages import render_page
@@ -23,47 +23,46 @@ def summarise(counts: Counts, context_lengths: list[int]) -> dict:
         counts: counts of the whole set.
         context_lengths: context lengths, for each of which the fraction of longer captions is computed.
     """
-    captions = {}
-    for key in sorted(counts.captions, key=lambda k: (-counts.captions[k], k)):
-        histogram = counts.lengths[key]
-        number, lengths = int(histogram.sum()), np.arange(len(histogram))
+    captions, samples, bad = {}, counts.of("caption"), counts.of("bad")
+    for key in sorted(samples, key=lambda k: (-samples[k], k)):
+        tokens = counts.of("tokens", key)
+        number = tokens.total()
+        longer = {str(n): sum(c for length, c in tokens.items() if length > n) for n in context_lengths}
         captions[key] = {
-            "samples": number,
-            "refused": counts.refused[key],
-            "mean_tokens": round(float((histogram * lengths).sum() / number), 2),
-            "token_quantiles": {str(q): _quantile(histogram, q) for q in (*QUANTILES, 1.0)},
-            "truncated_share": {str(n): round(float(histogram[n + 1 :].sum() / number), 6) for n in context_lengths},
-            "token_histogram": {str(n): int(histogram[n]) for n in np.flatnonzero(histogram)},
+            "samples": samples[key],
+            "captions": number,
+            "refused": counts.numbers["refused", key],
+            "mean_tokens": round(sum(length * c for length, c in tokens.items()) / number, 2),
+            "token_quantiles": {str(q): _quantile(tokens, q) for q in (*QUANTILES, 1.0)},
+            "truncated_share": {n: round(count / number, 6) for n, count in longer.items()},
+            "token_histogram": {str(length): tokens[length] for length in sorted(tokens)},
         }
+    num_samples = counts.numbers["samples",]
     return {
-        "samples": counts.samples,
-        "usable": counts.samples
-        - sum(counts.bad.values())
-        + counts.bad["broken shard"]
-        + counts.bad["unreachable shard"],
-        "bad": dict(sorted(counts.bad.items())),
-        "with_short_caption": counts.with_short,
-        "with_long_caption": counts.with_long,
+        "samples": num_samples,
+        "usable": num_samples - sum(number for kind, number in bad.items() if kind not in BROKEN),
+        "bad": dict(sorted(bad.items())),
+        "with_short_caption": counts.numbers["with", "short"],
+        "with_long_caption": counts.numbers["with", "long"],
         "captions": captions,
         "longest_counted": MAX_TOKENS,
-        "image_width": _of_sizes(counts.widths),
-        "image_height": _of_sizes(counts.heights),
+        "image_width": _range(counts.of("width")),
+        "image_height": _range(counts.of("height")),
         "duplicates": {name: _num_repeated(arrays) for name, arrays in sorted(counts.hashes.items())},
     }
 
 
-def _quantile(histogram: np.ndarray, q: float) -> int:
-    return int(np.searchsorted(np.cumsum(histogram), q * histogram.sum()))
+def _quantile(numbers: Counter, q: float) -> int:
+    """Returns a quantile of the values that occur as often as `numbers` says."""
+    values = sorted(numbers)
+    ends = np.cumsum([numbers[value] for value in values])
+    return values[int(np.searchsorted(ends, q * numbers.total()))]
 
 
-def _of_sizes(sizes: Counter) -> dict[str, float]:
-    if not sizes:
+def _range(numbers: Counter) -> dict[str, int]:
+    if not numbers:
         return {}
-    histogram = np.zeros(max(sizes) + 1, dtype=np.int64)
-    for size, number in sizes.items():
-        histogram[size] = number
-    quantiles = {f"quantile_{q}": _quantile(histogram, q) for q in QUANTILES}
-    return {"min": min(sizes), **quantiles, "max": max(sizes)}
+    return {"min": min(numbers)} | {f"quantile_{q}": _quantile(numbers, q) for q in QUANTILES} | {"max": max(numbers)}
 
 
 def _num_repeated(arrays: list[np.ndarray]) -> int:
@@ -78,29 +77,23 @@ def describe(report: dict) -> str:
     lines.append(f"bad: {format_counts(report['bad'])}")
     if report["miscounted"]:
         url, counts = next(iter(report["miscounted"].items()))
-        there = f"{counts['samples']:,} in {url}, where it counts {counts['sizes.json']:,}"
-        lines.append(f"sizes.json is wrong for {len(report['miscounted']):,} shards: {there}")
+        first = f"{counts['samples']:,} in {url}, where it counts {counts['sizes.json']:,}"
+        lines.append(f"sizes.json is wrong for {len(report['miscounted']):,} shards: {first}")
     lines.append(f"duplicates: {format_counts({f'by {k}': n for k, n in report['duplicates'].items()})}")
     if report["image_width"]:
         sizes = [" .. ".join(f"{v:,}" for v in report[name].values()) for name in ("image_width", "image_height")]
         lines.append(f"image width {sizes[0]}, height {sizes[1]} (least, 5%, 50%, 95%, most)")
-    contexts = list(next(iter(report["captions"].values()))["truncated_share"]) if report["captions"] else []
     rows = []
     for key, c in report["captions"].items():
         quantiles = " / ".join(f"{n:,}" for n in c["token_quantiles"].values())
-        shares = [f"{100 * share:.1f}%" for share in c["truncated_share"].values()]
-        rows.append([key, f"{c['samples']:,}", f"{c['refused']:,}", f"{c['mean_tokens']:.1f}", quantiles, *shares])
-    headers = [
-        "caption",
-        "samples",
-        "refused",
-        "tokens\nmean",
-        "\n5 / 50 / 95 / 100%",
-        *(f"cut at\n{n}" for n in contexts),
-    ]
-    right = ["left"] + ["right"] * (len(headers) - 1)
+        numbers = [f"{c[name]:,}" for name in ("samples", "captions", "refused")]
+        fractions = [f"{100 * fraction:.1f}%" for fraction in c["truncated_share"].values()]
+        rows.append([key, *numbers, f"{c['mean_tokens']:.1f}", quantiles, *fractions])
+        cut_at = [f"cut at\n{n}" for n in c["truncated_share"]]
     if rows:
-        lines.append(tabulate(rows, headers, colalign=right, disable_numparse=True))
+        headers = ["caption", "samples", "captions", "refused", "tokens\nmean", "\n5 / 50 / 95 / 100%", *cut_at]
+        align = ["left"] + ["right"] * (len(headers) - 1)
+        lines.append(tabulate(rows, headers, colalign=align, disable_numparse=True))
     return "\n".join(lines)
 
 
@@ -113,24 +106,25 @@ def write_png(path: Path, counts: Counts, context_lengths: list[int]) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     end = 16
-    for key in sorted(counts.lengths):
-        histogram = counts.lengths[key]
-        end = max(end, _quantile(histogram, 0.995))
-        left.step(np.arange(len(histogram)), histogram / histogram.sum(), where="mid", label=key, linewidth=1)
+    for key in sorted(counts.of("caption")):
+        tokens = counts.of("tokens", key)
+        lengths = range(max(tokens) + 1)
+        end = max(end, _quantile(tokens, 0.995))
+        left.step(lengths, [tokens[n] / tokens.total() for n in lengths], where="mid", label=key, linewidth=1)
     for length in context_lengths:
         if length <= end:
             left.axvline(length, color="grey", linestyle=":", linewidth=1)
             left.annotate(str(length), (length, left.get_ylim()[1]), fontsize=8, ha="right", va="top", rotation=90)
     left.set(xlim=(0, end), xlabel="tokens", ylabel="share of captions", title="Caption lengths")
-    if counts.lengths:
-        left.legend(fontsize=8)
-    for name, sizes in (("width", counts.widths), ("height", counts.heights)):
+    for name in ("width", "height"):
+        sizes = counts.of(name)
         if sizes:
             values, weights = zip(*sorted(sizes.items()))
             right.hist(values, bins=40, weights=weights, histtype="step", label=name)
     right.set(xlabel="pixels", ylabel="images", title="Image sizes")
-    if counts.widths:
-        right.legend(fontsize=8)
+    for axes in (left, right):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
