@@ -166,7 +166,7 @@ def test_continuing_after_a_stop_fetches_missing_images(downloaded, tmp_path, ca
     assert sizes[0] == sizes[1]
     with pytest.raises(SystemExit):
         main([*download_words(base), "--samples-per-shard", "9"])
-    assert "with other sizes" in capfd.readouterr().err
+    assert "with other flags" in capfd.readouterr().err
 
 
 @needs_engine

@@ -12,18 +12,16 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from training.prepare.shards.order import order_shard
+from training.prepare.shards.files import order_shard
 from training.prepare.tables.columns import KEY, RAW, URL
-from training.prepare.work import format_counts, load_json, progress, write_json
+from training.prepare.work import format_counts, load_json, progress, shorten, start_folder, write_json
+from training.readers.columnar import ColumnarFile
 from training.readers.files import parallel_map
 from training.readers.samples import index_shard
-from training.runtime.messages import first_line
+from training.readers.table_files import table_files
 
 STATE = ".download"
 # (pattern in a message, kind of failure): messages differ in addresses and numbers, so they are grouped into kinds.
@@ -40,8 +38,7 @@ FAILURE_KINDS = (
 )
 
 
-@dataclass(frozen=True)
-class Tables:
+class Tables(NamedTuple):
     """The caption tables whose images are fetched.
 
     Attributes:
@@ -50,67 +47,58 @@ class Tables:
         captions: caption columns.
     """
 
-    path: Path
-    sizes: tuple[int, ...]
-    captions: tuple[str, ...]
-
-    def num_shards(self, per_shard: int) -> int:
-        """Returns the number of shards; img2dataset begins a new shard with each table."""
-        return sum(-(-size // per_shard) for size in self.sizes)
+    path: str
+    sizes: list[int]
+    captions: list[str]
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0 if every shard is there and complete, else 1."""
-    tables = read_tables(Path(args.tables))
-    out = Path(args.out)
+    tables, out = read_tables(args.tables), Path(args.out)
     words = command_line(tables, args)
     if args.print_command:
         print(shlex.join(words))
         return 0
-    settings = {"tables": [list(tables.sizes), list(tables.captions)], "samples_per_shard": args.samples_per_shard}
-    settings |= {"image_size": args.image_size, "resize_mode": args.resize_mode}
-    known = load_json(out / STATE / "settings.json")
-    if known not in (None, settings):
-        raise ValueError(f"--out {out}: started from other tables or with other sizes; name another folder")
     if not args.check_only:
         words[0] = _find_engine(words)
-        args.lease.take(out / STATE, "--out")
-        write_json(out / STATE / "settings.json", settings)
+    settings = {"tables": [tables.sizes, tables.captions], "samples_per_shard": args.samples_per_shard}
+    settings |= {"image_size": args.image_size, "resize_mode": args.resize_mode}
+    state = start_folder(args, STATE, settings, may_hold_others=True)
+    if not args.check_only:
         (out / "sizes.json").unlink(missing_ok=True)  # img2dataset would read it as one of its own .json files
-        code = subprocess.run(words, check=False, env=_engine_environment(words[0])).returncode
+        # Spark chooses the Python of its workers itself; this makes it use the one that has img2dataset.
+        python = (Path(words[0]).parent / "python").absolute()
+        env = ({"PYSPARK_PYTHON": str(python)} if python.exists() else {}) | dict(os.environ)
+        code = subprocess.run(words, check=False, env=env).returncode
         if code:
             print(f"img2dataset ended with exit code {code}", file=sys.stderr)
-    report = check(out, tables, args.samples_per_shard)
+    report, sizes = check(out, tables, args.samples_per_shard)
     if not args.check_only:  # img2dataset writes samples in the order in which they arrive
-        whole = [out / name for name in report["sizes"]]
-        list(progress(map(order_shard, whole), len(whole), "ordering", "shard"))
-    write_json(out / STATE / "report.json", report)
-    write_json(out / "sizes.json", report.pop("sizes"))
+        for name in progress(sizes, len(sizes), "ordering", "shard"):
+            order_shard(out / name)
+    write_json(state / "report.json", report | {"sizes": sizes})
+    write_json(out / "sizes.json", sizes)
     if args.summary:
         write_json(Path(args.summary), report)
     print(describe(report))
     return 0 if not report["missing_shards"] and not report["bad_shards"] else 1
 
 
-def read_tables(path: Path) -> Tables:
+def read_tables(path: str) -> Tables:
     """Reads the sizes and columns of tables written by `tables`.
 
     Raises:
         FileNotFoundError, ValueError: the path doesn't exist, or is not such a table.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path}: no *.parquet in this folder; make some with python -m training.prepare tables")
-    try:
-        metadata = [pq.read_metadata(file) for file in files]
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not Parquet ({first_line(error)})") from error
-    names = metadata[0].schema.to_arrow_schema().names
-    if URL not in names:
-        raise ValueError(f"{files[0]}: no column {URL}, only {', '.join(names)}; run python -m training.prepare tables")
-    return Tables(path, tuple(m.num_rows for m in metadata), tuple(n for n in names if n not in (URL, KEY)))
+    files = [ColumnarFile(file) for file in table_files(path)]
+    for file in files:
+        if file.path.suffix != ".parquet" or URL not in file.names:
+            raise ValueError(
+                f"{file.path}: expected Parquet with a column {URL}, found {', '.join(file.names)}; make it with "
+                "python -m training.prepare tables"
+            )
+    captions = [name for name in files[0].names if name not in (URL, KEY)]
+    return Tables(path, [file.num_rows for file in files], captions)
 
 
 def command_line(tables: Tables, args: argparse.Namespace) -> list[str]:
@@ -145,19 +133,9 @@ def command_line(tables: Tables, args: argparse.Namespace) -> list[str]:
     return [*words, *(f"--{name}={value}" for name, value in values.items()), *args.engine_flag]
 
 
-def _engine_environment(command: str) -> dict[str, str]:
-    """Returns the environment for img2dataset.
-
-    Spark chooses the Python of its workers itself; this makes it use the one that has img2dataset.
-    """
-    beside = Path(command).parent / "python"
-    return ({"PYSPARK_PYTHON": str(beside.absolute())} if beside.exists() else {}) | dict(os.environ)
-
-
 def _find_engine(words: list[str]) -> str:
     """Returns the path of the command: as named, on PATH, or beside the current Python interpreter."""
-    beside = Path(sys.executable).parent / words[0]
-    found = shutil.which(words[0]) or (str(beside) if beside.is_file() else None)
+    found = shutil.which(words[0]) or shutil.which(words[0], path=Path(sys.executable).parent)
     if not found:
         raise FileNotFoundError(
             f"--img2dataset {words[0]}: no such command. Install it in a separate environment: "
@@ -167,41 +145,33 @@ def _find_engine(words: list[str]) -> str:
     return found
 
 
-def check(out: Path, tables: Tables, per_shard: int) -> dict:
+def check(out: Path, tables: Tables, per_shard: int) -> tuple[dict, dict[str, int]]:
     """Compares the shards in a folder with the tables they were fetched for.
 
     Args:
         out: folder of the shards.
         tables: the tables.
-        per_shard: number of rows per shard.
+        per_shard: number of rows per shard; img2dataset begins a new shard with each table.
 
     Returns:
-        Counts of rows and failures by kind; shards that are missing, broken, or have another size than img2dataset
-        reports; and under ``sizes`` the number of samples of each complete shard.
+        Counts of rows and failures by kind, and shards that are missing, broken, or have another size than img2dataset
+        reports; and the number of samples of each complete shard.
     """
-    names = [f"{number:05d}" for number in range(tables.num_shards(per_shard))]
-    report: dict = {"rows": sum(tables.sizes), "images": 0, "failed": 0, "shards": len(names)}
-    failures: Counter = Counter()
-    missing, bad, sizes = [], {}, {}
+    names = [f"{number:05d}" for number in range(sum(-(-size // per_shard) for size in tables.sizes))]
+    failures, missing, bad, sizes = Counter(), [], {}, {}
     for name, (stats, number, fault) in zip(names, parallel_map(lambda n: _look_at(out, n), names)):
         if stats is None:
             missing.append(name)
             continue
         for message, times in stats.get("status_dict", {}).items():
-            if message != "success":
-                failures[failure_kind(message)] += times
-        report["failed"] += stats["failed_to_download"] + stats["failed_to_resize"]
+            failures[failure_kind(message)] += times * (message != "success")
         if fault or number != stats["successes"]:
             bad[name] = fault or f"{name}.tar: {number:,} samples, img2dataset counts {stats['successes']:,}"
-            continue
-        report["images"] += number
-        sizes[f"{name}.tar"] = number
-    return report | {
-        "failures": dict(failures.most_common()),
-        "missing_shards": missing,
-        "bad_shards": bad,
-        "sizes": sizes,
-    }
+        else:
+            sizes[f"{name}.tar"] = number
+    report = {"rows": sum(tables.sizes), "images": sum(sizes.values()), "failed": failures.total()}
+    report |= {"shards": len(names), "failures": dict((+failures).most_common())}
+    return report | {"missing_shards": missing, "bad_shards": bad}, sizes
 
 
 def _look_at(out: Path, name: str) -> tuple[dict | None, int, str | None]:
@@ -229,11 +199,8 @@ def describe(report: dict) -> str:
     """Returns the counts as text for the terminal."""
     lines = [f"{report['images']:,} images of {report['rows']:,} rows in {report['shards']:,} shards"]
     lines.append(f"not fetched: {format_counts(report['failures'])}")
-    if report["missing_shards"]:
-        names = report["missing_shards"]
-        lines.append(
-            f"missing shards: {len(names):,} ({', '.join(names[:5])}{', ..' * (len(names) > 5)}); run it again"
-        )
+    if names := report["missing_shards"]:
+        lines.append(f"missing shards: {len(names):,} ({shorten(names)}); run it again")
     for name, reason in list(report["bad_shards"].items())[:10]:
         lines.append(f"bad shard: {reason}; remove {name}.tar and {name}_stats.json and run it again")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ is tested on what it was trained on. The result depends on the images and the se
 import argparse
 import os
 from collections import Counter
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from training.prepare.work import format_counts, write_json
+from training.prepare.rows import TableRows
+from training.prepare.shards.files import content_mark
+from training.prepare.work import SUMMARY, format_counts, start_folder, write_json
 from training.readers.files import parallel_map
+from training.readers.hub import local_spec
 from training.readers.images import BrokenImageError, load_rgb
-from training.readers.table_files import table_files
-from training.readers.tables import choose_image_column, load_rows, open_table
+from training.readers.table_files import beside, table_files
+from training.readers.tables import choose_image_column
 from training.runtime.files import atomic_write
 
-SUMMARY = "_summary.json"
 MOST_BITS = 6  # two images are near-duplicates if at most this many of 128 bits differ,
 MOST_LEVELS = 12.0  # and their colours on a grid of 8 x 8 by at most this many of 255 levels on average
 
@@ -44,14 +47,13 @@ class Look(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if a part would be empty."""
-    out = Path(args.out)
     if not 0 < args.test < 1:
-        raise ValueError(f"--test {args.test:g}: expected a share between 0 and 1")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out}: not empty; name a new folder")
-    rows, column = read_rows(args.table, args.csv_img_key, args.csv_separator)
-    args.lease.take(out / ".jobs", "--out")
-    counts: Counter = Counter()
+        raise ValueError(f"--test {args.test:g}: expected a fraction between 0 and 1")
+    paths = table_files(local_spec(args.table))
+    settings = {"tables": [content_mark(path) for path in paths], "image": args.csv_img_key}
+    rows, column, num_malformed = read_rows(paths, args.csv_img_key, args.csv_separator)
+    start_folder(args, ".split", settings | {"test": args.test, "seed": args.seed})
+    counts = Counter({"malformed row": num_malformed})
     looks: dict[object, Look] = {}
     key_of_row = [_key(row[column]) for row in rows]
     sources = {key: _source(row[column]) for key, row in zip(key_of_row, rows)}
@@ -60,48 +62,50 @@ def run(args: argparse.Namespace) -> int:
             counts[found] += 1
         else:
             looks[key] = found
-    keys = list(looks)
-    groups = near_duplicates([looks[key] for key in keys])
-    test = choose_test([looks[key].content for key in keys], groups, args.test, args.seed)
-    is_test = dict(zip(keys, test))
-    parts: dict[str, list[dict]] = {"train": [], "test": []}
+    groups = near_duplicates(list(looks.values()))
+    is_test = dict(zip(looks, choose_test([look.content for look in looks.values()], groups, args.test, args.seed)))
+    sides: dict[str, list[dict]] = {"train": [], "test": []}
     for key, row in zip(key_of_row, rows):
         if key in is_test:
-            parts["test" if is_test[key] else "train"].append(row)
-    for name, content in parts.items():
-        with atomic_write(out / f"{name}.parquet") as path:
+            sides["test" if is_test[key] else "train"].append(row)
+    for name, content in sides.items():
+        with atomic_write(Path(args.out) / f"{name}.parquet") as path:
             pq.write_table(pa.Table.from_pylist(content or rows[:1]).slice(0, len(content)), path)
-    summary = {"rows": len(rows), "images": len(sources), "groups": len(set(groups)), "unreadable": dict(counts)}
-    summary |= {name: len(content) for name, content in parts.items()} | {"seed": args.seed}
-    write_json(out / SUMMARY, summary)
+    num_rows = {name: len(content) for name, content in sides.items()}
+    summary = {"rows": len(rows) + num_malformed, "images": len(sources), "groups": len(set(groups))}
+    write_json(Path(args.out) / SUMMARY, summary | {"unreadable": +counts} | num_rows | {"seed": args.seed})
     print(
-        f"{len(rows):,} rows of {len(sources):,} images: {len(parts['train']):,} rows in train.parquet, "
-        f"{len(parts['test']):,} in test.parquet, {len(rows) - sum(map(len, parts.values())):,} left out\n"
-        f"images left out: {format_counts(counts)}; "
-        f"{len(keys) - len(set(groups)):,} images are near-duplicates of another"
+        f"{summary['rows']:,} rows of {len(sources):,} images: {num_rows['train']:,} rows in train.parquet, "
+        f"{num_rows['test']:,} in test.parquet, {summary['rows'] - sum(num_rows.values()):,} left out\n"
+        f"left out: {format_counts(counts)}; {len(looks) - len(set(groups)):,} images are near-duplicates of another"
     )
-    return 0 if all(parts.values()) else 1
+    return 0 if all(sides.values()) else 1
 
 
-def read_rows(spec: str, image_column: str, separator: str | None) -> tuple[list[dict], str]:
-    """Reads all columns of tables; returns (rows, image column). Image paths become absolute.
+def read_rows(paths: Sequence[Path], image_column: str, separator: str | None) -> tuple[list[dict], str, int]:
+    """Reads all columns of tables. Image paths become absolute.
+
+    Returns:
+        The rows, the image column, and how many rows can't be read.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, not a table, or has no image column.
+        ValueError: a file is not a table, or has no image column.
     """
-    rows, column = [], image_column
-    for path in table_files(spec):
-        table = open_table(path, separator)
+    rows, column, num_malformed = [], image_column, 0
+    for path in paths:
+        table = TableRows(path, separator)
         column = choose_image_column(table, image_column)
-        loaded = load_rows(table, table.names)
-        for number in range(len(loaded)):
-            row = dict(loaded[number])
-            if isinstance(row.get(column), str):
-                row[column] = os.path.abspath(path.parent / row[column])
+        for cells, _ in table.read(table.names):
+            if cells is None:
+                num_malformed += 1
+                continue
+            row = dict(zip(table.names, cells))
+            if isinstance(row[column], str):
+                row[column] = os.path.abspath(beside(path, row[column]))
             rows.append(row)
     if not rows:
-        raise ValueError(f"{spec}: no rows")
-    return rows, column
+        raise ValueError(f"{paths[0]}: no rows")
+    return rows, column, num_malformed
 
 
 def _key(image: object) -> object:
@@ -147,10 +151,10 @@ def near_duplicates(looks: list[Look]) -> list[int]:
             number = group[number]
         return number
 
-    for part in np.array_split(np.arange(16), MOST_BITS + 1):
+    for places in np.array_split(np.arange(16), MOST_BITS + 1):
         buckets: dict[bytes, list[int]] = {}
         for number, look in enumerate(looks):
-            buckets.setdefault(look.bits[part].tobytes(), []).append(number)
+            buckets.setdefault(look.bits[places].tobytes(), []).append(number)
         for bucket in buckets.values():
             bits, colours = (np.stack([getattr(looks[n], name) for n in bucket]) for name in ("bits", "colours"))
             for place, number in enumerate(bucket[:-1]):
@@ -161,13 +165,13 @@ def near_duplicates(looks: list[Look]) -> list[int]:
     return [root(number) for number in range(len(looks))]
 
 
-def choose_test(contents: list[str], groups: list[int], share: float, seed: int) -> list[bool]:
-    """Returns for each image whether it is in the test part, about `share` of the images.
+def choose_test(contents: list[str], groups: list[int], fraction: float, seed: int) -> list[bool]:
+    """Returns for each image whether it is in the test part, about `fraction` of the images.
 
     Args:
         contents: hash of each image file.
         groups: `near_duplicates`; a group is never divided.
-        share: fraction of the images.
+        fraction: of the images.
         seed: seed of the choice.
     """
     names: dict[int, str] = {}
@@ -175,7 +179,7 @@ def choose_test(contents: list[str], groups: list[int], share: float, seed: int)
         names[group] = min(content, names.get(group, content))
     sizes, chosen, number = Counter(groups), set(), 0
     for group in sorted(names, key=lambda g: sha256(f"{seed}/{names[g]}".encode()).digest()):
-        if number + sizes[group] <= max(1, round(share * len(groups))):
+        if number + sizes[group] <= max(1, round(fraction * len(groups))):
             chosen.add(group)
             number += sizes[group]
     return [group in chosen for group in groups]
