@@ -147,6 +147,28 @@ def test_a_stopped_run_continues_without_asking_the_model_again(tmp_path, vlm, m
         assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()
 
 
+def test_a_run_that_was_killed_in_a_line_gives_the_same_bytes(tmp_path, vlm, monkeypatch):
+    shards, words = write_set(tmp_path / "set"), ["--caption", f"long_caption={PROMPT}"]
+    assert run(shards, vlm, "--out", tmp_path / "whole", *words) == 0
+    monkeypatch.setattr(recaption, "rewrite_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(shards, vlm, "--out", tmp_path / "killed", *words) == 130
+    monkeypatch.undo()
+    (written,) = (tmp_path / "killed" / ".recaption" / "captions").iterdir()
+    lines = written.read_bytes().splitlines(keepends=True)
+    written.write_bytes(b"".join([*lines[:2], lines[2][:9]]))  # within the first batch of three
+    real, asked = TransformersEngine.caption, []
+
+    def counting(self, images, prompt):
+        asked.append(len(images))
+        return real(self, images, prompt)
+
+    monkeypatch.setattr(TransformersEngine, "caption", counting)
+    assert run(shards, vlm, "--out", tmp_path / "killed", *words) == 0
+    assert asked[:2] == [3, 1]  # the batches of an uninterrupted run
+    for path in (tmp_path / "whole").glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+
+
 def test_ranks_share_the_shards(tmp_path, vlm, monkeypatch):
     shards, words = write_set(tmp_path / "set"), ["--caption", f"long_caption={PROMPT}"]
     assert run(shards, vlm, "--out", tmp_path / "one", *words) == 0

@@ -40,11 +40,10 @@ def run(args: argparse.Namespace) -> int:
     left = job.left(settings, dict.fromkeys(SAMPLE_KINDS, 0) | counts)
     if left:
         engine = make_engine(args)
+        batch_size = args.batch_size or engine.batch_size
         for shard in progress(left, len(left), "captioning", "shard"):
             try:  # another job may have done it by now
-                job.add(
-                    shard, job.done(shard) or recaption_shard(shard, engine, prompts, args.batch_size, job.fingerprint)
-                )
+                job.add(shard, job.done(shard) or recaption_shard(shard, engine, prompts, batch_size, job.fingerprint))
             except OSError as error:
                 job.add(shard, str(error))
     total = job.total
@@ -71,16 +70,14 @@ def read_prompts(pairs: list[str]) -> dict[str, str]:
     return prompts
 
 
-def recaption_shard(
-    shard: Shard, engine: Engine, prompts: dict[str, str], batch_size: int | None, fingerprint: str
-) -> dict:
+def recaption_shard(shard: Shard, engine: Engine, prompts: dict[str, str], batch_size: int, fingerprint: str) -> dict:
     """Writes one shard with the captions of a model.
 
     Args:
         shard: the shard, and where to write it.
         engine: the model.
         prompts: key -> prompt.
-        batch_size: number of images per call of the model; None means the engine's default.
+        batch_size: number of images per call of the model.
         fingerprint: of model and prompts; captions with another one are generated again.
 
     Returns:
@@ -96,11 +93,12 @@ def recaption_shard(
         if [line["key"] for line in lines] != keys[: len(lines)]:
             lines = []
         if len(lines) < len(keys):
+            lines = lines[: len(lines) // batch_size * batch_size]  # a batch gives the same captions only as a whole
             with atomic_write(written) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             with open(written, "a", encoding="utf-8") as file:
                 raw = progress(read_samples(str(path), len(lines)), len(keys) - len(lines), written.name, "image")
-                for batch in caption_samples(raw, engine, prompts, batch_size or engine.batch_size):
+                for batch in caption_samples(raw, engine, prompts, batch_size):
                     file.write("".join(json.dumps(line) + "\n" for line in batch))
                     file.flush()  # a killed job loses no more than this batch
                     lines += batch
