@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 BLOCK_NUMBERS_CPU, BLOCK_NUMBERS_GPU = 2**21, 2**24
@@ -52,7 +52,7 @@ def in_blocks(
     num_rows, per_row = len(rows[0]), sum(len(key) for key in keys)
     height = max(1, block_size(rows[0], block_numbers) // per_row)
     height = -(-num_rows // -(-num_rows // height))  # as few blocks as possible, all of about the same height
-    blocks = zip(*(part.split(height) for part in rows))
+    blocks = zip(*(tensor.split(height) for tensor in rows))
     return [
         checkpoint(compare, block, keys, *others, use_reentrant=False, preserve_rng_state=False) for block in blocks
     ]
@@ -64,9 +64,14 @@ def similarities(rows: torch.Tensor, keys: Sequence[torch.Tensor], scale: torch.
     return ((rows * scale) @ joined.T).unflatten(1, (len(keys), -1))
 
 
-def at_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Picks a key for each row, the same in each of the K sets: logits [n, K, N], targets [n] int64 -> [n, K]."""
-    return logits.gather(2, targets[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
+def _targets_mean(
+    rows: torch.Tensor, keys: Sequence[torch.Tensor], targets: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Mean over rows of the similarity that the target distribution expects, [K]; needs no logits."""
+    matched = torch.stack([(rows * key[targets]).sum() / len(rows) for key in keys])
+    if not smoothing:
+        return matched
+    return (1 - smoothing) * matched + smoothing * torch.stack([rows.mean(0) @ key.mean(0) for key in keys])
 
 
 def cross_entropy(
@@ -93,23 +98,23 @@ def cross_entropy(
     Returns:
         [K].
     """
-    compare = partial(_sums, smoothing=smoothing, two_way=two_way)
+    compare = partial(_cross_entropies, smoothing=smoothing, two_way=two_way)
     blocks = in_blocks(compare, (rows, targets), keys, scale, block_numbers=block_numbers)
-    of_rows, expected, of_keys = zip(*blocks)
-    loss = torch.cat(of_rows).mean(0) - torch.cat(expected).mean(0)
+    of_rows, of_keys = zip(*blocks)
+    loss = torch.cat(of_rows).mean(0)
     if not two_way:
         return loss
-    return (loss + torch.stack(of_keys).logsumexp(0).mean(1) - torch.cat(expected).mean(0)) / 2
+    of_keys = torch.stack(of_keys).logsumexp(0).mean(1) - scale * _targets_mean(rows, keys, targets, smoothing)
+    return (loss + of_keys) / 2
 
 
-def _sums(rows, keys, scale: torch.Tensor, smoothing: float, two_way: bool) -> tuple[torch.Tensor, ...]:
-    """Of a block: log-sum-exp over keys [n, K], expected logits under the targets [n, K], log-sum-exp over rows."""
+def _cross_entropies(rows, keys, scale: torch.Tensor, smoothing: float, two_way: bool) -> tuple:
+    """Of a block: cross-entropies of the rows [n, K], and, if both ways are compared, log-sum-exp over rows [K, N]."""
     features, targets = rows
     logits = similarities(features, keys, scale)
-    expected = at_targets(logits, targets)
-    if smoothing:
-        expected = (1 - smoothing) * expected + smoothing * logits.mean(2)
-    return logits.logsumexp(2), expected, logits.logsumexp(0) if two_way else None
+    options = {"label_smoothing": smoothing, "reduction": "none"}
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.repeat_interleave(len(keys)), **options)
+    return losses.unflatten(0, logits.shape[:2]), logits.logsumexp(0) if two_way else None
 
 
 def sigmoid_loss(
@@ -127,12 +132,10 @@ def sigmoid_loss(
 
     Source: SigLIP (arXiv 2303.15343).
     """
-    blocks = in_blocks(_sigmoid_sums, (rows, targets), keys, scale, bias, block_numbers=block_numbers)
-    return torch.stack(blocks).sum(0) / len(rows)
+    blocks = in_blocks(_sigmoid_sums, (rows,), keys, scale, bias, block_numbers=block_numbers)
+    # A matching pair's loss is softplus(-z) = softplus(z) - z.
+    return torch.stack(blocks).sum(0) / len(rows) - scale * _targets_mean(rows, keys, targets) - bias
 
 
 def _sigmoid_sums(rows, keys, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    features, targets = rows
-    logits = similarities(features, keys, scale) + bias
-    # A matching pair's loss is softplus(-z) = softplus(z) - z.
-    return softplus(logits).sum((0, 2)) - at_targets(logits, targets).sum(0)
+    return functional.softplus(similarities(rows[0], keys, scale) + bias).sum((0, 2))

@@ -126,33 +126,11 @@ class _CaptionLoss(nn.Module):
             value = texts[0].new_zeros(())
             for view in views:
                 for group in (columns[start : start + count] for start in range(0, len(columns), count)):
-                    own, everyone = ([side[column] for column in group] for side in (texts, all_texts))
-                    value = value + self.compare(images[view], own, all_images[view], everyone, *scalars)
-            num_own = max(len(columns), 1) if self.normalisation == "per-term" else num_texts
-            results[term.name] = term.weight * value / (num_own * len(views))
+                    mine, everyones = ([side[column] for column in group] for side in (texts, all_texts))
+                    value = value + self.compare(images[view], mine, all_images[view], everyones, *scalars)
+            divisor = max(len(columns), 1) if self.normalisation == "per-term" else num_texts
+            results[term.name] = term.weight * value / (divisor * len(views))
         return results if output_dict else sum(results.values())
-
-    def compare(
-        self,
-        images: torch.Tensor,
-        texts: list[torch.Tensor],
-        all_images: torch.Tensor,
-        all_texts: list[torch.Tensor],
-        scale: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Compares this rank's rows with those of all ranks.
-
-        Args:
-            images: [n, dim].
-            texts: K texts, [n, dim] each.
-            all_images, all_texts: the same of all ranks, [N, dim] each.
-            scale, bias: scalars; bias may be None.
-
-        Returns:
-            The sum of the texts' losses.
-        """
-        raise NotImplementedError
 
     def _targets(self, rows: torch.Tensor) -> torch.Tensor:
         """Indices of this rank's rows among the gathered ones."""
@@ -167,7 +145,7 @@ class _CaptionLoss(nn.Module):
         if early:
             return [early.wait()], list(gathered)
         # Stacking images without a gradient with the texts made them require one.
-        all_images = [x if own.requires_grad else x.detach() for own, x in zip(images, gathered)]
+        all_images = [x if mine.requires_grad else x.detach() for mine, x in zip(images, gathered)]
         return all_images, list(gathered[len(images) :])
 
     def gather_early(self, image_features: torch.Tensor) -> EarlyGather | None:
@@ -196,7 +174,17 @@ class LongCaptionLoss(_CaptionLoss):
     kind = "softmax"
 
     def compare(self, images, texts, all_images, all_texts, scale, bias) -> torch.Tensor:
-        """See `_CaptionLoss.compare`."""
+        """Compares this rank's rows with those of all ranks.
+
+        Args:
+            images: [n, dim].
+            texts: K texts, [n, dim] each.
+            all_images, all_texts: the same of all ranks, [N, dim] each.
+            scale, bias: scalars; bias may be None.
+
+        Returns:
+            The sum of the texts' losses.
+        """
         options = {"smoothing": self.label_smoothing, "block_numbers": self.block_numbers}
         targets = self._targets(images)
         if self.world_size == 1:
@@ -216,7 +204,7 @@ class LongCaptionSigLipLoss(_CaptionLoss):
     kind = "sigmoid"
 
     def compare(self, images, texts, all_images, all_texts, scale, bias) -> torch.Tensor:
-        """See `_CaptionLoss.compare`."""
+        """See `LongCaptionLoss.compare`."""
         bias = torch.zeros_like(scale) if bias is None else bias
         targets = self._targets(images)
         return sigmoid_loss(images, all_texts, targets, scale, bias, block_numbers=self.block_numbers).sum()

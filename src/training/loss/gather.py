@@ -22,9 +22,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         if dist.get_backend() != "gloo":
-            own = gradient.new_empty(len(gradient) // ctx.world_size, *gradient.shape[1:])
-            _reduce_scatter(own, gradient.contiguous())
-            return own, None, None
+            summed = gradient.new_empty(len(gradient) // ctx.world_size, *gradient.shape[1:])
+            _reduce_scatter(summed, gradient.contiguous())
+            return summed, None, None
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)  # older releases of gloo have no reduce-scatter
         return gradient.chunk(ctx.world_size)[dist.get_rank()], None, None
