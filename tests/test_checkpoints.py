@@ -49,6 +49,15 @@ def test_flags_of_the_command_line_win_when_a_run_is_resumed(scenes, tmp_path, c
     assert "--seed" not in line and "--batch-size" not in line
 
 
+@pytest.mark.parametrize("name", ["epoch_1.pt", "step_5.pt", "epoch_latest.pt"])
+def test_a_new_run_does_not_overwrite_checkpoints(name, scenes, tmp_path, capsys):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    checkpoint(folder, name, 1, 5)
+    assert main(command(scenes, tmp_path, "run")) == 2
+    assert f"{folder} contains checkpoints; add --resume latest or use another name" in capsys.readouterr().err
+
+
 def test_a_kill_while_metrics_are_cut_back_loses_nothing(tmp_path, monkeypatch):
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 6)]
     path = tmp_path / "metrics.jsonl"

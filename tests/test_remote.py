@@ -118,4 +118,4 @@ def test_a_name_that_is_taken_there_is_refused(scenes, tmp_path, capsys):
     flags = ["--epochs", "1", "--remote-sync", f"file://{tmp_path / 'remote'}"]
     assert main(command(scenes, tmp_path / "first", "run", *flags)) == 0
     assert main(command(scenes, tmp_path / "second", "run", *flags)) == 2
-    assert "contains checkpoints of this name; add --resume latest" in capsys.readouterr().err
+    assert "/remote/run contains checkpoints; add --resume latest" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device_so
 
+from training.runtime.processes import end_at_once
 from training.runtime.progress import EXIT_LOST
 from training.runtime.stop import SIGNALS, StoppedError
 
@@ -82,8 +83,7 @@ def leave_ranks(env: DistEnv) -> None:
 
 def _end_alone(minutes: float) -> None:
     who = f"rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '?')}"
-    print(f"python -m training.main: error: {who} could not connect within {minutes:g} minutes", file=sys.stderr)
-    os._exit(EXIT_LOST)
+    end_at_once(EXIT_LOST, f"python -m training.main: error: {who} could not connect within {minutes:g} minutes")
 
 
 def check_launch() -> None:
@@ -181,7 +181,7 @@ def gather_objects(value: T, env: DistEnv) -> list[T]:
 
 def merge_over_ranks(entries: dict, env: DistEnv) -> dict:
     """Returns the union of all ranks' dicts, sorted by key, on every rank."""
-    return dict(sorted(item for part in gather_objects(entries, env) for item in part.items()))
+    return dict(sorted(item for of_rank in gather_objects(entries, env) for item in of_rank.items()))
 
 
 def sum_over_ranks(tensor: torch.Tensor, env: DistEnv) -> torch.Tensor:

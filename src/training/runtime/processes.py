@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 # SLURM preempts with the first and warns with the second; the last means that the terminal was closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -38,6 +39,16 @@ def kill_family(pid: int) -> None:
             os.kill(each, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+
+def end_at_once(code: int, message: str = "") -> NoReturn:
+    """Ends this process and its loader processes, whatever its other threads do; prints a message to standard error."""
+    if message:
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kill_loaders()
+    os._exit(code)
 
 
 def end_process(code: int) -> None:

@@ -1,14 +1,12 @@
 """Counts what this process gets done, and ends a command that gets nothing done any more. Imports nothing heavy."""
 
 import argparse
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from training.runtime.processes import kill_loaders
+from training.runtime.processes import end_at_once
 
 EXIT_LOST = 70  # sysexits.h: internal error
 
@@ -58,14 +56,11 @@ def ends_if_stuck(command: str, minutes: float) -> Iterator[None]:
             if PROGRESS.count != count:
                 count, since = PROGRESS.count, time.monotonic()
             if time.monotonic() - since > 60 * minutes:
-                print(
+                end_at_once(
+                    EXIT_LOST,
                     f"{command}: error: nothing was done for {minutes:g} minutes (--timeout-minutes). Check the "
                     "storage that it reads and writes, then start the same command again: what is saved is kept",
-                    file=sys.stderr,
-                    flush=True,
                 )
-                kill_loaders()
-                os._exit(EXIT_LOST)
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()

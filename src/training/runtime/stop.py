@@ -2,14 +2,13 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from training.runtime.processes import STOP_SIGNALS, kill_loaders
+from training.runtime.processes import STOP_SIGNALS, end_at_once
 
 EXIT_STOPPED = 75  # sysexits.h: try again later
 END = b"\0"  # tells the listener to end; signals have other numbers
@@ -80,9 +79,7 @@ class StopSignals:
         if self._ends_at_once:
             time.sleep(self.grace_s)
         if self._ends_at_once:  # training may have begun in the meantime
-            print(f"stopped by {name}; nothing is lost: start the same command again", file=sys.stderr, flush=True)
-            kill_loaders()
-            os._exit(EXIT_STOPPED)
+            end_at_once(EXIT_STOPPED, f"stopped by {name}; nothing is lost: start the same command again")
 
 
 SIGNALS = StopSignals()

@@ -26,7 +26,7 @@ from training.runtime.distributed import (
     leave_ranks,
     print_error,
 )
-from training.runtime.processes import kill_loaders
+from training.runtime.processes import end_at_once
 from training.runtime.progress import EXIT_LOST, PROGRESS
 from training.runtime.stop import EXIT_STOPPED, SIGNALS
 from training.runtime.workers import Loader
@@ -40,7 +40,8 @@ SLOW = {OPENING: 4, EVALUATING: 4, COPYING: 4}  # number of timeouts that a phas
 SILENT = 4  # number of intervals without a report after which a rank counts as lost
 LOST_S = 30.0  # time after which a rank ends if the store on rank 0 refuses connections
 STOP_PATIENCE_S = 10.0  # longest wait for a batch after a signal: SLURM kills 30 s after SIGTERM
-SIGNAL, ABANDONED, FAILURE, NUM_LEFT = "signal", "abandoned", "failure", "num_left"  # keys of the store
+SIGNAL, FAILURE, NUM_LEFT = "signal", "failure", "num_left"  # keys of the store
+RANK_0_LOST = "rank 0 has ended or does not answer"
 COMMUNICATION = ("gloo", "nccl", "closed by peer", "tcpstore", "remote worker")  # words of errors
 
 
@@ -105,9 +106,7 @@ class Watchdog:
         self.ended, self.wake = threading.Event(), threading.Event()
         self.last_answer = time.monotonic()  # of the store
         self.stopping_since: float | None = None
-        self.is_abandoned = False  # whether the run stops without saving
         self.failure: Failure | None = None  # of this rank
-        self.has_shown_traceback = False
         self.store = _make_store(env, timeout_s) if env.world_size > 1 else None
         if self.store is not None:
             SIGNALS.grace_s = 3 * self.interval
@@ -146,9 +145,8 @@ class Watchdog:
         sys.stderr.flush()
         if any(word in str(error).lower() for word in COMMUNICATION):  # may be the consequence of another rank's end
             if SIGNALS.name:
-                _end_process(EXIT_STOPPED)  # other ranks received the same signal and exited first
+                end_at_once(EXIT_STOPPED)  # other ranks received the same signal and exited first
             self._end_if_ranks_are_lost()
-        self.has_shown_traceback = True
         text = traceback.format_exception_only(error)[-1].strip()
         self._fail(1, f"rank {self.env.rank} on {self.host} failed: {text}")
 
@@ -161,30 +159,31 @@ class Watchdog:
         self.at(self.status[0], FAILED)
         self.failure = Failure(self.env.rank, self.host, code, message)
         self.wake.set()
-        time.sleep(SILENT * self.interval + 5)  # the exchange ends the process before
-        print_error(message)  # the store does not answer
-        _end_process(code)
+        if self.store is not None:
+            time.sleep(SILENT * self.interval + 5)  # the exchange ends the process before, if the store answers
+        self._end(code, message)
+
+    def _end(self, code: int, message: str) -> None:
+        """Ends this process. If a rank is lost, ranks 0 and 1 say so: the latter gets here only without the former."""
+        if code != EXIT_LOST or self.env.rank <= 1:
+            print_error(message)
+        end_at_once(code)
 
     def _end_if_ranks_are_lost(self) -> None:
         """Waits until a lost rank has missed several reports; if there is one, ends all ranks."""
         self.at(self.status[0], FAILED)
         time.sleep(SILENT * self.interval + 1)
         if time.monotonic() - self.last_answer > SILENT * self.interval:
-            self._end_without_main_rank()
-        now, reports = time.time(), self._reports()
-        lost = [r for r in range(self.env.world_size) if r not in reports or self._is_silent(reports[r], now)]
-        if lost:
+            self._end(EXIT_LOST, RANK_0_LOST)
+        reports = self._reports()
+        if lost := self._silent_ranks(reports, SILENT * self.interval):
             hosts = {rank: f" on {reports[rank].host}" if rank in reports else "" for rank in lost}
             who = ", ".join(f"rank {rank}{hosts[rank]}" for rank in lost[:8])
             self._fail(EXIT_LOST, f"{who} has ended or does not answer")
 
-    def _end_without_main_rank(self) -> None:
-        if self.env.rank == 1:
-            print_error("rank 0 has ended or does not answer")
-        _end_process(EXIT_LOST)
-
-    def _is_silent(self, report: Report, now: float) -> bool:
-        return now - report.time > SILENT * self.interval
+    def _silent_ranks(self, reports: dict[int, Report], seconds: float) -> list[int]:
+        now = time.time()
+        return [r for r in range(self.env.world_size) if r not in reports or now - reports[r].time > seconds]
 
     def _watch(self) -> None:
         done = 0
@@ -192,16 +191,17 @@ class Watchdog:
             if PROGRESS.count != done:
                 done = PROGRESS.count
                 self.at(*self.status[:2])
-            step, phase, since = self.status
+            _, phase, since = self.status
             now = time.monotonic()
             self._check_stop(now)
             # Rank 0 waits least and names the late rank, because the first rank that exits may make the others fail.
             longest = self.timeout_s + (0 if self.env.is_main else 3 * self.interval)
             is_cut_off = self.store is not None and now - self.last_answer > longest
-            if is_cut_off or now - since > longest * SLOW.get(phase, 1):
-                self._end_stuck()
-            if self.env.is_main and now - since > longest and self._some_rank_is_silent():
-                self._end_stuck()
+            is_stuck = now - since > longest * SLOW.get(phase, 1)
+            if not is_stuck and self.env.is_main and now - since > longest:
+                is_stuck = bool(self._silent_ranks(self._reports(), self.timeout_s))
+            if is_cut_off or is_stuck:
+                self._end(EXIT_LOST, self._describe())
 
     def _exchange(self) -> None:
         """Reports this rank to the store; reads there what ended or stops the other ranks."""
@@ -216,40 +216,33 @@ class Watchdog:
             except RuntimeError:  # without an answer for a longer time, the timeout ends this rank, too
                 is_refused = time.monotonic() - start < 0.5  # rank 0 has ended; one that hangs would not refuse
                 if is_refused and start - self.last_answer > LOST_S and not self.ended.is_set():
-                    self._end_without_main_rank()
+                    self._end(EXIT_LOST, RANK_0_LOST)
                 self.ended.wait(self.interval)
 
     def _exchange_once(self) -> None:
-        step, phase, since = self.status
-        report = Report(step, phase, time.monotonic() - since, self.host, time.time())
-        self.store.set(str(self.env.rank), json.dumps(report))
+        self.store.set(str(self.env.rank), json.dumps(self._report()))
         if self.failure:
             self.store.compare_set(FAILURE, "", json.dumps(self.failure))  # only the first is kept
         if SIGNALS.name:
             self.store.set(SIGNAL, SIGNALS.name)
-        if self.is_abandoned:
-            self.store.set(ABANDONED, "")
         if self.store.check([FAILURE]):
             self._follow(Failure(*json.loads(self.store.get(FAILURE))))
-        if self.store.check([ABANDONED]):
-            _end_process(EXIT_STOPPED)
         if self.store.check([SIGNAL]) and not SIGNALS.name:
             SIGNALS.record(self.store.get(SIGNAL).decode())
 
     def _follow(self, failure: Failure) -> None:
         """Ends this process because a rank has failed."""
         is_first = failure.rank == self.env.rank
-        if is_first and not self.has_shown_traceback:
+        if is_first:
             print_error(failure.message)
-        # A usage error needs no more than its own message, nor does an error that all ranks raised.
-        if not is_first and self.failure is None and failure.code != 2:
+        elif self.failure is None and failure.code != 2:  # a usage error needs no more than its own message
             print_error(f"rank {self.env.rank} ends, because {failure.message}")
         with suppress(RuntimeError):  # the store has ended
             self.store.add(NUM_LEFT, 1)
             deadline = time.monotonic() + SILENT * self.interval * (is_first or self.env.is_main)
             while time.monotonic() < deadline and self.store.add(NUM_LEFT, 0) < self.env.world_size:
                 time.sleep(0.05)
-        _end_process(failure.code)
+        end_at_once(failure.code)
 
     def _check_stop(self, now: float) -> None:
         """Ends the run without saving if a signal was received but the next batch does not arrive."""
@@ -257,34 +250,21 @@ class Watchdog:
             return
         self.stopping_since = self.stopping_since or now
         patience = min(STOP_PATIENCE_S, self.timeout_s / 2)
-        if min(now - self.stopping_since, Loader.seconds_waiting()) < patience:
-            return
-        print(
-            f"stopped by {SIGNALS.name}; the state could not be saved, because rank {self.env.rank} on {self.host} got "
-            f"no data for {Loader.seconds_waiting():,.0f} s: --resume latest continues from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        self.is_abandoned = True
-        if self.store is not None:
-            time.sleep(3 * self.interval)  # the others must read this before the store ends with rank 0
-        _end_process(EXIT_STOPPED)
+        if min(now - self.stopping_since, Loader.seconds_waiting()) >= patience:
+            self._fail(
+                EXIT_STOPPED,
+                f"stopped by {SIGNALS.name}; the state could not be saved, because rank {self.env.rank} on {self.host} "
+                f"got no data for {Loader.seconds_waiting():,.0f} s: --resume latest continues from the last "
+                "checkpoint",
+            )
 
-    def _some_rank_is_silent(self) -> bool:
-        reports = self._reports()
-        return len(reports) < self.env.world_size or any(
-            time.time() - r.time > self.timeout_s for r in reports.values()
-        )
-
-    def _end_stuck(self) -> None:
-        if self.env.rank <= 1:  # rank 1 gets here only if rank 0 has not ended the run before
-            print_error(self._describe())
-        _end_process(EXIT_LOST)
+    def _report(self) -> Report:
+        step, phase, since = self.status
+        return Report(step, phase, time.monotonic() - since, self.host, time.time())
 
     def _reports(self) -> dict[int, Report]:
         """Returns the last report of every rank that has reported."""
-        step, phase, since = self.status
-        reports = {self.env.rank: Report(step, phase, time.monotonic() - since, self.host, time.time())}
+        reports = {self.env.rank: self._report()}
         if self.store is not None:
             others = [r for r in range(self.env.world_size) if r != self.env.rank and self.store.check([str(r)])]
             reports |= {r: Report(*json.loads(self.store.get(str(r)))) for r in others}
@@ -301,13 +281,6 @@ class Watchdog:
         )
 
 
-def _end_process(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kill_loaders()
-    os._exit(code)
-
-
 def describe_late(reports: dict[int, Report], world_size: int, silent_s: float) -> str:
     """Names the ranks that the others are waiting for.
 
@@ -321,10 +294,8 @@ def describe_late(reports: dict[int, Report], world_size: int, silent_s: float) 
     late |= {rank: "has never reported" for rank in range(world_size) if rank not in reports}
     if not late:
         order = {rank: (report.step, PHASES.index(report.phase)) for rank, report in reports.items()}
-        first = min(order.values())
-        for rank, report in reports.items():
-            if order[rank] == first:
-                late[rank] = f"is at step {report.step:,}, {report.phase} for {report.seconds:,.0f} s"
+        last = {rank: reports[rank] for rank in order if order[rank] == min(order.values())}
+        late = {rank: f"is at step {r.step:,}, {r.phase} for {r.seconds:,.0f} s" for rank, r in last.items()}
     hosts = {rank: f" on {reports[rank].host}" if rank in reports else "" for rank in late}
     shown = "; ".join(f"rank {rank}{hosts[rank]} {late[rank]}" for rank in sorted(late)[:8])
     rest = world_size - len(late)
@@ -335,6 +306,6 @@ def describe_late(reports: dict[int, Report], world_size: int, silent_s: float) 
 def _make_store(env: DistEnv, timeout_s: float) -> dist.TCPStore:
     """Creates a store for the watchdogs. Requests fail after a short time if rank 0 hangs."""
     host, seconds = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=min(max(timeout_s / 4, 2), 60))
-    own = dist.TCPStore(host, 0, is_master=True, timeout=seconds, wait_for_workers=False) if env.is_main else None
-    port = broadcast_object(own.port if own is not None else None, env)
-    return own if own is not None else dist.TCPStore(host, port, is_master=False, timeout=seconds)
+    store = dist.TCPStore(host, 0, is_master=True, timeout=seconds, wait_for_workers=False) if env.is_main else None
+    port = broadcast_object(store and store.port, env)
+    return store or dist.TCPStore(host, port, is_master=False, timeout=seconds)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
@@ -82,22 +83,17 @@ class CheckpointWriter:
 
 def copy_to_cpu(content: object) -> object:
     """Returns a deep copy of nested dicts, lists and tuples with all tensors on the CPU."""
-    if isinstance(content, torch.Tensor):
-        return content.detach().to("cpu", copy=True)
-    if isinstance(content, dict):
-        return {key: copy_to_cpu(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)(copy_to_cpu(value) for value in content)
-    return content
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
 
 
-def saved_checkpoints(folder: Path, kind: str) -> list[Path]:
-    """Returns the folder's ``epoch_N.pt`` or ``step_N.pt`` files by number of steps, ascending, with broken ones last.
+def saved_checkpoints(folder: Path) -> dict[Path, tuple[float, float]]:
+    """Returns the progress of each checkpoint in a folder, ascending, with broken ones last.
 
     File times are not used, because copying and downloading change them.
     """
-    found = (path for path in folder.glob(f"{kind}_*.pt") if re.fullmatch(rf"{kind}_\d+\.pt", path.name))
-    return sorted(found, key=checkpoint_progress)
+    names = re.compile(rf"(epoch|step)_\d+\.pt|{re.escape(LATEST)}")
+    found = sorted((path for path in folder.glob("*.pt") if names.fullmatch(path.name)), reverse=True)
+    return dict(sorted(((path, checkpoint_progress(path)) for path in found), key=lambda item: item[1]))
 
 
 def checkpoint_progress(path: Path) -> tuple[float, float]:
@@ -117,10 +113,9 @@ def remove_old_checkpoints(folder: Path, keep_steps: int, only_last_epoch: bool)
         keep_steps: number of ``step_N.pt`` to keep, those with the most steps.
         only_last_epoch: keep only the last ``epoch_N.pt``.
     """
-    steps, epochs = (
-        [path for path in saved_checkpoints(folder, kind) if checkpoint_progress(path)[0] < math.inf]
-        for kind in ("step", "epoch")
-    )
+    whole = [path for path, progress in saved_checkpoints(folder).items() if progress[0] < math.inf]
+    steps = [path for path in whole if path.name.startswith("step_")]
+    epochs = [path for path in whole if path.name.startswith("epoch_") and path.name != LATEST]
     for path in steps[: max(0, len(steps) - keep_steps)] + (epochs[:-1] if only_last_epoch else []):
         path.unlink()
 
@@ -147,24 +142,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for left_over in folder.glob("*.tmp"):  # left by a run that was killed while saving
         logger.warning(f"removed {left_over}: a checkpoint whose writing was interrupted")
         left_over.unlink()
-    for path in sorted(_candidates(folder), key=checkpoint_progress, reverse=True):
+    for path in reversed(saved_checkpoints(folder)):
         try:
             check_checkpoint(path)
             return path
         except ValueError as error:
             logger.warning(f"skipped a checkpoint: {error}")
     return None
-
-
-def most_progress(folder: Path) -> tuple[float, float]:
-    """Returns the largest (whole epochs, steps) of a folder's valid checkpoints; (-1, -1) if there is none."""
-    found = (checkpoint_progress(path) for path in _candidates(folder))
-    return max((progress for progress in found if progress[0] < math.inf), default=(-1, -1))
-
-
-def _candidates(folder: Path) -> list[Path]:
-    latest = [folder / LATEST] if (folder / LATEST).is_file() else []
-    return [*saved_checkpoints(folder, "epoch"), *saved_checkpoints(folder, "step"), *latest]
 
 
 def check_checkpoint(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Copies a run's folder to a URL (s3://, gs://, ...); files are always written to the local disk first."""
 
+import argparse
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import fsspec
 
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
-from training.train.checkpoint import CHECKPOINTS, check_checkpoint, checkpoint_progress, most_progress
+from training.train.checkpoint import CHECKPOINTS, check_checkpoint, checkpoint_progress, saved_checkpoints
 
 INDEX = "checkpoints.json"  # index of the complete checkpoints: name -> [epochs, steps, bytes]
 TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.tmp$")
@@ -44,7 +45,8 @@ class RemoteCopy:
     def __init__(self, url: str, folder: Path, every_s: float = 300.0, only_last_epoch: bool = False):
         self.url, self.folder, self.every_s, self.only_last_epoch = url, folder, every_s, only_last_epoch
         self.sent: dict[str, tuple[int, int]] = {}
-        self.has_sent_checkpoint = self.ends = False
+        self.ends = False
+        self.failure: str | None = None
         self.poked = threading.Event()
         try:
             self.fs, self.root = fsspec.core.url_to_fs(f"{url.rstrip('/')}/{folder.name}")
@@ -57,6 +59,11 @@ class RemoteCopy:
         except Exception as error:  # each of fsspec's file systems has its own exceptions
             raise ValueError(f"--remote-sync {url}: can't be used ({first_line(error)})") from error
 
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace, folder: Path) -> "RemoteCopy":
+        """Returns the copy of LOGS/NAME that the flags describe."""
+        return cls(args.remote_sync, folder, args.remote_sync_frequency, args.delete_previous_checkpoint)
+
     def fetch_newer(self) -> str | None:
         """Downloads the logs and the newest checkpoint if it has more steps than all checkpoints in the local folder.
 
@@ -66,7 +73,8 @@ class RemoteCopy:
         Raises:
             RemoteError: a file could not be read.
         """
-        here = most_progress(self.folder / CHECKPOINTS)
+        local = saved_checkpoints(self.folder / CHECKPOINTS).values()
+        here = max((progress for progress in local if progress[0] < math.inf), default=(-1, -1))
         for name, (epoch, step, _) in sorted(self.index.items(), key=lambda item: item[1][:2], reverse=True):
             if here >= (epoch, step):
                 return None
@@ -92,32 +100,26 @@ class RemoteCopy:
         self.ends = True
         self.poked.set()
         self.thread.join()
-        try:
-            self._copy()
-        except Exception as failure:
-            message = (
-                f"--remote-sync {self.url}: the copy is incomplete ({first_line(failure)}); {self.folder} is complete"
-            )
-            if error is None:
-                raise RemoteError(message) from failure
-            logger.error(message)
+        if self.failure and error is None:
+            raise RemoteError(f"{self.failure}; the copy is incomplete, {self.folder} is complete")
 
     def poke(self) -> None:
         """Requests an immediate copy, because a checkpoint has been written."""
         self.poked.set()
 
     def _run(self) -> None:
-        while True:
+        """Copies again and again; the last time after everything else has ended."""
+        is_last = False
+        while not is_last:
             self.poked.wait(self.every_s)
             self.poked.clear()
-            if self.ends:
-                return
+            is_last = self.ends
             try:
                 self._copy()
+                self.failure = None
             except Exception as error:
-                logger.error(
-                    f"--remote-sync {self.url}: {first_line(error)}; training continues, copying will be retried"
-                )
+                self.failure = f"--remote-sync {self.url}: {first_line(error)}"
+                logger.error(self.failure + ("" if is_last else "; training continues, copying will be retried"))
 
     def _copy(self) -> None:
         """Uploads all files that have changed, checkpoints first."""
@@ -137,7 +139,7 @@ class RemoteCopy:
                     raise
                 continue  # an old checkpoint that was removed in the meantime
             self.sent[name] = (stat.st_size, stat.st_mtime_ns)
-        if self.has_sent_checkpoint:
+        if self.index.keys() & self.sent.keys():
             self._remove_old({name for name in local if (self.folder / name).exists()})
 
     def _send_checkpoint(self, name: str, path: Path, size: int) -> None:
@@ -149,13 +151,11 @@ class RemoteCopy:
             self.index[name] = entry
             self._write_index()
             logger.info(f"copied {name} to {self.url}/{self.folder.name}")
-        self.has_sent_checkpoint = True
 
     def _remove_old(self, local: set[str]) -> None:
         """Deletes each ``step_N.pt`` that no longer exists locally; a newer checkpoint has been uploaded before."""
-        old = [name for name in self.index if name.startswith(f"{CHECKPOINTS}/step_") and name not in local]
-        if self.only_last_epoch:
-            old += [name for name in self.index if name.startswith(f"{CHECKPOINTS}/epoch_") and name not in local]
+        kinds = (f"{CHECKPOINTS}/step_", f"{CHECKPOINTS}/epoch_")[: 1 + self.only_last_epoch]
+        old = [name for name in self.index if name.startswith(kinds) and name not in local]
         if old:
             for name in old:
                 del self.index[name]
@@ -169,7 +169,7 @@ class RemoteCopy:
             return []
         return [path[len(self.root) :].lstrip("/") for path in self.fs.find(self.root)]
 
-    def _put(self, name: str, content: Path | bytes) -> None:
+    def _put(self, name: str, content: bytes | Path) -> None:
         target = f"{self.root}/{name}"
         self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         temporary = f"{target}.{uuid4().hex[:12]}.tmp"
