@@ -1,4 +1,4 @@
-"""The precision of fp32 products, and algorithms that always give the same result."""
+"""The precision of fp32 products, algorithms that always give the same result, and the state of random generators."""
 
 import os
 from collections.abc import Iterator
@@ -46,3 +46,16 @@ def deterministic(is_wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.backends.cudnn.benchmark = benchmark
+
+
+def get_random_state() -> dict[str, torch.Tensor | None]:
+    """Returns the state of torch's random generators of this process, on the CPU and on its GPU."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, torch.Tensor | None]) -> None:
+    """Restores a state returned by `get_random_state`, which may have been saved in a file."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -56,9 +56,7 @@ class Tracker:
         self.writer, self.run = None, None
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
-            with atomic_write(
-                self.path
-            ) as temporary:  # so that the file is complete even if the process is killed here
+            with atomic_write(self.path) as temporary:  # complete even if the process is killed here
                 temporary.write_text("".join(line + "\n" for line in lines))
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter

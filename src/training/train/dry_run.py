@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from training.runtime.distributed import DistEnv, failing_with
 from training.runtime.gpus import GPUS
 from training.train.flops import peak_of
 from training.train.losses import make_loss
-from training.train.optim import make_optimizer, parameter_groups
+from training.train.optim import optimizer_from_flags
 from training.train.run import check_inputs, count_steps, make_stepper, num_corners, open_sources
 
 UTILISATION, BYTES_PER_S, NUM_SAMPLES = 0.4, 50e9, 64
@@ -136,12 +136,10 @@ def first_samples(data: TrainData) -> tuple[list[Sample], dict[str, float]]:
     """Reads the first samples; returns them, and ``bytes`` and ``seconds`` of a sample on one core."""
     rows, num_bytes, start = [], 0, time.perf_counter()
     for raw in islice(data.source.read(0, 0, min(NUM_SAMPLES, data.source.num_samples)), NUM_SAMPLES):
-        try:
+        with suppress(BadSample):
             if not isinstance(raw, BrokenShardError):
                 rows.append(data.reader(raw))
                 num_bytes += _size(raw)
-        except BadSample:
-            continue
     if not rows:
         raise ValueError(f"--train-data: none of the first {NUM_SAMPLES} samples can be used")
     return rows, {"bytes": num_bytes / len(rows), "seconds": (time.perf_counter() - start) / len(rows)}
@@ -176,8 +174,7 @@ def trace(
         _make_fake(core)
         if args.grad_checkpointing:
             core.set_grad_checkpointing()
-        groups = parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr, args.opt.startswith("timm/"))
-        optimizer = make_optimizer(groups, args.opt, args.lr, (args.beta1, args.beta2), args.eps, args.momentum)
+        optimizer = optimizer_from_flags(args, core)
         stepper = make_stepper(args, core, optimizer, None, DistEnv(0, 1, env.device))
         stepper.loss = make_loss(args, num_corners(core), env)
         stepper.loss.block_numbers = block_numbers
@@ -188,21 +185,19 @@ def trace(
         optimizer.step()
         optimizer.zero_grad()
         optimizer.defaults["fused"] = True  # `Stepper` asks other optimizers' callers to read a flag
-        for tensor in (*core.parameters(), *core.buffers()):
-            ledger.add(tensor, "weights")
-        for tensor in (x for x in tree_iter(dict(optimizer.state)) if isinstance(x, torch.Tensor)):
-            ledger.add(tensor, "optimizer")
         images = {n: torch.empty(args.batch_size, *v.shape, dtype=v.dtype) for n, v in row.inputs.items()}
-        for tensor in images.values():
-            ledger.add(tensor, "inputs")
+        state = [x for x in tree_iter(dict(optimizer.state)) if isinstance(x, torch.Tensor)]
+        weights = [*core.parameters(), *core.buffers()]
+        for kind, tensors in (("weights", weights), ("optimizer", state), ("inputs", images.values())):
+            for tensor in tensors:
+                ledger.add(tensor, kind)
+        kind_of_gradient = GRADIENTS
         if env.world_size > 1:  # gradients are views of DDP's buckets, which stay, and are summed over ranks
+            kind_of_gradient = ""
             ledger.live[GRADIENTS] = ledger.most[GRADIENTS] = sum(p.nbytes for p in trained)
             ledger.sent["allreduce"] += ledger.live[GRADIENTS]
         for parameter in trained:
-            if env.world_size == 1:
-                parameter.register_post_accumulate_grad_hook(lambda p: ledger.add(p.grad, GRADIENTS, again=True))
-            else:
-                parameter.register_post_accumulate_grad_hook(lambda p: ledger.add(p.grad, "", again=True))
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.add(p.grad, kind_of_gradient, again=True))
         with ledger:
             output, early = stepper.forward([images | captions] * args.accum_freq)
             ledger.kind = "loss"
@@ -232,12 +227,12 @@ def _fake_group(world_size: int) -> Iterator[None]:
 def _make_fake(module: nn.Module) -> None:
     """Replaces tensors of the meta device by fake ones of the CPU, on which autocast acts; shared ones stay shared."""
     made: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in made:
                     new = torch.empty_like(tensor, device="cpu")
-                    made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if name in part._parameters else new
+                    made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if name in owner._parameters else new
                 tensors[name] = tensor if tensor is None else made[id(tensor)]
 
 
@@ -287,7 +282,7 @@ def describe(
 def _flat(report: dict[str, object]) -> Iterator[tuple[str, object]]:
     for name, value in report.items():
         if isinstance(value, dict):
-            yield from ((f"{name}: {key}", part) for key, part in value.items())
+            yield from ((f"{name}: {key}", number) for key, number in value.items())
         else:
             yield name, value
 

@@ -154,7 +154,7 @@ def extract(args: argparse.Namespace) -> int:
             info = tower_info(parts.model, args)
             on_main_rank(lambda: _begin(args, source, info, lease), env)
         watchdog.at(0, EVALUATING)
-        _encode_own_parts(args, source, parts, env)
+        _encode_parts(args, source, parts, env)
         gather_objects(None, env)  # all files exist
         if env.is_main:
             _finish(args, source, info)
@@ -186,7 +186,7 @@ def _file_of(args: argparse.Namespace, number: int) -> Path:
     return Path(args.extract_image_features) / f"{number:06d}{SUFFIX}"
 
 
-def _encode_own_parts(args: argparse.Namespace, source: Source, parts: EncoderParts, env: DistEnv) -> None:
+def _encode_parts(args: argparse.Namespace, source: Source, parts: EncoderParts, env: DistEnv) -> None:
     """Encodes this rank's share of the parts that do not exist yet."""
     todo = [(number, part) for number, part in enumerate(source.parts()) if not _file_of(args, number).is_file()]
     todo = todo[env.rank :: env.world_size]

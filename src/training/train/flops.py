@@ -46,11 +46,8 @@ def count_model(
     Returns:
         The FLOPs; None if the device's peak is unknown, or, with a warning, if they can't be counted.
     """
-    peak = (
-        peak_of(torch.cuda.get_device_name(device), "16" in precision or precision == "amp")
-        if device.type == "cuda"
-        else None
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = peak_of(name, "16" in precision or precision == "amp")
     if peak is None:
         return None
     try:

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from training.runtime.arithmetic import get_random_state, set_random_state
+
 SCALARS = ("logit_scale", "logit_bias")  # of any shape
 
 
@@ -64,62 +66,46 @@ class GradCache:
         micro_batches: Sequence[object],
         without_sync: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.encode, self.micro_batches, self.without_sync = encode, micro_batches, without_sync
+        self.encode, self.without_sync = encode, without_sync
+        *self.earlier, last = micro_batches
         outputs, self.random_states = [], []
-        for batch in micro_batches[:-1]:
-            self.random_states.append(_random_state())
+        for batch in self.earlier:
+            self.random_states.append(get_random_state())
             with torch.no_grad():
                 outputs.append(in_fp32(encode(batch)))
-        with without_sync() if outputs else nullcontext():
-            self.last = in_fp32(encode(micro_batches[-1]))
+        with without_sync() if self.earlier else nullcontext():
+            self.last = in_fp32(encode(last))
         self.size = len(self.last["image_features"])
-        self.output = dict(self.last)
+        self.output = {}
         for name, value in self.last.items():
-            if not outputs:
-                if isinstance(value, torch.Tensor):
-                    self.output[name] = value.detach().requires_grad_(value.requires_grad)
-                continue
-            values = [*(output[name] for output in outputs), value]
-            if is_row_wise(name, value, self.size):
-                joined = torch.cat([part.detach() for part in values])
+            is_rows = is_row_wise(name, value, self.size)
+            others = [output[name].detach() for output in outputs]
+            if is_rows:
+                joined = torch.cat([*others, value.detach()])
             else:  # exact if all are equal
-                joined = value.detach() + sum(other.detach() - value.detach() for other in values) / len(values)
+                joined = value.detach() + sum(other - value.detach() for other in others) / len(micro_batches)
             self.output[name] = joined.requires_grad_(value.requires_grad)
 
     def backward(self) -> None:
         """Passes the gradients of `output` on to the parameters."""
-        if not self.random_states:
-            return self._backward(0, self.last)
-        after = _random_state()
-        with self.without_sync():
-            self._backward(len(self.random_states), self.last)
+        after = get_random_state() if self.earlier else None
+        with self.without_sync() if self.earlier else nullcontext():
+            self._backward(len(self.earlier), self.last)
         self.last = None  # frees its graph
-        for number, (batch, state) in enumerate(zip(self.micro_batches, self.random_states)):
-            _set_random_state(state)
-            is_last = number == len(self.random_states) - 1
+        for number, (batch, state) in enumerate(zip(self.earlier, self.random_states)):
+            set_random_state(state)
+            is_last = number == len(self.earlier) - 1
             with nullcontext() if is_last else self.without_sync():
                 self._backward(number, in_fp32(self.encode(batch)))
-        _set_random_state(after)
+        if after:
+            set_random_state(after)
 
     def _backward(self, number: int, output: dict[str, torch.Tensor]) -> None:
         rows = slice(number * self.size, (number + 1) * self.size)
         tensors, gradients = [], []
-        for name, value in output.items():
-            gradient = getattr(self.output[name], "grad", None)
-            if gradient is not None:
-                tensors.append(value)
-                if len(self.micro_batches) > 1:
-                    is_rows = is_row_wise(name, value, self.size)
-                    gradient = gradient[rows] if is_rows else gradient / len(self.micro_batches)
-                gradients.append(gradient)
+        for name, joined in self.output.items():
+            if joined.grad is not None:
+                is_rows = is_row_wise(name, output[name], self.size)
+                tensors.append(output[name])
+                gradients.append(joined.grad[rows] if is_rows else joined.grad / (len(self.earlier) + 1))
         torch.autograd.backward(tensors, gradients)
-
-
-def _random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-
-def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])

@@ -3,30 +3,33 @@
 import argparse
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+import torch
+
+from training.data.batch import TrainBatch, to_device
 from training.data.open import TrainData
 from training.eval.retrieval import RetrievalWork
 from training.model.assembly.factory import EncoderParts
+from training.runtime.arithmetic import get_random_state, set_random_state
 from training.runtime.distributed import DistEnv, gather_objects, on_main_rank, stop_together
-from training.runtime.stop import SIGNALS, StoppedError
+from training.runtime.stop import EXIT_STOPPED, SIGNALS, StoppedError
 from training.runtime.tracking import Tracker
 from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
 from training.runtime.workers import PREFETCH
 from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, remove_old_checkpoints
-from training.train.epoch_batches import EpochBatches
 from training.train.flops import ModelFlops
 from training.train.profile import StepProfile
 from training.train.remote import RemoteCopy
-from training.train.resume import Division, Progress, get_random_state
+from training.train.resume import Division, Progress
 from training.train.step import Stepper
 from training.train.step_flags import StepFlags
 from training.train.step_log import StepLog
-from training.train.validate import ValidationSet, evaluate_benchmarks, validate
+from training.train.validate import evaluate_benchmarks, validate
 
 logger = logging.getLogger(__name__)
 
@@ -41,122 +44,135 @@ class Plan:
     work: RetrievalWork | None
 
 
-@dataclass(frozen=True)
-class Run:
-    """Data, model and state of a training.
+class EpochBatches:
+    """The remaining batches of an epoch. Its loader processes start at once, without changing this process's state.
+
+    Args:
+        data: training data.
+        progress: progress at which the batches begin.
+        seed: seed of this process for the steps of this epoch.
+        device: device of the batches.
+    """
+
+    def __init__(self, data: TrainData, progress: Progress, seed: int, device: torch.device):
+        self.progress, self.seed, self.device = progress, seed, device
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # unlike torch.manual_seed, leaves GPUs alone
+            self.batches = iter(data.loader(progress.epoch, progress.share, pin=device.type == "cuda"))
+            self.random_state = torch.get_rng_state()  # creating a loader draws a random number
+
+    def begin(self) -> Iterator[tuple[TrainBatch, dict[str, object]]]:
+        """Sets the random state of the epoch's steps; returns the batches, with their inputs on the device."""
+        torch.manual_seed(self.seed)
+        torch.set_rng_state(self.random_state)
+        if self.progress.random_state:
+            set_random_state(self.progress.random_state)
+            self.progress.random_state = None
+        return to_device(self.batches, self.device)
+
+
+@dataclass
+class Trainer:
+    """Trains from the start of a run to the end of its last epoch.
 
     Attributes:
+        args: flags.
+        plan: name, folder and benchmarks.
+        env: this process.
+        watchdog: the running watchdog of this process.
         train, val: training and validation data.
+        val_loss: the loss, for a single process with the whole batch.
         parts: model, transforms and tokenizer.
         stepper: computes steps.
         schedule: step -> learning rate.
         division: how an epoch is divided into steps and batches.
-        start: progress from which training starts.
+        progress: progress from which training starts; then, the current one.
         flops: FLOPs of the model; None unless on a GPU whose peak is known.
+        tracker: writes metrics; None on other ranks than 0, like the next two.
+        remote, profile: copies to ``--remote-sync``, and records steps for ``--profile``; None without these flags.
     """
 
+    args: argparse.Namespace
+    plan: Plan
+    env: DistEnv
+    watchdog: Watchdog
     train: TrainData
-    val: ValidationSet | None
+    val: TrainData | None
+    val_loss: Callable
     parts: EncoderParts
     stepper: Stepper
     schedule: Callable[[int], float]
     division: Division
-    start: Progress
+    progress: Progress
     flops: ModelFlops | None = None
-
-
-class Observers(NamedTuple):
-    """Additional tasks of rank 0; all None on the other ranks.
-
-    Attributes:
-        tracker: writes metrics.
-        remote: copies checkpoints and logs to ``--remote-sync``; None without the flag.
-        profile: records a few steps for ``--profile``; None without the flag.
-    """
-
     tracker: Tracker | None = None
     remote: RemoteCopy | None = None
     profile: StepProfile | None = None
 
-
-class Trainer:
-    """Trains from the start of a run to the end of its last epoch.
-
-    Args:
-        args: flags.
-        plan: name, folder and benchmarks.
-        run: data, model and state.
-        observers: additional tasks of this process.
-        watchdog: the running watchdog of this process.
-        env: this process.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        plan: Plan,
-        run: Run,
-        observers: Observers,
-        watchdog: Watchdog,
-        env: DistEnv,
-    ):
-        self.args, self.plan, self.built, self.env = args, plan, run, env
-        self.tracker, self.remote, self.profile = observers
-        self.progress = run.start
-        self.folder = plan.folder / CHECKPOINTS
-        self.writer = CheckpointWriter(self.folder, plan.resume)  # only used on rank 0
-        self.watchdog = watchdog
+    def __post_init__(self) -> None:
+        args = self.args
+        self.folder = self.plan.folder / CHECKPOINTS
+        self.writer = CheckpointWriter(self.folder, self.plan.resume)  # only used on rank 0
         self.saved_step: int | None = None
         self.next_epoch: EpochBatches | None = None
         self.num_prefetched = PREFETCH * args.workers // args.accum_freq  # in steps
         self.save_is_due, self.saved_at = False, time.monotonic()
-        lag = 1 if env.device.type == "cuda" else 0
-        self.flags = StepFlags(plan.folder, env.rank, lag, args.max_skipped_steps, lambda: self.writer.last_good)
-        per_epoch = run.division.steps_per_epoch
-        self.log = StepLog(
-            env, self.tracker, run.start.totals, args.log_every_n_steps, per_epoch * args.epochs, per_epoch,
-            args.max_bad_samples, run.flops,
-        )  # fmt: skip
+        lag = 1 if self.env.device.type == "cuda" else 0
+        last_good = partial(getattr, self.writer, "last_good")
+        self.flags = StepFlags(self.plan.folder, self.env.rank, lag, args.max_skipped_steps, last_good)
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Trains.
 
+        Returns:
+            Exit code: 0, or `EXIT_STOPPED` if a rank received a signal; the state has been saved.
+
         Raises:
-            StoppedError: a rank received a signal; the state has been saved.
             SaveError: the last checkpoint could not be written.
             FloatingPointError: loss or gradient was not finite too many times in a row, or an evaluation returned NaN.
             TooManyBadSamplesError: there are more bad samples than ``--max-bad-samples`` allows.
             NoUsableSampleError: this rank's loader found no usable sample; raised only on this rank.
         """
         SIGNALS.defer()
-        self._introduce()
-        try:
-            while self.progress.epoch < self.args.epochs:
-                self._train_epoch()
-                self._end_epoch()
-        except StoppedError:
-            self._leave()
-            raise
-        self._leave()
-        if self.env.is_main:
-            logger.info(f"done: {self.plan.folder}; {self.progress.totals.describe()}")
+        code, per_epoch = 0, self.division.steps_per_epoch
+        with ExitStack() as stack:
+            if self.env.is_main:
+                self._introduce(stack)
+            self.log = StepLog(
+                self.env, self.tracker, self.progress.totals, self.args.log_every_n_steps,
+                per_epoch * self.args.epochs, per_epoch, self.args.max_bad_samples, self.flops,
+            )  # fmt: skip
+            try:
+                while self.progress.epoch < self.args.epochs:
+                    self._train_epoch()
+                    self._end_epoch()
+                end = f"done: {self.plan.folder}; {self.progress.totals.describe()}"
+            except StoppedError as stop:
+                code, end = EXIT_STOPPED, f"{stop}; continue with --name {self.plan.name} --resume latest"
+            # All ranks wait, because the first rank that exits may make the others fail.
+            on_main_rank(self.writer.finish, self.env)
+            self.watchdog.at(self.progress.step, COPYING)
+            if self.env.is_main:
+                logger.info(end)
+        return code
 
-    def _leave(self) -> None:
-        """Waits until all ranks have finished, because the first rank that exits may make the others fail."""
-        on_main_rank(self.writer.finish, self.env)
-        self.watchdog.at(self.progress.step, COPYING)
-
-    def _introduce(self) -> None:
-        args, run, env = self.args, self.built, self.env
-        if not env.is_main:
-            return
-        trained = sum(p.numel() for group in run.stepper.optimizer.param_groups for p in group["params"])
-        everything = sum(p.numel() for p in run.parts.model.parameters())
-        per_step = args.batch_size * args.accum_freq * env.world_size
+    def _introduce(self, stack: ExitStack) -> None:
+        """Starts the tasks of rank 0, and logs what is trained."""
+        args, plan = self.args, self.plan
+        if args.remote_sync:  # entered first, so that the last copy is made after everything else has been written
+            self.remote = stack.enter_context(RemoteCopy.from_flags(args, plan.folder))
+        first_step, project = self.progress.step, args.wandb_project_name
+        self.tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), first_step, project)
+        stack.callback(self.tracker.close)
+        if args.profile:
+            self.profile = stack.enter_context(StepProfile(Path(args.profile), self.env.device))
+        trained = sum(p.numel() for group in self.stepper.optimizer.param_groups for p in group["params"])
+        everything = sum(p.numel() for p in self.parts.model.parameters())
+        per_step = args.batch_size * args.accum_freq * self.env.world_size
         logger.info(
             f"{args.model}: training {trained / 1e6:,.1f}M of {everything / 1e6:,.1f}M parameters on "
-            f"{env.world_size} x {env.device.type}; {run.train.source.num_samples:,} samples, an epoch has "
-            f"{run.division.steps_per_epoch:,} steps of {per_step:,} samples"
+            f"{self.env.world_size} x {self.env.device.type}; {self.train.source.num_samples:,} samples, an epoch has "
+            f"{self.division.steps_per_epoch:,} steps of {per_step:,} samples"
         )
 
     def _train_epoch(self) -> None:
@@ -165,12 +181,12 @@ class Trainer:
         Raises:
             StoppedError: see `run`.
         """
-        progress, stepper, log = self.progress, self.built.stepper, self.log
+        progress, stepper, log = self.progress, self.stepper, self.log
         accum_freq = self.args.accum_freq
         batches = (self.next_epoch or self._open_epoch(progress)).begin()
         self.next_epoch = None
         stepper.model.train()
-        last_step = progress.step + (progress.share.num_batches - progress.batches_done) // accum_freq
+        last_step = progress.step + (progress.share.num_batches - progress.share.batches_done) // accum_freq
         with log.epoch(progress.step):
             while progress.step < last_step:
                 number = progress.step + 1
@@ -180,11 +196,11 @@ class Trainer:
                     micro_batches = [next(batches) for _ in range(accum_freq)]
                 if last_step - number <= self.num_prefetched and self.next_epoch is None:
                     # The processes of this epoch have read their last batch.
-                    upcoming = progress.next_epoch(self.built.division, self.env)
+                    upcoming = progress.next_epoch(self.division)
                     self.next_epoch = self._open_epoch(upcoming) if upcoming.epoch < self.args.epochs else None
                 self.watchdog.at(number, STEPPING)
 
-                lr = self.built.schedule(progress.step)
+                lr = self.schedule(progress.step)
                 output, early = stepper.forward([inputs for _, inputs in micro_batches])
                 terms = stepper.compute_loss(output, early)
                 stepper.backward(terms)
@@ -223,7 +239,7 @@ class Trainer:
     def _open_epoch(self, progress: Progress) -> EpochBatches:
         # Dropout differs between ranks.
         seed = self.args.seed * 1_000_003 + progress.epoch * self.env.world_size + self.env.rank
-        return EpochBatches(self.built.train, progress, seed, self.env.device)
+        return EpochBatches(self.train, progress, seed, self.env.device)
 
     def _end_epoch(self) -> None:
         """Evaluates and saves if due after this epoch, and advances to the next epoch."""
@@ -233,7 +249,7 @@ class Trainer:
         def due(frequency: int) -> bool:
             return frequency > 0 and (done % frequency == 0 or is_last)
 
-        validates = self.built.val is not None and due(args.val_frequency)
+        validates = self.val is not None and due(args.val_frequency)
         retrieves = self.plan.work is not None and due(args.zeroshot_frequency)
         is_saving = bool(args.save_every_steps or args.save_every_minutes)
         if (validates or retrieves) and is_saving:
@@ -244,27 +260,28 @@ class Trainer:
             if self.saved_step != self.progress.step:
                 self._save([f"step_{self.progress.step}.pt"])
             raise StoppedError(f"{stop} while evaluating after epoch {done}; resuming repeats the evaluation") from stop
-        self.progress = self.progress.next_epoch(self.built.division, self.env)
+        self.progress = self.progress.next_epoch(self.division)
         names = [f"epoch_{done}.pt"] if due(args.save_frequency) or is_last else []
         names += [LATEST] if args.save_most_recent else []
         if names:
             self._save(names)
 
     def _evaluate(self, done: int, validates: bool, retrieves: bool) -> None:
-        run, env = self.built, self.env
+        env = self.env
         self.watchdog.at(self.progress.step, EVALUATING)
-        run.stepper.model.eval()
+        self.stepper.model.eval()
         metrics = {}
         if validates:
-            model = getattr(run.stepper.model, "module", run.stepper.model)
-            result = validate(run.val, model, run.stepper.autocast, env, partial(stop_together, env))
+            model = getattr(self.stepper.model, "module", self.stepper.model)
+            autocast, stops = self.stepper.autocast, partial(stop_together, env)
+            result = validate(self.val, self.val_loss, self.args.batch_size, model, autocast, env, stops)
             metrics |= {f"val/{name}": value for name, value in result.items()}
             if env.is_main:
                 shown = ", ".join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v:,}" for n, v in result.items())
                 logger.info(f"validation after epoch {done}: {shown}")
         if retrieves:
             totals = {"train_samples": self.progress.totals.to_dict()}
-            metrics |= evaluate_benchmarks(run.parts, self.plan.work, self.args, self.folder, done, env, totals)
+            metrics |= evaluate_benchmarks(self.parts, self.plan.work, self.args, self.folder, done, env, totals)
         if self.tracker and metrics:
             self.tracker.log(self.progress.step, metrics)
 
@@ -274,16 +291,16 @@ class Trainer:
         self.save_is_due, self.saved_at = False, time.monotonic()
         self.saved_step = self.progress.step
         state = {
-            "slots_done": list(self.progress.slots_done),
+            "slots_done": self.progress.share.slots_done,
             "random_state": get_random_state(),
-            "totals": self.log.own.to_dict(),
+            "totals": self.log.new.to_dict(),
         }
         states = gather_objects(state, self.env)
         if not self.env.is_main:
             return
-        stepper = self.built.stepper
+        stepper = self.stepper
         content = {
-            **self.progress.to_content(states, self.built.division, self.env),
+            **self.progress.to_content(states, self.division),
             "name": self.plan.name,
             "state_dict": stepper.core.state_dict(),
             "optimizer": stepper.optimizer.state_dict(),

@@ -1,7 +1,6 @@
 """Builds the loss from flags: texts, weight and name of each term."""
 
 import argparse
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,8 +14,6 @@ from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 from training.loss.terms import LossTerm, reduce_features
 from training.runtime.distributed import DistEnv
 
-logger = logging.getLogger(__name__)
-
 
 def make_loss(args: argparse.Namespace, num_corners: int, env: DistEnv) -> nn.Module:
     """Builds the loss.
@@ -27,8 +24,6 @@ def make_loss(args: argparse.Namespace, num_corners: int, env: DistEnv) -> nn.Mo
         env: this process.
     """
     kind = LongCaptionSigLipLoss if args.siglip else LongCaptionLoss
-    if args.gather_dtype != "float32" and env.world_size == 1:
-        logger.warning(f"--gather-dtype {args.gather_dtype}: no effect with one process, which gathers nothing")
     return kind(
         local_loss=args.local_loss,
         gather_with_grad=args.gather_with_grad,

@@ -1,5 +1,6 @@
 """Optimizer and learning rate: AdamW or timm's optimizers, open_clip's weight-decay rule, tower rates, schedules."""
 
+import argparse
 from collections.abc import Callable, Iterable
 
 import timm.optim
@@ -38,7 +39,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay, rate = _decays(name, parameter) and name not in exempt, rates[_part(name)]
+        decay, rate = _decays(name, parameter) and name not in exempt, rates[_tower(name)]
         options = {"weight_decay": weight_decay if decay else 0.0, "lr": rate, "lr_scale": rate / lr}
         group = groups.setdefault((decay, rate), {"params": [], "param_names": [], **options})
         group["params"].append(parameter)
@@ -50,7 +51,7 @@ def _decays(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2 and not any(word in name for word in ("bn", "ln", "bias"))
 
 
-def _part(name: str) -> str:
+def _tower(name: str) -> str:
     return "image" if name.startswith("visual.") else "scalar" if name.startswith("logit_") else "text"
 
 
@@ -70,27 +71,23 @@ def load_optimizer_state(
     Raises:
         ValueError: the state belongs to other parameters.
     """
-    own = {name: parameters[name] for group in optimizer.param_groups for name in group["param_names"]}
-    names = _saved_names(saved["param_groups"], {name: own[name] for name in saved_order if name in own})
+    trained = {name: parameters[name] for group in optimizer.param_groups for name in group["param_names"]}
+    names = _saved_names(saved["param_groups"], {name: trained[name] for name in saved_order if name in trained})
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if [len(group) for group in names] != [len(group["params"]) for group in saved["param_groups"]]:
-        raise ValueError(f"its optimizer has {len(numbers)} parameters, the flags train {len(own)}: --lock-* differ")
+        raise ValueError(
+            f"its optimizer has {len(numbers)} parameters, the flags train {len(trained)}: --lock-* differ"
+        )
     state = {name: saved["state"][number] for name, number in zip(sum(names, []), numbers) if number in saved["state"]}
-    if state.keys() - own.keys() or (state and own.keys() - state.keys()):
+    if state and state.keys() != trained.keys():
         raise ValueError("its optimizer has other parameters than the flags train: --lock-* differ")
     for name, entries in state.items():
-        shapes = {tuple(entries[key].shape) for key in ("exp_avg", "momentum_buffer") if key in entries}
-        if shapes - {tuple(own[name].shape)}:
-            raise ValueError(
-                f"its optimizer's state of {name} has the shape {shapes.pop()}, expected {own[name].shape}"
-            )
+        shapes = [list(entries[key].shape) for key in ("exp_avg", "momentum_buffer") if key in entries]
+        if shapes and shapes[0] != (shape := list(trained[name].shape)):
+            raise ValueError(f"its optimizer's state of {name} has the shape {shapes[0]}, expected {shape}")
     groups = optimizer.state_dict()["param_groups"]
-    numbered = {
-        number: {key: _copy(value, own[name]) for key, value in state[name].items()}
-        for group in groups
-        for number, name in zip(group["params"], group["param_names"])
-        if name in state
-    }
+    pairs = [pair for group in groups for pair in zip(group["params"], group["param_names"]) if pair[1] in state]
+    numbered = {n: {key: _copy(value, trained[name]) for key, value in state[name].items()} for n, name in pairs}
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
 
@@ -114,7 +111,7 @@ def _saved_names(groups: list[dict], trained: dict[str, torch.Tensor]) -> list[l
     names: dict[object, list[str]] = {False: [], True: []} if len(groups) == 2 else {}
     for name, parameter in trained.items():
         decays = _decays(name, parameter)
-        names.setdefault(decays if len(groups) == 2 else (_part(name), decays), []).append(name)
+        names.setdefault(decays if len(groups) == 2 else (_tower(name), decays), []).append(name)
     return list(names.values())
 
 
@@ -144,15 +141,14 @@ def make_optimizer(
     return timm.optim.create_optimizer_v2(groups, name, lr=lr, weight_decay=0.0, eps=eps, **options)
 
 
+def optimizer_from_flags(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Creates the optimizer of a model's trainable parameters that the flags describe."""
+    groups = parameter_groups(model, args.lr, args.wd, args.image_lr, args.text_lr, args.opt.startswith("timm/"))
+    return make_optimizer(groups, args.opt, args.lr, (args.beta1, args.beta2), args.eps, args.momentum)
+
+
 def make_schedule(
-    optimizer: torch.optim.Optimizer,
-    name: str,
-    lr: float,
-    warmup: int,
-    total_steps: int,
-    cooldown_steps: int = 0,
-    cooldown_power: float = 1.0,
-    cooldown_end: float = 0.0,
+    optimizer: torch.optim.Optimizer, name: str, lr: float, warmup: int, total_steps: int, *cooldown: float
 ) -> Callable[[int], float]:
     """Returns a function that sets the optimizer's learning rates for a step and returns the base learning rate.
 
@@ -162,12 +158,11 @@ def make_schedule(
         lr: base learning rate.
         warmup: number of warm-up steps.
         total_steps: number of steps of the whole training.
-        cooldown_steps: with ``const-cooldown``, number of steps at the end in which the rate decays.
-        cooldown_power: exponent of the decay; 1 is linear.
-        cooldown_end: final learning rate.
+        cooldown: with ``const-cooldown``, number of steps at the end in which the rate decays, exponent of the decay
+            (1 is linear), and final learning rate.
     """
     if name == "const-cooldown":
-        assign = const_lr_cooldown(optimizer, lr, warmup, total_steps, cooldown_steps, cooldown_power, cooldown_end)
+        assign = const_lr_cooldown(optimizer, lr, warmup, total_steps, *cooldown)
     else:
         assign = {"cosine": cosine_lr, "const": const_lr}[name](optimizer, lr, warmup, total_steps)
 

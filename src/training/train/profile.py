@@ -1,8 +1,6 @@
 """Profiles a few steps: writes a trace for the browser and a table of the slowest operations."""
 
-import gzip
 import logging
-import shutil
 from pathlib import Path
 
 import torch
@@ -52,9 +50,7 @@ class StepProfile:
         with atomic_write(self.folder / "table.txt") as path:
             path.write_text(table)
         with atomic_write(self.folder / "trace.json.gz") as path:
-            plain = path.with_suffix(".json")
-            profiler.export_chrome_trace(str(plain))
-            with open(plain, "rb") as source, gzip.open(path, "wb") as target:
-                shutil.copyfileobj(source, target)
-            plain.unlink()
+            packed = path.with_suffix(".gz")  # so that PyTorch compresses it
+            profiler.export_chrome_trace(str(packed))
+            packed.replace(path)
         logger.info(f"profile of up to {RECORDED} steps, with a trace for ui.perfetto.dev in {self.folder}:\n{table}")

@@ -2,17 +2,15 @@
 
 import json
 import logging
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from training.data.faults import Totals
-from training.data.position import EpochPosition, Share, count_slots
+from training.data.position import EpochPosition, Share, Span, count_slots
 from training.runtime.distributed import DistEnv
 from training.train.checkpoint import copy_to_cpu, load_checkpoint
 from training.train.optim import load_optimizer_state
@@ -30,6 +28,7 @@ class Division:
         accum_freq: number of micro-batches per step.
         num_workers: number of parts into which a process's share is divided.
         data: fingerprint of the data, their order and the seed.
+        env: this process.
     """
 
     steps_per_epoch: int
@@ -37,10 +36,12 @@ class Division:
     accum_freq: int
     num_workers: int
     data: str
+    env: DistEnv
 
-    def whole_epoch(self, env: DistEnv) -> Share:
-        """Returns this process's share of a whole epoch."""
-        return Share(self.batch_size, self.steps_per_epoch * self.accum_freq, env.rank, env.world_size)
+    def share(self, num_steps: int, left: tuple[Span, ...] = ()) -> Share:
+        """Returns this process's share of the next steps of an epoch, of which the spans in `left` are unread."""
+        num_batches, slots_done = num_steps * self.accum_freq, (0,) * self.num_workers
+        return Share(self.batch_size, num_batches, self.env.rank, self.env.world_size, 0, slots_done, left)
 
 
 @dataclass
@@ -50,9 +51,7 @@ class Progress:
     Attributes:
         epoch: number of whole epochs done.
         step: number of optimizer steps done in all epochs.
-        share: this process's share of the current epoch.
-        batches_done: number of micro-batches of the share that are done.
-        slots_done: for each worker, the number of slots read for these.
+        share: this process's share of the current epoch, and how far it has come in it.
         totals: samples of all ranks since the start, up to the last log line.
         random_state: random state to restore within an epoch; None uses the initial state of the epoch.
     """
@@ -60,46 +59,43 @@ class Progress:
     epoch: int
     step: int
     share: Share
-    batches_done: int
-    slots_done: list[int]
     totals: Totals = field(default_factory=Totals)
     random_state: dict | None = None
 
     @classmethod
-    def at_epoch(cls, epoch: int, division: Division, env: DistEnv, totals: Totals | None = None) -> "Progress":
+    def at_epoch(cls, epoch: int, division: Division, totals: Totals | None = None) -> "Progress":
         """Returns the progress at the beginning of an epoch."""
-        step, slots_done = epoch * division.steps_per_epoch, [0] * division.num_workers
-        return cls(epoch, step, division.whole_epoch(env), 0, slots_done, totals or Totals())
+        share = division.share(division.steps_per_epoch)
+        return cls(epoch, epoch * division.steps_per_epoch, share, totals or Totals())
 
-    def next_epoch(self, division: Division, env: DistEnv) -> "Progress":
+    def next_epoch(self, division: Division) -> "Progress":
         """Returns the progress at the beginning of the next epoch."""
-        return self.at_epoch(self.epoch + 1, division, env, self.totals)
+        return self.at_epoch(self.epoch + 1, division, self.totals)
 
     def advance(self, positions: Sequence[tuple[int, int]]) -> None:
         """Adds a step, given the `TrainBatch.position` of its micro-batches."""
         self.step += 1
-        self.batches_done += len(positions)
-        for worker, num_slots in positions:
-            self.slots_done[worker] = num_slots
+        slots_done = dict(enumerate(self.share.slots_done)) | dict(positions)
+        batches_done = self.share.batches_done + len(positions)
+        self.share = replace(self.share, batches_done=batches_done, slots_done=tuple(slots_done.values()))
 
-    def to_content(self, states: Sequence[dict], division: Division, env: DistEnv) -> dict:
+    def to_content(self, states: Sequence[dict], division: Division) -> dict:
         """Returns the entries of a checkpoint.
 
         Args:
             states: ``slots_done``, ``random_state`` and ``totals`` since the last log line of each rank.
             division: division of this run.
-            env: this process.
         """
         totals = Totals.from_dict(self.totals.to_dict())
         for state in states:
             totals.add(Totals.from_dict(state["totals"]))
         content = {"epoch": self.epoch, "step": self.step, "totals": totals.to_dict()}
-        if self.step == self.epoch * division.steps_per_epoch and not self.batches_done:
+        share = self.share
+        if self.step == self.epoch * division.steps_per_epoch and not share.batches_done:
             return content | {"position": None}
         slots_done = tuple(tuple(state["slots_done"]) for state in states)
-        share = self.share
         position = EpochPosition(
-            env.world_size, division.num_workers, share.batch_size, share.num_batches, self.batches_done, slots_done,
+            share.world_size, division.num_workers, share.batch_size, share.num_batches, share.batches_done, slots_done,
             share.left,
         )  # fmt: skip
         return content | {
@@ -110,7 +106,7 @@ class Progress:
         }
 
 
-def start_from(content: dict, path: object, division: Division, env: DistEnv) -> Progress:
+def start_from(content: dict, path: object, division: Division) -> Progress:
     """Returns the progress from which training resumes.
 
     Within an epoch, training resumes in the same order if the numbers of processes and workers and the batches are the
@@ -120,16 +116,16 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
         content: result of `load_checkpoint`.
         path: its file, for messages.
         division: division of this run.
-        env: this process.
 
     Raises:
         ValueError: the checkpoint is within an epoch of other data, or of the data in another order.
     """
     totals = Totals.from_dict(content["totals"]) if "totals" in content else Totals()
+    env = division.env
     if not content.get("position"):
         if env.is_main:
             _compare_steps(content, path, division)
-        return Progress.at_epoch(content["epoch"], division, env, totals)
+        return Progress.at_epoch(content["epoch"], division, totals)
     if content["data"] != division.data:
         raise ValueError(
             f"--resume {path}: saved within an epoch of other data or another order; give the same --train-data, "
@@ -138,10 +134,8 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
     position, epoch = EpochPosition.from_dict(content["position"]), content["epoch"]
     same_step = content["accum_freq"] == division.accum_freq
     if same_step and position.same_division(env.world_size, division.num_workers, division.batch_size):
-        slots_done = list(position.slots_done[env.rank])
         random_state = copy_to_cpu(content["random_states"][env.rank])
-        share = position.share(env.rank)
-        return Progress(epoch, content["step"], share, position.batches_done, slots_done, totals, random_state)
+        return Progress(epoch, content["step"], position.share(env.rank), totals, random_state)
     left = position.unread()
     per_step = division.batch_size * division.accum_freq * env.world_size
     num_steps = count_slots(left) // per_step
@@ -152,9 +146,8 @@ def start_from(content: dict, path: object, division: Division, env: DistEnv) ->
             f"{epoch + 1} come in another order, in {num_steps:,} steps of {per_step:,}; "
             f"{count_slots(left) - num_steps * per_step:,} of them do not fill a step and are left out"
         )
-    share = Share(division.batch_size, num_steps * division.accum_freq, env.rank, env.world_size, left=left)
     step = (epoch + 1) * division.steps_per_epoch - num_steps
-    return Progress(epoch, step, share, 0, [0] * division.num_workers, totals)
+    return Progress(epoch, step, division.share(num_steps, left), totals)
 
 
 def _compare_steps(content: dict, path: object, division: Division) -> None:
@@ -211,25 +204,3 @@ def changed_flags(path: Path, flags: dict[str, object]) -> dict[str, tuple[objec
     now = json.loads(json.dumps(flags))  # tuples are lists in the file
     changed = {name for name in set(then) | set(now) if then.get(name) != now.get(name)} - {"resume"}
     return {f"--{name.replace('_', '-')}": (then.get(name), now.get(name)) for name in sorted(changed)}
-
-
-def get_random_state() -> dict:
-    """Returns the state of all random generators of this process, as plain numbers and tensors."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-    }
-
-
-def set_random_state(state: dict) -> None:
-    """Restores a state returned by `get_random_state`, which may have been saved in a file."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

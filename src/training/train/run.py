@@ -4,8 +4,8 @@ import argparse
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,21 +31,17 @@ from training.runtime.arithmetic import deterministic, tf32
 from training.runtime.distributed import DistEnv, failing_with, max_over_ranks, on_main_rank
 from training.runtime.files import atomic_write
 from training.runtime.lease import Lease
-from training.runtime.stop import EXIT_STOPPED, StoppedError
-from training.runtime.tracking import Tracker, check_reporters, log_to
+from training.runtime.tracking import check_reporters, log_to
 from training.runtime.watchdog import BUILDING, OPENING, Watchdog, joined_ranks
-from training.train.batch_norm import statistics_average
 from training.train.checkpoint import CHECKPOINTS, named_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
 from training.train.flops import count_model
-from training.train.loop import Observers, Plan, Run, Trainer
+from training.train.loop import Plan, Trainer
 from training.train.losses import make_loss
-from training.train.optim import make_optimizer, make_schedule, parameter_groups
-from training.train.profile import StepProfile
+from training.train.optim import make_schedule, optimizer_from_flags
 from training.train.remote import RemoteCopy, RemoteError
 from training.train.resume import Division, Progress, changed_flags, restore, start_from
-from training.train.step import Stepper
-from training.train.validate import ValidationSet
+from training.train.step import Stepper, statistics_average
 
 logger = logging.getLogger(__name__)
 
@@ -61,20 +57,17 @@ def train(args: argparse.Namespace) -> int:
     with joined as (env, watchdog), Lease() as lease, ExitStack() as stack:
         with failing_with(2, ValueError, OSError):
             stack.enter_context(deterministic(args.deterministic))
-            plan, run = _prepare(args, watchdog, lease, env)
-        try:
-            with failing_with(1, FloatingPointError, TooManyBadSamplesError, NoUsableSampleError, OSError, RemoteError):
-                with _observers(args, plan, run, env) as observers:
-                    Trainer(args, plan, run, observers, watchdog, env).run()
-        except StoppedError as stop:
-            if env.is_main:
-                logger.info(f"{stop}; continue with --name {plan.name} --resume latest")
-            return EXIT_STOPPED
-    return 0
+            trainer = _prepare(args, watchdog, lease, env)
+        with failing_with(1, FloatingPointError, TooManyBadSamplesError, NoUsableSampleError, OSError, RemoteError):
+            return trainer.run()
 
 
-def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: DistEnv) -> tuple[Plan, Run]:
-    """Does everything before the first step; raises ValueError or OSError, possibly on this rank only."""
+def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: DistEnv) -> Trainer:
+    """Checks, opens data, builds model and optimizer, and restores the state of a checkpoint.
+
+    Raises:
+        ValueError, OSError: the message says what is wrong; raised possibly on this rank only.
+    """
     plan = on_main_rank(lambda: _check(args, lease, env), env)
     if not env.is_main:
         log_to(None)
@@ -82,26 +75,31 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     source, val_source = open_sources(args, env)
     steps_per_epoch = count_steps(args, source, env)
     watchdog.at(0, BUILDING)
-    return plan, _build(args, plan, source, val_source, steps_per_epoch, env)
-
-
-@contextmanager
-def _observers(args: argparse.Namespace, plan: Plan, run: Run, env: DistEnv) -> Iterator[Observers]:
-    if not env.is_main:
-        yield Observers()
-        return
-    with ExitStack() as stack:
-        # Entered first, so that the last copy is made after everything else has been written.
-        remote = stack.enter_context(_remote(args, plan.folder)) if args.remote_sync else None
-        project = args.wandb_project_name
-        tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), run.start.step, project)
-        stack.callback(tracker.close)
-        profile = stack.enter_context(StepProfile(Path(args.profile), env.device)) if args.profile else None
-        yield Observers(tracker, remote, profile)
-
-
-def _remote(args: argparse.Namespace, folder: Path) -> RemoteCopy:
-    return RemoteCopy(args.remote_sync, folder, args.remote_sync_frequency, args.delete_previous_checkpoint)
+    parts = build_from_flags(args, env.device)
+    core = parts.model
+    if hasattr(core, "text_decoder"):
+        raise ValueError(f"--model {args.model}: training of CoCa is not supported; use a two-tower model")
+    if not any(p.requires_grad for name, p in core.named_parameters() if not name.startswith("logit_")):
+        raise ValueError("--lock-image and --lock-text leave nothing to train; unlock layers or a tower")
+    _check_features(args, core)
+    flops = count_model(core, parts.tokenizer, env.device, args.precision, bool(feature_info(args.train_data)))
+    if args.grad_checkpointing:
+        core.set_grad_checkpointing()
+    optimizer = optimizer_from_flags(args, core)
+    scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
+    order = f"{source.fingerprint()}, {args.train_num_samples or source.num_samples} samples an epoch"
+    division = Division(steps_per_epoch, args.batch_size, args.accum_freq, max(1, args.workers), order, env)
+    start = Progress.at_epoch(0, division)
+    if plan.resume:
+        start = start_from(restore(plan.resume, core, optimizer, scaler), plan.resume, division)
+        if start.epoch >= args.epochs and env.is_main:
+            logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
+    stepper = make_stepper(args, core, optimizer, scaler, env)
+    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
+    val = val_source and open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
+    val_loss = make_loss(args, num_corners(core), replace(env, rank=0, world_size=1))
+    schedule = _schedule(args, optimizer, steps_per_epoch, env)
+    return Trainer(args, plan, env, watchdog, data, val, val_loss, parts, stepper, schedule, division, start, flops)
 
 
 def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
@@ -115,18 +113,16 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     folder = Path(args.logs) / name
     lease.take(folder, f"--name {name}")
     checkpoints = folder / CHECKPOINTS
-    remote = _remote(args, folder) if args.remote_sync else None
+    remote = RemoteCopy.from_flags(args, folder) if args.remote_sync else None
     resume = named_checkpoint(args.resume) if args.resume not in (None, "latest") else None
-    if not args.resume and (saved_checkpoints(checkpoints, "epoch") or saved_checkpoints(checkpoints, "step")):
-        raise ValueError(f"--name {name}: {checkpoints} contains checkpoints; add --resume latest or use another name")
-    if not args.resume and remote and remote.index:
-        raise ValueError(
-            f"--name {name}: --remote-sync {args.remote_sync} contains checkpoints of this name; add --resume latest "
-            "or use another name"
-        )
+    taken = checkpoints if saved_checkpoints(checkpoints) else remote and remote.index and f"{args.remote_sync}/{name}"
+    if taken and not args.resume:
+        raise ValueError(f"--name {name}: {taken} contains checkpoints; add --resume latest or use another name")
     checkpoints.mkdir(parents=True, exist_ok=True)
     fetched = remote.fetch_newer() if remote and args.resume == "latest" else None
     log_to(folder)
+    if args.gather_dtype != "float32" and env.world_size == 1:
+        logger.warning(f"--gather-dtype {args.gather_dtype}: no effect with one process, which gathers nothing")
     if fetched:
         logger.info(f"fetched {fetched} and the logs from {args.remote_sync}/{name}")
     if args.resume == "latest":
@@ -178,47 +174,6 @@ def count_steps(args: argparse.Namespace, source: Source, env: DistEnv) -> int:
     return num_samples // samples_per_step
 
 
-def _build(
-    args: argparse.Namespace, plan: Plan, source: Source, val_source: Source | None, steps_per_epoch: int, env: DistEnv
-) -> Run:
-    """Builds model, optimizer and data, and restores the state of a checkpoint."""
-    parts = build_from_flags(args, env.device)
-    core = parts.model
-    if hasattr(core, "text_decoder"):
-        raise ValueError(f"--model {args.model}: training of CoCa is not supported; use a two-tower model")
-    if not any(p.requires_grad for name, p in core.named_parameters() if not name.startswith("logit_")):
-        raise ValueError("--lock-image and --lock-text leave nothing to train; unlock layers or a tower")
-    _check_features(args, core)
-    flops = count_model(core, parts.tokenizer, env.device, args.precision, bool(feature_info(args.train_data)))
-    if args.grad_checkpointing:
-        core.set_grad_checkpointing()
-    groups = parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr, args.opt.startswith("timm/"))
-    optimizer = make_optimizer(groups, args.opt, args.lr, (args.beta1, args.beta2), args.eps, args.momentum)
-    scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
-    division = Division(
-        steps_per_epoch,
-        args.batch_size,
-        args.accum_freq,
-        max(1, args.workers),
-        f"{source.fingerprint()}, {args.train_num_samples or source.num_samples} samples an epoch",
-    )
-    start = Progress.at_epoch(0, division, env)
-    if plan.resume:
-        start = start_from(restore(plan.resume, core, optimizer, scaler), plan.resume, division, env)
-        if start.epoch >= args.epochs and env.is_main:
-            logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
-    stepper = make_stepper(args, core, optimizer, scaler, env)
-    val = None
-    if val_source:
-        val_data = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
-        alone = replace(env, rank=0, world_size=1)
-        val = ValidationSet.of(val_data, args.batch_size, env, make_loss(args, num_corners(core), alone))
-    if env.is_main:
-        _check_warmup(0 if args.skip_scheduler else args.warmup, steps_per_epoch * args.epochs, args.lr)
-    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
-    return Run(data, val, parts, stepper, _schedule(args, optimizer, steps_per_epoch), division, start, flops)
-
-
 def num_corners(core: torch.nn.Module) -> int:
     """Returns m of a model's text tower; 0 for a tower without corner tokens."""
     return getattr(getattr(core, "text", None), "num_corners", 0)
@@ -233,7 +188,11 @@ def make_stepper(
 ) -> Stepper:
     """Builds the `Stepper`; to use your own subclass, create it here."""
     corners = [entry.corners for entry in caption_rule(args).texts]
-    whole = _whole_model(core, args.torchcompile, corners)
+    whole = TrainModel(core, core.visual.preprocess_cfg["mean"], core.visual.preprocess_cfg["std"], corners)
+    if args.torchcompile == "image" or (args.torchcompile and whole.image_is_locked):  # it runs outside of `whole`
+        core.visual.compile()
+    if args.torchcompile == "model":
+        whole.compile()
     return Stepper(
         model=_over_ranks(whole, env),
         core=core,
@@ -250,27 +209,27 @@ def make_stepper(
     )
 
 
-def _schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Callable:
+def _schedule(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int, env: DistEnv
+) -> Callable[[int], float]:
     name, warmup = ("const", 0) if args.skip_scheduler else (args.lr_scheduler, args.warmup)
-    cooldown = (steps_per_epoch * (args.epochs_cooldown or 0), args.lr_cooldown_power, args.lr_cooldown_end)
-    return make_schedule(optimizer, name, args.lr, warmup, steps_per_epoch * args.epochs, *cooldown)
-
-
-def _check_warmup(warmup: int, num_steps: int, lr: float) -> None:
-    if warmup >= num_steps:
+    num_steps = steps_per_epoch * args.epochs
+    if env.is_main and warmup >= num_steps:
         logger.warning(
-            f"--warmup {warmup}: the run has only {num_steps:,} steps, so the learning rate never reaches --lr {lr:g}; "
-            f"a tenth of the steps is usual (--warmup {num_steps // 10})"
+            f"--warmup {warmup}: the run has only {num_steps:,} steps, so the learning rate never reaches --lr "
+            f"{args.lr:g}; a tenth of the steps is usual (--warmup {num_steps // 10})"
         )
+    cooldown = (steps_per_epoch * (args.epochs_cooldown or 0), args.lr_cooldown_power, args.lr_cooldown_end)
+    return make_schedule(optimizer, name, args.lr, warmup, num_steps, *cooldown)
 
 
 def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
     """Raises ValueError if cached image features are not those of this model's tower, or if the tower is trained."""
     specs = {"--train-data": args.train_data, "--val-data": args.val_data}
     infos = {flag: info for flag, spec in specs.items() if spec and (info := feature_info(spec))}
-    own = tower_info(core, args) if infos else None  # called once, because it hashes all weights of the tower
+    expected = tower_info(core, args) if infos else None  # called once, because it hashes all weights of the tower
     for flag, info in infos.items():
-        if different := info.differences(own):
+        if different := info.differences(expected):
             raise ValueError(
                 f"{flag} {specs[flag]}: features of another image tower ({', '.join(different)} differ): "
                 f"{info.model}'s, in {info.precision}; give the model and weights used with --extract-image-features"
@@ -281,16 +240,6 @@ def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
             f"--model {args.model}: --lock-image leaves {trained[0]} trainable, but cached features bypass it; train "
             'on images, or set "timm_proj": "linear" in the model\'s vision_cfg'
         )
-
-
-def _whole_model(core: torch.nn.Module, compiled: str | None, corners: list[bool]) -> TrainModel:
-    cfg = core.visual.preprocess_cfg
-    model = TrainModel(core, cfg["mean"], cfg["std"], corners)
-    if compiled == "image" or (compiled and model.image_is_locked):  # a locked tower runs outside of `model`
-        core.visual.compile()
-    if compiled == "model":
-        model.compile()
-    return model
 
 
 def _over_ranks(model: TrainModel, env: DistEnv) -> torch.nn.Module:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch import nn
 from torch.profiler import record_function
 
 from training.model.towers.corner import cosine_with_cls
+from training.model.towers.locking import BATCH_NORMS
+from training.runtime.distributed import DistEnv
 from training.train.grad_cache import GradCache
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -39,7 +42,7 @@ class Stepper:
         locked_images: for an image tower that is not trained: ``image`` or ``image_features`` -> normalised features.
             It runs once per image, separately from `model`; the features are gathered while the text tower computes.
             None if images go through `model`.
-        average_statistics: called after each step, see `batch_norm.statistics_average`.
+        average_statistics: called after each step, see `statistics_average`.
         corners: indices of [CLS] and the corners among the text features, see `corner.corner_places`.
     """
 
@@ -189,3 +192,30 @@ class Stepper:
     def _without_sync(self) -> AbstractContextManager:
         """DDP reduces gradients only once, in the last backward pass of a step."""
         return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()
+
+
+def statistics_average(model: nn.Module, env: DistEnv) -> Callable[[], None]:
+    """Returns a function to be called after each step: it averages the statistics over ranks, in place.
+
+    All ranks then evaluate the same model, which is the one that is saved, and a resumed run continues with the same
+    statistics. A mean is that of all ranks' batches; a variance is the mean of the variances within these batches.
+    Training itself does not read the statistics. Source: timm's ``distribute_bn`` with ``reduce``, at each step.
+
+    Args:
+        model: both towers.
+        env: this process.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
+    return partial(_average, norms, env.world_size) if norms and env.world_size > 1 else lambda: None
+
+
+@torch.no_grad()
+def _average(norms: list[nn.Module], world_size: int) -> None:
+    moving = [norm for norm in norms if norm.training]  # frozen ones are in eval mode
+    buffers = [buffer for norm in moving for buffer in (norm.running_mean, norm.running_var)]
+    if not buffers:
+        return
+    sums = torch.cat([buffer.float() for buffer in buffers])
+    dist.all_reduce(sums)
+    for buffer, summed in zip(buffers, sums.split([len(buffer) for buffer in buffers])):
+        buffer.copy_(summed / world_size)

@@ -4,18 +4,12 @@ import json
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
+from training.runtime.files import append_line
+
 MAX_RECORDS = 100
-
-
-class _Pending(NamedTuple):
-    step: int
-    flags: torch.Tensor
-    copied: torch.cuda.Event | None
-    keys: list[str]
 
 
 class StepFlags:
@@ -32,7 +26,7 @@ class StepFlags:
     def __init__(self, folder: Path, rank: int, lag: int, max_in_a_row: int, last_good: Callable[[], Path | None]):
         self.path = folder / f"skipped_steps_rank{rank}.jsonl"
         self.lag, self.max_in_a_row, self.last_good = lag, max_in_a_row, last_good
-        self.pending: deque[_Pending] = deque()
+        self.pending: deque[tuple[int, torch.Tensor, torch.cuda.Event | None, list[str]]] = deque()
         self.in_a_row = self.total = 0
 
     def add(self, step: int, flags: torch.Tensor, keys: list[str]) -> tuple[bool, bool]:
@@ -54,7 +48,7 @@ class StepFlags:
             copied = torch.cuda.Event()
             flags = flags.to("cpu", non_blocking=True)
             copied.record()
-        self.pending.append(_Pending(step, flags, copied, keys))
+        self.pending.append((step, flags, copied, keys))
         return self._read(self.lag)
 
     def finish(self) -> tuple[bool, bool]:
@@ -64,25 +58,24 @@ class StepFlags:
     def _read(self, keep: int) -> tuple[bool, bool]:
         stop = save = False
         while len(self.pending) > keep:
-            pending = self.pending.popleft()
-            if pending.copied is not None:
-                pending.copied.synchronize()
-            skipped, stop_here, save_here = map(bool, pending.flags.tolist())
-            stop, save = stop or stop_here, save or save_here
-            self._count(skipped, pending)
+            step, flags, copied, keys = self.pending.popleft()
+            if copied is not None:
+                copied.synchronize()
+            skipped, *asked = map(bool, flags.tolist())
+            stop, save = map(max, (stop, save), asked)
+            self._count(skipped, step, keys)
         return stop, save
 
-    def _count(self, skipped: bool, pending: _Pending) -> None:
+    def _count(self, skipped: bool, step: int, keys: list[str]) -> None:
         if not skipped:
             self.in_a_row = 0
             return
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         if self.total <= MAX_RECORDS:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": pending.step, "keys": pending.keys}) + "\n")
+            append_line(self.path, json.dumps({"step": step, "keys": keys}))
         if self.in_a_row > self.max_in_a_row:
             raise FloatingPointError(
-                f"step {pending.step:,}: loss or gradient not finite for {self.in_a_row} steps in a row "
+                f"step {step:,}: loss or gradient not finite for {self.in_a_row} steps in a row "
                 f"(--max-skipped-steps {self.max_in_a_row}); last good checkpoint: {self.last_good() or 'none'}; "
                 f"samples of these steps: {self.path.parent}/skipped_steps_rank*.jsonl"
             )

@@ -7,14 +7,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch.profiler import record_function
 from tqdm import tqdm
 
 from training.data.batch import TrainBatch
-from training.data.faults import FAULT_KINDS, TooManyBadSamplesError, Totals
-from training.runtime.distributed import DistEnv, sum_over_ranks
+from training.data.faults import TooManyBadSamplesError, Totals
+from training.runtime.distributed import DistEnv, gather_objects
 from training.runtime.tracking import Tracker
 from training.train.flops import ModelFlops
 
@@ -37,12 +39,13 @@ def log_bad_sample(kind: str, name: str, num_logged: Counter) -> None:
         logger.warning(f"skipped sample, {kind}: {name}{more}")
 
 
+@dataclass
 class StepLog:
     """Collects metrics on every rank, reduces them over ranks every `every` steps, and writes them on rank 0.
 
     Loss terms stay on the device between two log lines, so that no step waits for them.
 
-    Args:
+    Attributes:
         env: this process.
         tracker: writer of metrics on rank 0; None on the other ranks.
         totals: samples of all ranks since the start; updated at every log line.
@@ -53,29 +56,24 @@ class StepLog:
         flops: FLOPs of the model, to log the utilisation of the device; None does not log it.
     """
 
-    def __init__(
-        self,
-        env: DistEnv,
-        tracker: Tracker | None,
-        totals: Totals,
-        every: int,
-        total_steps: int,
-        steps_per_epoch: int,
-        max_bad_samples: float = 1.0,
-        flops: ModelFlops | None = None,
-    ):
-        self.env, self.tracker, self.totals, self.every = env, tracker, totals, every
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.max_bad_samples, self.flops = max_bad_samples, flops
-        self.own = Totals()  # samples of this rank since the last log line
+    env: DistEnv
+    tracker: Tracker | None
+    totals: Totals
+    every: int
+    total_steps: int
+    steps_per_epoch: int
+    max_bad_samples: float
+    flops: ModelFlops | None
+
+    def __post_init__(self) -> None:
+        self.new = Totals()  # samples of this rank since the last log line
         self.num_logged: Counter[str] = Counter()
-        self.bar: tqdm | None = None
         self._reset()
 
     def _reset(self) -> None:
         self.start = time.monotonic()
         self.sums: dict[str, torch.Tensor] = {}
-        self.steps = self.samples = self.tokens = self.slots = 0
+        self.steps = self.samples = self.tokens = self.padded = 0
         self.waited = 0.0
 
     @contextmanager
@@ -100,8 +98,8 @@ class StepLog:
         """Counts a batch of this process; logs the first bad samples of each kind. Returns the keys of its samples."""
         self.samples += len(batch.keys)
         self.tokens += batch.num_tokens
-        self.slots += batch.num_padded
-        self.own.add(Totals(len(batch.keys) + len(batch.bad_samples), Counter(kind for kind, _ in batch.bad_samples)))
+        self.padded += batch.num_padded
+        self.new.add(Totals(len(batch.keys) + len(batch.bad_samples), Counter(kind for kind, _ in batch.bad_samples)))
         for kind, name in batch.bad_samples:
             log_bad_sample(kind, name, self.num_logged)
         return batch.keys
@@ -140,7 +138,7 @@ class StepLog:
             "tokens_per_s": self.tokens / seconds,
             "data_wait_share": self.waited / seconds,
             **({"flop_utilisation": self.flops.utilisation(self.samples, self.tokens, seconds)} if self.flops else {}),
-            "padding_share": 1 - self.tokens / max(self.slots, 1),
+            "padding_share": 1 - self.tokens / max(self.padded, 1),
             "skipped": self.totals.num_bad,
             "skipped_by_kind": dict(self.totals.faults),
             "eta_s": round(left, 1),
@@ -152,13 +150,12 @@ class StepLog:
     def _reduce(self) -> dict[str, float]:
         """Returns the means of the report's entries over steps and ranks; adds all ranks' samples to the totals."""
         # Only here does training wait for the current step; `StepFlags` lags one step behind.
-        own = torch.stack([value.float() for value in self.sums.values()]).cpu().double()
-        counts = [self.own.num_seen, *(self.own.faults[kind] for kind in FAULT_KINDS)]
-        total = sum_over_ranks(torch.cat([own, torch.tensor(counts, dtype=torch.float64)]), self.env)
-        num_seen, *faults = map(int, total[len(own) :].tolist())
-        self.totals.add(Totals(num_seen, Counter({kind: n for kind, n in zip(FAULT_KINDS, faults) if n})))
-        self.own.clear()
-        means = dict(zip(self.sums, (total[: len(own)] / self.env.world_size).tolist()))
+        sums = torch.stack([value.float() for value in self.sums.values()]).cpu().double()
+        ranks = gather_objects((sums, self.new.to_dict()), self.env)
+        for _, new in ranks:
+            self.totals.add(Totals.from_dict(new))
+        self.new.clear()
+        means = dict(zip(self.sums, (sum(sums for sums, _ in ranks) / self.env.world_size).tolist()))
         num_skipped = means.pop("skipped_steps")
         taken = self.steps - num_skipped
         means = {name: value / taken if taken else math.nan for name, value in means.items()}
@@ -175,7 +172,7 @@ class StepLog:
     def _line(self, step: int, m: dict) -> str:
         terms = ", ".join(f"{name.removesuffix('_loss')} {m[name]:.4f}" for name in m if name.endswith("_loss"))
         per = "GPU" if self.env.device.type == "cuda" else "process"
-        parts = [
+        fields = [
             f"epoch {m['epoch']:.2f} step {step:,}/{self.total_steps:,}",
             f"loss {m['loss']:.4f} ({terms})",
             f"lr {m['lr']:.3g}",
@@ -186,17 +183,10 @@ class StepLog:
             *([f"MFU {m['flop_utilisation']:.1%}"] if "flop_utilisation" in m else []),
             f"data wait {m['data_wait_share']:.0%}",
             f"padding {m['padding_share']:.0%}",
-            f"ETA {format_eta(m['eta_s'])}",
+            f"ETA {timedelta(seconds=int(m['eta_s']))}",
         ]
         if m["skipped"]:
-            parts.insert(-1, self.totals.describe())
+            fields.insert(-1, self.totals.describe())
         if m["skipped_steps"]:
-            parts.insert(-1, f"{m['skipped_steps']:,} steps skipped, not finite")
-        return " | ".join(parts)
-
-
-def format_eta(seconds: float) -> str:
-    """``3725`` -> ``1:02:05``."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+            fields.insert(-1, f"{m['skipped_steps']:,} steps skipped, not finite")
+        return " | ".join(fields)

@@ -4,7 +4,6 @@ import argparse
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,58 +14,35 @@ from training.data.open import TrainData
 from training.data.position import Share, Span
 from training.eval.encode import ComputeOptions
 from training.eval.metrics import count_ranks, summarise
-from training.eval.record import Result, to_json
+from training.eval.record import to_json
 from training.eval.results import format_table, format_zero_shot, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
 from training.model.assembly.factory import EncoderParts
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, merge_over_ranks, sum_over_ranks
+from training.runtime.distributed import DistEnv, gather_objects
 from training.runtime.messages import or_warn
 from training.train.grad_cache import is_row_wise
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ValidationSet:
-    """The data of ``--val-data``, read with the evaluation transform.
-
-    Attributes:
-        data: the samples, with the captions that epoch 0 selects.
-        share: this rank's part; all ranks' parts together are the whole set.
-        loss: the training loss, for a single process with the whole batch.
-        batch_size: number of samples that the loss compares with each other.
-    """
-
-    data: TrainData
-    share: Share
-    loss: Callable
-    batch_size: int
-
-    @classmethod
-    def of(cls, data: TrainData, batch_size: int, env: DistEnv, loss: Callable) -> "ValidationSet":
-        """Divides the samples over ranks, as evenly as batches of at most `batch_size` samples allow."""
-        num_samples, global_batch_size = data.source.num_samples, batch_size * env.world_size
-        num_batches = math.ceil(num_samples / global_batch_size)
-        own_size = math.ceil(num_samples / (num_batches * env.world_size))
-        whole = (Span(0, num_samples, 0, num_samples),)
-        share = Share(own_size, num_batches, env.rank, env.world_size, left=whole)
-        return cls(data, share, loss, global_batch_size)
-
-
 @torch.no_grad()
 def validate(
-    val: ValidationSet,
+    data: TrainData,
+    loss: Callable,
+    batch_size: int,
     model: torch.nn.Module,
     autocast: Callable,
     env: DistEnv,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: Callable[[], None],
 ) -> dict[str, float]:
     """Evaluates a model on ``--val-data``; every usable sample counts exactly once, for any number of ranks.
 
     Args:
-        val: the samples.
+        data: the samples, read with the evaluation transform, with the captions that epoch 0 selects.
+        loss: the training loss, for a single process with the whole batch.
+        batch_size: number of samples of a rank that the loss compares with each other.
         model: a `TrainModel`, in eval mode.
         autocast: returns the context of the forward pass.
         env: this process.
@@ -79,64 +55,58 @@ def validate(
     Raises:
         NoUsableSampleError: all samples are bad.
     """
-    outputs: list[dict[str, torch.Tensor]] = []
-    num_bad = 0
-    batches = iter(val.data.loader(0, val.share, pin=env.device.type == "cuda", refill=False))
-    for _ in range(val.share.num_batches):
+    num_samples, num_bad = data.source.num_samples, 0
+    num_batches = math.ceil(num_samples / (batch_size * env.world_size))
+    height = math.ceil(num_samples / (num_batches * env.world_size))  # as even as possible
+    whole_set = (Span(0, num_samples, 0, num_samples),)
+    share = Share(height, num_batches, env.rank, env.world_size, left=whole_set)
+    outputs: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(env.world_size)]  # of each rank
+    batches = iter(data.loader(0, share, pin=env.device.type == "cuda", refill=False))
+    for _ in range(num_batches):
         before_batch()
-        batch = next(batches, None)  # a rank with a smaller part may have no batch left at the end
-        num_bad += len(batch.bad_samples) if batch else 0
+        batch, output = next(batches, None), None  # a rank with a smaller share may have no batch left at the end
         if batch and batch.keys:
             with autocast():
-                outputs.append({k: v.float().cpu() for k, v in model(**batch.inputs_on(env.device)).items()})
-    whole = _of_all_ranks(outputs, env)
+                output = {name: value.float().cpu() for name, value in model(**batch.inputs_on(env.device)).items()}
+        found = gather_objects((output, len(batch.bad_samples) if batch else 0), env)
+        for of_rank, (output, bad) in zip(outputs, found):
+            of_rank += [output] if output else []
+            num_bad += bad
+    whole = _joined(sum(outputs, []))
     if not whole:
-        raise NoUsableSampleError(f"--val-data: none of its {val.data.source.num_samples:,} samples can be used")
-    result = _mean_loss(val, whole, env)
+        raise NoUsableSampleError(f"--val-data: none of its {num_samples:,} samples can be used")
+    result = _mean_loss(loss, batch_size * env.world_size, whole, env)
     images, texts = whole["image_features"], whole["text_features"]
     texts = texts if texts.ndim == 3 else texts[:, None]
     for number, name in enumerate(("short", "long")[: texts.shape[1]]):
         i2t, t2i = count_ranks(images, texts[:, number], torch.arange(len(images)), device=env.device)
         result |= {f"{name}_i2t_top1": summarise(i2t)["top1"], f"{name}_t2i_top1": summarise(t2i)["top1"]}
-    skipped = int(sum_over_ranks(torch.tensor([num_bad]), env))
-    return {"num_samples": len(images), "skipped": skipped, **result}
+    return {"num_samples": len(images), "skipped": num_bad, **result}
 
 
-def _of_all_ranks(outputs: list[dict[str, torch.Tensor]], env: DistEnv) -> dict[str, torch.Tensor]:
-    """Concatenates the model's outputs for all batches of all ranks, in rank order; {} if no rank has any."""
-    num_own = sum(len(output["image_features"]) for output in outputs)
-    first = outputs[0] if outputs else {}
-    first = {
-        name: value[:0].clone() if is_row_wise(name, value, len(first["image_features"])) else value
-        for name, value in first.items()
-    }
-    ranks = merge_over_ranks({env.rank: (num_own, first)}, env)
-    example = next((output for _, output in ranks.values() if output), {})
-    begin, total = sum(ranks[rank][0] for rank in range(env.rank)), sum(num for num, _ in ranks.values())
-    whole = {}
-    for name, value in example.items():
-        if is_row_wise(name, value, 0):
-            value = torch.zeros(total, *value.shape[1:])
-            if outputs:
-                value[begin : begin + num_own] = torch.cat([output[name] for output in outputs])
-            value = sum_over_ranks(value, env)
-        whole[name] = value
-    return whole
+def _joined(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Concatenates the rows of the model's outputs, in this order; {} without any."""
+
+    def join(name: str, value: torch.Tensor) -> torch.Tensor:
+        is_rows = is_row_wise(name, value, len(outputs[0]["image_features"]))
+        return torch.cat([output[name] for output in outputs]) if is_rows else value
+
+    return {name: join(name, value) for name, value in outputs[0].items()} if outputs else {}
 
 
-def _mean_loss(val: ValidationSet, whole: dict[str, torch.Tensor], env: DistEnv) -> dict[str, float]:
+def _mean_loss(loss: Callable, batch_size: int, whole: dict[str, torch.Tensor], env: DistEnv) -> dict[str, float]:
     """Returns the mean over samples of the loss and its terms; the ranks share the computation."""
     num_samples = len(whole["image_features"])
-    number = math.ceil(num_samples / val.batch_size)
+    number = math.ceil(num_samples / batch_size)
     parts = {n: value.tensor_split(number) for n, value in whole.items() if is_row_wise(n, value, num_samples)}
     totals: dict[str, float] = {}
     for k in range(env.rank, number, env.world_size):
         batch = {name: parts[name][k] if name in parts else value for name, value in whole.items()}
         batch = {name: value.to(env.device) for name, value in batch.items()}
-        for name, value in val.loss(**batch, output_dict=True).items():
+        for name, value in loss(**batch, output_dict=True).items():
             totals[name] = totals.get(name, 0.0) + float(value) * len(batch["image_features"]) / num_samples
-    ranks = merge_over_ranks({env.rank: totals}, env).values()
-    means = {name: sum(own.get(name, 0.0) for own in ranks) for name in next(filter(None, ranks))}
+    ranks = gather_objects(totals, env)
+    means = {name: sum(rank.get(name, 0.0) for rank in ranks) for name in next(filter(None, ranks))}
     return {"loss": sum(means.values()), **means}
 
 
@@ -185,19 +155,14 @@ def evaluate_benchmarks(
             logger.error(f"evaluation after epoch {epoch} failed, training continues: {error}")
         return {}
     if env.is_main:
-        _warn_about_broken_images([*results, *zero_shot])
+        for result in (each for each in (*results, *zero_shot) if each.num_broken):
+            logger.warning(
+                f"{result.title}: {result.num_broken:,} pairs with images that can't be read are skipped; the results "
+                f"are for {result.num_pairs:,} of {result.num_expected:,} pairs. Replace the images"
+            )
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
         or_warn(lambda: write_results([*results, *zero_shot], folder, args, None, extra), "results.jsonl")
         tables = [format_table(results)] if results else []
         tables += [format_zero_shot(zero_shot)] if zero_shot else []
         logger.info(f"after epoch {epoch}:\n" + "\n\n".join(tables))
     return to_json([*results, *zero_shot])
-
-
-def _warn_about_broken_images(results: list[Result]) -> None:
-    for result in results:
-        if result.num_broken:
-            logger.warning(
-                f"{result.title}: {result.num_broken:,} pairs with images that can't be read are skipped; the results "
-                f"are for {result.num_pairs:,} of {result.num_expected:,} pairs. Replace the images"
-            )
