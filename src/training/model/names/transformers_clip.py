@@ -13,14 +13,13 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from training.runtime.messages import first_line
+from training.model.names.files import downloading, find_weights
 
 HF = "hf:"
 FAMILIES = ("clip", "siglip")
 CLIP_VOCABULARY = 49408
 _TANH = ("gelu_pytorch_tanh", "gelu_new")  # GELU approximated with tanh
 _REGISTERED = "hf_siglip_"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
 def find_folder(name: str, cache_dir: str | None = None) -> Path:
@@ -35,21 +34,11 @@ def find_folder(name: str, cache_dir: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
-    try:
+    with downloading(f"--model {name}: no such folder", cache_dir):
         folder = Path(snapshot_download(source, cache_dir=cache_dir, allow_patterns=wanted, ignore_patterns=["*/*"]))
-        if not any((folder / file).is_file() for file in _WEIGHTS):
+        if not find_weights(folder):
             snapshot_download(source, cache_dir=cache_dir, allow_patterns=["pytorch_model.bin"])
-        return folder
-    except Exception as error:  # huggingface_hub's errors have no common base
-        raise FileNotFoundError(
-            f"--model {name}: no such folder, and not available from the hub ({first_line(error)}); download it on "
-            "another machine and give its folder"
-        ) from error
-
-
-def find_weights(folder: Path) -> Path | None:
-    """Returns the weights file of a folder in transformers' format, None if there is none."""
-    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    return folder
 
 
 def read_config(folder: Path) -> tuple[dict, dict]:
@@ -140,12 +129,6 @@ def _transformer_cfg(tower: object, path: Path) -> dict:
 
 def _register_siglip(vision: object, cfg: dict) -> str:
     """Registers an image tower with exactly this config in timm; returns its name."""
-    sizes = (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
-    sizes += (vision.num_attention_heads, vision.intermediate_size)
-    name = f"{_REGISTERED}{'_'.join(map(str, sizes))}_{vision.hidden_act}_{vision.layer_norm_eps:g}"
-    name = name.replace("-", "m").replace(".", "p")
-    if timm.is_model(name):
-        return name
     settings = {
         "img_size": vision.image_size,
         "patch_size": vision.patch_size,
@@ -153,18 +136,21 @@ def _register_siglip(vision: object, cfg: dict) -> str:
         "depth": vision.num_hidden_layers,
         "num_heads": vision.num_attention_heads,
         "mlp_ratio": cfg["mlp_ratio"],
-        "norm_layer": partial(nn.LayerNorm, **cfg["norm_kwargs"]),
-        "act_layer": partial(nn.GELU, **cfg["act_kwargs"] or {}),
-        "class_token": False,
     }
+    norm, activation = partial(nn.LayerNorm, **cfg["norm_kwargs"]), partial(nn.GELU, **cfg["act_kwargs"] or {})
+    name = "_".join(map(str, settings.values())) + f"_{vision.hidden_act}_{vision.layer_norm_eps:g}"
+    name = _REGISTERED + name.replace("-", "m").replace(".", "p")
 
-    def build(pretrained: bool = False, global_pool: str = "map", num_classes: int = 0, **_: object) -> nn.Module:
-        trunk = timm.models.VisionTransformer(**settings, global_pool=global_pool, num_classes=num_classes)
+    def build(pretrained: bool = False, **options: object) -> nn.Module:
+        layers = {"norm_layer": norm, "act_layer": activation, "class_token": False}
+        known = {key: options[key] for key in ("global_pool", "num_classes") if key in options}
+        trunk = timm.models.VisionTransformer(**settings, **layers, **known)
         trunk.pretrained_cfg = trunk.default_cfg = {"input_size": (3, vision.image_size, vision.image_size)}
         return trunk
 
-    build.__name__ = name
-    timm.models.register_model(build)
+    if not timm.is_model(name):
+        build.__name__ = name
+        timm.models.register_model(build)
     return name
 
 
@@ -178,9 +164,8 @@ def nearest_timm_name(name: str) -> str:
         return name
     image_size, patch, width, depth = name.removeprefix(_REGISTERED).split("_")[:4]
     kinds = {("768", "12"): "base", ("1024", "24"): "large", ("1152", "27"): "so400m", ("1536", "40"): "giantopt"}
-    kind = kinds.get((width, depth))
-    nearest = f"vit_{kind}_patch{patch}_siglip_{image_size}"
-    if kind is None or not timm.is_model(nearest):
+    nearest = f"vit_{kinds.get((width, depth))}_patch{patch}_siglip_{image_size}"
+    if not timm.is_model(nearest):
         raise ValueError(f"timm has no SigLIP image tower of width {width}, {depth} layers and {image_size} pixels")
     return nearest
 
@@ -193,12 +178,10 @@ def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
         if (folder / name).is_file():
             content = _json(folder / name)
             found |= content.get("image_processor", content)
-    size = found.get("size", image_size)
-    edge = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
     crops = found.get("do_center_crop", clip)
-    crop = found.get("crop_size", edge)
-    crop = crop.get("height") if isinstance(crop, dict) else crop
-    if edge != image_size or (crops and crop != edge):
+    edge = _edge(found.get("size", image_size))
+    crop = _edge(found.get("crop_size", edge)) if crops else edge
+    if not edge == crop == image_size:
         raise ValueError(
             f"{folder}: images are resized to {edge} and cropped to {crop}, but the tower takes {image_size}; all "
             "three sizes must be equal"
@@ -210,6 +193,10 @@ def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
         "interpolation": {2: "bilinear", 3: "bicubic"}.get(found.get("resample", 3), "bicubic"),
         "resize_mode": "shortest" if crops else "squash",
     }
+
+
+def _edge(size: dict | int) -> int:
+    return size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
 
 
 class CenterCrop(transforms.CenterCrop):

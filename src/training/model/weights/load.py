@@ -16,19 +16,22 @@ from open_clip.model import resize_pos_embed
 from torch import nn
 
 from training.model.weights.transformers_names import is_transformers, to_open_clip
-from training.model.weights.weights_file import is_big_vision, read_state_dict
+from training.model.weights.weights_file import BIG_VISION, format_of, read_state_dict
 from training.runtime.messages import first_line
 
-_EMBEDDINGS = "text.transformer.embeddings."
-WORD_TABLES = (_EMBEDDINGS + "word_embeddings.weight", _EMBEDDINGS + "tok_embeddings.weight")
-POSITION_TABLES = ("text.positional_embedding", _EMBEDDINGS + "position_embeddings.weight")
+# Ends of names.
+WORD_TABLES = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
+POSITION_TABLES = ("text.positional_embedding", "embeddings.position_embeddings.weight")
 CORNER_TABLE = "text.corner_embedding.weight"
 NUM_KEPT_POSITIONS = 20  # only CLIP's first 20 positions are well trained: Long-CLIP, arXiv 2403.15378
 NUM_LISTED = 4  # names of tensors shown in a message
 _FLAIR_PROJECTIONS = {"image_post.proj": "visual.proj", "text_post.proj": "text_projection"}
-_NAMES_TRIED = "open_clip's, OpenAI's, LoTLIP's, Long-CLIP's, FLAIR's, MobileCLIP's, transformers' CLIP's and SigLIP's"
-_OTHER_SOFTWARE = "for any other model, compute features in its own software and evaluate them with --features"
-_NOT_WEIGHTS = (_EMBEDDINGS + "position_ids", "text.input_resolution", "text.context_length", "text.vocab_size")
+_NOTHING_KNOWN = (
+    "wrong --model, or tensor names of another format; tried as open_clip's, OpenAI's, LoTLIP's, Long-CLIP's, FLAIR's, "
+    "MobileCLIP's, transformers' CLIP's and SigLIP's; for any other model, compute features in its own software and "
+    "evaluate them with --features"
+)
+_NOT_WEIGHTS = "position_ids", "input_resolution", "context_length", "vocab_size"  # of BERT and of OpenAI's archives
 
 
 def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -53,26 +56,29 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
     state = to_open_clip(state) if is_transformers(state) else state
     state = {_FLAIR_PROJECTIONS.get(key, key): value for key, value in state.items()}
     state = {_below_text(key): value for key, value in convert_foreign_names(model, state).items()}
-    tensors = model.state_dict()  # called only once, because it takes milliseconds
-    names = {_below_text(key): key for key in tensors}
-    own = {short: tensors[key] for short, key in names.items()}
-    state = {key: value for key, value in state.items() if key in own or key not in _NOT_WEIGHTS}
+    names = {_below_text(key): key for key in model.state_dict()}
+    ours = {_below_text(key): value for key, value in model.state_dict().items()}
+    state = {key: value for key, value in state.items() if key in ours or key.split(".")[-1] not in _NOT_WEIGHTS}
     tail = state.pop("text.positional_embedding_res", None)
     if tail is not None:
         head = state["text.positional_embedding"]
         state["text.positional_embedding"] = torch.cat([head[:NUM_KEPT_POSITIONS], tail[NUM_KEPT_POSITIONS:]])
-        extra = sorted(state.keys() - own.keys())
-        if extra and own.keys() <= state.keys() | {"logit_bias", CORNER_TABLE}:
+        extra = sorted(state.keys() - ours.keys())
+        if extra and ours.keys() <= state.keys() | {"logit_bias", CORNER_TABLE}:
             logging.warning(f"{len(extra)} tensors outside the two towers are ignored: {', '.join(extra[:8])}")
-            state = {key: value for key, value in state.items() if key in own}
-    _fit_positions(state, own, model)
+            state = {key: value for key, value in state.items() if key in ours}
+    _stretch_text_positions(state, ours, getattr(getattr(model, "text", None), "position_offset", 0))
+    theirs, wanted = (len(tables.get("visual.positional_embedding", ())) - 1 for tables in (state, ours))
+    if theirs != wanted and math.isqrt(max(0, theirs)) ** 2 == theirs:
+        logging.warning(f"image positions interpolated: {theirs} to {wanted}; not trained yet")
+        resize_pos_embed(state, model)
     for key in ("logit_scale", "logit_bias"):  # both shapes occur: [] and [1]
-        if key in state and key in own and state[key].numel() == own[key].numel():
-            state[key] = state[key].reshape(own[key].shape)
-    if "logit_bias" in own and "logit_bias" not in state:
+        if key in state and key in ours and state[key].numel() == ours[key].numel():
+            state[key] = state[key].reshape(ours[key].shape)
+    if "logit_bias" in ours and "logit_bias" not in state:
         logging.warning("the weights have no logit_bias: it keeps its initial value")
-        state["logit_bias"] = own["logit_bias"]
-    elif "logit_bias" in state and "logit_bias" not in own:
+        state["logit_bias"] = ours["logit_bias"]
+    elif "logit_bias" in state and "logit_bias" not in ours:
         logging.warning("the weights' logit_bias (of a sigmoid loss) is ignored: it does not affect rankings")
         del state["logit_bias"]
     return {names.get(key, key): value for key, value in state.items()}
@@ -83,19 +89,12 @@ def _below_text(key: str) -> str:
     return key if key.startswith(("visual.", "text.", "logit_")) else f"text.{key}"
 
 
-def _fit_positions(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Fits position tables in `state` to the model's context length and image size, in place."""
-    for key in POSITION_TABLES:
-        if key in state and key in own and len(state[key]) < len(own[key]):
-            logging.warning(f"text positions stretched: {len(state[key])} to {len(own[key])}; not trained yet")
-            offset = getattr(getattr(model, "text", None), "position_offset", 0)
-            state[key] = stretch_positions(state[key], len(own[key]), NUM_KEPT_POSITIONS + offset)
-    key = "visual.positional_embedding"
-    if key in state and key in own and state[key].shape != own[key].shape and state[key].ndim == 2:
-        rows, width = state[key].shape
-        if width == own[key].shape[1] and math.isqrt(rows - 1) ** 2 == rows - 1:
-            logging.warning(f"image positions interpolated: {rows - 1} to {len(own[key]) - 1}; not trained yet")
-            resize_pos_embed(state, model)
+def _stretch_text_positions(state: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], offset: int) -> None:
+    """Stretches shorter text position tables to those of the model, in place; `offset` rows belong to no token."""
+    for key in ours.keys() & state.keys():
+        if key.endswith(POSITION_TABLES) and len(state[key]) < len(ours[key]):
+            logging.warning(f"text positions stretched: {len(state[key])} to {len(ours[key])}; not trained yet")
+            state[key] = stretch_positions(state[key], len(ours[key]), NUM_KEPT_POSITIONS + offset)
 
 
 def stretch_positions(table: torch.Tensor, num_rows: int, num_kept: int = NUM_KEPT_POSITIONS) -> torch.Tensor:
@@ -129,30 +128,33 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: the file can't be read, or keys are missing, unexpected or have another shape; the message names
             them and the likely reason.
     """
-    if is_big_vision(path) and hasattr(getattr(model.visual, "trunk", None), "attn_pool") and hasattr(model, "text"):
-        return _load_big_vision(model, path)
-    state = convert_state_dict(read_state_dict(path), model)
-    own = model.state_dict()
-    if CORNER_TABLE in own and CORNER_TABLE not in state and "text.positional_embedding" in state:
+    is_siglip = hasattr(getattr(model.visual, "trunk", None), "attn_pool") and hasattr(model, "text")
+    if is_siglip and format_of(Path(path)) == BIG_VISION:
+        try:
+            return load_big_vision_weights(model, str(path))
+        except (LookupError, ValueError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
+            message = f"{path}: big_vision weights of another model ({first_line(error)}); check --model"
+            raise ValueError(message) from error
+    state, ours = convert_state_dict(read_state_dict(path), model), model.state_dict()
+    if CORNER_TABLE in ours and CORNER_TABLE not in state and "text.positional_embedding" in state:
         logging.warning(f"{path} has no corner tokens: their embeddings are random; train the model before using them")
-        state[CORNER_TABLE] = own[CORNER_TABLE]
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    shapes = {k: (tuple(state[k].shape), tuple(own[k].shape)) for k in own.keys() & state.keys()}
-    reshaped = sorted(k for k, (theirs, ours) in shapes.items() if theirs != ours)
+        state[CORNER_TABLE] = ours[CORNER_TABLE]
+    _load_strictly(model, state, str(path))
+
+
+def _load_strictly(module: nn.Module, state: dict[str, torch.Tensor], what: str, reason: str = "") -> None:
+    """Loads weights; raises ValueError with the keys that do not fit, and the reason, or the most likely one."""
+    ours = module.state_dict()
+    missing, unexpected = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
+    both = {key: (tuple(state[key].shape), tuple(ours[key].shape)) for key in sorted(ours.keys() & state.keys())}
+    reshaped = {key: shapes for key, shapes in both.items() if shapes[0] != shapes[1]}
     if missing or unexpected or reshaped:
-        lines = [f"{path} does not fit the model; {_likely_reason(missing, unexpected, reshaped, shapes)}:"]
-        lines += _listed("missing", missing) + _listed("unexpected", unexpected)
-        lines += _listed("other shape", [f"{k}: {shapes[k][0]} in the file, not {shapes[k][1]}" for k in reshaped])
+        reason = reason or (_likely_reason(missing, unexpected, reshaped) if both else _NOTHING_KNOWN)
+        lines = [f"{what} does not fit the model; {reason}:", *_listed("missing", missing)]
+        lines += _listed("unexpected", unexpected)
+        lines += _listed("other shape", [f"{k}: {a} in the file, not {b}" for k, (a, b) in reshaped.items()])
         raise ValueError("\n".join(lines))
-    model.load_state_dict(state, strict=True)
-
-
-def _load_big_vision(model: nn.Module, path: str | Path) -> None:
-    try:
-        load_big_vision_weights(model, str(path))
-    except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: big_vision weights of another model ({first_line(error)}); check --model") from error
+    module.load_state_dict(state)
 
 
 def _listed(title: str, items: list[str]) -> list[str]:
@@ -160,20 +162,18 @@ def _listed(title: str, items: list[str]) -> list[str]:
     return [f"  {title}: {len(items):,}", *(f"    {item}" for item in items[:NUM_LISTED]), *more] if items else []
 
 
-def _likely_reason(missing: list[str], unexpected: list[str], reshaped: list[str], shapes: dict) -> str:
-    for key in WORD_TABLES:
-        if reshaped == [key] and not missing and not unexpected:
-            (theirs, width), (ours, own_width) = shapes[key]
-            if width == own_width:
-                return f"it has {theirs - ours:+d} corner tokens compared with the model (--num-corner-tokens)"
+def _likely_reason(missing: list[str], unexpected: list[str], reshaped: dict[str, tuple]) -> str:
     if any("visual_proj." in key for key in unexpected):
         return "it has FLAIR's weights (--model flair-ViT-B-16)"
-    if unexpected == [CORNER_TABLE] or (reshaped == [CORNER_TABLE] and not missing):
+    first, *others = [*reshaped, *missing, *unexpected]
+    if not others and first == CORNER_TABLE:
         return "another number of corner tokens (--num-corner-tokens)"
-    if reshaped and set(reshaped) <= set(POSITION_TABLES) and not missing and not unexpected:
-        return f"another context length (--context-length {shapes[reshaped[0]][0][0]})"
-    if not shapes:
-        return f"wrong --model, or tensor names of another format; tried as {_NAMES_TRIED}; {_OTHER_SOFTWARE}"
+    if not others and first in reshaped:
+        (theirs, *width), (ours, *our_width) = reshaped[first]
+        if first.endswith(WORD_TABLES) and width == our_width:
+            return f"it has {theirs - ours:+d} corner tokens compared with the model (--num-corner-tokens)"
+        if first.endswith(POSITION_TABLES):
+            return f"another context length (--context-length {theirs})"
     return "most likely a wrong --model"
 
 
@@ -182,20 +182,18 @@ def load_pretrained_text(text: nn.Module, state: dict[str, torch.Tensor], name: 
 
     Args:
         text: a `CornerHFText`.
-        state: result of `hf_encoders.load_pretrained_encoder`.
+        state: the encoder's weights, with its own names; changed.
         name: name of the weights, for messages.
 
     Raises:
         ValueError: weights of another architecture.
     """
-    encoder = text.transformer
-    own = encoder.state_dict()
-    for key in own.keys() & state.keys():
-        if key.endswith(("word_embeddings.weight", "tok_embeddings.weight")):
-            state[key] = torch.cat([state[key], own[key][len(state[key]) :].to(state[key].dtype)])
-        elif key.endswith("position_embeddings.weight") and len(state[key]) < len(own[key]):
-            state[key] = stretch_positions(state[key], len(own[key]), NUM_KEPT_POSITIONS + text.position_offset)
-    _load_all(encoder, state, f"pretrained text weights {name}")
+    ours = text.transformer.state_dict()
+    for key in ours.keys() & state.keys():
+        if key.endswith(WORD_TABLES):
+            state[key] = torch.cat([state[key], ours[key][len(state[key]) :].to(state[key].dtype)])
+    _stretch_text_positions(state, ours, text.position_offset)
+    _load_strictly(text.transformer, state, f"pretrained text weights {name}", "another architecture")
 
 
 def load_pretrained_image(trunk: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
@@ -209,23 +207,23 @@ def load_pretrained_image(trunk: nn.Module, state: dict[str, torch.Tensor], name
     Raises:
         ValueError: weights of another architecture.
     """
-    own = trunk.state_dict()
+    ours = trunk.state_dict()
     # timm's own conversion, which also fits position tables to another image size.
     convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     classifier = trunk.pretrained_cfg.get("classifier") or ()
     heads = ("head", "fc", "classifier", *([classifier] if isinstance(classifier, str) else classifier))
-    state = {k: v for k, v in state.items() if k in own or not k.startswith(heads)}
+    state = {k: v for k, v in state.items() if k in ours or not k.startswith(heads)}
     try:
         state = convert(state, trunk) if convert else state
     except (RuntimeError, LookupError, ValueError, AttributeError, TypeError, AssertionError) as error:
         raise ValueError(f"{name}: not weights of {type(trunk).__name__} ({first_line(error)})") from error
-    if not own.keys() & state.keys():
-        state = _renamed_in_order(state, own, name)
-    _load_all(trunk, state, f"pretrained image weights {name}")
+    if not ours.keys() & state.keys():
+        state = _renamed_in_order(state, ours, name)
+    _load_strictly(trunk, state, f"pretrained image weights {name}", "another architecture")
 
 
 def _renamed_in_order(
-    state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], name: str
+    state: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], name: str
 ) -> dict[str, torch.Tensor]:
     """Renames weights of the same architecture from other software by matching the tensors in order.
 
@@ -235,17 +233,9 @@ def _renamed_in_order(
     Returns:
         The renamed weights, or `state` itself if the tensors do not match.
     """
-    theirs = list(state.items())[: len(own)]
-    kind = [(key.rpartition(".")[2], value.shape) for key, value in own.items()]
-    if len(state) - len(own) in (0, 2) and [(key.rpartition(".")[2], value.shape) for key, value in theirs] == kind:
-        logging.warning(f"{name}: unknown names ({theirs[0][0]}, ...); its {len(own)} tensors match the tower in order")
-        return {key: value for key, (_, value) in zip(own, theirs)}
+    theirs = list(state.items())[: len(ours)]
+    kinds = [[(key.rpartition(".")[2], value.shape) for key, value in side] for side in (theirs, ours.items())]
+    if len(state) - len(ours) in (0, 2) and kinds[0] == kinds[1]:
+        logging.warning(f"{name}: unknown names ({theirs[0][0]}, ...); {len(ours)} tensors match the tower in order")
+        return {key: value for key, (_, value) in zip(ours, theirs)}
     return state
-
-
-def _load_all(module: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
-    own = module.state_dict()
-    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + sorted(state.keys() - own.keys())
-    if wrong:
-        raise ValueError(f"{what}: another architecture; {len(wrong)} keys do not fit, first {', '.join(wrong[:3])}")
-    module.load_state_dict(state)

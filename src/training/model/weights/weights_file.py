@@ -23,19 +23,29 @@ from training.runtime.messages import first_line
 # Index files of weights that transformers has split into several files.
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _TRIED = "safetensors, PyTorch (zip and legacy), TorchScript, big_vision's NumPy archive"
-_UNPACK = "unpack it and give the weights file inside"
-_FORMATS = (  # first bytes of a file, its format, what to do
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights themselves", "fetch them with: git lfs pull"),
-    (b"\x89HDF", "an HDF5 file (Keras)", "load it in its own software and save the tensors as safetensors"),
-    (b"GGUF", "a GGUF file (llama.cpp)", "use the safetensors file that it was converted from"),
-    (b"\x93NUMPY", "a single NumPy array", "save a dict of tensors as safetensors"),
-    (b"\x1f\x8b", "a gzip archive", _UNPACK),
-    (b"\xfd7zXZ", "an xz archive", _UNPACK),
-    (b"BZh", "a bzip2 archive", _UNPACK),
-    (b"7z\xbc\xaf", "a 7z archive", _UNPACK),
-    (b"(\xb5/\xfd", "a zstd archive", _UNPACK),
+_AGAIN, _UNPACK = "fetch it again", "unpack it and give the weights file inside"
+_SAVE = "save its tensors as safetensors under the names of a state dict"
+_FORMATS = (  # how a file begins, what it is, what to do
+    (rb"$", "an empty file (0 bytes)", _AGAIN),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the weights themselves", "fetch them with: git lfs pull"),
+    (rb"\s*<(!doctype|html|\?xml)", "a web page, such as download services send instead of a file", _AGAIN),
+    (rb"\x89HDF", "an HDF5 file (Keras)", _SAVE),
+    (rb"GGUF", "a GGUF file (llama.cpp)", "use the safetensors file that it was converted from"),
+    (rb"\x93NUMPY", "a single NumPy array", _SAVE),
+    (rb"\x1f\x8b", "a gzip archive", _UNPACK),
+    (rb"\xfd7zXZ", "an xz archive", _UNPACK),
+    (rb"BZh", "a bzip2 archive", _UNPACK),
+    (rb"7z\xbc\xaf", "a 7z archive", _UNPACK),
+    (rb"\(\xb5/\xfd", "a zstd archive", _UNPACK),
+    (rb".{257}ustar", "a tar archive", _UNPACK),
+    (rb"\s*[{\[]", "a JSON file", "give the weights file, or its folder with --model local-dir: or hf:"),
 )
-_BIG_VISION = (
+_SUFFIXES = {  # formats without a beginning of their own
+    ".onnx": ("an ONNX graph", "use the PyTorch weights that it was exported from"),
+    ".msgpack": ("Flax weights", "in transformers: from_pretrained(..., from_flax=True).save_pretrained(FOLDER)"),
+}
+INDEX, PYTORCH, SAFETENSORS, TORCHSCRIPT = "index of several files", "PyTorch", "safetensors", "TorchScript"
+BIG_VISION = (
     "big_vision's NumPy archive, which only open_clip's SigLIP models can load: give --model ViT-B-16-SigLIP or a "
     "similar one, without --num-corner-tokens and --context-length"
 )
@@ -43,6 +53,7 @@ _BIG_VISION = (
 # reported for them.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model", "module")
+_BROKEN = (RuntimeError, SafetensorError, EOFError, LookupError, AttributeError, TypeError, zipfile.BadZipFile)
 _WRAPPING_MODULES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch.compile, FSDP
 
 
@@ -77,16 +88,6 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     return _without_prefixes(tensors)
 
 
-def is_big_vision(path: str | Path) -> bool:
-    """Whether a file is big_vision's NumPy archive of a SigLIP model, whatever its name."""
-    return zipfile.is_zipfile(path) and _kind_of_zip(Path(path)) == _BIG_VISION
-
-
-def is_torchscript(path: str | Path) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI's CLIP weights are."""
-    return zipfile.is_zipfile(path) and _kind_of_zip(Path(path)) == "TorchScript"
-
-
 def _describe(content: object) -> str:
     if isinstance(content, dict):
         keys = ", ".join(str(key)[:40] for key in list(content)[:5])
@@ -109,82 +110,61 @@ def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def _read(path: Path) -> object:
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if path.name.endswith(INDEX_SUFFIXES):
-        return _read_index(path)
-    if problem := _unusable(path, head):
-        raise ValueError(f"{path}: {problem}")
-    is_zip = head[:4] == b"PK\x03\x04"
+    kind = format_of(path)
     try:
-        if is_zip and (kind := _kind_of_zip(path)) != "PyTorch":
-            if kind == "TorchScript":
-                return _read_torchscript(path)
-            raise ValueError(f"{path}: {kind}")
-        if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 28):
+        if kind == INDEX:
+            return _read_index(path)
+        if kind == TORCHSCRIPT:
+            return _read_torchscript(path)
+        if kind == SAFETENSORS:
             return load_file(path)
-        if not is_zip and head[:1] != b"\x80":
-            raise ValueError(
-                f"{path}: unknown format, begins with {head[:8]!r}; tried as {_TRIED}; convert it to safetensors"
-            )
+        if kind != PYTORCH:
+            raise ValueError(f"{path}: {kind}")
         # Many trainers store their flags, a Namespace, with the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: {_unsafe(error)}") from error
-    except (
-        RuntimeError,
-        SafetensorError,
-        EOFError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise ValueError(f"{path}: broken weights file ({first_line(error)}); fetch it again") from error
+        found = re.search(r"(?:GLOBAL|global) `?([a-z_]\w*\.[\w.]+)", str(error))
+        raise ValueError(
+            f"{path}: not a file of plain tensors: it contains {found[1] if found else 'a pickle'}, which could run "
+            "code and is not loaded; if you trust the file, convert it: safetensors.torch.save_file("
+            "model.state_dict(), 'model.safetensors')"
+        ) from error
+    except _BROKEN as error:
+        raise ValueError(f"{path}: broken weights file ({first_line(error)}); {_AGAIN}") from error
 
 
-def _unsafe(error: Exception) -> str:
-    found = re.search(r"(?:GLOBAL|global) `?([a-z_]\w*\.[\w.]+)", str(error))
-    return (
-        f"not a file of plain tensors: it contains {found[1] if found else 'a pickle'}, which could run code and is "
-        "not loaded; if you trust the file, convert it: safetensors.torch.save_file(model.state_dict(), "
-        "'model.safetensors')"
-    )
+def format_of(path: Path) -> str:
+    """Returns the format of a file by its content: one of the constants above, or a message about another one."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if path.name.endswith(INDEX_SUFFIXES):
+        return INDEX
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 28:  # these 8 bytes may be those of any format
+        return SAFETENSORS
+    found = [text for start, *text in _FORMATS if re.match(start, head, re.IGNORECASE | re.DOTALL)]
+    if path.suffix in _SUFFIXES or found:
+        return "; ".join(_SUFFIXES.get(path.suffix) or found[0])
+    if path.suffix == ".safetensors":
+        return SAFETENSORS
+    if head[:4] == b"PK\x03\x04":
+        return _format_of_zip(path)
+    if head[:1] == b"\x80":
+        return PYTORCH
+    return f"unknown format, begins with {head[:8]!r}; tried as {_TRIED}; convert it to safetensors"
 
 
-def _unusable(path: Path, head: bytes) -> str | None:
-    """Returns what an unsupported file is, and what to do; None if the file may contain weights."""
-    if not head:
-        return "an empty file (0 bytes); fetch it again"
-    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        remedy = "open the link in a browser and download the file again"
-        return f"a web page, such as download services send instead of a file; {remedy}"
-    for start, what, remedy in _FORMATS:
-        if head.startswith(start):
-            return f"{what}; {remedy}"
-    if head[257:262] == b"ustar":
-        return f"a tar archive; {_UNPACK}"
-    if path.suffix == ".onnx":
-        return "an ONNX graph; use the PyTorch weights that it was exported from"
-    if path.suffix == ".msgpack":
-        return "Flax weights; in transformers: from_pretrained(..., from_flax=True).save_pretrained(FOLDER)"
-    if re.match(rb"\s*[{\[]", head):
-        return "a JSON file; give the weights file (.safetensors, .pt), or a folder with --model local-dir: or hf:"
-    return None
-
-
-def _kind_of_zip(path: Path) -> str:
-    """Returns ``PyTorch``, ``TorchScript``, or a message about another kind of zip archive."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+def _format_of_zip(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return PYTORCH  # broken; torch says how
     ends = {name.partition("/")[2] for name in names}
     if "data.pkl" in ends:
-        return "TorchScript" if "constants.pkl" in ends else "PyTorch"
+        return TORCHSCRIPT if "constants.pkl" in ends else PYTORCH
     if names and all(name.endswith(".npy") for name in names):
-        if any("img/" in name for name in names):
-            return _BIG_VISION
-        return "a NumPy archive (.npz); save its arrays as safetensors under the names of a state dict"
+        return BIG_VISION if any("img/" in name for name in names) else f"a NumPy archive (.npz); {_SAVE}"
     return f"a zip archive of {len(names)} files ({', '.join(names[:3])}); {_UNPACK}"
 
 
@@ -217,9 +197,8 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type | Callable:
         if module.startswith("__torch__"):
             return type(name, (_Module,), {})
-        if module == "torch" and isinstance(
-            dtype := getattr(torch, name[: -len("Storage")].lower(), None), torch.dtype
-        ):
+        dtype = getattr(torch, name.removesuffix("Storage").lower(), None)
+        if module == "torch" and isinstance(dtype, torch.dtype):
             return type(name, (), {"dtype": dtype})  # FloatStorage: torch.float
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset)
@@ -243,16 +222,14 @@ def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
         module = _TensorUnpickler(archive, root).load()
     state: dict[str, torch.Tensor] = {}
-    waiting = [("", module)]
-    seen = set()
+    modules = {id(module): ("", module)}
+    waiting = [module]
     while waiting:
-        name, holder = waiting.pop()
-        if id(holder) in seen:
-            continue
-        seen.add(id(holder))
+        name, holder = modules[id(waiting.pop())]
         for key, value in vars(holder).items():
             if isinstance(value, torch.Tensor):
                 state[name + key] = value
-            elif isinstance(value, _Module):
-                waiting.append((f"{name}{key}.", value))
+            elif isinstance(value, _Module) and id(value) not in modules:
+                modules[id(value)] = (f"{name}{key}.", value)
+                waiting.append(value)
     return state
