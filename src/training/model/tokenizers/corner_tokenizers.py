@@ -12,7 +12,8 @@ from open_clip import SimpleTokenizer
 from open_clip.tokenizer import get_clean_fn
 from transformers import AutoTokenizer
 
-from training.model.names.config import ModelSpec, find_pretrained_folder, not_found
+from training.model.names.config import ModelSpec
+from training.model.names.files import downloading, find_pretrained_folder
 
 _WORD_STARTS = ("\u0120", "\u2581")  # RoBERTa and XLM-R mark the start of words, BERT their continuation (##)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer_config.json")
@@ -109,13 +110,8 @@ class CornerHFTokenizer(_CornerTokenizer):
     def __init__(
         self, source: str | Path, context_length: int = 128, num_corners: int = 0, cache_dir: str | None = None
     ):
-        try:
+        with downloading(f"hf_tokenizer_name {source}", cache_dir):
             self.tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"hf_tokenizer_name {source}: {not_found(cache_dir, error)}; "
-                f"put its folder (tokenizer.json, ...) into --cache-dir DIR"
-            ) from error
         self.context_length = context_length
         self.num_corners = num_corners
         self.num_behind = 1
@@ -142,12 +138,10 @@ class CornerHFTokenizer(_CornerTokenizer):
         for position, (number, piece) in enumerate(zip(ids, pieces)):
             if number in special or number in self.corner_ids:
                 continue
-            begins_word = piece.startswith(_WORD_STARTS) if marks_starts else not piece.startswith("##")
-            yield (
-                position,
-                piece.lstrip("".join(_WORD_STARTS)) if marks_starts else piece.removeprefix("##"),
-                begins_word,
-            )
+            if marks_starts:
+                yield position, piece.lstrip("".join(_WORD_STARTS)), piece.startswith(_WORD_STARTS)
+            else:
+                yield position, piece.removeprefix("##"), not piece.startswith("##")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files, corner tokens included."""
