@@ -35,7 +35,7 @@ def attention_by_sample(ids: torch.Tensor, pad_id: int, num_corners: int) -> tor
 def text_features(text: CornerHFText, ids: torch.Tensor) -> torch.Tensor:
     """Encodes token ids [batch, num_captions, 128] to text features [batch, T, dim], not normalised."""
     rows = ids.flatten(0, 1)
-    hidden = text.family.run(text.transformer, rows, attention_by_sample(rows, text.pad_id, text.num_corners))
+    hidden = text.run(rows, attention_by_sample(rows, text.pad_id, text.num_corners))
     special = hidden[:, : text.num_corners + 1]
     pooled = torch.tanh(text.transformer.pooler.dense(special))
     return features_of_captions(text.proj(pooled), len(ids))

@@ -73,7 +73,7 @@ def _figure(
 ) -> Figure:
     short, long = reference_captions(num_images, num_long, NUM_CORNERS)
     together = torch.cat([short[:, None], long], dim=1).to(setting.device)
-    arrange = make_arranger(tower, "auto", setting.device, compiled=False)
+    arrange = make_arranger(tower, "auto", setting.device)
     captions = arrange(short, long)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(setting.device.type, dtype)
     weights = torch.randn(num_images, 1 + num_long * (NUM_CORNERS + 1), tower.output_dim, device=setting.device)
@@ -151,7 +151,7 @@ def _products(tower: CornerHFText, num_tokens: int, dtype: torch.dtype, device: 
 
 def _matrices(tower: CornerHFText) -> list[torch.Tensor]:
     """Returns the weights of the linear layers that are applied to all tokens; the last layer has keys and values."""
-    *whole, last = tower.family.layers(tower.transformer)
+    *whole, last = tower.layers()
     keys_and_values = last.attention.self.key.weight, last.attention.self.value.weight
     return [p for layer in whole for p in layer.parameters() if p.ndim == 2] + [*keys_and_values]
 
@@ -167,7 +167,7 @@ def _flops(tower: CornerHFText, lengths: torch.Tensor) -> float:
     There are 6 per weight and token in linear layers, and 12 per layer, width and pair of tokens in attention. Of the
     last layer, only what [CLS] and the corners need is counted.
     """
-    width, layers = tower.transformer.config.hidden_size, tower.family.layers(tower.transformer)
+    width, layers = tower.transformer.config.hidden_size, tower.layers()
     tokens, pairs = int(lengths.sum()), float(lengths.double().square().sum())
     num_read = tower.num_corners + 1
     rest_of_last = sum(p.numel() for p in layers[-1].parameters() if p.ndim == 2) - 2 * width * width

@@ -58,7 +58,7 @@ def random_ids(text, num_rows=4, length=16, num_padding=5):
 
 def hidden_states(text, ids):
     with torch.no_grad():
-        return text.family.run(text.transformer, ids, prefix_attention(ids != text.pad_id, text.num_corners))
+        return text.run(ids, prefix_attention(ids != text.pad_id, text.num_corners))
 
 
 def changed_positions(text, ids, position):
@@ -111,7 +111,7 @@ def test_in_bf16_it_computes_what_the_hugging_face_model_computes():
     ids = random_ids(text, num_padding=0)
     with torch.autocast("cpu", torch.bfloat16):
         alone = hidden_states(text, ids)
-        states = text.family.run(text.transformer, ids, prefix_attention(ids != text.pad_id, 0))
+        states = text.run(ids, prefix_attention(ids != text.pad_id, 0))
         expected = plain(input_ids=ids).last_hidden_state
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     gradients = []
@@ -144,8 +144,8 @@ def test_a_last_layer_for_the_first_positions_alone_changes_nothing(family, num_
     text = tower(family, num_corners, num_layers=3).double()
     ids = random_ids(text)
     allowed = prefix_attention(ids != text.pad_id, num_corners)
-    whole = text.family.run(text.transformer, ids, allowed)[:, : num_corners + 1]
-    first = text.family.run_buckets(text.transformer, [ids], [allowed], num_corners + 1)[0]
+    whole = text.run(ids, allowed)[:, : num_corners + 1]
+    first = text.run_buckets([ids], [allowed], num_corners + 1)[0]
     torch.testing.assert_close(first, whole, rtol=0, atol=1e-12)
     gradients = []
     for states in (whole, first):

@@ -113,7 +113,7 @@ def _lotlip(source: Source) -> LotlipModel:
     model, model_cfg = source.model, source.config["model_cfg"]
     text, visual = model.text, model.visual
     encoder = text.transformer.config
-    if not isinstance(text.family, Bert) or text.pooler_type in ("mean_pooler", "max_pooler"):
+    if not isinstance(text, Bert) or text.pooler_type in ("mean_pooler", "max_pooler"):
         raise ValueError(
             f"text tower {encoder.model_type} with {text.pooler_type}: only BERT-like encoders that pool [CLS] can be "
             "exported"

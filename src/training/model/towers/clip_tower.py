@@ -1,6 +1,5 @@
 """CLIP's causal text tower with corner tokens directly before [EOT]."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -45,11 +44,8 @@ class CornerCLIPText(TextTower):
         self.end_id = tower.vocab_size - 1
         self.vocab_size = tower.vocab_size + num_corners
         self.pad_id = CLIP_PAD_ID
-        self.token_embedding = tower.token_embedding
-        self.positional_embedding = tower.positional_embedding
-        self.transformer = tower.transformer
-        self.ln_final = tower.ln_final
-        self.text_projection = tower.text_projection
+        for name in ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"):
+            setattr(self, name, getattr(tower, name))
         self.register_buffer("attn_mask", tower.attn_mask, persistent=False)  # [context_length, context_length]
         if num_corners:
             weight = tower.token_embedding.weight
@@ -102,27 +98,12 @@ class CornerCLIPText(TextTower):
     def layers(self) -> nn.ModuleList:
         return self.transformer.resblocks
 
-    def layer_groups(self, pooler_in_head: bool = True) -> list[tuple[str, Sequence[nn.Module | nn.Parameter]]]:
-        """Returns all parts with parameters as (name, modules and parameters), from the input to the output.
-
-        Args:
-            pooler_in_head: open_clip 4's argument; this tower has no pooler.
-        """
-        corners = [self.corner_embedding] if self.num_corners else []
-        layers = [(f"layer.{i}", [block]) for i, block in enumerate(self.layers())]
-        layers[-1][1].append(self.ln_final)
-        head = [("proj", [self.text_projection])] if self.text_projection is not None else []
-        return [("embeddings", [self.token_embedding, self.positional_embedding, *corners]), *layers, *head]
-
-    def lock(
-        self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = False, **_: object
-    ) -> None:
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freezes the tower except its last groups, as open_clip does; the projection is the last group.
 
         Args:
             unlocked_layers: number of groups at the end that stay trainable.
             freeze_layer_norm: must be True: layer norms are frozen with the other weights of their group.
-            pooler_in_head: open_clip 4's argument; this tower has no pooler.
 
         Raises:
             ValueError: `freeze_layer_norm` is False.
@@ -134,13 +115,8 @@ class CornerCLIPText(TextTower):
             self.corner_embedding.requires_grad_(self.token_embedding.weight.requires_grad)
         self.train(self.training)
 
-    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", **_: object) -> None:
-        """Recomputes the layers' activations in the backward pass instead of keeping them.
-
-        Args:
-            enable: switch it on or off.
-            impl: open_clip 4's argument; open_clip 3's transformer has only one implementation.
-        """
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the layers' activations in the backward pass instead of keeping them."""
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

@@ -50,21 +50,26 @@ def suffix_attention(end: torch.Tensor, seq_len: int, num_corners: int) -> torch
     return (is_text_key[:, None, :] & (key <= query)) | (query == key)
 
 
-def mean_without_corners(hidden: torch.Tensor, keep: torch.Tensor, num_corners: int) -> torch.Tensor:
-    """Mean over all tokens except padding and corners: [batch, seq_len, width] -> [batch, width]."""
-    weight = _without_corners(keep, num_corners).to(hidden.dtype)[..., None]
-    return (hidden * weight).sum(1) / weight.sum(1)
+def pool_without_corners(kind: str, hidden: torch.Tensor, keep: torch.Tensor, num_corners: int) -> torch.Tensor:
+    """Mean or maximum over all tokens except padding and corners, then the corners' own states.
 
+    Args:
+        kind: ``mean`` or ``max``.
+        hidden: [batch, seq_len, width].
+        keep: [batch, seq_len] bool, True for tokens, False for padding.
+        num_corners: m; the corners are at positions 1..m.
 
-def max_without_corners(hidden: torch.Tensor, keep: torch.Tensor, num_corners: int) -> torch.Tensor:
-    """Maximum over all tokens except padding and corners: [batch, seq_len, width] -> [batch, width]."""
-    excluded = ~_without_corners(keep, num_corners)[..., None]
-    return hidden.masked_fill(excluded, torch.finfo(hidden.dtype).min).amax(1)
-
-
-def _without_corners(keep: torch.Tensor, num_corners: int) -> torch.Tensor:
+    Returns:
+        [batch, m + 1, width].
+    """
     position = torch.arange(keep.shape[1], device=keep.device)
-    return keep & ~((position >= 1) & (position <= num_corners))
+    pooled = (keep & ~((position >= 1) & (position <= num_corners)))[..., None]
+    if kind == "mean":
+        weight = pooled.to(hidden.dtype)
+        first = (hidden * weight).sum(1) / weight.sum(1)
+    else:
+        first = hidden.masked_fill(~pooled, torch.finfo(hidden.dtype).min).amax(1)
+    return torch.cat([first[:, None], hidden[:, 1 : num_corners + 1]], dim=1)
 
 
 def rows_before_end(hidden: torch.Tensor, end: torch.Tensor, num_corners: int) -> torch.Tensor:

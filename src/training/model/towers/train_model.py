@@ -79,9 +79,10 @@ class TrainModel(nn.Module):
         else:
             short = self.text.features(text)
             long = short[:0] if long_text is None else self.text.features(long_text.flatten(0, 1))
-        corners = self.corners or (False, *[True] * (len(long) // batch))
-        texts = [short[:, None], long.unflatten(0, (batch, -1))] if len(long) else [short[:, None]]
-        text_features = torch.cat(_select_features(texts, corners), dim=1)
+        texts = [short, *long.unflatten(0, (batch, -1)).unbind(1)] if len(long) else [short]  # [batch, m + 1, dim] each
+        corners = self.corners or (False, *[True] * (len(texts) - 1))
+        chosen = [features if wanted else features[:, :1] for features, wanted in zip(texts, corners)]
+        text_features = torch.cat(chosen, dim=1)
         if text_features.shape[1] == 1:
             text_features = text_features[:, 0]
         output = {
@@ -110,26 +111,3 @@ class TrainModel(nn.Module):
         if images.dtype == torch.uint8:
             return normalise_pixels(images, self.mean, self.std, dtype, memory_format)
         return images.to(dtype, memory_format=memory_format)
-
-
-def _select_features(texts: list[torch.Tensor], corners: Sequence[bool]) -> list[torch.Tensor]:
-    """Keeps all features of the texts with corners, and [CLS] of the others.
-
-    Args:
-        texts: features of consecutive groups of K texts, [batch, K, m + 1, dim] each.
-        corners: for each text of a sample, whether to keep its corner features.
-
-    Returns:
-        [batch, k, dim] each, in the order of the texts.
-    """
-    parts, start = [], 0
-    for features in texts:
-        own = corners[start : start + features.shape[1]]
-        start += len(own)
-        if all(own):
-            parts.append(features.flatten(1, 2))
-        elif not any(own):
-            parts.append(features[:, :, 0])
-        else:
-            parts += [features[:, i] if wanted else features[:, i, :1] for i, wanted in enumerate(own)]
-    return parts

@@ -14,12 +14,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from training.model.packing.attention import BucketMask, attend_in_buckets, attention, compute_dtype
-from training.model.towers.encoders.family import EncoderFamily
+from training.model.towers.corner import prefix_attention
+from training.model.towers.hf_tower import CornerHFText
 
 ATTENTION = "lotlip_buckets"
 
 
-class Bert(EncoderFamily):
+class Bert(CornerHFText):
     """BERT: positions start at 0, and there is a pooler."""
 
     model_types = ("bert",)
@@ -27,56 +28,53 @@ class Bert(EncoderFamily):
     has_pooler = True
     joins_buckets = True
 
-    def prepare(self, encoder: nn.Module) -> None:
-        encoder.set_attn_implementation(ATTENTION)
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        self.transformer.set_attn_implementation(ATTENTION)
         # Autocast would cast the hidden states for queries, keys and values separately, and their gradients back.
-        for layer in encoder.encoder.layer:
+        for layer in self.layers():
             layer.attention.self.register_forward_pre_hook(_cast_once)
 
     def run_buckets(
-        self,
-        encoder: nn.Module,
-        buckets: Sequence[torch.Tensor],
-        allowed: Sequence[torch.Tensor],
-        num_first: int | None = None,
-    ) -> list[torch.Tensor]:
+        self, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor], num_first: int | None = None
+    ) -> Sequence[torch.Tensor]:
+        *others, last = self.layers()
         if num_first is None:
-            hidden, mask = self._run_layers(encoder, buckets, allowed, len(encoder.encoder.layer))
+            hidden, mask = self._run_layers(buckets, allowed, [*others, last])
             return mask.split(hidden)
-        hidden, mask = self._run_layers(encoder, buckets, allowed, len(encoder.encoder.layer) - 1)
-        return _run_on_first(encoder.encoder.layer[-1], hidden, mask, num_first)
+        return _run_on_first(last, *self._run_layers(buckets, allowed, others), num_first)
 
     def _run_layers(
-        self, encoder: nn.Module, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor], num_layers: int
+        self, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor], layers: Sequence[nn.Module]
     ) -> tuple[torch.Tensor, BucketMask]:
         """Runs the first layers on the tokens of all buckets; returns hidden states [total, width] and the mask."""
-        if len(buckets) == 1:
-            hidden = encoder.embeddings(input_ids=buckets[0]).flatten(0, 1)[None]  # [1, total, width]
-        else:
-            ids = torch.cat([part.flatten() for part in buckets])
-            positions = torch.cat([self.positions(part, encoder.config).flatten() for part in buckets])
-            hidden = encoder.embeddings(input_ids=ids[None], position_ids=positions[None])
+        ids = torch.cat([bucket.flatten() for bucket in buckets])
+        positions = torch.cat([self.positions(bucket).flatten() for bucket in buckets])
+        hidden = self.transformer.embeddings(input_ids=ids[None], position_ids=positions[None])  # [1, total, width]
         mask = BucketMask.of(allowed, compute_dtype(hidden))
-        for layer in encoder.encoder.layer[:num_layers]:
+        for layer in layers:
             hidden = layer(hidden, mask)
         return hidden[0], mask
 
-    def attention_weights(
-        self, encoder: nn.Module, ids: torch.Tensor, allowed: torch.Tensor, num_first: int, layer: int
-    ) -> torch.Tensor:
-        hidden, mask = self._run_layers(encoder, [ids], [allowed], layer)
-        hidden, module = mask.split(hidden)[0], encoder.encoder.layer[layer].attention.self
+    def attention_weights(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
+        allowed = prefix_attention(ids != self.pad_id, self.num_hidden_corners)
+        hidden, mask = self._run_layers([ids], [allowed], self.layers()[:layer])
+        (hidden,), module = mask.split(hidden), self.layers()[layer].attention.self
         query, key = (
-            project(tokens).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)  # [b, h, positions, d]
-            for project, tokens in ((module.query, hidden[:, :num_first]), (module.key, hidden))
+            project(hidden).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)  # [b, h, positions, d]
+            for project in (module.query, module.key)
         )
-        scores = query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5 + mask.allowed[0][:, :, :num_first]
-        return scores.softmax(dim=-1).mean(dim=1)
+        weights = (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5 + mask.allowed[0]).softmax(dim=-1)
+        return weights.mean(dim=1)[:, : self.num_corners + 1]
 
-    def layers(self, encoder: nn.Module) -> nn.ModuleList:
-        return encoder.encoder.layer
+    def layers(self) -> nn.ModuleList:
+        return self.transformer.encoder.layer
 
-    def positions(self, ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    def compilable(self) -> list[nn.Module]:
+        # All but attention, whose masks, one per bucket, differ in number and shape in every step.
+        return [part for layer in self.layers() for part in (layer.attention.output, layer.intermediate, layer.output)]
+
+    def positions(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the row of the position table of each token: [n, seq_len]."""
         return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
@@ -85,14 +83,15 @@ class Roberta(Bert):
     """RoBERTa and similar encoders: positions start at padding's id + 1, and padding is not counted."""
 
     model_types = ("roberta", "xlm-roberta", "camembert")
-    default_pooler = EncoderFamily.default_pooler
+    default_pooler = CornerHFText.default_pooler
 
-    def position_offset(self, config: PretrainedConfig) -> int:
+    @classmethod
+    def offset_of(cls, config: PretrainedConfig) -> int:
         return config.pad_token_id + 1
 
-    def positions(self, ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-        keep = ids != config.pad_token_id
-        return keep.cumsum(dim=1) * keep + config.pad_token_id
+    def positions(self, ids: torch.Tensor) -> torch.Tensor:
+        keep = ids != self.pad_id
+        return keep.cumsum(dim=1) * keep + self.pad_id
 
 
 def _attend(
