@@ -34,7 +34,7 @@ def run(setting: Setting) -> list[Figure]:
     preprocess = open_clip.image_transform(MODEL_WIDTH, is_train=False)
     mean, std = (torch.tensor(getattr(preprocess.transforms[-1], name))[:, None, None] for name in ("mean", "std"))
     images = ImageReader(without_normalisation(preprocess), "fast")
-    arrange = make_arranger(model, "auto", setting.device, compiled=False)
+    arrange = make_arranger(model, "auto", setting.device)
     reader = SampleReader(images, tokenizer, CaptionRule(), seed=0, epoch=0, arrange=arrange)
     source = ShardSource(urls, count_samples(urls), 0, 1000)
     share = Share(batch_size, num // batch_size, 0, 1)

@@ -66,7 +66,7 @@ def run(setting: Setting) -> list[Figure]:
 def _training(name: str, num_images: int, setting: Setting) -> tuple[Stepper, dict[str, object]]:
     torch.manual_seed(0)
     model = training.create_model(name, pretrained_text=False, device=setting.device)
-    arrange = make_arranger(model, "auto", setting.device, compiled=False)
+    arrange = make_arranger(model, "auto", setting.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.1, None, None), fused=True)
     size = model.visual.image_size
     size = size if isinstance(size, int) else size[0]

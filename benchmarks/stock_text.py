@@ -17,7 +17,7 @@ def run(setting: Setting) -> list[Figure]:
     torch.manual_seed(0)
     model = training.create_model(name, device=setting.device)
     ids = short_captions(num_captions)
-    arrange = make_arranger(model, "auto", setting.device, compiled=False)
+    arrange = make_arranger(model, "auto", setting.device)
     encoder = text_encoder(model)
     on_device = ids.to(setting.device)
     weights: list[torch.Tensor] = []

@@ -114,7 +114,7 @@ def _make_sides(
     short, long = reference_captions(num_images, num_long, start.text.num_corners)
     padded = torch.cat([short[:, None], long], dim=1)
     models = {"baseline": copy.deepcopy(start), "ours": copy.deepcopy(start)}
-    arrange = make_arranger(models["ours"], "auto", setting.device, compiled=False)
+    arrange = make_arranger(models["ours"], "auto", setting.device)
     autocast = partial(torch.autocast, "cuda", torch.bfloat16) if setting.on_gpu else nullcontext
     ours = TrainModel(models["ours"])
     steppers = {

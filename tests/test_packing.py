@@ -48,7 +48,7 @@ def test_features_and_gradients_equal_the_padded_ones(family, pooler):
         short, long = batch(text)
         padded = torch.cat([text.all_features(short), text.all_features(long.flatten(0, 1))])
         expected = gradients(text, padded)
-        features = text_encoder(text).packed_features(make_arranger(text, "buckets", CPU, False)(short, long))
+        features = text_encoder(text).packed_features(make_arranger(text, "buckets", CPU)(short, long))
         torch.testing.assert_close(features, padded, rtol=0, atol=tolerance)
         got = gradients(text, features)
         assert got.keys() == expected.keys()
@@ -63,7 +63,7 @@ def test_all_buckets_are_computed_together(family):
     text = tower(family, num_layers=3).double()
     short, long = batch(text)
     long[0, 0, 4] = text.pad_id
-    captions = make_arranger(text, "buckets", CPU, False)(short, long)
+    captions = make_arranger(text, "buckets", CPU)(short, long)
     apart = torch.cat([text.all_features(ids) for ids in captions.buckets])
     expected = gradients(text, apart)
     shapes = []
@@ -154,7 +154,7 @@ def test_the_training_model_puts_features_where_they_belong(num_long):
     images = torch.randn(6, 3, 64, 64)
     whole = TrainModel(model)
     expected = whole(images, short, long if num_long else None)
-    got = whole(images, packed_text=make_arranger(model, "buckets", CPU, False)(short, long))
+    got = whole(images, packed_text=make_arranger(model, "buckets", CPU)(short, long))
     assert got["text_features"].shape == expected["text_features"].shape
     torch.testing.assert_close(got["text_features"], expected["text_features"], rtol=0, atol=1e-5)
 
@@ -177,10 +177,9 @@ def test_trainings_are_equal_and_log_the_padding(scenes, tmp_path):
     assert padding["auto"] < 0.05 < padding["padded"]
 
 
-def test_auto_takes_buckets_on_every_device_unless_shapes_are_expensive():
-    assert make_arranger(tower(), "auto", CPU, False).multiple == 1
-    assert make_arranger(tower(), "auto", torch.device("cuda"), False).multiple == 8
-    assert make_arranger(tower(), "auto", CPU, compiled=True) is None
+def test_auto_takes_buckets_on_every_device():
+    assert make_arranger(tower(), "auto", CPU).multiple == 1
+    assert make_arranger(tower(), "auto", torch.device("cuda")).multiple == 8
 
 
 def test_the_way_of_packing_that_no_longer_exists_is_named(capsys):
@@ -217,7 +216,7 @@ def test_captions_sorted_by_length_have_the_features_of_unsorted_ones():
         hook.remove()
     torch.testing.assert_close(encoded[True].features, encoded[False].features, rtol=0, atol=1e-5)
     assert torch.equal(encoded[True].lost_tokens, encoded[False].lost_tokens)
-    assert set(w for _, w in widths[False]) == {128} and min(w for _, w in widths[True]) < 64
+    assert set(widths[False]) == {(1, 8 * 128), (1, 6 * 128)} and min(widths[True]) < (1, 8 * 64)
     # features are in the original order of the captions
     alone = torch.nn.functional.normalize(model.encode_text(tokenizer(texts[13])), dim=-1)
     torch.testing.assert_close(encoded[True].features[13:14], alone.detach(), rtol=0, atol=1e-5)

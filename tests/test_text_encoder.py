@@ -50,7 +50,7 @@ def check_equal(model, ids):
     """Compares packed captions with padded ones; gradients are compared relative to the largest."""
     results = []
     weights = torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(1))
-    captions = make_arranger(model, "auto", CPU, compiled=False)(ids)
+    captions = make_arranger(model, "auto", CPU)(ids)
     assert captions.num_padded < ids.numel() / 1.5
     for encode in (lambda: model.encode_text(ids), lambda: text_encoder(model).packed_features(captions)[:, 0]):
         model.zero_grad()
@@ -84,10 +84,10 @@ def test_towers_that_read_padding_get_it():
     siglip = stock("siglip", no_causal_mask=True, pool_type="last", proj_bias=True)
     encoder = text_encoder(siglip)
     ids = open_clip.SimpleTokenizer(context_length=77)(TEXTS)
-    assert encoder.pad_id is None and make_arranger(siglip, "auto", CPU, False) is None
+    assert encoder.pad_id is None and make_arranger(siglip, "auto", CPU) is None
     assert torch.equal(encoder(ids), siglip.encode_text(ids))
     with pytest.raises(ValueError, match="--text-packing buckets: this model's text tower attends to padding"):
-        make_arranger(siglip, "buckets", CPU, False)
+        make_arranger(siglip, "buckets", CPU)
     for more in ({"pool_type": "eos", "eos_id": 0}, {"pool_type": "last"}, {"embed_cls": True}):
         assert text_encoder(stock("custom text", **more)).pad_id is None
 
@@ -100,7 +100,7 @@ def test_the_padding_id_within_a_caption_changes_nothing(family):
     for row, places in enumerate(([5], [10], [9, 10], [4, 6, 7])):
         ids[row, places] = text.pad_id
     padded = text.all_features(ids)
-    packed = text_encoder(text).packed_features(make_arranger(text, "buckets", CPU, False)(ids))
+    packed = text_encoder(text).packed_features(make_arranger(text, "buckets", CPU)(ids))
     torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_clips_tower_with_corner_tokens_is_packed_too(num_corners):
 
     model = clip_model(num_corners)
     ids = CornerCLIPTokenizer(20, num_corners)(TEXTS)
-    arrange = make_arranger(model, "auto", CPU, False)
+    arrange = make_arranger(model, "auto", CPU)
     captions = arrange(ids[:, None][:, 0], ids[:, None])
     both = text_encoder(model).packed_features(captions)
     expected = model.text.all_features(ids)

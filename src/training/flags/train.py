@@ -101,7 +101,7 @@ def _add_more_optimization_args(group: Flags) -> None:
         const="model",
         choices=("model", "image"),
         metavar="WHAT",
-        help="compile the model, or with the value image only the image tower, whose shapes never change "
+        help="compile each layer of both towers, or with the value image only those of the image tower "
         "(default: compile nothing)",
     )
     group.switch(

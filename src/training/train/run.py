@@ -24,6 +24,7 @@ from training.eval.results import run_name
 from training.eval.retrieval import RetrievalWork, plan_benchmarks
 from training.model.assembly.from_flags import build_from_flags, check_precision
 from training.model.names.resolve import resolve_weights
+from training.model.towers.compiling import compile_layers
 from training.model.towers.corner import corner_places
 from training.model.towers.locking import linear_head
 from training.model.towers.train_model import TrainModel
@@ -189,10 +190,8 @@ def make_stepper(
     """Builds the `Stepper`; to use your own subclass, create it here."""
     corners = [entry.corners for entry in caption_rule(args).texts]
     whole = TrainModel(core, core.visual.preprocess_cfg["mean"], core.visual.preprocess_cfg["std"], corners)
-    if args.torchcompile == "image" or (args.torchcompile and whole.image_is_locked):  # it runs outside of `whole`
-        core.visual.compile()
-    if args.torchcompile == "model":
-        whole.compile()
+    if args.torchcompile:
+        compile_layers(core, only_images=args.torchcompile == "image")
     return Stepper(
         model=_over_ranks(whole, env),
         core=core,

@@ -78,24 +78,23 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
         torch.nn.init.constant_(model.logit_scale, math.log(args.logit_scale))
     if args.train_data and args.lock_logit_scale:
         model.logit_scale.requires_grad_(False)
-    arrange = make_arranger(model, args.text_packing, device, args.torchcompile == "model") if args.train_data else None
+    arrange = make_arranger(model, args.text_packing, device) if args.train_data else None
     return EncoderParts(model.eval(), transform, tokenizer, train_transform, arrange)
 
 
-def make_arranger(model: torch.nn.Module, mode: str, device: torch.device, compiled: bool) -> CaptionArranger | None:
+def make_arranger(model: torch.nn.Module, mode: str, device: torch.device) -> CaptionArranger | None:
     """Returns the arranger of ``--text-packing`` for a model's captions; None leaves the captions padded.
 
     Args:
         model: one of our models or of open_clip's, or one of our text towers.
         mode: ``auto``, ``padded`` or ``buckets``.
         device: device of the model.
-        compiled: the model is compiled, so new shapes are expensive and ``auto`` does not choose buckets.
 
     Raises:
         ValueError: the model's text tower does not support the mode.
     """
     encoder = text_encoder(model)
-    if mode == "padded" or (mode == "auto" and (compiled or encoder.pad_id is None)):
+    if mode == "padded" or (mode == "auto" and encoder.pad_id is None):
         return None
     if encoder.pad_id is None:
         raise ValueError(f"--text-packing {mode}: this model's text tower attends to padding; use auto or padded")

@@ -100,6 +100,10 @@ class TextTower(nn.Module):
         """Returns the transformer layers, first to last."""
         raise NotImplementedError
 
+    def compilable(self) -> Sequence[nn.Module]:
+        """Returns the modules that ``--torchcompile`` compiles, each on its own: the layers."""
+        return self.layers()
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Computes features, not normalised.
 
