@@ -242,6 +242,6 @@ def test_intervals_of_both_directions_cover_the_truth_as_often_as_they_say():
 def test_copies_of_a_caption_do_not_narrow_an_interval():
     """Five copies of each caption carry no more information than one, so the interval must not shrink."""
     once = RankCounts(torch.arange(40) % 2, torch.zeros(40, dtype=torch.int64), torch.ones(40, dtype=torch.int64))
-    copies = RankCounts(*(t.repeat_interleave(5) for t in (once.better, once.tied, once.right)))
+    copies = RankCounts(*(t.repeat_interleave(5) for t in (once.better, once.tied, once.num_right)))
     owner = torch.arange(40).repeat_interleave(5)
     assert summarise(copies, clusters=owner)["top1-ci95"] == summarise(once)["top1-ci95"]

@@ -29,12 +29,12 @@ class RankCounts:
     Attributes:
         better: wrong candidates with a higher score than the best right one.
         tied: wrong candidates with the same score as the best right one.
-        right: right candidates with the best right score (1 unless there are duplicates).
+        num_right: right candidates with the best right score (1 unless there are duplicates).
     """
 
     better: torch.Tensor
     tied: torch.Tensor
-    right: torch.Tensor
+    num_right: torch.Tensor
 
 
 def count_ranks(
@@ -61,7 +61,7 @@ def count_ranks(
         tile: numbers of images and of captions of a tile, which needs about 8 bytes per pair; default: see `TILES`.
         both: count for image queries, too; otherwise their counts are 0.
         rank, world_size: with several processes, process `rank` handles every world_size-th row of tiles. `better`
-            and `tied` have to be summed over all processes; `right` is complete in each.
+            and `tied` have to be summed over all processes; `num_right` is complete in each.
 
     Returns:
         Counts for image queries (image to text) and for caption queries (text to image), on the CPU.
@@ -72,15 +72,15 @@ def count_ranks(
     device = float64_device(device)
     height, width = tile or TILES.get(device.type, TILES["cuda"])
     num_images, num_captions = len(image_features), len(text_features)
-    own_score = _score_of_pairs(image_features, text_features, image_of_caption, device, width)  # [num_captions]
+    pair_score = _scores_of_pairs(image_features, text_features, image_of_caption, device, width)
     best_score = torch.full((num_images,), -torch.inf, dtype=torch.float64)
-    best_score.scatter_reduce_(0, image_of_caption, own_score, reduce="amax")
+    best_score.scatter_reduce_(0, image_of_caption, pair_score, reduce="amax")
     if both and torch.isinf(best_score).any():
         raise ValueError(f"image {int(torch.isinf(best_score).nonzero()[0])} has no caption")
-    right = torch.zeros(num_images, dtype=torch.int64)
-    right.index_add_(0, image_of_caption, (own_score >= best_score[image_of_caption] - TIE_TOLERANCE).long())
+    is_best = pair_score >= best_score[image_of_caption] - TIE_TOLERANCE
+    num_right = image_of_caption[is_best].bincount(minlength=num_images)
     margin = rounding_bound(image_features, text_features)
-    i2t, t2i = (_Counter(score.to(device), margin) for score in (best_score, own_score))
+    i2t, t2i = (_Counter(score.to(device), margin) for score in (best_score, pair_score))
     with _true_float32(device):
         for i in range(rank * height, num_images, world_size * height):
             images = image_features[i : i + height].to(device)
@@ -93,7 +93,7 @@ def count_ranks(
     # Right candidates are subtracted from the ties only once, not once per process.
     once = int(rank == 0)
     ones = torch.ones(num_captions, dtype=torch.int64)
-    return i2t.counts(right, once), t2i.counts(ones, once)
+    return i2t.counts(num_right, once), t2i.counts(ones, once)
 
 
 def float64_device(device: torch.device | str) -> torch.device:
@@ -109,7 +109,7 @@ def rounding_bound(first: torch.Tensor, second: torch.Tensor) -> float:
     Algorithms, section 3.1). The smallest normal number covers products that are flushed to zero.
     """
     n = (first.shape[1] + 2) * torch.finfo(torch.float32).eps / 2
-    norms = [max(float(part.double().norm(dim=1).max()) for part in rows.split(4096)) for rows in (first, second)]
+    norms = [max(float(block.double().norm(dim=1).max()) for block in rows.split(4096)) for rows in (first, second)]
     return n / (1 - n) * norms[0] * norms[1] * (1 + 1e-9) + first.shape[1] * torch.finfo(torch.float32).tiny
 
 
@@ -162,32 +162,27 @@ class _Counter:
             self.better.index_add_(0, query, (exact > self.target[query] + TIE_TOLERANCE).long())
             self.not_worse.index_add_(0, query, (exact >= self.target[query] - TIE_TOLERANCE).long())
 
-    def counts(self, right: torch.Tensor, num_subtracted: int) -> RankCounts:
-        """Returns the counts, with `right` candidates subtracted this many times from the ties."""
-        tied = (self.not_worse - self.better).cpu() - num_subtracted * right
-        return RankCounts(self.better.cpu(), tied, right)
+    def counts(self, num_right: torch.Tensor, num_subtracted: int) -> RankCounts:
+        """Returns the counts, with the right candidates subtracted this many times from the ties."""
+        tied = (self.not_worse - self.better).cpu() - num_subtracted * num_right
+        return RankCounts(self.better.cpu(), tied, num_right)
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     """Returns the flat positions of the true values; on a CPU with NumPy, which is ten times as fast."""
-    return (
-        torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.flatten().nonzero()[:, 0]
-    )
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero()[:, 0]
 
 
-def _score_of_pairs(
-    image_features: torch.Tensor,
-    text_features: torch.Tensor,
-    image_of_caption: torch.Tensor,
-    device: torch.device,
-    block_size: int,
+def _scores_of_pairs(
+    images: torch.Tensor, texts: torch.Tensor, image_of_caption: torch.Tensor, device: torch.device, block_size: int
 ) -> torch.Tensor:
     """Returns the similarity of each caption with its own image, float64 [num_captions] on the CPU."""
     scores = []
-    for t in range(0, text_features.shape[0], block_size):
-        index = image_of_caption[t : t + block_size].to(image_features.device)
-        images = image_features[index].to(device, torch.float64)
-        scores.append((images * text_features[t : t + block_size].to(device, torch.float64)).sum(dim=1).cpu())
+    for index, block in zip(image_of_caption.split(block_size), texts.split(block_size)):
+        pairs = images[index.to(images.device)].to(device, torch.float64) * block.to(device, torch.float64)
+        scores.append(pairs.sum(dim=1).cpu())
     return torch.cat(scores)
 
 
@@ -201,14 +196,14 @@ def hit_probability(counts: RankCounts, k: int) -> torch.Tensor:
     for slot in range(k):
         # Tied candidates are drawn without replacement: the probability that this slot gets another wrong one.
         wrong_left = (counts.tied - slot).clamp(min=0).double()
-        chance = wrong_left / (wrong_left + counts.right)
+        chance = wrong_left / (wrong_left + counts.num_right)
         miss = torch.where(slot < free_slots, miss * chance, miss)
     return 1.0 - miss
 
 
 def expected_rank(counts: RankCounts) -> torch.Tensor:
     """Returns the expected rank of the first right answer for a random order of ties. [num_queries], float64."""
-    return 1.0 + counts.better + counts.tied / (counts.right + 1.0)
+    return 1.0 + counts.better + counts.tied / (counts.num_right + 1.0)
 
 
 def bootstrap_interval(
@@ -225,8 +220,7 @@ def bootstrap_interval(
     """
     clusters = np.arange(len(values)) if clusters is None else clusters.numpy()
     means = _resampled_means(values.numpy(), clusters, num_resamples, seed)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
 def _resampled_means(values: np.ndarray, clusters: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:

@@ -26,12 +26,12 @@ def top_matches(
     """
     device = float64_device(device)
     tops, scores = [], []
-    for part in queries.split(tile[0]):
-        part = part.to(device, torch.float64)
-        score = torch.empty(len(part), 0, dtype=torch.float64, device=device)
-        top = torch.empty(len(part), 0, dtype=torch.int64, device=device)
+    for block in queries.split(tile[0]):
+        block = block.to(device, torch.float64)
+        score = torch.empty(len(block), 0, dtype=torch.float64, device=device)
+        top = torch.empty(len(block), 0, dtype=torch.int64, device=device)
         for first in range(0, len(candidates), tile[1]):
-            found = part @ candidates[first : first + tile[1]].to(device, torch.float64).T
+            found = block @ candidates[first : first + tile[1]].to(device, torch.float64).T
             found, position = found.topk(min(k, found.shape[1]), dim=1)
             score, position = torch.cat([score, found], 1), torch.cat([top, position + first], 1)
             score, kept = score.topk(min(k, score.shape[1]), dim=1)

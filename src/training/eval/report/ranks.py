@@ -77,18 +77,13 @@ def read_ranks(run: str | Path) -> dict[str, QueryRanks]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(str(arrays[_META]))
-        return {
-            key: QueryRanks(
-                own["title"],
-                own["digest"],
-                own.get("protocol", ""),
-                arrays[f"{key}/owner"],
-                arrays[f"{key}/images"],
-                {d: arrays[f"{key}/{d}-rank"] for d in DIRECTIONS},
-                {d: arrays[f"{key}/{d}-top1"] for d in DIRECTIONS},
+        ranks = {}
+        for key, about in meta.items():
+            rank, top1 = ({d: arrays[f"{key}/{d}-{name}"] for d in DIRECTIONS} for name in ("rank", "top1"))
+            ranks[key] = QueryRanks(
+                **about, owner=arrays[f"{key}/owner"], images=arrays[f"{key}/images"], rank=rank, top1=top1
             )
-            for key, own in meta.items()
-        }
+        return ranks
     except Exception as error:  # zipfile's, numpy's and json's own errors have no common base
         raise ValueError(f"{path}: not ranks of an evaluation ({type(error).__name__}: {error})") from error
 
