@@ -50,7 +50,7 @@ def test_differences_are_counted_in_half_intervals_and_sizes_are_kept_apart():
         PublishedNumber("m", "sv/sam", 1.0, 1.0, "s", pairs=1000),
     ]
     found = compare_with_published([result], printed)
-    assert [(c.direction, round(c.difference, 6), round(c.half_intervals, 6)) for c in found] == [
+    assert [(c["direction"], round(c["difference"], 6), round(c["half_intervals"], 6)) for c in found] == [
         ("i2t", 0.05, 2.5),
         ("t2i", -0.01, -0.5),
     ]

@@ -11,6 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from training.eval.results_table import flags_that_differ
 
 
@@ -33,32 +35,31 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
     from training.eval.record import DIRECTIONS
     from training.eval.report.ranks import read_ranks
 
-    loaded = [read_ranks(run) for run in runs]
-    names = _names(runs)
+    (base, first_ranks), *others = zip(_names(runs), map(read_ranks, runs))
     records, notes = [], []
-    for key, first in loaded[0].items():
-        for name, other in zip(names[1:], loaded[1:]):
-            if key not in other:
+    for key, first in first_ranks.items():
+        comparable = []
+        for name, ranks in others:
+            if key not in ranks:
                 notes.append(f"{first.title}: not evaluated in {name}")
-            elif other[key].digest != first.digest:
-                read = [f"{ranks.protocol} {ranks.digest[:16]}".strip() for ranks in (other[key], first)]
-                pair = f"{name} ({read[0]}) and {names[0]} ({read[1]})"
-                notes.append(f"{first.title}: {pair} ranked different pairs; not comparable")
-        same = [(n, o[key]) for n, o in zip(names, loaded) if key in o and o[key].digest == first.digest]
-        if len(same) < 2:
-            continue
-        for direction in DIRECTIONS:
+            elif ranks[key].digest != first.digest:
+                found, expected = (f"{r.protocol} {r.digest[:16]}".strip() for r in (ranks[key], first))
+                notes.append(
+                    f"{first.title}: {name} ({found}) and {base} ({expected}) ranked different pairs; not comparable"
+                )
+            else:
+                comparable.append((name, ranks[key]))
+        for direction in DIRECTIONS if comparable else ():
             before = first.top1[direction]
             # Captions of one image are not independent, so images are resampled with all their captions.
             clusters = first.owner if direction == "t2i" else None
-            for name, ranks in same:
+            for name, ranks in ((base, first), *comparable):
                 after = ranks.top1[direction]
                 record = {"benchmark": first.title, "protocol": first.protocol, "fingerprint": first.digest}
                 record |= {"direction": direction, "run": name, "top1": float(after.mean())}
                 if ranks is not first:
-                    found = paired_bootstrap(before, after, clusters)
                     flips = {"gained": int((after > before).sum()), "lost": int((after < before).sum())}
-                    record |= {**found._asdict(), **flips, "num_queries": len(after)}
+                    record |= paired_bootstrap(before, after, clusters)._asdict() | flips | {"num_queries": len(after)}
                 records.append(record)
     if not records:
         raise ValueError("no benchmark was evaluated on the same pairs in two runs\n" + "\n".join(notes))
@@ -76,20 +77,16 @@ def format_comparison(records: Sequence[dict[str, object]]) -> str:
     from training.eval.record import DIRECTIONS, describe_pairs
     from training.eval.tables import format_rows, interval, percent, points
 
-    rows, last = [], None
+    rows = []
     for r in records:
-        side = (r["benchmark"], DIRECTIONS[r["direction"]])
-        heading = side if side != last else ("", "")
-        last = side
-        row = {"benchmark": heading[0], "": heading[1], "run": r["run"], "R@1": percent(r["top1"])}
+        row = {"benchmark": r["benchmark"], "": DIRECTIONS[r["direction"]], "run": r["run"], "R@1": percent(r["top1"])}
         row |= dict.fromkeys(("difference", "95% interval", "p", "gained", "lost"), "")
         if "p" in r:
             row |= {"difference": points(r["difference"]), "95% interval": interval((r["low"], r["high"]), signed=True)}
             row |= {"p": f"{r['p']:.4f}{' *' if r['p'] < 0.05 else ''}", "gained": r["gained"], "lost": r["lost"]}
         rows.append(row)
-    table = format_rows(rows, num_left=3)
-    read = dict.fromkeys(describe_pairs(r["benchmark"], r["protocol"], r["fingerprint"]) for r in records)
-    return "\n".join([table, "", *read])
+    pairs = dict.fromkeys(describe_pairs(r["benchmark"], r["protocol"], r["fingerprint"]) for r in records)
+    return "\n".join([format_rows(rows, num_left=3), "", *pairs])
 
 
 def write_flips(runs: Sequence[str], path: Path) -> int:
@@ -106,11 +103,11 @@ def write_flips(runs: Sequence[str], path: Path) -> int:
         if any(key not in other or other[key].digest != first.digest for other in loaded):
             continue
         for direction in DIRECTIONS:
-            ranks = [other[key].rank[direction] for other in loaded]
-            for query, own in enumerate(zip(*ranks)):
-                if len({rank == 1 for rank in own}) > 1:
-                    image = first.owner[query] if direction == "t2i" else query
-                    rows.append([first.title, direction, query + 1, first.images[image], *(f"{r:g}" for r in own)])
+            ranks = np.stack([other[key].rank[direction] for other in loaded], axis=1)  # [num_queries, num_runs]
+            images = first.images[first.owner] if direction == "t2i" else first.images
+            is_first = ranks == 1
+            for query in np.flatnonzero(is_first.any(axis=1) & ~is_first.all(axis=1)):
+                rows.append([first.title, direction, query + 1, images[query], *map("{:g}".format, ranks[query])])
     with open(path, "w", encoding="utf-8", newline="") as file:
         heading = ["benchmark", "direction", "query_number", "image", *(f"rank in {name}" for name in _names(runs))]
         csv.writer(file).writerows([heading, *rows])
@@ -146,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(differing):
         print(f"\nFlags that differ:\n{differing.to_string(na_rep='-')}")
     print("\n* p < 0.05, two-sided paired bootstrap over images, not corrected for multiple comparisons.")
-    for note in notes:
-        print(note)
+    print("\n".join(notes), end="\n" * bool(notes))
     if args.flips:
         print(f"Queries that flipped: {num_flips:,}, listed in {args.flips}")
     return 0

@@ -7,9 +7,10 @@ Numbers are R@1 in percent. ``pairs`` is given if a protocol has several sizes; 
 ``note`` are optional.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.pairs import MODIFIED
@@ -40,33 +41,6 @@ class PublishedNumber:
     source: str
     pairs: int | None = None
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A measured number and the published one, as fractions.
-
-    Attributes:
-        benchmark, protocol, direction: what was measured.
-        model, source, note: see `PublishedNumber`.
-        measured, low, high: R@1 of this run and its 95% interval.
-        printed: the published number.
-        difference: measured minus published.
-        half_intervals: the difference divided by half the width of the interval; None if the width is 0.
-    """
-
-    benchmark: str
-    protocol: str
-    direction: str
-    model: str
-    source: str
-    note: str
-    measured: float
-    low: float
-    high: float
-    printed: float
-    difference: float
-    half_intervals: float | None
 
 
 def read_published(path: str | Path = FILE) -> tuple[dict[str, dict], list[PublishedNumber]]:
@@ -112,122 +86,90 @@ def find_published(
     if asked and not is_file:
         if asked not in models:
             raise ValueError(f"--published {asked}: no such model in our list; expected one of {', '.join(models)}")
-        name = asked
-    else:
-        hashed = [n for n, m in models.items() if weights_sha256 and weights_sha256 in m.get("weights_sha256", ())]
-        named = [n for n, m in models.items() if [model, pretrained] in m.get("match", ())]
-        name = next(iter(hashed + named), None)
-        if is_file and name is None:
-            raise ValueError(
-                f"--published {asked}: no model in this file has the weights {weights_sha256} or matches "
-                f"[{json.dumps(model)}, {json.dumps(pretrained)}]; add weights_sha256 or match to one of "
-                f"{', '.join(models)}"
-            )
-    return [number for number in numbers if number.model == name]
+        return [number for number in numbers if number.model == asked]
+    hashed = [name for name, m in models.items() if weights_sha256 and weights_sha256 in m.get("weights_sha256", ())]
+    named = [name for name, m in models.items() if [model, pretrained] in m.get("match", ())]
+    found = (hashed + named)[:1]
+    if is_file and not found:
+        raise ValueError(
+            f"--published {asked}: no model in this file has the weights {weights_sha256} or matches "
+            f"{json.dumps([model, pretrained])}; add weights_sha256 or match to one of {', '.join(models)}"
+        )
+    return [number for number in numbers if number.model in found]
 
 
-def compare_with_published(results: Sequence[RetrievalResult], printed: Sequence[PublishedNumber]) -> list[Comparison]:
+def compare_with_published(
+    results: Sequence[RetrievalResult], numbers: Sequence[PublishedNumber]
+) -> list[dict[str, object]]:
     """Compares each measured number with every published one of the same protocol and size.
 
     A set whose list is not the official one has another protocol (`pairs.MODIFIED`); an incomplete set is left out.
+
+    Returns:
+        One record per benchmark, published number and direction: ``benchmark``, ``protocol``, ``direction``, ``model``,
+        ``source``, ``note``; as fractions, ``measured`` R@1 with its 95% interval ``low`` and ``high``, the ``printed``
+        number, and ``difference``, measured minus printed; and ``half_intervals``, the difference divided by half the
+        width of the interval, None if the width is 0.
     """
     found = []
-    for result in results:
-        if not result.is_complete or result.protocol.endswith(MODIFIED):
-            continue
-        for number in printed:
-            if number.protocol != result.protocol or number.pairs not in (None, result.num_expected):
-                continue
-            for direction in DIRECTIONS:
-                recall = result.recall(direction)
-                measured, (low, high) = recall.top1, recall.top1_ci95
-                value = getattr(number, direction) / 100
-                ratio = (measured - value) / ((high - low) / 2) if high > low else None
-                found.append(
-                    Comparison(
-                        result.title,
-                        number.protocol,
-                        direction,
-                        number.model,
-                        number.source,
-                        number.note,
-                        measured,
-                        low,
-                        high,
-                        value,
-                        measured - value,
-                        ratio,
-                    )
-                )
+    for result, number in itertools.product(results, numbers):
+        is_official = result.is_complete and not result.protocol.endswith(MODIFIED)
+        same = number.protocol == result.protocol and number.pairs in (None, result.num_expected)
+        for direction in DIRECTIONS if is_official and same else ():
+            recall, printed = getattr(result, direction), getattr(number, direction) / 100
+            (low, high), difference = recall.top1_ci95, recall.top1 - printed
+            record = {"benchmark": result.title, "protocol": number.protocol, "direction": direction}
+            record |= {"model": number.model, "source": number.source, "note": number.note}
+            record |= {"measured": recall.top1, "low": low, "high": high, "printed": printed, "difference": difference}
+            found.append(record | {"half_intervals": difference / ((high - low) / 2) if high > low else None})
     return found
 
 
 def explain(
-    comparisons: Sequence[Comparison],
-    results: Sequence[RetrievalResult],
-    printed: Sequence[PublishedNumber],
-    precision: str,
-    decoding: str,
+    comparisons: Sequence[dict], results: Sequence[RetrievalResult], numbers: Sequence[PublishedNumber], decoding: str
 ) -> list[str]:
     """Returns possible explanations of the differences, one sentence each; none if no difference exceeds its interval.
 
     Args:
         comparisons: comparisons of this run.
         results: results of this run.
-        printed: published numbers of this model for all protocols.
-        precision: precision of this run, by open_clip's name.
+        numbers: published numbers of this model for all protocols.
         decoding: how images were decoded, one of `data.images.MODES`.
     """
-    outside = {c.benchmark for c in comparisons if c.half_intervals is None or abs(c.half_intervals) > 1}
-    if not outside:
+    exceeding = {
+        c["benchmark"]: c["protocol"].split("/")[0].removeprefix("long-")
+        for c in comparisons
+        if c["half_intervals"] is None or abs(c["half_intervals"]) > 1
+    }
+    if not exceeding:
         return []
-    lines = []
-    for result in (r for r in results if r.title in outside):
+    lines, compared = [], {c["protocol"] for c in comparisons}
+    for result in (r for r in results if r.title in exceeding):
         if result.truncated_share:
-            share = f"{100 * result.truncated_share:.1f}% of captions are truncated"
-            lines.append(f"{result.title}: {share}; another context length gives different numbers.")
-    names = {c.benchmark: c.protocol.split("/")[0].removeprefix("long-") for c in comparisons}
-    for benchmark in sorted(outside):
-        others = [
-            f"{p.protocol} {p.i2t:.1f} / {p.t2i:.1f}"
-            for p in printed
-            if names[benchmark] in p.protocol and all(p.protocol != c.protocol for c in comparisons)
-        ]
+            cut = f"{100 * result.truncated_share:.1f}% of captions are truncated"
+            lines.append(f"{result.title}: {cut}; another context length gives different numbers.")
+        others = [n for n in numbers if exceeding[result.title] in n.protocol and n.protocol not in compared]
         if others:
-            lines.append(f"{benchmark}: other protocols with this name have {', '.join(others)}.")
-    if precision == "fp32":
-        lines.append(
-            "Papers often evaluate in fp16 or AMP, which changes about 1 in 1,000 queries (Urban1k, DeBias-CLIP)."
-        )
-    else:
-        lines.append(f"This run used {precision}; --precision fp32 changes about 1 in 1,000 queries.")
+            listed = ", ".join(f"{n.protocol} {n.i2t:.1f} / {n.t2i:.1f}" for n in others)
+            lines.append(f"{result.title}: other protocols with this name have {listed}.")
     if decoding != "exact":
         lines.append(f"Images were decoded with --image-decoding {decoding}; exact gives the same pixels as in papers.")
+    lines.append("Papers often evaluate in fp16 or AMP; compared with fp32, this changes about 1 in 1,000 queries.")
     lines.append("Captions are split and joined here (EVAL_DATASETS.md); Long-CLIP and its derivatives use them raw.")
     return lines
 
 
-def published_rows(comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
+def published_rows(comparisons: Sequence[dict]) -> list[dict[str, str]]:
     """Returns the cells of a table, in percent and points."""
-    return [
-        {
-            "benchmark": c.benchmark,
-            "": DIRECTIONS[c.direction],
-            "measured": percent(c.measured),
-            "published": percent(c.printed),
-            "difference": points(c.difference),
-            "in half\nintervals": "-" if c.half_intervals is None else f"{c.half_intervals:+.1f}",
-            "source": f"{c.source}; {c.note}" if c.note else c.source,
-        }
-        for c in comparisons
-    ]
+    rows = []
+    for c in comparisons:
+        row = {"benchmark": c["benchmark"], "": DIRECTIONS[c["direction"]], "measured": percent(c["measured"])}
+        row |= {"published": percent(c["printed"]), "difference": points(c["difference"])}
+        row["in half\nintervals"] = "-" if c["half_intervals"] is None else f"{c['half_intervals']:+.1f}"
+        rows.append(row | {"source": f"{c['source']}; {c['note']}" if c["note"] else c["source"]})
+    return rows
 
 
-def format_published(comparisons: Sequence[Comparison]) -> str:
+def format_published(comparisons: Sequence[dict]) -> str:
     """Returns the table for a terminal."""
     return format_rows(published_rows(comparisons), num_left=2, maxcolwidths=[None] * 6 + [60])
-
-
-def to_json(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
-    """Returns the comparisons as stored in results.jsonl."""
-    return [asdict(c) for c in comparisons]

@@ -4,9 +4,11 @@ The JSON keys are the published ones, such as ``dci-retrieval-i2t-top1`` and ``i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 DIRECTIONS = {"i2t": "I2T", "t2i": "T2I"}
+TEMPLATES = "open_clip's class names and templates"
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,7 @@ class Recall:
     @classmethod
     def of(cls, summary: dict) -> "Recall":
         """Creates a `Recall` from the result of `metrics.summarise`."""
-        return cls(**{field.name: summary[_json_name(field.name)] for field in fields(cls)})
-
-    def to_json(self) -> dict[str, object]:
-        """Returns the values under their published names."""
-        return {_json_name(field.name): getattr(self, field.name) for field in fields(self)}
-
-
-def _json_name(name: str) -> str:
-    return name.replace("_", "-")
+        return cls(**{name.replace("-", "_"): value for name, value in summary.items()})
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,7 @@ class Result:
         num_pairs: number of pairs (retrieval) or images (classification) evaluated.
         num_expected: number of pairs or images in the complete benchmark.
         num_missing, num_broken: numbers left out because the image file is missing or unreadable.
+        unit: what is counted, ``pairs`` or ``images``.
     """
 
     title: str
@@ -58,6 +53,7 @@ class Result:
     num_expected: int
     num_missing: int
     num_broken: int
+    unit: ClassVar[str] = "pairs"
 
     @property
     def is_complete(self) -> bool:
@@ -65,17 +61,18 @@ class Result:
         return self.num_pairs == self.num_expected
 
     def columns(self) -> dict[str, object]:
-        """Returns the values under the names of the columns of `training.results`."""
-        return {
-            "benchmark": self.title,
-            **{name.removeprefix(f"{self.key}-"): value for name, value in self.to_json().items()},
-        }
+        """Returns the values under their published names without the key, as in the columns of `training.results`."""
+        found: dict[str, object] = {"benchmark": self.title}
+        for name, value in vars(self).items():
+            found |= {f"{name}-{k}": v for k, v in vars(value).items()} if isinstance(value, Recall) else {name: value}
+        del found["key"]
+        found[f"num_{self.unit}"] = found.pop("num_pairs")
+        found[self.unit] = f"{self.num_pairs:,} of {self.num_expected:,} {self.unit}"
+        return {name.replace("_", "-"): value for name, value in found.items()}
 
-    @property
-    def pairs(self) -> str:
-        """``1,000`` for a complete benchmark, ``9,412 of 10,000`` for an incomplete one."""
-        whole = f"{self.num_pairs:,}"
-        return whole if self.is_complete else f"{whole} of {self.num_expected:,}"
+    def to_json(self) -> dict[str, object]:
+        """Returns the values under their published keys."""
+        return {f"{self.key}-{name}": value for name, value in self.columns().items() if name != "benchmark"}
 
 
 @dataclass(frozen=True)
@@ -99,25 +96,6 @@ class RetrievalResult(Result):
     truncated_share: float | None
     truncated_mean_tokens_lost: float | None
 
-    def recall(self, direction: str) -> Recall:
-        """Returns the recall in one of `DIRECTIONS`."""
-        return {"i2t": self.i2t, "t2i": self.t2i}[direction]
-
-    def to_json(self) -> dict[str, object]:
-        """Returns the values under their published keys."""
-        flat = {
-            f"{self.key}-{direction}-{name}": value
-            for direction in DIRECTIONS
-            for name, value in self.recall(direction).to_json().items()
-        }
-        counts = ("num_images", "num_pairs", "num_expected", "num_missing", "num_broken")
-        others = ("title", "protocol", "fingerprint", "truncated_share", "truncated_mean_tokens_lost")
-        flat |= {f"{self.key}-{_json_name(name)}": getattr(self, name) for name in counts + others}
-        return flat | {f"{self.key}-pairs": f"{self.num_pairs:,} of {self.num_expected:,} pairs"}
-
-
-TEMPLATES = "open_clip's class names and templates"
-
 
 @dataclass(frozen=True)
 class ClassificationResult(Result):
@@ -133,15 +111,7 @@ class ClassificationResult(Result):
     top5: float
     top1_ci95: tuple[float, float]
     prompts: str = TEMPLATES
-
-    def to_json(self) -> dict[str, object]:
-        """Returns the values under open_clip's keys, and counts."""
-        flat = {
-            f"{self.key}-{_json_name(name)}": getattr(self, name)
-            for name in ("top1", "top5", "top1_ci95", "title", "prompts")
-        }
-        flat[f"{self.key}-num-images"] = self.num_pairs
-        return flat | {f"{self.key}-images": f"{self.num_pairs:,} of {self.num_expected:,} images"}
+    unit: ClassVar[str] = "images"
 
 
 def describe_pairs(title: str, protocol: str, fingerprint: str) -> str:
@@ -149,6 +119,6 @@ def describe_pairs(title: str, protocol: str, fingerprint: str) -> str:
     return f"{title}: {protocol or 'your own pairs'}, pairs {fingerprint}"
 
 
-def to_json(results: Sequence[RetrievalResult | ClassificationResult]) -> dict[str, object]:
+def to_json(results: Sequence[Result]) -> dict[str, object]:
     """Returns all benchmarks' values as one flat dict, the form used in results.jsonl and in a training's log."""
     return {name: value for result in results for name, value in result.to_json().items()}

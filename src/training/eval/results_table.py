@@ -71,8 +71,8 @@ def _rows(run: str, line: dict) -> list[dict[str, object]]:
     facts = {name: line[name] for name in FACTS if name in line}
     flags = {f"--{name.replace('_', '-')}": value for name, value in line.get("flags", {}).items()}
     return [
-        {"run": run, **facts, "key": key, "benchmark": own.pop("title", key), **own, **flags}
-        for key, own in numbers.items()
+        {"run": run, **facts, "key": key, "benchmark": values.pop("title", key), **values, **flags}
+        for key, values in numbers.items()
     ]
 
 
@@ -89,11 +89,7 @@ def flags_that_differ(runs: Mapping[str, str]) -> "pandas.DataFrame":
     """
     import pandas
 
-    columns = {}
-    for run, heading in runs.items():
-        if (Path(run) / PLACE).is_file():
-            first = load(run, last=True).iloc[0]
-            flags = {name: value for name, value in first.items() if name.startswith("--")}
-            columns[heading] = {name: str(value) for name, value in flags.items()}
+    runs = {run: heading for run, heading in runs.items() if (Path(run) / PLACE).is_file()}
+    columns = {heading: load(run, last=True).iloc[0].filter(regex="^--").astype(str) for run, heading in runs.items()}
     table = pandas.DataFrame(columns).drop(index=["--logs", "--name"], errors="ignore")
-    return table[table.nunique(axis=1, dropna=False) > 1] if len(columns) > 1 else table.iloc[:0]
+    return table[table.nunique(axis=1, dropna=False) > 1]

@@ -46,9 +46,8 @@ def browser_content(
         paths = [r.pairs.image_paths[i] for i in content["imageNumber"]]
         content["images"] = [image_number.setdefault(path, len(image_number)) for path in paths]
         content["texts"] = [text_number[r.pairs.captions[row]] for row in content["textNumber"]]
-    sets = [content for content, _ in shown]
-    data = {"texts": list(text_number), "lost": lost, "names": [path.name for path in image_number], "sets": sets}
-    return data, list(image_number)
+    data = {"texts": list(text_number), "lost": lost, "names": [path.name for path in image_number]}
+    return data | {"sets": [content for content, _ in shown]}, list(image_number)
 
 
 def _shown(r: RankedSet, device: torch.device | str, max_queries: int) -> tuple[dict, list[int]]:
@@ -94,15 +93,14 @@ def choose_queries(ranks: torch.Tensor, max_queries: int) -> tuple[torch.Tensor,
     if len(ranks) <= max_queries:
         return torch.arange(len(ranks)), ""
     failures, others = (ranks > 1).nonzero()[:, 0], (ranks <= 1).nonzero()[:, 0]
-    wrong = _spread(failures, max_queries)
-    right = _spread(others, max_queries - len(wrong))
+    num_failures = min(len(failures), max_queries)
+    num_others = max_queries - num_failures
     note = (
-        f"This page shows {max_queries:,} of {len(ranks):,} queries: {len(wrong):,} of {len(failures):,} whose first "
-        f"answer is wrong, and {len(right):,} of the {len(others):,} others."
+        f"This page shows {max_queries:,} of {len(ranks):,} queries: {num_failures:,} of {len(failures):,} whose first "
+        f"answer is wrong, and {num_others:,} of the {len(others):,} others."
     )
-    return torch.cat([wrong, right]).sort().values, note
+    return torch.cat([_evenly(failures, num_failures), _evenly(others, num_others)]).sort().values, note
 
 
-def _spread(items: torch.Tensor, number: int) -> torch.Tensor:
-    number = min(number, len(items))
+def _evenly(items: torch.Tensor, number: int) -> torch.Tensor:
     return items[torch.arange(number) * len(items) // max(number, 1)]

@@ -1,6 +1,7 @@
 """Recall curves of a report, as SVG that depends on the numbers only."""
 
 import io
+import itertools
 from collections.abc import Sequence
 
 from training.eval.metrics import hit_probability
@@ -12,15 +13,11 @@ KS = (1, 2, 3, 5, 10, 20, 50, 100)
 
 def recall_curves(ranked: Sequence[RankedSet]) -> list[dict[str, object]]:
     """Returns for each benchmark and direction ``title``, ``direction`` and ``recall``, fractions at each of `KS`."""
-    return [
-        {
-            "title": r.pairs.title,
-            "direction": name,
-            "recall": [float(hit_probability(getattr(r, direction), k).mean()) for k in KS],
-        }
-        for r in ranked
-        for direction, name in DIRECTIONS.items()
-    ]
+    curves = []
+    for r, (direction, name) in itertools.product(ranked, DIRECTIONS.items()):
+        recall = [float(hit_probability(getattr(r, direction), k).mean()) for k in KS]
+        curves.append({"title": r.pairs.title, "direction": name, "recall": recall})
+    return curves
 
 
 def draw_recall(curves: Sequence[dict[str, object]]) -> str:

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +11,13 @@ from pathlib import Path
 import torch
 from markupsafe import Markup
 
-from training.eval.published import Comparison, published_rows
-from training.eval.record import ClassificationResult
+from training.eval.published import published_rows
+from training.eval.report.card import Figure, format_diagnostics
 from training.eval.report.content import MAX_QUERIES, NUM_MATCHES, browser_content
-from training.eval.report.curves import KS, draw_recall, recall_curves
+from training.eval.report.curves import KS, draw_recall, recall_curves, to_svg
 from training.eval.report.thumbnails import make_thumbnails
-from training.eval.results import result_rows, zero_shot_rows
-from training.eval.retrieval import RankedSet
-from training.eval.tables import format_rows
+from training.eval.retrieval import Outcome, RankedSet
+from training.eval.tables import format_rows, result_rows
 from training.runtime.pages import render_page
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -30,10 +30,9 @@ def write_report(
     path: Path,
     heading: str,
     facts: dict[str, str],
-    ranked: Sequence[RankedSet],
-    zero_shot: Sequence[ClassificationResult] = (),
-    figures: Sequence[tuple[str, str, str]] = (),
-    published: Sequence[Comparison] = (),
+    outcome: Outcome,
+    figure: Figure | None,
+    published: Sequence[dict],
     device: torch.device | str = "cpu",
 ) -> Path:
     """Writes the report of one evaluation.
@@ -42,34 +41,35 @@ def write_report(
         path: the file; its folder must exist.
         heading: the model, or the source of the features.
         facts: name -> value, shown below the heading.
-        ranked: benchmarks; at least one.
-        zero_shot: results of classification.
-        figures: additional figures (title, description, SVG), shown below the recall curves.
-        published: comparisons with published numbers.
+        outcome: benchmarks, at least one, and what was measured.
+        figure: a figure of the diagnostics, shown below the recall curves.
+        published: result of `published.compare_with_published`.
         device: device that computes similarities.
 
     Returns:
         `path`.
     """
-    compressed, paths = _compress_content(ranked, device)
+    compressed, paths = _compress_content(outcome.ranked, device)
     paths, num_images = paths[:MAX_THUMBNAILS], len(paths)
     thumbnails = make_thumbnails(paths, max(MAX_BYTES * 3 // 4 - len(compressed) - 200_000, 400 * len(paths)))
     thumbnails += [b""] * (num_images - len(paths))
-    # Padded to a multiple of 3 bytes, each thumbnail is a slice of the base64 text.
+    # Padded to a multiple of 3 bytes, each thumbnail is a slice of the base64 text; the page needs their ends in it.
     padded = [thumbnail + b"\0" * (-len(thumbnail) % 3) for thumbnail in thumbnails]
-    curves = recall_curves(ranked)
-    shown = [("Recall at k", _format_curves(curves), draw_recall(curves)), *figures]
+    curves = recall_curves(outcome.ranked)
+    figures = [("Recall at k", _format_curves(curves), draw_recall(curves))]
+    if figure:
+        figures.append((figure.title, format_diagnostics(outcome.diagnostics), to_svg(figure.drawing)))
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = render_page(
         TEMPLATES / "report.html.j2",
         heading=heading,
         facts=facts,
-        tables=[(caption, rows) for caption, rows in _tables(ranked, published, zero_shot).items() if rows],
-        figures=[(title, text, base64.b64encode(svg.encode()).decode()) for title, text, svg in shown],
+        tables=[(caption, rows) for caption, rows in _tables(outcome, published).items() if rows],
+        figures=[(title, text, base64.b64encode(svg.encode()).decode()) for title, text, svg in figures],
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        ends=json.dumps(_ends(padded)),
+        ends=json.dumps(list(itertools.accumulate(len(thumbnail) // 3 * 4 for thumbnail in padded))),
         thumbnails=base64.b64encode(b"".join(padded)).decode(),
         content=base64.b64encode(compressed).decode(),
         num_matches=NUM_MATCHES,
@@ -86,19 +86,17 @@ def _format_curves(curves: Sequence[dict]) -> str:
     return format_rows(rows, num_left=2)
 
 
-def _tables(
-    ranked: Sequence[RankedSet], published: Sequence[Comparison], zero_shot: Sequence[ClassificationResult]
-) -> dict[str, list[dict[str, str]]]:
+def _tables(outcome: Outcome, published: Sequence[dict]) -> dict[str, list[dict[str, str]]]:
     """Returns caption -> rows of each table; without rows, there is nothing to show."""
-    results = result_rows(r.result.columns() for r in ranked)
-    for row, r in zip(results, ranked):
-        row["protocol"] = f"{r.pairs.protocol} {r.result.fingerprint}".strip()
+    results = [r.result for r in outcome.ranked]
+    protocols = [{"protocol": f"{r.protocol} {r.fingerprint}"} for r in results]
+    differences = "differences in points, and in halves of the 95% interval"
     return {
-        "Recall in percent, with 95% bootstrap intervals of R@1; rank of the right answer": results,
-        "R@1 in percent compared with published numbers; differences in points, and in halves of the 95% interval": (
-            published_rows(published)
-        ),
-        "Zero-shot classification, accuracy in percent": zero_shot_rows(zero_shot),
+        "Recall in percent, with 95% bootstrap intervals of R@1; rank of the right answer": [
+            row | protocol for row, protocol in zip(result_rows(r.columns() for r in results), protocols)
+        ],
+        f"R@1 in percent compared with published numbers; {differences}": published_rows(published),
+        "Zero-shot classification, accuracy in percent": result_rows(r.columns() for r in outcome.zero_shot),
     }
 
 
@@ -112,12 +110,3 @@ def _compress_content(ranked: Sequence[RankedSet], device: torch.device | str) -
             return compressed, paths
         number = min(number, max(max(map(len, (r.images, r.texts))) for r in ranked))
         number = max(1, int(0.8 * number * MAX_CONTENT_BYTES / len(compressed)))
-
-
-def _ends(thumbnails: Sequence[bytes]) -> list[int]:
-    """Returns the end of each thumbnail in the base64 text, in characters."""
-    ends, total = [], 0
-    for thumbnail in thumbnails:
-        total += len(thumbnail) // 3 * 4
-        ends.append(total)
-    return ends

@@ -3,10 +3,9 @@
 import io
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from training.readers.files import NUM_THREADS, ShardMember
 from training.readers.images import BrokenImageError, load_rgb
@@ -26,24 +25,19 @@ def make_thumbnails(paths: Sequence[Path | ShardMember], budget: int) -> list[by
     Returns:
         One WebP file per image; empty for unreadable images.
     """
-    distance = -(-len(paths) // SAMPLE) or 1
-    sample = paths[::distance]
-    step = 0
-    while step < len(STEPS) - 1:
-        size = sum(map(len, _make_all(sample, STEPS[step])))
-        if size * len(paths) <= 0.95 * budget * max(len(sample), 1):
-            thumbnails = _make_all(paths, STEPS[step])
+    sample = paths[:: -(-len(paths) // SAMPLE) or 1]
+    for step in STEPS[:-1]:
+        if sum(map(len, _make_all(sample, step))) * len(paths) <= 0.95 * budget * len(sample):
+            thumbnails = _make_all(paths, step)
             if sum(map(len, thumbnails)) <= budget:
                 return thumbnails
-        step += 1
     return _make_all(paths, STEPS[-1])
 
 
 def _make_all(paths: Sequence[Path | ShardMember], step: tuple[int, int]) -> list[bytes]:
-    with ThreadPoolExecutor(NUM_THREADS) as pool:  # threads, because Pillow releases the GIL while decoding
-        work = pool.map(lambda path: _thumbnail(path, *step), paths)
-        interval = 0.5 if sys.stderr.isatty() else 30  # few lines in a log file
-        return list(tqdm(work, "thumbnails", len(paths), unit="image", delay=2, mininterval=interval))
+    # Threads, because Pillow releases the GIL while decoding. Few lines in a log file.
+    how = {"max_workers": NUM_THREADS, "delay": 2, "mininterval": 0.5 if sys.stderr.isatty() else 30}
+    return thread_map(lambda path: _thumbnail(path, *step), paths, desc="thumbnails", unit="image", **how)
 
 
 def _thumbnail(path: Path | ShardMember, edge: int, quality: int) -> bytes:
