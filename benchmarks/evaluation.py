@@ -25,7 +25,7 @@ from dataloaders.scenes import write_scenes
 from dataloaders.share4v import read_share4v
 from dataloaders.urban1k import read_urban1k
 from training.data.images import MODES
-from training.eval.encode import ComputeOptions
+from training.eval.encode import ComputeOptions, Encoder
 from training.eval.retrieval import evaluate_retrieval, plan_retrieval
 from training.model.assembly.factory import EncoderParts
 from training.readers.files import parallel_map
@@ -76,7 +76,7 @@ def run(setting: Setting) -> list[Figure]:
     options = ComputeOptions(batch_size=64, workers=workers)
 
     def ours(options: ComputeOptions) -> dict[str, tuple[float, float]]:
-        results = evaluate_retrieval(parts, work, env, options)
+        results = evaluate_retrieval(Encoder(parts, env, options), work)
         return {r.key: (r.i2t.top1, r.t2i.top1) for r in results}
 
     def baseline() -> dict[str, tuple[float, float]]:
@@ -131,11 +131,12 @@ def _one_of_two(rank: int, name: str, sets: list[RetrievalSet], repeats: int, fo
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     device = torch.device("cpu")
-    parts, work, best = load_parts(name, device), plan_retrieval(sets, False), float("inf")
+    work, best = plan_retrieval(sets, False), float("inf")
+    encoder = Encoder(load_parts(name, device), DistEnv(rank, 2, device), ComputeOptions(batch_size=64, workers=0))
     for turn in range(repeats + 1):  # the first warms up
         dist.barrier()
         start = time.perf_counter()
-        evaluate_retrieval(parts, work, DistEnv(rank, 2, device), ComputeOptions(batch_size=64, workers=0))
+        evaluate_retrieval(encoder, work)
         dist.barrier()
         best = min(best, time.perf_counter() - start) if turn else best
     if rank == 0:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import training
 from eval_files import write_image
-from training.eval.encode import ComputeOptions
+from training.eval.encode import ComputeOptions, Encoder
 from training.eval.feature_cache import describe_image_tower, encode_images_once, open_caches
 from training.eval.image_cache import CachedReader, image_key
 from training.model.assembly.factory import EncoderParts
@@ -56,14 +56,16 @@ def models() -> dict[str, open_clip.CLIP]:
     return made
 
 
-def parts(model: open_clip.CLIP, transform: object = None) -> EncoderParts:
+def encoder(model: open_clip.CLIP, transform: object = None, **options: object) -> Encoder:
     transform = transform or preprocess()
-    return EncoderParts(model, transform, open_clip.get_tokenizer("ViT-B-32"), transform)
+    parts = EncoderParts(model, transform, open_clip.get_tokenizer("ViT-B-32"), transform)
+    return Encoder(parts, ENV, ComputeOptions(2, 0, **options))
 
 
 def test_no_two_configs_with_equal_tensors_share_a_key(models, tmp_path):
-    keys = {name: [c.path for c in open_caches(str(tmp_path), parts(m), "fp32", ENV)] for name, m in models.items()}
-    assert keys["plain"] == [c.path for c in open_caches(str(tmp_path), parts(models["plain"]), "fp32", ENV)]
+    folder = {"feature_cache": str(tmp_path)}
+    keys = {name: [c.path for c in open_caches(encoder(model, **folder))] for name, model in models.items()}
+    assert keys["plain"] == [c.path for c in open_caches(encoder(models["plain"], **folder))]
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(8, 3, 32, 32, generator=generator)
     ids = open_clip.get_tokenizer("ViT-B-32")(["a dog", "two cats on a mat"])
@@ -100,9 +102,9 @@ def test_settings_that_change_no_feature_share_a_key(models):
 def test_what_the_tower_makes_of_a_probe_is_part_of_the_key(models, monkeypatch):
     """Code that no setting shows, such as another version of a library."""
     model = models["plain"]
-    before = describe_image_tower(model, preprocess())
+    before = describe_image_tower(encoder(model))
     monkeypatch.setattr(type(model.visual), "_global_pool", lambda self, x: (x[:, 1], x[:, 1:]))
-    after = describe_image_tower(model, preprocess())
+    after = describe_image_tower(encoder(model))
     assert before["tower"] == after["tower"] and before["probe"] != after["probe"]
     features = torch.nn.functional.normalize(torch.randn(3, 512, generator=torch.Generator().manual_seed(0)), dim=-1)
     assert rounded(features) == rounded(features + 1e-8) != rounded(features.roll(1, 1))
@@ -111,16 +113,16 @@ def test_what_the_tower_makes_of_a_probe_is_part_of_the_key(models, monkeypatch)
 def test_preprocessing_is_part_of_the_key(models, tmp_path, monkeypatch):
     model = models["plain"]
     ways = [{}, {"interpolation": "bilinear"}, {"resize_mode": "squash"}, {"mean": (0.1, 0.2, 0.3)}, {"size": 32}]
-    keys = [index_path(tmp_path, tmp_path, model, preprocess(**way), {}) for way in ways]
+    keys = [index_path(tmp_path, tmp_path, encoder(model, preprocess(**way))) for way in ways]
     assert len(set(keys)) == 4 and keys[0] == keys[4]
-    assert index_path(tmp_path, tmp_path, model, preprocess(), {"image_decoding": "fast"}) not in keys
+    assert index_path(tmp_path, tmp_path, encoder(model, image_decoding="fast")) not in keys
 
     def turned(*args: object) -> Image.Image:
         return load_rgb(*args).transpose(Image.Transpose.ROTATE_270)
 
     folder = CachedReader(tmp_path, preprocess(), "exact").folder
     monkeypatch.setattr("training.data.images.load_rgb", turned)
-    assert index_path(tmp_path, tmp_path, model, preprocess(), {}) not in keys
+    assert index_path(tmp_path, tmp_path, encoder(model)) not in keys
     assert CachedReader(tmp_path, preprocess(), "exact").folder != folder
     assert Image.open(io.BytesIO(probe_images()[0])).getexif()[0x0112] == 6
 
@@ -132,7 +134,7 @@ def test_names_that_are_not_utf8_have_keys(tmp_path):
 
 
 def spoil(how: str, folder: Path) -> None:
-    for path in folder.glob("*/*.safetensors"):
+    for path in [*folder.glob("*/*.safetensors"), *folder.glob("*/*/*.npy")]:
         if how == "broken":
             path.write_bytes(path.read_bytes()[:50])
         elif how == "foreign":
@@ -148,17 +150,16 @@ def spoil(how: str, folder: Path) -> None:
 @pytest.mark.parametrize("how", ["broken", "foreign", "not writable"])
 def test_caches_that_cannot_be_used_cost_a_warning(how, models, tmp_path, caplog):
     paths = [write_image(tmp_path / f"{n}.jpg", n) for n in range(3)]
-    model = parts(models["plain"])
 
-    def features(image_cache: Path | None = None) -> torch.Tensor:
-        cache, _ = open_caches(str(tmp_path / "features"), model, "fp32", ENV)
-        options = ComputeOptions(2, 0, image_cache=image_cache and str(image_cache))
-        return encode_images_once(cache if image_cache is None else None, model, paths, ENV, options).features
+    def features(**cache: str) -> torch.Tensor:
+        made = encoder(models["plain"], **cache)
+        return encode_images_once(open_caches(made)[0], made, paths).features
 
-    expected = features()
+    kept, pixels = {"feature_cache": str(tmp_path / "features")}, {"image_cache": str(tmp_path / "pixels")}
+    expected = features(**kept)
     spoil(how, tmp_path / "features")
-    assert torch.equal(features(), expected) and "--feature-cache" in caplog.text
-    assert torch.equal(features(tmp_path / "pixels"), expected)
+    assert torch.equal(features(**kept), expected) and "--feature-cache" in caplog.text
+    assert torch.equal(features(**pixels), expected)
     spoil(how, tmp_path / "pixels")
     caplog.clear()
-    assert torch.equal(features(tmp_path / "pixels"), expected) and "--image-cache" in caplog.text
+    assert torch.equal(features(**pixels), expected) and "--image-cache" in caplog.text

@@ -232,7 +232,7 @@ def test_features_of_shards_are_cached_too(tmp_path, tiny_clip, monkeypatch):
         record = evaluate(tmp_path, tiny_clip, *flags, "--image-decoding", mode)
         kept += 1
         assert len(list((tmp_path / "cache").iterdir())) == kept and record["flags"]["image_decoding"] == mode
-    monkeypatch.setattr("training.eval.feature_cache.encode_images", None)  # a second run must not encode
+    monkeypatch.setattr("training.eval.encode.Encoder._encode", None)  # a second run must not encode
     second = evaluate(tmp_path, tiny_clip, *flags)
     assert {k: v for k, v in first.items() if "retrieval-" in k} == {
         k: v for k, v in second.items() if "retrieval-" in k

@@ -259,8 +259,7 @@ def test_cached_features_give_the_same_evaluation_without_the_tower(scenes, tiny
     )
     probe = [1]  # the image by which a tower is recognised
     with monkeypatch.context() as patch:
-        patch.setattr("training.eval.feature_cache.encode_images", None)
-        patch.setattr("training.eval.retrieval.encode_texts", None)
+        patch.setattr("training.eval.encode.Encoder._encode", None)
         assert evaluate(data, tiny_clip, tmp_path, "second", tmp_path / "cache") == plain
     assert asked == probe
     # An image that has changed is encoded again, and nothing else.

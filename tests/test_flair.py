@@ -11,7 +11,7 @@ from torch.nn.functional import layer_norm, linear, normalize
 import training
 from dataloaders.urban1k import read_urban1k
 from support import end_ranks, evaluate, free_ports, set_rank, start_ranks
-from training.eval.encode import ComputeOptions
+from training.eval.encode import ComputeOptions, Encoder
 from training.eval.metrics import expected_rank
 from training.eval.rerank import count_listed
 from training.main import main
@@ -135,7 +135,6 @@ def test_counts_equal_those_of_the_full_matrix():
 
 
 def check_queries(rank: int, name: str, file: str, port: int) -> None:
-    from training.eval.rerank import encode_queries
     from training.model.assembly.factory import EncoderParts
     from training.runtime.distributed import DistEnv
     from training.runtime.watchdog import joined_ranks
@@ -143,12 +142,14 @@ def check_queries(rank: int, name: str, file: str, port: int) -> None:
     set_rank(rank, 2, port)
     model, tokenizer = training.create_model(name, file).eval(), training.get_tokenizer(name)
     texts, asked = [f"{n} dogs" for n in range(7)], []
-    options = ComputeOptions(batch_size=2)
+    options = ComputeOptions(batch_size=2, workers=0)
     alone = DistEnv(0, 1, torch.device("cpu"))
-    expected = encode_queries(EncoderParts(model, None, tokenizer, None), texts, alone, options)
+    expected = (
+        Encoder(EncoderParts(model, None, tokenizer, None), alone, options).texts(texts, normalise=False).features
+    )
     with joined_ranks("cpu", 30) as (env, _):
-        parts = EncoderParts(model, None, lambda own: asked.extend(own) or tokenizer(own), None)
-        found = encode_queries(parts, texts, env, options)
+        parts = EncoderParts(model, None, lambda part: asked.extend(part) or tokenizer(part), None)
+        found = Encoder(parts, env, options).texts(texts, count_lost=False, normalise=False).features
     assert torch.equal(found, expected) and asked == [t for n, t in enumerate(texts) if n // 2 % 2 == rank], asked
 
 

@@ -200,7 +200,8 @@ def test_exclamation_marks_are_not_padding_for_clip():
 
 def test_captions_sorted_by_length_have_the_features_of_unsorted_ones():
     import training
-    from training.eval.encode import ComputeOptions, encode_texts
+    from training.eval.encode import ComputeOptions, Encoder
+    from training.model.assembly.factory import EncoderParts
     from training.runtime.distributed import DistEnv
 
     torch.manual_seed(0)
@@ -212,7 +213,8 @@ def test_captions_sorted_by_length_have_the_features_of_unsorted_ones():
     for is_sorted, seen in widths.items():
         hook = model.text.transformer.embeddings.register_forward_hook(lambda *call: seen.append(call[2].shape[:2]))
         options = ComputeOptions(batch_size=8, workers=0, sort_texts=is_sorted)
-        encoded[is_sorted] = encode_texts(model, tokenizer, texts, DistEnv(0, 1, CPU), options)
+        encoder = Encoder(EncoderParts(model, None, tokenizer, None), DistEnv(0, 1, CPU), options)
+        encoded[is_sorted] = encoder.texts(texts)
         hook.remove()
     torch.testing.assert_close(encoded[True].features, encoded[False].features, rtol=0, atol=1e-5)
     assert torch.equal(encoded[True].lost_tokens, encoded[False].lost_tokens)

@@ -61,7 +61,7 @@ def mark_places(folder: Path, rank: int) -> None:
         setattr(owner, name, wrapper)
 
     images = itertools.count(1)
-    marked(encode.ImageBatches, "__getitem__", lambda *_: "evaluating")
+    marked(encode.Batches, "__getitem__", lambda *_: "evaluating")
     marked(
         reader, "read_image", lambda raw, *_: "validating" if raw.source == "val.tar" else f"training {next(images)}"
     )

@@ -9,8 +9,9 @@ from test_packing import CPU
 from test_train import losses, read_metrics
 from transformers import AutoConfig
 
-from training.eval.encode import ComputeOptions, encode_texts
+from training.eval.encode import ComputeOptions, Encoder
 from training.main import main
+from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import make_arranger
 from training.model.towers.text_encoder import text_encoder
 from training.model.towers.train_model import TrainModel
@@ -137,7 +138,8 @@ def test_evaluating_a_stock_model_computes_little_padding():
     widths = []
     hook = model.transformer.register_forward_hook(lambda *call: widths.append(call[2].shape[1]))
     options = ComputeOptions(batch_size=1, workers=0)
-    encoded = encode_texts(model, tokenizer, TEXTS, DistEnv(0, 1, CPU), options).features
+    encoder = Encoder(EncoderParts(model, None, tokenizer, None), DistEnv(0, 1, CPU), options)
+    encoded = encoder.texts(TEXTS).features
     hook.remove()
     assert max(widths) == 77 and sorted(widths)[0] == 8
     expected = torch.nn.functional.normalize(model.encode_text(tokenizer(TEXTS)), dim=-1)

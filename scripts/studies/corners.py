@@ -23,7 +23,7 @@ import torch
 from open_clip_train.precision import get_autocast
 from torch.nn.functional import normalize
 
-from training.eval.encode import ComputeOptions
+from training.eval.encode import ComputeOptions, Encoder
 from training.eval.metrics import count_ranks, hit_probability
 from training.eval.retrieval import encode_sets, plan_benchmarks
 from training.model.assembly.factory import EncoderParts
@@ -104,8 +104,8 @@ def main() -> int:
                 if not getattr(getattr(parts.model, "text", None), "num_corners", 0):
                     raise ValueError(f"{args.run}: its model has no corner tokens")
                 work = plan_benchmarks(flags)
-                options = ComputeOptions(flags.batch_size, flags.workers, flags.precision)
-                encoded = next(encode_sets(parts, work, env, options, cache=flags.feature_cache))
+                options = ComputeOptions.from_flags(flags, feature_cache=flags.feature_cache)
+                encoded = next(encode_sets(Encoder(parts, env, options), work))
             captions, owner = encoded.pairs.captions, torch.tensor(encoded.pairs.image_of_caption)
             features = all_features(parts, captions, flags.precision)
             found[name] = {"cosine": cosines(features), "r1": recall(encoded.images, features, owner)}

@@ -1,6 +1,6 @@
 """Cache of decoded and resized images on disk, for evaluating several models with the same image size.
 
-    DIR/READING/BATCH.safetensors    pixels [n, H, W, 3] uint8, key [n, 32] (SHA-256 of each image file's identity)
+    DIR/READING/KE/KEY.npy    pixels [H, W, 3] uint8; KEY is the SHA-256 of the image file's identity
 
 READING is a hash of everything that determines the pixels: the steps of the transform before ToTensor, the decoding,
 and the versions of the libraries involved. The later steps (scaling, normalisation) are applied after reading. Results
@@ -10,6 +10,7 @@ are therefore bit-identical with and without the cache, and models that normalis
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torchvision import transforms
 
 from training.data.images import ImageReader, Source
@@ -27,7 +26,7 @@ from training.readers.files import EmbeddedImage, ShardMember
 from training.readers.images import BrokenImageError
 from training.runtime.files import atomic_write
 
-FORMAT = 2
+FORMAT = 3
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +40,8 @@ def image_key(path: Path | ShardMember | EmbeddedImage) -> bytes:
 class CachedReader:
     """Reads image files with a transform and caches their pixels.
 
-    Several processes may share a folder: files are only added, and each is written atomically.
+    Several processes may share a folder: files are only added, and each is written atomically. A file that can't be
+    read or written costs a warning per process.
 
     Args:
         folder: folder of ``--image-cache``.
@@ -49,12 +49,16 @@ class CachedReader:
         mode: one of `data.images.MODES`.
 
     Raises:
-        ValueError: the transform can't be split.
+        ValueError: no step of the transform is ToTensor.
     """
 
     def __init__(self, folder: str | Path, transform: Callable, mode: str):
-        before, self.after = split_at_tensor(transform)
-        self.reader = ImageReader(before, mode)
+        steps = list(getattr(transform, "transforms", []))
+        number = next((n for n, step in enumerate(steps) if isinstance(step, transforms.ToTensor)), None)
+        if number is None:
+            raise ValueError(f"--image-cache: this model's preprocessing has no step ToTensor ({transform}); omit it")
+        self.reader = ImageReader(transforms.Compose(steps[:number]), mode)
+        self.after = transforms.Compose(steps[number:])
         reading = {
             "format": FORMAT,
             "pixels": [sha256(np.asarray(self.reader(file)).tobytes()).hexdigest() for file in probe_images()],
@@ -62,19 +66,6 @@ class CachedReader:
             "versions": [version(name) for name in ("pillow", "torchvision")],
         }
         self.folder = Path(folder) / sha256(json.dumps(reading).encode()).hexdigest()[:32]
-        self.rows: dict[bytes, tuple[Path, int]] = {}  # key of an image -> file and row of its pixels
-        self.can_write = True
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self._index(path)
-
-    def _index(self, path: Path) -> None:
-        try:
-            with safe_open(path, "numpy") as file:
-                keys = file.get_tensor("key")
-        except (SafetensorError, OSError) as error:
-            logger.warning(f"--image-cache: {path} can't be read ({error}); its images are read again")
-            return
-        self.rows |= {key.tobytes(): (path, row) for row, key in enumerate(keys)}
 
     def read(self, sources: Sequence[Source]) -> list[torch.Tensor | BrokenImageError]:
         """Reads image files, and adds those that are not in the cache.
@@ -82,51 +73,31 @@ class CachedReader:
         Returns:
             For each file the transformed image, or the error.
         """
-        found, new = [], {}
+        found = []
         for source in sources:
-            key = image_key(source)
             try:
-                if key in self.rows:
-                    pixels = self._read_cached(*self.rows[key])
-                else:
-                    pixels = new[key] = np.asarray(self.reader(source))
+                found.append(self.after(Image.fromarray(self._pixels(source))))
             except BrokenImageError as error:
                 found.append(error)
-                continue
-            found.append(self.after(Image.fromarray(pixels)))
-        if new:
-            self._add(new)
         return found
 
-    def _read_cached(self, path: Path, row: int) -> np.ndarray:
-        with safe_open(path, "numpy") as file:
-            return file.get_slice("pixels")[row]
-
-    def _add(self, new: dict[bytes, np.ndarray]) -> None:
-        content = {
-            "pixels": torch.from_numpy(np.stack(list(new.values()))),
-            "key": torch.from_numpy(np.frombuffer(b"".join(new), dtype=np.uint8).reshape(-1, 32).copy()),
-        }
-        path = self.folder / f"{sha256(b''.join(new)).hexdigest()[:32]}.safetensors"
+    def _pixels(self, source: Source) -> np.ndarray:
+        key = image_key(source).hex()
+        path = self.folder / key[:2] / f"{key}.npy"
         try:
-            with atomic_write(path) as temporary:
-                save_file(content, temporary)
-        except (SafetensorError, OSError) as error:
-            if self.can_write:  # said once by each process
-                logger.warning(f"--image-cache: {self.folder} can't be written ({error}); its pixels are not kept")
-            self.can_write = False
-        else:
-            self._index(path)
+            if path.exists():
+                return np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            _warn_once(f"files in {self.folder} can't be read ({type(error).__name__}); their images are read again")
+        pixels = np.asarray(self.reader(source))
+        try:
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, pixels)
+        except OSError as error:
+            _warn_once(f"{self.folder} can't be written ({type(error).__name__}); its pixels are not kept")
+        return pixels
 
 
-def split_at_tensor(transform: Callable) -> tuple[Callable, Callable]:
-    """Splits a transform into the steps before ToTensor and those from ToTensor on.
-
-    Raises:
-        ValueError: no step of the transform is ToTensor.
-    """
-    steps = list(getattr(transform, "transforms", []))
-    places = [n for n, step in enumerate(steps) if isinstance(step, transforms.ToTensor)]
-    if not places:
-        raise ValueError(f"--image-cache: this model's preprocessing has no step ToTensor ({transform}); omit the flag")
-    return transforms.Compose(steps[: places[0]]), transforms.Compose(steps[places[0] :])
+@cache
+def _warn_once(what: str) -> None:
+    logger.warning(f"--image-cache: {what}")

@@ -19,13 +19,10 @@ from torch.nn.functional import normalize
 
 from dataloaders.pairs import RetrievalSet, check_list
 from dataloaders.registry import benchmarks
-from training.eval.encode import ComputeOptions, encode_texts
+from training.eval.encode import Encoder
 from training.eval.retrieval import EncodedSet, check_names
-from training.model.assembly.factory import EncoderParts
-from training.runtime.distributed import DistEnv
 
 SUFFIX = "-retrieval"
-KINDS = ("image", "text")
 NUM_CHECKED = 32  # number of captions encoded again to check that the features are those of the model
 SAME_MODEL = 0.99  # minimum cosine; bf16 compared with fp32 reaches 0.999
 
@@ -34,17 +31,12 @@ def write_features(encoded: EncodedSet, folder: Path) -> Path:
     """Writes one benchmark to ``FOLDER/KEY.npz``; the folder is created if it does not exist; returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{encoded.pairs.key}.npz"
-    np.savez(
-        path,
-        image_features=encoded.images.numpy(),
-        text_features=encoded.texts.numpy(),
-        image_of_caption=np.array(encoded.pairs.image_of_caption),
-        captions=np.array(encoded.pairs.captions),
-        image_paths=np.array([os.path.abspath(str(p)) for p in encoded.pairs.image_paths]),
-        lost_tokens=encoded.lost_tokens.numpy(),
-        title=np.array(encoded.pairs.title),
-        protocol=np.array(encoded.pairs.protocol),
-    )
+    pairs = encoded.pairs
+    arrays = {"image_features": encoded.images.numpy(), "text_features": encoded.texts.numpy()}
+    arrays |= {"lost_tokens": encoded.lost_tokens.numpy(), "image_of_caption": np.array(pairs.image_of_caption)}
+    texts = {"captions": pairs.captions, "image_paths": [os.path.abspath(str(path)) for path in pairs.image_paths]}
+    texts |= {"title": pairs.title, "protocol": pairs.protocol}
+    np.savez(path, **arrays, **{name: np.array(value) for name, value in texts.items()})
     return path
 
 
@@ -60,7 +52,7 @@ def read_features(paths: list[str]) -> list[EncodedSet]:
     return sets
 
 
-def check_text_model(parts: EncoderParts, encoded: EncodedSet, env: DistEnv, options: ComputeOptions) -> None:
+def check_text_model(encoder: Encoder, encoded: EncodedSet) -> None:
     """Checks that features from a file are those of the model, by encoding some captions again.
 
     Changed captions, encoded by the model, are compared with the file's features, so both must be of the same model.
@@ -70,7 +62,7 @@ def check_text_model(parts: EncoderParts, encoded: EncodedSet, env: DistEnv, opt
     """
     captions = encoded.pairs.captions
     rows = torch.linspace(0, len(captions) - 1, min(NUM_CHECKED, len(captions))).long()
-    again = encode_texts(parts.model, parts.tokenizer, [captions[i] for i in rows], env, options).features
+    again = encoder.texts([captions[i] for i in rows]).features
     same_size = again.shape[1] == encoded.texts.shape[1]
     cosine = float((again * encoded.texts[rows]).sum(dim=1).min()) if same_size else 0.0
     if cosine < SAME_MODEL:
@@ -81,39 +73,33 @@ def check_text_model(parts: EncoderParts, encoded: EncodedSet, env: DistEnv, opt
 
 
 def _read_one(path: Path) -> EncodedSet:
-    arrays = _load(path)
-    where = f"--features {path}"
-    features = {kind: _normalised(arrays.get(f"{kind}_features"), f"{where}: {kind}_features") for kind in KINDS}
-    num_images, num_captions = len(features["image"]), len(features["text"])
-    if features["image"].shape[1] != features["text"].shape[1]:
+    arrays, where = _load(path), f"--features {path}"
+    images, texts = (_normalised(arrays.get(name), f"{where}: {name}") for name in ("image_features", "text_features"))
+    if images.shape[1] != texts.shape[1]:
         raise ValueError(f"{where}: image_features and text_features have different numbers of columns")
-    owner = arrays.get("image_of_caption")
-    if owner is None:
-        if num_images != num_captions:
-            raise ValueError(f"{where}: {num_images:,} images, {num_captions:,} captions and no image_of_caption")
-        owner = np.arange(num_captions)
-    lengths = {"captions": num_captions, "image_of_caption": num_captions, "lost_tokens": num_captions}
-    for name, expected in (lengths | {"image_paths": num_images}).items():
-        if name in arrays and arrays[name].shape != (expected,):
-            raise ValueError(f"{where}: {name} has shape {arrays[name].shape}, expected ({expected},)")
-    if not np.issubdtype(owner.dtype, np.integer) or not np.array_equal(np.unique(owner), np.arange(num_images)):
+    if "image_of_caption" not in arrays and len(images) != len(texts):
+        raise ValueError(f"{where}: {len(images):,} images, {len(texts):,} captions and no image_of_caption")
+    defaults = {
+        # Images without a path get one that can't exist, below the .npz file, and so have no thumbnail.
+        "image_paths": [f"{path.name}/image {n}" for n in range(len(images))],
+        "captions": [f"caption {n}" for n in range(len(texts))],
+        "image_of_caption": np.arange(len(texts)),
+        "lost_tokens": np.full(len(texts), -1),
+    }
+    names, captions, owner, lost = (np.asarray(arrays.get(name, default)) for name, default in defaults.items())
+    for name, array in zip(defaults, (names, captions, owner, lost)):
+        expected = (len(images if name == "image_paths" else texts),)
+        if array.shape != expected:
+            raise ValueError(f"{where}: {name} has shape {array.shape}, expected {expected}")
+    if not np.issubdtype(owner.dtype, np.integer) or not np.array_equal(np.unique(owner), np.arange(len(images))):
         raise ValueError(f"{where}: image_of_caption must contain rows of image_features, each of them at least once")
-    # Images without a path get one that can't exist, below the .npz file, and so have no thumbnail.
-    names = arrays.get("image_paths", [path / f"image {n}" for n in range(num_images)])
-    texts = arrays.get("captions", [f"caption {n}" for n in range(num_captions)])
     key = path.stem.removesuffix(SUFFIX)
-    pairs = RetrievalSet(
-        f"{key}{SUFFIX}",
-        str(arrays.get("title", key)),
-        tuple(path.parent / str(name) for name in names),
-        tuple(str(text) for text in texts),
-        tuple(owner.tolist()),
-        protocol=str(arrays.get("protocol", "")),
-    )
+    content = (tuple(path.parent / str(name) for name in names), tuple(map(str, captions)), tuple(owner.tolist()))
+    title, protocol = str(arrays.get("title", key)), str(arrays.get("protocol", ""))
+    pairs = RetrievalSet(f"{key}{SUFFIX}", title, *content, protocol=protocol)
     if official := {k: v for b in benchmarks() for k, v in b.protocols.items()}.get(pairs.protocol):
         pairs = check_list(pairs, official)
-    lost = torch.from_numpy(arrays.get("lost_tokens", np.full(num_captions, -1)).astype(np.int64))
-    return EncodedSet(pairs, features["image"], features["text"], lost)
+    return EncodedSet(pairs, images, texts, torch.from_numpy(lost.astype(np.int64)))
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -13,33 +13,24 @@ import torch
 from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 
-from training.eval.encode import ComputeOptions, image_batches, load_batches
+from training.eval.encode import Encoder
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.eval.record import Recall, RetrievalResult
 from training.eval.report.matches import top_matches
 from training.eval.retrieval import RankedSet
-from training.model.assembly.factory import EncoderParts
 from training.model.towers.flair import conditioned_scores, encode_patches
 from training.model.towers.image_encoder import in_parts
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, join_rows, sum_over_ranks
+from training.runtime.distributed import sum_over_ranks
 
 
-def rerank_sets(
-    parts: EncoderParts,
-    ranked: Sequence[RankedSet],
-    num_candidates: int,
-    env: DistEnv,
-    options: ComputeOptions,
-) -> list[RetrievalResult]:
+def rerank_sets(encoder: Encoder, ranked: Sequence[RankedSet], num_candidates: int) -> list[RetrievalResult]:
     """Reranks benchmarks.
 
     Args:
-        parts: a model with `flair.TextConditionedPooling`.
+        encoder: a model with `flair.TextConditionedPooling`.
         ranked: benchmarks, ranked by cosine.
         num_candidates: number of captions per image that are scored again.
-        env: each rank processes its share of the images.
-        options: batch size, workers, precision.
 
     Returns:
         One result per benchmark, with ``-reranked`` appended to its key.
@@ -49,54 +40,28 @@ def rerank_sets(
     """
     results = []
     for r in ranked:
-        candidates, _ = top_matches(r.images, r.texts, num_candidates, env.device)
-        queries = encode_queries(parts, r.pairs.captions, env, options)
-        scores = score_candidates(parts, r.pairs.image_paths, queries, candidates, env, options)
+        candidates, _ = top_matches(r.images, r.texts, num_candidates, encoder.env.device)
+        queries = encoder.texts(r.pairs.captions, count_lost=False, normalise=False)
+        scores = score_candidates(encoder, r.pairs.image_paths, queries.features, candidates)
         i2t, t2i = count_listed(candidates, scores, r.owner)
-        result = replace(
-            r.result,
-            title=f"{r.result.title}, {candidates.shape[1]} reranked",
-            key=f"{r.result.key}-reranked",
-            protocol=f"{r.result.protocol}, {candidates.shape[1]} captions of each image reranked",
-            i2t=Recall.of(summarise(i2t)),
-            t2i=Recall.of(summarise(t2i, clusters=r.owner)),
-        )
-        results.append(result)
+        listed = f"{candidates.shape[1]} captions of each image reranked"
+        about = {"title": f"{r.result.title}, {candidates.shape[1]} reranked", "key": f"{r.result.key}-reranked"}
+        recall = {"i2t": Recall.of(summarise(i2t)), "t2i": Recall.of(summarise(t2i, clusters=r.owner))}
+        results.append(replace(r.result, **about, **recall, protocol=f"{r.result.protocol}, {listed}"))
     return results
 
 
 @torch.no_grad()
-def encode_queries(parts: EncoderParts, texts: Sequence[str], env: DistEnv, options: ComputeOptions) -> torch.Tensor:
-    """Returns the text features that query the pooling: [num_texts, dim] float32 on the CPU, not normalised.
-
-    Each rank encodes its share of the batches; all get all features.
-    """
-    size = options.text_batch_size or options.batch_size
-    found = []
-    for start in range(0, len(texts), size)[env.rank :: env.world_size]:
-        ids = parts.tokenizer(list(texts[start : start + size])).to(env.device)
-        with get_autocast(options.precision, device_type=env.device.type)():
-            found.append((slice(start, start + size), parts.model.encode_text(ids).float().cpu()))
-    return join_rows(found, len(texts), env)
-
-
-@torch.no_grad()
 def score_candidates(
-    parts: EncoderParts,
-    paths: Sequence[Path],
-    queries: torch.Tensor,
-    candidates: torch.Tensor,
-    env: DistEnv,
-    options: ComputeOptions,
+    encoder: Encoder, paths: Sequence[Path], queries: torch.Tensor, candidates: torch.Tensor
 ) -> torch.Tensor:
     """Scores each image with its candidates. Only the patches of one batch of images are in memory at a time.
 
     Args:
-        parts: a model with `flair.TextConditionedPooling`.
+        encoder: a model with `flair.TextConditionedPooling`.
         paths: image files.
-        queries: result of `encode_queries`.
+        queries: text features that query the pooling, [num_texts, dim], not normalised.
         candidates: [num_images, k] int64, rows of `queries`.
-        env, options: see `rerank_sets`.
 
     Returns:
         [num_images, k] float32 on the CPU, complete on every rank.
@@ -104,16 +69,17 @@ def score_candidates(
     Raises:
         BrokenImageError: an image can't be read; raised on its rank only.
     """
+    model, device, precision = encoder.parts.model, encoder.env.device, encoder.options.precision
     scores = torch.zeros(candidates.shape)
-    for batch in load_batches(image_batches(parts.preprocess, paths, env, options), "image", env, options):
+    for batch in encoder.load_images(paths):
         if batch.broken:
             raise BrokenImageError(next(iter(batch.broken.values())))
-        pixels = batch.inputs.to(env.device, get_input_dtype(options.precision))
-        with get_autocast(options.precision, device_type=env.device.type)():
-            patches = in_parts(partial(encode_patches, parts.model.visual), pixels)
-            own = queries[candidates[batch.positions]].to(env.device, patches.dtype)
-            scores[batch.positions] = conditioned_scores(parts.model.visual_proj, own, patches).cpu()
-    return sum_over_ranks(scores, env)
+        pixels = batch.inputs.to(device, get_input_dtype(precision))
+        with get_autocast(precision, device_type=device.type)():
+            patches = in_parts(partial(encode_patches, model.visual), pixels)
+            chosen = queries[candidates[batch.positions]].to(device, patches.dtype)
+            scores[batch.positions] = conditioned_scores(model.visual_proj, chosen, patches).cpu()
+    return sum_over_ranks(scores, encoder.env)
 
 
 def count_listed(
@@ -129,30 +95,32 @@ def count_listed(
     Returns:
         Counts for image queries and for caption queries.
     """
-    scores = scores.double()
     num_images, num_captions = len(candidates), len(image_of_caption)
-    image = torch.arange(num_images)[:, None].expand_as(candidates)
-    is_right = image_of_caption[candidates] == image
-    lowest = torch.tensor(-torch.inf, dtype=torch.float64)
-
-    best = torch.where(is_right, scores, lowest).amax(dim=1, keepdim=True)
-    tied, better = (scores - best).abs() <= TIE_TOLERANCE, scores > best + TIE_TOLERANCE
-    i2t = RankCounts((better & ~is_right).sum(1), (tied & ~is_right).sum(1), (tied & is_right).sum(1))
-    unlisted = ~is_right.any(dim=1)
+    image, caption = torch.arange(num_images).repeat_interleave(candidates.shape[1]), candidates.flatten()
+    pairs = (scores.double().flatten(), image_of_caption[caption] == image)
     num_right = image_of_caption.bincount(minlength=num_images)
-    i2t.right[unlisted] = num_right[unlisted]
-    i2t.tied[unlisted] = num_captions - candidates.shape[1] - num_right[unlisted]
+    i2t = _count(image, *pairs, num_right, num_captions)
+    return i2t, _count(caption, *pairs, torch.ones(num_captions, dtype=torch.int64), num_images)
 
-    own = lowest.repeat(num_captions)
-    own[candidates[is_right]] = scores[is_right]
-    wrong, wrong_scores = candidates[~is_right], scores[~is_right]
-    better = wrong_scores > own[wrong] + TIE_TOLERANCE
-    tied = (wrong_scores - own[wrong]).abs() <= TIE_TOLERANCE
-    t2i = RankCounts(
-        wrong[better].bincount(minlength=num_captions),
-        wrong[tied].bincount(minlength=num_captions),
-        torch.ones(num_captions, dtype=torch.int64),
+
+def _count(
+    query: torch.Tensor, scores: torch.Tensor, is_right: torch.Tensor, num_right: torch.Tensor, num_candidates: int
+) -> RankCounts:
+    """Counts the candidates of each query.
+
+    Args:
+        query, scores, is_right: of each pair that has a score, [num_pairs].
+        num_right: number of right candidates of each query, [num_queries], with and without a score.
+        num_candidates: number of candidates with and without a score.
+    """
+    best = torch.full((len(num_right),), -torch.inf, dtype=torch.float64)
+    best.scatter_reduce_(0, query[is_right], scores[is_right], reduce="amax")
+    is_better, is_tied = scores > best[query] + TIE_TOLERANCE, (scores - best[query]).abs() <= TIE_TOLERANCE
+    kinds = (is_better & ~is_right, is_tied & ~is_right, is_tied & is_right)
+    better, tied, num_best = (query[kind].bincount(minlength=len(num_right)) for kind in kinds)
+    unlisted = best.isinf()
+    return RankCounts(
+        better,
+        torch.where(unlisted, num_candidates - better - num_right, tied),
+        torch.where(unlisted, num_right, num_best),
     )
-    unlisted = own == lowest
-    t2i.tied[unlisted] = num_images - 1 - t2i.better[unlisted]
-    return i2t, t2i

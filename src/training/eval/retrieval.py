@@ -4,20 +4,21 @@ Benchmarks come from `dataloaders.registry`; a new benchmark is one new file in 
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images
 from dataloaders.registry import benchmarks, destination
-from training.eval.encode import ComputeOptions, Encoding, encode_texts
+from training.eval.encode import Encoder
 from training.eval.feature_cache import encode_images_once, open_caches, text_key
 from training.eval.metrics import RankCounts, count_ranks, summarise
-from training.eval.record import Recall, RetrievalResult
+from training.eval.record import ClassificationResult, Recall, RetrievalResult
 from training.eval.store import FeatureStore
-from training.model.assembly.factory import EncoderParts
 from training.readers.files import upright
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, stop_together, sum_over_ranks
@@ -65,11 +66,10 @@ def plan_benchmarks(args: argparse.Namespace) -> RetrievalWork | None:
 
 def check_names(sets: Sequence[RetrievalSet]) -> None:
     """Raises ValueError if two sets would write their results under the same key."""
-    keys = [s.key for s in sets]
-    for key in keys:
-        if keys.count(key) > 1:
-            name = key.removesuffix("-retrieval")
-            raise ValueError(f"two data sets are called {name}; rename the file or folder of one of them")
+    key, count = Counter(s.key for s in sets).most_common(1)[0] if sets else ("", 0)
+    if count > 1:
+        name = key.removesuffix("-retrieval")
+        raise ValueError(f"two data sets are called {name}; rename the file or folder of one of them")
 
 
 def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWork:
@@ -83,9 +83,8 @@ def plan_retrieval(sets: list[RetrievalSet], allow_missing: bool) -> RetrievalWo
     sets, identity = find_images(sets)
     incomplete = [describe_missing(s) for s in sets if s.missing]
     if incomplete and not allow_missing:
-        raise FileNotFoundError(
-            "\n".join(incomplete + ["Complete the data, or add --allow-missing to evaluate the rest."])
-        )
+        remedy = "Complete the data, or add --allow-missing to evaluate the rest."
+        raise FileNotFoundError("\n".join([*incomplete, remedy]))
     for s in sets:
         if not s.captions:
             detail = describe_missing(s) if s.missing else f"{s.title}: no pairs found; {s.source}"
@@ -111,6 +110,11 @@ class EncodedSet:
     lost_tokens: torch.Tensor
     num_broken: int = 0
 
+    @property
+    def owner(self) -> torch.Tensor:
+        """Image of each caption, [num_captions] int64."""
+        return torch.tensor(self.pairs.image_of_caption)
+
 
 @dataclass(frozen=True)
 class RankedSet(EncodedSet):
@@ -125,93 +129,65 @@ class RankedSet(EncodedSet):
     i2t: RankCounts = field(kw_only=True)
     t2i: RankCounts = field(kw_only=True)
 
-    @property
-    def owner(self) -> torch.Tensor:
-        """Image of each caption, [num_captions] int64."""
-        return torch.tensor(self.pairs.image_of_caption)
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that an evaluation measured, and its inputs.
+
+    Attributes:
+        ranked: benchmarks.
+        zero_shot: results of classification.
+        reranked: results of `rerank.rerank_sets`.
+        diagnostics: result of `diagnostics.diagnose`.
+    """
+
+    ranked: list[RankedSet]
+    zero_shot: list[ClassificationResult]
+    reranked: list[RetrievalResult]
+    diagnostics: dict[str, dict]
 
 
-def evaluate_retrieval(
-    parts: EncoderParts,
-    work: RetrievalWork,
-    env: DistEnv,
-    options: ComputeOptions,
-    allow_broken: bool = False,
-) -> list[RetrievalResult]:
+def evaluate_retrieval(encoder: Encoder, work: RetrievalWork) -> list[RetrievalResult]:
     """Encodes and ranks every set; see `encode_sets` and `rank_set`, also for what is raised."""
-    return [rank_set(encoded, env).result for encoded in encode_sets(parts, work, env, options, allow_broken)]
+    return [rank_set(encoded, encoder.env).result for encoded in encode_sets(encoder, work)]
 
 
-def encode_sets(
-    parts: EncoderParts,
-    work: RetrievalWork,
-    env: DistEnv,
-    options: ComputeOptions,
-    allow_broken: bool = False,
-    cache: str | None = None,
-) -> Iterator[EncodedSet]:
+def encode_sets(encoder: Encoder, work: RetrievalWork) -> Iterator[EncodedSet]:
     """Encodes set by set, distributed over all ranks; an image or caption of several sets is encoded once.
 
     Args:
-        parts: the model with its transforms and tokenizer.
+        encoder: the model.
         work: result of `plan_retrieval`.
-        env: this process.
-        options: batch size, workers, precision.
-        allow_broken: leave unreadable images out instead of raising.
-        cache: folder of the feature cache, which is read and extended.
 
     Raises:
         BrokenImageError: an image can't be read, unless allowed; or a set has no readable image.
         FloatingPointError: the model returned NaN or infinity.
     """
-    image_cache, text_cache = None, None
-    if cache:
-        image_cache, text_cache = open_caches(cache, parts, options.precision, env, options.image_decoding)
-
-    def encode_captions(captions: list[str]) -> Encoding:
-        def encode(positions: Sequence[int]) -> Encoding:
-            return encode_texts(parts.model, parts.tokenizer, [captions[p] for p in positions], env, options)
-
-        return text_cache.encode(list(map(text_key, captions)), encode) if text_cache else encode(range(len(captions)))
-
-    images = FeatureStore(lambda paths: encode_images_once(image_cache, parts, paths, env, options, allow_broken))
-    texts = FeatureStore(encode_captions)
+    image_cache, text_cache = open_caches(encoder)
+    images = FeatureStore(partial(encode_images_once, image_cache, encoder))
+    texts = FeatureStore(partial(text_cache.encode, key_of=text_key, encode=encoder.texts))
     for s in work.sets:
-        stop_together(env)
+        stop_together(encoder.env)
         found = images(s.image_paths, [work.identity[path] for path in s.image_paths])
         kept = s.without_images(found.broken)
         if not kept.captions:
             raise BrokenImageError(f"{s.title}: no image can be read.\n{describe_missing(kept)}")
-        readable = [i for i in range(len(s.image_paths)) if i not in found.broken]
+        features = found.features
+        if found.broken:
+            features = features[[i for i in range(len(features)) if i not in found.broken]]
         captions = texts(kept.captions)
-        yield EncodedSet(
-            kept,
-            found.features[readable] if found.broken else found.features,
-            captions.features,
-            captions.lost_tokens,
-            len(kept.missing) - len(s.missing),
-        )
+        yield EncodedSet(kept, features, captions.features, captions.lost_tokens, len(kept.missing) - len(s.missing))
 
 
 def rank_set(encoded: EncodedSet, env: DistEnv) -> RankedSet:
     """Ranks a set; each rank of `env` computes its share, and all get the result."""
-    pairs = encoded.pairs
-    owner = torch.tensor(pairs.image_of_caption)
+    pairs, owner = encoded.pairs, encoded.owner
     i2t, t2i = count_over_ranks(encoded.images, encoded.texts, owner, env)
-    result = RetrievalResult(
-        title=pairs.title,
-        key=pairs.key,
-        protocol=pairs.protocol,
-        fingerprint=pairs.fingerprint(),
-        num_images=len(pairs.image_paths),
-        num_pairs=len(pairs.captions),
-        num_expected=max(pairs.num_published or 0, len(pairs.captions) + len(pairs.missing)),
-        num_broken=encoded.num_broken,
-        num_missing=len(pairs.missing) - encoded.num_broken,
-        i2t=Recall.of(summarise(i2t)),
-        t2i=Recall.of(summarise(t2i, clusters=owner)),
-        **_truncation(encoded.lost_tokens),
-    )
+    num_expected = max(pairs.num_published or 0, len(pairs.captions) + len(pairs.missing))
+    counts = (len(pairs.captions), num_expected, len(pairs.missing) - encoded.num_broken, encoded.num_broken)
+    about = (pairs.protocol, pairs.fingerprint(), len(pairs.image_paths))
+    recall = (Recall.of(summarise(i2t)), Recall.of(summarise(t2i, clusters=owner)))
+    result = RetrievalResult(pairs.title, pairs.key, *counts, *about, *recall, *_truncation(encoded.lost_tokens))
     return RankedSet(**vars(encoded), result=result, i2t=i2t, t2i=t2i)
 
 
@@ -220,16 +196,13 @@ def count_over_ranks(
 ) -> tuple[RankCounts, RankCounts]:
     """Does what `metrics.count_ranks` does, distributed over all ranks of `env`; all get the same result."""
     counts = count_ranks(images, texts, owner, device=env.device, both=both, rank=env.rank, world_size=env.world_size)
-    i2t, t2i = (RankCounts(sum_over_ranks(c.better, env), sum_over_ranks(c.tied, env), c.right) for c in counts)
+    i2t, t2i = (RankCounts(sum_over_ranks(c.better, env), sum_over_ranks(c.tied, env), c.num_right) for c in counts)
     return i2t, t2i
 
 
-def _truncation(lost_tokens: torch.Tensor) -> dict[str, float | None]:
+def _truncation(lost_tokens: torch.Tensor) -> tuple[float | None, float | None]:
     """Returns the fraction of truncated captions and the mean number of tokens they lost; None if unknown."""
     if (lost_tokens < 0).any():
-        return {"truncated_share": None, "truncated_mean_tokens_lost": None}
+        return None, None
     cut = lost_tokens[lost_tokens > 0].double()
-    return {
-        "truncated_share": len(cut) / len(lost_tokens),
-        "truncated_mean_tokens_lost": float(cut.mean()) if len(cut) else 0.0,
-    }
+    return len(cut) / len(lost_tokens), float(cut.mean()) if len(cut) else 0.0

@@ -19,9 +19,14 @@ class FeatureStore:
         self._row_of: dict[Hashable, int] = {}  # content -> row in the concatenation of all parts
         self._parts: list[Encoding] = []
 
+    @property
+    def contents(self) -> list[Hashable]:
+        """What has been encoded."""
+        return list(self._row_of)
+
     def add(self, contents: Sequence[Hashable], encoding: Encoding) -> None:
         """Adds items that are encoded already; of equal contents, the first counts."""
-        first = sum(len(part.features) for part in self._parts)
+        first = sum(len(encoding.features) for encoding in self._parts)
         self._parts.append(encoding)
         for row, content in enumerate(contents, first):
             self._row_of.setdefault(content, row)
@@ -51,13 +56,12 @@ class FeatureStore:
         dim = self._parts[0].features.shape[1] if self._parts else 0
         found = Encoding(torch.empty(len(rows), dim), {}, torch.zeros(len(rows), dtype=torch.int64))
         first = 0
-        for part in self._parts:
-            here = ((rows >= first) & (rows < first + len(part.features))).nonzero()[:, 0]
-            own = rows[here] - first
-            found.features[here], found.lost_tokens[here] = part.features[own], part.lost_tokens[own]
-            if part.broken:
-                found.broken.update(
-                    (i, part.broken[k]) for i, k in zip(here.tolist(), own.tolist()) if k in part.broken
-                )
-            first += len(part.features)
+        for encoding in self._parts:
+            items = ((rows >= first) & (rows < first + len(encoding.features))).nonzero()[:, 0]
+            chosen = rows[items] - first
+            found.features[items], found.lost_tokens[items] = encoding.features[chosen], encoding.lost_tokens[chosen]
+            if encoding.broken:
+                pairs = zip(items.tolist(), chosen.tolist())
+                found.broken.update((item, encoding.broken[row]) for item, row in pairs if row in encoding.broken)
+            first += len(encoding.features)
         return found

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from training.data.images import IN_EVALUATION
 from training.data.loader import NoUsableSampleError
 from training.data.open import TrainData
 from training.data.position import Share, Span
-from training.eval.encode import ComputeOptions
+from training.eval.encode import ComputeOptions, Encoder
 from training.eval.metrics import count_ranks, summarise
 from training.eval.record import to_json
-from training.eval.results import format_table, format_zero_shot, write_results
+from training.eval.results import format_table, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
 from training.model.assembly.factory import EncoderParts
@@ -139,17 +138,10 @@ def evaluate_benchmarks(
         FloatingPointError: the model returned NaN or infinity.
         StoppedError: a rank received a signal.
     """
-    options = ComputeOptions(
-        args.batch_size,
-        args.workers,
-        args.precision,
-        args.text_packing != "padded",
-        image_decoding=args.image_decoding or IN_EVALUATION,
-        image_cache=args.image_cache,
-    )
+    encoder = Encoder(parts, env, ComputeOptions.from_flags(args, allow_broken=True))
     try:
-        results = evaluate_retrieval(parts, work, env, options, allow_broken=True) if work.sets else []
-        zero_shot = evaluate_zero_shot(parts, work.classification, env, options, allow_broken=True)
+        results = evaluate_retrieval(encoder, work)
+        zero_shot = evaluate_zero_shot(encoder, work.classification)
     except BrokenImageError as error:  # raised on all ranks
         if env.is_main:
             logger.error(f"evaluation after epoch {epoch} failed, training continues: {error}")
@@ -162,7 +154,6 @@ def evaluate_benchmarks(
             )
         extra = {"epoch": epoch, "device": str(env.device), "world_size": env.world_size, **more}
         or_warn(lambda: write_results([*results, *zero_shot], folder, args, None, extra), "results.jsonl")
-        tables = [format_table(results)] if results else []
-        tables += [format_zero_shot(zero_shot)] if zero_shot else []
+        tables = [format_table(found) for found in (results, zero_shot) if found]
         logger.info(f"after epoch {epoch}:\n" + "\n\n".join(tables))
     return to_json([*results, *zero_shot])
