@@ -12,9 +12,9 @@ import training
 from dataloaders.pairs import one_caption_per_image
 from dataloaders.scene_drawing import draw_scene, make_scene
 from support import read_results
-from training.eval.changes import CHANGES, Questions, wrong_sentence
+from training.eval.changes import CHANGES, list_changes, wrong_sentence
 from training.eval.diagnostics import diagnose, monotonicity
-from training.eval.encode import ComputeOptions, encode_images, encode_texts
+from training.eval.encode import ComputeOptions, Encoder
 from training.eval.report.card import above_chance, draw_card
 from training.eval.retrieval import EncodedSet, plan_retrieval, rank_set
 from training.main import main
@@ -276,10 +276,11 @@ def reports(tmp_path_factory):
     options = ComputeOptions(workers=0, sort_texts=False)
     for name, weights in (("learned", learned), ("random", guessed)):
         parts = EncoderParts(SceneReader(weights, mean), small, tokenize, small)
-        images = encode_images(parts.model, small, work.sets[0].image_paths, ENV, options)
-        texts = encode_texts(parts.model, tokenize, work.sets[0].captions, ENV, options, count_lost=False)
+        encoder = Encoder(parts, ENV, options)
+        images = encoder.images(work.sets[0].image_paths)
+        texts = encoder.texts(work.sets[0].captions, count_lost=False)
         encoded = EncodedSet(work.sets[0], images.features, texts.features, texts.lost_tokens)
-        found[name] = diagnose(parts, [rank_set(encoded, ENV)], Questions(diagnostics=True), ENV, options)[
+        found[name] = diagnose(encoder, [rank_set(encoded, ENV)], list_changes(tokenize, diagnostics=True))[
             "diagnostics"
         ]
     return found
@@ -313,6 +314,6 @@ def test_the_card_is_drawn_only_for_the_trained_model(reports, tmp_path):
     lengths |= {"effective_length_ci95": {"Scenes": [60.0, 77.0], "all": [60.0, 77.0]}}
     figure = draw_card("a model", {"lengths": lengths, "diagnostics": reports["learned"]})
     said = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
-    assert any("Effective length 70 tokens (60 to 77) of 77" in text for text in said)
+    assert any("Effective length: 70 (95%: 60 to 77) tokens of 77" in text for text in said)
     figure.savefig(tmp_path / "card.png")
     assert Image.open(tmp_path / "card.png").width > 500

@@ -10,7 +10,7 @@ from PIL import Image
 
 import training
 from support import read_results, run_ranks
-from training.eval.changes import cut_tokenizer, drop_sentence, shuffle_sentences, token_lengths
+from training.eval.changes import cut_tokenizer, drop_sentence, list_changes, shuffle_sentences
 from training.eval.lengths import effective_length
 from training.flags.parser import parse_args
 from training.main import main
@@ -108,14 +108,13 @@ def test_sensitivity_and_files(run):
 
 
 def test_shuffling_and_dropping_change_order_and_number_alone():
-    text = "One. Two. Three. Four. Five"
-    shuffled, dropped = shuffle_sentences(text, 0), drop_sentence(text, 0)
-    assert shuffled != text and sorted(split_caption(shuffled)) == sorted(split_caption(text))
-    left = split_caption(dropped)
-    assert len(left) == 4 and left == [s for s in split_caption(text) if s in left]
+    text = ["One", "Two", "Three", "Four", "Five"]
+    shuffled, left = shuffle_sentences(text, 0), drop_sentence(text, 0)
+    assert shuffled != text and sorted(shuffled) == sorted(text)
+    assert len(left) == 4 and left == [s for s in text if s in left]
     assert shuffle_sentences(text, 0) == shuffled and any(shuffle_sentences(text, s) != shuffled for s in range(1, 5))
-    assert shuffle_sentences("One", 0) == drop_sentence("One", 0) == "One"
-    assert shuffle_sentences("Same. Same", 0) == "Same. Same"
+    assert shuffle_sentences(["One"], 0) == drop_sentence(["One"], 0) == ["One"]
+    assert shuffle_sentences(["Same", "Same"], 0) == ["Same", "Same"]
 
 
 def test_effective_length_is_where_95_percent_are_reached():
@@ -128,7 +127,7 @@ def test_effective_length_is_where_95_percent_are_reached():
 
 def test_lengths_are_those_a_model_can_read(tmp_path, data, capsys):
     tokenizer = training.get_tokenizer("lotlip_tiny")  # 128 tokens, 2 corners
-    assert token_lengths(tokenizer, (248, 40, 10)) == [10, 40, 128]
+    assert [change.name for change in list_changes(tokenizer, (248, 40, 10))] == ["10", "40", "128"]
     assert cut_tokenizer(tokenizer, 10)(["a " * 50]).shape == (1, 10) and tokenizer.context_length == 128
     argv = ["--urban1k-retrieval", str(data), "--model", "lotlip_tiny", "--retrieval-lengths", "4,20"]
     assert main([*argv, "--logs", str(tmp_path), "--device", "cpu"]) == 2

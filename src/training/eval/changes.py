@@ -4,10 +4,10 @@ The changes of sentences are those of DeBias-CLIP (arXiv 2602.22419), with both 
 sentence is added as in CS-CLIP's half-truths (arXiv 2602.23906).
 """
 
-import copy
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,40 +17,6 @@ NEUTRAL = "This is a photo"
 QUERY_WORDS = (4, 8, 16)  # lengths of short queries
 CARD_TOKENS, CARD_SENTENCES = (10, 20, 40, 77, 128, 248), (1, 2, 3, 4, 6, 8)
 MAX_DRAWS = 100
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What to measure.
-
-    Attributes:
-        tokens: recall with captions truncated to these numbers of tokens.
-        sentences: recall with these numbers of first sentences.
-        sensitivity: recall with sentences shuffled, and with one dropped.
-        diagnostics: all changes, and measures of single sentences.
-    """
-
-    tokens: tuple[int, ...] = ()
-    sentences: tuple[int, ...] = ()
-    sensitivity: bool = False
-    diagnostics: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.tokens or self.sentences or self.sensitivity or self.diagnostics)
-
-    def checked(self, tokenizer: Callable) -> "Questions":
-        """Returns the questions with the lengths to measure; `diagnostics` includes the card's curves.
-
-        Raises:
-            ValueError: a length has no room for a word, or the tokenizer can't truncate earlier.
-        """
-        tokens, sentences = self.tokens, self.sentences
-        if self.diagnostics:
-            sentences = sentences or CARD_SENTENCES
-            if not tokens and getattr(tokenizer, "tokenizer_mode", None) != "clips":
-                tokens = tuple(length for length in CARD_TOKENS if length >= _shortest(tokenizer))
-        tokens = tuple(token_lengths(tokenizer, tokens)) if tokens else ()
-        return replace(self, tokens=tokens, sentences=tuple(sorted(sentences)))
 
 
 @dataclass(frozen=True)
@@ -74,26 +40,45 @@ class Change:
         return join_split(self.apply(split_sentences(caption) or [""], seed)) if self.apply else caption
 
 
-def list_changes(questions: Questions, tokenizer: Callable) -> list[Change]:
-    """Returns the changes that the questions ask for, in the order of tables."""
-    whole = getattr(tokenizer, "context_length", None)
-    changes = [
-        Change("tokens", str(length), tokenizer=None if length == whole else cut_tokenizer(tokenizer, length))
-        for length in questions.tokens
-    ]
-    changes += [Change("sentences", str(n), lambda own, seed, n=n: own[:n]) for n in questions.sentences]
-    changes += [Change("sentences", "all")] if questions.sentences else []
-    if questions.sensitivity:
-        changes.append(Change("sensitivity", "as it is"))
-        names = {"sentences shuffled": "sentences shuffled", "one sentence dropped": "one sentence dropped at random"}
-        changes += [Change("sensitivity", name, CHANGES[change]) for name, change in names.items()]
-    if questions.diagnostics:
-        changes += [Change("changes", name, change) for name, change in {"as it is": _same, **CHANGES}.items()]
+def list_changes(
+    tokenizer: Callable,
+    tokens: Sequence[int] = (),
+    sentences: Sequence[int] = (),
+    sensitivity: bool = False,
+    diagnostics: bool = False,
+) -> list[Change]:
+    """Returns the changes that the flags ask for, in the order of tables.
+
+    Args:
+        tokenizer: the model's.
+        tokens: truncate captions to these numbers of tokens; and to the context length, if there are any.
+        sentences: keep these numbers of first sentences; and all, if there are any.
+        sensitivity: shuffle sentences, and drop one.
+        diagnostics: all changes, including the card's curves.
+
+    Raises:
+        ValueError: a length has no room for a word, or the tokenizer can't truncate earlier.
+    """
+    whole, shortest = getattr(tokenizer, "context_length", None), getattr(tokenizer, "num_corners", 0) + 3
+    can_cut = whole is not None and getattr(tokenizer, "tokenizer_mode", None) != "clips"
+    if tokens and not can_cut:
+        raise ValueError("--retrieval-lengths: this model's tokenizer puts a token after the padding; omit the flag")
+    if tokens and min(tokens) < shortest:
+        raise ValueError(f"--retrieval-lengths {min(tokens)}: expected at least {shortest}, special tokens included")
+    if diagnostics:
+        sentences = sentences or CARD_SENTENCES
+        tokens = tokens or [length for length in CARD_TOKENS if can_cut and length >= shortest]
+    lengths = [*sorted(length for length in tokens if length < whole), whole] if tokens else []
+    changes = [Change("tokens", str(length), tokenizer=cut_tokenizer(tokenizer, length)) for length in lengths]
+    changes += [Change("sentences", str(n), lambda s, seed, n=n: s[:n]) for n in sorted(sentences)]
+    changes += [Change("sentences", "all")] if sentences else []
+    if sensitivity:
+        changes += [Change("sensitivity", "as it is"), Change("sensitivity", "sentences shuffled", shuffle_sentences)]
+        changes.append(Change("sensitivity", "one sentence dropped", drop_sentence))
+    if diagnostics:
+        changes.append(Change("changes", "as it is", lambda sentences, seed: sentences))
+        changes += [Change("changes", name, change) for name, change in CHANGES.items()]
     return changes
-
-
-def _shortest(tokenizer: Callable) -> int:
-    return getattr(tokenizer, "num_corners", 0) + 3
 
 
 class CutTokenizer:
@@ -119,44 +104,22 @@ class CutTokenizer:
 def cut_tokenizer(tokenizer: Callable, length: int) -> Callable:
     """Returns a tokenizer that keeps at most `length` tokens of each text."""
     if hasattr(tokenizer, "num_corners"):  # one of ours, whose towers accept any length
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.context_length = length
-        return tokenizer
+        return partial(tokenizer, context_length=length)
     return CutTokenizer(tokenizer, length)
 
 
-def token_lengths(tokenizer: Callable, asked: Sequence[int]) -> list[int]:
-    """Returns the lengths to measure, ascending: those below the context length, and the context length itself.
-
-    Raises:
-        ValueError: a length has no room for a word, or the tokenizer can't truncate earlier.
-    """
-    if getattr(tokenizer, "tokenizer_mode", None) == "clips":
-        raise ValueError("--retrieval-lengths: this model's tokenizer puts a token after the padding; omit the flag")
-    if min(asked) < _shortest(tokenizer):
-        found = f"--retrieval-lengths {min(asked)}"
-        raise ValueError(f"{found}: expected at least {_shortest(tokenizer)}, special tokens included")
-    return [*sorted(length for length in asked if length < tokenizer.context_length), tokenizer.context_length]
-
-
-def shuffle_sentences(text: str, seed: int) -> str:
-    """Returns a caption with its sentences shuffled; the order always changes if two sentences are distinct."""
-    sentences = split_sentences(text)
-    if len(set(sentences)) < 2:
-        return text
-    rng, shuffled = random.Random(f"{seed} {text}"), list(sentences)
-    while shuffled == sentences:
+def shuffle_sentences(sentences: list[str], seed: int) -> list[str]:
+    """Returns the sentences in another order; in the same one if they are all equal."""
+    rng, shuffled = random.Random(f"{seed} {join_split(sentences)}"), list(sentences)
+    while shuffled == sentences and len(set(sentences)) > 1:
         rng.shuffle(shuffled)
-    return join_split(shuffled)
+    return shuffled
 
 
-def drop_sentence(text: str, seed: int) -> str:
-    """Returns a caption without one random sentence; a single sentence is returned unchanged."""
-    sentences = split_sentences(text)
-    if len(sentences) < 2:
-        return text
-    del sentences[random.Random(f"{seed} {text}").randrange(len(sentences))]
-    return join_split(sentences)
+def drop_sentence(sentences: list[str], seed: int) -> list[str]:
+    """Returns the sentences without a random one; a single sentence is returned unchanged."""
+    dropped = random.Random(f"{seed} {join_split(sentences)}").randrange(len(sentences))
+    return sentences[:dropped] + sentences[dropped + 1 :] if len(sentences) > 1 else sentences
 
 
 def short_query(sentences: Sequence[str], number: int, seed: int) -> list[str]:
@@ -189,32 +152,28 @@ def wrong_sentence(captions: Sequence[str], owner: Sequence[int], number: int, s
     Returns:
         The sentence, which is none of the caption's own; None if `MAX_DRAWS` captions have no such sentence.
     """
-    rng, own = random.Random(f"{seed} {number} {captions[number]}"), set(split_sentences(captions[number]))
+    rng, sentences = random.Random(f"{seed} {number} {captions[number]}"), set(split_sentences(captions[number]))
     for _ in range(MAX_DRAWS):
         other = rng.randrange(len(captions))
-        different = [s for s in split_sentences(captions[other]) if s not in own]
+        different = [s for s in split_sentences(captions[other]) if s not in sentences]
         if owner[other] != owner[number] and different:
             return rng.choice(different)
     return None
 
 
-def _same(own: list[str], seed: int) -> list[str]:
-    return own
-
-
 def _reordered(*order: int) -> Callable[[list[str], int], list[str]]:
     """Returns a change that reorders the first sentences; a caption with fewer sentences is not changed."""
-    return lambda own, seed: own if len(own) < len(order) else [*(own[n] for n in order), *own[len(order) :]]
+    return lambda s, seed: s if len(s) < len(order) else [*(s[n] for n in order), *s[len(order) :]]
 
 
 # A caption that is too short for a change is not changed, and is counted as unchanged.
 CHANGES: dict[str, Callable[[list[str], int], list[str]]] = {
-    "first sentence dropped": lambda own, seed: own[1:] if len(own) > 1 else own,
+    "first sentence dropped": lambda s, seed: s[1:] if len(s) > 1 else s,
     "first moved to fourth place": _reordered(1, 2, 3, 0),
     "first and fourth swapped": _reordered(3, 1, 2, 0),
-    "neutral sentence in front": lambda own, seed: [NEUTRAL, *own],
-    "4 neutral sentences in front": lambda own, seed: [NEUTRAL] * 4 + own,
-    "sentences shuffled": lambda own, seed: split_sentences(shuffle_sentences(join_split(own), seed)),
-    "one sentence dropped at random": lambda own, seed: split_sentences(drop_sentence(join_split(own), seed)),
-    **{f"query of {n} words": lambda own, seed, n=n: short_query(own, n, seed) for n in QUERY_WORDS},
+    "neutral sentence in front": lambda s, seed: [NEUTRAL, *s],
+    "4 neutral sentences in front": lambda s, seed: [NEUTRAL] * 4 + s,
+    "sentences shuffled": shuffle_sentences,
+    "one sentence dropped at random": drop_sentence,
+    **{f"query of {n} words": lambda s, seed, n=n: short_query(s, n, seed) for n in QUERY_WORDS},
 }

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SUFFIXES = (".png", ".svg", ".pdf")
-LINE = 88  # characters per line of the caption in the figure
 
 
 def view(args: argparse.Namespace) -> dict[str, object]:
@@ -44,75 +43,41 @@ def view(args: argparse.Namespace) -> dict[str, object]:
         raise ValueError(f"caption {args.caption!r} contains no word")
     with torch.no_grad():
         features = torch.nn.functional.normalize(model.text.all_features(ids)[0], dim=-1)
-    shares = [[float(row[positions].sum()) for _, positions in words] for row in attention]
-    return {
-        "model": args.model,
-        "pretrained": args.pretrained,
-        "layer": args.layer,
+    by_word = [[float(row[positions].sum()) for _, positions in words] for row in attention]
+    tokens = [tokenizer.pooled_token, *(f"corner {n}" for n in range(len(attention) - 1))]
+    found = {"model": args.model, "pretrained": args.pretrained, "layer": args.layer, "tokens": tokens}
+    found |= {
         "words": [word for word, _ in words],
-        "tokens": [tokenizer.pooled_token, *(f"corner {n}" for n in range(len(attention) - 1))],
-        "attention": shares,
-        "elsewhere": [1 - sum(share) for share in shares],
-        "similarity": (features @ features.T).tolist(),
+        "attention": by_word,
+        "elsewhere": [1 - sum(row) for row in by_word],
     }
+    return found | {"similarity": (features @ features.T).tolist()}
 
 
 def draw(found: dict[str, object]) -> object:
-    """Draws the caption per token, with words shaded by attention, and the similarity matrix; returns the figure."""
+    """Draws the attention of each token to each word, and the similarity matrix; returns the figure."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tokens, lines = found["tokens"], _lines(found["words"])
-    height = 0.28 * (len(lines) + 1.4)
-    figure = pyplot.figure(figsize=(13, max(height * len(tokens), 2.6)), layout="constrained")
-    grid = figure.add_gridspec(len(tokens), 2, width_ratios=(LINE, 26))
-    for number, token in enumerate(tokens):
-        axes = figure.add_subplot(grid[number, 0])
-        axes.set(xlim=(0, LINE), ylim=(len(lines) + 0.2, -0.6), xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        axes.set_title(f"{token}: {100 * found['elsewhere'][number]:.0f}% on special tokens", loc="left", fontsize=10)
-        _write_words(axes, lines, found["words"], found["attention"][number])
-    axes = figure.add_subplot(grid[:, 1])
-    axes.imshow(found["similarity"], vmin=-1, vmax=1, cmap="RdBu_r")
+    tokens, words = found["tokens"], [word.replace("$", r"\$") for word in found["words"]]
+    headings = [f"{token}, {100 * rest:.0f}% elsewhere" for token, rest in zip(tokens, found["elsewhere"])]
+    size = (max(0.25 * len(words), 10), 2 + 0.9 * len(tokens))
+    figure, (words_axes, cosine_axes) = pyplot.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(4, 1))
+    words_axes.imshow(found["attention"], cmap="Oranges", aspect="auto")
+    words_axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
+    words_axes.set_yticks(range(len(tokens)), headings)
+    words_axes.set_title("attention to words", fontsize=10)
+    cosine_axes.imshow(found["similarity"], vmin=-1, vmax=1, cmap="RdBu_r")
     for i, row in enumerate(found["similarity"]):
         for j, value in enumerate(row):
             colour = "white" if abs(value) > 0.7 else "black"
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(tokens)), tokens, rotation=45, ha="right")
-    axes.set_yticks(range(len(tokens)), tokens)
-    axes.set_title("cosine between features", fontsize=10)
+            cosine_axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
+    cosine_axes.set_xticks(range(len(tokens)), tokens, rotation=45, ha="right")
+    cosine_axes.set_yticks(range(len(tokens)), tokens)
+    cosine_axes.set_title("cosine between features", fontsize=10)
     return figure
-
-
-def _lines(words: list[str]) -> list[list[tuple[int, int]]]:
-    """Breaks words into lines; each entry is (index of the word, column)."""
-    lines, column = [[]], 0
-    for number, word in enumerate(words):
-        if column and column + len(word) > LINE:
-            lines.append([])
-            column = 0
-        lines[-1].append((number, column))
-        column += len(word) + 1
-    return lines
-
-
-def _write_words(axes: object, lines: list[list[tuple[int, int]]], words: list[str], shares: list[float]) -> None:
-    from matplotlib.patches import Rectangle
-
-    peak = max(shares) or 1.0
-    for row, line in enumerate(lines):
-        for number, column in line:
-            strength = shares[number] / peak
-            box = Rectangle((column - 0.4, row - 0.45), len(words[number]) + 0.8, 0.9, color="#d95f02", lw=0)
-            box.set_alpha(0.85 * strength)
-            axes.add_patch(box)
-            text = words[number].replace("$", r"\$")
-            # At this font size, a monospaced character is about as wide as one unit of the axes.
-            axes.text(
-                column + len(words[number]) / 2, row, text, family="monospace", fontsize=8, ha="center", va="center"
-            )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -126,9 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache-dir", metavar="DIR", help="same as in training.main")
     parser.add_argument("--num-corner-tokens", type=int, metavar="M", help="same as in training.main")
     parser.add_argument("--context-length", type=int, metavar="L", help="same as in training.main")
-    parser.add_argument(
-        "--layer", type=int, default=-1, metavar="N", help="from 0 for the first; default: -1, the last"
-    )
+    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="from 0; default: -1, the last")
     parser.add_argument("--out", type=Path, default=Path("corners.png"), metavar="FILE", help="default: %(default)s")
     return parser
 

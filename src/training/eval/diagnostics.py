@@ -15,40 +15,29 @@ from functools import partial
 import numpy as np
 import torch
 
-from training.eval.changes import Questions, list_changes, wrong_sentence
-from training.eval.encode import ComputeOptions, Encoding, encode_texts
+from training.eval.changes import Change, wrong_sentence
+from training.eval.encode import Encoder, Encoding
 from training.eval.lengths import effective_lengths, hits_by_image
 from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probability, paired_bootstrap
 from training.eval.record import DIRECTIONS
 from training.eval.retrieval import RankedSet, count_over_ranks
 from training.eval.store import FeatureStore
-from training.model.assembly.factory import EncoderParts
 from training.readers.sentences import join_split, split_sentences
-from training.runtime.distributed import DistEnv
 
 SEGMENTS = (2, 3)  # of HiMo@2 and HiMo@3
 MIN_CAPTIONS = 10  # recall by position is reported for positions with at least this many captions
 CAPTIONS_AT_ONCE = 4096
 
-Hits = dict[str, np.ndarray]  # direction -> probability that a right answer comes first, [num_queries]
-
 
 def diagnose(
-    parts: EncoderParts,
-    ranked: Sequence[RankedSet],
-    questions: Questions,
-    env: DistEnv,
-    options: ComputeOptions,
-    seed: int = 0,
+    encoder: Encoder, ranked: Sequence[RankedSet], changes: Sequence[Change], seed: int = 0
 ) -> dict[str, dict]:
     """Runs diagnostics on every benchmark.
 
     Args:
-        parts: the model.
+        encoder: the model; the ranks share the work, and all get the result.
         ranked: the benchmarks, with the features of the original captions.
-        questions: what to measure, see `Questions.checked`.
-        env: the ranks share the work; all get the result.
-        options: batch size, workers, precision.
+        changes: result of `list_changes`.
         seed: seed of random changes; a caption is changed in the same way in every run.
 
     Returns:
@@ -64,49 +53,40 @@ def diagnose(
     Raises:
         FloatingPointError: the model returned NaN or infinity.
     """
-    originals = FeatureStore(partial(_encode, parts, parts.tokenizer, env, options))
+    tokenizer = encoder.parts.tokenizer
+    originals = FeatureStore(partial(encoder.texts, count_lost=False))
     for r in ranked:
-        originals.add(_token_keys(parts.tokenizer, r.pairs.captions), Encoding(r.texts, {}, r.lost_tokens))
-    measured, hits = _measure_changes(parts, ranked, questions, originals, env, options, seed)
-    lengths = {title: {kind: v for kind, v in kinds.items() if kind != "changes"} for title, kinds in measured.items()}
+        originals.add(_token_keys(tokenizer, r.pairs.captions), Encoding(r.texts, {}, r.lost_tokens))
+    measured, hits = _measure_changes(encoder, ranked, changes, originals, seed)
+    compared = {title: found for title, kinds in measured.items() if (found := kinds.pop("changes", None))}
     result: dict[str, dict] = {}
-    if any(lengths.values()):
-        result["lengths"] = {"context_length": parts.tokenizer.context_length, "sets": lengths}
-        result["lengths"] |= effective_lengths(hits) if questions.tokens else {}
-    if questions.diagnostics:
-        keys_of = partial(_token_keys, parts.tokenizer)
+    if any(measured.values()):
+        result["lengths"] = {"context_length": getattr(tokenizer, "context_length", None), "sets": measured}
+        result["lengths"] |= effective_lengths(hits) if all(hits.values()) else {}
+    if compared:
         result["diagnostics"] = {
-            r.pairs.title: {
-                "changes": measured[r.pairs.title]["changes"],
-                **_measure_sentences(r, originals, keys_of, env, seed),
-            }
+            r.pairs.title: {"changes": compared[r.pairs.title], **_measure_sentences(encoder, r, originals, seed)}
             for r in ranked
         }
     return result
 
 
 def _measure_changes(
-    parts: EncoderParts,
-    ranked: Sequence[RankedSet],
-    questions: Questions,
-    originals: FeatureStore,
-    env: DistEnv,
-    options: ComputeOptions,
-    seed: int,
+    encoder: Encoder, ranked: Sequence[RankedSet], changes: Sequence[Change], originals: FeatureStore, seed: int
 ) -> tuple[dict[str, dict[str, dict]], dict[str, dict[int, np.ndarray]]]:
     """Returns for each title: kind -> name -> results of a change, and number of tokens -> hits of each image."""
     measured: dict[str, dict[str, dict]] = {r.pairs.title: {} for r in ranked}
     hits: dict[str, dict[int, np.ndarray]] = {r.pairs.title: {} for r in ranked}
-    as_it_is: dict[str, Hits] = {}
-    for change in list_changes(questions, parts.tokenizer):
-        tokenizer = change.tokenizer or parts.tokenizer
-        store = originals.copy(partial(_encode, parts, tokenizer, env, options))
+    as_it_is: dict[str, dict[str, np.ndarray]] = {}
+    for change in changes:
+        tokenizer = change.tokenizer or encoder.parts.tokenizer
+        store = originals.copy(partial(encoder.texts, tokenizer=tokenizer, count_lost=False))
         for r in ranked:
             title = r.pairs.title
             texts = [change(caption, seed) for caption in r.pairs.captions]
             features = store(texts, _token_keys(tokenizer, texts)).features
-            counts = count_over_ranks(r.images, features, r.owner, env)
-            found: Hits = {d: hit_probability(c, 1).numpy() for d, c in zip(DIRECTIONS, counts)}
+            counts = count_over_ranks(r.images, features, r.owner, encoder.env)
+            found = {d: hit_probability(c, 1).numpy() for d, c in zip(DIRECTIONS, counts)}
             if change.kind == "tokens":
                 hits[title][int(change.name)] = hits_by_image(r.owner, *counts)
             if change.kind == "changes":
@@ -116,12 +96,6 @@ def _measure_changes(
                 row |= {"similarity": _similarity(r, features)} if change.kind == "sensitivity" else {}
             measured[title].setdefault(change.kind, {})[change.name] = row
     return measured, hits
-
-
-def _encode(
-    parts: EncoderParts, tokenizer: Callable, env: DistEnv, options: ComputeOptions, texts: list[str]
-) -> Encoding:
-    return encode_texts(parts.model, tokenizer, texts, env, options, count_lost=False)
 
 
 def _token_keys(tokenizer: Callable, texts: Sequence[str]) -> list[bytes]:
@@ -134,8 +108,13 @@ def _token_keys(tokenizer: Callable, texts: Sequence[str]) -> list[bytes]:
     return keys
 
 
-def _compare(r: RankedSet, texts: list[str], after: Hits, before: Hits) -> dict[str, object]:
-    """Compares a change with the captions as they are; without differences if these are what was measured."""
+def _compare(
+    r: RankedSet, texts: list[str], after: dict[str, np.ndarray], before: dict[str, np.ndarray]
+) -> dict[str, object]:
+    """Compares a change with the captions as they are; without differences if these are what was measured.
+
+    `after` and `before` map directions to the probability that a right answer comes first, [num_queries].
+    """
     unchanged = (join_split(split_sentences(caption)) for caption in r.pairs.captions)
     found: dict[str, object] = {"changed": sum(new != old for new, old in zip(texts, unchanged))}
     for direction, clusters in zip(DIRECTIONS, (None, r.owner.numpy())):
@@ -151,70 +130,45 @@ def _similarity(r: RankedSet, changed: torch.Tensor) -> float:
     return float((r.texts.double() * changed.double()).sum(dim=1)[several].mean()) if several.any() else 1.0
 
 
-class _Part:
-    """Some captions of a benchmark with their sentences, each with a wrong one, and the features of all these texts.
-
-    Args:
-        r: the benchmark.
-        numbers: numbers of the captions.
-        store: features by token ids; extended.
-        keys_of: texts -> token ids as bytes.
-        seed: seed of the wrong sentences.
-    """
-
-    def __init__(self, r: RankedSet, numbers: range, store: FeatureStore, keys_of: Callable, seed: int):
-        captions, self.owner, self.images = r.pairs.captions, r.pairs.image_of_caption, r.images
-        self.sentences = {n: split_sentences(captions[n]) or [""] for n in numbers}
-        wrong = {n: wrong_sentence(captions, self.owner, n, seed) for n in numbers}
-        self.prefixes = {n: [join_split(own[: k + 1]) for k in range(len(own))] for n, own in self.sentences.items()}
-        # For the first sentence and for the whole caption: the correct text, and the same with the wrong sentence.
-        self.half_truths = {
-            n: []
-            if wrong[n] is None
-            else [t for text in ([own[0]], own) for t in map(join_split, (text, [*text, wrong[n]]))]
-            for n, own in self.sentences.items()
-        }
-        groups = (group for kind in (self.sentences, self.prefixes, self.half_truths) for group in kind.values())
-        texts = list(dict.fromkeys(text for group in groups for text in group))
-        self.row_of = {text: row for row, text in enumerate(texts)}
-        self.keys = keys_of(texts)
-        self.features = store(texts, self.keys).features
-
-    def score(self, number: int, texts: Sequence[str]) -> tuple[np.ndarray, list[bytes]]:
-        """Returns the similarities of texts to the image of a caption, and the token ids of each text."""
-        rows = [self.row_of[text] for text in texts]
-        scores = self.features[rows].double() @ self.images[self.owner[number]].double()
-        return scores.numpy(), [self.keys[row] for row in rows]
-
-    def search(self, env: DistEnv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Searches with each sentence alone; returns its image, its position and the probability of a hit."""
-        owner = torch.tensor([self.owner[n] for n, own in self.sentences.items() for _ in own])
-        position = torch.tensor([k for own in self.sentences.values() for k in range(1, len(own) + 1)])
-        features = self.features[[self.row_of[text] for own in self.sentences.values() for text in own]]
-        _, t2i = count_over_ranks(self.images, features, owner, env, both=False)
-        return owner, position, hit_probability(t2i, 1)
-
-
-def _measure_sentences(
-    r: RankedSet, originals: FeatureStore, keys_of: Callable, env: DistEnv, seed: int
-) -> dict[str, dict]:
+def _measure_sentences(encoder: Encoder, r: RankedSet, originals: FeatureStore, seed: int) -> dict[str, dict]:
     """Measures prefixes, single sentences and wrong sentences, in parts of the captions."""
+    captions, owner = r.pairs.captions, r.pairs.image_of_caption
     similarity, cut, pairs, searched = [], [], [], []
-    for start in range(0, len(r.pairs.captions), CAPTIONS_AT_ONCE):
-        numbers = range(start, min(start + CAPTIONS_AT_ONCE, len(r.pairs.captions)))
-        part = _Part(r, numbers, originals.copy(), keys_of, seed)
-        for number in numbers:
-            scores, keys = part.score(number, part.prefixes[number])
-            similarity.append(scores)
-            cut.append([a == b for a, b in itertools.pairwise(keys)])
-            scores, keys = part.score(number, part.half_truths[number])
-            pairs.append([(scores[k], scores[k + 1], keys[k] == keys[k + 1]) for k in range(0, len(keys), 2)])
-        searched.append(part.search(env))
+    for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+        numbers = range(start, min(start + CAPTIONS_AT_ONCE, len(captions)))
+        sentences = [split_sentences(captions[n]) or [""] for n in numbers]
+        prefixes = [[join_split(s[: k + 1]) for k in range(len(s))] for s in sentences]
+        doubtful = [_half_truths_of(s, wrong_sentence(captions, owner, n, seed)) for n, s in zip(numbers, sentences)]
+        groups = sentences + prefixes + doubtful
+        texts = list(itertools.chain(*groups))
+        keys = _token_keys(encoder.parts.tokenizer, texts)
+        features = originals.copy()(texts, keys).features
+        ends = itertools.accumulate(map(len, groups))
+        places = [slice(end - len(group), end) for end, group in zip(ends, groups)]
+        for n, prefix, pair in zip(numbers, places[len(numbers) :], places[2 * len(numbers) :]):
+            image = r.images[owner[n]].double()
+            similarity.append((features[prefix].double() @ image).numpy())
+            cut.append([a == b for a, b in itertools.pairwise(keys[prefix])])
+            score = (features[pair].double() @ image).numpy()
+            same = [a == b for a, b in itertools.pairwise(keys[pair])]
+            pairs.append(list(zip(score[::2], score[1::2], same[::2])))
+        number = torch.tensor([len(s) for s in sentences])
+        image_of = torch.tensor(owner[start : numbers.stop]).repeat_interleave(number)
+        _, t2i = count_over_ranks(r.images, features[: len(image_of)], image_of, encoder.env, both=False)
+        position = torch.cat([torch.arange(1, n + 1) for n in number])
+        searched.append((image_of, position, hit_probability(t2i, 1)))
     return {
         "himo": monotonicity(similarity, cut, r.owner),
         "wrong_sentence": half_truths(pairs, r.owner),
         "positions": recall_by_position(*map(torch.cat, zip(*searched))),
     }
+
+
+def _half_truths_of(sentences: list[str], wrong: str | None) -> list[str]:
+    """Returns for the first sentence and for the whole caption: the correct text, and it with the wrong sentence."""
+    if wrong is None:
+        return []
+    return [join_split(text) for correct in (sentences[:1], sentences) for text in (correct, [*correct, wrong])]
 
 
 def monotonicity(
@@ -255,6 +209,7 @@ def monotonicity(
             else:
                 scores.append(0.0 if np.ptp(values) <= TIE_TOLERANCE else np.corrcoef(np.arange(n), values)[0, 1])
             kept.append(number)
+        scores = torch.tensor(scores, dtype=torch.float64)
         found[str(segments or "K")] = _summary(scores, kept, owner, tied, tied_by_cut)
     return found
 
@@ -277,23 +232,21 @@ def half_truths(
         whose wrong sentence is beyond the model's context; ``tied``; and ``tied_by_cut``, the latter ones.
     """
     found = {}
-    for place, name in enumerate(("after the first sentence", "after the whole caption")):
-        kept = [n for n, own in enumerate(scores) if own and not own[place][2]]
-        margins = np.array([scores[n][place][0] - scores[n][place][1] for n in kept])
-        cut = sum(own[place][2] for own in scores if own)
-        tied = cut + int((abs(margins) <= TIE_TOLERANCE).sum())
-        found[name] = _summary((margins > TIE_TOLERANCE).astype(float).tolist(), kept, owner, tied, cut)
-        values = torch.from_numpy(margins)
-        found[name]["margin"] = float(values.mean()) if kept else None
-        found[name]["margin_ci95"] = list(bootstrap_interval(values, owner[kept])) if kept else None
+    for text, name in enumerate(("after the first sentence", "after the whole caption")):
+        kept = [n for n, pairs in enumerate(scores) if pairs and not pairs[text][2]]
+        cut = sum(pairs[text][2] for pairs in scores if pairs)
+        margins = torch.tensor([scores[n][text][0] - scores[n][text][1] for n in kept], dtype=torch.float64)
+        tied = cut + int((margins.abs() <= TIE_TOLERANCE).sum())
+        found[name] = _summary((margins > TIE_TOLERANCE).double(), kept, owner, tied, cut)
+        found[name]["margin"] = float(margins.mean()) if kept else None
+        found[name]["margin_ci95"] = list(bootstrap_interval(margins, owner[kept])) if kept else None
     return found
 
 
-def _summary(scores: list[float], kept: list[int], owner: torch.Tensor, tied: int, tied_by_cut: int) -> dict:
-    values = torch.tensor(scores, dtype=torch.float64)
+def _summary(scores: torch.Tensor, kept: list[int], owner: torch.Tensor, tied: int, tied_by_cut: int) -> dict:
     return {
-        "score": float(values.mean()) if kept else None,
-        "ci95": list(bootstrap_interval(values, owner[kept])) if kept else None,
+        "score": float(scores.mean()) if kept else None,
+        "ci95": list(bootstrap_interval(scores, owner[kept])) if kept else None,
         "captions": len(kept),
         "left_out": len(owner) - len(kept),
         "tied": tied,

@@ -4,41 +4,27 @@ import argparse
 import itertools
 import logging
 import time
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.pairs import describe_completeness, describe_missing
 from training.data.images import IN_EVALUATION
-from training.eval.changes import Questions
+from training.eval.changes import Change, list_changes
 from training.eval.diagnostics import diagnose
-from training.eval.encode import ComputeOptions
+from training.eval.encode import ComputeOptions, Encoder
 from training.eval.npz import check_text_model, read_features, write_features
-from training.eval.published import (
-    Comparison,
-    PublishedNumber,
-    compare_with_published,
-    explain,
-    find_published,
-    format_published,
-    to_json,
-)
-from training.eval.record import ClassificationResult, RetrievalResult, describe_pairs
+from training.eval.published import PublishedNumber, compare_with_published, explain, find_published, format_published
+from training.eval.record import describe_pairs
+from training.eval.report.card import CARD, Figure, draw, format_diagnostics
+from training.eval.report.page import write_report
 from training.eval.report.ranks import FILE, write_cut_captions, write_ranks
 from training.eval.rerank import rerank_sets
-from training.eval.results import (
-    format_markdown,
-    format_protocols,
-    format_table,
-    format_zero_shot,
-    label_of,
-    run_name,
-    write_results,
-)
-from training.eval.retrieval import EncodedSet, RankedSet, RetrievalWork, encode_sets, plan_benchmarks, rank_set
+from training.eval.results import format_markdown, format_table, label_of, run_name, write_results
+from training.eval.retrieval import EncodedSet, Outcome, RetrievalWork, encode_sets, plan_benchmarks, rank_set
+from training.eval.tables import of_expected
 from training.eval.zero_shot import evaluate_zero_shot
 from training.flags.effects import asks_about_texts
-from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags, check_pooling, check_precision
 from training.model.names.files import file_sha256
 from training.model.names.resolve import resolve_weights
@@ -47,8 +33,6 @@ from training.runtime.distributed import DistEnv, failing_with, on_main_rank
 from training.runtime.lease import Lease
 from training.runtime.messages import or_warn
 from training.runtime.watchdog import BUILDING, EVALUATING, joined_ranks
-
-CARD = ("Long-text card", "long_text_card.png")
 
 
 @dataclass(frozen=True)
@@ -59,23 +43,13 @@ class Plan:
         work: benchmarks; without retrieval sets if these are given as features.
         weights_sha256: hash of the weights file; None without weights.
         folder: folder of this run, LOGS/NAME.
-        printed: published numbers of this model.
+        published: published numbers of this model.
     """
 
     work: RetrievalWork
     weights_sha256: str | None
     folder: Path
-    printed: list[PublishedNumber]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Everything that was measured, and its inputs."""
-
-    ranked: list[RankedSet]
-    zero_shot: list[ClassificationResult]
-    reranked: list[RetrievalResult] = field(default_factory=list)
-    diagnostics: dict[str, dict] = field(default_factory=dict)
+    published: list[PublishedNumber]
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -94,11 +68,12 @@ def evaluate(args: argparse.Namespace) -> int:
             watchdog.at(0, BUILDING)
             encoded = read_features(args.features) if args.features else None
             if args.dry_run:
-                return _describe(args, plan, encoded, env)
-            parts = None if encoded and not asks_about_texts(args) else _build(args, env)
+                on_main_rank(lambda: _describe(args, plan, encoded), env)
+                return 0
+            built = None if encoded and not asks_about_texts(args) else _build(args, env)
         watchdog.at(0, EVALUATING)
         with failing_with(2, ValueError, OSError), failing_with(1, BrokenImageError, FloatingPointError):
-            outcome = _measure(args, parts, plan.work, env, encoded)
+            outcome = _measure(args, plan.work, env, encoded, built)
         if env.is_main:
             _report(args, plan, outcome, env, time.monotonic() - start)
     return 0
@@ -120,24 +95,22 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
         if weights is None:
             logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its numbers are at chance level.")
     sha256 = file_sha256(weights) if weights else None
-    printed = find_published(args.published, args.model, args.pretrained, sha256)
+    published = find_published(args.published, args.model, args.pretrained, sha256)
     name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))
     folder = Path(args.logs) / name
     for number in itertools.count(2):
         try:
             if not args.dry_run:  # a full or read-only disk is noticed now, not after an hour of encoding
                 lease.take(folder / "checkpoints", f"--name {name}")
-            return Plan(work, sha256, folder, printed)
+            return Plan(work, sha256, folder, published)
         except ValueError:  # jobs that started in the same second have the same name unless they were given one
             if args.name:
                 raise
             folder = Path(args.logs) / f"{name}-{number}"
 
 
-def _describe(args: argparse.Namespace, plan: Plan, encoded: list[EncodedSet] | None, env: DistEnv) -> int:
-    """Prints what would be evaluated, and under which protocol; returns exit code 0."""
-    if not env.is_main:
-        return 0
+def _describe(args: argparse.Namespace, plan: Plan, encoded: list[EncodedSet] | None) -> None:
+    """Prints what would be evaluated, and under which protocol."""
     sets = [s.pairs for s in encoded] if encoded else plan.work.sets
     for s in sets:
         print(f"{describe_completeness(s)[0]}\n  {describe_pairs(s.title, s.protocol, s.fingerprint())}")
@@ -148,25 +121,19 @@ def _describe(args: argparse.Namespace, plan: Plan, encoded: list[EncodedSet] | 
     print(f"Model: {label_of(args)}, {args.precision}, weights {(plan.weights_sha256 or 'none')[:16]}")
     print(f"To encode: {len(images):,} distinct images and {len(captions):,} distinct captions")
     print(f"Dry run: nothing was encoded or written; results would go to {plan.folder}")
-    return 0
 
 
-def _build(args: argparse.Namespace, env: DistEnv) -> EncoderParts:
+def _build(args: argparse.Namespace, env: DistEnv) -> tuple[Encoder, list[Change]]:
+    """Builds the model, and lists the changes of captions to measure; wrong ones are refused now, before encoding."""
     parts = build_from_flags(args, env.device)
-    _questions(args).checked(parts.tokenizer)  # raises now instead of after an hour of encoding
-    return parts
-
-
-def _questions(args: argparse.Namespace) -> Questions:
-    return Questions(args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity, args.diagnostics)
+    names = ("retrieval_lengths", "retrieval_sentences", "retrieval_sensitivity", "diagnostics")
+    changes = list_changes(parts.tokenizer, *(getattr(args, name) for name in names))
+    options = ComputeOptions.from_flags(args, feature_cache=args.feature_cache, allow_broken=args.allow_missing)
+    return Encoder(parts, env, options), changes
 
 
 def _measure(
-    args: argparse.Namespace,
-    parts: EncoderParts | None,
-    work: RetrievalWork,
-    env: DistEnv,
-    encoded: list[EncodedSet] | None,
+    args: argparse.Namespace, work: RetrievalWork, env: DistEnv, encoded: list[EncodedSet] | None, built: tuple | None
 ) -> Outcome:
     """Encodes and ranks the benchmarks, and runs all analyses; with features in `encoded`, only changed captions are
     encoded.
@@ -176,151 +143,85 @@ def _measure(
         FloatingPointError: the model returned NaN or infinity.
         ValueError: a cache is broken, or the features are those of another model.
     """
-    options = ComputeOptions(
-        args.batch_size,
-        args.workers,
-        args.precision,
-        args.text_packing != "padded",
-        args.text_batch_size,
-        args.image_decoding or IN_EVALUATION,
-        args.image_cache,
-    )
-    ranked, reranked, diagnostics = [], [], {}
-    if encoded and parts:
+    encoder, changes = built or (None, [])
+    if encoded is None:
+        encoded = encode_sets(encoder, work) if work.sets else []
+    elif encoder:
         for one in encoded:
-            check_text_model(parts, one, env, options)
-    if encoded or work.sets:
-        encoded = encoded or encode_sets(parts, work, env, options, args.allow_missing, args.feature_cache)
-        ranked = [rank_set(one, env) for one in encoded]
-        if args.rerank:
-            reranked = rerank_sets(parts, ranked, args.rerank, env, options)
-        if questions := _questions(args):
-            diagnostics = diagnose(parts, ranked, questions.checked(parts.tokenizer), env, options, args.seed)
-    zero_shot = evaluate_zero_shot(parts, work.classification, env, options, args.allow_missing, args.feature_cache)
-    return Outcome(ranked, zero_shot, reranked, diagnostics)
+            check_text_model(encoder, one)
+    ranked = [rank_set(one, env) for one in encoded]
+    reranked = rerank_sets(encoder, ranked, args.rerank) if args.rerank else []
+    diagnostics = diagnose(encoder, ranked, changes, args.seed) if changes and ranked else {}
+    return Outcome(ranked, evaluate_zero_shot(encoder, work.classification), reranked, diagnostics)
 
 
 def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
     """Prints the tables and writes the run's files. Rank 0 only."""
     results = [r.result for r in outcome.ranked]
-    extra = {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)}
-    extra |= outcome.diagnostics
-    comparisons = compare_with_published(results, plan.printed)
-    extra |= {"published": to_json(comparisons)} if comparisons else {}
-    found = [*results, *outcome.reranked, *outcome.zero_shot]
-    label = label_of(args)
-    if results:
-        print(f"\n{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n")
-        print(format_table([*results, *outcome.reranked]))
-        print(f"\nProtocols, and hashes of the exact lists of images and captions:\n{format_protocols(results)}")
-    _show_published(args, plan, results, comparisons)
-    if outcome.zero_shot:
-        print(f"\n{label}, {args.precision}: accuracy in percent, {outcome.zero_shot[0].prompts}\n")
-        print(format_zero_shot(outcome.zero_shot))
-    _print_missing(outcome)
-    if results:
-        print(f"\nFor a README (R@1, I2T / T2I):\n\n{format_markdown(results, label)}")
-    if outcome.diagnostics:
-        print(f"\nRecall with changed captions (percent and points):\n\n{_format_diagnostics(outcome)}")
-    print(flush=True)
+    comparisons = compare_with_published(results, plan.published)
+    print("\n" + "\n\n".join(_paragraphs(args, plan, outcome, comparisons)) + "\n", flush=True)
     # Every number is on the screen now; a file that can't be written costs a warning.
-    line = partial(write_results, found, plan.folder / "checkpoints", args, plan.weights_sha256, extra)
-    if path := or_warn(line, "results.jsonl"):
+    extra = {"device": str(env.device), "world_size": env.world_size, "seconds": round(seconds, 1)}
+    extra |= outcome.diagnostics | ({"published": comparisons} if comparisons else {})
+    found, checkpoints = [*results, *outcome.reranked, *outcome.zero_shot], plan.folder / "checkpoints"
+    if path := or_warn(lambda: write_results(found, checkpoints, args, plan.weights_sha256, extra), "results.jsonl"):
         print(f"Results: {path}")
     if outcome.ranked:
         or_warn(lambda: write_ranks(outcome.ranked, plan.folder / FILE), FILE)
+    figure = None
     if outcome.diagnostics:
-        or_warn(lambda: _write_diagnostics(plan, outcome, label), "the figures of the diagnostics")
+        figure = or_warn(lambda: draw(label_of(args), outcome.diagnostics), "the figures of the diagnostics")
+        or_warn(lambda: _write_diagnostics(plan, outcome, figure), "the files of the diagnostics")
     if args.save_features:
-        saved = or_warn(
-            lambda: [write_features(r, plan.folder / "features") for r in outcome.ranked], "--save-features"
-        )
-        if saved:
-            print(f"Features: {plan.folder / 'features'}")
-    if args.report and (
-        page := or_warn(partial(_write_page, args, plan, outcome, label, env, comparisons), "--report")
-    ):
-        print(f"Report: {page}")
+        folder = plan.folder / "features"
+        if or_warn(lambda: [write_features(r, folder) for r in outcome.ranked], "--save-features"):
+            print(f"Features: {folder}")
+    if args.report:
+        facts = {} if args.features else {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}
+        content = (label_of(args), facts, outcome, figure, comparisons, env.device)
+        if path := or_warn(lambda: write_report(plan.folder / "report.html", *content), "--report"):
+            print(f"Report: {path}")
 
 
-def _show_published(
-    args: argparse.Namespace, plan: Plan, results: list[RetrievalResult], comparisons: list[Comparison]
-) -> None:
-    if not comparisons:
-        if args.published and results:
-            logging.warning(
-                f"--published {args.published}: there are no published numbers for the protocols of this run."
-            )
-        return
-    print(f"\nPublished numbers of {comparisons[0].model} (R@1, percent):\n\n{format_published(comparisons)}")
-    reasons = explain(comparisons, results, plan.printed, args.precision, args.image_decoding or IN_EVALUATION)
-    if reasons:
-        print("\nPossible explanations of differences larger than the interval:")
-        print("\n".join(f"  {reason}" for reason in reasons))
+def _paragraphs(args: argparse.Namespace, plan: Plan, outcome: Outcome, comparisons: list[dict]) -> Iterator[str]:
+    """Yields what is printed on the terminal."""
+    results, label = [r.result for r in outcome.ranked], label_of(args)
+    if results:
+        table = format_table([*results, *outcome.reranked])
+        yield f"{label}, {args.precision}: recall in percent with 95% bootstrap intervals for R@1\n\n{table}"
+        lists = "\n".join(describe_pairs(r.title, r.protocol, r.fingerprint) for r in results)
+        yield f"Protocols, and hashes of the exact lists of images and captions:\n{lists}"
+    if comparisons:
+        model = comparisons[0]["model"]
+        yield f"Published numbers of {model} (R@1, percent):\n\n{format_published(comparisons)}"
+        decoding = args.image_decoding or IN_EVALUATION
+        reasons = explain(comparisons, results, plan.published, decoding)
+        if reasons:
+            yield "\n  ".join(["Possible explanations of differences larger than the interval:", *reasons])
+    elif args.published and results:
+        logging.warning(f"--published {args.published}: there are no published numbers for the protocols of this run.")
+    if outcome.zero_shot:
+        heading = f"{label}, {args.precision}: accuracy in percent, {outcome.zero_shot[0].prompts}"
+        yield f"{heading}\n\n{format_table(outcome.zero_shot)}"
+    missing = {r.result.key: describe_missing(r.pairs) for r in outcome.ranked if r.pairs.missing}
+    for r in [*results, *outcome.zero_shot]:
+        if not r.is_complete:
+            some = r.num_missing or r.num_broken
+            left_out = f" ({r.num_missing:,} missing, {r.num_broken:,} unreadable)" if some else ""
+            number = of_expected(r.num_pairs, r.num_expected)
+            lines = [f"{r.title}: {number} {r.unit}{left_out}; not comparable with the full benchmark."]
+            yield "\n".join(lines + ([missing[r.key]] if r.key in missing else []))
+    if results:
+        yield f"For a README (R@1, I2T / T2I):\n\n{format_markdown(results, label)}"
+    if outcome.diagnostics:
+        yield f"Recall with changed captions (percent and points):\n\n{format_diagnostics(outcome.diagnostics)}"
 
 
-def _format_diagnostics(outcome: Outcome) -> str:
-    from training.eval.report.card import format_diagnostics
-
-    return format_diagnostics(outcome.diagnostics)
-
-
-def _write_diagnostics(plan: Plan, outcome: Outcome, label: str) -> None:
-    drawn = _draw_diagnostics(outcome, label)
-    if drawn:
-        title, file, figure = drawn
-        figure.savefig(plan.folder / file, dpi=120)
-        print(f"{title}: {plan.folder / file}")
-    if "diagnostics" in outcome.diagnostics and (not drawn or drawn[1] != CARD[1]):
+def _write_diagnostics(plan: Plan, outcome: Outcome, figure: Figure | None) -> None:
+    if figure:
+        figure.drawing.savefig(plan.folder / figure.file, dpi=120)
+        print(f"{figure.title}: {plan.folder / figure.file}")
+    if "diagnostics" in outcome.diagnostics and (not figure or figure.title != CARD):
         print("No long-text card: with fewer than 10 right answers on every benchmark, the model is at chance level.")
     path = plan.folder / "cut_captions.csv"
-    number = write_cut_captions(outcome.ranked, path)
-    print(f"Captions that the tokenizer truncates: {number:,}, listed in {path}")
-
-
-def _draw_diagnostics(outcome: Outcome, label: str) -> tuple[str, str, object] | None:
-    """Returns title, file name and figure; the curves alone if the model is at chance level; None without curves."""
-    from training.eval.report.card import above_chance, draw_card
-
-    found = outcome.diagnostics
-    if above_chance(found.get("diagnostics", {})):
-        return *CARD, draw_card(label, found)
-    curves = {"lengths": found["lengths"]} if "lengths" in found else {}
-    if any({"tokens", "sentences"} & kinds.keys() for kinds in curves.get("lengths", {}).get("sets", {}).values()):
-        return "Recall with shortened captions", "lengths.png", draw_card(label, curves)
-    return None
-
-
-def _print_missing(outcome: Outcome) -> None:
-    missing = {r.result.key: describe_missing(r.pairs) for r in outcome.ranked if r.pairs.missing}
-    for result in [*(r.result for r in outcome.ranked), *outcome.zero_shot]:
-        if not result.is_complete:
-            left_out = ""
-            if result.num_missing or result.num_broken:
-                left_out = f" ({result.num_missing:,} missing, {result.num_broken:,} unreadable)"
-            unit = "pairs" if isinstance(result, RetrievalResult) else "images"
-            print(f"\n{result.title}: {result.pairs} {unit}{left_out}; not comparable with the full benchmark.")
-            if result.key in missing:
-                print(missing[result.key])
-
-
-def _write_page(
-    args: argparse.Namespace, plan: Plan, outcome: Outcome, label: str, env: DistEnv, comparisons: list[Comparison]
-) -> Path:
-    from training.eval.report.curves import to_svg  # imported here because matplotlib is slow to import
-    from training.eval.report.page import write_report
-
-    figures = []
-    if outcome.diagnostics and (drawn := _draw_diagnostics(outcome, label)):
-        figures.append((drawn[0], _format_diagnostics(outcome), to_svg(drawn[2])))
-    facts = {"precision": args.precision, "weights": (plan.weights_sha256 or "none")[:16]}
-    return write_report(
-        plan.folder / "report.html",
-        label,
-        {} if args.features else facts,
-        outcome.ranked,
-        outcome.zero_shot,
-        figures,
-        comparisons,
-        env.device,
-    )
+    print(f"Captions that the tokenizer truncates: {write_cut_captions(outcome.ranked, path):,}, listed in {path}")

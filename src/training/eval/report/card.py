@@ -1,13 +1,20 @@
 """Results of diagnostics as tables for the terminal and as one figure, the long-text card of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from textwrap import fill
+from typing import NamedTuple
+
+import numpy as np
 
 from training.eval.lengths import MIN_RIGHT
 from training.eval.record import DIRECTIONS
 from training.eval.report.curves import plain
 from training.eval.tables import format_rows, interval, percent, points
 
+CARD = "Long-text card"
+_COLUMNS = ["captions", "changed"]
+_COLUMNS += [f"{name}\n{column}" for name in DIRECTIONS.values() for column in ("R@1", "change", "95% interval")]
+_COLUMNS += ["cosine"]
 _SCORES = {
     ("himo", "2"): "HiMo@2, percent",
     ("himo", "3"): "HiMo@3, percent",
@@ -27,56 +34,42 @@ def format_diagnostics(found: dict[str, dict]) -> str:
     tables = []
     for title in diagnostics or lengths["sets"]:
         measured = diagnostics.get(title, {})
-        rows = _length_rows(lengths.get("sets", {}).get(title, {}))
-        rows += [_change_row(name, own) for name, own in measured.get("changes", {}).items()]
+        kinds = lengths.get("sets", {}).get(title, {}) | {"changes": measured.get("changes", {})}
+        rows = [_change_row(kind, name, change) for kind, of in kinds.items() for name, change in of.items()]
         rows += [
-            {"captions": f"sentence {position} alone, of {own['captions']:,}", "T2I\nR@1": percent(own["t2i"])}
-            for position, own in measured.get("positions", {}).items()
+            {"captions": f"sentence {position} alone, of {alone['captions']:,}", "T2I\nR@1": percent(alone["t2i"])}
+            for position, alone in measured.get("positions", {}).items()
         ]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        ordered = [name for name in _COLUMNS if name in names]
-        tables.append(f"{title}\n" + format_rows([{name: row.get(name, "") for name in ordered} for row in rows]))
+        used = [name for name in _COLUMNS if any(name in row for row in rows)]
+        tables.append(f"{title}\n" + format_rows([{name: row.get(name, "") for name in used} for row in rows]))
         if measured:
             tables.append(format_rows([_score_row(title, measured[kind][name], kind, name) for kind, name in _SCORES]))
     return "\n\n".join(tables + [describe_effective_length(lengths)] * ("effective_length" in lengths))
 
 
-_COLUMNS = ["captions", "changed"]
-_COLUMNS += [f"{name}\n{column}" for name in DIRECTIONS.values() for column in ("R@1", "change", "95% interval")]
-_COLUMNS += ["cosine"]
-
-
-def _length_rows(by_kind: dict[str, dict[str, dict]]) -> list[dict[str, str]]:
-    rows = []
-    for kind, measured in by_kind.items():
-        for name, own in measured.items():
-            first = "" if name == "all" or kind == "sensitivity" else "first "
-            row = {"captions": f"{first}{name}{'' if kind == 'sensitivity' else ' ' + kind}"}
-            row |= {f"{heading}\nR@1": percent(own[direction]) for direction, heading in DIRECTIONS.items()}
-            rows.append(row | ({"cosine": f"{own['similarity']:.3f}"} if "similarity" in own else {}))
-    return rows
-
-
-def _change_row(name: str, own: dict) -> dict[str, str]:
-    row = {"captions": name, "changed": f"{own['changed']:,}"}
+def _change_row(kind: str, name: str, change: dict) -> dict[str, str]:
+    row = {"captions": name}
+    if kind in ("tokens", "sentences"):
+        row = {"captions": f"{name} {kind}" if name == "all" else f"first {name} {kind}"}
     for direction, heading in DIRECTIONS.items():
-        r = own[direction]
-        row[f"{heading}\nR@1"] = percent(r["top1"])
-        if "p" in r:
-            row[f"{heading}\nchange"] = points(r["difference"])
-            row[f"{heading}\n95% interval"] = interval((r["low"], r["high"]), signed=True)
-    return row
+        recall = change[direction] if kind == "changes" else {"top1": change[direction]}
+        row[f"{heading}\nR@1"] = percent(recall["top1"])
+        if "p" in recall:
+            row[f"{heading}\nchange"] = points(recall["difference"])
+            row[f"{heading}\n95% interval"] = interval((recall["low"], recall["high"]), signed=True)
+    row |= {"changed": f"{change['changed']:,}"} if "changed" in change else {}
+    return row | ({"cosine": f"{change['similarity']:.3f}"} if "similarity" in change else {})
 
 
-def _score_row(title: str, own: dict, kind: str, name: str) -> dict[str, str]:
+def _score_row(title: str, measured: dict, kind: str, name: str) -> dict[str, str]:
     digits, factor = (3, 1) if name == "K" else (1, 100)
     row = {f"{title}: similarity to the image": _SCORES[kind, name], "score": "-", "95% interval": "-", "margin": ""}
-    if own["captions"]:
-        row["score"] = f"{factor * own['score']:.{digits}f}"
-        row["95% interval"] = " to ".join(f"{factor * bound:.{digits}f}" for bound in own["ci95"])
-        row["margin"] = f"{own['margin']:+.4f}" if "margin" in own else ""
+    if measured["captions"]:
+        row["score"] = f"{factor * measured['score']:.{digits}f}"
+        row["95% interval"] = " to ".join(f"{factor * bound:.{digits}f}" for bound in measured["ci95"])
+        row["margin"] = f"{measured['margin']:+.4f}" if "margin" in measured else ""
     counts = {"captions": "captions", "left_out": "left out", "tied": "tied", "tied_by_cut": "of these\ntruncated"}
-    return row | {heading: f"{own[count]:,}" for count, heading in counts.items()}
+    return row | {heading: f"{measured[count]:,}" for count, heading in counts.items()}
 
 
 def describe_effective_length(lengths: dict) -> str:
@@ -104,6 +97,29 @@ def above_chance(result: dict[str, dict]) -> list[str]:
     return titles
 
 
+class Figure(NamedTuple):
+    """A figure: its title, the name of its file, and matplotlib's object."""
+
+    title: str
+    file: str
+    drawing: object
+
+
+def draw(label: str, found: dict[str, dict]) -> Figure | None:
+    """Draws the card of a model, or the curves alone if it is at chance level; None if there are no curves.
+
+    Args:
+        label: the model.
+        found: result of `diagnostics.diagnose`.
+    """
+    if above_chance(found.get("diagnostics", {})):
+        return Figure(CARD, "long_text_card.png", draw_card(label, found))
+    sets = found.get("lengths", {}).get("sets", {})
+    if any(kinds.keys() & {"tokens", "sentences"} for kinds in sets.values()):
+        return Figure("Recall with shortened captions", "lengths.png", draw_card(label, {"lengths": found["lengths"]}))
+    return None
+
+
 def draw_card(label: str, found: dict[str, dict]) -> object:
     """Draws recall by tokens and by sentences; with diagnostics also recall by position and the effect of changes.
 
@@ -121,50 +137,42 @@ def draw_card(label: str, found: dict[str, dict]) -> object:
 
     lengths, diagnostics = found["lengths"], found.get("diagnostics")
     titles = above_chance(diagnostics) if diagnostics else list(lengths["sets"])
-    colours = {title: f"C{n}" for n, title in enumerate(titles)}
     kinds = [kind for kind in ("tokens", "sentences") if any(kind in lengths["sets"][title] for title in titles)]
-    num_rows = 2 if diagnostics else 1
-    size = (5.5 * max(len(kinds), num_rows), 4 * num_rows)
-    figure, panels = pyplot.subplots(
-        num_rows, max(len(kinds), num_rows), figsize=size, layout="constrained", squeeze=False
-    )
+    shape = (2, 2) if diagnostics else (1, len(kinds))
+    size = (5.5 * shape[1], 4 * shape[0])
+    figure, panels = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     for axes in panels[0][len(kinds) :]:
         axes.set_axis_off()
     for axes, kind in zip(panels[0], kinds):
-        _draw_curve(axes, kind, lengths, colours)
+        _draw_curves(axes, kind, lengths, titles)
     panels[0][0].legend(fontsize=9)
     if diagnostics:
-        _draw_positions(panels[1][0], diagnostics, colours)
-        _draw_changes(panels[1][1], diagnostics, colours)
-        lines = [f"Long-text card: {plain(label)}", _describe_length(lengths)]
+        alone = {t: {k: (p["t2i"], *p["ci95"]) for k, p in diagnostics[t]["positions"].items()} for t in titles}
+        _draw_intervals(panels[1][0], alone, "text to image R@1 with the n-th sentence as query, percent")
+        t2i = {t: {n: c["t2i"] for n, c in diagnostics[t]["changes"].items() if "p" in c["t2i"]} for t in titles}
+        changes = {t: {n: (r["difference"], r["low"], r["high"]) for n, r in found.items()} for t, found in t2i.items()}
+        _draw_intervals(panels[1][1], changes, "change in text to image R@1, points, 95% interval")
+        lines = [f"{CARD}: {label}"]
+        lines += [describe_effective_length(lengths)] if "effective_length" in lengths else []
         lines += [_describe_scores(title, diagnostics[title]) for title in titles]
-        figure.suptitle("\n".join(line for line in lines if line), fontsize=11)
+        figure.suptitle(plain("\n".join(lines)), fontsize=11)
     return figure
 
 
 def _describe_scores(title: str, measured: dict) -> str:
-    himo = [f"HiMo@{name} {own['score']:.2f}" for name, own in measured["himo"].items() if own["captions"]]
-    wrong = [f"{100 * own['score']:.0f}% {name}" for name, own in measured["wrong_sentence"].items() if own["captions"]]
+    himo = [f"HiMo@{name} {score['score']:.2f}" for name, score in measured["himo"].items() if score["captions"]]
+    wrong = [f"{100 * s['score']:.0f}% {name}" for name, s in measured["wrong_sentence"].items() if s["captions"]]
     preferred = f"; correct text preferred to a wrong sentence: {', '.join(wrong)}" if wrong else ""
-    return f"{plain(title)}: {', '.join(himo)}{preferred}"
+    return f"{title}: {', '.join(himo)}{preferred}"
 
 
-def _describe_length(lengths: dict) -> str:
-    length = lengths.get("effective_length", {}).get("all")
-    if length is None:
-        return ""
-    low, high = lengths["effective_length_ci95"]["all"]
-    return f"Effective length {length:.0f} tokens ({low:.0f} to {high:.0f}) of {lengths['context_length']}"
-
-
-def _draw_curve(axes: object, kind: str, lengths: dict, colours: dict[str, str]) -> None:
-    for title, colour in colours.items():
-        curve = lengths["sets"][title].get(kind)
-        if not curve:
-            continue
-        places = [int(name) for name in curve] if kind == "tokens" else range(len(curve))
-        axes.plot(places, _mean_recall(curve.values()), marker="o", color=colour, label=plain(title))
-        axes.set_xticks(list(places), list(curve), rotation=45 if kind == "tokens" else 0)
+def _draw_curves(axes: object, kind: str, lengths: dict, titles: list[str]) -> None:
+    for number, title in enumerate(titles):
+        curve, colour = lengths["sets"][title][kind], f"C{number}"
+        x = [int(name) for name in curve] if kind == "tokens" else range(len(curve))
+        recall = [50 * (point["i2t"] + point["t2i"]) for point in curve.values()]
+        axes.plot(x, recall, marker="o", color=colour, label=plain(title))
+        axes.set_xticks(list(x), list(curve), rotation=45 if kind == "tokens" else 0)
         if kind == "tokens" and lengths["effective_length"][title] is not None:
             axes.axvspan(*lengths["effective_length_ci95"][title], color=colour, alpha=0.15, linewidth=0)
             axes.axvline(lengths["effective_length"][title], color=colour, linestyle=":")
@@ -173,36 +181,15 @@ def _draw_curve(axes: object, kind: str, lengths: dict, colours: dict[str, str])
     axes.grid(alpha=0.3)
 
 
-def _mean_recall(points: Sequence[dict]) -> list[float]:
-    return [50 * (point["i2t"] + point["t2i"]) for point in points]
-
-
-def _draw_positions(axes: object, result: dict[str, dict], colours: dict[str, str]) -> None:
-    width = 0.8 / max(len(colours), 1)
-    for n, (title, colour) in enumerate(colours.items()):
-        found = result[title]["positions"]
-        places = [int(position) - 0.4 + width * (n + 0.5) for position in found]
-        values = [100 * own["t2i"] for own in found.values()]
-        errors = [[abs(100 * (own["ci95"][k] - own["t2i"])) for own in found.values()] for k in (0, 1)]
-        axes.bar(places, values, width, color=colour, yerr=errors, error_kw={"elinewidth": 0.8, "ecolor": "0.3"})
-    last = max((int(p) for title in colours for p in result[title]["positions"]), default=1)
-    axes.set_xticks(range(1, last + 1))
-    axes.set(xlabel="position of the single sentence used as query", ylabel="text to image R@1, percent")
-    axes.grid(axis="y", alpha=0.3)
-
-
-def _draw_changes(axes: object, result: dict[str, dict], colours: dict[str, str]) -> None:
-    names: list[str] = []
-    step = 0.7 / max(len(colours), 1)
-    for n, (title, colour) in enumerate(colours.items()):
-        changes = {name: own for name, own in result[title]["changes"].items() if "p" in own["t2i"]}
-        names = list(changes)
-        places = [place - 0.35 + step * (n + 0.5) for place in range(len(changes))]
-        t2i = [own["t2i"] for own in changes.values()]
-        values = [100 * r["difference"] for r in t2i]
-        errors = [[100 * (r["difference"] - r["low"]) for r in t2i], [100 * (r["high"] - r["difference"]) for r in t2i]]
-        axes.errorbar(values, places, xerr=[[max(e, 0) for e in side] for side in errors], fmt="o", color=colour)
+def _draw_intervals(axes: object, by_title: Mapping[str, dict[str, tuple]], label: str) -> None:
+    """Draws for each title and name a fraction with its interval, (value, low, high), in percent."""
+    names = list(dict.fromkeys(name for found in by_title.values() for name in found))
+    for number, found in enumerate(by_title.values()):
+        value, low, high = 100 * np.array(list(found.values())).reshape(-1, 3).T
+        y = [names.index(name) - 0.35 + 0.7 / len(by_title) * (number + 0.5) for name in found]
+        errors = np.clip([value - low, high - value], 0, None)
+        axes.errorbar(value, y, xerr=errors, fmt="o", color=f"C{number}")
     axes.axvline(0, color="0.5", linewidth=1)
     axes.set_yticks(range(len(names)), [fill(name, 18) for name in names], fontsize=9)
-    axes.set(xlabel="change in text to image R@1, points, 95% interval", ylim=(len(names) - 0.5, -0.5))
+    axes.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
