@@ -23,7 +23,7 @@ from training.runtime.startup import first_imports
 if TYPE_CHECKING:
     import torch
 
-    from training.search.encoder import SearchEncoder
+    from training.eval.encode import Encoder
     from training.search.index import FolderContent, ImageIndex
 
 
@@ -34,9 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("images", metavar="IMAGES", type=Path, help="folder, with all folders below it")
     parser.add_argument("--index", required=True, type=Path, metavar="DIR", help="folder that stores the vectors")
-    parser.add_argument(
-        "--no-update", action="store_true", help="search what the index holds, without looking at the files"
-    )
+    parser.add_argument("--no-update", action="store_true", help="search the index without looking at the files")
     group = parser.add_argument_group("query").add_mutually_exclusive_group()
     group.add_argument("--query", metavar="TEXT", help="a text, in quotes")
     group.add_argument("--image", type=Path, metavar="FILE", help="an image file")
@@ -55,13 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", metavar="DEV", help="cuda, cpu, ... (default: cuda if available)")
     group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch")
     group.add_argument("--workers", type=not_negative, default=4, metavar="N", help="processes that read images")
-    group.add_argument(
-        "--save-every",
-        type=positive,
-        default=4096,
-        metavar="N",
-        help="images between two saves of the index, the most an interrupted call loses (default: %(default)s)",
-    )
+    each = "images between two saves, the most that an interrupted call loses (default: %(default)s)"
+    group.add_argument("--save-every", type=positive, default=4096, metavar="N", help=each)
     add_timeout_arg(parser, 30.0)
     return parser
 
@@ -83,13 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _search(args: argparse.Namespace) -> None:
     _check(args)
     with first_imports():
-        from training.search.encoder import SearchEncoder
+        from training.search.encoder import encode_query, make_encoder
         from training.search.index import ImageIndex, index_path, list_images
 
     folder = None if args.no_update else list_images(args.images)
-    encoder = SearchEncoder(args)
-    model, preprocess = encoder.parts.model, encoder.parts.preprocess
-    index = ImageIndex(index_path(args.index, args.images, model, preprocess, {"precision": args.precision}))
+    encoder = make_encoder(args)
+    index = ImageIndex(index_path(args.index, args.images, encoder))
     if folder:
         _update(index, folder, encoder, args.save_every)
     elif not len(index):
@@ -97,12 +89,11 @@ def _search(args: argparse.Namespace) -> None:
     if args.export:
         _export(index, args.export)
         print(f"Vectors: {args.export}")
-    if args.query is None and args.image is None:
-        return
-    query, note = encoder.text(args.query) if args.image is None else (encoder.image(args.image), "")
-    if note:
-        print(note)
-    _answer(args, index, query)
+    query = args.image or args.query
+    if query is not None:
+        features, note = encode_query(encoder, query)
+        print(note, end="\n" * bool(note))
+        _answer(args, index, query, features)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -121,13 +112,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--html needs --query or --image")
 
 
-def _update(index: "ImageIndex", folder: "FolderContent", encoder: "SearchEncoder", save_every: int) -> None:
+def _update(index: "ImageIndex", folder: "FolderContent", encoder: "Encoder", save_every: int) -> None:
     """Updates the index and prints the numbers of files that were added, removed and skipped."""
-
-    def report(done: int, total: int) -> None:
-        print(f"Encoded {done:,} of {total:,} new images; saved.", flush=True)
-
-    added, removed, broken = index.update(folder.images, encoder.images, save_every, report)
+    added, removed, broken = index.update(folder.images, encoder, save_every)
     if not len(index):
         raise ValueError(f"no readable image: {next(iter(broken.values()))}")
     print(f"Index: {len(index):,} images ({added:,} new, {removed:,} removed) in {index.path}")
@@ -139,37 +126,34 @@ def _update(index: "ImageIndex", folder: "FolderContent", encoder: "SearchEncode
         print(f"Files other than images, skipped: {folder.others.total():,} ({kinds})")
 
 
-def _answer(args: argparse.Namespace, index: "ImageIndex", query: "torch.Tensor") -> None:
-    from tabulate import tabulate
+def _answer(args: argparse.Namespace, index: "ImageIndex", query: str | Path, features: "torch.Tensor") -> None:
+    from training.eval.tables import format_rows
 
     start = time.perf_counter()
-    found = index.search(query, args.top)
-    milliseconds = 1000 * (time.perf_counter() - start)
-    results = list(zip(index.paths([key for key, _ in found]), (score for _, score in found)))
-    how = "exact" if index.is_exact else "approximate, with usearch's graph"
-    print(f"Search: {milliseconds:.1f} ms ({how})\n")
-    rows = [(number, f"{score:.4f}", str(path)) for number, (path, score) in enumerate(results, start=1)]
-    print(tabulate(rows, headers=["", "score", "image"], disable_numparse=True, colalign=["right", "right", "left"]))
+    results = index.search(features, args.top)
+    print(f"Search: {1000 * (time.perf_counter() - start):.1f} ms\n")
+    rows = [{"": n, "score": f"{score:.4f}", "image": str(path)} for n, (path, score) in enumerate(results, start=1)]
+    print(format_rows(rows, num_left=3))
     if args.html:
         from training.search.page import write_page
 
         facts = {"model": args.model, "images": f"{len(index):,}", "folder": str(args.images)}
-        query_shown = args.query if args.image is None else args.image
-        write_page(args.html, query_shown, results, args.images, facts)
+        write_page(args.html, query, results, args.images, facts)
         print(f"\nPage: {args.html}")
 
 
 def _export(index: "ImageIndex", path: Path) -> None:
     """Writes a Parquet file with a row per image: ``path`` and ``vector`` (float32, L2-normalised)."""
     import pyarrow
+    import torch
     from pyarrow import parquet
 
     from training.runtime.files import atomic_write
 
-    files = sorted(zip(index.paths(keys := list(index.keys)), keys))
-    vectors = index.vectors([key for _, key in files])
-    column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), vectors.shape[1])
-    table = pyarrow.table({"path": [printable(path) for path, _ in files], "vector": column})
+    paths, vectors = index.paths(range(len(index))), torch.cat(list(index.vectors())).numpy()
+    order = sorted(range(len(paths)), key=paths.__getitem__)
+    column = pyarrow.FixedSizeListArray.from_arrays(vectors[order].ravel(), vectors.shape[1])
+    table = pyarrow.table({"path": [printable(paths[row]) for row in order], "vector": column})
     with atomic_write(path) as temporary:
         parquet.write_table(table, temporary)
 
