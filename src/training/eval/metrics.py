@@ -191,13 +191,13 @@ def hit_probability(counts: RankCounts, k: int) -> torch.Tensor:
 
     Without ties this is 1.0 if `better` < k, else 0.0. Shape [num_queries], float64.
     """
-    free_slots = (k - counts.better).clamp(min=0)
+    num_left = (k - counts.better).clamp(min=0)
     miss = torch.ones(len(counts.better), dtype=torch.float64)
-    for slot in range(k):
-        # Tied candidates are drawn without replacement: the probability that this slot gets another wrong one.
-        wrong_left = (counts.tied - slot).clamp(min=0).double()
+    for drawn in range(k):
+        # Tied candidates are drawn without replacement: the probability that the next one is wrong, too.
+        wrong_left = (counts.tied - drawn).clamp(min=0).double()
         chance = wrong_left / (wrong_left + counts.num_right)
-        miss = torch.where(slot < free_slots, miss * chance, miss)
+        miss = torch.where(drawn < num_left, miss * chance, miss)
     return 1.0 - miss
 
 

@@ -57,13 +57,13 @@ def read_published(path: str | Path = FILE) -> tuple[dict[str, dict], list[Publi
     if not isinstance(content, dict) or not {"models", "numbers"} <= content.keys():
         raise ValueError(f"--published {path}: expected an object with models and numbers")
     numbers = []
-    for place, row in enumerate(content["numbers"]):
+    for number, row in enumerate(content["numbers"]):
         try:
             numbers.append(PublishedNumber(**row))
         except TypeError as error:
-            raise ValueError(f"--published {path}: entry {place} of numbers: {error}") from error
+            raise ValueError(f"--published {path}: entry {number} of numbers: {error}") from error
         if numbers[-1].model not in content["models"]:
-            raise ValueError(f"--published {path}: entry {place} of numbers: its model is not listed in models")
+            raise ValueError(f"--published {path}: entry {number} of numbers: its model is not listed in models")
     return content["models"], numbers
 
 

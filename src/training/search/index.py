@@ -55,10 +55,10 @@ def list_images(folder: Path) -> FolderContent:
     real, linked, seen = [os.fspath(folder)], [], set()
     start = len(os.path.join(folder, ""))
     while real or linked:  # links last, so that a folder has its real path if it is below IMAGES
-        place = real.pop() if real else linked.pop()
+        directory = real.pop() if real else linked.pop()
         try:
-            status = os.stat(place)
-            entries = os.scandir(place)
+            status = os.stat(directory)
+            entries = os.scandir(directory)
         except OSError:
             others["folders that can't be opened"] += 1
             continue
