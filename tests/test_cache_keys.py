@@ -134,7 +134,7 @@ def test_names_that_are_not_utf8_have_keys(tmp_path):
 
 
 def spoil(how: str, folder: Path) -> None:
-    for path in [*folder.glob("*/*.safetensors"), *folder.glob("*/*/*.npy")]:
+    for path in [*folder.glob("*/*.safetensors"), *folder.glob("*/*/*.npz")]:
         if how == "broken":
             path.write_bytes(path.read_bytes()[:50])
         elif how == "foreign":

@@ -74,7 +74,7 @@ def test_evaluations_share_a_cache_and_agree_by_loader_processes_too(tmp_path, t
         assert main([*argv, "--name", name, "--workers", workers, *flags]) == 0
         (file,) = (tmp_path / "logs" / name / "features").glob("*.npz")
         features.append(np.load(file)["image_features"])
-    assert len(list((tmp_path / "cache").glob("*/*/*.npy"))) == 8  # a file for each image, none twice
+    assert len(list((tmp_path / "cache").glob("*/*/*.npz"))) == 8  # a file for each image, none twice
     assert (features[0] == features[1]).all() and (features[0] == features[2]).all()
 
 
@@ -82,7 +82,7 @@ def test_broken_caches_cost_a_warning_and_other_preprocessing_is_a_usage_error(t
     argv = ["--urban1k-retrieval", str(urban(tmp_path / "Urban1k")), "--model", tiny_clip, "--device", "cpu"]
     argv += ["--logs", str(tmp_path / "logs"), "--workers", "0", "--image-cache", str(tmp_path / "cache")]
     assert main(argv) == 0
-    file = next((tmp_path / "cache").glob("*/*/*.npy"))
+    file = next((tmp_path / "cache").glob("*/*/*.npz"))
     file.write_bytes(file.read_bytes()[:100])
     assert main(argv) == 0 and "can't be read" in caplog.text
     with pytest.raises(ValueError, match="this model's preprocessing has no step ToTensor"):

@@ -1,6 +1,6 @@
 """Cache of decoded and resized images on disk, for evaluating several models with the same image size.
 
-    DIR/READING/KE/KEY.npy    pixels [H, W, 3] uint8; KEY is the SHA-256 of the image file's identity
+    DIR/READING/KE/KEY.npz    pixels [H, W, 3] uint8; KEY is the SHA-256 of the image file's identity
 
 READING is a hash of everything that determines the pixels: the steps of the transform before ToTensor, the decoding,
 and the versions of the libraries involved. The later steps (scaling, normalisation) are applied after reading. Results
@@ -14,6 +14,7 @@ from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -83,16 +84,18 @@ class CachedReader:
 
     def _pixels(self, source: Source) -> np.ndarray:
         key = image_key(source).hex()
-        path = self.folder / key[:2] / f"{key}.npy"
+        path = self.folder / key[:2] / f"{key}.npz"
         try:
             if path.exists():
-                return np.load(path)
-        except (OSError, ValueError, EOFError) as error:
+                with np.load(path) as file:
+                    return file["pixels"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             _warn_once(f"files in {self.folder} can't be read ({type(error).__name__}); their images are read again")
         pixels = np.asarray(self.reader(source))
         try:
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, pixels)
+            # Not flushed, which would take longer than reading an image; a zip file has checksums.
+            with atomic_write(path, flush=False) as temporary, open(temporary, "wb") as file:
+                np.savez(file, pixels=pixels)
         except OSError as error:
             _warn_once(f"{self.folder} can't be written ({type(error).__name__}); its pixels are not kept")
         return pixels

@@ -13,12 +13,16 @@ NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yields a temporary path in the same folder; after the block, the file is flushed to disk and renamed.
 
     Readers see either the old file or the complete new one, even after a crash or a power failure. The temporary name
     is unique, so several processes may write the same file; the last one wins. If the block raises, the temporary file
     is removed. Storage that can't flush is used without flushing.
+
+    Args:
+        path: the file.
+        flush: False for a cache of files with checksums: faster, but a power failure may leave a broken file.
 
     Raises:
         OSError: the file could not be written or flushed, such as on a full disk.
@@ -27,21 +31,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno not in NOT_SUPPORTED:
-                    raise
+        if flush:
+            _flush(temporary)
         os.replace(temporary, path)
-        with suppress(OSError):  # the file is complete; without this, a power failure may undo the rename
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if flush:
+            with suppress(OSError):  # the file is complete; without this, a power failure may undo the rename
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
 
 
 def append_line(path: Path, line: str) -> None:
