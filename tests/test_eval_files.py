@@ -123,7 +123,7 @@ def check_timeout(rank: int, argv: list[str], port: int) -> None:
     measure = training.eval.run._measure
 
     def look(*args: object) -> object:
-        found.append(dist.group.WORLD._get_backend(args[3].device).options._timeout.total_seconds())
+        found.append(dist.group.WORLD._get_backend(args[2].device).options._timeout.total_seconds())
         return measure(*args)
 
     training.eval.run._measure = look
