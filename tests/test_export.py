@@ -52,13 +52,13 @@ def export(source, to, out, *flags) -> dict:
     return report
 
 
-def original(runs, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def original(runs, name: str, count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes features of the samples with the model that the trainer saved, without the exporter."""
     flags = json.loads((runs / name / "params.json").read_text())
     overrides = {key: flags[key] for key in ("num_corner_tokens", "context_length")}
     checkpoint = str(runs / name / "checkpoints" / "epoch_1.pt")
     model, _, preprocess = training.create_model_and_transforms(flags["model"], checkpoint, **overrides)
-    images, texts = check_samples(6)
+    images, texts = check_samples(count)
     ids = training.get_tokenizer(flags["model"], **overrides)(texts)
     with torch.no_grad():
         pixels = torch.stack([preprocess(image) for image in images])
@@ -79,12 +79,18 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 folder, here = sys.argv[1:]
 assert "training" not in sys.modules
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(
-    json.load(open(here + "/texts.json")), padding=True, truncation=True, return_tensors="pt").input_ids
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model.save_pretrained(here + "/again"); tokenizer.save_pretrained(here + "/again")
+again = AutoModel.from_pretrained(here + "/again", trust_remote_code=True, dtype=torch.bfloat16).eval()
+words = tokenizer(json.load(open(here + "/texts.json")), padding=True, truncation=True, return_tensors="pt")
 pixels = CLIPImageProcessorPil.from_pretrained(folder)(
     [Image.open(f"{here}/{n}.png") for n in range(6)], return_tensors="pt").pixel_values
 with torch.no_grad():
-    found = [model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=ids)]
+    found = [model.get_image_features(pixel_values=pixels), model.get_text_features(**words)]
+    low = [again.get_image_features(pixel_values=pixels), again.get_text_features(**words)]
+    assert low[0].dtype == low[1].dtype == torch.bfloat16
+    for a, b in zip(found, low):
+        assert torch.nn.functional.cosine_similarity(a, b.float()).min() > 0.999
 torch.save([torch.nn.functional.normalize(getattr(f, "pooler_output", f), dim=-1) for f in found], here + "/f.pt")
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path / "out", tmp_path], check=True, cwd=tmp_path)
@@ -106,17 +112,17 @@ def test_text_encoders_alone_load_it_as_diffusers_does(name, runs, tmp_path):
     torch.testing.assert_close(features, original(runs, name)[1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["clip", "bert"])
+@pytest.mark.parametrize("name", ["clip", "corners", "bert"])
 def test_onnxruntime_and_tokenizers_alone_run_it(name, runs, tmp_path):
     export(runs / name, "onnx", tmp_path / "out")
     assert "onnxruntime" in (tmp_path / "out" / "README.md").read_text()
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     text = onnxruntime.InferenceSession(str(tmp_path / "out" / "text.onnx"), providers=["CPUExecutionProvider"])
-    expected = original(runs, name)
+    expected = original(runs, name, count=32)  # the last ten are hard: punctuation, scripts, special tokens, ...
     flags = json.loads((runs / name / "params.json").read_text())
     tokenizer.enable_truncation(flags["context_length"] or (128 if name == "bert" else 77))
     tokenizer.no_padding()
-    for caption, feature in zip(check_samples(6)[1], expected[1]):  # one at a time, without padding
+    for caption, feature in zip(check_samples()[1], expected[1]):  # one at a time, without padding
         got = text.run(None, {"input_ids": [tokenizer.encode(caption).ids]})[0]
         torch.testing.assert_close(torch.from_numpy(got[0]), feature, rtol=0, atol=1e-5)
 

@@ -36,8 +36,7 @@ tokenizer = training.get_tokenizer("local-dir:FOLDER")
 model = AutoModel.from_pretrained("FOLDER"{code}).eval()
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{code})
 processor = CLIPImageProcessor.from_pretrained("FOLDER")
-ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-text = model.get_text_features(input_ids=ids)
+text = model.get_text_features(**tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt"))
 image = model.get_image_features(**processor(images, return_tensors="pt"))
 """,
     "onnx": """import onnxruntime, tokenizers

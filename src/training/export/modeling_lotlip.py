@@ -2,8 +2,8 @@
 
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
     tokenizer, processor = AutoTokenizer.from_pretrained(FOLDER), CLIPImageProcessor.from_pretrained(FOLDER)
-    ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
-    text, image = model.get_text_features(ids), model.get_image_features(**processor(images, return_tensors="pt"))
+    text = model.get_text_features(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
+    image = model.get_image_features(**processor(images, return_tensors="pt"))
 
 The text tower is a BERT with m corner tokens after [CLS], which the tokenizer inserts. They attend to the text, but no
 other token attends to them; the first feature of a caption is that of [CLS]. The image tower is CLIP's or a timm model
@@ -70,6 +70,7 @@ class LotlipModel(PreTrainedModel):
     config_class = LotlipConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
+    _no_split_modules = ["BertLayer", "RobertaLayer", "XLMRobertaLayer", "CLIPEncoderLayer"]
 
     def __init__(self, config: LotlipConfig):
         super().__init__(config)
@@ -101,11 +102,19 @@ class LotlipModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
 
-    def get_text_features(self, input_ids: torch.Tensor, all_features: bool = False) -> torch.Tensor:
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        all_features: bool = False,
+    ) -> torch.Tensor:
         """Returns features of captions.
 
         Args:
             input_ids: [batch, seq_len], from the tokenizer in this folder.
+            attention_mask: [batch, seq_len], 0 for tokens to ignore; padding always is.
+            token_type_ids: not used: all tokens are of type 0.
             all_features: also return the features of the corner tokens.
 
         Returns:
@@ -121,7 +130,10 @@ class LotlipModel(PreTrainedModel):
         )
         is_corner = (position >= 1) & (position <= corners)
         rule = ~is_corner[None, :] & ~(is_corner[:, None] & (position == 0)) | (position[:, None] == position)
-        allowed = rule & (input_ids != text.config.pad_token_id)[:, None, :]
+        kept = input_ids != text.config.pad_token_id  # even one that is written in a text
+        if attention_mask is not None:
+            kept = kept & attention_mask.bool()
+        allowed = rule & kept[:, None, :]
         mask = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)[:, None]
         special = text.encoder(hidden, attention_mask=mask)[0][:, : corners + 1]
         if self.config.pooler == "cls_pooler":
@@ -131,6 +143,7 @@ class LotlipModel(PreTrainedModel):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns features [batch, dim] of images [batch, 3, H, W] from the processor in this folder."""
+        pixel_values = pixel_values.to(self.logit_scale.dtype)
         if self.config.vision_config:
             tower = self.vision_model.vision_model
             hidden = tower.post_layernorm(tower(pixel_values=pixel_values).last_hidden_state)
@@ -138,9 +151,15 @@ class LotlipModel(PreTrainedModel):
             return self.vision_model.visual_projection(pooled)
         return self.visual_projection(self.vision_model(pixel_values))
 
-    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> ModelOutput:
         """Returns normalised features and ``logits_per_image`` [images, texts]."""
-        text = nn.functional.normalize(self.get_text_features(input_ids), dim=-1)
+        text = nn.functional.normalize(self.get_text_features(input_ids, attention_mask), dim=-1)
         image = nn.functional.normalize(self.get_image_features(pixel_values), dim=-1)
         logits = self.logit_scale.exp() * image @ text.T
         return ModelOutput(logits_per_image=logits, text_embeds=text, image_embeds=image)

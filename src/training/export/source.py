@@ -18,6 +18,19 @@ from training.model.weights.weights_file import read_state_dict
 from training.train.checkpoint import newest_checkpoint
 
 NUM_CHECKED = 32
+# Captions that other tokenizers and exports are known to get wrong; the special tokens of common tokenizers among them.
+_HARD_TEXTS = (
+    "",
+    "!",
+    "A red car!",
+    "!!! #$%^&*()_+-=[]{};':\",./\\?|`~",
+    "A line.\nAnother\tone.  Two blanks. 3.5 or 1,000?",
+    "¡Hola! Привет, мир. 你好，世界。こんにちは 안녕 مرحبا שלום สวัสดี हिन्दी 😀🏽",
+    "a [CLS] b [SEP] c [PAD] d [MASK] e [UNK] f [Corner0] g",
+    "a <s> b </s> c <pad> d <unk> e <mask> f",
+    "a <|startoftext|> b <|endoftext|> c <start_of_text> d <end_of_text> e",
+    "word " * 600,
+)
 
 
 @dataclass(frozen=True)
@@ -95,9 +108,10 @@ def _load(name: str, weights: Path | None, title: str, flags: dict, results: dic
 
 
 def check_samples(count: int = NUM_CHECKED) -> tuple[list[Image.Image], list[str]]:
-    """Returns synthetic images and their long captions, always the same."""
+    """Returns synthetic images and as many captions, always the same: long ones, then ten that are hard to export."""
     scenes = [make_scene(0, "test", number) for number in range(count)]
-    return [draw_scene(scene) for scene in scenes], [" ".join(scene.long_caption(0)) for scene in scenes]
+    texts = [" ".join(scene.long_caption(0)) for scene in scenes]
+    return [draw_scene(scene) for scene in scenes], [*texts[: NUM_CHECKED - len(_HARD_TEXTS)], *_HARD_TEXTS][:count]
 
 
 @torch.no_grad()

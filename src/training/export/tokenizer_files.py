@@ -1,12 +1,14 @@
 """Exports a model's tokenizer as transformers' files, including ``tokenizer.json``.
 
-The tokenizer's template inserts corner tokens, and its normaliser inserts BERT's [SEP] between sentences. The only step
-that is not exported is the cleaning of text before: broken encodings (ftfy) and HTML entities.
+The tokenizer's template inserts corner tokens. Its normaliser inserts BERT's [SEP] between sentences, and replaces the
+characters that open_clip's cleaning replaces. Its repair of broken encodings and of HTML entities is not exported.
 """
 
+import unicodedata
 from pathlib import Path
 
 import open_clip
+from open_clip.tokenizer import basic_clean
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -14,7 +16,7 @@ from training.export.source import Source
 from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer, CornerHFTokenizer
 from training.model.tokenizers.folder_tokenizer import FolderTokenizer
 
-_ENDS = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's name -> transformers'
+_START, _END = "<start_of_text>", "<end_of_text>"
 
 
 def write_tokenizer(source: Source, folder: Path) -> PreTrainedTokenizerBase:
@@ -40,24 +42,29 @@ def write_tokenizer(source: Source, folder: Path) -> PreTrainedTokenizerBase:
     return type(result).from_pretrained(folder)
 
 
+def _cleaning() -> list[normalizers.Normalizer]:
+    """Returns what open_clip's cleaning does to characters: curly quotes, ligatures, wide and half-width forms."""
+    characters = [chr(number) for number in (*range(0xA0, 0xD800), *range(0xE000, 0x10000))]
+    found = [(old, basic_clean(old)) for old in characters]
+    changed = [(old, new) for old, new in found if new and new != unicodedata.normalize("NFC", old)]
+    return [normalizers.NFC(), *(normalizers.Replace(old, new) for old, new in changed)]
+
+
 def _clip(tokenizer: open_clip.SimpleTokenizer | CornerCLIPTokenizer, length: int) -> PreTrainedTokenizerBase:
-    own = getattr(tokenizer, "tokenizer", tokenizer)
-    merges = [pair for pair, _ in sorted(own.bpe_ranks.items(), key=lambda item: item[1])]
-    vocabulary = {_ENDS.get(word, word): number for word, number in own.encoder.items()}
-    result = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
-    corners = [f"[Corner{number}]" for number in range(getattr(tokenizer, "num_corners", 0))]
+    words = getattr(tokenizer, "tokenizer", tokenizer)
+    merges = [pair for pair, _ in sorted(words.bpe_ranks.items(), key=lambda item: item[1])]
+    # Corner tokens are ordinary entries of the vocabulary, so that one that is written in a text is only text.
+    corners = {f"[Corner{n}]": number for n, number in enumerate(getattr(tokenizer, "corner_ids", ()))}
+    names = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "model_max_length": length}
+    backend = CLIPTokenizer(vocab=words.encoder | corners, merges=merges, pad_token=_END, **names).backend_tokenizer
+    backend.normalizer = normalizers.Sequence([*_cleaning(), backend.normalizer])
     if not corners:
-        return result
-    result.add_tokens(corners, special_tokens=True)
-    start, end = _ENDS.values()
-    backend = result.backend_tokenizer
-    tokens = [(word, backend.token_to_id(word)) for word in (start, *corners, end)]
-    backend.post_processor = processors.TemplateProcessing(
-        single=" ".join([start, "$A", *corners, end]), special_tokens=tokens
-    )
-    # The tower searches for the end token's id, so padding needs another id.
-    names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "!", "model_max_length": length}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=_END, **names)
+    tokens = [(word, backend.token_to_id(word)) for word in (_START, *corners, _END)]
+    single = " ".join([_START, "$A", *corners, _END])
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+    # The tower searches for the end token's id, and 0 is the id of "!". No token attends to one behind the end.
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=_START, **names)
 
 
 def _with_corners(tokenizer: CornerHFTokenizer, length: int) -> PreTrainedTokenizerBase:
@@ -68,8 +75,9 @@ def _with_corners(tokenizer: CornerHFTokenizer, length: int) -> PreTrainedTokeni
     if tokenizer.separator:
         # normalized=True: otherwise the separator is searched before the normaliser has inserted it.
         backend.add_special_tokens([AddedToken(tokenizer.separator, normalized=True, special=True)])
-        join = normalizers.Replace(". ", tokenizer.separator)
-        backend.normalizer = normalizers.Sequence([join, *([backend.normalizer] if backend.normalizer else [])])
+    join = [normalizers.Replace(". ", tokenizer.separator)] if tokenizer.separator else []
+    rest = [backend.normalizer] if backend.normalizer else []
+    backend.normalizer = normalizers.Sequence([*join, *_cleaning(), *rest])
     tokens = [(word, backend.token_to_id(word)) for word in (start, *corners, end)]
     single = " ".join([start, *corners, "$A", end])
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)

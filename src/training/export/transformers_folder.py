@@ -173,12 +173,12 @@ def _exported_features(folder: Path) -> dict[str, torch.Tensor]:
     custom = "auto_map" in json.loads((folder / "config.json").read_text())
     model = AutoModel.from_pretrained(folder, trust_remote_code=custom).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=custom)
-    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    words = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     # With Pillow's resize, like the original, so that the comparison shows differences of the towers only.
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(images, return_tensors="pt").pixel_values
-    features = {"image": model.get_image_features(pixel_values=pixels), "text": model.get_text_features(input_ids=ids)}
+    features = {"image": model.get_image_features(pixel_values=pixels), "text": model.get_text_features(**words)}
     return {
         kind: nn.functional.normalize(getattr(value, "pooler_output", value), dim=-1)
         for kind, value in features.items()
