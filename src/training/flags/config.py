@@ -10,6 +10,7 @@ from pathlib import Path
 
 from training.flags.types import Switch
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 _ON = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -21,7 +22,7 @@ def config_words(paths: list[str], actions: Mapping[str, argparse.Action], check
     The key ``config`` names files that are read first; their paths are relative to the file itself.
 
     Args:
-        paths: the files, in order.
+        paths: the files or names of recipes, in order.
         actions: flag -> its action in the parser.
         check: called with the words of one flag; raises ValueError if they are wrong.
 
@@ -33,7 +34,11 @@ def config_words(paths: list[str], actions: Mapping[str, argparse.Action], check
     """
     words: dict[str, list[str]] = {}  # destination of a flag -> its words
     for path in paths:
-        _read(Path(path), actions, check, words, ())
+        recipe = RECIPES / f"{path}.yaml"
+        if not Path(path).exists() and not recipe.exists():
+            names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+            raise ValueError(f"--config {path}: No such file; there are also the recipes {names}")
+        _read(Path(path) if Path(path).exists() else recipe, actions, check, words, ())
     return [word for flag in words.values() for word in flag]
 
 

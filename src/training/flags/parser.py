@@ -21,7 +21,7 @@ EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *open_clip.EFFECTS, *evaluat
 DESCRIPTION = """\
 Train on short and long captions, or evaluate long text-image retrieval for any open_clip, LoTLIP or Long-CLIP model.
 
-  python -m training.main --config scripts/recipes/lotlip-cc3m.yaml --train-data 'DATA/{00000..00575}.tar'
+  python -m training.main --config lotlip-cc3m --train-data 'DATA/{00000..00575}.tar'
   python -m training.main --urban1k-retrieval DATA/Urban1k --model ViT-B-16 --pretrained openai
   torchrun --nproc_per_node 8 -m -- training.main --dci-retrieval DATA/dci --iiw-retrieval DATA/iiw ...
 """
@@ -153,8 +153,8 @@ def _add_config_args(group: argparse._ActionsContainer) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help="read flags from YAML files (scripts/recipes/*.yaml); later files override earlier ones, and the command "
-        "line overrides all",
+        help="read flags from YAML files or recipes of this package, such as lotlip-cc3m; later files override earlier "
+        "ones, and the command line overrides all",
     )
     group.add_argument(
         "--print-config", action=Switch, help="print all flags of this command as a config file and exit"
