@@ -56,10 +56,9 @@ class Report(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """The first failure of a run: the rank that found it, its host, the exit code of all ranks, and what happened."""
+    """The first failure of a run: the rank that found it, the exit code of all ranks, and what happened."""
 
     rank: int
-    host: str
     code: int
     message: str
 
@@ -157,7 +156,7 @@ class Watchdog:
         ends, and because the store ends with rank 0.
         """
         self.at(self.status[0], FAILED)
-        self.failure = Failure(self.env.rank, self.host, code, message)
+        self.failure = Failure(self.env.rank, code, message)
         self.wake.set()
         if self.store is not None:
             time.sleep(SILENT * self.interval + 5)  # the exchange ends the process before, if the store answers

@@ -160,9 +160,8 @@ class Trainer:
         """Starts the tasks of rank 0, and logs what is trained."""
         args, plan = self.args, self.plan
         if args.remote_sync:  # entered first, so that the last copy is made after everything else has been written
-            self.remote = stack.enter_context(RemoteCopy.from_flags(args, plan.folder))
-        first_step, project = self.progress.step, args.wandb_project_name
-        self.tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), first_step, project)
+            self.remote = stack.enter_context(RemoteCopy(args, plan.folder))
+        self.tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), self.progress.step)
         stack.callback(self.tracker.close)
         if args.profile:
             self.profile = stack.enter_context(StepProfile(Path(args.profile), self.env.device))

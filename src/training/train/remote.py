@@ -33,23 +33,22 @@ class RemoteCopy:
     this process ends. A failed copy is logged and retried; only the last attempt, at the end of the block, raises.
 
     Args:
-        url: URL of ``--remote-sync``, in fsspec's syntax.
+        args: flags; ``--remote-sync`` is a URL in fsspec's syntax.
         folder: LOGS/NAME.
-        every_s: seconds between copies; `poke` requests an immediate copy.
-        only_last_epoch: keep only the last ``epoch_N.pt``.
 
     Raises:
         ValueError: the URL can't be used.
     """
 
-    def __init__(self, url: str, folder: Path, every_s: float = 300.0, only_last_epoch: bool = False):
-        self.url, self.folder, self.every_s, self.only_last_epoch = url, folder, every_s, only_last_epoch
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.url, self.folder = args.remote_sync, folder
+        self.every_s, self.only_last_epoch = args.remote_sync_frequency, args.delete_previous_checkpoint
         self.sent: dict[str, tuple[int, int]] = {}
         self.ends = False
         self.failure: str | None = None
         self.poked = threading.Event()
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(f"{url.rstrip('/')}/{folder.name}")
+            self.fs, self.root = fsspec.core.url_to_fs(f"{self.url.rstrip('/')}/{folder.name}")
             self.fs.invalidate_cache()
             for name in self._names():
                 if TEMPORARY.search(name):  # left by a process that was killed while copying
@@ -57,12 +56,7 @@ class RemoteCopy:
             index = f"{self.root}/{INDEX}"
             self.index: dict[str, list[int]] = json.loads(self.fs.cat_file(index)) if self.fs.exists(index) else {}
         except Exception as error:  # each of fsspec's file systems has its own exceptions
-            raise ValueError(f"--remote-sync {url}: can't be used ({first_line(error)})") from error
-
-    @classmethod
-    def from_flags(cls, args: argparse.Namespace, folder: Path) -> "RemoteCopy":
-        """Returns the copy of LOGS/NAME that the flags describe."""
-        return cls(args.remote_sync, folder, args.remote_sync_frequency, args.delete_previous_checkpoint)
+            raise ValueError(f"--remote-sync {self.url}: can't be used ({first_line(error)})") from error
 
     def fetch_newer(self) -> str | None:
         """Downloads the logs and the newest checkpoint if it has more steps than all checkpoints in the local folder.

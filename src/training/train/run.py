@@ -114,7 +114,7 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     folder = Path(args.logs) / name
     lease.take(folder, f"--name {name}")
     checkpoints = folder / CHECKPOINTS
-    remote = RemoteCopy.from_flags(args, folder) if args.remote_sync else None
+    remote = RemoteCopy(args, folder) if args.remote_sync else None
     resume = named_checkpoint(args.resume) if args.resume not in (None, "latest") else None
     taken = checkpoints if saved_checkpoints(checkpoints) else remote and remote.index and f"{args.remote_sync}/{name}"
     if taken and not args.resume:
