@@ -62,10 +62,9 @@ class ComputeOptions:
     @classmethod
     def from_flags(cls, args: argparse.Namespace, **others: object) -> "ComputeOptions":
         """Returns the options that the flags of an evaluation ask for, with some `others`."""
-        names = ("batch_size", "workers", "precision", "text_batch_size", "image_cache")
-        flags = {name: getattr(args, name) for name in names}
-        decoding = args.image_decoding or IN_EVALUATION
-        return cls(**flags, sort_texts=args.text_packing != "padded", image_decoding=decoding, **others)
+        sort, decoding = args.text_packing != "padded", args.image_decoding or IN_EVALUATION
+        flags = (args.batch_size, args.workers, args.precision, sort, args.text_batch_size, decoding, args.image_cache)
+        return cls(*flags, **others)
 
 
 @dataclass(frozen=True)

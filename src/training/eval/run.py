@@ -126,8 +126,8 @@ def _describe(args: argparse.Namespace, plan: Plan, encoded: list[EncodedSet] | 
 def _build(args: argparse.Namespace, env: DistEnv) -> tuple[Encoder, list[Change]]:
     """Builds the model, and lists the changes of captions to measure; wrong ones are refused now, before encoding."""
     parts = build_from_flags(args, env.device)
-    names = ("retrieval_lengths", "retrieval_sentences", "retrieval_sensitivity", "diagnostics")
-    changes = list_changes(parts.tokenizer, *(getattr(args, name) for name in names))
+    asked = (args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity, args.diagnostics)
+    changes = list_changes(parts.tokenizer, *asked)
     options = ComputeOptions.from_flags(args, feature_cache=args.feature_cache, allow_broken=args.allow_missing)
     return Encoder(parts, env, options), changes
 
