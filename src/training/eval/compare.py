@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from training.eval.record import DIRECTIONS, describe_pairs
 from training.eval.results_table import flags_that_differ
+from training.eval.tables import format_rows, interval, percent, points
 
 
 def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
@@ -32,7 +34,6 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
         FileNotFoundError, ValueError: a run has no ranks, or no benchmark is common to two runs.
     """
     from training.eval.metrics import paired_bootstrap
-    from training.eval.record import DIRECTIONS
     from training.eval.report.ranks import read_ranks
 
     (base, first_ranks), *others = zip(_names(runs), map(read_ranks, runs))
@@ -74,9 +75,6 @@ def _names(runs: Sequence[str]) -> list[str]:
 
 def format_comparison(records: Sequence[dict[str, object]]) -> str:
     """Returns the table for a terminal, in percent and points."""
-    from training.eval.record import DIRECTIONS, describe_pairs
-    from training.eval.tables import format_rows, interval, percent, points
-
     rows = []
     for r in records:
         row = {"benchmark": r["benchmark"], "": DIRECTIONS[r["direction"]], "run": r["run"], "R@1": percent(r["top1"])}
@@ -95,7 +93,6 @@ def write_flips(runs: Sequence[str], path: Path) -> int:
     Returns:
         The number of queries.
     """
-    from training.eval.record import DIRECTIONS
     from training.eval.report.ranks import read_ranks
 
     loaded, rows = [read_ranks(run) for run in runs], []
@@ -141,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(format_comparison(records))
     differing = flags_that_differ(dict(zip(args.runs, _names(args.runs))))
     if len(differing):
-        print(f"\nFlags that differ:\n{differing.to_string(na_rep='-')}")
+        rows = differing.fillna("-").reset_index(names="flag").to_dict("records")
+        print(f"\nFlags that differ:\n{format_rows(rows, num_left=len(rows[0]))}")
     print("\n* p < 0.05, two-sided paired bootstrap over images, not corrected for multiple comparisons.")
     print("\n".join(notes), end="\n" * bool(notes))
     if args.flips:
