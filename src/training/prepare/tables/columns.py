@@ -4,18 +4,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-URL, KEY, RAW, HASH = "url", "key", "raw_caption", "url_hash"
+URL, KEY, RAW = "url", "key", "raw_caption"
 URL_NAMES = ("Image Path", "url", "URL", "image_url", "image_path", "Image_Path")
 RAW_NAMES = ("raw_caption", "raw_captions", "org_caption", "caption", "TEXT", "text")
-# Name in a table -> name in a training sample.
-LONG_NAMES = {
-    "longIB_captions": "longIB_captions",
-    "longSV_captions": "longSV_captions",
-    "longLLA_captions": "longLLA_captions",
-    "long_caption": "long_caption",
-    "vlm_caption": "long_caption",  # PixelProse
-    "re_caption": "long_caption",  # Recap-DataComp-1B
-}
+# Name in a table -> name in a training sample; the last two are of PixelProse and Recap-DataComp-1B.
+LONG_NAMES = {name: name for name in ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption")}
+LONG_NAMES |= {"vlm_caption": "long_caption", "re_caption": "long_caption"}
 SHORT_NAMES = {name: name for name in ("shortIB_captions", "shortSV_captions", "shortLLA_captions")}
 
 
@@ -82,7 +76,7 @@ def find_columns(where: str, header: Sequence[str], args: argparse.Namespace) ->
     if not columns.captions:
         flags = "--raw-column, --long-columns, --short-columns"
         raise ValueError(f"{where}: no captions; it has {found}. Name them: {flags}")
-    targets = [URL, KEY, HASH, *columns.captions.values()]
+    targets = [URL, KEY, *columns.captions.values()]
     if twice := sorted({name for name in targets if targets.count(name) > 1}):
         raise ValueError(
             f"{where}: two columns would be written as {twice[0]}; give them names: --long-columns A=NAME,.."

@@ -1,8 +1,7 @@
 """`prepare tables`: converts published caption tables to clean Parquet parts, all with the same columns.
 
-This process reads the tables once; worker processes clean the rows of one part each. Then duplicates are found by
-hashes of the URLs, over all parts in order, and the remaining rows are written. Parts that are complete on disk are not
-made again.
+This process reads the tables once; worker processes clean the rows of one part each and write it. Then duplicates are
+found by hashes of the URLs, over all parts in order, and removed. Parts that are complete on disk are not made again.
 """
 
 import argparse
@@ -15,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tabulate import tabulate
 
 from training.prepare.rows import TableRows
-from training.prepare.tables import part
-from training.prepare.tables.columns import HASH, Columns, find_columns, output_captions
+from training.prepare.tables import cleaning
+from training.prepare.tables.columns import KEY, URL, Columns, find_columns, output_captions
 from training.prepare.work import (
     SUMMARY,
     add_counts,
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         table = TableRows(path, args.csv_separator, args.no_quotes)
         tables.append((table, find_columns(str(path), table.names, args)))
     captions = output_captions([columns for _, columns in tables])
-    rules = part.Rules(captions, not args.keep_cut_off, args.keep_without_long, args.caption_lists)
+    rules = cleaning.Rules(captions, not args.keep_cut_off, args.keep_without_long, args.caption_lists)
     sources = [
         {"name": table.path.name, "bytes": table.path.stat().st_size, "form": table.form and list(table.form)}
         | asdict(columns)
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--out {out}: made from other tables or with other flags; name another folder")
         print(f"{out}: already complete")
     else:
-        summary = _make(tables, rules, start_folder(args, ".work", settings), args) | {"settings": settings}
+        start_folder(args, ".work", settings)
+        summary = _make(tables, rules, args) | {"settings": settings}
         write_json(out / SUMMARY, summary)
     shutil.rmtree(out / ".work", ignore_errors=True)
     if args.summary:
@@ -71,53 +72,57 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make(tables: list[tuple[TableRows, Columns]], rules: part.Rules, work: Path, args: argparse.Namespace) -> dict:
+def _make(tables: list[tuple[TableRows, Columns]], rules: cleaning.Rules, args: argparse.Namespace) -> dict:
     """Writes the parts; returns counts of rows and captions."""
     paths: list[Path] = []
 
-    def tasks() -> Iterator[part.Task]:
+    def tasks() -> Iterator[cleaning.Task]:
         for number, (table, columns) in enumerate(tables):
             rows = table.read(columns.wanted)
             for place in count():
                 if not (some := list(islice(rows, args.rows_per_part))):
                     break
-                paths.append(work / f"part-{number:03d}-{place:06d}.parquet")
+                paths.append(Path(args.out) / f"part-{number:03d}-{place:06d}.parquet")
                 if not paths[-1].exists():
-                    yield part.Task(some, columns, rules, paths[-1])
+                    yield cleaning.Task(some, columns, rules, paths[-1])
 
     with processes(args.workers) as parallel:
-        for _ in progress(parallel(part.clean_part, tasks()), None, "cleaning", "part"):
+        for _ in progress(parallel(cleaning.clean_part, tasks()), None, "cleaning", "part"):
             pass
-        # A row is a duplicate if an earlier row has the same URL.
+        counts = [cleaning.read_counts(path) for path in paths]
         keep = first_of_each(paths)
-        jobs = [(path, Path(args.out) / path.name, mask) for path, mask in zip(paths, keep)]
-        kept = sum(progress(parallel(part.write_part, jobs), len(jobs), "writing", "part"))
-    summary: dict = dict.fromkeys(part.ROW_KINDS, 0) | {"captions": {}}
-    for path in paths:
-        add_counts(summary, part.read_counts(path))
-    return summary | {
-        "kept": kept,
-        "duplicates": summary["kept"] - kept,
-        "parts": sum(bool(rows.any()) for rows in keep),
-    }
+        jobs = [(path, rows) for path, rows in zip(paths, keep) if not rows.all() or not len(rows)]
+        for _ in progress(parallel(cleaning.drop_rows, jobs), len(jobs), "removing duplicates", "part"):
+            pass
+    summary: dict = dict.fromkeys(cleaning.ROW_KINDS, 0) | {"captions": {}}
+    for of_part in counts:
+        add_counts(summary, of_part)
+    kept = sum(int(rows.sum()) for rows in keep)
+    return summary | {"kept": kept, "duplicates": summary["kept"] - kept, "parts": sum(map(bool, map(np.any, keep)))}
 
 
 def first_of_each(parts: list[Path]) -> list[np.ndarray]:
-    """Finds the first row of each URL, over all cleaned parts in order; takes about 30 bytes of memory for each row.
+    """Finds the first row of each URL, or key without one, over all parts in order.
+
+    Rows are compared by 64-bit hashes: for 100 million different URLs, the probability that any two have the same one
+    is 3 in 10,000. Each row takes about 30 bytes of memory.
 
     Returns:
         For each part a bool array, True for rows to keep.
     """
-    hashes = [pq.read_table(path, columns=[HASH]).column(0).to_numpy() for path in parts]
-    keep = ~pd.Series(np.concatenate([np.zeros(0, dtype=np.uint64), *hashes])).duplicated().to_numpy()
-    return np.split(keep, np.cumsum([len(rows) for rows in hashes]))[:-1]
+    hashes = [np.zeros(0, dtype=np.uint64)]
+    for path in parts:
+        names = pc.coalesce(*pq.read_table(path, columns=[URL, KEY]).columns).to_numpy()
+        hashes.append(pd.util.hash_array(names, categorize=False))
+    keep = ~pd.Series(np.concatenate(hashes)).duplicated().to_numpy()
+    return np.split(keep, np.cumsum([len(rows) for rows in hashes]))[1:-1]
 
 
 def describe(summary: dict) -> str:
     """Returns the counts as text for the terminal."""
-    dropped = {name: summary[name] for name in part.ROW_KINDS[2:]}
+    dropped = {name: summary[name] for name in cleaning.ROW_KINDS[2:]}
     rows = [[name, *counts.values()] for name, counts in summary["captions"].items()]
-    headers = ["captions", *(kind.replace("_", "-") for kind in part.CAPTION_KINDS)]
+    headers = ["captions", *(kind.replace("_", "-") for kind in cleaning.CAPTION_KINDS)]
     return (
         f"{summary['kept']:,} of {summary['rows']:,} rows kept in {summary['parts']:,} parts\n"
         f"dropped rows: {format_counts(dropped)}\n{tabulate(rows, headers, intfmt=',')}"

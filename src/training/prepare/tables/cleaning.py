@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 
 from training.prepare.rows import Row, cell_name, cell_texts
 from training.prepare.tables.clean import clean_caption
-from training.prepare.tables.columns import HASH, KEY, RAW, URL, Columns
+from training.prepare.tables.columns import KEY, RAW, URL, Columns
 from training.prepare.work import hash_text
 from training.runtime.files import atomic_write
 
 _PRIVATE_NAMES = ("localhost", "local", "internal", "intranet", "lan", "home", "corp")
-_COUNTS = b"counts"  # in the metadata of a cleaned part
+_COUNTS = b"counts"  # in the metadata of a part
 ROW_KINDS = ("rows", "kept", "duplicates", "empty", "refused", "malformed", "bad_url")
 CAPTION_KINDS = ("kept", "empty", "refused", "repaired", "cut_off")
 
@@ -51,7 +51,7 @@ class Task(NamedTuple):
 
 
 def clean_part(task: Task) -> None:
-    """Writes the good rows of a part, with a hash by which duplicates are found, and the counts as metadata.
+    """Writes the good rows of a part, and the counts as metadata.
 
     Raises:
         ValueError: a cell holds several alternatives, but a part has one caption in each column.
@@ -67,11 +67,9 @@ def clean_part(task: Task) -> None:
         kinds["kept" if isinstance(row, dict) else row] += 1
         if isinstance(row, dict):
             kept.append(row)
-    fields = [(name, pa.string()) for name in (URL, KEY, *task.rules.captions)]
     counts = dict.fromkeys(ROW_KINDS, 0) | kinds | {"rows": len(task.rows), "captions": captions}
-    schema = pa.schema([*fields, (HASH, pa.uint64())], {_COUNTS: json.dumps(counts)})
-    with atomic_write(task.target) as path:
-        pq.write_table(pa.Table.from_pylist(kept, schema), path, compression="lz4")
+    fields = [(name, pa.string()) for name in (URL, KEY, *task.rules.captions)]
+    _write(pa.Table.from_pylist(kept, pa.schema(fields, {_COUNTS: json.dumps(counts)})), task.target)
 
 
 def _clean_row(row: dict, repaired: bool, task: Task, counts: dict[str, Counter]) -> dict | str:
@@ -99,8 +97,7 @@ def _clean_row(row: dict, repaired: bool, task: Task, counts: dict[str, Counter]
     needed = columns.long.values() if columns.long and not rules.keep_without_long else texts
     if not any(texts[name] for name in needed):
         return "refused" if "refused" in faults else "empty"
-    number = hash_text(url or key)
-    return {URL: url or None, KEY: key or f"{number:016x}", HASH: number} | texts
+    return {URL: url or None, KEY: key or f"{hash_text(url):016x}"} | texts
 
 
 def _one_text(cell: object, lists: str) -> str | None:
@@ -143,19 +140,20 @@ def read_counts(path: Path) -> dict:
     return json.loads(pq.read_schema(path).metadata[_COUNTS])
 
 
-def write_part(job: tuple[Path, Path, np.ndarray]) -> int:
-    """Writes the rows of a cleaned part that are kept.
+def drop_rows(job: tuple[Path, np.ndarray]) -> None:
+    """Removes rows from a cleaned part, and the part if none is left.
 
     Args:
-        job: (the cleaned part, file to write, bool [num_rows] that says which rows to keep).
-
-    Returns:
-        Number of rows written. If no row is kept, no file is written.
+        job: (the part, bool [num_rows] that says which rows to keep).
     """
-    source, target, keep = job
-    if keep.any() and not target.exists():  # a run that was killed may have written it
-        rows = pq.read_table(source).filter(pa.array(keep)).drop_columns([HASH]).replace_schema_metadata(None)
-        with atomic_write(target) as path:
-            # Captions are all different, so a dictionary would enlarge the file; statistics of their range are useless.
-            pq.write_table(rows, path, compression="zstd", use_dictionary=False, write_statistics=[URL, KEY])
-    return int(keep.sum())
+    path, keep = job
+    if keep.any():
+        _write(pq.read_table(path).filter(pa.array(keep)), path)
+    else:
+        path.unlink()
+
+
+def _write(rows: pa.Table, target: Path) -> None:
+    with atomic_write(target) as path:
+        # Captions are all different, so a dictionary would enlarge the file; statistics of their range are useless.
+        pq.write_table(rows, path, compression="zstd", use_dictionary=False, write_statistics=[URL, KEY])
