@@ -124,7 +124,7 @@ def test_every_row_is_an_image_or_a_counted_failure(downloaded):
     base, report = downloaded
     assert (report["rows"], report["images"], report["failed"]) == (NUM_GOOD + 5, NUM_GOOD, 5)
     assert report["failures"] == {
-        "HTTP 404": 2,
+        "HTTP Error 404: Not Found": 2,
         "timed out": 1,
         "no readable image": 1,
         "connection broke off": 1,
@@ -227,7 +227,7 @@ def test_a_set_in_img2datasets_format_is_checked_without_img2dataset(tmp_path, c
     assert main([*words, "--check-only"]) == 1
     out = capsys.readouterr().out
     assert "2 images of 6 rows in 2 shards" in out and "missing shards: 1 (00001)" in out
-    assert "1 HTTP 403" in out and "1 no such host" in out
+    assert "1 HTTP Error 403: Forbidden" in out and "1 Name or service not known" in out
     assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 2}
     assert main([*words, "--print-command"]) == 0
     line = capsys.readouterr().out
@@ -254,12 +254,12 @@ def test_spark_workers_get_the_engines_own_python(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("message", "kind"),
     [
-        ("HTTP Error 404: Not Found", "HTTP 404"),
-        ("<urlopen error [Errno -3] Temporary failure in name resolution>", "no such host"),
-        ("The read operation timed out", "timed out"),
-        ("<urlopen error [Errno 111] Connection refused>", "connection refused"),
-        ("Image decoding error", "no readable image"),
-        ("something new", "other: something new"),
+        ("HTTP Error 404: Not Found", "HTTP Error 404: Not Found"),
+        ("<urlopen error [Errno -3] Temporary failure in name resolution>", "Temporary failure in name resolution"),
+        ("The read operation timed out", "The read operation timed out"),
+        ("<urlopen error [Errno 111] Connection refused>", "Connection refused"),
+        ("Image decoding error", "Image decoding error"),
+        ("IncompleteRead(20 bytes read, 30 more expected)", "IncompleteRead"),
     ],
 )
 def test_failures_have_few_kinds(message, kind):

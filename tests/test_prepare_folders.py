@@ -13,7 +13,7 @@ from test_faults import GOOD
 from test_train_data import write_shard
 
 from training.prepare.__main__ import main
-from training.prepare.work import my_share
+from training.prepare.work import items_of_job
 from training.readers.samples import read_samples
 from training.runtime.lease import Lease
 
@@ -107,7 +107,7 @@ def test_arrays_of_any_numbers_cover_every_shard(tasks, ranks):
         for rank in range(ranks):
             environ = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in (names | {"ID": task}).items()}
             environ |= {"SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_PROCID": str(rank)}
-            orders.append(my_share(range(64), None, environ))
+            orders.append(items_of_job(range(64), None, environ))
             done |= set(orders[-1])
     assert done == set(range(64)) and len({order[0] for order in orders}) == len(orders)
 

@@ -101,14 +101,12 @@ def test_page_shows_fifty_samples_as_text(report):
     assert shown.count(EVIL) == 50
     images = re.findall(r"base64,([^\"]+)", page)
     assert Image.open(io.BytesIO(base64.b64decode(images[0]))).size[1] == 30
-    assert Image.open(report[1] / "inspect.png").size[0] > 500
 
 
 def test_the_same_whatever_number_of_shards_at_once(report, shards, tmp_path):
     names = "::".join(str(shards / f"{s}.tar") for s in (1, 0))
     inspect(Path(names), tmp_path, "--context-lengths", "20,64", "--seed", "3")
-    for name in ("inspect.json", "inspect.png"):
-        assert (tmp_path / name).read_bytes() == (report[1] / name).read_bytes()
+    assert (tmp_path / "inspect.json").read_bytes() == (report[1] / "inspect.json").read_bytes()
     body = [(folder / "samples.html").read_text().split("</h1>")[1] for folder in (tmp_path, report[1])]
     assert body[0] == body[1]
 

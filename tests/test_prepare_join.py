@@ -13,7 +13,7 @@ from test_train_data import jpeg, write_shard
 from support import run_command
 from training.prepare.__main__ import main
 from training.prepare.shards import files as shard_files
-from training.prepare.work import my_share
+from training.prepare.work import items_of_job
 from training.readers.samples import index_shard, read_samples
 
 NUM = 40
@@ -181,9 +181,9 @@ def test_shares_are_disjoint_and_whole():
             for task in range(tasks):
                 for rank in range(ranks):
                     where = environ | array | {"SLURM_ARRAY_TASK_ID": str(10 + 2 * task), name: str(rank)}
-                    got += my_share(items, None, where)
+                    got += items_of_job(items, None, where)
             assert sorted(got) == items
-    assert my_share(items, "5:8", {}) == [5, 6, 7] and my_share(items, "100:", {}) == [100, 101, 102]
+    assert items_of_job(items, "5:8", {}) == [5, 6, 7] and items_of_job(items, "100:", {}) == [100, 101, 102]
 
 
 def test_broken_shards_are_named_and_the_others_done(tmp_path, capsys):

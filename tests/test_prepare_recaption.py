@@ -1,5 +1,6 @@
 """Captions of a vision-language model (tiny, random weights, the real code path) are added to the right samples."""
 
+import gzip
 import io
 import json
 import random
@@ -167,6 +168,18 @@ def test_a_run_that_was_killed_in_a_line_gives_the_same_bytes(tmp_path, vlm, mon
     assert asked[:2] == [3, 1]  # the batches of an uninterrupted run
     for path in (tmp_path / "whole").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+
+
+def test_compressed_shards_and_urls_give_the_same_bytes(tmp_path, vlm):
+    shards, words = write_set(tmp_path / "set"), ["--caption", f"long_caption={PROMPT}"]
+    assert run(shards, vlm, "--out", tmp_path / "plain", *words) == 0
+    (tmp_path / "packed").mkdir()
+    for path in shards.glob("*.tar"):
+        (tmp_path / "packed" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    for name, source in (("unpacked", tmp_path / "packed"), ("fetched", f"local://{shards}/*.tar")):
+        assert run(source, vlm, "--out", tmp_path / name, *words) == 0
+        for path in (tmp_path / "plain").glob("*.tar"):
+            assert path.read_bytes() == (tmp_path / name / path.name).read_bytes()
 
 
 def test_ranks_share_the_shards(tmp_path, vlm, monkeypatch):

@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from training.prepare.shards.files import order_shard
 from training.prepare.tables.columns import KEY, RAW, URL
@@ -24,44 +24,22 @@ from training.readers.samples import index_shard
 from training.readers.table_files import table_files
 
 STATE = ".download"
-# (pattern in a message, kind of failure): messages differ in addresses and numbers, so they are grouped into kinds.
-FAILURE_KINDS = (
-    (r"HTTP Error (\d+)", r"HTTP \1"),
-    (r"timed? ?out", "timed out"),
-    (r"Name or service not known|name resolution|nodename nor servname|No address associated", "no such host"),
-    (r"certificate|SSL", "TLS"),
-    (r"refused", "connection refused"),
-    (r"reset|closed connection|IncompleteRead|Remote end", "connection broke off"),
-    (r"unknown url type|no host given|Invalid|unparsable|control characters", "bad URL"),
-    (r"decod|identify|cv2|image", "no readable image"),
-    (r"X-Robots-Tag", "not allowed by X-Robots-Tag"),
-)
-
-
-class Tables(NamedTuple):
-    """The caption tables whose images are fetched.
-
-    Attributes:
-        path: Parquet file, or folder of Parquet files.
-        sizes: number of rows of each file.
-        captions: caption columns.
-    """
-
-    path: str
-    sizes: list[int]
-    captions: list[str]
+# What messages of one kind of failure differ in: addresses, names of hosts and numbers of bytes.
+_DETAILS = re.compile(r"<urlopen error |>$|\[Errno -?\d+\] |'[^']*'|\(.*|: Hostname mismatch.*")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0 if every shard is there and complete, else 1."""
-    tables, out = read_tables(args.tables), Path(args.out)
-    words = command_line(tables, args)
+    tables, out = open_tables(args.tables), Path(args.out)
+    captions = [name for name in tables[0].names if name not in (URL, KEY)]
+    words = command_line(captions, args)
     if args.print_command:
         print(shlex.join(words))
         return 0
     if not args.check_only:
         words[0] = _find_engine(words)
-    settings = {"tables": [tables.sizes, tables.captions], "samples_per_shard": args.samples_per_shard}
+    sizes_of_tables = [table.num_rows for table in tables]
+    settings = {"tables": [sizes_of_tables, captions], "samples_per_shard": args.samples_per_shard}
     settings |= {"image_size": args.image_size, "resize_mode": args.resize_mode}
     state = start_folder(args, STATE, settings, may_hold_others=True)
     if not args.check_only:
@@ -72,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         code = subprocess.run(words, check=False, env=env).returncode
         if code:
             print(f"img2dataset ended with exit code {code}", file=sys.stderr)
-    report, sizes = check(out, tables, args.samples_per_shard)
+    report, sizes = check(out, sizes_of_tables, args.samples_per_shard)
     if not args.check_only:  # img2dataset writes samples in the order in which they arrive
         for name in progress(sizes, len(sizes), "ordering", "shard"):
             order_shard(out / name)
@@ -84,49 +62,45 @@ def run(args: argparse.Namespace) -> int:
     return 0 if not report["missing_shards"] and not report["bad_shards"] else 1
 
 
-def read_tables(path: str) -> Tables:
-    """Reads the sizes and columns of tables written by `tables`.
+def open_tables(path: str) -> list[ColumnarFile]:
+    """Opens tables written by `tables`.
 
     Raises:
         FileNotFoundError, ValueError: the path doesn't exist, or is not such a table.
     """
-    files = [ColumnarFile(file) for file in table_files(path)]
-    for file in files:
-        if file.path.suffix != ".parquet" or URL not in file.names:
+    tables = [ColumnarFile(file) for file in table_files(path)]
+    for table in tables:
+        if table.path.suffix != ".parquet" or URL not in table.names:
             raise ValueError(
-                f"{file.path}: expected Parquet with a column {URL}, found {', '.join(file.names)}; make it with "
+                f"{table.path}: expected Parquet with a column {URL}, found {', '.join(table.names)}; make it with "
                 "python -m training.prepare tables"
             )
-    captions = [name for name in files[0].names if name not in (URL, KEY)]
-    return Tables(path, [file.num_rows for file in files], captions)
+    return tables
 
 
-def command_line(tables: Tables, args: argparse.Namespace) -> list[str]:
+def command_line(captions: list[str], args: argparse.Namespace) -> list[str]:
     """Returns img2dataset's command line.
 
     The raw caption is written to the ``.txt`` and under ``caption``; other captions keep their names in the ``.json``.
     """
     values = {
-        "url_list": tables.path,
-        "input_format": "parquet",
+        "url_list": args.tables,
         "url_col": URL,
-        "output_format": "webdataset",
         "output_folder": args.out,
         "number_sample_per_shard": args.samples_per_shard,
         "image_size": args.image_size,
         "resize_mode": args.resize_mode,
-        "resize_only_if_bigger": True,
         "processes_count": args.processes,
         "thread_count": args.threads,
         "timeout": args.timeout,
         "retries": args.retries,
         "distributor": args.distributor,
-        "incremental_mode": "incremental",
-        "enable_wandb": False,
     }
-    if RAW in tables.captions:
+    values |= {"input_format": "parquet", "output_format": "webdataset", "resize_only_if_bigger": True}
+    values |= {"incremental_mode": "incremental", "enable_wandb": False}
+    if RAW in captions:
         values["caption_col"] = RAW
-    others = [name for name in tables.captions if name != RAW]
+    others = [name for name in captions if name != RAW]
     if others:
         values["save_additional_columns"] = json.dumps(others, separators=(",", ":"))
     words = shlex.split(args.img2dataset)
@@ -145,19 +119,19 @@ def _find_engine(words: list[str]) -> str:
     return found
 
 
-def check(out: Path, tables: Tables, per_shard: int) -> tuple[dict, dict[str, int]]:
+def check(out: Path, tables: Sequence[int], per_shard: int) -> tuple[dict, dict[str, int]]:
     """Compares the shards in a folder with the tables they were fetched for.
 
     Args:
         out: folder of the shards.
-        tables: the tables.
+        tables: number of rows of each table.
         per_shard: number of rows per shard; img2dataset begins a new shard with each table.
 
     Returns:
         Counts of rows and failures by kind, and shards that are missing, broken, or have another size than img2dataset
         reports; and the number of samples of each complete shard.
     """
-    names = [f"{number:05d}" for number in range(sum(-(-size // per_shard) for size in tables.sizes))]
+    names = [f"{number:05d}" for number in range(sum(-(-size // per_shard) for size in tables))]
     failures, missing, bad, sizes = Counter(), [], {}, {}
     for name, (stats, number, fault) in zip(names, parallel_map(lambda n: _look_at(out, n), names)):
         if stats is None:
@@ -169,7 +143,7 @@ def check(out: Path, tables: Tables, per_shard: int) -> tuple[dict, dict[str, in
             bad[name] = fault or f"{name}.tar: {number:,} samples, img2dataset counts {stats['successes']:,}"
         else:
             sizes[f"{name}.tar"] = number
-    report = {"rows": sum(tables.sizes), "images": sum(sizes.values()), "failed": failures.total()}
+    report = {"rows": sum(tables), "images": sum(sizes.values()), "failed": failures.total()}
     report |= {"shards": len(names), "failures": dict((+failures).most_common())}
     return report | {"missing_shards": missing, "bad_shards": bad}, sizes
 
@@ -187,12 +161,8 @@ def _look_at(out: Path, name: str) -> tuple[dict | None, int, str | None]:
 
 
 def failure_kind(message: str) -> str:
-    """Returns a short name for the reason why an image was not fetched."""
-    for pattern, kind in FAILURE_KINDS:
-        found = re.search(pattern, message, re.IGNORECASE)
-        if found:
-            return found.expand(kind)
-    return f"other: {message[:60]}"
+    """Returns the reason why an image was not fetched, without its details."""
+    return _DETAILS.sub("", message).strip()[:60]
 
 
 def describe(report: dict) -> str:

@@ -7,7 +7,7 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -37,20 +37,7 @@ class Generated(NamedTuple):
     complete: bool
 
 
-class Engine(Protocol):
-    """A model for `recaption`.
-
-    Attributes:
-        batch_size: default number of images per call of `caption`.
-    """
-
-    batch_size: int
-
-    def caption(self, images: Sequence[Image.Image], prompt: str) -> list[Generated]:
-        """Returns the answer to the prompt for each RGB image."""
-
-
-def make_engine(args: argparse.Namespace) -> Engine:
+def make_engine(args: argparse.Namespace) -> "TransformersEngine | VllmEngine":
     """Loads the model that the flags name.
 
     Raises:
@@ -111,10 +98,11 @@ class TransformersEngine:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         ends = model.generation_config.eos_token_id
-        self.end_ids = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
+        self.no_text = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        self.no_text.add(self.tokenizer.pad_token_id)
 
     def caption(self, images: Sequence[Image.Image], prompt: str) -> list[Generated]:
-        """Returns the answers for the images; see `Engine.caption`."""
+        """Returns the answer to the prompt for each RGB image."""
         text = self._with_image(prompt)
         inputs = self.processor(images=list(images), text=[text] * len(images), return_tensors="pt", padding=True)
         inputs = inputs.to(self.device, self.dtype)
@@ -131,12 +119,9 @@ class TransformersEngine:
         if ids.shape[1] >= length and torch.equal(ids[:, :length], inputs["input_ids"]):
             ids = ids[:, length:]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [Generated(text.strip(), self._has_end(row)) for text, row in zip(texts, ids.tolist())]
-
-    def _has_end(self, row: list[int]) -> bool:
-        """Returns whether the model ended the text. OPT's start token equals its end token, so the first is ignored."""
-        nothing = set(row) <= self.end_ids | {self.tokenizer.pad_token_id}
-        return nothing or any(token in self.end_ids for token in row[1:])
+        # A model that ended the text itself has written fewer tokens than it might, besides those of begin and end.
+        complete = [sum(token not in self.no_text for token in row) < self.max_tokens for row in ids.tolist()]
+        return [Generated(text.strip(), whole) for text, whole in zip(texts, complete)]
 
     def _with_image(self, prompt: str) -> str:
         """Returns the prompt in the model's own format."""
@@ -177,28 +162,17 @@ class VllmEngine:
             )
         from vllm import LLM, SamplingParams
 
-        ours = {
-            "tensor_parallel_size": tensor_parallel,
-            "limit_mm_per_prompt": {"image": 1},
-            "download_dir": cache_dir,
-            "seed": 0,
-        }
+        usual = {"limit_mm_per_prompt": {"image": 1}, "download_dir": cache_dir, "seed": 0}
+        usual |= {"tensor_parallel_size": tensor_parallel}
         try:
-            self.llm = LLM(model=vlm, **ours | dict(vllm_args))
+            self.llm = LLM(model=vlm, **usual | dict(vllm_args))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"--vlm {vlm}: vLLM can't load it ({first_line(error)}); see also --vllm-args") from error
         self.sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
 
     def caption(self, images: Sequence[Image.Image], prompt: str) -> list[Generated]:
-        """Returns the answers for the images; see `Engine.caption`."""
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": prompt}],
-                }
-            ]
-            for image in images
-        ]
-        answers = self.llm.chat(conversations, self.sampling, use_tqdm=False)
+        """Returns the answer to the prompt for each RGB image."""
+        question = {"type": "text", "text": prompt}
+        turns = [{"role": "user", "content": [{"type": "image_pil", "image_pil": i}, question]} for i in images]
+        answers = self.llm.chat([[turn] for turn in turns], self.sampling, use_tqdm=False)
         return [Generated(a.outputs[0].text.strip(), a.outputs[0].finish_reason != "length") for a in answers]

@@ -26,7 +26,12 @@ class _WithDefaults(argparse.HelpFormatter):
     """Adds the default of a flag to its help, unless that says it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        has_default = action.option_strings and action.default not in (None, False, argparse.SUPPRESS, [])
+        has_default = (
+            action.option_strings
+            and action.default is not None
+            and action.default is not False
+            and action.default != []
+        )
         return f"{action.help} (default: %(default)s)" if has_default and "default" not in action.help else action.help
 
 
@@ -51,9 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_workers_arg(parser: argparse.ArgumentParser, most: int = 64) -> None:
-    number = min(most, os.cpu_count() or 1)
-    text = f"processes (default: as many as there are CPU cores, at most {most})"
-    parser.add_argument("--workers", type=positive, default=number, metavar="N", help=text)
+    text = f"processes (default: one per CPU core, at most {most})"
+    parser.add_argument("--workers", type=positive, default=min(most, os.cpu_count() or 1), metavar="N", help=text)
 
 
 def _add_reading_args(parser: argparse.ArgumentParser) -> None:
@@ -61,24 +65,27 @@ def _add_reading_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv-separator", "--separator", metavar="C", help=text)
 
 
-def _add_lists_arg(parser: argparse.ArgumentParser, of_alternatives: str) -> None:
+def _add_image_column_arg(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv-img-key", default="filepath", metavar="COL", help="image column of a table")
+
+
+def _add_lists_arg(parser: argparse.ArgumentParser, of_alternatives: str = "") -> None:
     lists = ("alternatives", "sentences")
     text = f"sentences: a list of texts is one caption; alternatives: it is several{of_alternatives}"
     parser.add_argument("--caption-lists", default="alternatives", choices=lists, help=text)
 
 
-def _add_summary_arg(parser: argparse.ArgumentParser) -> None:
+def _add_output_args(parser: argparse.ArgumentParser, content: str) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help=f"new folder for {content}")
     parser.add_argument("--summary", metavar="FILE", help="write the counts to this file, as JSON")
 
 
 def _add_tables_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("tables", nargs="+", metavar="IN", help=_TABLES)
-    add("--out", required=True, metavar="DIR", help="folder for part-*.parquet and _summary.json")
-    _add_summary_arg(parser)
+    _add_output_args(parser, "part-*.parquet and _summary.json")
     add("--url-column", metavar="COL", help="column of image URLs (default: Image Path, url, URL, image_url)")
-    text = "column of keys (default: key; without one, keys are made from URLs)"
-    add("--key-column", metavar="COL", help=text)
+    add("--key-column", metavar="COL", help="column of keys (default: key; else keys are made from URLs)")
     text = "column of raw captions (default: raw_caption, org_caption, caption, TEXT)"
     add("--raw-caption-keys", "--raw-column", dest="raw_column", metavar="COL", help=text)
     text = "columns of %s captions, and names to write them under (default: the published names%s)"
@@ -94,13 +101,12 @@ def _add_tables_args(parser: argparse.ArgumentParser) -> None:
     _add_workers_arg(parser, most=8)
 
 
-def _add_output_args(parser: argparse.ArgumentParser) -> None:
+def _add_shards_out_args(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", metavar="DIR", help="folder for the new shards, under their old names, and sizes.json")
-    text = "overwrite the shards; each is replaced when its new file is complete"
-    where.add_argument("--in-place", action="store_true", help=text)
-    _add_summary_arg(parser)
-    _add_range_arg(parser, " (the jobs of a SLURM array and the processes of srun divide the shards without this)")
+    where.add_argument("--in-place", action="store_true", help="replace each shard when its new file is complete")
+    parser.add_argument("--summary", metavar="FILE", help="write the counts to this file, as JSON")
+    _add_range_arg(parser, "; the jobs of a SLURM array and the processes of srun divide them without this")
 
 
 def _add_range_arg(parser: argparse.ArgumentParser, note: str = "") -> None:
@@ -111,14 +117,13 @@ def _add_join_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("tables", nargs="+", metavar="IN", help=_TABLES)
     add("--shards", required=True, metavar="SHARDS", help=_SHARDS_TO_WRITE)
-    _add_output_args(parser)
+    _add_shards_out_args(parser)
     text = (
         "url: match the url in table and JSON; key: match the table's key with the sample's name or the JSON's key, "
         "with or without folder and suffix (default: url if the first samples have one)"
     )
     add("--match", choices=("url", "key"), help=text)
-    text = "the table's column of keys or image names, with --match key (default: key)"
-    add("--key-column", metavar="COL", help=text)
+    add("--key-column", metavar="COL", help="the table's column of keys or image names (default: key)")
     add("--columns", type=names, metavar="COL,..", help="captions to add (default: all columns of text)")
     _add_lists_arg(parser, ", and stays a list")
     add("--keep-existing", action="store_true", help="never overwrite captions that samples have")
@@ -128,15 +133,15 @@ def _add_join_args(parser: argparse.ArgumentParser) -> None:
 def _add_inspect_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("shards", metavar="DATA", help=f"shards or tables, {_SHARDS}")
-    add("--out", required=True, metavar="DIR", help="folder for inspect.json, inspect.png, samples.html")
+    add("--out", required=True, metavar="DIR", help="folder for inspect.json and samples.html")
     add("--model", default="lotlip_bert-ViT-B-16", metavar="NAME", help="model whose tokenizer counts tokens")
     add("--cache-dir", metavar="DIR", help="folder of the model's files, as in training.main")
     text = "report the fraction of captions longer than each (default: %(default)s, and the model's own)"
     add("--context-lengths", type=positive_numbers, default="77,128,248,512", metavar="N,N", help=text)
     text = "caption keys (default: known keys, and those that end in caption or captions)"
     add("--caption-keys", type=names, metavar="K,K", help=text)
-    _add_lists_arg(parser, "")
-    add("--csv-img-key", default="filepath", metavar="COL", help="image column of a table")
+    _add_lists_arg(parser)
+    _add_image_column_arg(parser)
     _add_reading_args(parser)
     add("--show", type=not_negative, default=50, metavar="N", help="samples on the page")
     add("--seed", type=int, default=0, metavar="S", help="seed of the choice of samples")
@@ -148,27 +153,22 @@ def _add_inspect_args(parser: argparse.ArgumentParser) -> None:
 def _add_download_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("tables", metavar="IN", help="a Parquet table, or a folder of them, as `tables` writes them")
-    add("--out", required=True, metavar="DIR", help="folder for the shards and sizes.json")
-    _add_summary_arg(parser)
+    _add_output_args(parser, "the shards and sizes.json")
     add("--image-size", type=positive, default=256, metavar="N", help="pixels")
     text = "img2dataset's resize mode; keep_ratio: reduce the shorter side to --image-size, leave smaller images"
     modes = ("no", "border", "keep_ratio", "keep_ratio_largest", "center_crop")
     add("--resize-mode", default="keep_ratio", choices=modes, help=text)
     add("--samples-per-shard", type=positive, default=10_000, metavar="N", help="rows per shard")
-    text = "processes (default: one per CPU core)"
-    add("--processes", type=positive, default=os.cpu_count() or 1, metavar="N", help=text)
+    add("--processes", type=positive, default=os.cpu_count() or 1, metavar="N", help="default: one per CPU core")
     add("--threads", type=positive, default=64, metavar="N", help="threads per process")
     add("--timeout", type=positive, default=10, metavar="S", help="seconds to wait for an image")
     add("--retries", type=not_negative, default=1, metavar="N", help="retries per image")
     distributors = ("multiprocessing", "pyspark", "ray")
-    text = "run on one machine, or on a cluster with PySpark or Ray"
-    add("--distributor", default="multiprocessing", choices=distributors, help=text)
+    add("--distributor", default="multiprocessing", choices=distributors, help="one machine, or a cluster")
     add("--img2dataset", default="img2dataset", metavar="COMMAND", help="img2dataset's command")
-    text = "a further flag for img2dataset; may be repeated"
-    add("--engine-flag", action="append", default=[], metavar="=--K=V", help=text)
+    add("--engine-flag", action="append", default=[], metavar="=--K=V", help="a further flag of it; may be repeated")
     add("--print-command", action="store_true", help="print img2dataset's command line, and stop")
-    text = "fetch nothing; only check the shards and write sizes.json"
-    add("--check-only", action="store_true", help=text)
+    add("--check-only", action="store_true", help="fetch nothing; only check the shards and write sizes.json")
 
 
 def _add_split_args(parser: argparse.ArgumentParser) -> None:
@@ -177,19 +177,19 @@ def _add_split_args(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="new folder for train.parquet and test.parquet")
     add("--test", type=float, default=0.1, metavar="X", help="fraction of the images")
     add("--seed", type=int, default=0, metavar="S", help="seed of the choice")
-    add("--csv-img-key", default="filepath", metavar="COL", help="image column")
+    _add_image_column_arg(parser)
     _add_reading_args(parser)
 
 
 def _add_recaption_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("shards", metavar="SHARDS", help=_SHARDS_TO_WRITE)
-    _add_output_args(parser)
+    _add_shards_out_args(parser)
     add("--vlm", required=True, metavar="NAME", help="the model: a folder, or a name on the hub")
     text = "write answers under KEY; PROMPT is detailed, short, visible, or any text; may be repeated"
     add("--caption", action="append", required=True, metavar="KEY=PROMPT", help=text)
-    engines, text = ("auto", "vllm", "transformers"), "auto (default): vLLM if it is installed"
-    add("--engine", default="auto", choices=engines, help=text)
+    engines = ("auto", "vllm", "transformers")
+    add("--engine", default="auto", choices=engines, help="auto (default): vLLM if it is installed")
     add("--max-tokens", type=positive, default=256, metavar="N", help="maximum number of tokens per caption")
     add("--batch-size", type=positive, metavar="N", help="images per batch (default: 512 with vLLM, else 32)")
     text = """further arguments of vllm.LLM, e.g. '{"max_model_len": 4096, "gpu_memory_utilization": 0.8}'"""

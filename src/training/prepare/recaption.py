@@ -11,15 +11,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 from PIL import Image
 
 from training.data.faults import FAULT_KINDS, BadSample
 from training.data.reader import read_image
-from training.prepare.engines import PROMPTS, Engine, Generated, make_engine
+from training.prepare.engines import PROMPTS, Generated, TransformersEngine, VllmEngine, make_engine
 from training.prepare.shards.files import Shard, plain_tar, read_json_samples, rewrite_shard
-from training.prepare.shards.job import ShardJob
+from training.prepare.shards.job import ShardJob, attempt
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.work import add_counts, format_counts, progress
 from training.readers.files import parallel_map
@@ -27,6 +26,7 @@ from training.readers.images import load_rgb
 from training.readers.samples import RawSample, read_samples
 from training.runtime.files import atomic_write
 
+Engine = TransformersEngine | VllmEngine
 SAMPLE_KINDS = ("samples", *FAULT_KINDS)
 CAPTION_KINDS = ("captions", "refused", "repetitive", "empty", "cut short")
 
@@ -42,10 +42,8 @@ def run(args: argparse.Namespace) -> int:
         engine = make_engine(args)
         batch_size = args.batch_size or engine.batch_size
         for shard in progress(left, len(left), "captioning", "shard"):
-            try:  # another job may have done it by now
-                job.add(shard, job.done(shard) or recaption_shard(shard, engine, prompts, batch_size, job.fingerprint))
-            except OSError as error:
-                job.add(shard, str(error))
+            done = job.done(shard)  # by another job, in the meantime
+            job.add(shard, done or attempt((recaption_shard, shard, (engine, prompts, batch_size, job.fingerprint)))[1])
     total = job.total
     faults = {kind: total[kind] for kind in SAMPLE_KINDS[1:]}
     lines = [f"{total['samples']:,} samples; bad: {format_counts(faults)}"]
@@ -89,7 +87,8 @@ def recaption_shard(shard: Shard, engine: Engine, prompts: dict[str, str], batch
     written = shard.state / "captions" / f"{shard.target.name}.{fingerprint}.jsonl"
     with plain_tar(shard) as path:
         samples = read_json_samples(path)  # raises for a broken shard, before the model spends time on it
-        lines, keys = _read_lines(written), [sample.key for sample in samples]
+        whole_lines = written.read_text(encoding="utf-8").split("\n")[:-1] if written.exists() else []
+        lines, keys = list(map(json.loads, whole_lines)), [sample.key for sample in samples]
         if [line["key"] for line in lines] != keys[: len(lines)]:
             lines = []
         if len(lines) < len(keys):
@@ -109,16 +108,8 @@ def recaption_shard(shard: Shard, engine: Engine, prompts: dict[str, str], batch
                 add_counts(counts, {fault: 1})
             add_counts(counts["captions"], {key: Counter(kinds) for key, kinds in line["kinds"].items()})
             additions.append({} if sample.fault else line["captions"])
-        rewrite_shard(path, shard.target, additions)
+        rewrite_shard(path, shard.target, samples, additions)
     return counts
-
-
-def _read_lines(path: Path) -> list[dict]:
-    """Returns the lines that were written completely."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
 
 
 def caption_samples(

@@ -29,6 +29,7 @@ from training.runtime.files import atomic_write
 
 MOST_BITS = 6  # two images are near-duplicates if at most this many of 128 bits differ,
 MOST_LEVELS = 12.0  # and their colours on a grid of 8 x 8 by at most this many of 255 levels on average
+_COMPARED_AT_ONCE = 256  # images, with all others
 
 
 class Look(NamedTuple):
@@ -36,7 +37,7 @@ class Look(NamedTuple):
 
     Attributes:
         content: hash of the image file.
-        bits: [16] uint8: of a grid of 8 x 8, whether each place is brighter than its right and its lower neighbour.
+        bits: [128] float32: of a grid of 8 x 8, 1 for a place brighter than its right or lower neighbour, else -1.
         colours: [8, 8, 3] float32.
     """
 
@@ -134,15 +135,11 @@ def _look(source: str | bytes) -> Look | str:
     grey = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
     bits = [grey[:8, 1:] > grey[:8, :8], grey[1:, :8] > grey[:8, :8]]
     colours = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=np.float32)
-    return Look(sha256(data).hexdigest(), np.packbits(np.concatenate(bits)), colours)
+    return Look(sha256(data).hexdigest(), np.where(np.concatenate(bits, axis=None), 1, -1).astype(np.float32), colours)
 
 
 def near_duplicates(looks: list[Look]) -> list[int]:
-    """Returns for each image the number of its group; near-duplicates of an image, and theirs, are in one group.
-
-    If two images differ in at most `MOST_BITS` bits, at least one of `MOST_BITS` + 1 parts of the bits is equal, so
-    only images that share a part are compared.
-    """
+    """Returns for each image the number of its group; near-duplicates of an image, and theirs, are in one group."""
     group = list(range(len(looks)))
 
     def root(number: int) -> int:
@@ -151,17 +148,12 @@ def near_duplicates(looks: list[Look]) -> list[int]:
             number = group[number]
         return number
 
-    for places in np.array_split(np.arange(16), MOST_BITS + 1):
-        buckets: dict[bytes, list[int]] = {}
-        for number, look in enumerate(looks):
-            buckets.setdefault(look.bits[places].tobytes(), []).append(number)
-        for bucket in buckets.values():
-            bits, colours = (np.stack([getattr(looks[n], name) for n in bucket]) for name in ("bits", "colours"))
-            for place, number in enumerate(bucket[:-1]):
-                differing = np.unpackbits(bits[place + 1 :] ^ bits[place], axis=1).sum(axis=1)
-                for other in np.flatnonzero(differing <= MOST_BITS):
-                    if np.abs(colours[place + 1 + other] - colours[place]).mean() <= MOST_LEVELS:
-                        group[root(bucket[place + 1 + other])] = root(number)
+    bits, colours = (np.stack([getattr(look, name) for look in looks]) for name in ("bits", "colours"))
+    for first in range(0, len(looks), _COMPARED_AT_ONCE):
+        equal_less_different = bits[first : first + _COMPARED_AT_ONCE] @ bits.T
+        for number, other in np.argwhere(equal_less_different >= bits.shape[1] - 2 * MOST_BITS) + (first, 0):
+            if other < number and np.abs(colours[other] - colours[number]).mean() <= MOST_LEVELS:
+                group[root(number)] = root(other)
     return [root(number) for number in range(len(looks))]
 
 

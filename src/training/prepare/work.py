@@ -139,7 +139,7 @@ def progress(items: Iterable[T], total: int | None, what: str, unit: str) -> Ite
         yield item
 
 
-def my_share(items: Sequence[T], span: str | None, environ: Mapping[str, str]) -> list[T]:
+def items_of_job(items: Sequence[T], span: str | None, environ: Mapping[str, str]) -> list[T]:
     """Returns the items that this job has to do; all jobs together do each item once.
 
     Args:
@@ -153,7 +153,7 @@ def my_share(items: Sequence[T], span: str | None, environ: Mapping[str, str]) -
     """
     if span:
         first, colon, last = span.partition(":")
-        if not colon or not all(part.isdecimal() or not part for part in (first, last)):
+        if not colon or not all(word.isdecimal() or not word for word in (first, last)):
             raise ValueError(f"--shard-range {span}: expected A:B for the shards number A to B - 1, e.g. 0:100")
         items = items[int(first or 0) : int(last) if last else None]
     place, parts = job_place(environ)

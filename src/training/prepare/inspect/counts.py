@@ -4,7 +4,7 @@ import heapq
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from hashlib import blake2b
@@ -35,32 +35,14 @@ BROKEN = (BrokenShardError.kind, "unreachable shard")
 KNOWN_KEYS = tuple(dict.fromkeys((*RAW_KEYS, *LONG_KEYS, *SHORT_NAMES.values())))
 
 
-class Data(NamedTuple):
-    """What to count: the values of the flags that name shards or tables, and what captions are in them.
+class Options(NamedTuple):
+    """What to count, and how; a value that processes can be sent.
 
     Attributes:
         spec: shards or tables, as --train-data.
         image_column, separator: of tables.
         keys: caption keys; if empty, the known ones and all others that end in ``caption`` or ``captions``.
         lists: see `caption_texts`.
-    """
-
-    spec: str
-    image_column: str
-    separator: str | None
-    keys: tuple[str, ...]
-    lists: str
-
-    def caption_keys(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Returns those of the names under which captions are counted."""
-        return self.keys or tuple(n for n in names if n in KNOWN_KEYS or n.endswith(("caption", "captions")))
-
-
-class Options(NamedTuple):
-    """How to count.
-
-    Attributes:
-        data: what to count.
         model: the model whose tokenizer counts tokens.
         cache_dir: folder of the tokenizer's files.
         num_picked: maximum number of samples to show.
@@ -68,12 +50,20 @@ class Options(NamedTuple):
         read_images: decode every image completely.
     """
 
-    data: Data
+    spec: str
+    image_column: str
+    separator: str | None
+    keys: tuple[str, ...]
+    lists: str
     model: str
     cache_dir: str | None
     num_picked: int
     seed: int
     read_images: bool
+
+    def caption_keys(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Returns those of the names under which captions are counted."""
+        return self.keys or tuple(n for n in names if n in KNOWN_KEYS or n.endswith(("caption", "captions")))
 
 
 @dataclass
@@ -105,7 +95,7 @@ class Counts:
 
 
 @cache
-def open_parts(data: Data) -> list[Part]:
+def open_parts(options: Options) -> list[Part]:
     """Returns the parts of the data in order, as training opens them: shards, or rows of tables.
 
     The size of a shard is None unless ``sizes.json`` counts it.
@@ -113,13 +103,13 @@ def open_parts(data: Data) -> list[Part]:
     Raises:
         FileNotFoundError, ValueError: something is missing, or can't be opened.
     """
-    spec = local_spec(data.spec)
-    if inside := embedded_sources(spec, data.image_column):
+    spec = local_spec(options.spec)
+    if inside := embedded_sources(spec, options.image_column):
         return [Part(url, None, partial(read_rows, url)) for urls in inside for url in urls]
     if names_tables(spec):
         paths = table_files(spec)
-        names = dict.fromkeys(name for path in paths for name in TableRows(path, data.separator).names)
-        return read_tables(paths, data.image_column, data.caption_keys(list(names)), data.separator, 0).parts()
+        names = dict.fromkeys(name for path in paths for name in TableRows(path, options.separator).names)
+        return read_tables(paths, options.image_column, options.caption_keys(names), options.separator, 0).parts()
     urls = [url for source in expand_sources(spec) for url in source]
     return [Part(url, size, partial(read_samples, url)) for url, size in zip(urls, known_sizes(urls))]
 
@@ -136,7 +126,7 @@ def count_part(job: tuple[Options, int]) -> tuple[int, Counts]:
     counts, numbers, texts = Counts(), Counter(), {}
     hashes: dict[str, list[int]] = {name: [] for name in counts.hashes}
     try:
-        for sample in open_parts(options.data)[number].read():
+        for sample in open_parts(options)[number].read():
             numbers["samples",] += 1
             try:
                 record = read_record(sample)
@@ -144,7 +134,7 @@ def count_part(job: tuple[Options, int]) -> tuple[int, Counts]:
             except BadSample as error:
                 numbers["bad", str(error)] += 1
                 continue
-            found = _captions(record, options.data)
+            found = _captions(record, options)
             for key, captions in found.items():
                 numbers["caption", key] += 1
                 texts.setdefault(key, []).extend(captions)
@@ -171,9 +161,9 @@ def count_part(job: tuple[Options, int]) -> tuple[int, Counts]:
     return number, counts
 
 
-def _captions(record: dict, data: Data) -> dict[str, list[str]]:
+def _captions(record: dict, options: Options) -> dict[str, list[str]]:
     texts = {
-        key: [t.strip() for t in cell_texts(record.get(key), data.lists)] for key in data.caption_keys(list(record))
+        key: [t.strip() for t in cell_texts(record.get(key), options.lists)] for key in options.caption_keys(record)
     }
     return {key: captions for key, captions in texts.items() if captions}
 

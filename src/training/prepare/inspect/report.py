@@ -1,4 +1,4 @@
-"""Shows the counts of a shard set as a table, as JSON and as a figure, and samples of it as a page."""
+"""Shows the counts of a data set as a table and as JSON, and samples of it as a page."""
 
 import base64
 from collections import Counter
@@ -85,49 +85,14 @@ def describe(report: dict) -> str:
         lines.append(f"image width {sizes[0]}, height {sizes[1]} (least, 5%, 50%, 95%, most)")
     rows = []
     for key, c in report["captions"].items():
-        quantiles = " / ".join(f"{n:,}" for n in c["token_quantiles"].values())
-        numbers = [f"{c[name]:,}" for name in ("samples", "captions", "refused")]
-        fractions = [f"{100 * fraction:.1f}%" for fraction in c["truncated_share"].values()]
-        rows.append([key, *numbers, f"{c['mean_tokens']:.1f}", quantiles, *fractions])
-        cut_at = [f"cut at\n{n}" for n in c["truncated_share"]]
+        row = {"caption": key} | {name: f"{c[name]:,}" for name in ("samples", "captions", "refused")}
+        row |= {"tokens\nmean": f"{c['mean_tokens']:.1f}"}
+        row |= {"\n5 / 50 / 95 / 100%": " / ".join(f"{n:,}" for n in c["token_quantiles"].values())}
+        rows.append(row | {f"cut at\n{n}": f"{100 * fraction:.1f}%" for n, fraction in c["truncated_share"].items()})
     if rows:
-        headers = ["caption", "samples", "captions", "refused", "tokens\nmean", "\n5 / 50 / 95 / 100%", *cut_at]
-        align = ["left"] + ["right"] * (len(headers) - 1)
-        lines.append(tabulate(rows, headers, colalign=align, disable_numparse=True))
+        align = ["left"] + ["right"] * (len(rows[0]) - 1)
+        lines.append(tabulate(rows, headers="keys", colalign=align, disable_numparse=True))
     return "\n".join(lines)
-
-
-def write_png(path: Path, counts: Counts, context_lengths: list[int]) -> None:
-    """Draws the lengths of all captions in tokens, and the sizes of images."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-    end = 16
-    for key in sorted(counts.of("caption")):
-        tokens = counts.of("tokens", key)
-        lengths = range(max(tokens) + 1)
-        end = max(end, _quantile(tokens, 0.995))
-        left.step(lengths, [tokens[n] / tokens.total() for n in lengths], where="mid", label=key, linewidth=1)
-    for length in context_lengths:
-        if length <= end:
-            left.axvline(length, color="grey", linestyle=":", linewidth=1)
-            left.annotate(str(length), (length, left.get_ylim()[1]), fontsize=8, ha="right", va="top", rotation=90)
-    left.set(xlim=(0, end), xlabel="tokens", ylabel="share of captions", title="Caption lengths")
-    for name in ("width", "height"):
-        sizes = counts.of(name)
-        if sizes:
-            values, weights = zip(*sorted(sizes.items()))
-            right.hist(values, bins=40, weights=weights, histtype="step", label=name)
-    right.set(xlabel="pixels", ylabel="images", title="Image sizes")
-    for axes in (left, right):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
 
 
 def write_html(path: Path, picked: list[tuple], title: str) -> None:

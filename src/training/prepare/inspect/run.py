@@ -8,21 +8,22 @@ import argparse
 from pathlib import Path
 
 from training.model.assembly.factory import get_tokenizer
-from training.prepare.inspect.counts import BROKEN, Counts, Data, Options, count_part, open_parts
-from training.prepare.inspect.report import describe, summarise, write_html, write_png
-from training.prepare.work import my_share, processes, progress, write_json
+from training.prepare.inspect.counts import BROKEN, Counts, Options, count_part, open_parts
+from training.prepare.inspect.report import describe, summarise, write_html
+from training.prepare.work import items_of_job, processes, progress, write_json
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if shards can't be read to their end."""
-    data = Data(args.shards, args.csv_img_key, args.csv_separator, args.caption_keys or (), args.caption_lists)
-    parts = open_parts(data)
-    chosen = my_share(range(len(parts)), args.shard_range, {})
+    of_tables = args.csv_img_key, args.csv_separator, args.caption_keys or (), args.caption_lists
+    of_report = args.model, args.cache_dir, args.show, args.seed, args.read_images
+    options = Options(args.shards, *of_tables, *of_report)
+    parts = open_parts(options)
+    chosen = items_of_job(range(len(parts)), args.shard_range, {})
     tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir)
     lengths = sorted({*args.context_lengths, tokenizer.context_length})
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    options = Options(data, args.model, args.cache_dir, args.show, args.seed, args.read_images)
     total, broken, miscounted = Counts(), [], {}
     with processes(args.workers) as parallel:
         jobs = [(options, number) for number in chosen]
@@ -40,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
         "context_length": tokenizer.context_length,
     }
     write_json(out / "inspect.json", report)
-    write_png(out / "inspect.png", total, lengths)
     write_html(out / "samples.html", total.picked, args.shards)
     print(describe(report))
-    print(f"{out}: inspect.json, inspect.png, samples.html ({len(total.picked)} samples)")
+    print(f"{out}: inspect.json, samples.html ({len(total.picked)} samples)")
     return 1 if broken else 0

@@ -24,7 +24,7 @@ from training.readers.remote import identity
 from training.readers.samples import read_samples
 from training.readers.streams import BLOCK_BYTES, is_local, open_stream
 from training.readers.table_files import image_files
-from training.readers.tar import BLOCK, Member, TarReader, key_and_suffix
+from training.readers.tar import BLOCK, TarReader, TarSample, key_and_suffix
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
 
@@ -36,11 +36,13 @@ class JsonSample(NamedTuple):
         key: name within the shard.
         record: content of its JSON file; empty if there is none.
         fault: why the JSON file can't be used; None if it can.
+        members: its files, with their places.
     """
 
     key: str
     record: dict
     fault: str | None
+    members: TarSample
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def find_shards(spec: str, flag: str, out: str | None, state: str) -> list[Shard
         FileNotFoundError, ValueError: some shards are missing, there are none, two would be written under the same
             name, `out` is the folder of a shard, or a shard can't be overwritten.
     """
-    parts = local_spec(spec).split("::")
-    sources = [source for part in parts for source in _loose_folders(part) or sum(expand_sources(part), [])]
+    names = local_spec(spec).split("::")
+    sources = [source for name in names for source in _loose_folders(name) or sum(expand_sources(name), [])]
     seen: dict[str, str] = {}
     shards = []
     for source in sources:
@@ -99,10 +101,10 @@ def find_shards(spec: str, flag: str, out: str | None, state: str) -> list[Shard
     return shards
 
 
-def _loose_folders(part: str) -> list[str]:
+def _loose_folders(name: str) -> list[str]:
     """Returns the folders with images in a folder without tar files, such as the one that img2dataset writes."""
-    folder = Path(part)
-    if not folder.is_dir() or any(re.search(r"\.(tar|tgz)\b", name) for name in os.listdir(folder)):
+    folder = Path(name)
+    if not folder.is_dir() or any(re.search(r"\.(tar|tgz)\b", file) for file in os.listdir(folder)):
         return []
     return sorted({str(path.parent) for path in image_files(folder)})
 
@@ -193,36 +195,37 @@ def read_json_samples(path: Path) -> list[JsonSample]:
             record = {} if fault else read_record(raw.files)
         except RecordError as error:
             fault = str(error)
-        samples.append(JsonSample(raw.key, record, fault))
+        samples.append(JsonSample(raw.key, record, fault, raw.members))
     return samples
 
 
-def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
+def rewrite_shard(source: Path, target: Path, samples: list[JsonSample], additions: list[dict]) -> None:
     """Writes a shard with additional entries in its JSON files.
 
     Args:
         source: the shard, a plain tar file.
         target: path of the new shard, which appears there when it is complete; may be the source.
-        additions: for each sample, in order, the entries to add; an empty dict leaves the sample unchanged.
+        samples: its samples.
+        additions: for each sample the entries to add; an empty dict leaves the sample unchanged.
 
     Raises:
-        BrokenShardError: the source is broken, not a tar file, or can't be read.
         OSError: the target can't be written.
     """
+    # Byte where a JSON file begins -> its new content; byte where a sample's last member begins -> a new JSON file.
+    changed, added = {}, {}
+    for sample, addition in zip(samples, additions, strict=True):
+        members = sample.members.members
+        if addition and "json" in members:
+            changed[members["json"].start] = sample.record | addition
+        elif addition:
+            last = max(member.start for member in members.values())
+            added[last] = tarfile.TarInfo(f"{sample.members.key}.json"), addition
     with atomic_write(target) as path, open(path, "wb") as out, open(source, "rb") as raw:
-        # Byte where a JSON file begins -> its new content; byte where a sample's last member begins -> a new JSON file.
-        changed, added = {}, {}
-        samples = read_samples(str(source), load=("json",), waits=())
-        for sample, addition in zip(samples, additions, strict=True):
-            if addition and "json" in sample.files:
-                changed[sample.members.members["json"].start] = read_record(sample.files) | addition
-            elif addition:
-                last = max(member.start for member in sample.members.members.values())
-                added[last] = tarfile.TarInfo(f"{sample.members.key}.json"), addition
         for member in filter(None, TarReader(raw, str(source), os.path.getsize(source)).members()):
             if member.start in changed:
-                header = _header(member, raw)
-                header.name, header.mtime = member.name, int(header.mtime)
+                raw.seek(member.offset - BLOCK)
+                header = tarfile.TarInfo.frombuf(raw.read(BLOCK), "utf-8", "surrogateescape")  # owner, time and mode
+                header.name = member.name
                 _write_member(header, changed[member.start], out)
             else:
                 raw.seek(member.start)
@@ -231,12 +234,6 @@ def rewrite_shard(source: Path, target: Path, additions: list[dict]) -> None:
                 _write_member(*added[member.start], out)
         out.write(bytes(2 * BLOCK))
         out.write(bytes(-out.tell() % tarfile.RECORDSIZE))
-
-
-def _header(member: Member, raw: IO[bytes]) -> tarfile.TarInfo:
-    """Returns the member's own header, which holds owner, time and mode."""
-    raw.seek(member.offset - BLOCK)
-    return tarfile.TarInfo.frombuf(raw.read(BLOCK), "utf-8", "surrogateescape")
 
 
 def _write_member(header: tarfile.TarInfo, record: dict, out: IO[bytes]) -> None:
@@ -267,17 +264,10 @@ def order_shard(path: Path) -> bool:
     Returns:
         Whether the shard was rewritten; False if it was in this form already.
     """
-    with open(path, "rb") as source:
-        members = [m for m in TarReader(source, str(path), path.stat().st_size).members() if m and m.kind == "file"]
+    with tarfile.open(path) as shard:
+        members = [member for member in shard if member.isfile()]
         ordered = sorted(members, key=lambda member: key_and_suffix(member.name)[0] or member.name)
-        headers = [_header(member, source) for member in members]
-        if ordered == members and not any(header.mtime or header.uname for header in headers):
+        if ordered == members and not any(member.mtime or member.uname for member in members):
             return False
-        write_tar(path, _contents(ordered, source))
+        write_tar(path, ((member.name, member.size, shard.extractfile(member)) for member in ordered))
     return True
-
-
-def _contents(members: Iterable[Member], source: IO[bytes]) -> Iterator[tuple[str, int, IO[bytes]]]:
-    for member in members:
-        source.seek(member.offset)
-        yield member.name, member.size, source

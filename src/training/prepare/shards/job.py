@@ -3,13 +3,29 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
 from training.prepare.shards.files import Shard, content_mark, find_shards
-from training.prepare.work import add_counts, job_place, load_json, my_share, shorten, write_json
+from training.prepare.work import add_counts, items_of_job, job_place, load_json, shorten, write_json
 from training.readers.files import parallel_map
+
+
+def attempt(call: tuple[Callable, Shard, tuple]) -> tuple[Shard, object]:
+    """Calls function(shard, *arguments).
+
+    Args:
+        call: (function, shard, arguments).
+
+    Returns:
+        (shard, result); in place of the result, a text if the shard can't be read or written.
+    """
+    function, shard, arguments = call
+    try:
+        return shard, function(shard, *arguments)
+    except OSError as error:
+        return shard, str(error)
 
 
 class ShardJob:
@@ -29,32 +45,32 @@ class ShardJob:
 
     Raises:
         FileNotFoundError, ValueError: another live command works on the same shards; see also `find_shards` and
-            `my_share`.
+            `items_of_job`.
     """
 
     def __init__(self, args: argparse.Namespace, spec: str, flag: str, state: str):
         self.args = args
         self.shards = find_shards(spec, flag, None if args.in_place else args.out, state)
-        self.mine = my_share(self.shards, args.shard_range, os.environ)
+        self.mine = items_of_job(self.shards, args.shard_range, os.environ)
         place, parts = job_place(os.environ)
         self.name = f"{(args.shard_range or 'all').replace(':', '-')}-{place}-of-{parts}"
         self.state, self.total, self.broken, self.num_before, self.fingerprint = self.shards[0].state, {}, {}, 0, ""
         args.lease.take(self.shards[0].target.parent / ".jobs" / self.name, "--out or --in-place")
 
-    def left(self, settings: dict, total: dict, tables: Sequence[Path] = ()) -> list[Shard]:
+    def left(self, settings: dict, total: dict) -> list[Shard]:
         """Returns the shards that are not done yet, and counts the others.
 
         Args:
             settings: what the result depends on.
             total: names of counts, each 0.
-            tables: the tables whose captions are added.
 
         Raises:
-            ValueError: --out was made from other shards or tables, or holds shards that this command did not write.
+            ValueError: --out was made from other shards or with other settings, or holds shards that this command did
+                not write.
         """
-        if not self.args.in_place:
-            self._check_sources(tables)
         self.fingerprint = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+        if not self.args.in_place:
+            self._check_sources()
         self.total = total
         done = [self.done(shard) for shard in self.mine]
         for counts in done:
@@ -62,23 +78,20 @@ class ShardJob:
         self.num_before = len(done) - done.count(None)
         return [shard for shard, counts in zip(self.mine, done) if counts is None]
 
-    def _check_sources(self, tables: Sequence[Path]) -> None:
-        path, out = self.state / "sources.json", self.args.out
-        known = load_json(path) or {"shards": {}, "tables": None}
+    def _check_sources(self) -> None:
+        path, out = self.state / "sources.json", f"--out {self.args.out}"
+        known = load_json(path) or {"shards": {}, "settings": self.fingerprint}
+        if known["settings"] != self.fingerprint:
+            raise ValueError(f"{out}: made from other tables or with other flags; name another folder")
         marks = parallel_map(content_mark, [shard.source for shard in self.shards])
         for shard, mark in zip(self.shards, marks):
             name = shard.target.name
             if known["shards"].get(name, mark) != mark:
-                raise ValueError(
-                    f"--out {out}: its {name} is made from another shard than {shard.source}; name another"
-                )
+                raise ValueError(f"{out}: its {name} is made from another shard than {shard.source}; name another")
             if name not in known["shards"] and shard.target.exists():
-                raise ValueError(f"--out {out}: holds {name}, which this command did not write; name another folder")
+                raise ValueError(f"{out}: holds {name}, which this command did not write; name another folder")
             known["shards"][name] = mark
-        made_from = sorted(map(content_mark, tables))
-        if known["tables"] not in (None, made_from):
-            raise ValueError(f"--out {out}: made from other tables; name another folder")
-        write_json(path, {"shards": known["shards"], "tables": made_from})
+        write_json(path, known)
 
     def done(self, shard: Shard) -> dict | None:
         """Returns the counts of a shard that the same command has written; None if it has not."""

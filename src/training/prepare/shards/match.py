@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from training.prepare.rows import TableRows, cell_name, cell_texts
-from training.prepare.tables.columns import HASH, KEY, URL
+from training.prepare.tables.columns import KEY, URL
 from training.prepare.work import hash_text, progress
 from training.readers.columnar import ColumnarFile, may_hold_text
 from training.readers.files import IMAGE_SUFFIXES
@@ -23,7 +23,7 @@ from training.readers.table_files import table_files
 
 ROWS_AT_ONCE = 10_000
 # Text columns that are never captions.
-NOT_CAPTIONS = (URL, KEY, HASH, "status", "error_message", "exif", "sha256", "md5")
+NOT_CAPTIONS = (URL, KEY, "status", "error_message", "exif", "sha256", "md5", "url_hash")
 
 
 @dataclass(frozen=True)
@@ -115,24 +115,23 @@ def find_rows(tables: CaptionTables, wanted: np.ndarray, path: Path) -> tuple[in
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE names(name TEXT, owner TEXT, row INTEGER);"
             "CREATE TABLE captions(row INTEGER PRIMARY KEY, texts TEXT);"
         )
-        for part in progress(_parts(tables), None, "reading tables", "part"):
-            good = [(number, cells) for number, cells in enumerate(part, num_rows) if cells is not None]
-            num_rows += len(part)
-            num_malformed += len(part) - len(good)
+        for batch in progress(_batches(tables), None, "reading tables", "batch"):
+            good = [(number, cells) for number, cells in enumerate(batch, num_rows) if cells is not None]
+            num_rows += len(batch)
+            num_malformed += len(batch) - len(good)
             _keep(base, tables, good, wanted)
         base.execute("CREATE INDEX by_name ON names(name)")
         base.commit()
     return num_rows, num_malformed
 
 
-def _parts(tables: CaptionTables) -> Iterator[list[tuple | None]]:
+def _batches(tables: CaptionTables) -> Iterator[list[tuple | None]]:
     """Yields a few rows at a time, as the cells of the match column and of all caption columns."""
     for table in tables.tables:
         columns = [name for name in tables.columns if name in table.names]
-        places = {name: place for place, name in enumerate(columns, start=1)}
         rows = table.read([tables.match, *columns])
-        while part := list(islice(rows, ROWS_AT_ONCE)):
-            yield [cells and (cells[0], {name: cells[place] for name, place in places.items()}) for cells, _ in part]
+        while batch := list(islice(rows, ROWS_AT_ONCE)):
+            yield [cells and (cells[0], dict(zip(columns, cells[1:]))) for cells, _ in batch]
 
 
 def _keep(base: sqlite3.Connection, tables: CaptionTables, rows: list, wanted: np.ndarray) -> None:
