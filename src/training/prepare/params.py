@@ -26,12 +26,7 @@ class _WithDefaults(argparse.HelpFormatter):
     """Adds the default of a flag to its help, unless that says it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        has_default = (
-            action.option_strings
-            and action.default is not None
-            and action.default is not False
-            and action.default != []
-        )
+        has_default = action.option_strings and action.nargs != 0 and action.default not in (None, [])
         return f"{action.help} (default: %(default)s)" if has_default and "default" not in action.help else action.help
 
 
