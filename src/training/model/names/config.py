@@ -6,7 +6,6 @@ unchanged.
 """
 
 import difflib
-import json
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import open_clip
 import timm
 
-from training.model.names.files import downloading
+from training.model.names.files import downloading, read_json
 from training.model.names.transformers_clip import CLIP_VOCABULARY, HF, find_folder, read_config
 
 LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
@@ -138,10 +137,7 @@ def read_config_file(path: Path) -> dict:
     if not path.is_file():
         flag = f"--model {LOCAL_DIR}{path.parent}" if path.name == CONFIG_FILE else f"--model-config {path}"
         raise FileNotFoundError(f"{flag}: no {path.name} in {path.parent}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: broken JSON ({error})") from error
+    content = read_json(path)
     needed = {"embed_dim", "vision_cfg", "text_cfg"}
     if isinstance(content, dict) and needed <= set(content):
         content = {"model_cfg": content, "preprocess_cfg": content.pop("preprocess_cfg", {})}

@@ -4,7 +4,6 @@ The conversion is exact, so training, corner tokens and export work as they do f
 is never run.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from training.model.names.files import downloading, find_weights
+from training.model.names.files import downloading, find_weights, read_json
 
 HF = "hf:"
 FAMILIES = ("clip", "siglip")
@@ -54,8 +53,8 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"--model {HF}{folder}: no config.json in this folder")
-    content = _json(path)
-    kind = content.get("model_type")
+    content = read_json(path)
+    kind = content.get("model_type") if isinstance(content, dict) else None
     if kind not in FAMILIES:
         raise ValueError(_refusal(folder, kind, content))
     from transformers import CLIPConfig, SiglipConfig
@@ -97,14 +96,6 @@ def _refusal(folder: Path, kind: str | None, content: dict) -> str:
             "(docs/models.md shows how for FG-CLIP, jina-clip and LLM2CLIP), and give them with --features"
         )
     return f"{reason}; for a folder in open_clip's format use --model local-dir:"
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: broken JSON ({error})") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _ratio(config: object) -> float:
@@ -176,7 +167,7 @@ def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
     found = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            content = _json(folder / name)
+            content = read_json(folder / name)
             found |= content.get("image_processor", content)
     crops = found.get("do_center_crop", clip)
     edge = _edge(found.get("size", image_size))

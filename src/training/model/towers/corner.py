@@ -89,13 +89,13 @@ def corner_places(corners: Sequence[bool], num_corners: int) -> tuple[list[int],
     Returns:
         For each corner the index of its [CLS], and its own index.
     """
-    cls, own, start = [], [], 0
+    cls, corner, start = [], [], 0
     for has_corners in corners:
         count = num_corners if has_corners else 0
         cls += [start] * count
-        own += range(start + 1, start + 1 + count)
+        corner += range(start + 1, start + 1 + count)
         start += 1 + count
-    return cls, own
+    return cls, corner
 
 
 def cosine_with_cls(text_features: torch.Tensor, places: tuple[list[int], list[int]]) -> torch.Tensor:
@@ -109,8 +109,8 @@ def cosine_with_cls(text_features: torch.Tensor, places: tuple[list[int], list[i
         A scalar without a gradient.
     """
     features = text_features.detach().unbind(1)  # an index made of a list would be copied to the device and waited for
-    cls, own = (torch.stack([features[place] for place in side], dim=1) for side in places)
-    return (cls * own).sum(dim=-1).mean()
+    cls, corner = (torch.stack([features[place] for place in side], dim=1) for side in places)
+    return (cls * corner).sum(dim=-1).mean()
 
 
 def features_of_captions(features: torch.Tensor, batch: int) -> torch.Tensor:

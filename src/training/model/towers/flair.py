@@ -70,10 +70,10 @@ def conditioned_scores(
     num_texts = min(queries.shape[1], max_pairs)
     num_images = max(1, max_pairs // num_texts)
     rows = []
-    for own_queries, own_patches in zip(queries.split(num_images), patches.split(num_images)):
+    for texts, images in zip(queries.split(num_images), patches.split(num_images)):
         blocks = []
-        for block in own_queries.split(num_texts, dim=1):
-            pooled = normalize(pooling(block, own_patches).float(), dim=-1)
+        for block in texts.split(num_texts, dim=1):
+            pooled = normalize(pooling(block, images).float(), dim=-1)
             blocks.append((pooled * normalize(block.float(), dim=-1)).sum(dim=-1))
         rows.append(torch.cat(blocks, dim=1))
     return torch.cat(rows)

@@ -39,11 +39,8 @@ class TextEncoder:
 
     def packed_features(self, captions: Captions) -> torch.Tensor:
         """Features [n, m + 1, dim] of captions arranged by `packing.CaptionArranger`, in their original order."""
-        if self.joined_features is not None:
-            features = self.joined_features(captions.buckets)
-        else:
-            features = torch.cat([self.features(ids) for ids in captions.buckets])
-        return features.index_select(0, captions.index)
+        join = self.joined_features or (lambda buckets: torch.cat([self.features(ids) for ids in buckets]))
+        return join(captions.buckets).index_select(0, captions.index)
 
 
 def text_encoder(model: nn.Module) -> TextEncoder:

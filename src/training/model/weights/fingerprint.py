@@ -42,10 +42,10 @@ def _settings(module: nn.Module, leave_out: str | None) -> Iterator[tuple[str, o
     for name, part in module.named_modules():
         if (leave_out and f"{name}.".startswith(leave_out)) or "Drop" in type(part).__name__:
             continue
-        own = {key: _plain(value) for key, value in vars(part).items() if _counts(key)}
+        settings = {key: _plain(value) for key, value in vars(part).items() if _counts(key)}
         if hasattr(getattr(part, "config", None), "to_dict"):  # of transformers
-            own["config"] = {k: _plain(v) for k, v in part.config.to_dict().items() if _counts(k)}
-        yield name, [type(part).__qualname__, {key: value for key, value in own.items() if value != ""}]
+            settings["config"] = {k: _plain(v) for k, v in part.config.to_dict().items() if _counts(k)}
+        yield name, [type(part).__qualname__, {key: value for key, value in settings.items() if value != ""}]
 
 
 def _counts(key: str) -> bool:

@@ -1,42 +1,31 @@
 """Converts weights of CLIP and SigLIP between transformers' and open_clip's names. The tables serve both directions."""
 
-from collections.abc import Sequence
-
 import torch
 
 _QKV = ("q", "k", "v")
-# transformers' name -> open_clip's name. open_clip stores the linear maps in _TRANSPOSED as [in, out].
-_TEXT = (
-    ("text_model.embeddings.token_embedding.", "token_embedding."),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.final_layer_norm.", "ln_final."),
-    ("text_model.encoder.layers.", "transformer.resblocks."),
+# Beginnings of names: transformers', open_clip's with CLIP's towers, open_clip's with SigLIP's.
+_THEIRS, _CLIP, _SIGLIP = range(3)
+_NAMES = (
+    ("text_model.embeddings.token_embedding.", "token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks.", "transformer.resblocks."),
+    ("text_projection.weight", "text_projection", None),
+    ("text_model.head.", None, "text_projection."),
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding", None),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1.", "visual.trunk.patch_embed.proj."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding", "visual.trunk.pos_embed"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre.", None),
+    ("vision_model.post_layernorm.", "visual.ln_post.", "visual.trunk.norm."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks.", "visual.trunk.blocks."),
+    ("visual_projection.weight", "visual.proj", None),
+    ("vision_model.head.probe", None, "visual.trunk.attn_pool.latent"),
+    ("vision_model.head.attention.in_proj_", None, "visual.trunk.attn_pool.in_proj_"),
+    ("vision_model.head.attention.out_proj.", None, "visual.trunk.attn_pool.proj."),
+    ("vision_model.head.layernorm.", None, "visual.trunk.attn_pool.norm."),
+    ("vision_model.head.mlp.", None, "visual.trunk.attn_pool.mlp."),
 )
-_CLIP = (
-    *_TEXT,
-    ("text_projection.weight", "text_projection"),
-    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
-    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
-    ("vision_model.post_layernorm.", "visual.ln_post."),
-    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-    ("visual_projection.weight", "visual.proj"),
-)
-_TRANSPOSED = ("text_projection", "visual.proj")
-_SIGLIP = (
-    *_TEXT,
-    ("text_model.head.", "text_projection."),
-    ("vision_model.embeddings.patch_embedding.", "visual.trunk.patch_embed.proj."),
-    ("vision_model.embeddings.position_embedding.weight", "visual.trunk.pos_embed"),
-    ("vision_model.post_layernorm.", "visual.trunk.norm."),
-    ("vision_model.encoder.layers.", "visual.trunk.blocks."),
-    ("vision_model.head.probe", "visual.trunk.attn_pool.latent"),
-    ("vision_model.head.attention.in_proj_", "visual.trunk.attn_pool.in_proj_"),
-    ("vision_model.head.attention.out_proj.", "visual.trunk.attn_pool.proj."),
-    ("vision_model.head.layernorm.", "visual.trunk.attn_pool.norm."),
-    ("vision_model.head.mlp.", "visual.trunk.attn_pool.mlp."),
-)
+_TRANSPOSED = ("text_projection", "visual.proj")  # open_clip stores these linear maps as [in, out]
 _LAYER = (  # transformers, open_clip, timm
     (".self_attn.out_proj.", ".attn.out_proj.", ".attn.proj."),
     (".self_attn.qkv.", ".attn.in_proj_", ".attn.qkv."),
@@ -59,14 +48,13 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         state: weights of `CLIPModel` or `SiglipModel`; not changed.
     """
     siglip = "vision_model.head.probe" in state
-    table = _SIGLIP if siglip else _CLIP
     state = {key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")}
     for key in [key for key in state if ".self_attn.q_proj." in key]:
         parts = [state.pop(key.replace("q_proj", f"{part}_proj")) for part in _QKV]
         state[key.replace("q_proj", "qkv")] = torch.cat(parts)
     result = {}
     for key, value in state.items():
-        name = _renamed(key, table)
+        name = _renamed(key, _THEIRS, _SIGLIP if siglip else _CLIP)
         result[name] = value.T.contiguous() if name in _TRANSPOSED else value
     if siglip:
         _convert_pooling(result)
@@ -82,7 +70,7 @@ def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     result = {}
     for key, value in state.items():
         key = key.removeprefix("text.")
-        name = _renamed(key, _CLIP, forward=False)
+        name = _renamed(key, _CLIP, _THEIRS)
         value = value.T.contiguous() if key in _TRANSPOSED else value
         if ".self_attn.qkv." in name:
             for part, rows in zip(_QKV, value.chunk(3)):
@@ -92,14 +80,14 @@ def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _renamed(key: str, table: Sequence[tuple[str, str]], forward: bool = True) -> str:
-    for theirs, ours in table:
-        old, new = (theirs, ours) if forward else (ours, theirs)
-        if key.startswith(old):
+def _renamed(key: str, source: int, target: int) -> str:
+    for names in _NAMES:
+        old, new = names[source], names[target]
+        if old and new and key.startswith(old):
             rest = key.removeprefix(old)
-            for names in _LAYER if theirs.endswith("layers.") else ():
-                part = names[0], names[2 if "trunk" in ours else 1]
-                rest = rest.replace(*(part if forward else part[::-1]))
+            last = 2 if "trunk" in old + new else 1  # column of open_clip's names within a layer
+            for words in _LAYER if old.endswith((".layers.", ".resblocks.")) else ():
+                rest = rest.replace(words[min(source, last)], words[min(target, last)])
             return new + rest
     return key
 
