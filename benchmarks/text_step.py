@@ -59,7 +59,7 @@ def run(setting: Setting) -> Iterator[Figure]:
         yield largest_that_fits(partial(_figure, name, num_long, tower, dtype, rate, setting), size)
     if not setting.on_gpu:
         rate = matrix_rate(setting, torch.bfloat16)
-        yield _figure("text_step_bf16", 1, tower, torch.bfloat16, rate, setting, setting.pick(4, 32, 1024))
+        yield _figure("text_step_bf16", 1, tower, torch.bfloat16, rate, setting, setting.pick(2, 32, 1024))
 
 
 def _figure(
