@@ -13,6 +13,7 @@ from training.readers.files import parallel_map, read_json, require_dir, text_fi
 from training.readers.sentences import normalise_caption
 
 PROTOCOLS = {"dci/short+extra": {7805: ()}, "dci/extra-lower": {7805: ()}, "long-dci": {7602: ()}}
+TITLES = dict(zip(PROTOCOLS, ("DCI", "DCI extra-lower", "Long-DCI")))
 SPLIT_SIZES = [98, 108, 7599]
 FLAG = "--dci-retrieval"
 SOURCE = "see DCI in EVAL_DATASETS.md: annotations from the DCI release, photos from SA-1B's archive sa_000138"
@@ -41,12 +42,10 @@ def read_dci(root: str | Path, protocol: str = "dci/short+extra") -> RetrievalSe
     if protocol == "long-dci":
         paths = sorted(p for p in (base / "annotations").glob("*.json") if not p.name.startswith("."))
     rows = parallel_map(lambda path: _read_annotation(path, protocol), paths)
-    title = {"dci/short+extra": "DCI", "dci/extra-lower": "DCI extra-lower", "long-dci": "Long-DCI"}[protocol]
     return one_caption_per_image(
-        f"{title.lower().replace(' ', '-')}-retrieval",
-        title,
+        f"{TITLES[protocol].lower().replace(' ', '-')}-retrieval",
+        TITLES[protocol],
         [(base / "photos" / row[0], row[1]) for row in rows if row and (row[1] or protocol != "long-dci")],
-        num_published=max(PROTOCOLS[protocol]),
         official=PROTOCOLS[protocol],
         fault=f"splits of {sizes} items" if protocol != "long-dci" and sizes != SPLIT_SIZES else "",
         missing=tuple(f"{path}: no such annotation" for path, row in zip(paths, rows) if not row),

@@ -42,17 +42,16 @@ def read_docci(root: str | Path, sentences: bool = False) -> list[RetrievalSet]:
         raise ValueError(f"{path}: no row of split 'test'; {SOURCE}")
     fault = "" if all(image.name.startswith("test_") for image, _ in rows) else "images of another split"
     whole = [(image, normalise_caption(text)) for image, text in rows]
-    given = {"num_published": NUM_IMAGES, "official": PROTOCOLS["docci/test"], "protocol": "docci/test"}
-    sets = [one_caption_per_image("docci-retrieval", "DOCCI", whole, source=SOURCE, fault=fault, **given)]
+    given = {"source": SOURCE, "fault": fault, "official": PROTOCOLS["docci/test"], "protocol": "docci/test"}
+    sets = [one_caption_per_image("docci-retrieval", "DOCCI", whole, **given)]
     if sentences:
-        parts = [(image, own) for image, text in rows if (own := split_caption(text))]
-        number = sum(len(own) for _, own in parts)
+        pieces = [(image, captions) for image, text in rows if (captions := split_caption(text))]
+        number = sum(len(captions) for _, captions in pieces)  # follows from the descriptions
         if len(rows) != NUM_IMAGES:
             fault = f"sentences of {len(rows):,} images instead of {NUM_IMAGES:,}"
-        # The number of sentences follows from the descriptions.
-        given = {"num_published": None if fault else number, "official": {number: ()}, "protocol": "docci/sentences"}
-        key, title = "docci-sentences-retrieval", "DOCCI sentences"
-        sets.append(several_captions_per_image(key, title, parts, source=SOURCE, fault=fault, **given))
+        given |= {"fault": fault, "official": {number: ()}, "protocol": "docci/sentences"}
+        given["num_published"] = None if fault else number
+        sets.append(several_captions_per_image("docci-sentences-retrieval", "DOCCI sentences", pieces, **given))
     return sets
 
 

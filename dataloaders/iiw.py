@@ -7,12 +7,13 @@ IIW/dci/*.jpg        IIW/DCI_Test/data.jsonl     {"IIW": caption, "image": "sa_1
 
 from pathlib import Path
 
-from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
+from dataloaders.pairs import RetrievalSet, several_captions_per_image
 from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 from training.readers.files import read_json_lines, require_dir, text_field
 from training.readers.sentences import normalise_caption, split_caption
 
 PROTOCOLS = {"iiw/612": {612: ("e5f6a068fe47a46c",)}, "iiw/sentences": {6216: ("e7a8c3df5fb350c3",)}}
+TITLES = dict(zip(PROTOCOLS, ("IIW", "IIW sentences")))
 FLAG = "--iiw-retrieval"
 SOURCE = "python -m dataloaders.prepare iiw; see IIW in EVAL_DATASETS.md"
 # Subset of google/imageinwords -> image folder, in the published order.
@@ -34,28 +35,17 @@ def read_iiw(root: str | Path, annotations: str | Path | None = None, protocol: 
         FileNotFoundError, ValueError: an annotation file is missing, broken or has an unexpected structure.
     """
     root = require_dir(root, FLAG)
-    pairs = [
-        (root / folder / image, caption)
+    captions_of = split_caption if protocol == "iiw/sentences" else lambda text: [normalise_caption(text)]
+    rows = [
+        (root / folder / image, captions)
         for subset, folder in SUBSETS.items()
-        for image, caption in read_iiw_subset(annotations or root, subset)
+        for image, text in read_iiw_subset(annotations or root, subset)
+        if (captions := captions_of(text))
     ]
-    if protocol == "iiw/sentences":
-        rows = [(image, own) for image, caption in pairs if (own := split_caption(caption))]
-        return several_captions_per_image(
-            "iiw-sentences-retrieval",
-            "IIW sentences",
-            rows,
-            num_published=max(PROTOCOLS[protocol]),
-            official=PROTOCOLS[protocol],
-            source=SOURCE,
-            protocol=protocol,
-        )
-    pairs = [(image, normalise_caption(caption)) for image, caption in pairs]
-    return one_caption_per_image(
-        "iiw-retrieval",
-        "IIW",
-        pairs,
-        num_published=max(PROTOCOLS[protocol]),
+    return several_captions_per_image(
+        f"{TITLES[protocol].lower().replace(' ', '-')}-retrieval",
+        TITLES[protocol],
+        rows,
         official=PROTOCOLS[protocol],
         source=SOURCE,
         protocol=protocol,

@@ -36,9 +36,9 @@ def read_imagenet(root: str | Path, prompts: str | Path | None = None) -> Classi
         raise ValueError(
             f"--imagenet-val {root}: all images are in one folder; sort them into a folder per class, {SOURCE}"
         )
-    paths, labels = _read_classes(root, numbers, "--imagenet-val", "a WordNet id such as n01440764")
-    texts = read_prompts(prompts) if prompts else None
-    return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", paths, labels, NUM_VAL, SOURCE, texts)
+    images = _read_classes(root, numbers, "--imagenet-val", "a WordNet id such as n01440764")
+    texts = prompts and read_prompts(prompts)
+    return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", *images, NUM_VAL, SOURCE, texts)
 
 
 def read_imagenet_v2(root: str | Path, prompts: str | Path | None = None) -> ClassificationSet:
@@ -54,9 +54,9 @@ def read_imagenet_v2(root: str | Path, prompts: str | Path | None = None) -> Cla
     root = require_dir(root, "--imagenet-v2")
     root = next((root / name for name in V2_FOLDERS if (root / name).is_dir()), root)
     numbers = {str(number): number for number in range(NUM_CLASSES)}
-    paths, labels = _read_classes(root, numbers, "--imagenet-v2", "a number from 0 to 999")
-    texts = read_prompts(prompts) if prompts else None
-    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", paths, labels, NUM_V2, SOURCE, texts)
+    images = _read_classes(root, numbers, "--imagenet-v2", "a number from 0 to 999")
+    texts = prompts and read_prompts(prompts)
+    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", *images, NUM_V2, SOURCE, texts)
 
 
 def read_prompts(path: str | Path) -> ClassTexts:
@@ -101,12 +101,13 @@ def _read_classes(root: Path, numbers: dict[str, int], flag: str, named: str) ->
     if not names:
         raise ValueError(f"{flag} {root}: expected a folder per class, named by {named}; found no such folder")
     files = parallel_map(lambda name: sorted(os.listdir(root / name), key=natural_key), names)
-    found = [(root / n / f, numbers[n]) for n, own in zip(names, files) for f in own if _is_image(f)]
+    found = [
+        (root / name / file, numbers[name])
+        for name, in_folder in zip(names, files)
+        for file in in_folder
+        if file.lower().endswith(SUFFIXES) and not file.startswith(".")  # macOS leaves ._1.JPEG beside 1.JPEG
+    ]
     return tuple(path for path, _ in found), tuple(label for _, label in found)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")  # macOS leaves ._1.JPEG beside 1.JPEG
 
 
 def _wordnet_ids() -> list[str]:

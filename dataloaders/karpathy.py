@@ -8,66 +8,64 @@ or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]
 
 import argparse
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dataloaders.pairs import OfficialLists, RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
-from training.readers.files import first_present, read_json, require_dir, text_field
+from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols, destination
+from training.readers.files import file_identity, parallel_map, read_json, require_dir, text_field
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
 SPLITS = ("test", "val")
-VAL2017 = "coco/val2017"
+VAL2017 = "annotations/captions_val2017.json"
 UNVERIFIED = "a list without Karpathy's splits"
 
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """What differs between COCO and Flickr30k: names, usual file locations, image counts and protocols by split.
+    """What differs between COCO and Flickr30k: names, usual file locations and protocols.
 
     Attributes:
-        num_images: number of images by split.
         num_listed: number of images of all splits in Karpathy's file.
+        protocols: split -> (name of its protocol, number of its images).
     """
 
     key: str
     title: str
-    flag: str
     annotations: tuple[str, ...]
     folders: tuple[str, ...]
-    num_images: dict[str, int]
     num_listed: int
-    protocols: dict[str, str]
+    protocols: dict[str, tuple[str, int]]
     source: str
+
+    @property
+    def flag(self) -> str:
+        """The flag that names its folder."""
+        return f"--{self.key}-retrieval"
 
     @property
     def official(self) -> dict[str, OfficialLists]:
         """The official lists of each protocol."""
-        lists = {name: {NUM_CAPTIONS * self.num_images[split]: ()} for split, name in self.protocols.items()}
-        return lists | ({VAL2017: {NUM_CAPTIONS * 5000: ()}} if self.key == "coco" else {})
+        return {name: {NUM_CAPTIONS * number: ()} for name, number in self.protocols.values()}
 
 
 COCO = _Benchmark(
     "coco",
     "COCO",
-    "--coco-retrieval",
-    ("dataset_coco.json", "annotations/dataset_coco.json", "annotations/captions_val2017.json"),
+    ("dataset_coco.json", "annotations/dataset_coco.json", VAL2017),
     ("", "images"),
-    {"test": 5000, "val": 5000},
     123_287,
-    {"test": "coco/karpathy", "val": "coco/karpathy-val"},
+    {"test": ("coco/karpathy", 5000), "val": ("coco/karpathy-val", 5000), "val2017": ("coco/val2017", 5000)},
     "see COCO in EVAL_DATASETS.md: Karpathy's dataset_coco.json and val2014.zip",
 )
 FLICKR30K = _Benchmark(
     "flickr30k",
     "Flickr30k",
-    "--flickr30k-retrieval",
     ("dataset_flickr30k.json", "annotations/dataset_flickr30k.json", "flickr30k_test.json"),
     ("flickr30k-images", "flickr30k_images", "images", "Images", ""),
-    {"test": 1000, "val": 1014, "all": 31_014},
     31_014,
-    {"test": "flickr30k/test", "val": "flickr30k/val", "all": "flickr30k/all"},
+    {"test": ("flickr30k/test", 1000), "val": ("flickr30k/val", 1014), "all": ("flickr30k/all", 31_014)},
     "see Flickr30k in EVAL_DATASETS.md: Karpathy's dataset_flickr30k.json and the images of the Illinois group",
 )
 
@@ -81,23 +79,21 @@ def read_karpathy(
         which: `COCO` or `FLICKR30K`.
         root: folder with the images, in one of the usual layouts.
         annotations: the list of captions; if None, it is searched for below the root.
-        split: ``test`` or ``val`` (Karpathy's splits), or ``all`` images; a list without splits is read completely.
+        split: ``test`` or ``val`` (Karpathy's splits), ``all`` images, or ``val2017`` of COCO; a list without splits is
+            read completely.
 
     Raises:
         FileNotFoundError, ValueError: the list is missing or broken, or has no image of this split.
     """
     root = require_dir(root, which.flag)
-    path = _find_annotations(which, root, annotations)
+    path = _find_annotations(which, root, annotations or (root / VAL2017 if split == "val2017" else None))
     content = read_json(path)
-    key, title, expected = which.key, which.title, which.num_images[split]
-    protocol, fault = which.protocols[split], ""
+    name, protocol, fault = "" if split == "test" else split, which.protocols[split][0], ""
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         rows = _official_rows(content, path)
-        protocol = f"{key}/{_official_name(path)}"
         # These are not the images of Karpathy's test split, so they need another name.
-        key, title, expected = f"{key}-{_official_name(path)}", f"{title} {_official_name(path)}", None
-        if _official_name(path) == "val2017":
-            expected = 5000
+        name = _official_name(path)
+        protocol = f"{which.key}/{name}"
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
         rows = _karpathy_rows(content["images"], path, split)
         if len(content["images"]) != which.num_listed:
@@ -108,17 +104,13 @@ def read_karpathy(
         raise ValueError(
             f"{path}: expected Karpathy's {{'images': [..]}}, COCO's annotations or a list; {which.source}"
         )
-    if split != "test" and key == which.key:
-        key, title = f"{key}-{split}", f"{title} {split}"
     if not rows:
         raise ValueError(f"{path}: no image of split {split!r}; {which.source}")
-    images = first_present([_candidates(which, root, name) for name, _ in rows])
-    captions = [own[:NUM_CAPTIONS] for _, own in rows]
+    images = parallel_map(_first_present, [_candidates(which, root, image) for image, _ in rows])
     return several_captions_per_image(
-        f"{key}-retrieval",
-        title,
-        list(zip(images, captions)),
-        num_published=expected and expected * NUM_CAPTIONS,
+        f"{which.key}-{name}-retrieval" if name else f"{which.key}-retrieval",
+        f"{which.title} {name}".rstrip(),
+        [(image, captions[:NUM_CAPTIONS]) for image, (_, captions) in zip(images, rows)],
         source=which.source,
         protocol=protocol,
         official=which.official.get(protocol),
@@ -131,13 +123,18 @@ def _find_annotations(which: _Benchmark, root: Path, annotations: str | Path | N
         if not Path(annotations).is_file():
             raise FileNotFoundError(f"--{which.key}-anno {annotations}: no such file; {which.source}")
         return Path(annotations)
-    for name in which.annotations:
-        if (root / name).is_file():
-            return root / name
-    raise FileNotFoundError(
-        f"{which.flag} {root}: found none of {', '.join(which.annotations)}; name the list of captions with "
-        f"--{which.key}-anno, {which.source}"
-    )
+    found = next((root / name for name in which.annotations if (root / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{which.flag} {root}: found none of {', '.join(which.annotations)}; name the list of captions with "
+            f"--{which.key}-anno, {which.source}"
+        )
+    return found
+
+
+def _first_present(paths: list[Path]) -> Path:
+    """Returns the first path of a file; if there is none, the first path."""
+    return next((path for path in paths if file_identity(path) is not None), paths[0])
 
 
 def _karpathy_rows(items: list, path: Path, split: str) -> list[tuple[str, list[str]]]:
@@ -145,14 +142,13 @@ def _karpathy_rows(items: list, path: Path, split: str) -> list[tuple[str, list[
     rows = []
     for number, item in enumerate(items):
         where = f"{path} image {number}"
-        if text_field(item, "split", where) != split and split != "all":
+        if split not in (text_field(item, "split", where), "all"):
             continue
-        name = text_field(item, "filename", where)
         sentences = item.get("sentences")
         if not isinstance(sentences, list) or not sentences:
             raise ValueError(f"{where}: expected a list under 'sentences'")
-        folder = item.get("filepath")
-        rows.append((f"{folder}/{name}" if folder else name, [text_field(s, "raw", where) for s in sentences]))
+        name = "/".join(filter(None, (item.get("filepath"), text_field(item, "filename", where))))
+        rows.append((name, [text_field(sentence, "raw", where) for sentence in sentences]))
     return rows
 
 
@@ -198,36 +194,25 @@ def _candidates(which: _Benchmark, root: Path, name: str) -> list[Path]:
 SPLIT = Option("--karpathy-split", "split of COCO and Flickr30k (default: %(default)s)", default="test", choices=SPLITS)
 
 
-def _read_chosen(which: _Benchmark, args: argparse.Namespace, root: str, annotations: str | None) -> list[RetrievalSet]:
+def _read_chosen(which: _Benchmark, args: argparse.Namespace) -> list[RetrievalSet]:
     """Reads the protocols that ``--protocol`` names; without one, the split of ``--karpathy-split``."""
-    by_split = which.protocols[args.karpathy_split]
-    sets = []
-    for protocol in chosen_protocols(args, list(dict.fromkeys([by_split, *which.official]))):
-        if protocol == VAL2017:
-            sets.append(
-                read_karpathy(which, root, annotations or Path(root) / "annotations" / "captions_val2017.json", "test")
-            )
-        else:
-            split = next(split for split, name in which.protocols.items() if name == protocol)
-            sets.append(read_karpathy(which, root, annotations, split))
-    return sets
+    root, annotations = getattr(args, destination(which.flag)), getattr(args, f"{which.key}_anno")
+    split_of = {name: split for split, (name, _) in which.protocols.items()}
+    by_split = which.protocols[args.karpathy_split][0]
+    chosen = chosen_protocols(args, list(dict.fromkeys([by_split, *split_of])))
+    return [read_karpathy(which, root, annotations, split_of[name]) for name in chosen]
 
 
-def _declare(which: _Benchmark, order: int, read: Callable[[argparse.Namespace], list[RetrievalSet]]) -> Benchmark:
-    annotations = Option(
-        f"--{which.key}-anno",
-        f"dataset_{which.key}.json (default: searched for in DIR)",
-        metavar="FILE",
-        aliases=("--anno",),
-    )
+def _declare(which: _Benchmark, order: int) -> Benchmark:
+    help = f"dataset_{which.key}.json (default: searched for in DIR)"
     return Benchmark(
         which.key,
         which.flag,
         f"{which.title}: folder with images and captions",
-        read,
+        partial(_read_chosen, which),
         group="short",
         order=order,
-        options=(annotations, SPLIT),
+        options=(Option(f"--{which.key}-anno", help, metavar="FILE"), SPLIT),
         protocols=which.official,
         tree=Tree(which.key, which.annotations),
         suites=("short",),
@@ -235,7 +220,4 @@ def _declare(which: _Benchmark, order: int, read: Callable[[argparse.Namespace],
     )
 
 
-BENCHMARKS = (
-    _declare(COCO, 10, lambda args: _read_chosen(COCO, args, args.coco_retrieval, args.coco_anno)),
-    _declare(FLICKR30K, 20, lambda args: _read_chosen(FLICKR30K, args, args.flickr30k_retrieval, args.flickr30k_anno)),
-)
+BENCHMARKS = (_declare(COCO, 10), _declare(FLICKR30K, 20))

@@ -7,17 +7,101 @@ Captions are left unchanged, unless the rule of the long benchmarks is chosen.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dataloaders.own_set import CAPTION_KEYS, CAPTION_LINES, CAPTION_LISTS, CAPTION_RULE, as_set, present_keys
-from dataloaders.pairs import RetrievalSet
-from dataloaders.registry import Benchmark
+from dataloaders.pairs import RetrievalSet, several_captions_per_image
+from dataloaders.registry import Benchmark, Option
+from dataloaders.values import names
 from training.readers.captions import caption_texts, read_record
-from training.readers.files import ShardMember
-from training.readers.samples import BrokenShardError, RawSample, read_samples
+from training.readers.files import IMAGE_SUFFIXES, ShardMember, naming
+from training.readers.samples import OF_ONE_SAMPLE, SEVERAL_LINES, TEXT_SUFFIXES, RawSample, read_samples
+from training.readers.sentences import normalise_caption
 from training.readers.streams import expand_shards, is_local, local_copy
-from training.readers.tar import TEXT_SUFFIXES
+
+CAPTION_RULES = ("raw", "long")
+CAPTION_KEYS = Option(
+    "--retrieval-caption-keys",
+    "where the captions are: columns of the table, or keys in a shard's .json; all that exist are read (default: the "
+    "first of caption, raw_caption, txt, title, text, long_caption, conversations)",
+    metavar="KEYS",
+    default=("caption", "raw_caption", "txt", "title", "text", "long_caption", "conversations"),
+    type=names,
+    aliases=("--caption-keys",),
+)
+CAPTION_LISTS = Option(
+    "--caption-lists",
+    "alternatives: each text of a list is a caption; sentences: a list is one caption (default: %(default)s)",
+    default="alternatives",
+    choices=("alternatives", "sentences"),
+    of_training=True,
+)
+CAPTION_LINES = Option(
+    "--caption-lines",
+    "each line of a .txt is a caption of its own",
+    aliases=("--retrieval-caption-lines",),
+    of_training=True,
+)
+CAPTION_RULE = Option(
+    "--retrieval-caption-rule",
+    "raw: captions unchanged; long: split and joined as in the long benchmarks (default: %(default)s)",
+    default="raw",
+    choices=CAPTION_RULES,
+)
+CAPTION_OPTIONS = (CAPTION_KEYS, CAPTION_RULE, CAPTION_LISTS, CAPTION_LINES)
+
+
+def present_keys(keys: Sequence[str], present: Container[str]) -> list[str]:
+    """Returns the caption keys that a sample or table has; of the default ones only the first."""
+    found = [key for key in dict.fromkeys(keys) if key in present]
+    return found[:1] if keys == CAPTION_KEYS.default else found
+
+
+def captions_of(record: Mapping, keys: Sequence[str], lists: str, lines: bool, where: str) -> list[str]:
+    """Returns the captions of a sample or row under some keys, without empty ones.
+
+    Args:
+        record: key or column -> value.
+        keys: the keys or columns.
+        lists: see `caption_texts`.
+        lines: each line of a ``txt`` is a caption of its own.
+        where: what the message of an error begins with.
+
+    Raises:
+        ValueError: a value is no text, list of texts or conversation.
+    """
+    return [
+        text
+        for key in keys
+        for text in caption_texts(record.get(key), f"{where}, {key}", lists, lines and key == "txt")
+    ]
+
+
+def set_name(spec: str, files: Sequence[str | Path]) -> str:
+    """Returns the name of a set: that of a file, or of the folder or hub data set if it is that or a pattern."""
+    if spec.startswith("hf:"):
+        return spec.removeprefix("hf:").rstrip("/").rsplit("/", 1)[-1].split(":")[0]
+    if os.path.isdir(spec):
+        return Path(spec).resolve().name
+    first = str(files[0])
+    is_pattern = any(mark in spec for mark in "*?{") and not spec.startswith("pipe:") and not os.path.isfile(spec)
+    if len(files) > 1 or is_pattern:
+        return Path(first).resolve().parent.name
+    file = os.path.basename(first.removesuffix(" -").split()[-1] if first.startswith("pipe:") else first)
+    return file.split(".tar")[0] if ".tar" in file else os.path.splitext(file)[0]
+
+
+def as_set(name: str, pairs: Iterable[tuple], rule: str) -> RetrievalSet:
+    """Builds a retrieval set from a user's own pairs.
+
+    Args:
+        name: name of the set; the keys of its results begin with ``NAME-retrieval``.
+        pairs: (image, its captions) for each image.
+        rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
+    """
+    apply = normalise_caption if rule == "long" else str
+    pairs = [(image, [apply(text) for text in captions]) for image, captions in pairs]
+    return several_captions_per_image(f"{name}-retrieval", name, pairs, source="your own pairs")
 
 
 def read_shard_pairs(
@@ -38,64 +122,41 @@ def read_shard_pairs(
         FileNotFoundError, ValueError: a shard is missing or broken, or a sample lacks an image or a caption.
     """
     pairs, num_with_lines = [], 0
-    try:
+    with naming("--retrieval-wds"):
         urls = [url for part in shards.split("::") for url in expand_shards(part)]
         for url in urls:
             if is_local(url) and not os.path.exists(url):
                 raise FileNotFoundError(f"{url}: no such file")
             num_before, path = len(pairs), local_copy(url)
             for raw in read_samples(path, load=TEXT_SUFFIXES):
-                texts = _captions_of(raw, caption_keys, lists, lines, url)
-                num_with_lines += not lines and any("\n" in t for t in texts if raw.files.get("txt"))
+                try:
+                    record = read_record(raw.files)
+                    found = present_keys(caption_keys, record) or ["txt"]
+                    texts = captions_of(record, found, lists, lines, "key")
+                except ValueError as error:
+                    raise ValueError(f"{url}: sample {raw.key}: broken caption ({error})") from error
+                num_with_lines += not lines and "txt" in raw.files and any("\n" in text for text in texts)
                 pairs.append((_image_of(raw, path, texts, caption_keys, url), texts))
             if len(pairs) == num_before:
-                held = f"its {os.path.getsize(path):,} bytes" if is_local(path) else "it"
-                raise ValueError(f"{url}: no sample in {held}; fetch it again, or leave it out")
-    except (BrokenShardError, FileNotFoundError, ValueError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"--retrieval-wds {error}") from error
+                size = f"its {os.path.getsize(path):,} bytes" if is_local(path) else "it"
+                raise ValueError(f"{url}: no sample in {size}; fetch it again, or leave it out")
     if num_with_lines:
-        logging.warning(
-            f"--retrieval-wds {shards}: {num_with_lines:,} of {len(pairs):,} .txt files have several lines; each file "
-            "is one caption. If each line is a caption of its own, add --caption-lines"
-        )
-    return as_set(_name(shards, urls), pairs, rule)
-
-
-def _name(shards: str, urls: Sequence[str]) -> str:
-    """Returns the name of the set: the name of a single file, or of the folder that holds several."""
-    if urls == [shards]:
-        return Path(shards.split()[-2 if shards.endswith(" -") else -1]).name.split(".tar")[0]
-    return Path(urls[0]).parent.name if not is_local(urls[0]) else Path(urls[0]).parent.resolve().name
+        logging.warning(f"--retrieval-wds {shards}: {num_with_lines:,} of {len(pairs):,} samples have {SEVERAL_LINES}")
+    return as_set(set_name(shards, urls), pairs, rule)
 
 
 def _image_of(raw: RawSample, path: str, texts: list[str], keys: Sequence[str], url: str) -> ShardMember:
     """Returns the image of a sample; ValueError if an image or a caption is missing or can't be read."""
-    members = raw.members.members
     if raw.fault:
-        found = ", ".join(m.name for m in members.values() if m.kind in ("link", "sparse")) or raw.key
+        found = ", ".join(m.name for m in raw.members.values() if m.kind in ("link", "sparse")) or raw.key
         raise ValueError(f"{url}: {raw.fault}: {found}; pack it again: tar --hard-dereference -h, without -S")
-    image = raw.members.image
+    image = next((raw.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw.members), None)
     if image is None or not texts:
         raise ValueError(
-            f"{url}: sample {raw.key} lacks an image or a caption (found {', '.join(sorted(members))}; captions are "
-            f"read from .json under {', '.join(keys)}, see --retrieval-caption-keys, else from .txt). The files of a "
-            "sample must be next to each other in the tar: tar --sort=name"
+            f"{url}: sample {raw.key} lacks an image or a caption (found {', '.join(sorted(raw.members))}; captions "
+            f"are read from .json under {', '.join(keys)} (--retrieval-caption-keys), else .txt); {OF_ONE_SAMPLE}"
         )
     return ShardMember(Path(path) if is_local(path) else path, image.offset, image.size, image.name)
-
-
-def _captions_of(raw: RawSample, keys: Sequence[str], lists: str, lines: bool, url: str) -> list[str]:
-    try:
-        record = read_record(raw.files)
-        found = present_keys(keys, record) or ["txt"]
-        return [
-            text
-            for key in found
-            for text in caption_texts(record.get(key), f"key {key}", lists, lines and key == "txt")
-        ]
-    except ValueError as error:
-        raise ValueError(f"{url}: sample {raw.key}: broken caption ({error})") from error
 
 
 BENCHMARKS = (
@@ -115,6 +176,6 @@ BENCHMARKS = (
         group="own",
         metavar="TARS",
         order=20,
-        options=(CAPTION_KEYS, CAPTION_RULE, CAPTION_LISTS, CAPTION_LINES),
+        options=CAPTION_OPTIONS,
     ),
 )

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from dataloaders.own_set import CAPTION_KEYS, CAPTION_LISTS, CAPTION_RULE, as_set, present_keys
+from dataloaders import own_pairs
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark, Option
-from training.readers.captions import RecordError, caption_texts
-from training.readers.files import EmbeddedImage
+from training.readers.faults import BadSample
+from training.readers.files import EmbeddedImage, naming
 from training.readers.hub import local_spec
-from training.readers.table_files import COLUMNAR, beside, check_image_path, table_files
+from training.readers.table_files import COLUMNAR, check_image_path, table_files
 
 logger = logging.getLogger(__name__)
 FLAG = "--retrieval-table"
@@ -30,6 +30,7 @@ def read_table_pairs(
     rule: str,
     separator: str | None = None,
     lists: str = "alternatives",
+    lines: bool = False,
 ) -> RetrievalSet:
     """Reads pairs from tables.
 
@@ -41,82 +42,57 @@ def read_table_pairs(
         rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
         separator: separator of a CSV; see `choose_form`.
         lists: see `caption_texts`.
+        lines: each line of the ``.txt`` beside an image is a caption of its own.
 
     Raises:
         FileNotFoundError, ValueError: a file or a column is missing, a row lacks an image or a caption, a caption is
             not a text, or a row has too few or too many cells; the message names the row.
     """
-    try:
+    images: dict[object, Path | EmbeddedImage] = {}
+    captions: dict[object, list[str]] = {}
+    num_repeated = 0
+    with naming(FLAG):
         paths = table_files(local_spec(str(spec)))
-        if separator and all(path.suffix in COLUMNAR for path in paths):
-            raise ValueError(f"{paths[0]}: --csv-separator has no effect on it")
-        images: dict[object, Path | EmbeddedImage] = {}
-        captions: dict[object, list[str]] = {}
-        num_repeated = 0
         for path in paths:
-            for mark, image, texts in _pairs(path, image_column, caption_keys, separator, lists):
-                num_repeated += mark in images and mark is not image
-                images.setdefault(mark, image)
-                captions.setdefault(mark, []).extend(texts)
-    except (ValueError, OSError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{FLAG} {error}") from error
+            for key, image, texts in _pairs(path, image_column, caption_keys, separator, lists, lines):
+                num_repeated += key in images and key is not image
+                images.setdefault(key, image)
+                captions.setdefault(key, []).extend(texts)
     if num_repeated:
         logger.warning(
             f"{FLAG} {spec}: {num_repeated:,} rows hold the same bytes as the image of an earlier row; their captions "
             f"are further captions of that image, so there are {len(images):,} images"
         )
-    pairs = [(images[mark], texts) for mark, texts in captions.items()]
-    return as_set(_name(str(spec), paths), pairs, rule)
-
-
-def _name(spec: str, paths: Sequence[Path]) -> str:
-    """Returns the name of the set: the name of a single file, or of the folder that holds several."""
-    if spec.startswith("hf:"):
-        return spec.removeprefix("hf:").rstrip("/").rsplit("/", 1)[-1].split(":")[0]
-    if len(paths) == 1 and not Path(spec).is_dir():
-        return paths[0].stem
-    return (Path(spec) if Path(spec).is_dir() else paths[0].parent).resolve().name
+    pairs = [(images[key], texts) for key, texts in captions.items()]
+    return own_pairs.as_set(own_pairs.set_name(str(spec), paths), pairs, rule)
 
 
 def _pairs(
-    path: Path, image_column: str | None, caption_keys: Sequence[str], separator: str | None, lists: str
+    path: Path, image_column: str | None, caption_keys: Sequence[str], separator: str | None, lists: str, lines: bool
 ) -> Iterator[tuple[object, Path | EmbeddedImage, list[str]]]:
-    """Yields (what tells the image from others, the image, its captions) for each row."""
+    """Yields (a key that is equal for equal images, the image, its captions) for each row."""
     # --help has no time for pyarrow
-    from training.readers.tables import caption_columns, choose_image_column, open_table
+    from training.readers.tables import caption_columns, choose_image_column, open_table, row_sample
 
-    table = open_table(path, separator, strict=True)
+    table, number = open_table(path, separator, strict=True), 0
     column = choose_image_column(table, image_column)
-    wanted = present_keys(caption_keys, caption_columns(table, column, caption_keys, "--caption-keys"))
+    wanted = own_pairs.present_keys(caption_keys, caption_columns(table, column, caption_keys, "--caption-keys"))
     rows = table.rows([column, *wanted]) if path.suffix in COLUMNAR else iter(table.load([column, *wanted]))
-    number = 0
-    while True:
-        number += 1
-        where = f"{path}: row {number:,}"
-        try:
-            row = next(rows, None)
-        except RecordError as error:
-            raise ValueError(f"{where}: {error}") from error
-        if row is None:
-            return
-        own = [text for name in wanted for text in caption_texts(row.get(name), f"{where}, column {name}", lists)]
-        mark, image = _image_of(row.get(column), path, column, number, where)
-        if image is None or not own:
-            raise ValueError(f"{where} lacks an image or a caption; complete or remove it")
-        yield mark, image, own
-
-
-def _image_of(
-    value: object, path: Path, column: str, number: int, where: str
-) -> tuple[object, Path | EmbeddedImage | None]:
-    if isinstance(value, dict) and ("bytes" in value or "path" in value):  # the form of Hugging Face's data sets
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return blake2b(value, digest_size=16).digest(), EmbeddedImage(path, column, number - 1) if value else None
-    name = check_image_path(value, where)
-    image = Path(beside(path, name)) if name else None
-    return image, image
+    try:
+        for number, row in enumerate(rows, start=1):
+            where = f"{path}: row {number:,}"
+            texts = own_pairs.captions_of(row, wanted, lists, lines, where)
+            sample = row_sample(path, number, row, column)
+            if sample.image:
+                key, image = blake2b(sample.image, digest_size=16).digest(), EmbeddedImage(path, column, number - 1)
+            else:
+                check_image_path(row.get(column), where)
+                key = image = sample.image_path and Path(sample.image_path)
+            if image is None or not texts:
+                raise ValueError(f"{where} lacks an image or a caption; complete or remove it")
+            yield key, image, texts
+    except BadSample as error:
+        raise ValueError(f"{path}: row {number + 1:,}: {error}") from error
 
 
 IMAGE_KEY = Option(
@@ -144,12 +120,13 @@ BENCHMARKS = (
                 args.retrieval_caption_rule,
                 getattr(args, "csv_separator", None),
                 args.caption_lists,
+                args.caption_lines,
             )
         ],
         group="own",
         metavar="TABLE",
         order=10,
-        options=(IMAGE_KEY, CAPTION_KEYS, CAPTION_RULE, CAPTION_LISTS),
+        options=(IMAGE_KEY, *own_pairs.CAPTION_OPTIONS),
         old_flag="--retrieval-csv",
     ),
 )

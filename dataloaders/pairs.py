@@ -110,18 +110,20 @@ def several_captions_per_image(
     """Builds a `RetrievalSet` from (image path, its captions) rows; the captions of an image follow one another.
 
     Args:
-        key, title, fields: attributes of the set.
+        key, title, fields: attributes of the set; `num_published` is that of the largest official list if not given.
         rows: the rows, in the published order.
         official, fault: see `check_list`; None for a set without an official list.
     """
     paths = tuple(path for path, _ in rows)
-    captions = tuple(caption for _, own in rows for caption in own)
-    image_of_caption = tuple(number for number, (_, own) in enumerate(rows) for _ in own)
+    captions = tuple(caption for _, texts in rows for caption in texts)
+    image_of_caption = tuple(number for number, (_, texts) in enumerate(rows) for _ in texts)
     empty = sum(not c for c in captions)
     if empty:
         logging.warning(f"{title}: {empty:,} of {len(captions):,} captions are empty; their pairs are kept.")
-    found = RetrievalSet(key, title, paths, captions, image_of_caption, **fields)
-    return found if official is None else check_list(found, official, fault)
+    if official is None:
+        return RetrievalSet(key, title, paths, captions, image_of_caption, **fields)
+    fields = {"num_published": max(official)} | fields
+    return check_list(RetrievalSet(key, title, paths, captions, image_of_caption, **fields), official, fault)
 
 
 @dataclass(frozen=True)

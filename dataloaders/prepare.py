@@ -12,8 +12,8 @@ import os
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.iiw import SUBSETS, read_iiw_subset
@@ -51,15 +51,6 @@ def prepare_share4v(captions: Path, out: Path, num: int) -> str:
     return f"{len(chosen):,} of {len(items):,} items -> {out}\nImages: {SOURCE}"
 
 
-@dataclass
-class _Placed:
-    """How many images of one subset are in place, and which are missing."""
-
-    present: int = 0
-    train_names: int = 0
-    missing: tuple[str, ...] = ()
-
-
 def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, list[Path]], copy: bool) -> tuple[str, bool]:
     """Arranges IIW's annotation files and images in the layout that `read_iiw` reads.
 
@@ -76,60 +67,61 @@ def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, list[Path]]
         FileNotFoundError, ValueError: an annotation file is missing or broken, or an image was found twice.
     """
     base = annotations / "datasets" if (annotations / "datasets").is_dir() else annotations
-    wanted = {s: [name for name, _ in read_iiw_subset(base, s)] for s in SUBSETS}
+    wanted = {subset: [name for name, _ in read_iiw_subset(base, subset)] for subset in SUBSETS}
     found = {root: _files_by_name(root) for root in dict.fromkeys(r for roots in image_roots.values() for r in roots)}
     lines, complete = [], True
     for subset, folder in SUBSETS.items():
-        target = out / subset / "data.jsonl"
+        target, names = out / subset / "data.jsonl", wanted[subset]
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             shutil.copyfile(base / subset / "data.jsonl", target)
-        placed = _place_images(wanted[subset], out / folder, [found[root] for root in image_roots[folder]], copy)
-        lines.append(f"{subset}: {placed.present:,} of {len(wanted[subset]):,} images in {out / folder}")
-        if placed.train_names:
+        missing, num_train = _place_images(names, out / folder, [found[root] for root in image_roots[folder]], copy)
+        lines.append(f"{subset}: {len(names) - len(missing):,} of {len(names):,} images in {out / folder}")
+        if num_train:
             lines.append(
-                f"  NOTE: {placed.train_names:,} of them were found only under their train_ name; look at a few before "
-                f"you trust the numbers"
+                f"  NOTE: {num_train:,} of them were found only under their train_ name; look at a few before trusting "
+                "the numbers"
             )
-        if placed.missing:
+        if missing:
             complete = False
-            lines.append(f"  missing: {', '.join(placed.missing[:10])}" + (" .." if len(placed.missing) > 10 else ""))
+            lines.append(f"  missing: {', '.join(missing[:10])}" + (" .." if len(missing) > 10 else ""))
     if not complete:
         lines.append("Where to get them: IIW in EVAL_DATASETS.md")
     return "\n".join(lines), complete
 
 
 def _files_by_name(root: Path) -> dict[str, list[Path]]:
-    places: dict[str, list[Path]] = {}
+    places = defaultdict(list)
     for folder, _, files in os.walk(root):
         for name in files:
-            places.setdefault(name, []).append(Path(folder) / name)
+            places[name].append(Path(folder) / name)
     return places
 
 
-def _place_images(names: list[str], folder: Path, sources: list[dict[str, list[Path]]], copy: bool) -> _Placed:
+def _place_images(
+    names: list[str], folder: Path, sources: list[dict[str, list[Path]]], copy: bool
+) -> tuple[list[str], int]:
+    """Returns (names of missing images, number of images that were found only under their train_ name)."""
     folder.mkdir(parents=True, exist_ok=True)
-    placed, missing = _Placed(), []
+    missing, num_train = [], 0
     for name in names:
-        target = folder / name
-        if not target.is_file():
-            as_train = name.replace("test_", "train_", 1)
-            under_own = [p for source in sources for p in source.get(name, ())]
-            places = under_own or [p for source in sources for p in source.get(as_train, ())]
-            if not places:
-                missing.append(name)
-                continue
-            if len(places) > 1:
-                raise ValueError(f"{name} is in {places[0].parent} and {places[1].parent}; name the folder to use")
-            target.unlink(missing_ok=True)  # it may be a dangling link
-            if copy:
-                shutil.copyfile(places[0], target)
-            else:
-                target.symlink_to(places[0].resolve())
-            placed.train_names += not under_own
-        placed.present += 1
-    placed.missing = tuple(missing)
-    return placed
+        target, as_train = folder / name, name.replace("test_", "train_", 1)
+        if target.is_file():
+            continue
+        exact, other = ([p for source in sources for p in source.get(n, ())] for n in (name, as_train))
+        places = exact or other
+        if not places:
+            missing.append(name)
+            continue
+        if len(places) > 1:
+            raise ValueError(f"{name} is in {places[0].parent} and {places[1].parent}; name the folder to use")
+        target.unlink(missing_ok=True)  # it may be a dangling link
+        if copy:
+            shutil.copyfile(places[0], target)
+        else:
+            target.symlink_to(places[0].resolve())
+        num_train += not exact
+    return missing, num_train
 
 
 def check_benchmark(sets: list[RetrievalSet], read_images: bool) -> tuple[str, bool]:
@@ -254,33 +246,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_options(check: argparse.ArgumentParser) -> None:
+def _add_options(command: argparse.ArgumentParser) -> None:
     """Adds the options of all benchmarks, named as in training.main."""
-    check.add_argument("--protocol", type=names, default=(), metavar="P,P", help="as in training.main")
-    aliases: dict[str, list[str]] = {}
+    command.add_argument("--protocol", type=names, default=(), metavar="P,P", help="as in training.main")
     for option in options_of(benchmarks()):
         switch = {"action": "store_true"} if option.is_switch else {}
-        check.add_argument(option.flag, *(option.aliases if switch else ()), **option.keywords, **switch)
-        for alias in () if option.is_switch else option.aliases:
-            aliases.setdefault(alias, []).append(option.flag)
-    for alias, flags in aliases.items():
-        check.add_argument(alias, action=_Alias, flags=flags, help=f"the same as {' or '.join(flags)}")
-
-
-class _Alias(argparse.Action):
-    """A flag that sets several flags, of which the benchmark reads one."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, flags: Sequence[str], help: str):
-        super().__init__(option_strings, argparse.SUPPRESS, metavar="X", help=help)
-        self.flags = flags
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: str, name: str = ""):
-        for flag in self.flags:
-            parse = parser._option_string_actions[flag].type
-            try:
-                setattr(namespace, destination(flag), parse(value) if parse else value)
-            except argparse.ArgumentTypeError as error:
-                raise argparse.ArgumentError(self, str(error)) from error
+        command.add_argument(option.flag, *option.aliases, **option.keywords, **switch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

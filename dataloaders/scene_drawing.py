@@ -30,11 +30,6 @@ BACKGROUNDS = {
     "lavender": (205, 190, 235),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-PLACES = (
-    ("top left", "top", "top right"),
-    ("left", "middle", "right"),
-    ("bottom left", "bottom", "bottom right"),
-)
 OBJECT_SENTENCES = (
     "A {size} {colour} {shape} is at the {place} of the picture.",
     "There is a {size} {colour} {shape} at the {place}.",
@@ -63,7 +58,8 @@ class SceneObject:
     @property
     def place(self) -> str:
         """Which of the nine parts of the image its centre is in, in words."""
-        return PLACES[min(2, int(self.y * 3))][min(2, int(self.x * 3))]
+        vertical, horizontal = min(2, int(self.y * 3)), min(2, int(self.x * 3))
+        return f"{('top', '', 'bottom')[vertical]} {('left', '', 'right')[horizontal]}".strip() or "middle"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataloaders.pairs import RetrievalSet
 from training.readers.sentences import split_sentences
 
 CONTEXTS = (77, 128, 248)  # of CLIP, LoTLIP and Long-CLIP
-KINDS = ("sentences", "tokens")
 
 
 @dataclass(frozen=True)
@@ -94,18 +93,6 @@ def to_json(found: Sequence[CaptionStats]) -> list[dict]:
     ]
 
 
-def from_json(content: Sequence[dict]) -> list[CaptionStats]:
-    """Returns the statistics that `to_json` was given, with captions in another order."""
-
-    def values(counts: dict[str, int]) -> np.ndarray:
-        return np.repeat(np.array([int(value) for value in counts]), list(counts.values()))
-
-    return [
-        CaptionStats(own["title"], own["images"], sum(own["tokens"].values()), *(values(own[k]) for k in KINDS))
-        for own in content
-    ]
-
-
 def draw_stats(found: Sequence[CaptionStats]) -> object:
     """Draws images, sentences and tokens per caption (box: quartiles, whiskers: 5 to 95%), and captions cut.
 
@@ -121,7 +108,7 @@ def draw_stats(found: Sequence[CaptionStats]) -> object:
     panels[0].bar_label(bars, [f"{s.num_images:,}" for s in found], padding=3, fontsize=8)
     limits = (1, 10 * max(s.num_images for s in found))
     panels[0].set(xscale="log", xlim=limits, xlabel="images", yticks=places, yticklabels=names)
-    for axes, kind in zip(panels[1:3], KINDS):
+    for axes, kind in zip(panels[1:3], ("sentences", "tokens")):
         values = [getattr(s, kind) for s in found]
         axes.boxplot(values, positions=places, orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.6)
         axes.scatter([v.mean() for v in values], places, marker="D", s=18, color="C1", zorder=3, label="mean")

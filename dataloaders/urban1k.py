@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Tree
-from training.readers.files import natural_key, parallel_map, read_json, require_dir, text_field
+from training.readers.files import natural_key, parallel_map, read_json, read_text, require_dir, text_field
 from training.readers.sentences import normalise_caption
 
 PROTOCOLS = {"urban1k/first-line": {1000: ()}}
@@ -31,8 +31,8 @@ def read_urban1k(root: str | Path) -> RetrievalSet:
         else:
             continue
         ((protocol, official),) = PROTOCOLS.items()
-        fields = {"num_published": max(official), "official": official, "protocol": protocol}
-        return one_caption_per_image("urban1k-retrieval", "Urban1k", pairs, source=SOURCE, **fields)
+        given = {"official": official, "protocol": protocol, "source": SOURCE}
+        return one_caption_per_image("urban1k-retrieval", "Urban1k", pairs, **given)
     raise FileNotFoundError(f"{FLAG} {root}: found neither caption/ nor annotations/annotations.json; {SOURCE}")
 
 
@@ -40,16 +40,9 @@ def _read_text_files(base: Path) -> list[tuple[Path, str]]:
     # macOS leaves ._1.txt beside 1.txt.
     paths = [path for path in (base / "caption").glob("*.txt") if not path.name.startswith(".")]
     paths.sort(key=lambda path: natural_key(path.stem))
-    captions = parallel_map(_first_line, paths)
+    captions = [text.split("\n", 1)[0] for text in parallel_map(read_text, paths)]
     folder = base / ("image" if (base / "image").is_dir() else "images")
     return [(folder / f"{p.stem}.jpg", normalise_caption(c)) for p, c in zip(paths, captions)]
-
-
-def _first_line(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n", 1)[0]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); fetch the file again") from error
 
 
 def _read_annotations(base: Path) -> list[tuple[Path, str]]:

@@ -20,7 +20,9 @@ import json
 import sys
 from pathlib import Path
 
-from dataloaders.stats import draw_stats, from_json
+import numpy as np
+
+from dataloaders.stats import CaptionStats, draw_stats
 
 FIGURES = Path(__file__).parents[1] / "figures"
 PUBLISHED = FIGURES.parent / "src" / "training" / "eval" / "published.json"
@@ -47,6 +49,20 @@ def read(name: str) -> dict | list | None:
 def write(name: str, content: dict | list, indent: int | None = 1) -> None:
     """Writes figures/NAME.json."""
     (FIGURES / f"{name}.json").write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def caption_stats_of(content: list[dict]) -> list[CaptionStats]:
+    """Returns the statistics whose counts `prepare stats` wrote, with captions in another order."""
+
+    def values(counts: dict[str, int]) -> np.ndarray:
+        return np.repeat(np.array([int(value) for value in counts]), list(counts.values()))
+
+    return [
+        CaptionStats(
+            one["title"], one["images"], sum(one["tokens"].values()), values(one["sentences"]), values(one["tokens"])
+        )
+        for one in content
+    ]
 
 
 def last_result(run: Path) -> dict:
@@ -224,7 +240,7 @@ def draw_recipes() -> object:
 def draw_statistics() -> object:
     """Draws the caption lengths of benchmarks; returns None if no counts are recorded."""
     recorded = read("statistics")
-    return draw_stats(from_json(recorded)) if recorded else None
+    return draw_stats(caption_stats_of(recorded)) if recorded else None
 
 
 def main() -> int:

@@ -7,7 +7,8 @@ import pytest
 
 from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions
 from training.prepare.tables.clean import without_cut_sentence
-from training.readers.captions import RecordError, caption_texts, read_record
+from training.readers.captions import caption_texts, read_record
+from training.readers.faults import BadSample
 from training.readers.sentences import (
     _ASCII_END,
     _END,
@@ -92,7 +93,7 @@ def test_records_of_caption_files(files, expected):
     if isinstance(expected, dict):
         assert read_record(files) == expected
         return
-    with pytest.raises(RecordError, match=f"^{expected}$"):
+    with pytest.raises(BadSample, match=f"^{expected}$"):
         read_record(files)
 
 

@@ -17,7 +17,6 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from support import SMALL_LOTLIP, free_ports
 from training.data.captions import CaptionRule
-from training.data.faults import FAULT_KINDS
 from training.data.images import ImageReader
 from training.data.loader import make_loader
 from training.data.position import Share
@@ -26,7 +25,8 @@ from training.data.shards import ResampledShards, ShardSource
 from training.data.sizes import count_samples
 from training.main import main
 from training.readers import samples as tar
-from training.readers.samples import BrokenShardError, index_shard, read_samples
+from training.readers.faults import FAULT_KINDS
+from training.readers.samples import index_shard, read_samples
 
 
 def image_bytes(number: int = 0, form: str = "JPEG") -> bytes:
@@ -104,7 +104,7 @@ def test_each_kind_is_counted_exactly_and_the_run_finishes(tmp_path):
         for item in ShardSource(urls, sizes, seed=0).read(0, 0, slots):
             if good == slots:
                 break
-            kind = item.kind if isinstance(item, BrokenShardError) else BAD.get(item.key, (None,))[0]
+            kind = item.fault if not item.key else BAD.get(item.key, (None,))[0]
             good += kind is None
             expected.update([kind] if kind else [])
     assert set(expected) == {kind for kind, _ in BAD.values()} | {"broken shard"}
@@ -208,7 +208,7 @@ def test_mutated_shards_give_samples_or_reasons(tmp_path, monkeypatch):
         path.write_bytes(mutate(whole, draw))
         items = list(ShardSource([str(path)], [12], seed=0).read(0, 0, 12))
         assert len(items) == 12
-        broken += any(isinstance(item, BrokenShardError) for item in items)
+        broken += any(not item.key for item in items)
         drawn = ResampledShards([str(path)], [1.0], num_samples=12, seed=0).read(0, 0, 12)
         assert len(list(drawn)) == 12
     assert broken > 15

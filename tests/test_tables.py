@@ -18,10 +18,8 @@ from training.data.embedded import embedded_sources, read_rows
 from training.data.shards import ShardSource
 from training.data.sizes import count_samples
 from training.data.tables import read_tables
+from training.flags.parser import parse_args
 from training.main import main
-from training.prepare.tables.columns import Columns
-from training.prepare.tables.records import Table, csv_chunks
-from training.prepare.tables.records import read_rows as read_table_rows
 from training.readers.csv_rows import CsvForm, CsvRecords
 from training.readers.images import load_rgb
 from training.readers.table_files import names_tables, table_files
@@ -105,12 +103,16 @@ def test_other_encodings_and_line_ends(tmp_path, caplog):
             read(path)
 
 
-def test_a_separator_by_flag_is_that_of_every_reader(tmp_path):
+def test_a_separator_by_flag_is_that_of_every_reader(tmp_path, capsys):
     path = tmp_path / "t.csv"
     path.write_text("filepath;caption\na.jpg;one, two\n")
     assert pairs(path, separator=";") == trained(path, separator=";") == [("a.jpg", "one, two")]
-    with pytest.raises(ValueError, match="no effect"):
-        pairs(hub_file(tmp_path / "h.parquet", 2), separator=";")
+    (tmp_path / "t.jsonl").write_text('{"filepath": "a.jpg", "caption": "one"}\n')
+    for other in (hub_file(tmp_path / "h.parquet", 2), tmp_path / "t.jsonl"):
+        for flag in ("--retrieval-table", "--train-data"):
+            with pytest.raises(SystemExit) as stop:
+                parse_args([flag, str(other), "--csv-separator", ";", "--captions", "raw"])
+            assert stop.value.code == 2 and "--csv-separator: no effect without a .csv" in capsys.readouterr().err
 
 
 def hub_file(path, num_rows, first=0, beside=None):
@@ -306,18 +308,14 @@ def messy_table(rng):
     return bytes(content), CsvForm(separator, quoted)
 
 
-def test_chunks_of_a_messy_table_hold_each_row_once(tmp_path):
+def test_a_messy_table_is_read_on_alike_from_the_end_of_any_row(tmp_path):
     rng, path = random.Random(1), tmp_path / "t.csv"
-    columns = Columns(url="a", key=None, raw="b", long={"c": "long_caption"})
     for _ in range(150):
         content, form = messy_table(rng)
         path.write_bytes(content)
-        table, records = Table(path, form, ("a", "b", "c"), 0, columns), CsvRecords(path, form, 3)
-        good, malformed = [], 0
-        for chunk in csv_chunks(records, 0, rng.choice([1, 3, 20])):
-            for rows in read_table_rows(table, chunk):
-                good += zip(*(column.to_pylist() for column in rows.texts.columns), rows.repaired.tolist())
-                malformed += rows.num_malformed
-        expected = list(records.read(0))
-        assert sorted(good) == sorted((*r.cells, r.repaired) for r in expected if r.cells), (content, form)
-        assert malformed == sum(record.cells is None for record in expected)
+        records = CsvRecords(path, form, 3)
+        whole = list(records.read(0))
+        number = rng.randrange(len(whole))
+        assert list(records.read(whole[number].end)) == whole[number + 1 :], (content, form)
+        assert list(records.read(0, whole[number].end)) == whole[: number + 1]
+        assert all(first.end <= second.begin for first, second in zip(whole, whole[1:]))

@@ -308,7 +308,7 @@ def test_a_folder_may_be_called_anything(tmp_path, name):
 def test_lines_of_a_text_are_captions_of_their_own_where_asked_for(tmp_path, caplog):
     path = pack(tmp_path / "s.tar", [*files("a", txt="one\n two \r\n\nthr\u2028ee\n".encode()), *files("b", 1)])
     glued = read_shard_pairs(str(path), ["caption"], "raw")
-    assert len(glued.captions) == 2 and "1 of 2 .txt files have several lines" in caplog.text
+    assert len(glued.captions) == 2 and "1 of 2 samples have a .txt of several lines" in caplog.text
     caplog.clear()
     lines = read_shard_pairs(str(path), ["caption"], "raw", lines=True)
     assert lines.captions == ("one", "two", "thr\u2028ee", "number 1") and lines.image_of_caption == (0, 0, 0, 1)

@@ -69,5 +69,5 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, Mapping)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)

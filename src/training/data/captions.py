@@ -1,13 +1,12 @@
 """Chooses the texts of a sample that a step trains on: a pure function of a record, a rule and a random stream."""
 
-import itertools
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from training.data.views import Entry, View, parse_views, views_by_flags
 from training.readers.captions import caption_texts
+from training.readers.faults import BadSample
 from training.readers.sentences import first_sentence, join_sentences, split_sentences
 
 RAW_KEYS = ("raw_caption", "caption", "txt", "title", "text")
@@ -15,8 +14,8 @@ LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_cap
 MAX_CHARACTERS = 100_000
 
 
-class NoCaptionError(ValueError):
-    """A sample without a usable caption under the rule's keys; the message is one of `faults.FAULT_KINDS`."""
+class NoCaptionError(BadSample):
+    """A sample without a usable caption under the rule's keys."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,10 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
     raws, shorts, longs = _raws(record, rule), _shorts(record, rule), _longs(record, rule)
     if not shorts and not longs:
         raise NoCaptionError(_why_none(record, rule))
-    if any(len(text) > MAX_CHARACTERS for text in (*shorts, *itertools.chain(*longs))):
+    if any(len(text) > MAX_CHARACTERS for text in (*shorts, *longs)):
         raise NoCaptionError("caption too long")
-    short = rng.choice(shorts) if shorts else first_sentence(longs[0][0])[0]
-    everything = [[text] for text in shorts] + longs
-    wanted = rule.num_long_used
+    short = rng.choice(shorts) if shorts else first_sentence(longs[0])[0]
+    everything, wanted = shorts + longs, rule.num_long_used
     if longs and wanted:
         longs = rng.sample(longs, wanted) if len(longs) >= wanted else [longs[i % len(longs)] for i in range(wanted)]
     raw = rng.choice(raws) if len(raws) > 1 else (shorts or [short])[0]
@@ -110,7 +108,7 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
 class _Chooser:
     """Chooses the texts of one sample; remembers how many long captions each kind of view has used."""
 
-    def __init__(self, raw: str, short: str, longs: list[list[str]], everything: list[list[str]], rng: random.Random):
+    def __init__(self, raw: str, short: str, longs: list[str], everything: list[str], rng: random.Random):
         self.raw, self.short, self.longs, self.everything, self.rng = raw, short, longs, everything, rng
         self.used: dict[tuple[str, str], int] = {}
 
@@ -129,14 +127,14 @@ class _Chooser:
             return self.short
         if view.name == "sentences":
             return self._sentences(view)
-        pieces = self._long(view)
+        text = self._long(view)
         if view.name == "long":
-            return _whole(pieces)
-        first, rest = first_sentence(_whole(pieces))
+            return text
+        first, rest = first_sentence(text)
         return first if view.name == "first-sentence" else rest.strip() or first
 
-    def _long(self, view: View) -> list[str]:
-        """Returns the next long caption for this kind of view, as its pieces."""
+    def _long(self, view: View) -> str:
+        """Returns the next long caption for this kind of view."""
         key = view.name, view.pool
         self.used[key] = self.used.get(key, -1) + 1
         return self.longs[self.used[key] % len(self.longs)]
@@ -144,18 +142,17 @@ class _Chooser:
     def _pool(self, view: View) -> list[str]:
         """Returns the texts from which a view takes sentences."""
         if view.pool == "all":
-            return [piece for pieces in self.everything for piece in pieces]
+            return self.everything
         if view.pool in ("raw", "short"):
             return [self.raw if view.pool == "raw" else self.short]
-        pieces = self._long(view)
+        text = self._long(view)
         if view.pool == "long":
-            return pieces
-        first, rest = first_sentence(_whole(pieces))
+            return [text]
+        first, rest = first_sentence(text)
         return [rest.strip() or first]
 
     def _sentences(self, view: View) -> str:
-        pool = self._pool(view)
-        sentences = [sentence for piece in pool for sentence in split_sentences(piece)] or pool[:1]
+        sentences = _split(self._pool(view))
         least, most = (min(n or len(sentences), len(sentences)) for n in (view.least, view.most))
         number = least if least == most else self.rng.randint(least, most)
         ordered = view.order == "ordered" or (view.order == "either" and (number == 1 or self.rng.random() < 0.5))
@@ -168,11 +165,15 @@ class _Chooser:
         """Returns runs of consecutive sentences that begin at different sentences, as long as there are enough."""
         view = entry.views[0]
         pool = [self.short] if view.uses_long and not self.longs else self._pool(view)
-        sentences = [sentence for piece in pool for sentence in split_sentences(piece)] or pool
+        sentences = _split(pool)
         number = min(view.least, len(sentences))
         starts = range(len(sentences) - number + 1)
         draw = self.rng.sample if len(starts) >= entry.count else self.rng.choices
         return [join_sentences(sentences[start : start + number]) for start in draw(starts, k=entry.count)]
+
+
+def _split(texts: list[str]) -> list[str]:
+    return [sentence for text in texts for sentence in split_sentences(text)] or texts[:1]
 
 
 def _why_none(record: dict, rule: CaptionRule) -> str:
@@ -190,33 +191,21 @@ def captions_found(record: dict, rule: CaptionRule) -> tuple[bool, bool]:
 
 def _raws(record: dict, rule: CaptionRule) -> list[str]:
     """Returns the alternatives of the raw caption."""
-    found = (_captions(record, key, rule) for key in rule.raw_keys)
-    return [_whole(pieces) for pieces in next(filter(None, found), [])]
+    return next(filter(None, (_captions(record, key, rule) for key in rule.raw_keys)), [])
 
 
 def _shorts(record: dict, rule: CaptionRule) -> list[str]:
     """Returns the alternatives of the raw caption, and the further short captions."""
-    further = [_whole(pieces) for key in rule.short_keys for pieces in _captions(record, key, rule)]
-    return _raws(record, rule) + further
+    return _raws(record, rule) + [text for key in rule.short_keys for text in _captions(record, key, rule)]
 
 
-def _longs(record: dict, rule: CaptionRule) -> list[list[str]]:
-    """Returns each long caption as a list of its pieces."""
-    return [pieces for key in rule.long_keys for pieces in _captions(record, key, rule)]
+def _longs(record: dict, rule: CaptionRule) -> list[str]:
+    return [text for key in rule.long_keys for text in _captions(record, key, rule)]
 
 
-def _captions(record: dict, key: str, rule: CaptionRule) -> list[list[str]]:
-    """Returns each caption under a key as a list of its pieces."""
-    pieces = _pieces(record.get(key), rule.lines and key == "txt") or []
-    return [pieces] if pieces and rule.lists == "sentences" and key != "txt" else [[piece] for piece in pieces]
-
-
-def _pieces(value: object, lines: bool = False) -> list[str] | None:
+def _captions(record: dict, key: str, rule: CaptionRule) -> list[str]:
     try:
-        return [text.strip() for text in caption_texts(value, lines=lines)]
+        texts = caption_texts(record.get(key), lists=rule.lists, lines=rule.lines and key == "txt")
     except ValueError:
-        return None
-
-
-def _whole(pieces: Sequence[str]) -> str:
-    return pieces[0] if len(pieces) == 1 else join_sentences(pieces)
+        return []
+    return [text.strip() for text in texts]

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.readers.columnar import ColumnarFile, image_bytes, may_hold_text
+from training.readers.columnar import ColumnarFile, may_hold_text
 from training.readers.files import parallel_map
 from training.readers.samples import BrokenShardError, RawSample
-from training.readers.table_files import COLUMNAR, beside, names_tables, table_files
-from training.readers.tables import choose_image_column
+from training.readers.table_files import COLUMNAR, names_tables, table_files
+from training.readers.tables import choose_image_column, row_sample
 
 _LOOKED_AT = 256  # rows in which images that occur twice are looked for
 logger = logging.getLogger(__name__)
@@ -31,43 +31,39 @@ def embedded_sources(spec: str, image_column: str | None) -> list[list[str]] | N
     """
     if not names_tables(spec):
         return None
-    sources = [table_files(part) if names_tables(part) else [] for part in spec.split("::")]
+    sources = [table_files(name) if names_tables(name) else [] for name in spec.split("::")]
     paths = [path for source in sources for path in source]
-    inside = dict(zip(paths, parallel_map(lambda path: _inside(path, image_column), paths)))
-    if not any(inside.values()):
+    names = dict(zip(paths, parallel_map(lambda path: _name(path, image_column), paths)))
+    if not any(names.values()):
         return None
-    if not all(inside.values()) or not all(sources):
-        other = next((str(path) for path, own in inside.items() if not own), "tar shards")
+    if not all(names.values()) or not all(sources):
+        other = next((str(path) for path, name in names.items() if not name), "tar shards")
         raise ValueError(f"{spec}: {other} beside tables that hold the images themselves; train on one kind of data")
-    return [[inside[path] for path in source] for source in sources]
+    return [[names[path] for path in source] for source in sources]
 
 
-def _inside(path: Path, image_column: str | None) -> str | None:
+def _name(path: Path, image_column: str | None) -> str | None:
     """Returns the name under which a table with images inside is read; None for any other table."""
-    if path.suffix not in COLUMNAR:
-        return None
-    file = ColumnarFile(path)
-    columns = file.image_columns
-    chosen = choose_image_column(file, image_column) if columns else None
+    columns = ColumnarFile(path).image_columns if path.suffix in COLUMNAR else []
+    chosen = choose_image_column(ColumnarFile(path), image_column) if columns else None
     if chosen not in columns:
         return None
     return str(path) if len(columns) == 1 else f"{path}#{chosen}"
 
 
 def is_table(url: str) -> bool:
-    """Returns whether one of the names from `embedded_sources` is that of a table."""
+    """Returns whether a name is that of a file of features, or one from `embedded_sources`."""
     return url.partition("#")[0].endswith(COLUMNAR) or url.endswith(COLUMNAR)
 
 
-def _open(url: str) -> tuple[ColumnarFile, str]:
+def _path_and_column(url: str) -> tuple[str, str]:
     path, _, column = (url, "", "") if os.path.exists(url) else url.rpartition("#")
-    file = ColumnarFile(path)
-    return file, column or choose_image_column(file, None)
+    return path, column
 
 
 def count_rows(url: str) -> int:
-    """Returns the number of samples of a table."""
-    return _open(url)[0].num_rows
+    """Returns the number of samples of a table or a file of features."""
+    return ColumnarFile(_path_and_column(url)[0]).num_rows
 
 
 def warn_of_repeated_images(url: str) -> None:
@@ -93,18 +89,12 @@ def read_rows(url: str, first: int = 0, stop: int | None = None) -> Iterator[Raw
         BrokenShardError: the file can't be opened, or is broken; the rows before the break have been yielded.
     """
     try:
-        file, image = _open(url)
-        texts = [field.name for field in file.schema if field.name not in file.image_columns]
-        texts = [name for name in texts if may_hold_text(file.schema.field(name).type)]
+        path, image = _path_and_column(url)
+        file = ColumnarFile(path)
+        image = image or choose_image_column(file, None)
+        texts = [f.name for f in file.schema if f.name not in file.image_columns and may_hold_text(f.type)]
         for row in file.rows([image, *texts], first, stop):
-            yield _sample(file.path, first, row.pop(image), row)
+            yield row_sample(file.path, first, row, image)
             first += 1
     except (ValueError, OSError) as error:
         raise BrokenShardError(f"{url}: {error}") from error
-
-
-def _sample(path: Path, number: int, image: object, record: dict) -> RawSample:
-    content = image_bytes(image)
-    outside = image.get("path") if isinstance(image, dict) and not content else None
-    files = {"jpg": content} if content else {}
-    return RawSample(str(number), path.name, files, record, beside(path, outside) if outside else None)

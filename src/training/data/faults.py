@@ -1,37 +1,11 @@
-"""Kinds of bad samples, and counts of them."""
+"""Counts of bad samples."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-FAULT_KINDS = (
-    "unreachable shard",
-    "broken shard",
-    "file too large",
-    "sparse file",
-    "link in the tar",
-    "no image",
-    "broken image",
-    "image too large",
-    "image too narrow",
-    "image values of unknown range",
-    "HEIC without pillow-heif",
-    "AVIF without 'Pillow>=11.3'",
-    "no caption",
-    "empty caption",
-    "caption not text",
-    "caption too long",
-    "broken JSON",
-    "JSON not an object",
-    "text not UTF-8",
-)
-
 
 class TooManyBadSamplesError(RuntimeError):
     """More samples were skipped than the user allows; raised on all ranks."""
-
-
-class BadSample(ValueError):
-    """A sample that can't be used; the message is one of `FAULT_KINDS`."""
 
 
 @dataclass

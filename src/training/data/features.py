@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.data.faults import Totals
+from training.readers.columnar import ColumnarFile
 from training.readers.samples import BrokenShardError, RawSample
 from training.runtime.files import atomic_write
-from training.runtime.messages import first_line
 
 SUFFIX = ".features.parquet"
 INDEX = "features.json"
@@ -57,7 +57,7 @@ class FeatureInfo:
 
 
 def is_feature_folder(path: str) -> bool:
-    """Tells whether a folder holds features."""
+    """Returns whether a folder holds features."""
     return os.path.isfile(os.path.join(path, INDEX))
 
 
@@ -105,15 +105,15 @@ def feature_info(spec: str) -> FeatureInfo | None:
     Raises:
         ValueError: some sources hold features and others images, or the features are from different towers.
     """
-    parts = spec.split("::")
-    infos = [read_index(part)[0] for part in parts if is_feature_folder(part)]
+    names = spec.split("::")
+    infos = [read_index(name)[0] for name in names if is_feature_folder(name)]
     if not infos:
         return None
-    if len(infos) != len(parts):
+    if len(infos) != len(names):
         raise ValueError(f"{spec}: some sources are image features, others are images; extract all of them, or none")
-    for part, info in zip(parts, infos):
+    for name, info in zip(names, infos):
         if different := infos[0].differences(info):
-            raise ValueError(f"{part}: its image tower is not the one of {parts[0]} ({', '.join(different)} differ)")
+            raise ValueError(f"{name}: its image tower is not the one of {names[0]} ({', '.join(different)} differ)")
     return infos[0]
 
 
@@ -145,18 +145,6 @@ def write_features(
         pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression=compression, use_dictionary=False)
 
 
-def count_features(path: str) -> int:
-    """Returns the number of samples in a feature file.
-
-    Raises:
-        BrokenShardError: the file can't be read.
-    """
-    try:
-        return pq.read_metadata(path).num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BrokenShardError(f"{path}: not a readable file of features ({first_line(error)})") from error
-
-
 def read_totals(paths: Sequence[str]) -> Totals:
     """Adds up the counts of samples read and skipped of several feature files."""
     totals = Totals()
@@ -168,21 +156,13 @@ def read_totals(paths: Sequence[str]) -> Totals:
 def read_features(path: str, first: int = 0, stop: int | None = None) -> Iterator[RawSample]:
     """Reads samples of a feature file; for arguments and errors see `tar.read_samples`."""
     try:
-        with pq.ParquetFile(path) as file:
-            meta = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
-            views, dim = int(meta["views"]), int(meta["dim"])
-            stop = file.metadata.num_rows if stop is None else min(stop, file.metadata.num_rows)
-            begin = 0
-            for group in range(file.metadata.num_row_groups):
-                end = begin + file.metadata.row_group(group).num_rows
-                if begin < stop and end > first:
-                    table = file.read_row_group(group)
-                    features = table.column("features").combine_chunks().flatten().to_numpy()
-                    features = features.reshape(-1, views, dim)
-                    keys, records = table.column("key").to_pylist(), table.column("record").to_pylist()
-                    for row in range(max(first - begin, 0), min(stop, end) - begin):
-                        record = json.loads(records[row])
-                        yield RawSample(keys[row], meta["source"], {}, record, features=features[row])
-                begin = end
-    except (pa.ArrowInvalid, OSError, KeyError, ValueError, AttributeError) as error:
+        file = ColumnarFile(path)
+        meta = {key.decode(): value.decode() for key, value in file.schema.metadata.items()}
+        shape = -1, int(meta["views"]), int(meta["dim"])
+        for batch in file.batches(("key", "record", "features"), first, stop):
+            keys, records = batch.column("key").to_pylist(), batch.column("record").to_pylist()
+            features = batch.column("features").flatten().to_numpy().reshape(shape)
+            for key, record, views in zip(keys, records, features):
+                yield RawSample(key, meta["source"], {}, json.loads(record), features=views)
+    except (OSError, KeyError, ValueError, AttributeError) as error:
         raise BrokenShardError(f"{path}: {type(error).__name__}: {str(error)[:200]}") from error

@@ -21,7 +21,7 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from training.readers.images import BrokenImageError, Source, load_rgb, open_image, orientation_of, set_upright, to_rgb
+from training.readers import images
 
 MODES = ("exact", "fast", "scaled")
 IN_EVALUATION, IN_TRAINING = "exact", "fast"  # defaults of --image-decoding
@@ -43,7 +43,7 @@ class ImageReader:
         self.resize, self.rest = (None, None) if mode == "exact" else _split(transform)
         self.at_least = pixels_needed(transform) if mode == "scaled" else None
 
-    def __call__(self, source: Source) -> torch.Tensor:
+    def __call__(self, source: images.Source) -> torch.Tensor:
         """Reads one image.
 
         Args:
@@ -53,24 +53,24 @@ class ImageReader:
             The output of the transform.
 
         Raises:
-            BrokenImageError: see `load_rgb`.
+            images.BrokenImageError: see `load_rgb`.
         """
         return self.transform(self.decode(source))
 
-    def read(self, sources: Sequence[Source]) -> list[torch.Tensor | BrokenImageError]:
+    def read(self, sources: Sequence[images.Source]) -> list[torch.Tensor | images.BrokenImageError]:
         """Reads several images; returns for each the output of the transform, or the error if it can't be read."""
         found = []
         for source in sources:
             try:
                 found.append(self(source))
-            except BrokenImageError as error:
+            except images.BrokenImageError as error:
                 found.append(error)
         return found
 
-    def decode(self, source: Source) -> Image.Image | torch.Tensor:
+    def decode(self, source: images.Source) -> Image.Image | torch.Tensor:
         """Returns the decoded image, the argument of `transform`; it may be transformed several times."""
         if self.resize is None:
-            return load_rgb(source, self.at_least, self.upright)
+            return images.load_rgb(source, self.at_least, self.upright)
         return decode_bytes(source, self.at_least, self.upright)
 
     def transform(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class ImageReader:
         return self.rest(functional.to_pil_image(self.resize(image)))
 
 
-def decode_bytes(source: Source, at_least: int | None = None, upright: bool = False) -> torch.Tensor:
+def decode_bytes(source: images.Source, at_least: int | None = None, upright: bool = False) -> torch.Tensor:
     """Decodes an image to [3, H, W] uint8: JPEGs by torchvision, everything else by `load_rgb`.
 
     Args:
@@ -88,33 +88,29 @@ def decode_bytes(source: Source, at_least: int | None = None, upright: bool = Fa
         at_least, upright: see `load_rgb`.
 
     Raises:
-        BrokenImageError: see `load_rgb`.
+        images.BrokenImageError: see `load_rgb`.
     """
     try:
         return _decode(source, at_least, upright or getattr(source, "upright", False))
     except Exception:  # whatever went wrong, Pillow decides whether the image is broken, and names the fault
-        return _as_tensor(load_rgb(source, at_least, upright))
+        return _as_tensor(images.load_rgb(source, at_least, upright))
 
 
 def _as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _decode(source: Source, at_least: int | None, upright: bool) -> torch.Tensor:
+def _decode(source: images.Source, at_least: int | None, upright: bool) -> torch.Tensor:
     """Decodes colour JPEGs at full size by torchvision, everything else by Pillow."""
-    data = source if isinstance(source, bytes) else _bytes_of(source)
-    with open_image(io.BytesIO(data)) as image:  # reads only the header, and refuses decompression bombs
-        size, orientation = image.size, orientation_of(image) if upright else 1
+    with images.image_file(source) as file:
+        data = file.read()
+    with images.open_image(io.BytesIO(data)) as image:  # reads only the header, and refuses decompression bombs
+        size, orientation = image.size, images.orientation_of(image) if upright else 1
         if at_least:
             image.draft("RGB", (at_least, at_least))
         if (image.format, image.mode, image.size, orientation) != ("JPEG", "RGB", size, 1):
-            return _as_tensor(set_upright(to_rgb(image), orientation))
+            return _as_tensor(images.set_upright(images.to_rgb(image), orientation))
     return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-
-
-def _bytes_of(source: Source) -> bytes:
-    with source.open() if hasattr(source, "upright") else open(source, "rb") as file:
-        return file.read()
 
 
 def _split(transform: Callable) -> tuple[Callable | None, Callable | None]:
@@ -123,7 +119,7 @@ def _split(transform: Callable) -> tuple[Callable | None, Callable | None]:
     Returns (None, None) if the transform doesn't begin with torchvision's resize or random resized crop.
     """
     steps = list(getattr(transform, "transforms", []))
-    if steps[:1] == [to_rgb]:
+    if steps[:1] == [images.to_rgb]:
         steps = steps[1:]
     first = steps[0] if steps else None
     if isinstance(first, transforms.RandomResizedCrop):
@@ -141,8 +137,8 @@ def _as_list(size: int | tuple[int, int]) -> list[int]:
 def _random_crop(crop: transforms.RandomResizedCrop, pixels: torch.Tensor) -> torch.Tensor:
     """Draws the crop's area as torchvision does, and resizes it with torch on uint8."""
     top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
-    part = pixels[:, top : top + height, left : left + width]
-    return functional.resize(part, list(crop.size), interpolation=crop.interpolation, antialias=True)
+    area = pixels[:, top : top + height, left : left + width]
+    return functional.resize(area, list(crop.size), interpolation=crop.interpolation, antialias=True)
 
 
 def pixels_needed(transform: Callable) -> int | None:

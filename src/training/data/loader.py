@@ -8,11 +8,12 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training.data.batch import TrainBatch
-from training.data.faults import BadSample, Totals
+from training.data.faults import Totals
 from training.data.position import Share, Span, count_slots, cut
 from training.data.reader import Sample, SampleReader, random_state_kept, tokenise
 from training.data.shards import Source
-from training.readers.samples import BrokenShardError, RawSample
+from training.readers.faults import BadSample
+from training.readers.samples import RawSample
 from training.runtime.workers import Loader
 
 
@@ -66,19 +67,14 @@ class TrainBatches(IterableDataset):
         first_pass, skip = divmod(slots_done, num_slots)
         for times_read in count(first_pass):
             for raw in self._raw(cut(spans, skip, num_slots)):
-                if isinstance(raw, BrokenShardError):
-                    kinds[raw.kind] += 1
-                    yield str(raw), None, raw.kind
-                    continue
-                name = f"{raw.source}/{raw.key}"
                 try:
                     sample = self.reader(raw, times_read)
                 except BadSample as error:
-                    kinds[str(error)] += 1
-                    yield name, None, str(error)
+                    kinds[error.kind] += 1
+                    yield raw.name, None, error.kind
                     continue
                 num_good += 1
-                yield name, sample, None
+                yield raw.name, sample, None
             if not self.refill:
                 return
             if not num_good:
@@ -87,7 +83,7 @@ class TrainBatches(IterableDataset):
                 raise NoUsableSampleError(f"no usable sample in slots {places} of the epoch: {found}")
             skip = num_good = 0
 
-    def _raw(self, spans: list[Span]) -> Iterator[RawSample | BrokenShardError]:
+    def _raw(self, spans: list[Span]) -> Iterator[RawSample]:
         for start, stop, first, last in spans:
             yield from islice(self.source.read(self.reader.epoch, start, stop, first), last - first)
 
@@ -123,10 +119,10 @@ def collate_captions(reader: SampleReader, rows: list[Sample]) -> tuple[dict[str
     """
     texts, fronts = [row.texts for row in rows], [row.fronts for row in rows]
     num_long = len(texts[0]) - 1
-    short, num_tokens = tokenise(reader.tokenizer, [own[0] for own in texts], [own[0] for own in fronts])
+    short, num_tokens = tokenise(reader.tokenizer, [row[0] for row in texts], [row[0] for row in fronts])
     groups = {"text": short}
     if num_long:
-        long_texts, long_fronts = ([value for own in values for value in own[1:]] for values in (texts, fronts))
+        long_texts, long_fronts = ([value for row in values for value in row[1:]] for values in (texts, fronts))
         long, num_more = tokenise(reader.tokenizer, long_texts, long_fronts)
         groups["long_text"], num_tokens = long.unflatten(0, (len(texts), num_long)), num_tokens + num_more
     if reader.arrange:

@@ -4,12 +4,11 @@ import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from training.data.augment import without_normalisation
 from training.data.captions import CaptionRule
 from training.data.embedded import embedded_sources, warn_of_repeated_images
-from training.data.first_look import check_first_samples
+from training.data.first_samples import check_first_samples
 from training.data.images import IN_TRAINING, ImageReader
 from training.data.loader import make_loader
 from training.data.padding import check_front_padding
@@ -17,14 +16,14 @@ from training.data.position import Share
 from training.data.reader import SampleReader
 from training.data.shards import ResampledShards, ShardSource, Source
 from training.data.sizes import count_samples, expand_sources, trusted_sizes
-from training.data.tables import TableSource, read_tables
+from training.data.tables import read_tables
+from training.readers.files import naming
 from training.readers.hub import local_spec
 from training.readers.streams import is_local
 from training.readers.table_files import names_tables, table_files
 from training.runtime.distributed import DistEnv, on_main_rank
 from training.runtime.workers import Loader
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -79,31 +78,37 @@ def open_source(
         FileNotFoundError, ValueError: raised on all ranks; the message names what is missing or wrong.
     """
 
-    def table() -> TableSource:
-        keys = (*rule.raw_keys, *rule.short_keys, *rule.long_keys)
-        return read_tables(table_files(spec), args.csv_img_key, keys, args.csv_separator, args.seed)
+    with naming(flag):
+        on_main_rank(lambda: local_spec(spec), env)  # downloads before the others look
+        spec = local_spec(spec)
+        embedded = on_main_rank(lambda: embedded_sources(spec, args.csv_img_key), env)
+    is_table = names_tables(spec)
+    if args.dataset_type != "auto" and is_table != (args.dataset_type == "csv"):
+        found = "a table" if is_table else "no table"
+        raise ValueError(f"--dataset-type {args.dataset_type}: {flag} {spec} is {found}; use auto")
+    has_paths = is_table and not embedded
+    if has_paths and resampled:
+        raise ValueError("--dataset-resampled is for shards; each row of a table is used once per epoch")
 
-    def shards() -> Source:
-        return _open_shards(args, flag, inside or expand_sources(spec), resampled)
+    def opened() -> Source:
+        if has_paths:
+            keys = (*rule.raw_keys, *rule.short_keys, *rule.long_keys)
+            return read_tables(table_files(spec), args.csv_img_key, keys, args.csv_separator, args.seed)
+        return _open_shards(args, flag, embedded or expand_sources(spec), resampled)
 
-    def checked(open_: Callable[[], Source]) -> Source:
-        def open_checked() -> Source:
-            source = open_()
+    source = None
+    with naming(flag):
+        if env.is_main:
+            source = opened()
             check_first_samples(source, rule, spec)
-            return source
-
-        return _with_flag(flag, open_checked)
-
-    spec, inside = _find(args, flag, spec, env)
-    _check_type(args.dataset_type, flag, spec)
-    if not inside and names_tables(spec):
-        if resampled:
-            raise ValueError("--dataset-resampled is for shards; each row of a table is used once per epoch")
-        # A table is too large to send to other ranks: rank 0 reads and checks it, then the other ranks read it as well.
-        opened: list[Source] = []
-        on_main_rank(lambda: opened.append(checked(table)), env)
-        return opened[0] if opened else table()
-    return on_main_rank(lambda: checked(shards), env)
+            if embedded:
+                warn_of_repeated_images(embedded[0][0])
+            if has_paths:
+                total = source.num_samples + source.num_left_out
+                logger.info(f"{flag} {spec}: {source.num_samples:,} samples of {total:,} there are")
+        # A table is too large to send to other ranks, so they read it as well.
+        shared = on_main_rank(lambda: None if has_paths else source, env)
+        return source or shared or opened()
 
 
 def _open_shards(args: argparse.Namespace, flag: str, sources: list[list[str]], resampled: bool) -> Source:
@@ -129,36 +134,6 @@ def _open_shards(args: argparse.Namespace, flag: str, sources: list[list[str]], 
             "their first samples are seen more often; put sizes.json beside them, or add --train-sizes"
         )
     return ResampledShards(urls, weights, args.train_num_samples, args.seed, sizes=sizes, **order)
-
-
-def _find(args: argparse.Namespace, flag: str, spec: str, env: DistEnv) -> tuple[str, list[list[str]] | None]:
-    """Returns (the names of local files, the sources if they are tables with images inside)."""
-
-    def local() -> str:
-        return _with_flag(flag, lambda: local_spec(spec))
-
-    on_main_rank(local, env)  # downloads before the others look
-    found = local()
-    inside = on_main_rank(lambda: _with_flag(flag, lambda: embedded_sources(found, args.csv_img_key)), env)
-    if inside and env.rank == 0:
-        warn_of_repeated_images(inside[0][0])
-    return found, inside
-
-
-def _check_type(dataset_type: str, flag: str, spec: str) -> None:
-    is_table = names_tables(spec)
-    if dataset_type != "auto" and is_table != (dataset_type == "csv"):
-        found = "a table" if is_table else "no table"
-        raise ValueError(f"--dataset-type {dataset_type}: {flag} {spec} is {found}; use auto")
-
-
-def _with_flag(flag: str, call: Callable[[], T]) -> T:
-    """Calls a function; puts the flag in front of the message of a ValueError or OSError."""
-    try:
-        return call()
-    except (ValueError, OSError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{flag} {error}") from error
 
 
 def open_train_data(

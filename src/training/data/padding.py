@@ -33,7 +33,7 @@ def front_shares(stream: str, keys: Sequence[str], rule: CaptionRule) -> list[li
     if not any(wanted):
         return [[0.0] * len(wanted)] * len(keys)
     streams = [random.Random(f"{stream}/{key}/front") for key in keys]
-    return [[own.random() if front else 0.0 for front in wanted] for own in streams]
+    return [[rng.random() if front else 0.0 for front in wanted] for rng in streams]
 
 
 def pad_in_front(ids: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:

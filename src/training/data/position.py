@@ -100,7 +100,7 @@ class EpochPosition:
         return asdict(self) | {"left": tuple(map(tuple, self.left))}
 
     def same_division(self, world_size: int, num_workers: int, batch_size: int) -> bool:
-        """Tells whether these processes can continue in the same order, because the epoch is divided the same way."""
+        """Returns whether these processes can continue in the same order, because the epoch is divided the same way."""
         return (self.world_size, self.num_workers, self.batch_size) == (world_size, num_workers, batch_size)
 
     def share(self, rank: int) -> Share:
@@ -110,9 +110,9 @@ class EpochPosition:
 
     def unread(self) -> tuple[Span, ...]:
         """Returns the spans that no process has read."""
-        spans = []
+        unread = []
         for rank in range(self.world_size):
             for worker in range(self.num_workers):
-                own, _ = self.share(rank).of_worker(worker, self.num_workers)
-                spans += cut(own, self.slots_done[rank][worker], count_slots(own))
-        return tuple(spans)
+                spans, _ = self.share(rank).of_worker(worker, self.num_workers)
+                unread += cut(spans, self.slots_done[rank][worker], count_slots(spans))
+        return tuple(unread)

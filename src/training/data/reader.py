@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from training.data.captions import CaptionRule, NoCaptionError, choose_captions
-from training.data.faults import BadSample
+from training.data.captions import CaptionRule, choose_captions
 from training.data.images import ImageReader
 from training.data.padding import front_shares, pad_in_front
 from training.readers import captions
-from training.readers.images import BrokenImageError, load_rgb
+from training.readers.faults import BadSample
+from training.readers.images import load_rgb
 from training.readers.samples import RawSample
 
 
@@ -65,12 +65,9 @@ class SampleReader:
         Raises:
             BadSample: the sample can't be used.
         """
-        key = f"{raw.source}/{raw.key}" + (f"/again {times_read}" if times_read else "")
+        key = raw.name + (f"/again {times_read}" if times_read else "")
         seed_augmentation(f"{self.seed}/{self.epoch}/{key}")
-        try:
-            texts = choose_captions(read_record(raw), self.rule, random)
-        except NoCaptionError as error:
-            raise BadSample(str(error)) from error
+        texts = choose_captions(read_record(raw), self.rule, random)
         if not all(map(_is_unicode, texts)):
             raise BadSample("text not UTF-8")
         fronts = front_shares(f"{self.seed}/{self.epoch}", [key], self.rule)[0]
@@ -88,10 +85,7 @@ def read_record(raw: RawSample) -> dict:
     """
     if raw.fault:
         raise BadSample(raw.fault)
-    try:
-        return raw.record | captions.read_record(raw.files)
-    except captions.RecordError as error:
-        raise BadSample(str(error)) from error
+    return raw.record | captions.read_record(raw.files)
 
 
 def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
@@ -103,14 +97,11 @@ def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
     image = raw.image_path if raw.image is None else raw.image
     if image is None:
         raise BadSample("no image")
-    try:
-        return decode(image)
-    except BrokenImageError as error:
-        raise BadSample(error.kind) from error
+    return decode(image)
 
 
 def _is_unicode(text: str) -> bool:
-    """Tells whether a text can be encoded: JSON may contain half a surrogate pair, which tokenizers don't accept."""
+    """Returns whether a text can be encoded: JSON may contain half a surrogate pair, which tokenizers don't accept."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -11,15 +11,16 @@ import os
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache, partial
 from hashlib import sha256
 from typing import Protocol
 
 from training.data.embedded import count_rows, is_table, read_rows
 from training.data.features import SUFFIX as FEATURES
-from training.data.features import count_features, read_features
+from training.data.features import read_features
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
-from training.readers.samples import BrokenShardError, Part, RawSample, index_shard, read_samples
+from training.readers.samples import BrokenShardError, Part, RawSample, index_shard, lost_sample, read_samples
 from training.readers.streams import is_local
 
 USUAL_SIZE = 10_000  # assumed number of samples in a shard of unknown size: img2dataset's default
@@ -34,17 +35,18 @@ class Source(Protocol):
 
     num_samples: int
 
-    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
+    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
         """Yields the items of the slots from `start` up to, but not including, `stop` of an epoch.
 
-        Each slot gives one item: a sample, or the error because of which it can't be read. `skip` leaves out the first
-        items; the order of the others doesn't change.
+        Each slot gives one item: a sample, or `lost_sample` if it can't be read. `skip` leaves out the first items; the
+        order of the others doesn't change.
         """
 
     def fingerprint(self) -> str:
         """Returns a text that is equal for sources whose `read` gives the same, also after moving their folder."""
 
 
+@dataclass
 class ShardSource:
     """Tar shards, each sample once per epoch.
 
@@ -61,20 +63,18 @@ class ShardSource:
         index_cache: folder of `cached_index`.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        sizes: Sequence[int],
-        seed: int,
-        window: int = SHUFFLE_WINDOW,
-        lanes: int = SHUFFLE_SHARDS,
-        index_cache: str | None = None,
-    ):
-        self.urls, self.sizes, self.index_cache = list(urls), list(sizes), index_cache
-        self.seed, self.window, self.lanes = seed, window, lanes
-        self.num_samples = sum(sizes)
+    urls: Sequence[str]
+    sizes: Sequence[int]
+    seed: int
+    window: int = SHUFFLE_WINDOW
+    lanes: int = SHUFFLE_SHARDS
+    index_cache: str | None = None
 
-    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
+    @property
+    def num_samples(self) -> int:
+        return sum(self.sizes)
+
+    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
         order = list(range(len(self.urls)))
         random.Random(f"{self.seed}/{epoch}/shards").shuffle(order)
         ends = list(itertools.accumulate(self.sizes[i] for i in order))
@@ -92,17 +92,17 @@ class ShardSource:
 
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
-        return _fingerprint("shards 3", _names(self.urls), self.sizes, self.seed, self.window, self.lanes)
+        return _fingerprint("shards 3", self.urls, list(self.sizes), self.seed, self.window, self.lanes)
 
-    def _in_order(self, order, ends, start, stop) -> Iterator[RawSample | BrokenShardError]:
-        for place in range(bisect_right(ends, start), len(order)):
-            url, size = self.urls[order[place]], self.sizes[order[place]]
-            begin = ends[place] - size
-            if begin >= stop:
-                return
-            yield from read_exactly(url, max(start - begin, 0), min(stop - begin, size), size, self.index_cache)
+    def _in_order(self, order, ends, start, stop) -> Iterator[RawSample]:
+        for number, end in zip(order, ends):
+            url, size = self.urls[number], self.sizes[number]
+            first, last = max(start - end + size, 0), min(stop - end + size, size)
+            if first < last:
+                yield from read_exactly(url, first, last, size, self.index_cache)
 
 
+@dataclass
 class ResampledShards:
     """Tar shards drawn with replacement, with weights.
 
@@ -118,22 +118,16 @@ class ResampledShards:
         sizes: number of samples in each; None if unknown. A local shard of unknown size is indexed when it is drawn.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        factors: Sequence[float],
-        num_samples: int,
-        seed: int,
-        window: int = SHUFFLE_WINDOW,
-        sizes: Sequence[int | None] = (),
-        lanes: int = SHUFFLE_SHARDS,
-        index_cache: str | None = None,
-    ):
-        self.urls, self.factors = list(urls), list(factors)
-        self.num_samples, self.seed, self.window, self.lanes = num_samples, seed, window, lanes
-        self.sizes, self.index_cache = dict(zip(self.urls, sizes)), index_cache
+    urls: Sequence[str]
+    factors: Sequence[float]
+    num_samples: int
+    seed: int
+    window: int = SHUFFLE_WINDOW
+    sizes: Sequence[int | None] = ()
+    lanes: int = SHUFFLE_SHARDS
+    index_cache: str | None = None
 
-    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample | BrokenShardError]:
+    def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
         name, total, number = f"{self.seed}/{epoch}/{start}", stop - start, self._num_lanes(stop - start)
 
         def lane(k: int) -> Lane:
@@ -141,6 +135,10 @@ class ResampledShards:
             return Lane(size, lambda done: itertools.islice(self._drawn(rng, done), size - done))
 
         yield from mix([lane(k) for k in range(number)], self.window, name, skip)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int | None]:
+        return dict(zip(self.urls, self.sizes))
 
     def _num_lanes(self, num_samples: int) -> int:
         """Returns the number of lanes for this many slots.
@@ -150,16 +148,16 @@ class ResampledShards:
         """
         if all(map(is_local, self.urls)):
             return self.lanes
-        known = [size for size in self.sizes.values() if size]
+        known = [size for size in self.sizes if size]
         size = sum(known) / len(known) if known else USUAL_SIZE
         return max(1, min(self.lanes, int(num_samples / size)))
 
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
         order = self.seed, self.window, self.lanes
-        return _fingerprint("resampled 4", _names(self.urls), self.factors, self.num_samples, *order)
+        return _fingerprint("resampled 4", self.urls, list(self.factors), self.num_samples, *order)
 
-    def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample | BrokenShardError]:
+    def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample]:
         """Yields the items of one draw after another, without the first `skip`.
 
         If sizes are known, the skipped items are not read.
@@ -170,10 +168,9 @@ class ResampledShards:
             first = rng.randrange(size) if size else 0
             if size is None:
                 for item in _with_fault(read_shard(url)):
-                    if skip:
-                        skip -= 1
-                    else:
+                    if not skip:
                         yield item
+                    skip = max(skip - 1, 0)
                 continue
             num_items = size + bool(fault)
             if skip >= num_items:
@@ -182,20 +179,19 @@ class ResampledShards:
             yield from read_exactly(url, min(first + skip, size), size, size, self.index_cache)
             yield from read_exactly(url, max(first + skip - size, 0), first, size, self.index_cache)
             if fault:
-                yield BrokenShardError(fault)
+                yield lost_sample(BrokenShardError(fault))
             skip = 0
 
     def _extent(self, url: str) -> tuple[int | None, str | None]:
         """Returns (number of readable samples or None if unknown, fault after which a local shard can't be read)."""
-        size, fault = (self.sizes[url], None) if self.sizes.get(url) is not None else _local_extent(url)
+        known = self._sizes.get(url)
+        size, fault = _local_extent(url) if known is None else (known, None)
         return size, f"{url}: no sample in it" if size == 0 and not fault else fault
 
 
 @lru_cache(maxsize=10_000)
 def _local_extent(url: str) -> tuple[int | None, str | None]:
     try:
-        if url.endswith(FEATURES):
-            return count_features(url), None
         if is_table(url):
             return count_rows(url), None
         if is_local(url):
@@ -206,9 +202,7 @@ def _local_extent(url: str) -> tuple[int | None, str | None]:
     return None, None
 
 
-def read_exactly(
-    url: str, first: int, stop: int, size: int, index_cache: str | None = None
-) -> Iterator[RawSample | BrokenShardError]:
+def read_exactly(url: str, first: int, stop: int, size: int, index_cache: str | None = None) -> Iterator[RawSample]:
     """Yields stop - first items of a shard; if it is broken or too short, an error instead of each missing sample.
 
     Args:
@@ -228,7 +222,7 @@ def read_exactly(
             first += 1
     except BrokenShardError as error:
         fault = error
-    yield from itertools.repeat(fault, stop - first)
+    yield from itertools.repeat(lost_sample(fault), stop - first)
 
 
 @cache
@@ -247,17 +241,13 @@ def read_shard(
     return read_samples(url, first, stop, index_cache=index_cache)
 
 
-def _names(urls: Sequence[str]) -> list[str]:
-    return [os.path.basename(url) for url in urls]
+def _fingerprint(kind: str, urls: Sequence[str], *settings: object) -> str:
+    return sha256(repr((kind, list(map(os.path.basename, urls)), *settings)).encode()).hexdigest()
 
 
-def _fingerprint(*parts: object) -> str:
-    return sha256(repr(parts).encode()).hexdigest()
-
-
-def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample | BrokenShardError]:
+def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample]:
     """Yields the samples, and at the end the error if a shard is broken."""
     try:
         yield from samples
     except BrokenShardError as error:
-        yield error
+        yield lost_sample(error)

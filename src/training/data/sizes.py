@@ -11,15 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from training.data.embedded import count_rows, is_table
-from training.data.features import SUFFIX as FEATURES
-from training.data.features import count_features, feature_files, is_feature_folder
-from training.readers.files import parallel_map
+from training.data.features import feature_files, is_feature_folder
+from training.readers.files import NUM_THREADS, parallel_map
 from training.readers.remote import file_system
 from training.readers.samples import INDEX_CACHE, ShardIndex, cached_index, index_shard
 from training.readers.streams import expand_shards, is_local
 
 MAX_CHECKED_BYTES = 1 << 28  # total size of the shards whose samples are counted to check sizes.json
-NUM_THREADS = 32  # shards that are indexed at the same time; an object store answers slowly, but many requests at once
 
 
 def expand_sources(spec: str) -> list[list[str]]:
@@ -31,8 +29,7 @@ def expand_sources(spec: str) -> list[list[str]]:
     Raises:
         FileNotFoundError, ValueError: a local shard or folder doesn't exist, or a folder has no shard.
     """
-    parts = spec.split("::")
-    sources = [feature_files(part) if is_feature_folder(part) else expand_shards(part) for part in parts]
+    sources = [feature_files(name) if is_feature_folder(name) else expand_shards(name) for name in spec.split("::")]
     local = [url for urls in sources for url in urls if is_local(url)]
     missing = [url for url, is_there in zip(local, parallel_map(os.path.exists, local)) if not is_there]
     if missing:
@@ -48,12 +45,8 @@ def read_sizes(url: str) -> dict[str, int]:
     Raises:
         OSError, ValueError: the file can't be read or is something else; file systems of fsspec may raise other errors.
     """
-    if is_local(url):
-        with open(url, encoding="utf-8-sig") as file:
-            content = json.load(file)
-    else:
-        fs, path = file_system(url)
-        content = json.loads(fs.cat_file(path))
+    fs, path = file_system(url)
+    content = json.loads(fs.cat_file(path).decode("utf-8-sig"))
     if not isinstance(content, dict):
         raise ValueError(f'{url}: expected {{"00000.tar": 10000, ..}}')
     return {str(name): size for name, size in content.items() if isinstance(size, int)}
@@ -61,7 +54,7 @@ def read_sizes(url: str) -> dict[str, int]:
 
 def _sizes_beside(folder: str) -> dict[str, int]:
     try:
-        return read_sizes(f"{folder}/sizes.json" if folder else "sizes.json")
+        return read_sizes(os.path.join(folder, "sizes.json"))
     except Exception:  # each of fsspec's file systems has its own exceptions
         return {}
 
@@ -143,8 +136,6 @@ def count_samples(
     Raises:
         ValueError: a ``pipe:`` has no known size, a shard is not a tar file or can't be reached, or sizes are wrong.
     """
-    if all(url.endswith(FEATURES) for url in urls):
-        return [count_features(url) for url in urls]
     if all(map(is_table, urls)):
         return parallel_map(count_rows, urls)
     known = trusted_sizes(urls) if sizes is None else sizes

@@ -11,10 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 
 from training.data.permutation import permuted
-from training.readers.captions import RecordError
+from training.readers.faults import BadSample
 from training.readers.samples import Part, RawSample
-from training.readers.table_files import beside, check_image_path
-from training.readers.tables import caption_columns, choose_image_column, load_rows, open_table
+from training.readers.table_files import check_image_path
+from training.readers.tables import caption_columns, choose_image_column, open_table, row_sample
 
 ROWS_PER_PART = 10_000
 CAPTION_FLAGS = "--raw-caption-keys, --short-caption-keys, --long-caption-keys"
@@ -31,6 +31,7 @@ class TableSource:
     def __init__(self, tables: Sequence[tuple[Path, str, Sequence[dict]]], seed: int):
         self.tables, self.seed = tables, seed
         *self.starts, self.num_samples = accumulate((len(rows) for _, _, rows in tables), initial=0)
+        self.num_left_out = sum(rows.num_left_out for _, _, rows in tables)
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
         """Yields samples of an epoch; see `Source.read`."""
@@ -38,15 +39,12 @@ class TableSource:
 
     def _rows(self, numbers: Iterable[int]) -> Iterator[RawSample]:
         for number in numbers:
-            place = bisect_right(self.starts, number) - 1
-            file, image_column, rows = self.tables[place]
+            table = bisect_right(self.starts, number) - 1
+            file, image_column, rows = self.tables[table]
             try:
-                record = dict(rows[number - self.starts[place]])
-                image, fault = record.pop(image_column, None), None
-                image = beside(file, image) if image and isinstance(image, str) else None
-            except RecordError as error:
-                record, image, fault = {}, None, str(error)
-            yield RawSample(str(number), file.name, {}, record, image, fault)
+                yield row_sample(file, number, rows[number - self.starts[table]], image_column)
+            except BadSample as error:
+                yield RawSample(str(number), file.name, {}, {}, fault=error.kind)
 
     def parts(self) -> list[Part]:
         """Returns the tables as parts of up to `ROWS_PER_PART` rows, in file order."""
@@ -92,7 +90,7 @@ def read_tables(
                 f"{path}: has the columns {', '.join(columns)}, but {first[0]} has {', '.join(first[1])}; train on "
                 "tables with the same columns"
             )
-        rows = load_rows(table, columns)
+        rows = table.load(columns)
         named = (rows[row].get(image) for row in range(min(len(rows), 100)))
         check_image_path(_first(named), f"{path}: row 1")
         tables.append((path, image, rows))
@@ -102,5 +100,5 @@ def read_tables(
 def _first(values: Iterator[object]) -> object:
     try:
         return next(filter(None, values), None)
-    except RecordError:
+    except BadSample:
         return None  # counted in training

@@ -20,34 +20,29 @@ Options are in parentheses, separated by commas:
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-
-class _Kind(NamedTuple):
-    """A kind of view.
-
-    Attributes:
-        uses_long: it is made from a long caption.
-        corners: its corner tokens have a loss, unless the entry says otherwise.
-    """
-
-    uses_long: bool
-    corners: bool
-
-
-KINDS = {
-    "raw": _Kind(uses_long=False, corners=False),
-    "short": _Kind(uses_long=False, corners=False),
-    "long": _Kind(uses_long=True, corners=True),
-    "first-sentence": _Kind(uses_long=True, corners=False),
-    "long-without-first": _Kind(uses_long=True, corners=True),
-    "sentences": _Kind(uses_long=False, corners=True),  # made from a long caption if its pool is one, see `View`
-}
+NAMES = ("raw", "short", "long", "first-sentence", "long-without-first", "sentences")
 POOLS = ("raw", "short", "long", "long-without-first", "all")
+_OF_LONG = {"long", "first-sentence", "long-without-first"}  # made from a long caption
+_WITH_CORNERS = {"long", "long-without-first", "sentences"}  # whose corner tokens have a loss if not said otherwise
 _ENTRY_END = re.compile(r",(?![^()]*\))")
 _VIEW = re.compile(r"([a-z-]+)\s*(?:\(([^()]*)\))?")
-_NUMBERS = re.compile(r"(?:n=)?(\d+)(?:\.\.(\d+|all))?")
+_NUMBER = r"(\d+\.?\d*(?:e-?\d+)?|\.\d+)"
+_OPTIONS: dict[str, Callable[[re.Match], dict[str, object]]] = {
+    rf"share={_NUMBER}": lambda m: {"share": float(m[1])},
+    rf"weight={_NUMBER}": lambda m: {"weight": float(m[1])},
+    "corners=(yes|no)": lambda m: {"corners": m[1] == "yes"},
+    "pad=(front|behind)": lambda m: {"front": m[1] == "front"},
+}
+_OF_SENTENCES: dict[str, Callable[[re.Match], dict[str, object]]] = {
+    r"(?:n=)?(\d+)(?:\.\.(\d+))?": lambda m: {"least": int(m[1]), "most": int(m[2] or m[1])},
+    r"(?:n=)?(\d+)\.\.all": lambda m: {"least": int(m[1]), "most": None},
+    "(ordered|any)": lambda m: {"order": m[1]},
+    "distinct": lambda m: {"distinct": True},
+    f"of=({'|'.join(POOLS)})": lambda m: {"pool": m[1]},
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class View:
     """One text of a sample.
 
     Attributes:
-        name: one of `KINDS`.
+        name: one of `NAMES`.
         least, most: range of the number of sentences; None as `most` means all.
         pool: source of the sentences, one of `POOLS`.
         order: ``ordered``, ``any``, or ``either``, which draws one of both for each text.
@@ -74,7 +69,7 @@ class View:
     @property
     def uses_long(self) -> bool:
         """Whether the view is made from a long caption."""
-        return KINDS[self.name].uses_long or (self.name == "sentences" and self.pool in ("long", "long-without-first"))
+        return self.name in _OF_LONG or (self.name == "sentences" and self.pool in _OF_LONG)
 
 
 @dataclass(frozen=True)
@@ -136,8 +131,8 @@ def _entry(text: str) -> Entry:
     views, options = [], {}
     for part in body.split("|"):
         match = _VIEW.fullmatch(part.strip())
-        if not match or match[1] not in KINDS:
-            raise ValueError(f"{part.strip()!r}: expected one of {', '.join(KINDS)}")
+        if not match or match[1] not in NAMES:
+            raise ValueError(f"{part.strip()!r}: expected one of {', '.join(NAMES)}")
         view, more = _view(match[1], [word.strip() for word in (match[2] or "").split(",") if word.strip()])
         views.append(view)
         options |= more
@@ -145,47 +140,24 @@ def _entry(text: str) -> Entry:
         raise ValueError(f"{text!r}: share= needs several views, separated by |")
     if not any(view.share for view in views):
         raise ValueError(f"{text!r}: expected a share above 0")
-    corners = options.pop("corners", any(KINDS[view.name].corners for view in views))
+    corners = options.pop("corners", any(view.name in _WITH_CORNERS for view in views))
     name = "-or-".join(view.name for view in views)
     return Entry(name, tuple(views), int(count) if star else 1, corners=corners, **options)
 
 
 def _view(name: str, words: list[str]) -> tuple[View, dict[str, object]]:
     """Returns a view, and the options among its words that concern the entry."""
-    view, options = View(name), {}
+    options = _OPTIONS | _OF_SENTENCES if name == "sentences" else _OPTIONS
+    fields: dict[str, object] = {}
     for word in words:
-        key, _, value = word.partition("=")
-        numbers = _NUMBERS.fullmatch(word)
-        if key in ("share", "weight") and (number := _number(value)) is not None:
-            if key == "share":
-                view = replace(view, share=number)
-            else:
-                options["weight"] = number
-        elif key == "corners" and value in ("yes", "no"):
-            options["corners"] = value == "yes"
-        elif word in ("pad=front", "pad=behind"):
-            options["front"] = value == "front"
-        elif name == "sentences" and numbers:
-            most = numbers[2] or numbers[1]
-            view = replace(view, least=int(numbers[1]), most=None if most == "all" else int(most))
-        elif name == "sentences" and word in ("ordered", "any"):
-            view = replace(view, order=word)
-        elif name == "sentences" and word == "distinct":
-            view = replace(view, distinct=True)
-        elif name == "sentences" and key == "of" and value in POOLS:
-            view = replace(view, pool=value)
-        else:
+        found = [make(match) for pattern, make in options.items() if (match := re.fullmatch(pattern, word))]
+        if not found:
             raise ValueError(f"{name}({word}): not understood; see docs/training.md, caption views")
+        fields |= found[0]
+    of_entry = {key: fields.pop(key) for key in ("weight", "corners", "front") if key in fields}
+    view = View(name, **fields)
     if view.least < 1 or (view.most is not None and view.most < view.least):
         raise ValueError(f"{name}({view.least}..{view.most}): expected 1 <= first <= last")
     if view.distinct and view.least != view.most:
         raise ValueError(f"{name}(distinct): needs one number of sentences, such as sentences(1, distinct)*6")
-    return view, options
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if 0 <= number < float("inf") else None
+    return view, of_entry

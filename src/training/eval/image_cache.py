@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from training.data.images import ImageReader, Source
+from training.data.images import ImageReader
 from training.model.weights.fingerprint import probe_images
 from training.readers.files import EmbeddedImage, ShardMember
-from training.readers.images import BrokenImageError
+from training.readers.images import BrokenImageError, Source
 from training.runtime.files import atomic_write
 
 FORMAT = 3

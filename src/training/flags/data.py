@@ -18,6 +18,7 @@ _TABLE = Condition(
 _CSV = Condition(
     "without a .csv or .tsv table",
     lambda args: any(map(names_csv, (args.train_data, args.val_data, args.retrieval_table))),
+    refused=True,
 )
 _SHARDS = Condition("for a table of image paths, whose rows are all shuffled", lambda args: not _has_paths(args))
 LONG = Condition(

@@ -14,13 +14,13 @@ from itertools import islice
 
 from PIL import Image
 
-from training.data.faults import FAULT_KINDS, BadSample
 from training.data.reader import read_image
 from training.prepare.engines import PROMPTS, Generated, TransformersEngine, VllmEngine, make_engine
 from training.prepare.shards.files import Shard, plain_tar, read_json_samples, rewrite_shard
 from training.prepare.shards.job import ShardJob, attempt
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.work import add_counts, format_counts, progress
+from training.readers.faults import FAULT_KINDS, BadSample
 from training.readers.files import parallel_map
 from training.readers.images import load_rgb
 from training.readers.samples import RawSample, read_samples
@@ -158,7 +158,7 @@ def _image(sample: RawSample) -> tuple[Image.Image | None, str | None]:
     try:
         return read_image(sample, partial(load_rgb, upright=True)), None
     except BadSample as error:
-        return None, str(error)
+        return None, error.kind
 
 
 def judge(answer: Generated) -> tuple[str | None, list[str]]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from training.readers.captions import RecordError, caption_texts
+from training.readers.captions import caption_texts
 from training.readers.columnar import ColumnarFile
 from training.readers.csv_rows import CsvRecords, choose_form
-from training.readers.tables import load_rows, open_table
+from training.readers.faults import BadSample
+from training.readers.tables import open_table
 
 _LOOKED_AT = 1 << 24  # bytes of a CSV by which its form is chosen
 Row = tuple[Sequence | None, bool]  # (cells, or None if they can't be read; whether it was read as Windows-1252)
@@ -52,12 +53,12 @@ class TableRows:
         elif isinstance(self.table, ColumnarFile):
             yield from _columnar_rows(self.table, columns)
         else:
-            rows = load_rows(self.table, columns)
+            rows = self.table.load(columns)
             for number in range(len(rows)):
                 try:
                     row = rows[number]
                     yield [row.get(name) for name in columns], False
-                except RecordError:
+                except BadSample:
                     yield None, False
 
 

@@ -8,15 +8,12 @@ import itertools
 import json
 from collections.abc import Mapping
 
+from training.readers.faults import BadSample
 from training.readers.sentences import join_sentences, split_lines
 
 CAPTION_LISTS = ("alternatives", "sentences")
 _MODELS = ("gpt", "assistant", "model", "chatgpt", "bot")
 _OTHERS = ("human", "user", "system", "tool")
-
-
-class RecordError(ValueError):
-    """The caption files of a sample can't be read; the message is one of training's kinds of bad samples."""
 
 
 def read_record(files: Mapping[str, bytes]) -> dict:
@@ -26,23 +23,18 @@ def read_record(files: Mapping[str, bytes]) -> dict:
         files: suffix -> content. A byte order mark, and white space around a ``txt``, are no part of the content.
 
     Raises:
-        RecordError: a file is not UTF-8, or the JSON is broken or not an object.
+        BadSample: a file is not UTF-8, or the JSON is broken or not an object.
     """
-    record: dict = {}
     try:
-        if "json" in files:
-            record = json.loads(files["json"].decode("utf-8-sig"))
-        if not isinstance(record, dict):
-            raise RecordError("JSON not an object")
-        if "txt" in files:
-            record.setdefault("txt", files["txt"].decode("utf-8-sig").strip())
+        texts = {suffix: files[suffix].decode("utf-8-sig") for suffix in ("json", "txt") if suffix in files}
+        record = json.loads(texts["json"]) if "json" in texts else {}
     except UnicodeDecodeError as error:
-        raise RecordError("text not UTF-8") from error
-    except RecordError:
-        raise
+        raise BadSample("text not UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise RecordError("broken JSON") from error
-    return record
+        raise BadSample("broken JSON") from error
+    if not isinstance(record, dict):
+        raise BadSample("JSON not an object")
+    return {"txt": texts["txt"].strip()} | record if "txt" in texts else record
 
 
 def caption_texts(value: object, where: str = "", lists: str = "alternatives", lines: bool = False) -> list[str]:
@@ -52,14 +44,14 @@ def caption_texts(value: object, where: str = "", lists: str = "alternatives", l
         value: a text, UTF-8 bytes, a list of these, a conversation, or None.
         where: what the message of an error begins with.
         lists: ``alternatives``: each text of a list is a caption; ``sentences``: a list is one caption.
-        lines: each line of a text is a caption.
+        lines: each line of a text is a caption, whatever `lists` says.
 
     Raises:
         ValueError: the value is something else.
     """
     texts = [text for text in _texts(value, where) if text.strip()]
     if lines:
-        texts = [line.strip() for text in texts for line in split_lines(text) if line.strip()]
+        return [line.strip() for text in texts for line in split_lines(text) if line.strip()]
     return [join_sentences([text.strip() for text in texts])] if lists == "sentences" and len(texts) > 1 else texts
 
 
@@ -77,7 +69,7 @@ def _texts(value: object, where: str) -> list[str]:
     if turns:
         return [text for turn in turns for text in _answer(*turn, where)]
     if isinstance(value, list):
-        return [text for part in value for text in _texts(part, where)]
+        return [text for item in value for text in _texts(item, where)]
     shown = str(value)[:60]
     raise ValueError(f"{where}: {type(value).__name__} {shown}, expected a text or a list of texts")
 
@@ -89,8 +81,8 @@ def _turns(value: object) -> list[tuple[object, object]]:
             return list(zip(value[speaker], value[content]))  # the form of a `datasets` sequence
         if isinstance(value, list) and value and all(isinstance(turn, dict) and content in turn for turn in value):
             # Without speakers, questions and answers take turns.
-            usual = itertools.cycle(("human", "gpt"))
-            return [(turn.get(speaker, own), turn[content]) for turn, own in zip(value, usual)]
+            turns = zip(value, itertools.cycle(("human", "gpt")))
+            return [(turn.get(speaker, usual), turn[content]) for turn, usual in turns]
     return []
 
 
@@ -100,5 +92,5 @@ def _answer(speaker: object, content: object, where: str) -> list[str]:
     if str(speaker).lower() not in _MODELS:
         raise ValueError(f"{where}: a turn of {str(speaker)[:40]!r}, expected one of {', '.join((*_OTHERS, *_MODELS))}")
     if isinstance(content, list):  # parts of several kinds
-        content = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = [item.get("text") if isinstance(item, dict) else item for item in content]
     return _texts(content, where)

@@ -13,6 +13,24 @@ ROWS_AT_ONCE = 64  # about 10 MB if the table holds images
 TEXT_ROWS_AT_ONCE = 10_000
 
 
+class ArrowRows:
+    """Rows in Arrow's compact form, in any order.
+
+    Attributes:
+        num_left_out: number of rows of the file that can't be read.
+    """
+
+    def __init__(self, table: pa.Table, num_left_out: int = 0):
+        self.columns = dict(zip(table.column_names, table.columns))
+        self.num_rows, self.num_left_out = table.num_rows, num_left_out
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, row: int) -> dict:
+        return {name: values[row].as_py() for name, values in self.columns.items()}
+
+
 class ColumnarFile:
     """A Parquet file, or an Arrow file as `datasets.save_to_disk` writes it; rows are read lazily.
 
@@ -60,8 +78,8 @@ class ColumnarFile:
         stop = self.num_rows if stop is None else min(stop, self.num_rows)
         size = ROWS_AT_ONCE if any(name in self.image_columns for name in columns) else TEXT_ROWS_AT_ONCE
         if self._table is not None:
-            part = self._table.select(columns).slice(first, max(stop - first, 0))
-            yield from part.to_batches(max_chunksize=size)
+            rows = self._table.select(columns).slice(first, max(stop - first, 0))
+            yield from rows.to_batches(max_chunksize=size)
             return
         groups = [i for i, end in enumerate(self._ends) if end > first and self._start(i) < stop]
         row = self._start(groups[0]) if groups else stop
@@ -86,12 +104,12 @@ class ColumnarFile:
     def _start(self, group: int) -> int:
         return int(self._ends[group - 1]) if group else 0
 
-    def load(self, columns: Sequence[str]) -> pa.Table:
-        """Returns columns in memory; those of an Arrow file stay on disk."""
+    def load(self, columns: Sequence[str]) -> ArrowRows:
+        """Returns all rows; those of an Arrow file stay on disk."""
         if self._table is not None:
-            return self._table.select(columns)
+            return ArrowRows(self._table.select(columns))
         schema = pa.schema([self.schema.field(name) for name in columns])
-        return pa.Table.from_batches(list(self.batches(columns)), schema)
+        return ArrowRows(pa.Table.from_batches(list(self.batches(columns)), schema))
 
 
 def _map_arrow(path: Path) -> pa.Table:
@@ -116,7 +134,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 def may_hold_text(kind: pa.DataType) -> bool:
     """Returns whether a column of a type may hold captions: texts, lists of texts, or conversations."""
-    if pa.types.is_dictionary(kind) or pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+    if hasattr(kind, "value_type"):  # lists and dictionaries
         return may_hold_text(kind.value_type)
     if pa.types.is_struct(kind):
         return any(may_hold_text(field.type) for field in kind)
@@ -140,16 +158,16 @@ class _Cursor:
 
     def __init__(self, path: Path, column: str):
         self.file, self.column, self.lock = ColumnarFile(path), column, threading.Lock()
-        self.first, self.held, self.batches = 0, [], self.file.batches([column])
+        self.first, self.cells, self.batches = 0, [], self.file.batches([column])
 
     def read(self, row: int) -> object:
-        following = self.first + len(self.held)
+        following = self.first + len(self.cells)
         if row < self.first or (row >= following and not self.file.same_group(following, row)):
-            self.first, self.held, self.batches = row, [], self.file.batches([self.column], row)
-        while row >= self.first + len(self.held):
-            self.first += len(self.held)
-            self.held = next(self.batches).column(0)
-        return self.held[row - self.first].as_py()
+            self.first, self.cells, self.batches = row, [], self.file.batches([self.column], row)
+        while row >= self.first + len(self.cells):
+            self.first += len(self.cells)
+            self.cells = next(self.batches).column(0)
+        return self.cells[row - self.first].as_py()
 
 
 @lru_cache(maxsize=16)

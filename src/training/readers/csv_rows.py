@@ -10,8 +10,9 @@ import csv
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 MAX_ROW_BYTES = 1 << 20  # without a limit, a quote that is never closed would swallow the file
 _LINES_AHEAD = 200
@@ -28,12 +29,14 @@ class Record(NamedTuple):
         cells: texts; None for a row with too few or too many cells, or with a quote that is never closed.
         begin, end: the bytes of the file where the row begins and ends.
         repaired: the row was not UTF-8 and has been read as Windows-1252.
+        fault: why a row has no cells.
     """
 
     cells: list[str] | None
     begin: int
     end: int
     repaired: bool
+    fault: str | None
 
 
 class CsvForm(NamedTuple):
@@ -80,11 +83,8 @@ class CsvRecords:
                 raise ValueError(f"{self.path}: UTF-16 text; convert it first: iconv -f UTF-16 -t UTF-8")
             if b"\r" in head and b"\n" not in head:
                 raise ValueError(f"{self.path}: lines end with CR alone; convert them first: tr '\\r' '\\n'")
-            lines = _Lines(file, 0, self.form.escaped)
-            try:
-                cells = next(self._parser(lines), [])
-            except csv.Error:
-                cells = []
+            lines = _Lines(file, 0, self.form)
+            cells = lines.next_row()
         if not cells:
             raise ValueError(
                 f"{self.path}: no header in its first row; is it a CSV with the separator {self.form.separator!r}? "
@@ -99,52 +99,39 @@ class CsvRecords:
     def read(self, begin: int, end: int | None = None) -> Iterator[Record]:
         """Yields the rows that begin from byte `begin` up to, not including, byte `end`; blank lines are skipped."""
         with open(self.path, "rb", buffering=1 << 20) as file:
-            while end is None or begin < end:
-                lines = _Lines(file, begin, self.form.escaped)
-                for record in self._good_rows(lines):
-                    begin = record.end
-                    if record.cells is None:
-                        begin = self._resume(lines)
-                    yield record._replace(end=begin)
-                    if record.cells is None or (end is not None and begin >= end):
-                        break
-                else:
+            lines = _Lines(file, begin, self.form)
+            while end is None or lines.position < end:
+                cells = lines.next_row()
+                if not lines.row:
                     return
+                if cells != []:
+                    begin, repaired, fault = lines.row[0][0], lines.repaired, self._fault(cells, lines.row)
+                    if fault:
+                        self._resume(lines)
+                    yield Record(None if fault else cells, begin, lines.position, repaired, fault)
 
-    def _good_rows(self, lines: "_Lines") -> Iterator[Record]:
-        """Yields rows, the last of which is bad unless the file ends."""
-        parser = self._parser(lines)
-        while True:
-            begin = lines.begin_row()
-            try:
-                cells = next(parser, None)
-            except csv.Error:
-                yield Record(None, begin, lines.position, lines.repaired)
-                return
-            if cells is None:
-                return
-            if not cells:
-                continue
-            is_good = len(cells) == self.num_cells and (len(lines.row) == 1 or not self._is_doubtful(cells, lines.row))
-            yield Record(cells if is_good else None, begin, lines.position, lines.repaired)
+    def _fault(self, cells: list[str] | None, row: Sequence[tuple[int, str]]) -> str | None:
+        """Returns what is wrong with a row, if anything; `row` holds its lines."""
+        if cells is None:
+            return "a quotation mark that is never closed, or not doubled inside a quoted cell"
+        complete = len(cells) == self.num_cells
+        if len(row) > 1 and (self._is_doubtful(cells, row) if complete else self._splits(row[0][1])):
+            return "a quotation mark that is never closed, or a cell of several lines that look like rows"
+        return None if complete else f"{len(cells)} cells, the header has {self.num_cells}"
 
-    def _parser(self, lines: Iterator[str]) -> Iterator[list[str]]:
-        quoting = csv.QUOTE_MINIMAL if self.form.quoted else csv.QUOTE_NONE
-        return csv.reader(lines, delimiter=self.form.separator, quoting=quoting, strict=self.form.quoted)
-
-    def _is_doubtful(self, cells: list[str], lines: Sequence[str]) -> bool:
+    def _is_doubtful(self, cells: list[str], row: Sequence[tuple[int, str]]) -> bool:
         """Returns whether one of a row's further lines looks like a row itself.
 
         Captions hardly ever contain tabs. They do contain commas, so a line also needs a cell of the same kind as that
         of its row, in a column in which the row has no line break: a name with the same suffix, of the same form, and
         so on.
         """
-        places = [place for place, cell in enumerate(cells) if "\n" not in cell]
-        for line in lines[1:_LINES_AHEAD]:
+        whole = [column for column, cell in enumerate(cells) if "\n" not in cell]
+        for _, line in row[1:_LINES_AHEAD]:
             for found in self._splits(line):
                 if self.form.separator == "\t" and self.num_cells > 1:
                     return True
-                if any(_is_alike(cells[place], found[place]) for place in places):
+                if any(_is_alike(cells[column], found[column]) for column in whole):
                     return True
         return False
 
@@ -154,85 +141,81 @@ class CsvRecords:
             return []
         found = []
         for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE) if self.form.quoted else (csv.QUOTE_NONE,):
-            try:
+            with suppress(csv.Error):  # a carriage return in the middle of a line
                 found += csv.reader([line], delimiter=self.form.separator, quoting=quoting)
-            except csv.Error:  # a carriage return in the middle of a line
-                pass
         return [cells for cells in found if len(cells) == self.num_cells]
 
-    def _resume(self, lines: "_Lines") -> int:
-        """Returns the byte where the first line in a bad row that looks like a row begins; else the end of the row."""
-        place = lines.begin
-        for line, size in list(zip(lines.row, lines.sizes))[:_LINES_AHEAD]:
-            if place > lines.begin and (self._splits(line) or self._parses(lines.file, place)):
-                return place
-            place += size
-        lines.file.seek(lines.position)
-        return lines.end_of_line()
-
-    def _parses(self, file, place: int) -> bool:
-        """Returns whether a row of the right number of cells begins at a byte."""
-        try:
-            return len(next(self._parser(_Lines(file, place, self.form.escaped)), [])) == self.num_cells
-        except csv.Error:
-            return False
+    def _resume(self, lines: "_Lines") -> None:
+        """Goes to the first line in a bad row that looks like a row; else to the end of the row's last line."""
+        end = lines.position
+        for begin, line in lines.row[1:_LINES_AHEAD]:
+            if self._splits(line) or len(_Lines(lines.file, begin, self.form).next_row() or ()) == self.num_cells:
+                lines.go_to(begin)
+                return
+        lines.go_to(end)
+        while lines.row and not lines.row[-1][1].endswith("\n"):  # a very long line
+            lines.row = []
+            next(lines, None)
 
 
 class _Lines:
-    """The lines of a file as text, from byte `begin` on, and the lines of the current row."""
+    """The lines of a file as text, from a byte on.
 
-    def __init__(self, file, begin: int, escaped: bool):
-        self.file, self.begin, self.position, self.escaped = file, begin, begin, escaped
-        self.row, self.sizes, self.repaired = [], [], False
-        file.seek(begin)
+    Attributes:
+        row: (byte where it begins, text) of each line of the current row.
+        position: the byte where the next line begins.
+        repaired: a line of the row was not UTF-8.
+    """
+
+    def __init__(self, file: IO[bytes], begin: int, form: CsvForm):
+        self.file, self.form, self.row, self.repaired = file, form, [], False
+        self.go_to(begin)
+
+    def go_to(self, position: int) -> None:
+        self.position = position
+        self.file.seek(position)
+
+    def next_row(self) -> list[str] | None:
+        """Returns the cells of the next row; None if it can't be parsed, and nothing for a blank line or at the end."""
+        self.row, self.repaired = [], False
+        quoting = csv.QUOTE_MINIMAL if self.form.quoted else csv.QUOTE_NONE
+        try:
+            return next(csv.reader(self, delimiter=self.form.separator, quoting=quoting, strict=self.form.quoted), [])
+        except csv.Error:
+            return None
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        if self.position - self.begin >= MAX_ROW_BYTES:
+        if self.row and self.position - self.row[0][0] >= MAX_ROW_BYTES:
             raise csv.Error("row too long")
         line = self.file.readline(MAX_ROW_BYTES)
         if not line:
             raise StopIteration
-        self.position += len(line)
         try:
-            text = line.decode("utf-8" if self.begin else "utf-8-sig")
+            text = line.decode("utf-8" if self.position else "utf-8-sig")
         except UnicodeDecodeError:
             text, self.repaired = line.decode("cp1252", "replace"), True
-        if "\0" in text:
-            text = text.replace("\0", "")
-        if self.escaped and "\\" in text:
+        text = text.replace("\0", "")
+        if self.form.escaped and "\\" in text:
             text = _ESCAPE.sub(lambda match: '""' if match[1] == '"' else "\\", text)
-        self.row.append(text)
-        self.sizes.append(len(line))
+        self.row.append((self.position, text))
+        self.position += len(line)
         return text
 
-    def begin_row(self) -> int:
-        """Forgets the lines so far; returns the byte at which the next line begins."""
-        self.begin, self.row, self.sizes, self.repaired = self.position, [], [], False
-        return self.begin
 
-    def end_of_line(self) -> int:
-        """Returns the byte after the current line, of which only a part has been read if it is very long."""
-        while self.row and not self.row[-1].endswith("\n") and (line := self.file.readline(MAX_ROW_BYTES)):
-            self.position += len(line)
-            if line.endswith(b"\n"):
-                break
-        return self.position
-
-
-def _is_alike(own: str, other: str) -> bool:
+def _is_alike(cell: str, other: str) -> bool:
     """Returns whether two cells may be the names of two images."""
-    own, other = own.strip(), other.strip()
-    if _URL.match(own):
+    cell, other = cell.strip(), other.strip()
+    if _URL.match(cell):
         return _URL.match(other) is not None
-    if suffix := _SUFFIX.search(own):
+    if suffix := _SUFFIX.search(cell):
         found = _SUFFIX.search(other)
         return found is not None and (" " not in other or suffix[0].lower() == found[0].lower())
-    if any(map(str.isdigit, own)):
-        return _shape(own) == _shape(other)
-    return bool(own and other) and len(other.split()) <= len(own.split())
+    if any(map(str.isdigit, cell)):
+        return _shape(cell) == _shape(other)
+    return bool(cell and other) and len(other.split()) <= len(cell.split())
 
 
 def _shape(text: str) -> str:
@@ -293,41 +276,8 @@ def default_separator(path: Path) -> str:
     return found
 
 
-class BadRows:
-    """Counts the bad rows of a CSV and keeps the first one for the message."""
-
-    def __init__(self, path: Path, form: CsvForm, header: Sequence[str]):
-        self.path, self.form, self.num_cells = path, form, len(header)
-        self.count, self.first = 0, None
-
-    def add(self, record: Record) -> None:
-        """Counts a bad row."""
-        self.count += 1
-        self.first = self.first or record
-
-    def describe(self) -> str:
-        """Describes the first bad row, for example ``line 7: 3 cells, the header has 2 (1 bad row in all)``."""
-        with open(self.path, "rb") as file:
-            number = sum(block.count(b"\n") for block in _blocks(file, self.first.begin)) + 1
-            lines = _Lines(file, self.first.begin, self.form.escaped)
-            records = CsvRecords(self.path, self.form, self.num_cells)
-            try:
-                cells = next(records._parser(lines), [])
-                plain = next(csv.reader(lines.row[:1], delimiter=self.form.separator, quoting=csv.QUOTE_NONE), [])
-            except csv.Error:
-                cells = plain = None
-        if cells is None:
-            fault = "a quotation mark that is never closed, or not doubled inside a quoted cell"
-        elif len(cells) == self.num_cells or (len(lines.row) > 1 and len(plain) == self.num_cells):
-            fault = "a quotation mark that is never closed, or a cell of several lines that look like rows"
-        else:
-            fault = f"{len(cells)} cells, the header has {self.num_cells}"
-        return f"line {number:,}: {fault} ({self.count:,} bad row{'s' * (self.count > 1)} in all)"
-
-
-def _blocks(file, size: int) -> Iterator[bytes]:
-    """Yields the first `size` bytes of a file in pieces."""
-    file.seek(0)
-    while size > 0 and (block := file.read(min(size, 1 << 20))):
-        size -= len(block)
-        yield block
+def line_number(path: Path, position: int) -> int:
+    """Returns the number of the line, from 1, in which a byte of a file is."""
+    with open(path, "rb") as file:
+        blocks = iter(lambda: file.read(min(1 << 20, position - file.tell())), b"")
+        return sum(block.count(b"\n") for block in blocks) + 1

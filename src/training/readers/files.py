@@ -1,4 +1,4 @@
-"""Small file helpers: JSON with errors that name the file and line, and many small reads in parallel."""
+"""Files and images in files, JSON with errors that name the file and line, and many small reads in parallel."""
 
 import glob
 import io
@@ -6,12 +6,15 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, is_dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, TypeVar
+
+from training.readers.remote import identity, read_range
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "jfif", "jpe", "avif", "heic", "heif", "bmp", "gif", "tif", "tiff")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".json")
@@ -20,26 +23,60 @@ _LEFTOVERS = ("__macosx", "thumbs.db", "desktop.ini")
 
 T = TypeVar("T")
 R = TypeVar("R")
-_TURNED = " upright"  # part of the names of images that are read with the rotation in their EXIF data
 NUM_THREADS = 32  # a network disk answers one small request in milliseconds; the waiting overlaps
 
 
 @dataclass(frozen=True)
-class ShardMember:
-    """A file inside a tar file, read in place; used like a `Path`.
+class StoredImage:
+    """An image to read with or without the rotation in its EXIF data; used like a `Path`.
 
     Attributes:
-        shard: the tar file, or its URL.
-        offset, size: position and length of the content in the tar file, in bytes.
-        member: the file's name inside the tar file.
-        upright: apply the rotation in the EXIF data when the image is read.
+        shard: the file or, for some subclasses, the URL of the file that holds the image.
+        upright: apply the rotation.
     """
 
     shard: Path | str
+    upright: bool = field(default=False, kw_only=True)
+
+    def __str__(self) -> str:
+        return str(self.shard)
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
+
+    def stat(self) -> os.stat_result | SimpleNamespace:
+        """Returns the status of the file, because its change is a change of the content."""
+        if isinstance(self.shard, Path):
+            return self.shard.stat()
+        size, changes = identity(self.shard)
+        return SimpleNamespace(st_size=size, st_mtime_ns=changes)
+
+    def resolve(self) -> str:
+        """Returns a name that no other content has while the file stays as it is."""
+        shard = self.shard.resolve() if isinstance(self.shard, Path) else self.shard
+        return f"{shard}{self._inside()}{' upright' * self.upright}"
+
+    def _inside(self) -> str:
+        return ""
+
+    def open(self) -> BinaryIO:
+        """Returns the content as a file."""
+        return open(self.shard, "rb")
+
+
+@dataclass(frozen=True)
+class ShardMember(StoredImage):
+    """A file inside a tar file, read in place.
+
+    Attributes:
+        offset, size: position and length of the content in the tar file, in bytes.
+        member: the file's name inside the tar file.
+    """
+
     offset: int
     size: int
     member: str
-    upright: bool = False
 
     def __str__(self) -> str:
         return f"{self.shard}/{self.member}"
@@ -48,42 +85,24 @@ class ShardMember:
     def name(self) -> str:
         return self.member.rsplit("/", 1)[-1]
 
-    def stat(self) -> os.stat_result | SimpleNamespace:
-        """Returns the status of the tar file, because its change is a change of the content."""
-        if isinstance(self.shard, Path):
-            return self.shard.stat()
-        from training.readers.remote import identity
+    def _inside(self) -> str:
+        return f"/{self.member}@{self.offset}"
 
-        size, changes = identity(self.shard)
-        return SimpleNamespace(st_size=size, st_mtime_ns=changes)
-
-    def resolve(self) -> str:
-        """Returns a name that no other content has while the tar file stays as it is."""
-        shard = self.shard.resolve() if isinstance(self.shard, Path) else self.shard
-        return f"{shard}/{self.member}@{self.offset}{_TURNED * self.upright}"
-
-    def open(self) -> io.BytesIO:
-        """Returns the content as a file."""
-        from training.readers.remote import read_range
-
+    def open(self) -> BinaryIO:
         return io.BytesIO(read_range(self.shard, self.offset, self.size))
 
 
 @dataclass(frozen=True)
-class EmbeddedImage:
-    """An image in a cell of a Parquet or Arrow file, read when it is needed; used like a `Path`.
+class EmbeddedImage(StoredImage):
+    """An image in a cell of a Parquet or Arrow file, read when it is needed.
 
     Attributes:
-        shard: the Parquet or Arrow file.
         column: the name of the column, which holds bytes, or structs with ``bytes``.
         row: counted from 0.
-        upright: apply the rotation in the EXIF data when the image is read.
     """
 
-    shard: Path
     column: str
     row: int
-    upright: bool = False
 
     def __str__(self) -> str:
         return f"{self.shard}, row {self.row + 1}"
@@ -92,54 +111,32 @@ class EmbeddedImage:
     def name(self) -> str:
         return f"{self.shard.name}-{self.row + 1}"
 
-    def stat(self) -> os.stat_result:
-        """Returns the status of the file, because its change is a change of the content."""
-        return self.shard.stat()
+    def _inside(self) -> str:
+        return f"/{self.column}@{self.row}"
 
-    def resolve(self) -> str:
-        """Returns a name that no other content has while the file stays as it is."""
-        return f"{self.shard.resolve()}/{self.column}@{self.row}{_TURNED * self.upright}"
-
-    def open(self) -> io.BytesIO:
-        """Returns the image file's bytes as a file."""
-        from training.readers.columnar import read_image
+    def open(self) -> BinaryIO:
+        from training.readers.columnar import read_image  # imports pyarrow
 
         return io.BytesIO(read_image(self.shard, self.column, self.row))
 
 
-@dataclass(frozen=True)
-class UprightFile:
-    """An image file whose EXIF rotation is applied when it is read; used like a `Path`."""
-
-    path: Path
-    upright: bool = True
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    def stat(self) -> os.stat_result:
-        """Returns the status of the file."""
-        return self.path.stat()
-
-    def resolve(self) -> str:
-        """Returns a name that differs from the one of the same file without the rotation."""
-        return f"{self.path.resolve()}{_TURNED}"
-
-    def open(self) -> BinaryIO:
-        """Opens the file."""
-        return open(self.path, "rb")
-
-
-ImageFile = Path | ShardMember | EmbeddedImage | UprightFile
-
-
-def upright(image: ImageFile) -> ImageFile:
+def upright(image: Path | StoredImage) -> StoredImage:
     """Returns the same image, to be read with the rotation in its EXIF data."""
-    return replace(image, upright=True) if is_dataclass(image) else UprightFile(image)
+    return replace(image, upright=True) if isinstance(image, StoredImage) else StoredImage(image, upright=True)
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Puts a flag in front of the message of a ValueError or OSError that its value causes.
+
+    Raises:
+        FileNotFoundError, ValueError: with the flag.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{flag} {error}") from error
 
 
 def is_leftover(name: str) -> bool:
@@ -154,16 +151,28 @@ def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return list(pool.map(function, items))
 
 
+def read_text(path: Path) -> str:
+    """Reads a text file; raises ValueError that names it if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); fetch the file again") from error
+
+
+def _parsed(text: str, where: str | Path) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: broken JSON ({error}); fetch or write it again") from error
+
+
 def read_json(path: Path) -> object:
     """Reads a UTF-8 JSON file.
 
     Raises:
         ValueError: the file is broken; the message names the file and the position.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: broken JSON ({error}); fetch the file again") from error
+    return _parsed(read_text(path), path)
 
 
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
@@ -175,22 +184,11 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     Raises:
         ValueError: a line is broken or not an object; the message names file and line.
     """
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); fetch the file again") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: broken JSON ({error}); fetch the file again") from error
+    lines = [(f"{path} line {n}", line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    rows = [(where, _parsed(line, where)) for where, line in lines]
+    for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        rows.append((where, row))
     return rows
 
 
@@ -215,6 +213,26 @@ def require_dir(path: str | Path, flag: str) -> Path:
     return path
 
 
+def expand_name(name: str) -> list[str]:
+    """Returns the names that a name stands for; a file or folder with exactly this name stands for itself.
+
+    Args:
+        name: with ``{000..123}``, ``~``, ``${NAME}`` for an environment variable, or as ``file:PATH``. In a
+            ``pipe:COMMAND``, the shell expands variables.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+    from braceexpand import braceexpand
+
+    if not os.path.exists(name) and not name.startswith("pipe:"):
+        name = os.path.expanduser(os.path.expandvars(name))
+        if missing := re.search(r"\$\{(\w+)\}", name):
+            raise ValueError(f"{name}: the environment variable {missing[1]} is not set")
+        name = re.sub("^file:(//(localhost)?(?=/))?", "", name)
+    return [name] if os.path.exists(name) or "{" not in name else list(braceexpand(name))
+
+
 def matching_files(pattern: str) -> list[str]:
     """Returns the file of this name, else all files that match the name as a pattern, sorted.
 
@@ -231,20 +249,15 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]
 
 
-def first_present(places: Sequence[Sequence[Path]]) -> list[Path]:
-    """Returns for each file the first of its possible paths that exists; if none exists, the first path."""
-    return parallel_map(lambda own: next((p for p in own if file_identity(p) is not None), own[0]), places)
-
-
-def file_identity(path: ImageFile) -> object | None:
+def file_identity(path: Path | StoredImage) -> object | None:
     """Returns a value that is equal for paths to the same file that is read alike; None if there is no file.
 
     The value is (device, inode), or the path itself if the file system has no inodes.
     """
-    if isinstance(path, UprightFile):
-        found = file_identity(path.path)
-        return found and (found, "upright")
-    if hasattr(path, "shard"):  # in a tar or Parquet file
+    if type(path) is StoredImage:
+        found = file_identity(path.shard)
+        return found and (found, path.upright)
+    if isinstance(path, StoredImage):
         return path if isinstance(path.shard, str) or path.shard.is_file() else None
     try:
         status = os.stat(path)

@@ -5,6 +5,7 @@ of a repository is executed.
 """
 
 import fnmatch
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -16,7 +17,6 @@ from training.readers.files import TABLE_SUFFIXES
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
-_FRONT_MATTER = re.compile(r"---\n(.*?)\n---", re.DOTALL)
 
 
 def local_spec(spec: str) -> str:
@@ -29,30 +29,26 @@ def local_spec(spec: str) -> str:
     Raises:
         ValueError: a data set can't be fetched, has no such configuration or split, or has several and none is named.
     """
-    return "::".join(_local(part) if is_data_set(part) else part for part in spec.split("::"))
+    return "::".join(_local(one) if is_data_set(one) else one for one in spec.split("::"))
 
 
-def is_data_set(part: str) -> bool:
+def is_data_set(spec: str) -> bool:
     """Returns whether a name is a data set of the hub; ``hf://`` begins the URL of a file there."""
-    return part.startswith("hf:") and not part.startswith("hf://")
+    return spec.startswith("hf:") and not spec.startswith("hf://")
 
 
-def _local(part: str) -> str:
-    name, *words = part.removeprefix("hf:").split(":")
-    root = Path(name) if Path(name).is_dir() else _snapshot(name, part)
-    files = sorted(
-        os.path.relpath(os.path.join(where, file), root)
-        for where, folders, found in os.walk(root, followlinks=True)
-        for file in found
-        if not file.startswith(".") and not any(p.startswith(".") for p in Path(where).relative_to(root).parts)
-    )
-    chosen = _data_files(root, files, words, part)
+def _local(spec: str) -> str:
+    name, *words = spec.removeprefix("hf:").split(":")
+    root = Path(name) if Path(name).is_dir() else _snapshot(name, spec)
+    names = glob.glob("**", root_dir=root, recursive=True)  # without hidden files
+    files = sorted(name for name in names if (root / name).is_file())
+    chosen = _data_files(root, files, words, spec)
     if not chosen:  # images alone
         return str(root)
     return "::".join(str(root / file) for file in chosen)
 
 
-def _snapshot(name: str, part: str) -> Path:
+def _snapshot(name: str, spec: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -61,17 +57,17 @@ def _snapshot(name: str, part: str) -> Path:
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{part}: no data set {name} on the hub or in its cache ({type(error).__name__}: {reason}); check the "
+            f"{spec}: no data set {name} on the hub or in its cache ({type(error).__spec_}: {reason}); check the "
             "name, the connection and the login (hf auth login), or name a local folder"
         ) from error
 
 
-def _data_files(root: Path, files: Sequence[str], words: Sequence[str], part: str) -> list[str]:
+def _data_files(root: Path, files: Sequence[str], words: Sequence[str], spec: str) -> list[str]:
     """Returns the files of a configuration and split, by the README's list or else by the names of files."""
     configs = _configs(root)
     if configs:
-        config, words = _choose(configs, words, part, "configurations")
-        splits, words = _choose(configs[config], words, part, "splits")
+        config, words = _choose(configs, words, spec, "configurations")
+        splits, words = _choose(configs[config], words, spec, "splits")
         patterns = configs[config][splits]
         files = [file for file in files if any(fnmatch.fnmatch(file, p.replace("**/", "*")) for p in patterns)]
     metadata = [file for file in files if os.path.basename(file) in _METADATA]
@@ -81,14 +77,14 @@ def _data_files(root: Path, files: Sequence[str], words: Sequence[str], part: st
     for word in words:
         named = [file for file in data if _is_of(file, word)]
         if not named:
-            raise ValueError(f"{part}: nothing called {word} among its files, such as {', '.join(data[:3]) or 'none'}")
+            raise ValueError(f"{spec}: nothing called {word} among its files, such as {', '.join(data[:3]) or 'none'}")
         data = named
     found = sorted({split for split in _SPLITS for file in data if _is_of(file, split)})
     if len(found) > 1 and not configs:
-        raise ValueError(f"{part}: holds the splits {', '.join(found)}; name one: {part}:{found[0]}")
+        raise ValueError(f"{spec}: holds the splits {', '.join(found)}; name one: {spec}:{found[0]}")
     folders = sorted({os.path.dirname(file) for file in data})
     if len(folders) > 1 and not configs and not found and not words:
-        raise ValueError(f"{part}: holds data in several folders ({', '.join(folders)}); name one: {part}:{folders[0]}")
+        raise ValueError(f"{spec}: holds data in several folders ({', '.join(folders)}); name one: {spec}:{folders[0]}")
     return data
 
 
@@ -96,7 +92,7 @@ def _is_of(file: str, word: str) -> bool:
     return re.search(rf"(?:^|[/_.-]){re.escape(word)}(?:[/_.-]|$)", file) is not None
 
 
-def _choose(known: dict, words: Sequence[str], part: str, kind: str) -> tuple[str, Sequence[str]]:
+def _choose(known: dict, words: Sequence[str], spec: str, kind: str) -> tuple[str, Sequence[str]]:
     """Returns (the key that the first word names, or the only one, or the one called default; the other words)."""
     if words and words[0] in known:
         return words[0], words[1:]
@@ -104,19 +100,19 @@ def _choose(known: dict, words: Sequence[str], part: str, kind: str) -> tuple[st
         return (next(iter(known)) if len(known) == 1 else "default"), words
     wrong = f"no {words[0]}; " if words else ""
     first = next(iter(known))
-    raise ValueError(f"{part}: {wrong}it has the {kind} {', '.join(known)}; name one of them, such as :{first}")
+    raise ValueError(f"{spec}: {wrong}it has the {kind} {', '.join(known)}; name one of them, such as :{first}")
 
 
 def _configs(root: Path) -> dict[str, dict[str, list[str]]]:
     """Returns configuration -> split -> patterns of files, from the README's front matter; empty if it has none."""
-    readme = root / "README.md"
-    found = _FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
+    from huggingface_hub import metadata_load
+
     try:
-        content = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        content = metadata_load(root / "README.md") if (root / "README.md").is_file() else None
+    except (ValueError, yaml.YAMLError):
         return {}
     configs = {}
-    for config in content.get("configs") or [] if isinstance(content, dict) else []:
+    for config in (content or {}).get("configs") or []:
         files = config.get("data_files")
         files = files if isinstance(files, list) and files and isinstance(files[0], dict) else [{"path": files}]
         splits = {str(f.get("split", "train")): [f["path"]] if isinstance(f["path"], str) else f["path"] for f in files}

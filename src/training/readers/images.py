@@ -3,17 +3,19 @@
 import io
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from training.readers.files import EmbeddedImage, ShardMember, UprightFile
+from training.readers.faults import BadSample
+from training.readers.files import StoredImage
 
-Source = str | Path | ShardMember | EmbeddedImage | UprightFile | bytes
+Source = str | Path | StoredImage | bytes
 # Pillow's other readers are never used: its reader of EPS starts Ghostscript on the file.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF")
 MAX_ASPECT = 200  # so that a resize to 224 pixels gives at most 10 million pixels
+_VALUES = "image values of unknown range"
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,38 +34,16 @@ _OPTIONAL = {  # brand in the file -> (its format in Pillow, its usual name, the
 }
 
 
-class BrokenImageError(ValueError):
-    """An image file that exists but can't be decoded; the message names it.
+class BrokenImageError(BadSample):
+    """An image file that exists but can't be decoded, or would take absurdly much memory; the message names it.
 
     Attributes:
-        kind: kind of bad sample in training, one of `training.data.faults.FAULT_KINDS`.
+        kind: kind of bad sample, one of `FAULT_KINDS`.
     """
 
-    kind = "broken image"
+    kind = ""
 
-
-class HugeImageError(BrokenImageError):
-    """An image with absurdly many pixels (a decompression bomb)."""
-
-    kind = "image too large"
-
-
-class NarrowImageError(BrokenImageError):
-    """An image so narrow that resizing its shorter side would give absurdly many pixels."""
-
-    kind = "image too narrow"
-
-
-class ValuesError(BrokenImageError):
-    """An image of more than 8 bits whose range of values is unknown or was lost, so that it would be nearly black."""
-
-    kind = "image values of unknown range"
-
-
-class UnreadFormatError(BrokenImageError):
-    """An image in a format that needs another package."""
-
-    def __init__(self, message: str, kind: str):
+    def __init__(self, message: str, kind: str = "broken image"):
         super().__init__(message)
         self.kind = kind
 
@@ -81,12 +61,19 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN and (name != "AVIF" or features.check("avif")))
 
 
+def image_file(source: Source) -> BinaryIO:
+    """Opens the file of an image, which may be a part of another file."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return source.open() if isinstance(source, StoredImage) else open(source, "rb")
+
+
 def open_image(file: str | Path | IO[bytes]) -> Image.Image:
     """Opens an image and reads its header; pixels are not decoded yet.
 
     Raises:
-        NarrowImageError: one side is more than `MAX_ASPECT` times the other; 1 x 10,000 pixels would cost gigabytes.
-            The message doesn't name the file.
+        BrokenImageError: one side is more than `MAX_ASPECT` times the other; resizing 1 x 10,000 pixels would cost
+            gigabytes. The message doesn't name the file.
         OSError: the file is missing, or not an image in one of `FORMATS`.
         PIL.Image.DecompressionBombError: the image has absurdly many pixels.
     """
@@ -94,7 +81,8 @@ def open_image(file: str | Path | IO[bytes]) -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
         width, height = image.size
         image.close()
-        raise NarrowImageError(f"{width:,} x {height:,} pixels, one side is over {MAX_ASPECT} times the other")
+        found = f"{width:,} x {height:,} pixels, one side is over {MAX_ASPECT} times the other"
+        raise BrokenImageError(found, "image too narrow")
     return image
 
 
@@ -105,14 +93,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     contrast. Other numbers are scaled from the range 0 to 1, 255 or 65535 that they fill.
 
     Raises:
-        ValuesError: values are negative or not finite, or Pillow has discarded the bits that were used.
+        BrokenImageError: values are negative or not finite, or Pillow has discarded the bits that were used. The
+            message doesn't name the file.
     """
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(np.asarray(image), image.mode == "F")
     # Of 16 bits per colour, Pillow keeps the upper 8.
     shortened = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     if shortened and max(high for _, high in image.convert("RGB").getextrema()) < 16:
-        raise ValuesError("colours of 16 bits, of which the upper 4 are not used; save it with 8 bits")
+        raise BrokenImageError("colours of 16 bits, of which the upper 4 are not used; save it with 8 bits", _VALUES)
     if image.mode == "RGB":
         image.load()
         return image  # `convert` would copy it
@@ -122,7 +111,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(pixels: np.ndarray, is_float: bool) -> Image.Image:
     low, high = float(pixels.min(initial=0)), float(pixels.max(initial=0))
     if not np.isfinite(pixels).all() or low < 0:
-        raise ValuesError(f"values from {low:,.6g} to {high:,.6g}, expected 0 to 1, 255 or 65535; save it with 8 bits")
+        found = f"values from {low:,.6g} to {high:,.6g}, expected 0 to 1, 255 or 65535; save it with 8 bits"
+        raise BrokenImageError(found, _VALUES)
     if is_float:
         peak = next((peak for peak in (1, 255, 65535) if peak / 4 <= high <= peak), high or 1)
     else:
@@ -156,9 +146,8 @@ def load_rgb(source: Source, at_least: int | None = None, upright: bool = False)
     Raises:
         BrokenImageError: the file is missing, truncated, not an image, or too large or too narrow to be one.
     """
-    file = io.BytesIO(source) if isinstance(source, bytes) else source.open() if hasattr(source, "upright") else source
     try:
-        with open_image(file) as image:
+        with image_file(source) as file, open_image(file) as image:
             orientation = orientation_of(image) if upright or getattr(source, "upright", False) else 1
             if at_least:
                 image.draft("RGB", (at_least, at_least))  # does nothing except for JPEG
@@ -171,19 +160,15 @@ def as_broken(error: Exception, source: Source) -> BrokenImageError:
     """Returns a `BrokenImageError` that names the source, for an error raised by `open_image` or by decoding."""
     name = "image" if isinstance(source, bytes) else source
     if isinstance(error, Image.DecompressionBombError):
-        return HugeImageError(f"{name}: {error}")
-    if isinstance(error, (NarrowImageError, ValuesError)):
-        return type(error)(f"{name}: {error}")
+        return BrokenImageError(f"{name}: {error}", "image too large")
+    if isinstance(error, BrokenImageError):
+        return BrokenImageError(f"{name}: {error}", error.kind)
     if isinstance(error, UnidentifiedImageError):
-        head = source[:12] if isinstance(source, bytes) else _read_head(source)
+        with image_file(source) as file:
+            head = file.read(12)
         needed, shown, package = _OPTIONAL.get(head[8:12], ("", "", "")) if head[4:8] == b"ftyp" else ("", "", "")
         if needed and needed not in _formats():
-            return UnreadFormatError(f"{name}: {shown} needs pip install {package}", f"{shown} without {package}")
+            return BrokenImageError(f"{name}: {shown} needs pip install {package}", f"{shown} without {package}")
         return BrokenImageError(f"{name}: not a readable image (none of {', '.join(_formats())})")
     # Pillow's readers raise all kinds of errors on broken chunks: SyntaxError, IndexError, struct.error.
     return BrokenImageError(f"{name}: not a readable image ({type(error).__name__}: {error})")
-
-
-def _read_head(source: Source) -> bytes:
-    with source.open() if hasattr(source, "upright") else open(source, "rb") as file:
-        return file.read(12)

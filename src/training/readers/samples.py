@@ -1,26 +1,40 @@
-"""Samples of tar shards as bytes, and where they begin; no content is ever executed."""
+"""Samples of tar shards as bytes, and where they begin; no content is ever executed.
+
+A sample is a run of consecutive members whose names agree up to the first full stop of the file name: ``a/0001.jpg``
+and ``a/0001.json``. A repeated name begins a new sample, and so does a new archive in a file that was made by
+``cat a.tar b.tar``. Hidden files (``._0001.jpg`` of macOS) belong to no sample.
+"""
 
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from training.readers.files import IMAGE_SUFFIXES
 from training.readers.remote import identity
 from training.readers.streams import is_local, open_stream
-from training.readers.tar import PICKLES, SUFFIXES, BrokenTarError, TarReader, TarSample
+from training.readers.tar import BrokenTarError, Member, TarReader, key_and_suffix
 from training.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     import numpy as np
 
+TEXT_SUFFIXES = ("json", "txt")
+SUFFIXES = (*TEXT_SUFFIXES, *IMAGE_SUFFIXES)  # the files of a sample that are read; others are ignored
+PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset and other libraries would execute these
+MAX_BYTES = dict.fromkeys(TEXT_SUFFIXES, 1 << 24) | dict.fromkeys(IMAGE_SUFFIXES, 1 << 28)
+# Advice that evaluation and training give alike.
+OF_ONE_SAMPLE = "the files of a sample must be next to each other in the tar: tar --sort=name"
+SEVERAL_LINES = (
+    "a .txt of several lines; each file is one caption. If each line is a caption of its own, add --caption-lines"
+)
 RETRY_WAITS = (1.0, 4.0, 16.0)  # seconds to wait before each new attempt to reach a shard
 INDEX_CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "lotlip", "shards")
 logger = logging.getLogger(__name__)
@@ -30,6 +44,18 @@ class BrokenShardError(OSError):
     """A shard that can't be read, or can't be read any further."""
 
     kind = "broken shard"
+
+
+class IncompleteSampleError(BrokenTarError):
+    """A tar file that breaks off within a sample.
+
+    Attributes:
+        start: the byte where the sample begins.
+    """
+
+    def __init__(self, message: str, start: int):
+        super().__init__(message)
+        self.start = start
 
 
 class UnreachableShardError(BrokenShardError):
@@ -50,7 +76,8 @@ class RawSample:
         image_path: path of a row's image.
         fault: kind of fault that makes the whole sample unusable.
         features: [views, dim] float16, instead of an image; see features.py.
-        members: the files of a shard's sample, with their places.
+        number: index in the shard, from 0.
+        members: suffix in lower case -> the file in the shard.
     """
 
     key: str
@@ -60,18 +87,34 @@ class RawSample:
     image_path: str | None = None
     fault: str | None = None
     features: "np.ndarray | None" = None
-    members: TarSample | None = field(default=None, compare=False)
+    number: int = 0
+    members: Mapping[str, Member] = field(default_factory=dict, compare=False)
 
     @property
     def image(self) -> bytes | None:
         """The content of the image file; None if there is none."""
         return next((self.files[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.files), None)
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.source}/{self.key}" if self.key else self.source
+
+    @property
+    def start(self) -> int:
+        """The byte of the shard where the sample begins."""
+        return min(member.start for member in self.members.values())
+
+
+def lost_sample(error: BrokenShardError) -> RawSample:
+    """Returns what stands for a sample that can't be read because its shard is broken: no key, and the fault."""
+    return RawSample("", str(error), {}, {}, fault=error.kind)
+
 
 class Part(NamedTuple):
     """A shard, or consecutive rows of a table.
 
-    `read` yields its samples in file order, and raises BrokenShardError at the place where a file is broken.
+    `read` yields its samples in file order, and raises BrokenShardError at the position where a file is broken.
     """
 
     name: str
@@ -106,11 +149,12 @@ def index_shard(url: str | Path, stop: int | None = None) -> ShardIndex:
     try:
         samples = read_samples(str(url), load=(), waits=() if is_local(str(url)) else None)
         for sample in islice(samples, stop):
-            offsets.append(sample.members.start)
+            offsets.append(sample.start)
     except BrokenShardError as error:
-        if not isinstance(error.__cause__, BrokenTarError):
-            raise error.__cause__ if isinstance(error.__cause__, OSError) else error
-        return ShardIndex([*offsets, *error.__cause__.begun], str(error))
+        cause = error.__cause__
+        if not isinstance(cause, BrokenTarError):
+            raise cause if isinstance(cause, OSError) else error
+        return ShardIndex([*offsets, cause.start] if isinstance(cause, IncompleteSampleError) else offsets, str(error))
     return ShardIndex(offsets, None)
 
 
@@ -152,7 +196,7 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
-def _place(url: str, first: int, folder: str | None) -> tuple[int, int] | None:
+def _position(url: str, first: int, folder: str | None) -> tuple[int, int] | None:
     """Returns (number, offset) of a sample from which to read, so that little before sample `first` is read.
 
     Returns None if the shard has no such sample.
@@ -190,15 +234,15 @@ def read_samples(
     Raises:
         BrokenShardError: the shard can't be opened, or is broken; the samples before the break have been yielded.
     """
-    place: tuple[int, int] | None = None
+    position: tuple[int, int] | None = None
     for wait in (*(RETRY_WAITS if waits is None else waits), None):
         try:
-            place = place or _place(url, first, index_cache)
-            if place is None or (stop is not None and first >= stop):
+            position = position or _position(url, first, index_cache)
+            if position is None or (stop is not None and first >= stop):
                 return
-            for number, sample in _read_once(url, first, stop, place, load):
+            for sample in _read_once(url, first, stop, position, load):
                 yield sample
-                first, place = number + 1, (number, sample.members.start)
+                first, position = sample.number + 1, (sample.number, sample.start)
             return
         except Exception as error:  # each of fsspec's file systems has its own exceptions
             # If a remote shard breaks off, the connection may be at fault; a broken local shard will not get better.
@@ -214,28 +258,59 @@ def read_samples(
 
 
 def _read_once(
-    url: str, first: int, stop: int | None, place: tuple[int, int], load: Sequence[str]
-) -> Iterator[tuple[int, RawSample]]:
+    url: str, first: int, stop: int | None, position: tuple[int, int], load: Sequence[str]
+) -> Iterator[RawSample]:
     stream, size = open_stream(url)
-    begin_number, begin = place if size is not None else (0, 0)
+    number, begin = position if size is not None else (0, 0)
     source, num_pickles = os.path.basename(url), 0
     try:
         if begin:
             stream.seek(begin)
-        tar = TarReader(stream, url, size, begin)
-        for sample in tar.samples(lambda number, suffix, _: begin_number + number >= first and suffix in load):
-            number = begin_number + sample.number
-            num_pickles += sum(suffix in sample.members for suffix in PICKLES)
+        for key, members, files in _grouped(TarReader(stream, url, size, begin), max(first - number, 0), load):
+            num_pickles += sum(suffix in members for suffix in PICKLES)
             if number >= first:
-                key = sample.key.encode("utf-8", "backslashreplace").decode()
-                yield number, RawSample(key, source, sample.loaded, {}, fault=sample.fault, members=sample)
-            if number + 1 == stop:
+                key = key.encode("utf-8", "backslashreplace").decode()
+                yield RawSample(key, source, files, {}, fault=_fault(members), number=number, members=members)
+            number += 1
+            if number == stop:
                 return
         if num_pickles:
-            _say_pickles(source, num_pickles)
+            _say_once(f"{source}: {num_pickles:,} files of pickled data ({', '.join(PICKLES)}) are left out")
     finally:
         stream.close()
 
 
-def _say_pickles(source: str, count: int) -> None:
-    _say_once(f"{source}: {count:,} files of pickled data ({', '.join(PICKLES)}) are left out")
+def _grouped(
+    tar: TarReader, skip: int, load: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Member], dict[str, bytes]]]:
+    """Yields (key, suffix -> member, suffix -> content) of each sample; contents are not loaded for the first `skip`.
+
+    Raises:
+        BrokenTarError: see `TarReader.members`; raised instead of yielding the sample that is incomplete.
+    """
+    key, members, files = "", {}, {}
+    try:
+        for member in chain(tar.members(), [None]):  # None: an archive ends
+            its_key, suffix = key_and_suffix(member.name) if member and member.kind != "other" else (None, "")
+            if member and its_key is None:
+                continue
+            if members and (its_key != key or suffix in members):
+                yield key, members, files
+                members, files, skip = {}, {}, skip - 1
+            if member:
+                key, members[suffix] = its_key, member
+                if skip <= 0 and suffix in load and not _fault({suffix: member}):
+                    files[suffix] = tar.read(member)
+    except BrokenTarError as error:
+        if members:
+            raise IncompleteSampleError(str(error), min(member.start for member in members.values())) from error
+        raise
+
+
+def _fault(members: Mapping[str, Member]) -> str | None:
+    """Returns why a sample can't be used: a caption or image that can't be read or is larger than one can be."""
+    used = {suffix: members[suffix] for suffix in SUFFIXES if suffix in members}
+    kinds = {member.kind for member in used.values()}
+    if any(member.size > MAX_BYTES[suffix] for suffix, member in used.items()):
+        return "file too large"
+    return "sparse file" if "sparse" in kinds else "link in the tar" if "link" in kinds else None

@@ -1,30 +1,33 @@
 """Opens shards wherever they are: local files, URLs of any fsspec file system, the output of commands, compressed."""
 
-import atexit
 import bz2
 import glob
 import gzip
+import io
 import logging
 import lzma
 import os
-import re
 import shutil
 import stat
 import subprocess
 import tempfile
+from collections import Counter
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import IO
 
-from training.readers.files import matching_files, parallel_map
+from training.readers.files import expand_name, matching_files, parallel_map
 from training.readers.remote import file_system
 from training.readers.tar import BrokenTarError
 
 BLOCK_BYTES = 1 << 20  # bytes per request to an object store: large enough that its latency does not dominate
 _MAGIC = 6
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_copies: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
 
 
-class Pipe:
+class Pipe(io.BufferedReader):
     """The output of a shell command, read as a file.
 
     Args:
@@ -35,42 +38,26 @@ class Pipe:
     """
 
     def __init__(self, command: str):
-        self.command, self.at_end = command, False
-        self.process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "bufsize": 0}
+        self.process, self.at_end = subprocess.Popen(command, shell=True, **how), False
+        super().__init__(self.process.stdout, 1 << 16)
 
     def read(self, size: int = -1) -> bytes:
         """Reads bytes; fewer than `size` only at the end."""
-        data = self.process.stdout.read(size)
+        data = super().read(size)
         self.at_end |= len(data) < size or size < 0
         return data
 
     def close(self) -> None:
         """Ends the command if there is unread output."""
+        if self.closed:
+            return
         if not self.at_end:
             self.process.kill()
-        self.process.stdout.close()
+        super().close()
         code = self.process.wait()
         if self.at_end and code not in (0, 141):  # 141: head has closed its input
             raise OSError(f"exit code {code}")
-
-
-class _Rest:
-    """A stream whose first bytes have been read already."""
-
-    closed = False
-
-    def __init__(self, head: bytes, stream: IO[bytes]):
-        self.head, self.stream = head, stream
-
-    def read(self, size: int = -1) -> bytes:
-        head, self.head = (self.head, b"") if size < 0 else (self.head[:size], self.head[size:])
-        return head + self.stream.read(size - len(head) if size >= 0 else size) if size else b""
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self.stream.close()
 
 
 class _Unpacked:
@@ -128,14 +115,10 @@ def open_stream(url: str) -> tuple[IO[bytes], int | None]:
         size = status.st_size if stat.S_ISREG(status.st_mode) else None
     else:
         fs, path = file_system(url)
-        stream = fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead")
-        size = stream.size
-    head = stream.read(_MAGIC)
+        remote = fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead")
+        stream, size = io.BufferedReader(remote), remote.size
+    head = stream.peek(_MAGIC)
     unpack = next((unpack for magic, unpack in _UNPACKERS.items() if head.startswith(magic)), None)
-    if size is None or unpack:
-        stream = _Rest(head, stream)
-    else:
-        stream.seek(0)
     if unpack is None:
         return stream, size
     _say_compressed()
@@ -155,64 +138,34 @@ def local_copy(url: str) -> str:
         OSError, ValueError: see `open_stream`.
     """
     stream, size = open_stream(url)
-    if size is not None:
-        stream.close()
-        return url
-    folder = tempfile.mkdtemp(prefix="shards-")
-    atexit.register(_remove, folder, os.getpid())
-    path = os.path.join(folder, "shard.tar")
-    with open(path, "wb") as file:
-        shutil.copyfileobj(stream, file, BLOCK_BYTES)
-    stream.close()
+    with closing(stream):
+        if size is not None:
+            return url
+        _copies.append(tempfile.TemporaryDirectory(prefix="shards-"))
+        path = os.path.join(_copies[-1].name, "shard.tar")
+        with open(path, "wb") as file:
+            shutil.copyfileobj(stream, file, BLOCK_BYTES)
     return path
-
-
-def _remove(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in processes that were forked from the owner
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def expand_shards(name: str) -> list[str]:
     """Returns the shards that a name stands for; local shards that don't exist are included.
 
     Args:
-        name: a file, a folder (all its ``*.tar``), or paths and URLs with ``{000..123}`` or ``*``. ``${NAME}`` is an
-            environment variable. A file with exactly this name is returned as it is, whatever its characters.
+        name: a folder (all its ``*.tar``), a URL or ``pipe:COMMAND``, also with ``*``, or an argument of `expand_name`.
 
     Raises:
         ValueError: the folder has no shard, nothing matches the pattern of a URL, or a variable is not set.
     """
-    if os.path.isfile(name):
-        return [name]
-    if not name.startswith("pipe:"):  # the shell expands variables
-        name = _with_variables(name)
-    if name.startswith("file:"):
-        name = re.sub("^file:(//(localhost)?(?=/))?", "", name)
-    if os.path.isdir(name):
-        found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-        packed = [
-            path for kind in ("gz", "tgz", "zst", "bz2", "xz") for path in glob.glob(f"{glob.escape(name)}/*.{kind}")
-        ]
-        found = found or sorted(path for path in packed if ".tar." in path or path.endswith(".tgz"))
+    names = expand_name(name)
+    if names and os.path.isdir(names[0]):
+        (folder,) = names
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.t*")))
+        found = [path for path in paths if path.endswith(".tar")] or [path for path in paths if path.endswith(_PACKED)]
         if not found:
-            raise ValueError(f"{name}: no *.tar in this folder, which holds {_described(name)}")
+            raise ValueError(f"{folder}: no *.tar in this folder, which holds {_described(folder)}")
         return found
-    if os.path.isfile(name):
-        return [name]
-    return [path for paths in parallel_map(_matching, _without_braces(name)) for path in paths]
-
-
-def _with_variables(name: str) -> str:
-    name = os.path.expanduser(os.path.expandvars(name))
-    if missing := re.search(r"\$\{(\w+)\}", name):
-        raise ValueError(f"{name}: the environment variable {missing[1]} is not set")
-    return name
-
-
-def _without_braces(name: str) -> list[str]:
-    from braceexpand import braceexpand
-
-    return list(braceexpand(name)) if "{" in name else [name]
+    return [path for paths in parallel_map(_matching, names) for path in paths]
 
 
 def _matching(name: str) -> list[str]:
@@ -220,9 +173,9 @@ def _matching(name: str) -> list[str]:
         return [name]
     if is_local(name):
         return matching_files(name) or [name]
-    if "*" not in name and not name.endswith("/"):
-        return [name]
     pattern = f"{name}*.tar" if name.endswith("/") else name
+    if "*" not in pattern:
+        return [name]
     fs, path = file_system(pattern)
     try:
         found = sorted(fs.glob(path))
@@ -236,7 +189,5 @@ def _matching(name: str) -> list[str]:
 def _described(folder: str) -> str:
     """Describes what a folder holds, for a message."""
     paths = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]
-    kinds = [path.suffix.lower() or "files without a suffix" for path in paths if path.is_file()]
-    counts = [f"{kinds.count(kind):,} {kind}" for kind in sorted(set(kinds), key=kinds.count, reverse=True)[:4]]
-    folders = sum(path.is_dir() for path in paths)
-    return ", ".join([*counts, f"{folders:,} folders"] if folders else counts) or "nothing"
+    kinds = Counter(sorted("folders" if p.is_dir() else p.suffix.lower() or "files without suffix" for p in paths))
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "nothing"

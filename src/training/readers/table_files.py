@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.readers.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, matching_files
+from training.readers.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, expand_name, matching_files
 from training.readers.hub import is_data_set
 
 COLUMNAR = (".parquet", ".arrow")
@@ -25,12 +25,12 @@ def names_tables(spec: str | None) -> bool:
     if not spec:
         return False
     suffixes = (*TABLE_SUFFIXES, *_OTHER_TABLES)
-    return any(part.endswith(suffixes) or is_data_set(part) or _is_source(Path(part)) for part in spec.split("::"))
+    return any(name.endswith(suffixes) or is_data_set(name) or _is_source(Path(name)) for name in spec.split("::"))
 
 
 def names_csv(spec: str | None) -> bool:
     """Returns whether a flag's value names CSV or TSV tables, which have a separator."""
-    if not names_tables(spec) or any(map(is_data_set, spec.split("::"))):
+    if not names_tables(spec):
         return False
     try:
         return any(path.suffix in _SEPARATED for path in table_files(spec))
@@ -55,54 +55,41 @@ def table_files(spec: str) -> list[Path]:
     Raises:
         FileNotFoundError, ValueError: no file was found, a folder is ambiguous, or a folder lacks some of its files.
     """
-    files = [path for part in spec.split("::") for path in _expand(part)]
+    files = [path for source in spec.split("::") for path in _expand(source)]
     (path, number) = Counter(files).most_common(1)[0]
     if number > 1:
         raise ValueError(f"{path}: named twice")
     return files
 
 
-def _expand(part: str) -> list[Path]:
-    from braceexpand import braceexpand
-
-    path = Path(part)
-    if path.is_dir():
-        return _files_of_folder(path)
-    if "://" in part:
-        raise ValueError(f"{part}: tables are read from local files; download it first")
-    if path.is_file():
-        return [_checked(path)]
-    found = []
-    for name in braceexpand(part):
+def _expand(source: str) -> list[Path]:
+    if "://" in source and not source.startswith("file:"):
+        raise ValueError(f"{source}: tables are read from local files; download it first")
+    found: list[Path] = []
+    for name in expand_name(source):
+        if os.path.isdir(name):
+            return _files_of_folder(Path(name))
         matches = matching_files(name)
         if not matches:
             raise FileNotFoundError(f"{name}: no such file")
-        found += [_checked(Path(match)) for match in matches]
+        found += map(Path, matches)
+    for path in found:
+        if path.suffix not in TABLE_SUFFIXES:
+            raise ValueError(f"{path}: expected {', '.join(TABLE_SUFFIXES)}; unpack or convert it")
     return found
 
 
-def _checked(path: Path) -> Path:
-    if path.suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"{path}: expected {', '.join(TABLE_SUFFIXES)}; unpack or convert it")
-    return path
-
-
-def check_image_path(value: object, where: str) -> str | None:
-    """Returns the image path in a cell; None for an empty cell.
-
-    Raises:
-        ValueError: the cell doesn't hold a path; the message begins with `where`.
-    """
-    if not value:
-        return None
-    if not isinstance(value, str):
+def check_image_path(value: object, where: str) -> None:
+    """Raises ValueError, whose message begins with `where`, if a cell that is not empty doesn't hold an image path."""
+    value = value.get("path") if isinstance(value, dict) else value
+    if value and not isinstance(value, str):
         found = f"a {type(value).__name__}"
-    elif "://" in value[:10]:
+    elif value and "://" in value[:10]:
         found = f"a URL ({value[:80]}); download it first, as python -m training.prepare does"
-    elif len(value) >= _LONGEST_PATH or value.startswith(("/9j/", "iVBORw0KGgo", "data:image/")):
+    elif value and (len(value) >= _LONGEST_PATH or value.startswith(("/9j/", "iVBORw0KGgo", "data:image/"))):
         found = f"a text of {len(value):,} characters that begins with {value[:12]!r}; decode base64 to bytes"
     else:
-        return value
+        return
     raise ValueError(f"{where}: the image is {found}. Expected a path, or bytes and path as on the hub")
 
 
@@ -114,13 +101,11 @@ def beside(table: Path, name: str) -> str:
 
 def image_files(folder: Path) -> Iterator[Path]:
     """Yields the images in a folder and its subfolders, sorted by name; hidden files and folders are skipped."""
+    suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (
-            Path(where, name)
-            for name in sorted(names)
-            if not name.startswith(".") and name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
-        )
+        images = (name for name in names if not name.startswith(".") and name.lower().endswith(suffixes))
+        yield from (Path(where, name) for name in sorted(images))
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -132,17 +117,14 @@ def _candidates(folder: Path) -> list[Path]:
         except (ValueError, KeyError, TypeError):
             pass
     names = set(os.listdir(folder))
-    for metadata in _METADATA:
-        if metadata in names:
-            return [folder / metadata]
-    own = [
-        name for name in sorted(names) if name.endswith(TABLE_SUFFIXES) and not name.startswith((".", "_", "cache-"))
-    ]
-    own = [name for name in own if name not in _NOT_ROWS and not name.endswith("_stats.json")]
-    rows = [name for name in own if not name.endswith(".json")] or own  # .json files describe the tables beside them
+    if metadata := next((name for name in _METADATA if name in names), None):
+        return [folder / metadata]
+    tables = sorted(n for n in names if n.endswith(TABLE_SUFFIXES) and not n.startswith((".", "_", "cache-")))
+    tables = [name for name in tables if name not in _NOT_ROWS and not name.endswith("_stats.json")]
+    rows = [name for name in tables if not name.endswith(".json")] or tables  # .json files describe tables beside them
     if any(os.path.splitext(name)[0] in names for name in rows):
         return []  # img2dataset's loose files: a folder of images beside each table of URLs
-    if any(f"{os.path.splitext(name)[0]}.{suffix}" in names for name in own[:1] for suffix in IMAGE_SUFFIXES):
+    if any(f"{os.path.splitext(name)[0]}.{suffix}" in names for name in tables[:1] for suffix in IMAGE_SUFFIXES):
         return []  # NAME.json beside NAME.jpg
     if not rows and "data" in names and (folder / "data").is_dir():
         return _candidates(folder / "data")
@@ -152,7 +134,7 @@ def _candidates(folder: Path) -> list[Path]:
 def _splits(folder: Path) -> list[str]:
     """Returns the folders of splits that a folder holds."""
     marks = ("state.json", *_METADATA)
-    return [str(own) for own in sorted(folder.iterdir()) if any((own / mark).is_file() for mark in marks)]
+    return [str(path) for path in sorted(folder.iterdir()) if any((path / mark).is_file() for mark in marks)]
 
 
 def _files_of_folder(folder: Path) -> list[Path]:

@@ -4,35 +4,25 @@ import json
 import logging
 import mmap
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from training.readers.captions import RecordError, read_record
-from training.readers.columnar import ColumnarFile, may_hold_text
-from training.readers.csv_rows import BadRows, CsvRecords, choose_form
-from training.readers.table_files import COLUMNAR, image_files
+from training.readers.captions import read_record
+from training.readers.columnar import ArrowRows, ColumnarFile, image_bytes, may_hold_text
+from training.readers.csv_rows import CsvRecords, choose_form, line_number
+from training.readers.faults import BadSample
+from training.readers.files import read_json
+from training.readers.samples import RawSample
+from training.readers.table_files import COLUMNAR, beside, image_files
 
 # Names of a column of image paths, of which the first is open_clip's default.
 PATH_NAMES = ("filepath", "file_name", "image", "image_path", "img_path", "path", "filename")
 ROWS_AT_ONCE = 50_000  # rows of a CSV that are collected before they are converted to Arrow's compact form
 _NAMES_SEEN = 1000  # lines of JSON, or images of a folder, in which the names of columns are looked for
 logger = logging.getLogger(__name__)
-
-
-class ArrowRows:
-    """Rows in Arrow's form, in any order."""
-
-    def __init__(self, table: pa.Table):
-        self.columns = dict(zip(table.column_names, table.columns))
-        self.num_rows = table.num_rows
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, row: int) -> dict:
-        return {name: values[row].as_py() for name, values in self.columns.items()}
 
 
 class CsvFile:
@@ -59,37 +49,31 @@ class CsvFile:
         Raises:
             ValueError: the reader is strict and a row is bad.
         """
-        records, bad = CsvRecords(self.path, self.form, len(self.names)), BadRows(self.path, self.form, self.names)
-        places = [self.names.index(name) for name in columns]
-        tables, held, num_repaired = [], [[] for _ in columns], 0
-
-        def flush() -> None:
-            tables.append(pa.table([pa.array(cells, pa.large_string()) for cells in held], list(columns)))
-            for cells in held:
-                cells.clear()
-
-        for record in records.read(records.header()[1]):
-            if record.cells is None:
-                bad.add(record)
-                continue
-            num_repaired += record.repaired
-            for cells, place in zip(held, places):
-                cells.append(record.cells[place])
-            if len(held[0]) == ROWS_AT_ONCE:
-                flush()
-        flush()
+        records, schema = (
+            CsvRecords(self.path, self.form, len(self.names)),
+            pa.schema([(name, pa.large_string()) for name in columns]),
+        )
+        rows, tables, bad, num_repaired = records.read(records.header()[1]), [schema.empty_table()], [], 0
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            good = [row for row in some if not row.fault]
+            bad += [row for row in some if row.fault]
+            num_repaired += sum(row.repaired for row in good)
+            cells = ([row.cells[self.names.index(name)] for row in good] for name in columns)
+            tables.append(pa.table(list(cells), schema))
         table = pa.concat_tables(tables)
-        if bad.count and self.strict:
-            raise ValueError(
-                f"{self.path}: {bad.describe()}; put cells that hold {self.form.separator!r} into double quotes, and "
-                "write a quotation mark inside one twice; --csv-separator names another separator"
-            )
-        if bad.count:
-            total = bad.count + table.num_rows
-            logger.warning(f"{self.path}: {bad.count:,} of {total:,} rows left out: {bad.describe()}")
+        if bad:
+            found = f"line {line_number(self.path, bad[0].begin):,}: {bad[0].fault}"
+            found += f" ({len(bad):,} bad row{'s' * (len(bad) > 1)} in all)"
+            if self.strict:
+                raise ValueError(
+                    f"{self.path}: {found}; put cells that hold {self.form.separator!r} into double quotes, and write "
+                    "a quotation mark inside one twice; --csv-separator names another separator"
+                )
+            total = len(bad) + table.num_rows
+            logger.warning(f"{self.path}: {len(bad):,} of {total:,} rows left out: {found}")
         if num_repaired:
             logger.warning(f"{self.path}: {num_repaired:,} rows are not UTF-8, and are read as Windows-1252")
-        return ArrowRows(table)
+        return ArrowRows(table, len(bad))
 
 
 class JsonFile:
@@ -99,7 +83,7 @@ class JsonFile:
         ValueError: the file is neither.
     """
 
-    image_columns = ()
+    image_columns, num_left_out = (), 0
 
     def __init__(self, path: Path):
         self.path = path
@@ -118,10 +102,10 @@ class JsonFile:
             return self.path.suffix == ".jsonl"
 
     def _line_starts(self) -> np.ndarray:
-        starts, place = [np.zeros(1, dtype=np.int64)], 0
-        while block := self.content[place : place + (1 << 24)]:
-            starts.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + place + 1)
-            place += len(block)
+        starts, begin = [np.zeros(1, dtype=np.int64)], 0
+        while block := self.content[begin : begin + (1 << 24)]:
+            starts.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + begin + 1)
+            begin += len(block)
         ends = np.append(np.concatenate(starts), len(self.content))
         return np.stack([ends[:-1], ends[1:]])[:, np.diff(ends) > 2]  # without blank lines
 
@@ -129,7 +113,7 @@ class JsonFile:
         for number in range(min(_NAMES_SEEN, len(self))):
             try:
                 yield self[number]
-            except RecordError:
+            except BadSample:
                 pass
 
     def __len__(self) -> int:
@@ -146,18 +130,10 @@ class JsonFile:
         """Returns the rows."""
         return self
 
-    def describe(self, row: int) -> str:
-        """Returns the place of a row, for messages."""
-        before = self.content[: self.begins[0, row]]
-        return f"line {before.count(10) + 1:,}" if isinstance(self.content, mmap.mmap) else f"row {row + 1:,}"
-
 
 def _json_list(path: Path) -> list[dict]:
     """Returns the objects of a JSON file: a list, or the only list of objects in an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken JSON ({error}); fetch or write it again") from error
+    content = read_json(path)
     lists = [content] if isinstance(content, list) else list(content.values()) if isinstance(content, dict) else []
     lists = [rows for rows in lists if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)]
     if len(lists) != 1:
@@ -168,7 +144,7 @@ def _json_list(path: Path) -> list[dict]:
 class ImageFolder:
     """Images with ``NAME.txt`` or ``NAME.json`` beside ``NAME.jpg``; the captions are read when they are needed."""
 
-    image_columns = ()
+    image_columns, num_left_out = (), 0
 
     def __init__(self, path: Path):
         self.path = path
@@ -213,10 +189,21 @@ def open_table(path: Path, separator: str | None = None, strict: bool = False) -
     return JsonFile(path) if path.suffix in (".json", ".jsonl") else CsvFile(path, separator, strict)
 
 
-def load_rows(table: TableFile, columns: Sequence[str]) -> ArrowRows | JsonFile | ImageFolder:
-    """Returns the rows of a table in a form that gives them in any order; other columns may be included."""
-    rows = table.load(columns)
-    return ArrowRows(rows) if isinstance(rows, pa.Table) else rows
+def row_sample(path: Path, number: int, row: dict, image_column: str) -> RawSample:
+    """Returns a row of a table, whose image is inside or a file beside the table, as a sample without its image column.
+
+    Args:
+        path: the table.
+        number: the number of the row.
+        row: column -> value.
+        image_column: the column of the image: a path, bytes, or a dict of ``bytes`` and ``path`` as on the hub.
+    """
+    record = dict(row)
+    image = record.pop(image_column, None)
+    content = image_bytes(image)
+    name = image.get("path") if isinstance(image, dict) else image
+    outside = beside(path, name) if isinstance(name, str) and name and not content else None
+    return RawSample(str(number), path.name, {"jpg": content} if content else {}, record, outside)
 
 
 def choose_image_column(table: TableFile, wanted: str | None) -> str:
@@ -262,8 +249,8 @@ def caption_columns(table: TableFile, image_column: str, wanted: Sequence[str], 
     found = [name for name in dict.fromkeys(wanted) if name in table.names and name != image_column]
     kinds = {name: table.schema.field(name).type for name in found} if isinstance(table, ColumnarFile) else {}
     if kinds and not any(may_hold_text(kind) or pa.types.is_binary(kind) for kind in kinds.values()):
-        held = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise ValueError(f"{table.path}: no texts or lists of texts in {held}; name other columns with {flag}")
+        types = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise ValueError(f"{table.path}: no texts or lists of texts in {types}; name other columns with {flag}")
     if not found:
         raise ValueError(
             f"{table.path}: its columns are {', '.join(table.names)} (the first line of a CSV is its header); expected "

@@ -1,20 +1,14 @@
-"""The tar reader of training, evaluation and preparation: tar files as shards of samples.
+"""The tar reader of training, evaluation and preparation.
 
-A sample is a run of consecutive members whose names agree up to the first full stop of the file name: ``a/0001.jpg``
-and ``a/0001.json``. A repeated name begins a new sample, and so does a new archive in a file that was made by
-``cat a.tar b.tar``. Hidden files (``._0001.jpg`` of macOS) belong to no sample.
-
-This module parses headers itself because Python's tarfile takes about three times as long and stops silently at a
-broken header. Nothing is unpacked to disk, so a member's name can't lead outside a folder.
+It parses headers itself because Python's tarfile takes about three times as long and stops silently at a broken header.
+Nothing is unpacked to disk, so a member's name can't lead outside a folder.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-from training.readers.files import IMAGE_SUFFIXES, is_leftover
+from training.readers.files import is_leftover
 
 BLOCK = 512
 _CHUNK, _MAX_NOTES = 1 << 20, 1 << 20
@@ -23,20 +17,8 @@ _EMPTY_KINDS = b"123456"  # links, devices, folders and pipes have no content, w
 _SPARSE_CONTINUES, _EXTENSION_CONTINUES = 482, 504  # bytes of a sparse file's headers that say another one follows
 
 
-TEXT_SUFFIXES = ("json", "txt")
-SUFFIXES = (*TEXT_SUFFIXES, *IMAGE_SUFFIXES)  # the files of a sample that are read; others are ignored
-PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")  # webdataset and other libraries would execute these
-MAX_BYTES = dict.fromkeys(TEXT_SUFFIXES, 1 << 24) | dict.fromkeys(IMAGE_SUFFIXES, 1 << 28)
-
-
 class BrokenTarError(ValueError):
-    """A file that is not a tar file, is broken, or is truncated; the message says where.
-
-    Attributes:
-        begun: where the sample begins that is therefore incomplete; empty if none is.
-    """
-
-    begun: tuple[int, ...] = ()
+    """A file that is not a tar file, is broken, or is truncated; the message says where."""
 
 
 class Member(NamedTuple):
@@ -60,42 +42,6 @@ class Member(NamedTuple):
     def end(self) -> int:
         """The byte where the next member begins."""
         return self.offset + -(-self.size // BLOCK) * BLOCK
-
-
-@dataclass
-class TarSample:
-    """Consecutive members with the same key.
-
-    Attributes:
-        number: index of the sample in the tar file, from 0.
-        key: the part that the names of its members share.
-        members: suffix in lower case -> member.
-        loaded: suffix -> content, for the members whose content was loaded.
-    """
-
-    number: int
-    key: str
-    members: dict[str, Member] = field(default_factory=dict)
-    loaded: dict[str, bytes] = field(default_factory=dict)
-
-    @property
-    def start(self) -> int:
-        """The byte where the sample begins."""
-        return min(member.start for member in self.members.values())
-
-    @cached_property
-    def image(self) -> Member | None:
-        """The image file; None if there is none."""
-        return next((self.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
-
-    @property
-    def fault(self) -> str | None:
-        """Why the sample can't be used: a caption or image that can't be read or is larger than one can be."""
-        used = {suffix: self.members[suffix] for suffix in SUFFIXES if suffix in self.members}
-        kinds = {member.kind for member in used.values()}
-        if any(member.size > MAX_BYTES[suffix] for suffix, member in used.items()):
-            return "file too large"
-        return "sparse file" if "sparse" in kinds else "link in the tar" if "link" in kinds else None
 
 
 class TarReader:
@@ -146,36 +92,9 @@ class TarReader:
                 raise BrokenTarError(f"{self.name}: truncated, {sizes}")
             self._skip_to(member.end)
 
-    def samples(self, load: Callable[[int, str, Member], bool] | None = None) -> Iterator[TarSample]:
-        """Yields the samples in order.
-
-        Args:
-            load: function of (number of the sample, suffix, member) that tells which files to read into
-                `TarSample.loaded`. Files that `TarSample.fault` names are never read.
-
-        Raises:
-            BrokenTarError: see `members`; raised instead of yielding the sample that is incomplete.
-        """
-        sample, number = None, 0
-        try:
-            for member in self.members():
-                key, suffix = key_and_suffix(member.name) if member and member.kind != "other" else (None, "")
-                if member and key is None:
-                    continue
-                if sample and (key != sample.key or suffix in sample.members):
-                    yield sample
-                    sample, number = None, number + 1
-                if member:
-                    sample = sample or TarSample(number, key)
-                    sample.members[suffix] = member
-                    readable = member.kind == "file" and member.size <= MAX_BYTES.get(suffix, 0)
-                    if readable and load and load(number, suffix, member):
-                        sample.loaded[suffix] = self._take(member.size, padded=False)
-        except BrokenTarError as error:
-            error.begun = (sample.start,) if sample else ()
-            raise
-        if sample:
-            yield sample
+    def read(self, member: Member) -> bytes:
+        """Returns the content of the member that `members` yielded last."""
+        return self._take(member.size, padded=False)
 
     def _block(self) -> bytes:
         """Reads the next header; returns empty bytes at the end of the file, or of all archives in it."""

@@ -26,13 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from training.data.faults import BadSample
 from training.data.loader import collate_captions
 from training.data.open import TrainData, open_train_data
 from training.data.reader import Sample
 from training.loss.blockwise import BLOCK_NUMBERS_GPU
 from training.model.assembly.from_flags import build_from_flags
-from training.readers.samples import BrokenShardError, RawSample
+from training.readers.faults import BadSample
+from training.readers.samples import RawSample
 from training.runtime.distributed import DistEnv, failing_with
 from training.runtime.gpus import GPUS
 from training.train.flops import peak_of
@@ -137,9 +137,8 @@ def first_samples(data: TrainData) -> tuple[list[Sample], dict[str, float]]:
     rows, num_bytes, start = [], 0, time.perf_counter()
     for raw in islice(data.source.read(0, 0, min(NUM_SAMPLES, data.source.num_samples)), NUM_SAMPLES):
         with suppress(BadSample):
-            if not isinstance(raw, BrokenShardError):
-                rows.append(data.reader(raw))
-                num_bytes += _size(raw)
+            rows.append(data.reader(raw))
+            num_bytes += _size(raw)
     if not rows:
         raise ValueError(f"--train-data: none of the first {NUM_SAMPLES} samples can be used")
     return rows, {"bytes": num_bytes / len(rows), "seconds": (time.perf_counter() - start) / len(rows)}

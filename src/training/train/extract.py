@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from training.data.augment import parse_augmentation
-from training.data.faults import BadSample, Totals
+from training.data.faults import Totals
 from training.data.features import (
     SUFFIX,
     FeatureInfo,
@@ -37,6 +37,7 @@ from training.model.names.resolve import resolve_weights
 from training.model.towers.image_encoder import image_encoder
 from training.model.towers.locking import HEAD, linear_head
 from training.model.weights.fingerprint import fingerprint
+from training.readers.faults import BadSample
 from training.readers.samples import BrokenShardError, Part, RawSample
 from training.runtime.distributed import DistEnv, failing_with, gather_objects, on_main_rank
 from training.runtime.lease import FILE, Lease
@@ -98,8 +99,8 @@ class ImageBatches(IterableDataset):
                 try:
                     rows.append((raw.key, read_record(raw), self._views(raw)))
                 except BadSample as error:
-                    faults.append(str(error))
-                    log_bad_sample(str(error), f"{raw.source}/{raw.key}", self.num_logged)
+                    faults.append(error.kind)
+                    log_bad_sample(error.kind, f"{raw.source}/{raw.key}", self.num_logged)
         except BrokenShardError as error:
             logger.warning(f"the readable part is used: {error}")
             faults += [error.kind] * max(1, part.size - num_seen)

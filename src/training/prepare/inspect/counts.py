@@ -15,7 +15,6 @@ import numpy as np
 
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
 from training.data.embedded import embedded_sources, read_rows
-from training.data.faults import BadSample
 from training.data.reader import read_image, read_record
 from training.data.sizes import expand_sources, known_sizes
 from training.data.tables import read_tables
@@ -24,6 +23,7 @@ from training.model.tokenizers.truncation import count_tokens
 from training.prepare.rows import TableRows, cell_texts
 from training.prepare.tables.columns import SHORT_NAMES
 from training.prepare.work import hash_text
+from training.readers.faults import BadSample
 from training.readers.hub import local_spec
 from training.readers.images import as_broken, load_rgb, open_image, orientation_of
 from training.readers.samples import BrokenShardError, Part, RawSample, read_samples
@@ -132,7 +132,7 @@ def count_part(job: tuple[Options, int]) -> tuple[int, Counts]:
                 record = read_record(sample)
                 size, image_hash = read_image(sample, partial(_look_at, options.read_images))
             except BadSample as error:
-                numbers["bad", str(error)] += 1
+                numbers["bad", error.kind] += 1
                 continue
             found = _captions(record, options)
             for key, captions in found.items():

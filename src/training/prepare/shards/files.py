@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from training.data.sizes import expand_sources
-from training.readers.captions import RecordError, read_record
+from training.readers.captions import read_record
+from training.readers.faults import BadSample
 from training.readers.files import is_leftover
 from training.readers.hub import local_spec
 from training.readers.remote import identity
 from training.readers.samples import read_samples
 from training.readers.streams import BLOCK_BYTES, is_local, open_stream
 from training.readers.table_files import image_files
-from training.readers.tar import BLOCK, TarReader, TarSample, key_and_suffix
+from training.readers.tar import BLOCK, Member, TarReader, key_and_suffix
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
 
@@ -36,13 +37,13 @@ class JsonSample(NamedTuple):
         key: name within the shard.
         record: content of its JSON file; empty if there is none.
         fault: why the JSON file can't be used; None if it can.
-        members: its files, with their places.
+        members: suffix -> file of the shard.
     """
 
     key: str
     record: dict
     fault: str | None
-    members: TarSample
+    members: Mapping[str, Member]
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,8 @@ def read_json_samples(path: Path) -> list[JsonSample]:
         record, fault = {}, raw.fault
         try:
             record = {} if fault else read_record(raw.files)
-        except RecordError as error:
-            fault = str(error)
+        except BadSample as error:
+            fault = error.kind
         samples.append(JsonSample(raw.key, record, fault, raw.members))
     return samples
 
@@ -214,12 +215,11 @@ def rewrite_shard(source: Path, target: Path, samples: list[JsonSample], additio
     # Byte where a JSON file begins -> its new content; byte where a sample's last member begins -> a new JSON file.
     changed, added = {}, {}
     for sample, addition in zip(samples, additions, strict=True):
-        members = sample.members.members
-        if addition and "json" in members:
-            changed[members["json"].start] = sample.record | addition
+        if addition and "json" in sample.members:
+            changed[sample.members["json"].start] = sample.record | addition
         elif addition:
-            last = max(member.start for member in members.values())
-            added[last] = tarfile.TarInfo(f"{sample.members.key}.json"), addition
+            last = max(sample.members.values(), key=lambda member: member.start)
+            added[last.start] = tarfile.TarInfo(f"{key_and_suffix(last.name)[0]}.json"), addition
     with atomic_write(target) as path, open(path, "wb") as out, open(source, "rb") as raw:
         for member in filter(None, TarReader(raw, str(source), os.path.getsize(source)).members()):
             if member.start in changed:

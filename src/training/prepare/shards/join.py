@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.faults import FAULT_KINDS
 from training.prepare.rows import as_utf8
 from training.prepare.shards.files import JsonSample, Shard, content_mark, plain_tar, read_json_samples, rewrite_shard
 from training.prepare.shards.job import ShardJob, attempt
 from training.prepare.shards.match import captions_of, find_rows, image_names, open_found, open_tables
 from training.prepare.work import format_counts, hash_text, processes, progress
+from training.readers.faults import FAULT_KINDS
 
 KINDS = ("samples", "matched", "unmatched", "nothing to match by", *FAULT_KINDS, "captions")
 
