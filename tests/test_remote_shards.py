@@ -10,13 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import s3fs
+import torch
 from test_faults import GOOD
 from test_train_data import write_shard
 
 from dataloaders.own_pairs import read_shard_pairs
-from support import free_ports
+from support import SMALL_LOTLIP, free_ports
 from training.data.shards import ShardSource
 from training.data.sizes import count_samples, expand_sources, known_sizes, trusted_sizes
+from training.main import main
 from training.prepare.__main__ import main as prepare
 from training.readers import remote, samples
 from training.readers.samples import read_samples
@@ -151,3 +153,36 @@ def test_a_pipe_of_unknown_size_says_what_works(tmp_path):
     assert count_samples([f"pipe:cat {path}"], run_pipes=True) == [2]
     with pytest.raises(ValueError, match="nowhere://x/0.tar"):
         count_samples(["nowhere://x/0.tar"], index_cache=str(tmp_path))
+
+
+def train(folder: Path, name: str, spec: str, *flags: str) -> dict[str, torch.Tensor]:
+    """Trains for two epochs of four steps; returns the weights."""
+    argv = [*SMALL_LOTLIP, "--train-data", spec, "--captions", "raw", "--batch-size", "10", "--warmup", "0"]
+    argv += ["--epochs", "2", "--workers", "0", "--device", "cpu", "--logs", str(folder), "--name", name, *flags]
+    assert main(argv) == 0
+    return torch.load(folder / name / "checkpoints" / "epoch_2.pt", weights_only=True)["state_dict"]
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_training_on_object_storage_is_resumed_bit_for_bit(server, tmp_path):
+    spec = "s3://bucket/set/{000..001}.tar"
+    cache = ["--index-cache", str(tmp_path / "index")]
+    whole = train(tmp_path, "whole", spec, *cache)
+    half = str(tmp_path / "whole" / "checkpoints" / "epoch_1.pt")
+    assert equal(train(tmp_path, "resumed", spec, *cache, "--resume", half), whole)
+    assert equal(train(tmp_path, "local", f"{server.folder}/{{000..001}}.tar"), whole)
+
+
+def test_pipes_are_trained_on_and_validated_as_the_files_are(server, tmp_path):
+    """The lines of open_clip's README: a command with braces, with the number of samples, and no sizes.json."""
+    pipe = f"pipe:cat {server.folder}/{{000..001}}.tar"
+    flags = ["--val-data", f"pipe:cat {server.folder}/002.tar", "--val-frequency", "1"]
+    train(tmp_path, "drawn", pipe, *flags, "--train-num-samples", "40")
+    lines = [json.loads(line) for line in (tmp_path / "drawn" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val/num_samples"] for line in lines if "val/num_samples" in line] == [PER_SHARD] * 2
+    (tmp_path / "sizes.json").write_text(json.dumps({"000.tar": PER_SHARD, "001.tar": PER_SHARD}))
+    sizes = ["--train-sizes", str(tmp_path / "sizes.json")]
+    assert equal(train(tmp_path, "each", pipe, *sizes), train(tmp_path, "l", f"{server.folder}/{{000..001}}.tar"))
