@@ -147,7 +147,8 @@ def test_rewriting_keeps_every_byte_and_every_sample(tmp_path):
     (tmp_path / "more").mkdir()
     path.write_bytes(path.read_bytes() + joined(tmp_path / "more").read_bytes())
     before = list(read_samples(str(path)))
-    rewrite_shard(path, tmp_path / "new.tar", [{"long_caption": f"l{n}"} for n in range(len(before))])
+    additions = [{"long_caption": f"l{n}"} for n in range(len(before))]
+    rewrite_shard(path, tmp_path / "new.tar", read_json_samples(path), additions)
     after = list(read_samples(str(tmp_path / "new.tar")))
     assert [s.key for s in after] == [s.key for s in before] and len(after) == 9
     for number, (new, old) in enumerate(zip(after, before)):
@@ -276,7 +277,7 @@ def test_names_of_every_kind_are_keys(tmp_path, name):
     assert [s.files["txt"] for s in samples] == [b"number 0", b"number 1", b"number 2"]
     pairs = read_shard_pairs(path, ["caption"], "raw")
     assert [p.open().read() for p in pairs.image_paths] == [s.files["jpg"] for s in samples]
-    rewrite_shard(path, tmp_path / "new.tar", [{"a": 1}] * 3)
+    rewrite_shard(Path(path), tmp_path / "new.tar", read_json_samples(Path(path)), [{"a": 1}] * 3)
     assert [s.key for s in read_samples(str(tmp_path / "new.tar"))] == [s.key for s in samples]
 
 
