@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     with first_imports():
-        from training.runtime.distributed import RunFailedError, check_device, check_launch, print_error
+        from training.runtime.distributed import RunFailedError, check_device, check_launch, failing_with, print_error
 
         if args.extract_image_features:
             from training.train.extract import extract as work
@@ -47,12 +47,9 @@ def _run(args: argparse.Namespace) -> int:
         else:
             from training.eval.run import evaluate as work
     try:
-        check_device(args.device)
-        check_launch()
-    except ValueError as error:
-        print_error(error)
-        return 2
-    try:
+        with failing_with(2, ValueError):
+            check_device(args.device)
+            check_launch()
         return work(args)
     except RunFailedError as error:
         print_error(error)

@@ -13,6 +13,7 @@ import torch
 
 from training.data.batch import TrainBatch, to_device
 from training.data.open import TrainData
+from training.eval.encode import ComputeOptions, Encoder
 from training.eval.retrieval import RetrievalWork
 from training.model.assembly.factory import EncoderParts
 from training.runtime.arithmetic import get_random_state, set_random_state
@@ -280,7 +281,8 @@ class Trainer:
                 logger.info(f"validation after epoch {done}: {shown}")
         if retrieves:
             totals = {"train_samples": self.progress.totals.to_dict()}
-            metrics |= evaluate_benchmarks(self.parts, self.plan.work, self.args, self.folder, done, env, totals)
+            encoder = Encoder(self.parts, env, ComputeOptions.from_flags(self.args, allow_broken=True))
+            metrics |= evaluate_benchmarks(encoder, self.plan.work, self.args, self.folder, done, totals)
         if self.tracker and metrics:
             self.tracker.log(self.progress.step, metrics)
 

@@ -1,14 +1,13 @@
 """Builds the loss from flags: texts, weight and name of each term."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
 
-from training.data.views import Entry
 from training.flags.data import caption_entries, reads
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
 from training.loss.terms import LossTerm, reduce_features
@@ -55,37 +54,18 @@ def loss_terms(args: argparse.Namespace, num_corners: int) -> list[LossTerm]:
         terms = [first, LossTerm("long_caption_loss", None, args.long_loss_weight)]
         sources = [entries[:1], entries[1:]]
     else:
-        terms = _terms_of(entries, counts, first, args.long_loss_weight)
+        bases = [first, *[LossTerm("", weight=args.long_loss_weight)] * (len(entries) - 1)]
+        terms = [
+            replace(base, name=f"{entry.name}_loss", texts=range(end)[-count:], weight=entry.weight * base.weight)
+            for base, entry, count, end in zip(bases, entries, counts, accumulate(counts))
+        ]
         sources = [[entry] for entry in entries]
     if args.long_text_variance is None:
         return terms
-    reduced = [_reduced(term, args) for term, source in zip(terms, sources) if reads(source, "long")]
-    return [*terms, *reduced]
-
-
-def _terms_of(entries: Sequence[Entry], counts: Sequence[int], first: LossTerm, other_weight: float) -> list[LossTerm]:
-    """Returns one term per entry.
-
-    Args:
-        entries: the texts of a sample.
-        counts: number of text features of each entry.
-        first: weight and image form of the first term.
-        other_weight: weight of all other terms.
-    """
-    terms, start = [], 0
-    for entry, count in zip(entries, counts):
-        columns = tuple(range(start, start + count))
-        start += count
-        base = first if not terms else LossTerm("", weight=other_weight)
-        terms.append(replace(base, name=f"{entry.name}_loss", texts=columns, weight=entry.weight * base.weight))
+    # The same texts, reduced to principal components, with unreduced image features.
+    form = partial(reduce_features, variance=args.long_text_variance)
+    for term, source in zip(list(terms), sources):
+        if reads(source, "long"):
+            name, weight = term.name.removesuffix("_loss"), term.weight * args.long_text_variance_weight
+            terms.append(LossTerm(f"{name}_component_loss", term.texts, weight, text_form=form))
     return terms
-
-
-def _reduced(term: LossTerm, args: argparse.Namespace) -> LossTerm:
-    """Returns a term that compares the same texts, reduced to principal components, with unreduced image features."""
-    return LossTerm(
-        term.name.removesuffix("_loss") + "_component_loss",
-        term.texts,
-        term.weight * args.long_text_variance_weight,
-        text_form=partial(reduce_features, variance=args.long_text_variance),
-    )

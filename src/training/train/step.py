@@ -7,7 +7,7 @@ host would wait for all computations that it has started.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -83,7 +83,8 @@ class Stepper:
             nearly equal. And additional arguments of the loss, from `encode_locked_images`.
         """
         micro_batches, early = self.encode_locked_images(micro_batches)
-        self.cache = GradCache(self.encode, micro_batches, self._without_sync)
+        # DDP reduces gradients only once, in the last backward pass of a step.
+        self.cache = GradCache(self.encode, micro_batches, getattr(self.model, "no_sync", nullcontext))
         return self.cache.output, early
 
     def encode(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
@@ -188,10 +189,6 @@ class Stepper:
         rest = [{name: value for name, value in batch.items() if name not in IMAGE_INPUTS} for batch in micro_batches]
         batches = [{"image_features": rows} | others for rows, others in zip(features, rest)]
         return batches, {"early": self.loss.gather_early(torch.cat(features))}
-
-    def _without_sync(self) -> AbstractContextManager:
-        """DDP reduces gradients only once, in the last backward pass of a step."""
-        return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()
 
 
 def statistics_average(model: nn.Module, env: DistEnv) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +12,12 @@ import torch
 from training.data.loader import NoUsableSampleError
 from training.data.open import TrainData
 from training.data.position import Share, Span
-from training.eval.encode import ComputeOptions, Encoder
+from training.eval.encode import Encoder
 from training.eval.metrics import count_ranks, summarise
 from training.eval.record import to_json
 from training.eval.results import format_table, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
-from training.model.assembly.factory import EncoderParts
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, gather_objects
 from training.runtime.messages import or_warn
@@ -98,37 +98,31 @@ def _mean_loss(loss: Callable, batch_size: int, whole: dict[str, torch.Tensor], 
     num_samples = len(whole["image_features"])
     number = math.ceil(num_samples / batch_size)
     parts = {n: value.tensor_split(number) for n, value in whole.items() if is_row_wise(n, value, num_samples)}
-    totals: dict[str, float] = {}
+    totals: Counter[str] = Counter()  # adds floats, too
     for k in range(env.rank, number, env.world_size):
         batch = {name: parts[name][k] if name in parts else value for name, value in whole.items()}
         batch = {name: value.to(env.device) for name, value in batch.items()}
-        for name, value in loss(**batch, output_dict=True).items():
-            totals[name] = totals.get(name, 0.0) + float(value) * len(batch["image_features"]) / num_samples
-    ranks = gather_objects(totals, env)
-    means = {name: sum(rank.get(name, 0.0) for rank in ranks) for name in next(filter(None, ranks))}
-    return {"loss": sum(means.values()), **means}
+        num, terms = len(batch["image_features"]), loss(**batch, output_dict=True)
+        totals.update({name: float(value) * num / num_samples for name, value in terms.items()})
+    means: Counter[str] = Counter()
+    for of_rank in gather_objects(totals, env):
+        means.update(of_rank)
+    return {"loss": means.total(), **means}
 
 
 def evaluate_benchmarks(
-    parts: EncoderParts,
-    work: RetrievalWork,
-    args: argparse.Namespace,
-    folder: Path,
-    epoch: int,
-    env: DistEnv,
-    more: dict[str, object],
+    encoder: Encoder, work: RetrievalWork, args: argparse.Namespace, folder: Path, epoch: int, more: dict[str, object]
 ) -> dict[str, object]:
     """Evaluates benchmarks during training; rank 0 logs the tables and appends results to FOLDER/results.jsonl.
 
     Images that can't be read are logged and skipped, because a benchmark must not end the training.
 
     Args:
-        parts: the model with its transforms and tokenizer.
+        encoder: runs the model.
         work: the benchmarks.
         args: flags.
         folder: folder of results.jsonl.
         epoch: number of epochs done.
-        env: this process.
         more: additional entries of the line in results.jsonl.
 
     Returns:
@@ -138,7 +132,7 @@ def evaluate_benchmarks(
         FloatingPointError: the model returned NaN or infinity.
         StoppedError: a rank received a signal.
     """
-    encoder = Encoder(parts, env, ComputeOptions.from_flags(args, allow_broken=True))
+    env = encoder.env
     try:
         results = evaluate_retrieval(encoder, work)
         zero_shot = evaluate_zero_shot(encoder, work.classification)
