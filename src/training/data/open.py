@@ -16,6 +16,7 @@ from training.data.position import Share
 from training.data.reader import SampleReader
 from training.data.shards import ResampledShards, ShardSource, Source
 from training.data.sizes import count_samples, expand_sources, trusted_sizes
+from training.data.synthetic import SyntheticSource, is_synthetic
 from training.data.tables import read_tables
 from training.readers.files import naming
 from training.readers.hub import local_spec
@@ -78,14 +79,17 @@ def open_source(
         FileNotFoundError, ValueError: raised on all ranks; the message names what is missing or wrong.
     """
 
+    if is_synthetic(spec):
+        _check_type(args.dataset_type, flag, spec, "synthetic")
+        keys = (*rule.raw_keys, *rule.short_keys), rule.long_keys
+        with naming(flag):
+            return SyntheticSource(spec, args.train_num_samples, args.seed, keys)
     with naming(flag):
         on_main_rank(lambda: local_spec(spec), env)  # downloads before the others look
         spec = local_spec(spec)
         embedded = on_main_rank(lambda: embedded_sources(spec, args.csv_img_key), env)
     is_table = names_tables(spec)
-    if args.dataset_type != "auto" and is_table != (args.dataset_type == "csv"):
-        found = "a table" if is_table else "no table"
-        raise ValueError(f"--dataset-type {args.dataset_type}: {flag} {spec} is {found}; use auto")
+    _check_type(args.dataset_type, flag, spec, "csv" if is_table else "webdataset")
     has_paths = is_table and not embedded
     if has_paths and resampled:
         raise ValueError("--dataset-resampled is for shards; each row of a table is used once per epoch")
@@ -109,6 +113,11 @@ def open_source(
         # A table is too large to send to other ranks, so they read it as well.
         shared = on_main_rank(lambda: None if has_paths else source, env)
         return source or shared or opened()
+
+
+def _check_type(wanted: str, flag: str, spec: str, found: str) -> None:
+    if wanted not in ("auto", found):
+        raise ValueError(f"--dataset-type {wanted}: {flag} {spec} is of type {found}; use auto")
 
 
 def _open_shards(args: argparse.Namespace, flag: str, sources: list[list[str]], resampled: bool) -> Source:

@@ -110,7 +110,7 @@ def _add_common_data_args(group: Flags) -> None:
         "DATA",
         "train on this: tar shards ('data/{00000..00575}.tar', a folder, URLs; several sources are separated by ::), "
         "tables (.csv, .tsv, .json, .jsonl, .parquet, .arrow), folders of these or of images with NAME.txt, or "
-        "hf:ORG/NAME:SPLIT",
+        "hf:ORG/NAME:SPLIT; or synthetic[:TOKENS], made on the spot",
     )
     group.text("--val-data", "DATA", "data for loss and R@1 during training, in any format of --train-data")
     group.count("--train-num-samples", None, "samples per epoch (default: all of --train-data)")

@@ -112,7 +112,7 @@ def add_open_clip_args(parser: argparse.ArgumentParser) -> None:
     group = Flags(parser, "open_clip compatibility")
     group.choice(
         "--dataset-type",
-        ("auto", "webdataset", "csv"),
+        ("auto", "webdataset", "csv", "synthetic"),
         "auto",
         "required type of --train-data: shards or a table; auto: by its name",
     )

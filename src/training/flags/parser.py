@@ -94,6 +94,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.print_config:
             print(format_config(args, parser.actions), end="")
             parser.exit()
+        if args.dataset_type == "synthetic" and not args.train_data:  # as in open_clip's commands
+            args.train_data = args.dataset_type
         absent = find_below_data_root(args)
         known = vars(args).pop(open_clip.NO_EFFECT, [])
         for line in [*([absent] if absent else []), *known, *validate_args(args)]:
