@@ -89,6 +89,19 @@ def test_plain_images_of_different_colours_are_different(tmp_path):
     assert [len(part) for part in paths(tmp_path / "out").values()] == [6, 2]
 
 
+def test_a_folder_of_images_is_divided_and_bad_rows_are_counted(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for number in range(4):
+        photo(number).save(tmp_path / "a" / f"{number}.png")
+        (tmp_path / "a" / f"{number}.txt").write_text(f"photo {number}")
+    assert prepare(["split", str(tmp_path / "a"), "--out", str(tmp_path / "out"), "--test", "0.25"]) == 0
+    found = paths(tmp_path / "out")
+    assert sorted(found["train"] + found["test"]) == [str(tmp_path / "a" / f"{n}.png") for n in range(4)]
+    (tmp_path / "t.jsonl").write_text('{"filepath": "no.png", "caption": "a"}\n{broken')
+    assert prepare(["split", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "none")]) == 1
+    assert "2 left out\nleft out: 1 malformed row, 1 no such file" in capsys.readouterr().out
+
+
 def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     write_photos(tmp_path)
     monkeypatch.chdir(tmp_path)

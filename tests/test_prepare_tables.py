@@ -18,7 +18,7 @@ import pytest
 from support import run_command
 from training.data.captions import CaptionRule, choose_captions
 from training.prepare.__main__ import main
-from training.prepare.tables import cleaning
+from training.prepare.tables import parts as parts_module
 from training.prepare.tables.clean import is_repetitive
 from training.prepare.tables.run import first_of_each
 from training.readers import csv_rows
@@ -58,7 +58,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def sizes(summary: dict) -> dict[str, int]:
-    return {kind: summary[kind] for kind in cleaning.ROW_KINDS}
+    return {kind: summary[kind] for kind in parts_module.ROW_KINDS}
 
 
 def test_every_row_is_kept_or_counted_by_kind(tmp_path):
@@ -91,7 +91,7 @@ def test_parts_are_the_same_bytes_however_often_a_run_is_stopped(tmp_path, monke
     assert whole["kept"] == len({r["url"] for r in parts(tmp_path / "whole")})
 
     # Stop before the first write, then before the second, and so on, until a run completes.
-    real, num_stops = cleaning.atomic_write, 0
+    real, num_stops = parts_module.atomic_write, 0
     from training.prepare import work
 
     for count in range(1, 200):
@@ -103,7 +103,7 @@ def test_parts_are_the_same_bytes_however_often_a_run_is_stopped(tmp_path, monke
                 raise KeyboardInterrupt
             return real(target)
 
-        for module in (cleaning, work):
+        for module in (parts_module, work):
             monkeypatch.setattr(module, "atomic_write", stopping)
         code = main(["tables", *map(str, words), "--out", str(tmp_path / "stopped"), "--workers", "1"])
         num_stops += code == 130

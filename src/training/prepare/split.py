@@ -148,11 +148,11 @@ def near_duplicates(looks: list[Look]) -> list[int]:
             number = group[number]
         return number
 
-    bits, colours = (np.stack([getattr(look, name) for look in looks]) for name in ("bits", "colours"))
+    bits = np.array([look.bits for look in looks], dtype=np.float32).reshape(-1, 128)
     for first in range(0, len(looks), _COMPARED_AT_ONCE):
         equal_less_different = bits[first : first + _COMPARED_AT_ONCE] @ bits.T
-        for number, other in np.argwhere(equal_less_different >= bits.shape[1] - 2 * MOST_BITS) + (first, 0):
-            if other < number and np.abs(colours[other] - colours[number]).mean() <= MOST_LEVELS:
+        for number, other in np.argwhere(equal_less_different >= 128 - 2 * MOST_BITS) + (first, 0):
+            if other < number and np.abs(looks[other].colours - looks[number].colours).mean() <= MOST_LEVELS:
                 group[root(number)] = root(other)
     return [root(number) for number in range(len(looks))]
 

@@ -58,8 +58,6 @@ _TERMINAL, _CLOSING = r"\p{Sentence_Terminal}", r"\"'\p{Pe}\p{Pf}"
 _END = regex.compile("(?V1)" + _end(_TERMINAL, rf"[{_TERMINAL}--[.!?]]", _CLOSING, r"\p{L}", r"\p{Ll}", r"\p{Lu}"))
 _ASCII_END = re.compile(_end(".!?", "(?!)", r"\"')}\]", "[A-Za-z]", "[a-z]", "[A-Z]"))  # in a third of the time
 _TERMINATED = regex.compile(f"{_TERMINAL}[{_CLOSING}]*$")
-# A part of it in the syntax of RE2, which Arrow uses.
-LATIN_TERMINATED = "[.!?][\"'\u201d\u2019)}\\]]*$"
 
 
 def _ends(text: str) -> Iterator[re.Match]:
@@ -130,8 +128,6 @@ _ANSWER = (  # how a model that refuses begins, in the first person or about the
     r"(?:please|could you(?: please)?|can you(?: please)?) (?:provide|upload|share|attach)[^.]{0,40} image"
 )
 _APOLOGY = r"(?:we(?:['\u2019]?re| are) )?(?:very |so |really |truly |deeply )?sorry|apologies|we apologi[sz]e"
-# Every refusal begins like this or has "AI model" in it. In the syntax of RE2, for Arrow.
-REFUSAL_BEGINS = rf"(?i)^[^0-9a-z]*(?:{_ANSWER}|{_APOLOGY})".replace("\\u2019", "\u2019")
 _BEGINS = re.compile(rf"\W*(?:(?P<answer>{_ANSWER})|(?:{_APOLOGY}))\b(?!\s+(?:state|sight|looking))", re.IGNORECASE)
 # After an apology without a subject: what makes it one of a model rather than of a shop.
 _OF_A_MODEL = re.compile(

@@ -40,11 +40,7 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
         ValueError, FileNotFoundError: see `factory.create_model`.
     """
     torch.manual_seed(args.seed)
-    overrides = {
-        "cache_dir": args.cache_dir,
-        "context_length": args.context_length,
-        "num_corner_tokens": args.num_corner_tokens,
-    }
+    overrides = {key: getattr(args, key) for key in ("cache_dir", "context_length", "num_corner_tokens")}
     tokenizer = get_tokenizer(args.model, **overrides)
     model, train_transform, transform = create_model_and_transforms(
         args.model,

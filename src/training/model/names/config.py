@@ -6,7 +6,6 @@ unchanged.
 """
 
 import difflib
-from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -98,7 +97,6 @@ def resolve_model_config(
         if model_cfg is None:
             raise ValueError(_no_such_model(name))
         preprocess_cfg = model_cfg.pop("preprocess_cfg", {})
-    model_cfg = deepcopy(model_cfg)
     text_cfg = model_cfg["text_cfg"]
     if context_length is not None and context_length != text_cfg.get("context_length", 77):
         text_cfg["context_length"] = context_length

@@ -3,7 +3,6 @@
 Both are called like open_clip's, ``tokenizer(texts) -> [n, context_length]``, and never change the caller's list.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -105,6 +104,7 @@ class CornerHFTokenizer(_CornerTokenizer):
     Source: LoTLIP (arXiv 2410.05249); the ids equal those of the published tokenizer.
     """
 
+    num_behind = 1
     pooled_token = "[CLS]"
 
     def __init__(
@@ -114,14 +114,12 @@ class CornerHFTokenizer(_CornerTokenizer):
             self.tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir)
         self.context_length = context_length
         self.num_corners = num_corners
-        self.num_behind = 1
         names = [f"[Corner{i}]" for i in range(num_corners)]
         self.tokenizer.add_tokens(names, special_tokens=True)
         self.corner_ids = self.tokenizer.convert_tokens_to_ids(names)
         self.pad_id = self.tokenizer.pad_token_id
         self.separator = "[SEP]" if self.tokenizer.sep_token == "[SEP]" else None
         self._clean = get_clean_fn("whitespace")  # ftfy, unescape HTML twice, strip, collapse whitespace
-        logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_not_about_length)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -129,7 +127,10 @@ class CornerHFTokenizer(_CornerTokenizer):
         if self.separator:
             texts = [self.separator.join(text.split(". ")) for text in texts]
         texts = [self._clean(text) for text in texts]
-        rows = self.tokenizer(texts, padding=False, truncation=False, return_attention_mask=False).input_ids
+        # Not verbose: `count_lost_tokens` reports truncation, so transformers' own warning is noise.
+        rows = self.tokenizer(
+            texts, padding=False, truncation=False, return_attention_mask=False, verbose=False
+        ).input_ids
         return [row[:1] + self.corner_ids + row[1:] for row in rows]
 
     def _pieces(self, ids: list[int]) -> Iterator[tuple[int, str, bool]]:
@@ -148,11 +149,6 @@ class CornerHFTokenizer(_CornerTokenizer):
         self.tokenizer.save_pretrained(str(folder))
 
 
-def _is_not_about_length(record: logging.LogRecord) -> bool:
-    # `count_lost_tokens` reports truncation, so transformers' own warning is noise.
-    return "longer than the specified maximum" not in record.getMessage()
-
-
 class CornerCLIPTokenizer(_CornerTokenizer):
     """CLIP's tokenizer with the layout ``[SOT] w w ... [Corner0] ... [EOT] 0 ...``; corner ids follow CLIP's own.
 
@@ -161,6 +157,7 @@ class CornerCLIPTokenizer(_CornerTokenizer):
         num_corners: m.
     """
 
+    pad_id = 0
     pooled_token = "[EOT]"
 
     def __init__(self, context_length: int = 77, num_corners: int = 0):
@@ -170,7 +167,6 @@ class CornerCLIPTokenizer(_CornerTokenizer):
         self.num_behind = num_corners + 1
         first = self.tokenizer.vocab_size
         self.corner_ids = list(range(first, first + num_corners))
-        self.pad_id = 0
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         start, end = [self.tokenizer.sot_token_id], [*self.corner_ids, self.tokenizer.eot_token_id]

@@ -79,12 +79,10 @@ class CornerHFText(TextTower):
     ):
         super().__init__()
         pooler_type = pooler_type or self.default_pooler
-        for key, value, known in (
-            ("corner_attention", corner_attention, CORNER_ATTENTION),
-            ("hf_pooler_type", pooler_type, POOLERS),
-        ):
-            if value not in known:
-                raise ValueError(f"{key} {value}: expected one of {', '.join(known)}")
+        if corner_attention not in CORNER_ATTENTION:
+            raise ValueError(f"corner_attention {corner_attention}: expected one of {', '.join(CORNER_ATTENTION)}")
+        if pooler_type not in POOLERS:
+            raise ValueError(f"hf_pooler_type {pooler_type}: expected one of {', '.join(POOLERS)}")
         needed = context_length + self.offset_of(config)
         config.max_position_embeddings = max(config.max_position_embeddings, needed)
         self.num_corners = num_corners

@@ -56,18 +56,11 @@ def text_encoder(model: nn.Module) -> TextEncoder:
         return TextEncoder(lambda ids: text(ids)[:, None], text.config.pad_token_id)
     pool = getattr(model, "text_pool_type", getattr(text, "pool_type", None))
     end_id = getattr(model, "text_eos_id", getattr(text, "eos_id", None))
-    if _reads_up_to_the_end(text, pool, end_id):
+    is_causal = isinstance(getattr(text, "attn_mask", None), torch.Tensor) and getattr(text, "cls_emb", None) is None
+    pools_end = pool == "argmax" or (pool == "eos" and end_id != CLIP_PAD_ID)
+    if is_causal and pools_end and not getattr(text, "output_tokens", False):
         return TextEncoder(partial(_causal_features, text, pool, end_id), CLIP_PAD_ID)
     return TextEncoder(lambda ids: model.encode_text(ids)[:, None], None)
-
-
-def _reads_up_to_the_end(text: nn.Module, pool: str | None, end_id: int | None) -> bool:
-    """Whether this is one of open_clip's causal transformers that pools the end token."""
-    pools_end = pool == "argmax" or (pool == "eos" and end_id != CLIP_PAD_ID)
-    is_causal = isinstance(getattr(text, "attn_mask", None), torch.Tensor)
-    return (
-        pools_end and is_causal and getattr(text, "cls_emb", None) is None and not getattr(text, "output_tokens", False)
-    )
 
 
 def _causal_features(text: nn.Module, pool: str, end_id: int | None, ids: torch.Tensor) -> torch.Tensor:

@@ -222,14 +222,12 @@ def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
         module = _TensorUnpickler(archive, root).load()
     state: dict[str, torch.Tensor] = {}
-    modules = {id(module): ("", module)}
-    waiting = [module]
-    while waiting:
-        name, holder = modules[id(waiting.pop())]
+    names = {module: ""}  # a hostile archive may contain a module in itself
+    for holder, name in (waiting := list(names.items())):
         for key, value in vars(holder).items():
             if isinstance(value, torch.Tensor):
                 state[name + key] = value
-            elif isinstance(value, _Module) and id(value) not in modules:
-                modules[id(value)] = (f"{name}{key}.", value)
-                waiting.append(value)
+            elif isinstance(value, _Module) and value not in names:
+                names[value] = f"{name}{key}."
+                waiting.append((value, names[value]))
     return state

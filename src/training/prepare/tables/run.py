@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tabulate import tabulate
 
 from training.prepare.rows import TableRows
-from training.prepare.tables import cleaning
+from training.prepare.tables import parts
 from training.prepare.tables.columns import KEY, URL, Columns, find_columns, output_captions
 from training.prepare.work import (
     SUMMARY,
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         table = TableRows(path, args.csv_separator, args.no_quotes)
         tables.append((table, find_columns(str(path), table.names, args)))
     captions = output_captions([columns for _, columns in tables])
-    rules = cleaning.Rules(captions, not args.keep_cut_off, args.keep_without_long, args.caption_lists)
+    rules = parts.Rules(captions, not args.keep_cut_off, args.keep_without_long, args.caption_lists)
     sources = [
         {"name": table.path.name, "bytes": table.path.stat().st_size, "form": table.form and list(table.form)}
         | asdict(columns)
@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make(tables: list[tuple[TableRows, Columns]], rules: cleaning.Rules, args: argparse.Namespace) -> dict:
+def _make(tables: list[tuple[TableRows, Columns]], rules: parts.Rules, args: argparse.Namespace) -> dict:
     """Writes the parts; returns counts of rows and captions."""
     paths: list[Path] = []
 
-    def tasks() -> Iterator[cleaning.Task]:
+    def tasks() -> Iterator[parts.Task]:
         for number, (table, columns) in enumerate(tables):
             rows = table.read(columns.wanted)
             for place in count():
@@ -84,24 +84,24 @@ def _make(tables: list[tuple[TableRows, Columns]], rules: cleaning.Rules, args: 
                     break
                 paths.append(Path(args.out) / f"part-{number:03d}-{place:06d}.parquet")
                 if not paths[-1].exists():
-                    yield cleaning.Task(some, columns, rules, paths[-1])
+                    yield parts.Task(some, columns, rules, paths[-1])
 
     with processes(args.workers) as parallel:
-        for _ in progress(parallel(cleaning.clean_part, tasks()), None, "cleaning", "part"):
+        for _ in progress(parallel(parts.clean_part, tasks()), None, "cleaning", "part"):
             pass
-        counts = [cleaning.read_counts(path) for path in paths]
+        counts = [parts.read_counts(path) for path in paths]
         keep = first_of_each(paths)
         jobs = [(path, rows) for path, rows in zip(paths, keep) if not rows.all() or not len(rows)]
-        for _ in progress(parallel(cleaning.drop_rows, jobs), len(jobs), "removing duplicates", "part"):
+        for _ in progress(parallel(parts.drop_rows, jobs), len(jobs), "removing duplicates", "part"):
             pass
-    summary: dict = dict.fromkeys(cleaning.ROW_KINDS, 0) | {"captions": {}}
+    summary: dict = dict.fromkeys(parts.ROW_KINDS, 0) | {"captions": {}}
     for of_part in counts:
         add_counts(summary, of_part)
     kept = sum(int(rows.sum()) for rows in keep)
     return summary | {"kept": kept, "duplicates": summary["kept"] - kept, "parts": sum(map(bool, map(np.any, keep)))}
 
 
-def first_of_each(parts: list[Path]) -> list[np.ndarray]:
+def first_of_each(paths: list[Path]) -> list[np.ndarray]:
     """Finds the first row of each URL, or key without one, over all parts in order.
 
     Rows are compared by 64-bit hashes: for 100 million different URLs, the probability that any two have the same one
@@ -111,7 +111,7 @@ def first_of_each(parts: list[Path]) -> list[np.ndarray]:
         For each part a bool array, True for rows to keep.
     """
     hashes = [np.zeros(0, dtype=np.uint64)]
-    for path in parts:
+    for path in paths:
         names = pc.coalesce(*pq.read_table(path, columns=[URL, KEY]).columns).to_numpy()
         hashes.append(pd.util.hash_array(names, categorize=False))
     keep = ~pd.Series(np.concatenate(hashes)).duplicated().to_numpy()
@@ -120,9 +120,9 @@ def first_of_each(parts: list[Path]) -> list[np.ndarray]:
 
 def describe(summary: dict) -> str:
     """Returns the counts as text for the terminal."""
-    dropped = {name: summary[name] for name in cleaning.ROW_KINDS[2:]}
+    dropped = {name: summary[name] for name in parts.ROW_KINDS[2:]}
     rows = [[name, *counts.values()] for name, counts in summary["captions"].items()]
-    headers = ["captions", *(kind.replace("_", "-") for kind in cleaning.CAPTION_KINDS)]
+    headers = ["captions", *(kind.replace("_", "-") for kind in parts.CAPTION_KINDS)]
     return (
         f"{summary['kept']:,} of {summary['rows']:,} rows kept in {summary['parts']:,} parts\n"
         f"dropped rows: {format_counts(dropped)}\n{tabulate(rows, headers, intfmt=',')}"
