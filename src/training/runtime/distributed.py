@@ -56,7 +56,9 @@ def join_ranks(device: str | None, timeout_minutes: float = 30.0) -> DistEnv:
     Raises:
         ValueError: the device does not exist.
     """
-    alarm = threading.Timer(60 * timeout_minutes, _end_alone, [timeout_minutes])
+    who = f"rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '?')}"
+    message = f"python -m training.main: error: {who} could not connect within {timeout_minutes:g} minutes"
+    alarm = threading.Timer(60 * timeout_minutes, end_at_once, [EXIT_LOST, message])
     alarm.daemon = True
     alarm.start()
     try:
@@ -79,11 +81,6 @@ def leave_ranks(env: DistEnv) -> None:
         last = torch.zeros(1, device=env.device)
         dist.all_reduce(last)
         dist.destroy_process_group()
-
-
-def _end_alone(minutes: float) -> None:
-    who = f"rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID', '?')}"
-    end_at_once(EXIT_LOST, f"python -m training.main: error: {who} could not connect within {minutes:g} minutes")
 
 
 def check_launch() -> None:
