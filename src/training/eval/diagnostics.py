@@ -152,10 +152,9 @@ def _measure_sentences(encoder: Encoder, r: RankedSet, originals: FeatureStore, 
             score = (features[pair].double() @ image).numpy()
             same = [a == b for a, b in itertools.pairwise(keys[pair])]
             pairs.append(list(zip(score[::2], score[1::2], same[::2])))
-        number = torch.tensor([len(s) for s in sentences])
-        image_of = torch.tensor(owner[start : numbers.stop]).repeat_interleave(number)
+        image_of = torch.tensor([owner[n] for n, s in zip(numbers, sentences) for _ in s])
         _, t2i = count_over_ranks(r.images, features[: len(image_of)], image_of, encoder.env, both=False)
-        position = torch.cat([torch.arange(1, n + 1) for n in number])
+        position = torch.cat([torch.arange(1, len(s) + 1) for s in sentences])
         searched.append((image_of, position, hit_probability(t2i, 1)))
     return {
         "himo": monotonicity(similarity, cut, r.owner),

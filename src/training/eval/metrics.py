@@ -91,9 +91,8 @@ def count_ranks(
                     i2t.add(score, images, texts, i, dim=1)
                 t2i.add(score, images, texts, t, dim=0)
     # Right candidates are subtracted from the ties only once, not once per process.
-    once = int(rank == 0)
     ones = torch.ones(num_captions, dtype=torch.int64)
-    return i2t.counts(num_right, once), t2i.counts(ones, once)
+    return i2t.counts(num_right, rank == 0), t2i.counts(ones, rank == 0)
 
 
 def float64_device(device: torch.device | str) -> torch.device:
@@ -162,9 +161,9 @@ class _Counter:
             self.better.index_add_(0, query, (exact > self.target[query] + TIE_TOLERANCE).long())
             self.not_worse.index_add_(0, query, (exact >= self.target[query] - TIE_TOLERANCE).long())
 
-    def counts(self, num_right: torch.Tensor, num_subtracted: int) -> RankCounts:
-        """Returns the counts, with the right candidates subtracted this many times from the ties."""
-        tied = (self.not_worse - self.better).cpu() - num_subtracted * num_right
+    def counts(self, num_right: torch.Tensor, subtract: bool) -> RankCounts:
+        """Returns the counts; with `subtract`, the right candidates are subtracted from the ties."""
+        tied = (self.not_worse - self.better).cpu() - subtract * num_right
         return RankCounts(self.better.cpu(), tied, num_right)
 
 
