@@ -17,7 +17,7 @@ from test_step import Towers, batches
 
 from benchmarks import precision
 from benchmarks.measure import Setting
-from support import evaluate, read_results
+from support import SMALL_LOTLIP, evaluate, read_results
 from training.data.augment import normalise_pixels
 from training.data.batch import TrainBatch, to_device
 from training.flags.parser import parse_args
@@ -198,8 +198,7 @@ def test_one_model_has_one_result_in_training_and_in_a_separate_evaluation(devic
     assert main(command(scenes, tmp_path, "run", *flags, "--epochs", "1")) == 0
     inside = read_results(tmp_path, "run")
     weights = str(tmp_path / "run" / "checkpoints" / "epoch_1.pt")
-    apart = evaluate(
-        tmp_path, "lotlip_tiny", *flags[:2], "--pretrained", weights, "--device", str(device), name="apart"
-    )
+    again = [*flags[:2], "--pretrained", weights, "--device", str(device)]
+    apart = evaluate(tmp_path, SMALL_LOTLIP[1], *again, name="apart")
     found = [{k: v for k, v in r.items() if k.startswith("urban1k")} for r in (inside, apart)]
     assert found[0] and found[0] == found[1]
