@@ -81,13 +81,14 @@ def test_captions_of_other_lengths_compile_nothing_and_change_nothing(build, mos
 
 
 def train_two_steps(rank: int, port: int) -> None:
-    """Trains with two micro-batches a step on two ranks, eager and compiled, and compares the weights."""
+    """Trains with two micro-batches a step and recomputed activations, eager and compiled, and compares the weights."""
     set_rank(rank, 2, port)
     dist.init_process_group("gloo")
     weights = []
     for is_compiled in (False, True):
         core = bert().train()
         core.visual.requires_grad_(False)
+        core.text.set_grad_checkpointing()
         if is_compiled:
             compile_layers(core, backend="eager")
         whole = torch.nn.parallel.DistributedDataParallel(TrainModel(core), broadcast_buffers=False)
