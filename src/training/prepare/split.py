@@ -23,8 +23,8 @@ from training.prepare.work import SUMMARY, format_counts, start_folder, write_js
 from training.readers.files import parallel_map
 from training.readers.hub import local_spec
 from training.readers.images import BrokenImageError, load_rgb
-from training.readers.table_files import beside, table_files
-from training.readers.tables import choose_image_column
+from training.readers.table_files import table_files
+from training.readers.tables import choose_image_column, row_sample
 from training.runtime.files import atomic_write
 
 MOST_BITS = 6  # two images are near-duplicates if at most this many of 128 bits differ,
@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--test {args.test:g}: expected a fraction between 0 and 1")
     paths = table_files(local_spec(args.table))
     settings = {"tables": [content_mark(path) for path in paths], "image": args.csv_img_key}
-    rows, column, num_malformed = read_rows(paths, args.csv_img_key, args.csv_separator)
+    rows, images, num_malformed = read_rows(paths, args.csv_img_key, args.csv_separator)
     start_folder(args, ".split", settings | {"test": args.test, "seed": args.seed})
     counts = Counter({"malformed row": num_malformed})
     looks: dict[object, Look] = {}
-    key_of_row = [_key(row[column]) for row in rows]
-    sources = {key: _source(row[column]) for key, row in zip(key_of_row, rows)}
+    key_of_row = [sha256(image).digest() if isinstance(image, bytes) else image for image in images]
+    sources = dict(zip(key_of_row, images))
     for key, found in zip(sources, parallel_map(_look, list(sources.values()))):
         if isinstance(found, str):
             counts[found] += 1
@@ -83,16 +83,19 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(sides.values()) else 1
 
 
-def read_rows(paths: Sequence[Path], image_column: str, separator: str | None) -> tuple[list[dict], str, int]:
-    """Reads all columns of tables. Image paths become absolute.
+def read_rows(
+    paths: Sequence[Path], image_column: str, separator: str | None
+) -> tuple[list[dict], list[str | bytes], int]:
+    """Reads all columns of tables.
 
     Returns:
-        The rows, the image column, and how many rows can't be read.
+        The rows, with absolute paths; the image of each, as a path, bytes, or an empty text; and how many rows can't be
+        read.
 
     Raises:
         ValueError: a file is not a table, or has no image column.
     """
-    rows, column, num_malformed = [], image_column, 0
+    rows, images, num_malformed = [], [], 0
     for path in paths:
         table = TableRows(path, separator)
         column = choose_image_column(table, image_column)
@@ -101,24 +104,13 @@ def read_rows(paths: Sequence[Path], image_column: str, separator: str | None) -
                 num_malformed += 1
                 continue
             row = dict(zip(table.names, cells))
-            if isinstance(row[column], str):
-                row[column] = os.path.abspath(beside(path, row[column]))
-            rows.append(row)
+            sample = row_sample(path, len(rows), row, column)
+            outside = os.path.abspath(sample.image_path) if sample.image_path else ""
+            rows.append(row | {column: outside} if isinstance(row[column], str) else row)
+            images.append(sample.image or outside)
     if not rows:
         raise ValueError(f"{paths[0]}: no rows")
-    return rows, column, num_malformed
-
-
-def _key(image: object) -> object:
-    source = _source(image)
-    return sha256(source).digest() if isinstance(source, bytes) else source
-
-
-def _source(image: object) -> str | bytes:
-    """Returns the path or the bytes in a cell; an empty text for an empty one."""
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    return image or ""
+    return rows, images, num_malformed
 
 
 def _look(source: str | bytes) -> Look | str:

@@ -191,11 +191,10 @@ def read_json_samples(path: Path) -> list[JsonSample]:
     """
     samples = []
     for raw in read_samples(str(path), load=("json",), waits=()):
-        record, fault = {}, raw.fault
         try:
-            record = {} if fault else read_record(raw.files)
+            record, fault = {} if raw.fault else read_record(raw.files), raw.fault
         except BadSample as error:
-            fault = error.kind
+            record, fault = {}, error.kind
         samples.append(JsonSample(raw.key, record, fault, raw.members))
     return samples
 
