@@ -29,6 +29,7 @@ COMMANDS = [
     [*TRAINING, "--long-text-variance", "0.9"],
     [*TRAINING, "--text-views", "long"],
     [*TRAINING, "--dry-run"],
+    [*TRAINING, "--resume", "latest", "--experiment", "e.py"],
     [*TRAINING, "--text-views", "short, sentences*2"],
     ["--retrieval-csv", "p.csv", "--iiw-retrieval", "D", "--docci-retrieval", "D", "--share4v-retrieval", "D"],
     ["--coco-retrieval", "D", "--flickr30k-retrieval", "D"],

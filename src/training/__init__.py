@@ -7,6 +7,7 @@
 import importlib
 
 _HOMES = {
+    "Experiment": "training.runtime.experiment",
     "create_model": "training.model.assembly.factory",
     "create_model_and_transforms": "training.model.assembly.factory",
     "get_tokenizer": "training.model.assembly.factory",

@@ -9,6 +9,7 @@ The keys of `TrainBatch.inputs` are open_clip's, and the arguments of `TrainMode
 | ``text`` | [batch, length] int64, short captions, padded to the longest of them | unless captions are packed |
 | ``long_text`` | [batch, num_long, length] int64, long captions, padded likewise | with long captions, unless packed |
 | ``packed_text`` | all captions as `model.packing` arranges them | if captions are packed |
+| ``field.NAME`` | [batch, ...], for the loss | if an experiment adds fields |
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
+
+FIELD = "field."  # begins the names of inputs that are for the loss alone, see `Experiment.sample_fields`
 
 
 class TrainBatch(NamedTuple):

@@ -151,6 +151,7 @@ def open_train_data(
     tokenizer: Callable,
     source: Source,
     arrange: Callable | None = None,
+    fields: Callable | None = None,
 ) -> TrainData:
     """Combines a source with the reader of its samples.
 
@@ -160,6 +161,7 @@ def open_train_data(
         tokenizer: function from a list of texts to token ids.
         source: the samples.
         arrange: function that packs the captions of a batch; None pads them.
+        fields: see `SampleReader`.
 
     Raises:
         ValueError: a view needs padding in front of the text, and the tokenizer doesn't support that.
@@ -169,7 +171,7 @@ def open_train_data(
     rule = caption_rule(args)
     if any(entry.front for entry in rule.entries):
         check_front_padding(tokenizer)
-    reader = SampleReader(images, tokenizer, rule, args.seed, 0, arrange)
+    reader = SampleReader(images, tokenizer, rule, args.seed, 0, arrange, fields)
     return TrainData(source, reader, args.workers)
 
 

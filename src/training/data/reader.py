@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from training.data.batch import FIELD
 from training.data.captions import CaptionRule, choose_captions
 from training.data.images import ImageReader
 from training.data.padding import front_shares, pad_in_front
@@ -23,7 +24,7 @@ class Sample(NamedTuple):
     """One row of a batch before it is tokenised.
 
     Attributes:
-        inputs: ``image`` [3, H, W], or the cached ``image_features`` [dim].
+        inputs: ``image`` [3, H, W], or the cached ``image_features`` [dim]; and the experiment's fields.
         texts: the texts that the caption rule chose, the short caption first.
         fronts: for each text the fraction of its padding that is put in front, see `padding.pad_in_front`.
     """
@@ -46,6 +47,7 @@ class SampleReader:
         rule: which captions to choose.
         seed, epoch: seed of augmentation and caption choice.
         arrange: function of (short ids [batch, L], long ids [batch, K, L]) that packs captions; None pads them.
+        fields: record -> further tensors by name, see `Experiment.sample_fields`; None adds none.
     """
 
     images: ImageReader
@@ -54,6 +56,7 @@ class SampleReader:
     seed: int
     epoch: int
     arrange: Callable | None = None
+    fields: Callable[[dict], dict[str, torch.Tensor]] | None = None
 
     def __call__(self, raw: RawSample, times_read: int = 0) -> Sample:
         """Decodes and augments the image, and chooses captions.
@@ -67,14 +70,18 @@ class SampleReader:
         """
         key = raw.name + (f"/again {times_read}" if times_read else "")
         seed_augmentation(f"{self.seed}/{self.epoch}/{key}")
-        texts = choose_captions(read_record(raw), self.rule, random)
+        record = read_record(raw)
+        texts = choose_captions(record, self.rule, random)
         if not all(map(_is_unicode, texts)):
             raise BadSample("text not UTF-8")
         fronts = front_shares(f"{self.seed}/{self.epoch}", [key], self.rule)[0]
         if raw.features is not None:
             view = random.randrange(len(raw.features))
-            return Sample({"image_features": torch.from_numpy(raw.features[view].astype(np.float32))}, texts, fronts)
-        return Sample({"image": self.images.transform(read_image(raw, self.images.decode))}, texts, fronts)
+            inputs = {"image_features": torch.from_numpy(raw.features[view].astype(np.float32))}
+        else:
+            inputs = {"image": self.images.transform(read_image(raw, self.images.decode))}
+        inputs |= {FIELD + name: value for name, value in (self.fields(record) if self.fields else {}).items()}
+        return Sample(inputs, texts, fronts)
 
 
 def read_record(raw: RawSample) -> dict:

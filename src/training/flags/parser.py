@@ -14,7 +14,8 @@ from training.flags import eval as evaluation
 from training.flags import model, open_clip, train
 from training.flags.config import config_words, format_config
 from training.flags.effects import Effects, describe_idle, idle_flags
-from training.flags.types import Switch
+from training.flags.types import Flags, Switch
+from training.runtime.experiment import load_experiment
 
 EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *open_clip.EFFECTS, *evaluation.EFFECTS)
 
@@ -86,10 +87,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: with code 2 and a one-line message for a usage error, 0 after --help and --print-config.
     """
-    parser = build_parser()
+    parser = build_parser()  # replaced below if --experiment adds flags
     words = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         files, _ = _config_parser().parse_known_args(words)
+        parser = build_parser(experiment=files.experiment)
         args = parser.parse_args([*config_words(files.config, parser.actions, parser.parse_args), *words])
         if args.print_config:
             print(format_config(args, parser.actions), end="")
@@ -114,11 +116,15 @@ def _with_hyphens(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def build_parser(everything: bool = True) -> Parser:
+def build_parser(everything: bool = True, experiment: str | None = None) -> Parser:
     """Returns the parser.
 
     Args:
         everything: False leaves out rarely needed flags, for a short --help.
+        experiment: value of --experiment, which may add flags.
+
+    Raises:
+        ValueError: there is no such experiment.
     """
     parser = Parser(
         prog="python -m training.main",
@@ -139,6 +145,8 @@ def build_parser(everything: bool = True) -> Parser:
     model.add_compute_args(parser, everything)
     if everything:
         open_clip.add_open_clip_args(parser)
+    if experiment:
+        load_experiment(experiment).add_flags(Flags(parser, f"experiment {experiment}"))
     return parser
 
 
@@ -157,6 +165,15 @@ def _add_config_args(group: argparse._ActionsContainer) -> None:
         metavar="FILE",
         help="read flags from YAML files or recipes of this package, such as lotlip-cc3m; later files override earlier "
         "ones, and the command line overrides all",
+    )
+    group.add_argument(
+        "--experiment",
+        metavar="FILE",
+        help="change parts of the training by the code in FILE.py[:CLASS], or in an importable module; see "
+        "docs/experiments.md",
+    )
+    group.add_argument(
+        "--allow-changed-experiment", action=Switch, help="resume with another --experiment than the run was begun with"
     )
     group.add_argument(
         "--print-config", action=Switch, help="print all flags of this command as a config file and exit"
@@ -178,12 +195,12 @@ def validate_args(args: argparse.Namespace) -> list[str]:
         flags = (*evaluation.RETRIEVAL_FLAGS, *evaluation.ZERO_SHOT_FLAGS, "--features")
         raise ValueError(f"nothing to do: give --train-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}")
     model.validate_model_args(args)
-    idle = idle_flags(args, _defaults(), EFFECTS)
+    idle = idle_flags(args, _defaults(args.experiment), EFFECTS)
     for condition, flags in idle.items():
         if condition.refused:
             raise ValueError(describe_idle(condition, flags))
     return [describe_idle(condition, flags) for condition, flags in idle.items()]
 
 
-def _defaults() -> dict[str, object]:
-    return vars(build_parser().parse_args([]))
+def _defaults(experiment: str | None) -> dict[str, object]:
+    return vars(build_parser(experiment=experiment).parse_args([]))

@@ -42,7 +42,11 @@ EFFECTS: Effects = (
     *data.EFFECTS,
     *loss.EFFECTS,
     (ALWAYS, "--timeout-minutes"),
-    (TRAINING_MEANT, "--resume --report-to"),
+    (TRAINING_MEANT, "--resume --report-to --experiment"),
+    (
+        Condition("without --experiment and --resume", lambda args: args.experiment and args.resume),
+        "--allow-changed-experiment",
+    ),
     *((TRAINING, flags) for flags in (_OPTIMIZATION, _LOGGING, _SAFETY, "--max-bad-samples")),
     *((STEPS, flags) for flags in (_OPTIMIZATION, _LOGGING, _SAFETY, "--report-to --val-data")),
     (_NOT_COMPILED, "--deterministic"),

@@ -2,6 +2,7 @@
 
 from training.loss.blockwise import cross_entropy, in_blocks, sigmoid_loss, similarities
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
+from training.loss.gather import gather_rows
 from training.loss.terms import LossTerm, reduce_features
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "LongCaptionSigLipLoss",
     "LossTerm",
     "cross_entropy",
+    "gather_rows",
     "in_blocks",
     "reduce_features",
     "sigmoid_loss",

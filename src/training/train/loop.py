@@ -26,7 +26,7 @@ from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, rem
 from training.train.flops import ModelFlops
 from training.train.profile import StepProfile
 from training.train.remote import RemoteCopy
-from training.train.resume import Division, Progress
+from training.train.resume import LOSS, Division, Progress
 from training.train.step import Stepper
 from training.train.step_flags import StepFlags
 from training.train.step_log import StepLog
@@ -306,6 +306,8 @@ class Trainer:
             "state_dict": stepper.core.state_dict(),
             "optimizer": stepper.optimizer.state_dict(),
         }
+        if isinstance(stepper.loss, torch.nn.Module) and (of_loss := stepper.loss.state_dict()):
+            content[LOSS] = of_loss
         if stepper.scaler:  # open_clip's trainer would try to load None
             content["scaler"] = stepper.scaler.state_dict()
         args = self.args

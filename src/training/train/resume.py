@@ -15,6 +15,7 @@ from training.runtime.distributed import DistEnv
 from training.train.checkpoint import copy_to_cpu, load_checkpoint
 from training.train.optim import load_optimizer_state
 
+LOSS = "loss"  # entry of a checkpoint with the state of an experiment's loss, and prefix of its parameters' names
 logger = logging.getLogger(__name__)
 
 
@@ -161,8 +162,10 @@ def _compare_steps(content: dict, path: object, division: Division) -> None:
         )
 
 
-def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object) -> dict:
-    """Loads a checkpoint's state into model, optimizer and scaler; returns its content.
+def restore(
+    path: object, core: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object, loss: object = None
+) -> dict:
+    """Loads a checkpoint's state into model, optimizer, scaler and loss; returns its content.
 
     The checkpoint may come from open_clip's trainer. The optimizer keeps its own options, because the command line
     overrides the file.
@@ -178,7 +181,12 @@ def restore(path: object, core: torch.nn.Module, optimizer: torch.optim.Optimize
     consume_prefix_in_state_dict_if_present(weights, "module.")  # added by open_clip's trainer with several processes
     try:
         core.load_state_dict(weights)
-        load_optimizer_state(optimizer, content["optimizer"], weights, dict(core.named_parameters()))
+        parameters, of_loss = dict(core.named_parameters()), content.get(LOSS, {})
+        if isinstance(loss, torch.nn.Module):
+            loss.load_state_dict(of_loss)
+            parameters |= dict(loss.named_parameters(LOSS))
+        names = [*weights, *(f"{LOSS}.{name}" for name in of_loss)]
+        load_optimizer_state(optimizer, content["optimizer"], names, parameters)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"--resume {path}: the model or its locked parts differ from the flags ({reason})") from error

@@ -30,6 +30,7 @@ from training.model.towers.locking import linear_head
 from training.model.towers.train_model import TrainModel
 from training.runtime.arithmetic import deterministic, tf32
 from training.runtime.distributed import DistEnv, failing_with, max_over_ranks, on_main_rank
+from training.runtime.experiment import copy_experiment, experiment_of
 from training.runtime.files import atomic_write
 from training.runtime.lease import Lease
 from training.runtime.tracking import check_reporters, log_to
@@ -41,7 +42,7 @@ from training.train.loop import Plan, Trainer
 from training.train.losses import make_loss
 from training.train.optim import make_schedule, optimizer_from_flags
 from training.train.remote import RemoteCopy, RemoteError
-from training.train.resume import Division, Progress, changed_flags, restore, start_from
+from training.train.resume import LOSS, Division, Progress, changed_flags, restore, start_from
 from training.train.step import Stepper, statistics_average
 
 logger = logging.getLogger(__name__)
@@ -90,13 +91,14 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
     order = f"{source.fingerprint()}, {args.train_num_samples or source.num_samples} samples an epoch"
     division = Division(steps_per_epoch, args.batch_size, args.accum_freq, max(1, args.workers), order, env)
+    stepper = make_stepper(args, core, optimizer, scaler, env)
     start = Progress.at_epoch(0, division)
     if plan.resume:
-        start = start_from(restore(plan.resume, core, optimizer, scaler), plan.resume, division)
+        start = start_from(restore(plan.resume, core, optimizer, scaler, stepper.loss), plan.resume, division)
         if start.epoch >= args.epochs and env.is_main:
             logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
-    stepper = make_stepper(args, core, optimizer, scaler, env)
-    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
+    fields = experiment_of(args).sample_fields if args.experiment else None
+    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange, fields)
     val = val_source and open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
     val_loss = make_loss(args, num_corners(core), replace(env, rank=0, world_size=1))
     schedule = _schedule(args, optimizer, steps_per_epoch, env)
@@ -132,6 +134,8 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     if resume and (changed := changed_flags(resume, vars(args))):
         shown = ", ".join(f"{flag} {then} -> {now}" for flag, (then, now) in changed.items())
         logger.info(f"--resume {resume}: flags that differ from that run's: {shown}")
+    if args.experiment:
+        copy_experiment(args, folder, bool(resume))
     with atomic_write(folder / "params.json") as path:
         path.write_text(json.dumps(vars(args), indent=1) + "\n")
     return Plan(name, folder, resume, work)
@@ -187,15 +191,20 @@ def make_stepper(
     scaler: torch.amp.GradScaler | None,
     env: DistEnv,
 ) -> Stepper:
-    """Builds the `Stepper`; to use your own subclass, create it here."""
+    """Builds the `Stepper`, and adds the parameters of an experiment's loss to the optimizer."""
+    experiment = experiment_of(args)
+    loss = experiment.make_loss(make_loss(args, num_corners(core), env), core)
+    if isinstance(loss, torch.nn.Module) and (trained := dict(loss.to(env.device).named_parameters(LOSS))):
+        options = {"lr": args.lr, "lr_scale": 1.0, "weight_decay": 0.0, "param_names": list(trained)}
+        optimizer.add_param_group({"params": list(trained.values()), **options})
     corners = [entry.corners for entry in caption_rule(args).texts]
     whole = TrainModel(core, core.visual.preprocess_cfg["mean"], core.visual.preprocess_cfg["std"], corners)
     if args.torchcompile:
         compile_layers(core, only_images=args.torchcompile == "image")
-    return Stepper(
+    stepper = Stepper(
         model=_over_ranks(whole, env),
         core=core,
-        loss=make_loss(args, num_corners(core), env),
+        loss=loss,
         optimizer=optimizer,
         autocast=get_autocast(args.precision, device_type=env.device.type),
         scaler=scaler,
@@ -206,6 +215,7 @@ def make_stepper(
         average_statistics=statistics_average(core, env),
         corners=corner_places(corners, num_corners(core)),
     )
+    return experiment.make_stepper(stepper)
 
 
 def _schedule(

@@ -1,6 +1,6 @@
 """One optimizer step: forward, loss, backward, update; with gradient accumulation over micro-batches.
 
-To change a part, subclass `Stepper` and create an instance of your class in `run.make_stepper`; see CONTRIBUTING.md.
+To change a part, subclass `Stepper` and return an instance of your class from `Experiment.make_stepper`.
 None of its methods may read a tensor on the host (``if tensor``, ``.item()``, boolean indexing), because on a GPU the
 host would wait for all computations that it has started.
 """
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import record_function
 
+from training.data.batch import FIELD
 from training.model.towers.corner import cosine_with_cls
 from training.model.towers.locking import BATCH_NORMS
 from training.runtime.distributed import DistEnv
@@ -80,12 +81,15 @@ class Stepper:
 
         Returns:
             The output in fp32, by the names of the loss's arguments: 16-bit features would make different captions
-            nearly equal. And additional arguments of the loss, from `encode_locked_images`.
+            nearly equal. And additional arguments of the loss, from `encode_locked_images` and the experiment's fields.
         """
+        fields = {name for name in micro_batches[0] if name.startswith(FIELD)}
+        for_loss = {name.removeprefix(FIELD): torch.cat([batch[name] for batch in micro_batches]) for name in fields}
+        micro_batches = [{key: value for key, value in batch.items() if key not in fields} for batch in micro_batches]
         micro_batches, early = self.encode_locked_images(micro_batches)
         # DDP reduces gradients only once, in the last backward pass of a step.
         self.cache = GradCache(self.encode, micro_batches, getattr(self.model, "no_sync", nullcontext))
-        return self.cache.output, early
+        return self.cache.output, early | for_loss
 
     def encode(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
         """Returns the model's output for one micro-batch: features [batch, ...] and scalars."""

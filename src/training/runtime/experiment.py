@@ -1,0 +1,131 @@
+"""An experiment: one file outside of the package that changes parts of a training, ``--experiment FILE.py``.
+
+    from training import Experiment
+
+    class Mine(Experiment):
+        def make_loss(self, loss, core):
+            return MyLoss(loss)
+
+The file is imported only because the command line names it. See docs/experiments.md.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+COPY = "experiment.py"
+_MODULE = "lotlip_experiment"
+
+
+class Experiment:
+    """What an experiment may change. Each method here returns what a training without it uses.
+
+    Attributes:
+        args: the flags, those of `add_flags` included.
+        code: text of the file that defines the experiment.
+    """
+
+    code = ""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+
+    @classmethod
+    def add_flags(cls, group: Any) -> None:
+        """Adds flags to a group of --help-all; see `training.flags.types.Flags`."""
+
+    def sample_fields(self, record: dict) -> "dict[str, torch.Tensor]":
+        """Returns further tensors of a sample, which are stacked to [batch, ...] and passed to the loss by name.
+
+        It runs in loader processes, where `random` is seeded for the sample, so random choices are repeatable.
+
+        Args:
+            record: the sample's JSON and texts by key, or the row of its table.
+        """
+        return {}
+
+    def make_loss(self, loss: Any, core: Any) -> Any:
+        """Returns the loss: a function, or a module, whose parameters are trained, averaged over ranks and saved.
+
+        Args:
+            loss: the loss that the flags describe; ``loss(image_features, text_features, logit_scale, ...,
+                output_dict=True)`` returns its terms by name, whose sum is minimised.
+            core: the two-tower model.
+        """
+        return loss
+
+    def make_stepper(self, stepper: Any) -> Any:
+        """Returns the object that computes steps, a `training.train.step.Stepper` or an instance of a subclass."""
+        return stepper
+
+
+@cache
+def load_experiment(name: str) -> type[Experiment]:
+    """Imports an experiment.
+
+    Args:
+        name: ``FILE.py``, or the name of an importable module; with ``:CLASS`` if it defines several experiments.
+
+    Raises:
+        ValueError: there is no such file, module or class.
+    """
+    place, _, wanted = name.partition(":")
+    if not place.endswith(".py"):
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--experiment {name}: {error}; expected FILE.py or an importable module") from error
+    else:
+        if not Path(place).is_file():
+            raise ValueError(f"--experiment {name}: no such file")
+        title = f"{_MODULE}_{sha256(os.path.abspath(place).encode()).hexdigest()[:8]}"
+        spec = importlib.util.spec_from_file_location(title, place)
+        module = sys.modules[title] = importlib.util.module_from_spec(spec)  # registered, so that it can be pickled
+        spec.loader.exec_module(module)
+    classes = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, Experiment) and value.__module__ == module.__name__
+    }
+    chosen = {key: value for key, value in classes.items() if not wanted or key == wanted}
+    if len(chosen) != 1:
+        found = ", ".join(classes) or "none"
+        raise ValueError(f"--experiment {name}: expected one subclass of training.Experiment, found {found}")
+    (experiment,) = chosen.values()
+    experiment.code = Path(module.__file__).read_text(encoding="utf-8")
+    return experiment
+
+
+def experiment_of(args: argparse.Namespace) -> Experiment:
+    """Returns the experiment of a command line; without --experiment one that changes nothing."""
+    return (load_experiment(args.experiment) if args.experiment else Experiment)(args)
+
+
+def copy_experiment(args: argparse.Namespace, folder: Path, resumed: bool) -> None:
+    """Copies the experiment's file to a run's folder, whose `params.json` names it.
+
+    Args:
+        args: flags, with --experiment.
+        folder: LOGS/NAME.
+        resumed: whether the run continues from a checkpoint.
+
+    Raises:
+        ValueError: the run was begun with other code, and --allow-changed-experiment is not given.
+    """
+    copy, code = folder / COPY, load_experiment(args.experiment).code
+    if resumed and not args.allow_changed_experiment and not (copy.is_file() and copy.read_text("utf-8") == code):
+        raise ValueError(
+            f"--experiment {args.experiment}: not the code in {copy}, with which the run was begun; restore it or add "
+            "--allow-changed-experiment"
+        )
+    copy.write_text(code, encoding="utf-8")
