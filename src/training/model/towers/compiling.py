@@ -1,7 +1,7 @@
 """Compiles the layers of the towers, each on its own, for ``--torchcompile``.
 
-A layer compiles once for all layers of its class, within seconds. Those of the text tower take captions of any number
-and length, so packed captions, whose shapes change in every step, don't compile them again.
+A layer is compiled once for all layers of its class. Those of the text tower take captions of any number and length, so
+packed captions, whose shapes change in every step, don't compile them again.
 """
 
 import torch
