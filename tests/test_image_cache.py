@@ -49,6 +49,17 @@ def test_cached_images_are_not_read_again_but_changed_files_are(tmp_path, files)
     assert isinstance(found[0], BrokenImageError) and torch.is_tensor(found[1])
 
 
+def test_a_damaged_file_is_read_again(tmp_path, files, caplog):
+    """The cache does not wait for the disk, so a power failure may leave files with wrong content."""
+    plain = CachedReader(tmp_path / "cache", transform(), "exact").read(files)
+    for path in (tmp_path / "cache").glob("*/*/*.npz"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 255
+        path.write_bytes(content)
+    assert all(map(torch.equal, CachedReader(tmp_path / "cache", transform(), "exact").read(files), plain))
+    assert "can't be read (BadZipFile)" in caplog.text
+
+
 def test_members_of_shards_are_told_apart(tmp_path):
     s = read_shard_pairs(str(write_shard(tmp_path / "a.tar")), ("caption",), "raw")
     for _ in range(2):

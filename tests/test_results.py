@@ -55,6 +55,9 @@ def test_a_row_per_evaluation_and_benchmark(logs):
     assert set(whole["protocol"]) == {"docci/test (modified)"}
     (imagenet,) = table[table["key"] == "imagenet-zeroshot-val"]["top5"]
     assert imagenet == lines[1]["imagenet-zeroshot-val-top5"]
+    classified = table[table["key"] == "imagenet-zeroshot-val"].dropna(axis="columns")
+    (row,) = result_rows(classified.to_dict("records"))
+    assert row["images"] == "9 of 50,000" and row["top-5"] == f"{100 * imagenet:.2f}"
     assert table.groupby("benchmark")["i2t-top1"].mean()["COCO"] == pytest.approx(
         np.mean([line["coco-retrieval-i2t-top1"] for line in lines])
     )
