@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.flags.effects import ALWAYS, idle_flags
+from training.flags.effects import ALWAYS, Condition, idle_flags
 from training.flags.parser import EFFECTS, build_parser, parse_args
 from training.flags.types import Switch
 
@@ -113,3 +113,14 @@ def test_the_report_is_one_line_on_rank_0(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     parse_args(argv)
     assert capsys.readouterr().err == ""
+
+
+def test_conditions_look_into_files_only_for_flags_that_were_given():
+    looked = []
+    condition = Condition("without a table", lambda args: looked.append(args))
+    effects = [(condition, "--csv-separator --csv-img-key")]
+    args = argparse.Namespace(csv_separator=None, csv_img_key="filepath")
+    defaults = {"csv_separator": None, "csv_img_key": "filepath"}
+    assert idle_flags(args, defaults, effects) == {} and not looked
+    args.csv_separator = ";"
+    assert idle_flags(args, defaults, effects) == {condition: ["--csv-separator"]} and looked == [args]

@@ -44,8 +44,9 @@ def embedded_sources(spec: str, image_column: str | None) -> list[list[str]] | N
 
 def _name(path: Path, image_column: str | None) -> str | None:
     """Returns the name under which a table with images inside is read; None for any other table."""
-    columns = ColumnarFile(path).image_columns if path.suffix in COLUMNAR else []
-    chosen = choose_image_column(ColumnarFile(path), image_column) if columns else None
+    table = ColumnarFile(path) if path.suffix in COLUMNAR else None
+    columns = table.image_columns if table else []
+    chosen = choose_image_column(table, image_column) if columns else None
     if chosen not in columns:
         return None
     return str(path) if len(columns) == 1 else f"{path}#{chosen}"

@@ -57,13 +57,11 @@ def idle_flags(
     idle: dict[Condition, list[str]] = {}
     reported: set[str] = set()
     for condition, flags in effects:
-        if condition.holds(args):
-            continue
-        for flag in flags.split():
-            name = flag[2:].replace("-", "_")
-            if flag not in reported and getattr(args, name) != defaults[name]:
-                idle.setdefault(condition, []).append(flag)
-                reported.add(flag)
+        names = {flag: flag[2:].replace("-", "_") for flag in flags.split() if flag not in reported}
+        given = [flag for flag, name in names.items() if getattr(args, name) != defaults[name]]
+        if given and not condition.holds(args):  # in this order, because some conditions look into files
+            idle.setdefault(condition, []).extend(given)
+            reported.update(given)
     return idle
 
 
