@@ -121,7 +121,7 @@ def test_preprocessing_is_part_of_the_key(models, tmp_path, monkeypatch):
         return load_rgb(*args).transpose(Image.Transpose.ROTATE_270)
 
     folder = CachedReader(tmp_path, preprocess(), "exact").folder
-    monkeypatch.setattr("training.data.images.load_rgb", turned)
+    monkeypatch.setattr("training.readers.images.load_rgb", turned)
     assert index_path(tmp_path, tmp_path, encoder(model)) not in keys
     assert CachedReader(tmp_path, preprocess(), "exact").folder != folder
     assert Image.open(io.BytesIO(probe_images()[0])).getexif()[0x0112] == 6
