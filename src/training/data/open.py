@@ -107,7 +107,7 @@ def open_source(
             check_first_samples(source, rule, spec)
             if embedded:
                 warn_of_repeated_images(embedded[0][0])
-            if has_paths:
+            if not isinstance(source, ResampledShards):
                 total = source.num_samples + source.num_left_out
                 logger.info(f"{flag} {spec}: {source.num_samples:,} samples of {total:,} there are")
         # A table is too large to send to other ranks, so they read it as well.

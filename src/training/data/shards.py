@@ -69,6 +69,7 @@ class ShardSource:
     window: int = SHUFFLE_WINDOW
     lanes: int = SHUFFLE_SHARDS
     index_cache: str | None = None
+    num_left_out = 0
 
     @property
     def num_samples(self) -> int:
