@@ -7,14 +7,18 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from dataloaders.own_tables import read_table_pairs
 from eval_files import write_image
 from support import SMALL_LOTLIP
 from training.data.embedded import embedded_sources, read_rows
+from training.data.open import caption_rule, open_source
 from training.data.tables import read_tables
+from training.flags.parser import parse_args
 from training.main import main
 from training.readers.images import load_rgb
+from training.runtime.distributed import DistEnv
 
 TEXTS = ["a red cube", "two dogs"]
 
@@ -105,6 +109,14 @@ def test_training_says_how_many_of_the_rows_it_reads(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "4 samples of 6 there are" in said and "2 of 6 rows left out: line 6: 3 cells, the header has 2" in said
     assert "4 samples read, 0 skipped" in said
+
+
+def test_samples_of_shards_are_counted_in_the_log(scenes, caplog):
+    spec = str(scenes / "train")
+    args = parse_args(["--train-data", spec])
+    with caplog.at_level(logging.INFO):
+        source = open_source(args, "--train-data", spec, caption_rule(args), DistEnv(0, 1, torch.device("cpu")))
+    assert f"--train-data {spec}: {source.num_samples} samples of {source.num_samples} there are" in caplog.text
 
 
 def test_each_line_of_a_text_beside_an_image_may_be_a_caption(tmp_path):
