@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import open_clip
 import timm
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_kwargs
 from timm.layers import to_2tuple
 from torchvision.transforms import Compose
 
@@ -28,7 +28,8 @@ from training.model.towers.clip_tower import CornerCLIPText
 from training.model.towers.flair import TextConditionedPooling
 from training.model.towers.hf_tower import CornerHFText
 from training.model.towers.text_tower import TEXT_TOWERS, LotlipCLIP, TextTower
-from training.model.weights.load import load_pretrained_image, load_weights
+from training.model.weights.load import load_pretrained_image
+from training.model.weights.load import load_weights as load_state
 from training.model.weights.weights_file import TORCHSCRIPT, format_of, read_state_dict
 from training.readers.images import to_rgb
 
@@ -40,14 +41,19 @@ _OUR_TEXT_KEYS = (TOWER, "num_corner_token", "corner_attention")  # in a text_cf
 def create_model(
     model_name: str,
     pretrained: str | None = None,
+    load_weights: bool = True,
     precision: str = "fp32",
     device: torch.device | str = "cpu",
-    cache_dir: str | None = None,
+    jit: bool = False,
     *,
+    cache_dir: str | None = None,
     num_corner_tokens: int | None = None,
     context_length: int | None = None,
+    force_context_length: int | None = None,
     pretrained_image: bool | str = False,
     pretrained_text: bool = True,
+    require_pretrained: bool = False,
+    weights_only: bool = True,
     **kwargs,
 ) -> torch.nn.Module:
     """Builds a model, like `open_clip.create_model`, which builds every model that is not one of ours.
@@ -55,25 +61,38 @@ def create_model(
     Args:
         model_name: see `config.resolve_model_config`.
         pretrained: open_clip's tag or a weights file; see `weights_file.read_state_dict`.
+        load_weights: False leaves random weights.
         precision: fp32, bf16, fp16, pure_bf16, pure_fp16, amp, ... as in open_clip.
         device: device of the model; to build it on ``meta``, without memory, also enter ``torch.device("meta")``.
+        jit, weights_only: as in open_clip; TorchScript and unpickling are refused.
         cache_dir: folder for downloads; pretrained parts are looked up there first.
-        num_corner_tokens, context_length: override the config's values. A longer context stretches pretrained
-            positions.
+        num_corner_tokens, context_length: override the config's values. A longer context stretches pretrained positions
+            after the first 20, which are kept (Long-CLIP).
+        force_context_length: like `context_length`, but positions of open_clip's models are stretched as open_clip
+            does, all of them alike.
         pretrained_image, pretrained_text: without `pretrained`, initialise the towers with the weights that their
             config names (``timm_model_name``, ``hf_model_name``). `pretrained_image` may also be a file or folder with
             weights for a timm image tower.
+        require_pretrained: raise an error if there are no weights to load.
         **kwargs: open_clip's other arguments (``force_image_size``, ``output_dict``, ...).
 
     Raises:
         ValueError: unknown model, an image size that the image tower does not accept, weights that do not fit (with the
             likely reason), or an unsafe file.
         FileNotFoundError: a file or folder does not exist, or a download failed.
+        RuntimeError: no weights are named, and `require_pretrained` is set.
     """
-    spec = resolve_model_config(
-        model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
-    )
-    weights = resolve_weights(model_name, pretrained, cache_dir) if kwargs.pop("load_weights", True) else None
+    if jit or not weights_only:
+        raise ValueError("jit=True and weights_only=False are not supported: no code of a weights file is executed")
+    overrides = {"num_corner_tokens": num_corner_tokens, "cache_dir": cache_dir}
+    spec = resolve_model_config(model_name, context_length=context_length, **overrides)
+    if force_context_length and spec.is_ours:
+        spec = resolve_model_config(model_name, context_length=force_context_length, **overrides)
+    elif force_context_length:
+        kwargs["force_context_length"] = force_context_length
+    weights = resolve_weights(model_name, pretrained, cache_dir) if load_weights else None
+    if require_pretrained and not weights:
+        raise RuntimeError(f"{model_name}: weights are required (require_pretrained), but none are named")
     tag = open_clip.get_pretrained_cfg(model_name.replace("/", "-"), pretrained) if pretrained else {}
     if weights and not spec.model_cfg.get("quick_gelu"):
         if tag.get("quick_gelu", False) if tag else format_of(weights) == TORCHSCRIPT:  # OpenAI's weights
@@ -87,7 +106,7 @@ def create_model(
     )
     _check_image_size(model, spec)
     if weights:
-        load_weights(model, weights)
+        load_state(model, weights, positions_as_open_clip="force_context_length" in kwargs)
     else:
         if spec.is_ours and pretrained_text:
             model.text.load_pretrained(spec, cache_dir)
@@ -185,15 +204,27 @@ def _start_image(model: torch.nn.Module, spec: ModelSpec, cache_dir: str | None,
 
 
 def create_model_and_transforms(
-    model_name: str, pretrained: str | None = None, *args, aug_cfg: dict | None = None, **kwargs
+    model_name: str,
+    pretrained: str | None = None,
+    *args,
+    aug_cfg: dict | None = None,
+    image_mean: tuple[float, ...] | None = None,
+    image_std: tuple[float, ...] | None = None,
+    image_interpolation: str | None = None,
+    image_resize_mode: str | None = None,
+    **kwargs,
 ) -> tuple[torch.nn.Module, Callable, Callable]:
     """Returns (model, training transform, evaluation transform).
 
     Args:
         model_name, pretrained, *args, **kwargs: see `create_model`, which also documents what is raised.
         aug_cfg: open_clip's augmentation settings for the training transform.
+        image_mean, image_std, image_interpolation, image_resize_mode: override the model's preprocessing.
     """
-    model = create_model(model_name, pretrained, *args, **kwargs)
+    preprocess = merge_preprocess_kwargs(
+        {}, mean=image_mean, std=image_std, interpolation=image_interpolation, resize_mode=image_resize_mode
+    )
+    model = create_model(model_name, pretrained, *args, force_preprocess_cfg=preprocess, **kwargs)
     cfg = PreprocessCfg(**model.visual.preprocess_cfg)
     transforms = image_transform_v2(cfg, is_train=True, aug_cfg=aug_cfg), image_transform_v2(cfg, is_train=False)
     if model_name.startswith(HF) or getattr(getattr(model, "text", None), "rgb_first", False):
@@ -206,7 +237,7 @@ def create_model_and_transforms(
 
 
 def get_tokenizer(
-    model_name: str,
+    model_name: str = "",
     context_length: int | None = None,
     cache_dir: str | None = None,
     *,
@@ -216,7 +247,7 @@ def get_tokenizer(
     """Returns a model's tokenizer, like `open_clip.get_tokenizer`, which is called for most models that are not ours.
 
     Args:
-        model_name: see `config.resolve_model_config`.
+        model_name: see `config.resolve_model_config`; without a name, the tokenizer of CLIP.
         context_length, num_corner_tokens: override the config's values.
         cache_dir: folder for downloads.
         **kwargs: open_clip's other arguments.
@@ -224,6 +255,8 @@ def get_tokenizer(
     Raises:
         ValueError, FileNotFoundError: see `config.resolve_model_config` and `TextTower.tokenizer`.
     """
+    if not model_name:
+        return open_clip.get_tokenizer(context_length=context_length, cache_dir=cache_dir, **kwargs)
     spec = resolve_model_config(
         model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
     )

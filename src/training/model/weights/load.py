@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from open_clip.convert import convert_state_dict as convert_foreign_names
 from open_clip.convert import load_big_vision_weights
-from open_clip.model import resize_pos_embed
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import nn
 
 from training.model.weights.transformers_names import is_transformers, to_open_clip
@@ -117,12 +117,13 @@ def stretch_positions(table: torch.Tensor, num_rows: int, num_kept: int = NUM_KE
     return torch.cat([head, stretched[0].T.to(table.dtype)])
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, positions_as_open_clip: bool = False) -> None:
     """Loads a file into a model, strictly.
 
     Args:
         model: a `LotlipCLIP`, or any open_clip model.
         path: see `weights_file.read_state_dict`; for open_clip's SigLIP models also big_vision's NumPy archive.
+        positions_as_open_clip: interpolate all text positions for another context length, without keeping the first.
 
     Raises:
         ValueError: the file can't be read, or keys are missing, unexpected or have another shape; the message names
@@ -135,7 +136,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         except (LookupError, ValueError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
             message = f"{path}: big_vision weights of another model ({first_line(error)}); check --model"
             raise ValueError(message) from error
-    state, ours = convert_state_dict(read_state_dict(path), model), model.state_dict()
+    state, ours = read_state_dict(path), model.state_dict()
+    if positions_as_open_clip:
+        resize_text_pos_embed(state, model)
+    state = convert_state_dict(state, model)
     if CORNER_TABLE in ours and CORNER_TABLE not in state and "text.positional_embedding" in state:
         logging.warning(f"{path} has no corner tokens: their embeddings are random; train the model before using them")
         state[CORNER_TABLE] = ours[CORNER_TABLE]
