@@ -8,12 +8,13 @@ or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]
 
 import argparse
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from dataloaders.pairs import OfficialLists, RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols, destination
+from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
 from training.readers.files import file_identity, parallel_map, read_json, require_dir, text_field
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
@@ -194,22 +195,22 @@ def _candidates(which: _Benchmark, root: Path, name: str) -> list[Path]:
 SPLIT = Option("--karpathy-split", "split of COCO and Flickr30k (default: %(default)s)", default="test", choices=SPLITS)
 
 
-def _read_chosen(which: _Benchmark, args: argparse.Namespace) -> list[RetrievalSet]:
+def _read_chosen(which: _Benchmark, places: Callable, args: argparse.Namespace) -> list[RetrievalSet]:
     """Reads the protocols that ``--protocol`` names; without one, the split of ``--karpathy-split``."""
-    root, annotations = getattr(args, destination(which.flag)), getattr(args, f"{which.key}_anno")
     split_of = {name: split for split, (name, _) in which.protocols.items()}
     by_split = which.protocols[args.karpathy_split][0]
     chosen = chosen_protocols(args, list(dict.fromkeys([by_split, *split_of])))
-    return [read_karpathy(which, root, annotations, split_of[name]) for name in chosen]
+    return [read_karpathy(which, *places(args), split_of[name]) for name in chosen]
 
 
-def _declare(which: _Benchmark, order: int) -> Benchmark:
+def _declare(which: _Benchmark, order: int, places: Callable) -> Benchmark:
+    """Returns the benchmark; `places` gives the values of its two flags, folder and annotations."""
     help = f"dataset_{which.key}.json (default: searched for in DIR)"
     return Benchmark(
         which.key,
         which.flag,
         f"{which.title}: folder with images and captions",
-        partial(_read_chosen, which),
+        partial(_read_chosen, which, places),
         group="short",
         order=order,
         options=(Option(f"--{which.key}-anno", help, metavar="FILE"), SPLIT),
@@ -220,4 +221,7 @@ def _declare(which: _Benchmark, order: int) -> Benchmark:
     )
 
 
-BENCHMARKS = (_declare(COCO, 10), _declare(FLICKR30K, 20))
+BENCHMARKS = (
+    _declare(COCO, 10, lambda args: (args.coco_retrieval, args.coco_anno)),
+    _declare(FLICKR30K, 20, lambda args: (args.flickr30k_retrieval, args.flickr30k_anno)),
+)
