@@ -77,7 +77,7 @@ def test_every_flag_has_help_and_a_reader():
     benchmarks = (ROOT / "dataloaders").glob("*.py")
     for path in [*(ROOT / "src" / "training").rglob("*.py"), *benchmarks]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
                 # Code that only checks a flag doesn't count as using it.
                 if path.parent.name != "flags" and not path.name.startswith("params"):
                     read.add(node.attr)
