@@ -77,6 +77,8 @@ def test_every_flag_has_help_and_a_reader():
     benchmarks = (ROOT / "dataloaders").glob("*.py")
     for path in [*(ROOT / "src" / "training").rglob("*.py"), *benchmarks]:
         for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                read.add(node.slice.value)  # flags as a dict
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
                 # Code that only checks a flag doesn't count as using it.
                 if path.parent.name != "flags" and not path.name.startswith("params"):
