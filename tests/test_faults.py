@@ -263,4 +263,4 @@ def test_a_shard_removed_after_counting_is_unreachable(tmp_path, monkeypatch):
     sizes = count_samples(urls)
     Path(urls[1]).unlink()
     items = list(ShardSource(urls, sizes, seed=0).read(0, 0, 10))
-    assert Counter(getattr(item, "kind", "good") for item in items) == {"good": 5, "unreachable shard": 5}
+    assert Counter(item.fault or "good" for item in items) == {"good": 5, "unreachable shard": 5}

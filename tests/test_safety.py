@@ -7,8 +7,6 @@ import os
 import resource
 import signal
 import stat
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from support import SMALL_LOTLIP, run_lab, run_ranks
+from support import SMALL_LOTLIP, end_ranks, run_lab, run_ranks, speak_to_files, start_ranks
 from training.main import main
 from training.runtime.files import atomic_write
+from training.runtime.processes import end_process
 from training.train.step import Stepper
 from training.train.step_flags import StepFlags
 
@@ -211,21 +210,33 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def launch(_: int, argv: list[str], folder: str) -> None:
+    """Does what ``torchrun --standalone --nproc_per_node=2 --max-restarts=1 -m -- training.main`` does, by forking."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    speak_to_files(0, folder)
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test", "start_method": "fork"}
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, monitor_interval=0.1, **where)
+    elastic_launch(config, rank_of_torchrun)(argv)
+
+
+def rank_of_torchrun(argv: list[str]) -> None:
+    end_process(main(argv))
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
 def test_torchrun_restarts_killed_processes(scenes, tmp_path):
     argv = command(scenes, tmp_path, "run", "--resume", "latest", "--save-every-steps", "2", "--epochs", "8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with subprocess.Popen(
-        [*launcher, "-m", "--", "training.main", *argv], env=env, stderr=subprocess.PIPE, text=True
-    ) as torchrun:
-        deadline = time.monotonic() + 100
-        while not list((tmp_path / "run" / "checkpoints").glob("step_*.pt")):
-            assert time.monotonic() < deadline and torchrun.poll() is None
-            time.sleep(0.02)
-        os.kill(children(torchrun.pid)[1], signal.SIGKILL)
-        said = torchrun.communicate(timeout=200)[1]
-    assert torchrun.returncode == 0, said[-3000:]
+    (torchrun,) = start_ranks(launch, 1, argv, str(tmp_path))
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "run" / "checkpoints").glob("step_*.pt")):
+        assert time.monotonic() < deadline and torchrun.is_alive()
+        time.sleep(0.02)
+    killed = children(torchrun.pid)
+    os.kill(killed[1], signal.SIGKILL)
+    assert end_ranks([torchrun], 200) == [0], (tmp_path / "0.err").read_text()[-3000:]
+    assert len(killed) == 2
     losses = [(line["step"], line["train/loss"]) for line in metrics(tmp_path / "run")]
     assert [step for step, _ in losses] == list(range(1, 41))
     assert run_ranks(command(scenes, tmp_path, "quiet", "--epochs", "8"), 2).returncode == 0
