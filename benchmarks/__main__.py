@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace, names: list[str], path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = []
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(device, args.quick, Path(folder), repeats=2 if args.quick else 3)
+        setting = Setting(device, args.quick, Path(folder), repeats=1 if args.quick else 3)
         for module in tqdm(modules, desc="benchmarks", disable=not sys.stderr.isatty()):
             for figure in module.run(setting):
                 figures.append(figure)

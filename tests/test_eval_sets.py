@@ -21,7 +21,7 @@ from eval_files import (
     write_shard,
     write_table,
 )
-from support import evaluate, read_results, run_command
+from support import evaluate, read_results, run_ranks
 from training.data.sizes import count_samples
 from training.eval.metrics import count_ranks, summarise
 from training.main import main
@@ -207,7 +207,7 @@ def test_all_from_the_command_line_and_in_two_processes(tmp_path, tiny_clip, cap
     assert "DOCCI sentences" in out and "30 of 25,000" in out and "8" in out
     assert record["coco-retrieval-num-pairs"] == 30 and record["w-retrieval-num-pairs"] == 6
     common = ["--model", tiny_clip, "--logs", str(tmp_path / "logs"), "--name", "two", "--workers", "0"]
-    done = run_command("training.main", [*map(str, flags), *common, "--device", "cpu"], num_processes=2)
+    done = run_ranks([*map(str, flags), *common, "--device", "cpu"], 2)
     assert done.returncode == 0, done.stderr
     again = read_results(tmp_path / "logs", "two")
     assert {k: v for k, v in again.items() if "retrieval-" in k} == {

@@ -199,11 +199,11 @@ def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
 
 @pytest.mark.parametrize("halted", [0, 1])
 def test_a_rank_that_hangs_is_named(halted, scenes, tmp_path):
-    argv = command(scenes, tmp_path, "run", "--epochs", "500", "--timeout-minutes", "0.25")
+    argv = command(scenes, tmp_path, "run", "--epochs", "500", "--timeout-minutes", "0.15")
     report = run_lab(argv, 2, tmp_path / "samples", [[int(signal.SIGSTOP), "step", 2, halted]], last=False)
     assert report.codes[0][1 - halted] == 70 and report.codes[0][halted] == -signal.SIGKILL
     last = report.said.splitlines()[-1]
-    assert "error: no progress for 15 s (--timeout-minutes): rank " + str(halted) in last
+    assert "error: no progress for 9 s (--timeout-minutes): rank " + str(halted) in last
 
 
 def children(pid: int) -> list[int]:

@@ -60,25 +60,19 @@ def create_model(
 
     Args:
         model_name: see `config.resolve_model_config`.
-        pretrained: open_clip's tag or a weights file; see `weights_file.read_state_dict`.
-        load_weights: False leaves random weights.
+        pretrained: open_clip's tag or a weights file; see `weights_file.read_state_dict`. Needs `load_weights`.
         precision: fp32, bf16, fp16, pure_bf16, pure_fp16, amp, ... as in open_clip.
         device: device of the model; to build it on ``meta``, without memory, also enter ``torch.device("meta")``.
         jit, weights_only: as in open_clip; TorchScript and unpickling are refused.
         cache_dir: folder for downloads; pretrained parts are looked up there first.
         num_corner_tokens, context_length: override the config's values. A longer context stretches pretrained positions
-            after the first 20, which are kept (Long-CLIP).
-        force_context_length: like `context_length`, but positions of open_clip's models are stretched as open_clip
-            does, all of them alike.
+            behind the first 20. With `force_context_length`, those of open_clip's models are stretched as there.
         pretrained_image, pretrained_text: without `pretrained`, initialise the towers with the weights that their
-            config names (``timm_model_name``, ``hf_model_name``). `pretrained_image` may also be a file or folder with
-            weights for a timm image tower.
-        require_pretrained: raise an error if there are no weights to load.
+            config names. `pretrained_image` may also be a file or folder with weights for a timm image tower.
         **kwargs: open_clip's other arguments (``force_image_size``, ``output_dict``, ...).
 
     Raises:
-        ValueError: unknown model, an image size that the image tower does not accept, weights that do not fit (with the
-            likely reason), or an unsafe file.
+        ValueError: unknown model, unsupported image size, unsafe file, or weights that do not fit (with the reason).
         FileNotFoundError: a file or folder does not exist, or a download failed.
         RuntimeError: no weights are named, and `require_pretrained` is set.
     """
@@ -93,28 +87,36 @@ def create_model(
     weights = resolve_weights(model_name, pretrained, cache_dir) if load_weights else None
     if require_pretrained and not weights:
         raise RuntimeError(f"{model_name}: weights are required (require_pretrained), but none are named")
-    tag = open_clip.get_pretrained_cfg(model_name.replace("/", "-"), pretrained) if pretrained else {}
+    kwargs |= {"precision": precision, "pretrained_text": pretrained_text and not weights and not spec.is_ours}
+    if torch.device(device).type == "meta":  # otherwise built on the CPU, where weights are loaded
+        kwargs["device"] = "meta"
+    model = _build_with_random_weights(spec, pretrained, weights, cache_dir, kwargs)
+    if weights:
+        load_state(model, weights, positions_as_open_clip="force_context_length" in kwargs)
+    elif spec.is_ours and pretrained_text:
+        model.text.load_pretrained(spec, cache_dir)
+    if pretrained_image and not weights:
+        _start_image(model, spec, cache_dir, pretrained_image)
+    return model.to(device)
+
+
+def _build_with_random_weights(
+    spec: ModelSpec, pretrained: str | None, weights: object, cache_dir: str | None, kwargs: dict
+) -> torch.nn.Module:
+    """Builds a model as its config and the named weights need it, and checks the size of its images."""
+    tag = open_clip.get_pretrained_cfg(spec.name.replace("/", "-"), pretrained) if pretrained else {}
     if weights and not spec.model_cfg.get("quick_gelu"):
         if tag.get("quick_gelu", False) if tag else format_of(weights) == TORCHSCRIPT:  # OpenAI's weights
             logging.warning(f"{pretrained} was trained with QuickGELU, --model {spec.name} has GELU: QuickGELU is used")
             spec.model_cfg["quick_gelu"] = True
-    if torch.device(device).type == "meta":  # otherwise built on the CPU, where weights are loaded
-        kwargs["device"] = "meta"
-    kwargs |= {"precision": precision, "pretrained_text": pretrained_text and not weights and not spec.is_ours}
-    model = (
-        _build_two_towers(spec, tag, cache_dir, kwargs) if spec.is_ours else _build(spec.model_cfg, spec, tag, kwargs)
-    )
-    _check_image_size(model, spec)
-    if weights:
-        load_state(model, weights, positions_as_open_clip="force_context_length" in kwargs)
+    if spec.is_ours:
+        model = _build_two_towers(spec, tag, cache_dir, kwargs)
     else:
-        if spec.is_ours and pretrained_text:
-            model.text.load_pretrained(spec, cache_dir)
-        if pretrained_image:
-            _start_image(model, spec, cache_dir, pretrained_image)
+        model = _build(spec.model_cfg, spec, tag, kwargs)
+    _check_image_size(model, spec)
     # Used by `saving.save_pretrained` to write open_clip_config.json.
     model.lotlip_config = {"model_cfg": spec.model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
-    return model.to(device)
+    return model
 
 
 def _build(model_cfg: dict, spec: ModelSpec, tag: dict, kwargs: dict) -> torch.nn.Module:
