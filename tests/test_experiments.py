@@ -76,7 +76,7 @@ def test_the_corners_penalty_is_a_plain_loop():
         def forward(self, text_features):
             return {}
 
-    texts = unit(4, 1 + 2 * 3, 8, seed=2)  # two long captions with [CLS] and two corners each
+    texts = unit(4, 1 + 2 * 3, 8, seed=2).detach()  # two long captions with [CLS] and two corners each
     found = module.WithPenalty(NoTerms(), 2, 0.1)(text_features=texts)["corner_penalty"]
     pairs = [(a, b) for start in (1, 4) for a, b in ((start, start + 1), (start, start + 2), (start + 1, start + 2))]
     wanted = [float(row[a] @ row[b]) ** 2 for row in texts for a, b in pairs]

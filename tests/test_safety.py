@@ -227,7 +227,7 @@ def rank_of_torchrun(argv: list[str]) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
 def test_torchrun_restarts_killed_processes(scenes, tmp_path):
-    argv = command(scenes, tmp_path, "run", "--resume", "latest", "--save-every-steps", "2", "--epochs", "8")
+    argv = command(scenes, tmp_path, "run", "--resume", "latest", "--save-every-steps", "2", "--epochs", "3")
     (torchrun,) = start_ranks(launch, 1, argv, str(tmp_path))
     deadline = time.monotonic() + 100
     while not list((tmp_path / "run" / "checkpoints").glob("step_*.pt")):
@@ -238,6 +238,6 @@ def test_torchrun_restarts_killed_processes(scenes, tmp_path):
     assert end_ranks([torchrun], 200) == [0], (tmp_path / "0.err").read_text()[-3000:]
     assert len(killed) == 2
     losses = [(line["step"], line["train/loss"]) for line in metrics(tmp_path / "run")]
-    assert [step for step, _ in losses] == list(range(1, 41))
-    assert run_ranks(command(scenes, tmp_path, "quiet", "--epochs", "8"), 2).returncode == 0
+    assert [step for step, _ in losses] == list(range(1, 16))
+    assert run_ranks(command(scenes, tmp_path, "quiet", "--epochs", "3"), 2).returncode == 0
     assert losses == [(line["step"], line["train/loss"]) for line in metrics(tmp_path / "quiet")]
