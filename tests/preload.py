@@ -2,7 +2,10 @@
 
 import PIL.Image
 
+import training.eval.diagnostics
+import training.eval.rerank
 import training.eval.run
+import training.eval.zero_shot
 import training.train.run  # noqa: F401
 from support import SMALL_LOTLIP
 from training import create_model, get_tokenizer

@@ -43,3 +43,8 @@ def test_imports_are_few_and_run_without_garbage_collection():
 )
 def test_what_the_user_has_set_is_kept(before, found):
     assert run(CODE.format(before=before, modules="asyncio, unittest.mock, xml.dom.minidom"))[0] == found
+
+
+def test_an_evaluation_of_features_does_not_wait_for_a_models_imports():
+    (modules,) = run("import training.eval.run, sys; print(*sys.modules)")
+    assert not {"open_clip", "torchvision", "timm", "transformers"} & set(modules.split())

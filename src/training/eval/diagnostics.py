@@ -20,13 +20,35 @@ from training.eval.encode import Encoder, Encoding
 from training.eval.lengths import effective_lengths, hits_by_image
 from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probability, paired_bootstrap
 from training.eval.record import DIRECTIONS
-from training.eval.retrieval import RankedSet, count_over_ranks
+from training.eval.retrieval import EncodedSet, RankedSet, count_over_ranks
 from training.eval.store import FeatureStore
 from training.readers.sentences import join_split, split_sentences
 
 SEGMENTS = (2, 3)  # of HiMo@2 and HiMo@3
 MIN_CAPTIONS = 10  # recall by position is reported for positions with at least this many captions
 CAPTIONS_AT_ONCE = 4096
+NUM_CHECKED = 32  # number of captions encoded again to check that the features are those of the model
+SAME_MODEL = 0.99  # minimum cosine; bf16 compared with fp32 reaches 0.999
+
+
+def check_text_model(encoder: Encoder, encoded: EncodedSet) -> None:
+    """Checks that features from a file are those of the model, by encoding some captions again.
+
+    Changed captions, encoded by the model, are compared with the file's features, so both must be of the same model.
+
+    Raises:
+        ValueError: the features in the file are not those of the model.
+    """
+    captions = encoded.pairs.captions
+    rows = torch.linspace(0, len(captions) - 1, min(NUM_CHECKED, len(captions))).long()
+    again = encoder.texts([captions[i] for i in rows]).features
+    same_size = again.shape[1] == encoded.texts.shape[1]
+    cosine = float((again * encoded.texts[rows]).sum(dim=1).min()) if same_size else 0.0
+    if cosine < SAME_MODEL:
+        raise ValueError(
+            f"--features: text_features are not those of --model for the same captions (cosine {cosine:.3f}, expected "
+            f"at least {SAME_MODEL}); give the model and weights that the file was made with, and put captions into it"
+        )
 
 
 def diagnose(

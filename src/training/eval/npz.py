@@ -19,12 +19,9 @@ from torch.nn.functional import normalize
 
 from dataloaders.pairs import RetrievalSet, check_list
 from dataloaders.registry import benchmarks
-from training.eval.encode import Encoder
 from training.eval.retrieval import EncodedSet, check_names
 
 SUFFIX = "-retrieval"
-NUM_CHECKED = 32  # number of captions encoded again to check that the features are those of the model
-SAME_MODEL = 0.99  # minimum cosine; bf16 compared with fp32 reaches 0.999
 
 
 def write_features(encoded: EncodedSet, folder: Path) -> Path:
@@ -50,26 +47,6 @@ def read_features(paths: list[str]) -> list[EncodedSet]:
     sets = [_read_one(Path(path)) for path in paths]
     check_names([s.pairs for s in sets])
     return sets
-
-
-def check_text_model(encoder: Encoder, encoded: EncodedSet) -> None:
-    """Checks that features from a file are those of the model, by encoding some captions again.
-
-    Changed captions, encoded by the model, are compared with the file's features, so both must be of the same model.
-
-    Raises:
-        ValueError: the features in the file are not those of the model.
-    """
-    captions = encoded.pairs.captions
-    rows = torch.linspace(0, len(captions) - 1, min(NUM_CHECKED, len(captions))).long()
-    again = encoder.texts([captions[i] for i in rows]).features
-    same_size = again.shape[1] == encoded.texts.shape[1]
-    cosine = float((again * encoded.texts[rows]).sum(dim=1).min()) if same_size else 0.0
-    if cosine < SAME_MODEL:
-        raise ValueError(
-            f"--features: text_features are not those of --model for the same captions (cosine {cosine:.3f}, expected "
-            f"at least {SAME_MODEL}); give the model and weights that the file was made with, and put captions into it"
-        )
 
 
 def _read_one(path: Path) -> EncodedSet:

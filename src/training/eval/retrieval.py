@@ -9,19 +9,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dataloaders.pairs import ClassificationSet, RetrievalSet, describe_missing, find_images
 from dataloaders.registry import benchmarks, destination
-from training.eval.encode import Encoder
-from training.eval.feature_cache import encode_images_once, open_caches, text_key
 from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.eval.record import ClassificationResult, Recall, RetrievalResult
-from training.eval.store import FeatureStore
 from training.readers.files import upright
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, stop_together, sum_over_ranks
+
+if TYPE_CHECKING:
+    from training.eval.encode import Encoder
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,12 @@ class Outcome:
     diagnostics: dict[str, dict]
 
 
-def evaluate_retrieval(encoder: Encoder, work: RetrievalWork) -> list[RetrievalResult]:
+def evaluate_retrieval(encoder: "Encoder", work: RetrievalWork) -> list[RetrievalResult]:
     """Encodes and ranks every set; see `encode_sets` and `rank_set`, also for what is raised."""
     return [rank_set(encoded, encoder.env).result for encoded in encode_sets(encoder, work)]
 
 
-def encode_sets(encoder: Encoder, work: RetrievalWork) -> Iterator[EncodedSet]:
+def encode_sets(encoder: "Encoder", work: RetrievalWork) -> Iterator[EncodedSet]:
     """Encodes set by set, distributed over all ranks; an image or caption of several sets is encoded once.
 
     Args:
@@ -163,6 +164,10 @@ def encode_sets(encoder: Encoder, work: RetrievalWork) -> Iterator[EncodedSet]:
         BrokenImageError: an image can't be read, unless allowed; or a set has no readable image.
         FloatingPointError: the model returned NaN or infinity.
     """
+    # Imported here, because an evaluation of features needs no model and would wait for open_clip's import.
+    from training.eval.feature_cache import encode_images_once, open_caches, text_key
+    from training.eval.store import FeatureStore
+
     image_cache, text_cache = open_caches(encoder)
     images = FeatureStore(partial(encode_images_once, image_cache, encoder))
     texts = FeatureStore(partial(text_cache.encode, key_of=text_key, encode=encoder.texts))

@@ -9,30 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.pairs import describe_completeness, describe_missing
-from training.data.images import IN_EVALUATION
 from training.eval.changes import Change, list_changes
-from training.eval.diagnostics import diagnose
-from training.eval.encode import ComputeOptions, Encoder
-from training.eval.npz import check_text_model, read_features, write_features
+from training.eval.npz import read_features, write_features
 from training.eval.published import PublishedNumber, compare_with_published, explain, find_published, format_published
 from training.eval.record import describe_pairs
 from training.eval.report.card import CARD, Figure, draw, format_diagnostics
 from training.eval.report.page import write_report
 from training.eval.report.ranks import FILE, write_cut_captions, write_ranks
-from training.eval.rerank import rerank_sets
 from training.eval.results import format_markdown, format_table, label_of, run_name, write_results
 from training.eval.retrieval import EncodedSet, Outcome, RetrievalWork, encode_sets, plan_benchmarks, rank_set
 from training.eval.tables import of_expected
-from training.eval.zero_shot import evaluate_zero_shot
 from training.flags.effects import asks_about_texts
-from training.model.assembly.from_flags import build_from_flags, check_pooling, check_precision
 from training.model.names.files import file_sha256
-from training.model.names.resolve import resolve_weights
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, failing_with, on_main_rank
 from training.runtime.lease import Lease
 from training.runtime.messages import or_warn
 from training.runtime.watchdog import BUILDING, EVALUATING, joined_ranks
+
+# What needs a model is imported in functions: an evaluation of features would wait seconds for open_clip's import.
 
 
 @dataclass(frozen=True)
@@ -85,10 +80,13 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     Raises:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
     """
-    check_precision(args.precision, env.device)
     weights = None
     work = RetrievalWork([], {}) if args.features else plan_benchmarks(args)
     if not args.features or asks_about_texts(args):
+        from training.model.assembly.from_flags import check_pooling, check_precision
+        from training.model.names.resolve import resolve_weights
+
+        check_precision(args.precision, env.device)
         weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
         if args.rerank:
             check_pooling(args.model, args.cache_dir)
@@ -123,8 +121,11 @@ def _describe(args: argparse.Namespace, plan: Plan, encoded: list[EncodedSet] | 
     print(f"Dry run: nothing was encoded or written; results would go to {plan.folder}")
 
 
-def _build(args: argparse.Namespace, env: DistEnv) -> tuple[Encoder, list[Change]]:
-    """Builds the model, and lists the changes of captions to measure; wrong ones are refused now, before encoding."""
+def _build(args: argparse.Namespace, env: DistEnv) -> tuple[object, list[Change]]:
+    """Returns the `Encoder`, and the changes of captions to measure; wrong ones are refused now, before encoding."""
+    from training.eval.encode import ComputeOptions, Encoder
+    from training.model.assembly.from_flags import build_from_flags
+
     parts = build_from_flags(args, env.device)
     asked = (args.retrieval_lengths, args.retrieval_sentences, args.retrieval_sensitivity, args.diagnostics)
     changes = list_changes(parts.tokenizer, *asked)
@@ -144,6 +145,10 @@ def _measure(
         ValueError: a cache is broken, or the features are those of another model.
     """
     encoder, changes = built or (None, [])
+    if encoder:
+        from training.eval.diagnostics import check_text_model, diagnose
+        from training.eval.rerank import rerank_sets
+        from training.eval.zero_shot import evaluate_zero_shot
     if encoded is None:
         encoded = encode_sets(encoder, work) if work.sets else []
     elif encoder:
@@ -152,7 +157,8 @@ def _measure(
     ranked = [rank_set(one, env) for one in encoded]
     reranked = rerank_sets(encoder, ranked, args.rerank) if args.rerank else []
     diagnostics = diagnose(encoder, ranked, changes, args.seed) if changes and ranked else {}
-    return Outcome(ranked, evaluate_zero_shot(encoder, work.classification), reranked, diagnostics)
+    zero_shot = evaluate_zero_shot(encoder, work.classification) if encoder else []
+    return Outcome(ranked, zero_shot, reranked, diagnostics)
 
 
 def _report(args: argparse.Namespace, plan: Plan, outcome: Outcome, env: DistEnv, seconds: float) -> None:
@@ -194,7 +200,7 @@ def _paragraphs(args: argparse.Namespace, plan: Plan, outcome: Outcome, comparis
     if comparisons:
         model = comparisons[0]["model"]
         yield f"Published numbers of {model} (R@1, percent):\n\n{format_published(comparisons)}"
-        decoding = args.image_decoding or IN_EVALUATION
+        decoding = args.image_decoding or "exact"
         reasons = explain(comparisons, results, plan.published, decoding)
         if reasons:
             yield "\n  ".join(["Possible explanations of differences larger than the interval:", *reasons])
