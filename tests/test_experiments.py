@@ -1,7 +1,9 @@
 """--experiment: the examples equal their formulas, train on one and two processes, and resume bit-equal."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -41,6 +43,10 @@ class Mine(Experiment):
 """
 
 
+def example(name: str) -> ModuleType:
+    return sys.modules[load_experiment(str(EXAMPLES / name)).__module__]
+
+
 def unit(*shape: int, seed: int) -> torch.Tensor:
     features = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return functional.normalize(features, dim=-1).requires_grad_()
@@ -48,7 +54,7 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_hn_clip_is_the_published_formula(sigmoid):
-    module = __import__("sys").modules[load_experiment(str(EXAMPLES / "hn_clip.py")).__module__]
+    module = example("hn_clip.py")
     images, texts, scale, bias = unit(6, 8, seed=0), unit(6, 3, 8, seed=1), torch.tensor(9.0), torch.tensor(-2.0)
     (found,) = module.ScaledLogits(0.5, sigmoid)(images, texts, scale, bias).values()
     wanted = 0.0
@@ -68,7 +74,7 @@ def test_hn_clip_is_the_published_formula(sigmoid):
 
 
 def test_the_corners_penalty_is_a_plain_loop():
-    module = __import__("sys").modules[load_experiment(str(EXAMPLES / "corner_diversity.py")).__module__]
+    module = example("corner_diversity.py")
 
     class NoTerms(torch.nn.Module):
         gather_early = None
@@ -118,6 +124,18 @@ def test_it_trains_on_one_and_two_processes_and_resumes_bit_for_bit(flags, own, 
     assert done.returncode == 0, done.stderr[-2000:]
     assert main([*argv, "one", "--batch-size", "40"]) == 0
     assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=1e-5)
+
+
+def test_accumulation_and_mixed_precision_work_and_a_dry_run_says_what_it_leaves_out(own, scenes, tmp_path, capsys):
+    argv = [*TRAIN, "--experiment", str(own), "--train-data", str(scenes / "train"), "--logs", str(tmp_path)]
+    argv += ["--own-number", "1.5", "--batch-size", "10", "--accum-freq", "2", "--epochs", "1", "--name", "run"]
+    assert main([*argv, "--precision", "amp_bf16"]) == 0
+    assert len(losses(tmp_path, "run")) == 2 and "own" in capsys.readouterr().err
+    assert main([*argv, "--dry-run"]) == 0
+    assert f"not traced: the loss, fields and stepper of --experiment {own}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--experiment", str(own), "--help-all"])
+    assert "--own-number X" in capsys.readouterr().out
 
 
 def test_other_code_is_refused_on_resuming_and_bad_names_at_once(own, scenes, tmp_path, capsys):

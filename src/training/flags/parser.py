@@ -72,7 +72,7 @@ class _Help(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser: Any, *_: Any) -> None:
-        build_parser(everything=self.const).print_help()
+        (parser if self.const else build_parser(everything=False)).print_help()
         parser.exit()
 
 
@@ -87,11 +87,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: with code 2 and a one-line message for a usage error, 0 after --help and --print-config.
     """
-    parser = build_parser()  # replaced below if --experiment adds flags
+    parser = build_parser()
     words = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         files, _ = _config_parser().parse_known_args(words)
-        parser = build_parser(experiment=files.experiment)
+        if files.experiment:
+            load_experiment(files.experiment).add_flags(Flags(parser, f"experiment {files.experiment}"))
         args = parser.parse_args([*config_words(files.config, parser.actions, parser.parse_args), *words])
         if args.print_config:
             print(format_config(args, parser.actions), end="")
@@ -116,15 +117,11 @@ def _with_hyphens(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def build_parser(everything: bool = True, experiment: str | None = None) -> Parser:
+def build_parser(everything: bool = True) -> Parser:
     """Returns the parser.
 
     Args:
         everything: False leaves out rarely needed flags, for a short --help.
-        experiment: value of --experiment, which may add flags.
-
-    Raises:
-        ValueError: there is no such experiment.
     """
     parser = Parser(
         prog="python -m training.main",
@@ -145,8 +142,6 @@ def build_parser(everything: bool = True, experiment: str | None = None) -> Pars
     model.add_compute_args(parser, everything)
     if everything:
         open_clip.add_open_clip_args(parser)
-    if experiment:
-        load_experiment(experiment).add_flags(Flags(parser, f"experiment {experiment}"))
     return parser
 
 
@@ -195,12 +190,8 @@ def validate_args(args: argparse.Namespace) -> list[str]:
         flags = (*evaluation.RETRIEVAL_FLAGS, *evaluation.ZERO_SHOT_FLAGS, "--features")
         raise ValueError(f"nothing to do: give --train-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}")
     model.validate_model_args(args)
-    idle = idle_flags(args, _defaults(args.experiment), EFFECTS)
+    idle = idle_flags(args, vars(build_parser().parse_args([])), EFFECTS)
     for condition, flags in idle.items():
         if condition.refused:
             raise ValueError(describe_idle(condition, flags))
     return [describe_idle(condition, flags) for condition, flags in idle.items()]
-
-
-def _defaults(experiment: str | None) -> dict[str, object]:
-    return vars(build_parser(experiment=experiment).parse_args([]))

@@ -129,6 +129,8 @@ def dry_run(args: argparse.Namespace) -> int:
         Path(args.dry_run_json).write_text(json.dumps(report, indent=1) + "\n")
     lines = [(name.replace("_", " "), _shown(name, value)) for name, value in _flat(report)]
     print(tabulate(lines, tablefmt="github", disable_numparse=True) + f"\n\n{ASSUMED}")
+    if args.experiment:
+        print(f"not traced: the loss, fields and stepper of --experiment {args.experiment}; those of the flags instead")
     return 0
 
 

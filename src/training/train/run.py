@@ -30,7 +30,7 @@ from training.model.towers.locking import linear_head
 from training.model.towers.train_model import TrainModel
 from training.runtime.arithmetic import deterministic, tf32
 from training.runtime.distributed import DistEnv, failing_with, max_over_ranks, on_main_rank
-from training.runtime.experiment import copy_experiment, experiment_of
+from training.runtime.experiment import Experiment, copy_experiment, experiment_of
 from training.runtime.files import atomic_write
 from training.runtime.lease import Lease
 from training.runtime.tracking import check_reporters, log_to
@@ -91,13 +91,14 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
     order = f"{source.fingerprint()}, {args.train_num_samples or source.num_samples} samples an epoch"
     division = Division(steps_per_epoch, args.batch_size, args.accum_freq, max(1, args.workers), order, env)
-    stepper = make_stepper(args, core, optimizer, scaler, env)
+    experiment = experiment_of(args)
+    stepper = make_stepper(args, core, optimizer, scaler, env, experiment)
     start = Progress.at_epoch(0, division)
     if plan.resume:
         start = start_from(restore(plan.resume, core, optimizer, scaler, stepper.loss), plan.resume, division)
         if start.epoch >= args.epochs and env.is_main:
             logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
-    fields = experiment_of(args).sample_fields if args.experiment else None
+    fields = experiment.sample_fields
     data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange, fields)
     val = val_source and open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
     val_loss = make_loss(args, num_corners(core), replace(env, rank=0, world_size=1))
@@ -190,9 +191,10 @@ def make_stepper(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     env: DistEnv,
+    experiment: Experiment | None = None,
 ) -> Stepper:
     """Builds the `Stepper`, and adds the parameters of an experiment's loss to the optimizer."""
-    experiment = experiment_of(args)
+    experiment = experiment or Experiment(args)
     loss = experiment.make_loss(make_loss(args, num_corners(core), env), core)
     if isinstance(loss, torch.nn.Module) and (trained := dict(loss.to(env.device).named_parameters(LOSS))):
         options = {"lr": args.lr, "lr_scale": 1.0, "weight_decay": 0.0, "param_names": list(trained)}
