@@ -1,6 +1,8 @@
 """--experiment: the examples equal their formulas, train on one and two processes, and resume bit-equal."""
 
 import json
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +12,9 @@ import torch
 from torch.nn import functional
 
 from support import SMALL_LOTLIP, run_ranks
+from training.flags.parser import parse_args
 from training.main import main
-from training.runtime.experiment import load_experiment
+from training.runtime.experiment import experiment_of, load_experiment
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAIN = [*SMALL_LOTLIP, *"--device cpu --workers 1 --lr-scheduler const --warmup 2 --log-every-n-steps 1".split()]
@@ -87,6 +90,14 @@ def test_the_corners_penalty_is_a_plain_loop():
     pairs = [(a, b) for start in (1, 4) for a, b in ((start, start + 1), (start, start + 2), (start + 1, start + 2))]
     wanted = [float(row[a] @ row[b]) ** 2 for row in texts for a, b in pairs]
     assert float(found) == pytest.approx(0.1 * sum(wanted) / len(wanted))
+
+
+def test_fields_reach_a_process_that_has_not_loaded_the_file(own):
+    args = parse_args(["--experiment", str(own), "--own-number", "1.5", "--train-data", "x.tar"])
+    content = pickle.dumps(experiment_of(args).sample_fields)
+    code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read())({}))"
+    done = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True)
+    assert done.stdout == b"{'number': tensor(1.5000)}\n", done.stderr
 
 
 def losses(logs: Path, name: str) -> list[float]:

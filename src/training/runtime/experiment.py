@@ -40,6 +40,9 @@ class Experiment:
     def __init__(self, args: argparse.Namespace):
         self.args = args
 
+    def __reduce__(self) -> tuple:
+        return experiment_of, (self.args,)  # a spawned loader process can't import the file by its module's name
+
     @classmethod
     def add_flags(cls, group: Any) -> None:
         """Adds flags to a group of --help-all; see `training.flags.types.Flags`."""
@@ -90,7 +93,7 @@ def load_experiment(name: str) -> type[Experiment]:
             raise ValueError(f"--experiment {name}: no such file")
         title = f"{_MODULE}_{sha256(os.path.abspath(place).encode()).hexdigest()[:8]}"
         spec = importlib.util.spec_from_file_location(title, place)
-        module = sys.modules[title] = importlib.util.module_from_spec(spec)  # registered, so that it can be pickled
+        module = sys.modules[title] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     classes = {
         key: value
