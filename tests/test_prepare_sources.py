@@ -165,3 +165,11 @@ def test_tables_reads_keys_that_are_numbers_and_half_surrogate_pairs(tmp_path):
     written = pq.read_table(tmp_path / "out").to_pylist()
     assert [row["key"] for row in written] == ["0", "1", "2"]
     assert written[0]["long_caption"] == "A dog ? runs. It is day."
+
+
+def test_a_data_set_that_is_not_on_the_hub_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "hf:no-one/nothing:train", "--out", str(tmp_path), "--model", "lotlip_tiny"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "hf:no-one/nothing:train: no data set no-one/nothing on the hub or in its cache (LocalEntry" in said

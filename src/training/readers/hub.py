@@ -57,7 +57,7 @@ def _snapshot(name: str, spec: str) -> Path:
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{spec}: no data set {name} on the hub or in its cache ({type(error).__spec_}: {reason}); check the "
+            f"{spec}: no data set {name} on the hub or in its cache ({type(error).__name__}: {reason}); check the "
             "name, the connection and the login (hf auth login), or name a local folder"
         ) from error
 
