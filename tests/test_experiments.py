@@ -149,6 +149,16 @@ def test_accumulation_and_mixed_precision_work_and_a_dry_run_says_what_it_leaves
     assert "--own-number X" in capsys.readouterr().out
 
 
+def test_a_config_file_names_the_experiment_and_its_flags(tmp_path, capsys):
+    argv = ["--experiment", str(EXAMPLES / "hn_clip.py"), "--hn-gamma", "0.3", "--train-data", "synthetic"]
+    with pytest.raises(SystemExit):
+        parse_args([*argv, "--print-config"])
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert vars(parse_args(["--config", str(path)])) == vars(parse_args(argv)) | {"config": [str(path)]}
+    assert parse_args(["--config", str(path), "--hn-gamma", "0.4"]).hn_gamma == 0.4
+
+
 def test_other_code_is_refused_on_resuming_and_bad_names_at_once(own, scenes, tmp_path, capsys):
     path = tmp_path / "mine.py"
     path.write_text(OWN)

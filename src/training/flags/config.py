@@ -14,7 +14,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 _ON = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def config_words(paths: list[str], actions: Mapping[str, argparse.Action], check: Callable) -> list[str]:
+def config_words(paths: list[str], actions: Mapping, check: Callable | None = None) -> list[str]:
     """Reads configuration files; later files override earlier ones.
 
     A file is one YAML mapping of flags to values; ``_`` and ``-`` are equivalent. A switch takes true or false; a flag
@@ -24,7 +24,7 @@ def config_words(paths: list[str], actions: Mapping[str, argparse.Action], check
     Args:
         paths: the files or names of recipes, in order.
         actions: flag -> its action in the parser.
-        check: called with the words of one flag; raises ValueError if they are wrong.
+        check: called with the words of one flag; raises ValueError if they are wrong. None skips unknown flags instead.
 
     Returns:
         The equivalent command-line words.
@@ -42,7 +42,9 @@ def config_words(paths: list[str], actions: Mapping[str, argparse.Action], check
     return [word for flag in words.values() for word in flag]
 
 
-def _read(path: Path, actions: Mapping, check: Callable, words: dict[str, list[str]], above: tuple[Path, ...]) -> None:
+def _read(
+    path: Path, actions: Mapping, check: Callable | None, words: dict[str, list[str]], above: tuple[Path, ...]
+) -> None:
     import yaml  # imported here to keep commands without --config fast
 
     if path.resolve() in above:
@@ -71,13 +73,16 @@ def _read(path: Path, actions: Mapping, check: Callable, words: dict[str, list[s
             continue
         action = actions.get(f"--{name}")
         if action is None or action.dest in (argparse.SUPPRESS, "print_config"):
+            if check is None:
+                continue
             raise ValueError(f"{place}: unknown flag")
         if value.tag == "tag:yaml.org,2002:null":
             own[action.dest] = []
             continue
         flag = _words(f"--{name}", action, plain, place)
         try:
-            check(flag)
+            if check:
+                check(flag)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         own[action.dest] = flag

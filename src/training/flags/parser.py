@@ -19,6 +19,7 @@ from training.runtime.experiment import load_experiment
 
 EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *open_clip.EFFECTS, *evaluation.EFFECTS)
 
+PROG = "python -m training.main"
 DESCRIPTION = """\
 Train on short and long captions, or evaluate long text-image retrieval for any open_clip, LoTLIP or Long-CLIP model.
 
@@ -87,12 +88,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: with code 2 and a one-line message for a usage error, 0 after --help and --print-config.
     """
-    parser = build_parser()
+    parser, early = build_parser(), _config_parser()
     words = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        files, _ = _config_parser().parse_known_args(words)
-        if files.experiment:
-            load_experiment(files.experiment).add_flags(Flags(parser, f"experiment {files.experiment}"))
+        files, _ = early.parse_known_args(words)
+        first, _ = early.parse_known_args([*config_words(files.config, early.actions), *words])
+        if first.experiment:
+            load_experiment(first.experiment).add_flags(Flags(parser, f"experiment {first.experiment}"))
         args = parser.parse_args([*config_words(files.config, parser.actions, parser.parse_args), *words])
         if args.print_config:
             print(format_config(args, parser.actions), end="")
@@ -124,7 +126,7 @@ def build_parser(everything: bool = True) -> Parser:
         everything: False leaves out rarely needed flags, for a short --help.
     """
     parser = Parser(
-        prog="python -m training.main",
+        prog=PROG,
         usage="%(prog)s [--FLAG VALUE ...]",
         description=DESCRIPTION,
         formatter_class=_Formatter,
@@ -146,7 +148,8 @@ def build_parser(everything: bool = True) -> Parser:
 
 
 def _config_parser() -> Parser:
-    parser = Parser(add_help=False, allow_abbrev=False)
+    """Returns a parser of the flags that decide which others there are."""
+    parser = Parser(prog=PROG, add_help=False, allow_abbrev=False)
     _add_config_args(parser)
     return parser
 

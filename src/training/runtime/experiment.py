@@ -6,7 +6,7 @@
         def make_loss(self, loss, core):
             return MyLoss(loss)
 
-The file is imported only because the command line names it. See docs/experiments.md.
+The file is imported only because the command line, or a --config file on it, names it. See docs/experiments.md.
 """
 
 import argparse
