@@ -154,6 +154,7 @@ def test_a_folder_of_transformers_is_evaluated_trained_and_given_corners(scenes,
         ({"model_type": "jina_clip", "auto_map": {"AutoModel": "x"}}, "never run.*--features"),
         ({"model_type": "siglip2"}, "fixed-resolution"),
         ({"model_type": "bert"}, "model_type bert is not supported"),
+        (["clip"], "config.json: expected a JSON object, found list"),
         ({"model_type": "clip", "text_config": {"hidden_act": "gelu"}}, "different activations"),
     ],
 )

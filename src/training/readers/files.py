@@ -175,6 +175,21 @@ def read_json(path: Path) -> object:
     return _parsed(read_text(path), path)
 
 
+def read_json_object(path: Path) -> dict:
+    """Reads a UTF-8 JSON file of an object.
+
+    Raises:
+        ValueError: the file is broken, or contains something else.
+    """
+    return _object(read_json(path), path)
+
+
+def _object(value: object, where: str | Path) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     """Reads a JSON-lines file of objects.
 
@@ -185,11 +200,7 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
         ValueError: a line is broken or not an object; the message names file and line.
     """
     lines = [(f"{path} line {n}", line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    rows = [(where, _parsed(line, where)) for where, line in lines]
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return rows
+    return [(where, _object(_parsed(line, where), where)) for where, line in lines]
 
 
 def text_field(row: object, key: str, where: str | Path) -> str:
@@ -198,9 +209,7 @@ def text_field(row: object, key: str, where: str | Path) -> str:
     Raises:
         ValueError: `row` is not an object, or has no string under `key`; the message begins with `where`.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    if not isinstance(row.get(key), str):
+    if not isinstance(_object(row, where).get(key), str):
         raise ValueError(f"{where}: expected text under {key!r}, found keys {sorted(row)[:8]}")
     return row[key]
 

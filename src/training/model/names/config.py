@@ -12,8 +12,9 @@ from pathlib import Path
 import open_clip
 import timm
 
-from training.model.names.files import downloading, read_json
+from training.model.names.files import downloading
 from training.model.names.transformers_clip import CLIP_VOCABULARY, HF, find_folder, read_config
+from training.readers.files import read_json_object
 
 LOCAL_DIR, HF_HUB, CONFIG = "local-dir:", "hf-hub:", "config:"
 CONFIG_FOLDER = Path(__file__).parents[1] / "model_configs"
@@ -135,11 +136,11 @@ def read_config_file(path: Path) -> dict:
     if not path.is_file():
         flag = f"--model {LOCAL_DIR}{path.parent}" if path.name == CONFIG_FILE else f"--model-config {path}"
         raise FileNotFoundError(f"{flag}: no {path.name} in {path.parent}")
-    content = read_json(path)
+    content = read_json_object(path)
     needed = {"embed_dim", "vision_cfg", "text_cfg"}
-    if isinstance(content, dict) and needed <= set(content):
+    if needed <= set(content):
         content = {"model_cfg": content, "preprocess_cfg": content.pop("preprocess_cfg", {})}
-    model_cfg = content.get("model_cfg") if isinstance(content, dict) else None
+    model_cfg = content.get("model_cfg")
     if not isinstance(model_cfg, dict) or not needed <= set(model_cfg):
         raise ValueError(f"{path}: expected the key 'model_cfg' with {', '.join(sorted(needed))}")
     known = [field.name for field in fields(open_clip.CLIPVisionCfg)]

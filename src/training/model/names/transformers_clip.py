@@ -12,7 +12,8 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from training.model.names.files import downloading, find_weights, read_json
+from training.model.names.files import downloading, find_weights
+from training.readers.files import read_json_object
 
 HF = "hf:"
 FAMILIES = ("clip", "siglip")
@@ -53,8 +54,8 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"--model {HF}{folder}: no config.json in this folder")
-    content = read_json(path)
-    kind = content.get("model_type") if isinstance(content, dict) else None
+    content = read_json_object(path)
+    kind = content.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(_refusal(folder, kind, content))
     from transformers import CLIPConfig, SiglipConfig
@@ -167,7 +168,7 @@ def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
     found = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            content = read_json(folder / name)
+            content = read_json_object(folder / name)
             found |= content.get("image_processor", content)
     crops = found.get("do_center_crop", clip)
     edge = _edge(found.get("size", image_size))
