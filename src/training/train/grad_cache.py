@@ -80,7 +80,9 @@ class GradCache:
         for name, value in self.last.items():
             is_rows = is_row_wise(name, value, self.size)
             others = [output[name].detach() for output in outputs]
-            if is_rows:
+            if not others:
+                joined = value.detach()
+            elif is_rows:
                 joined = torch.cat([*others, value.detach()])
             else:  # exact if all are equal
                 joined = value.detach() + sum(other - value.detach() for other in others) / len(micro_batches)
