@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
-from training.runtime.files import atomic_write
+from training.runtime.files import append_line, atomic_write
 
 LOG_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 
@@ -62,8 +62,7 @@ class Tracker:
     def log(self, step: int, metrics: dict[str, object]) -> None:
         """Writes the metrics of a step."""
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            append_line(self.path, json.dumps({"step": step, **metrics}))
         except OSError as error:  # a full disk must not stop the training
             logging.getLogger(__name__).error(f"could not write {self.path}: {error}; training continues")
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
