@@ -119,8 +119,8 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     checkpoints = folder / CHECKPOINTS
     remote = RemoteCopy(args, folder) if args.remote_sync else None
     resume = named_checkpoint(args.resume) if args.resume not in (None, "latest") else None
-    taken = checkpoints if saved_checkpoints(checkpoints) else remote and remote.index and f"{args.remote_sync}/{name}"
-    if taken and not args.resume:
+    if not args.resume and (saved_checkpoints(checkpoints) or (remote and remote.index)):
+        taken = f"{args.remote_sync}/{name}" if remote and remote.index else checkpoints
         raise ValueError(f"--name {name}: {taken} contains checkpoints; add --resume latest or use another name")
     checkpoints.mkdir(parents=True, exist_ok=True)
     fetched = remote.fetch_newer() if remote and args.resume == "latest" else None
