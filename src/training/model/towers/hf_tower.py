@@ -83,15 +83,14 @@ class CornerHFText(TextTower):
             raise ValueError(f"corner_attention {corner_attention}: expected one of {', '.join(CORNER_ATTENTION)}")
         if pooler_type not in POOLERS:
             raise ValueError(f"hf_pooler_type {pooler_type}: expected one of {', '.join(POOLERS)}")
-        needed = context_length + self.offset_of(config)
-        config.max_position_embeddings = max(config.max_position_embeddings, needed)
+        self.position_offset = self.offset_of(config)
+        config.max_position_embeddings = max(config.max_position_embeddings, context_length + self.position_offset)
         self.num_corners = num_corners
         self.num_hidden_corners = num_corners if corner_attention == "published" else 0
         self.context_length = context_length
         self.output_dim = output_dim
         self.pooler_type = pooler_type
         self.pad_id = config.pad_token_id
-        self.position_offset = self.offset_of(config)
         # sdpa, because flash attention does not accept our masks.
         self.transformer = AutoModel.from_config(config, attn_implementation="sdpa", **self._pooler())
         if getattr(config, "sinusoidal_start", None):
@@ -104,8 +103,7 @@ class CornerHFText(TextTower):
     def _pooler(self) -> dict[str, bool]:
         return {"add_pooling_layer": self.pooler_type == "cls_pooler"} if self.has_pooler else {}
 
-    @classmethod
-    def offset_of(cls, config: PretrainedConfig) -> int:
+    def offset_of(self, config: PretrainedConfig) -> int:
         """Returns the number of rows at the start of the position table that no token uses."""
         return 0
 

@@ -85,8 +85,7 @@ class Roberta(Bert):
     model_types = ("roberta", "xlm-roberta", "camembert")
     default_pooler = CornerHFText.default_pooler
 
-    @classmethod
-    def offset_of(cls, config: PretrainedConfig) -> int:
+    def offset_of(self, config: PretrainedConfig) -> int:
         return config.pad_token_id + 1
 
     def positions(self, ids: torch.Tensor) -> torch.Tensor:
