@@ -155,6 +155,15 @@ def test_a_mismatch_names_keys_and_the_likely_reason(change, said, tmp_path):
     assert "w.pt does not fit the model" in str(caught.value)
 
 
+def test_image_positions_are_interpolated_only_for_a_tower_that_has_some(tmp_path, caplog):
+    model = tiny()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    model.visual = torch.nn.Identity()
+    with pytest.raises(ValueError, match="visual"):
+        load_weights(model, tmp_path / "w.pt")
+    assert "interpolated" not in caplog.text
+
+
 def test_files_that_are_not_weights(tmp_path):
     model = tiny()
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 half a file")

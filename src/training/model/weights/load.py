@@ -69,7 +69,7 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
             state = {key: value for key, value in state.items() if key in ours}
     _stretch_text_positions(state, ours, getattr(getattr(model, "text", None), "position_offset", 0))
     theirs, wanted = (len(tables.get("visual.positional_embedding", ())) - 1 for tables in (state, ours))
-    if theirs != wanted and math.isqrt(max(0, theirs)) ** 2 == theirs:
+    if 0 < wanted != theirs and math.isqrt(max(0, theirs)) ** 2 == theirs:
         logging.warning(f"image positions interpolated: {theirs} to {wanted}; not trained yet")
         resize_pos_embed(state, model)
     for key in ("logit_scale", "logit_bias"):  # both shapes occur: [] and [1]
