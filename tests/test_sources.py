@@ -13,6 +13,7 @@ import torch
 from eval_files import write_image
 from support import SMALL_LOTLIP, read_results
 from training.main import main
+from training.readers.hub import local_spec
 
 NUM = 16
 
@@ -143,3 +144,11 @@ def test_a_source_is_evaluated_trained_on_and_resumed_bit_for_bit(source, tmp_pa
         for folder in (whole, tmp_path / "logs" / "resumed" / "checkpoints")
     ]
     assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states)))
+
+
+def test_a_data_set_that_is_neither_on_the_hub_nor_cached_is_named(tmp_path, monkeypatch):
+    cached_repository(tmp_path, monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"hf:someone/other:train: no data set someone/other .*LocalEntryNotFoundError"
+    ):
+        local_spec("hf:someone/other:train")
