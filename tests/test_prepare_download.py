@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import sys
 import threading
@@ -235,6 +236,22 @@ def test_a_set_in_img2datasets_format_is_checked_without_img2dataset(tmp_path, c
     with pytest.raises(SystemExit) as stop:
         main([*words, "--img2dataset", "no-such-command"])
     assert stop.value.code == 2 and "pip install img2dataset" in capsys.readouterr().err
+
+
+def test_there_may_be_more_tables_than_a_process_may_open(tmp_path, capsys):
+    rows = pa.table({"url": ["http://a/0"], "key": ["0"], "raw_caption": ["a"]})
+    (tmp_path / "t").mkdir()
+    for number in range(100):
+        pq.write_table(rows, tmp_path / "t" / f"part-{number:03d}.parquet")
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 40, before[1]))
+    try:
+        assert main(["download", str(tmp_path / "t"), "--out", str(tmp_path / "out"), "--print-command"]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert f"--url_list={tmp_path / 't'} " in capsys.readouterr().out
 
 
 def test_spark_workers_get_the_engines_own_python(tmp_path, capfd):

@@ -2,10 +2,8 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, repeat
+from itertools import repeat
 from pathlib import Path
-
-import pyarrow.parquet as pq
 
 from training.readers.captions import caption_texts
 from training.readers.columnar import ColumnarFile
@@ -64,11 +62,8 @@ class TableRows:
 
 def _columnar_rows(table: ColumnarFile, columns: Sequence[str]) -> Iterator[Row]:
     """Yields the rows of a Parquet or Arrow file; those of a damaged row group as rows that can't be read."""
-    sizes, row = [table.num_rows], 0
-    if table.path.suffix == ".parquet":
-        metadata = pq.read_metadata(table.path)
-        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    for group, stop in enumerate(accumulate(sizes)):
+    row = 0
+    for group, stop in enumerate(table.group_ends):
         try:
             for batch in table.batches(columns, row, stop):
                 cells = zip(*(batch.column(name).to_pylist() for name in columns))

@@ -1,11 +1,12 @@
 """Parquet and Arrow tables, with images inside or beside them, in the layout of data sets on the Hugging Face hub."""
 
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -37,9 +38,12 @@ class ColumnarFile:
     Args:
         path: the file.
 
+    A Parquet file is open only while rows are read, because a data set may have more files than a process may open.
+
     Attributes:
         schema: names and types of the columns.
         num_rows: the number of rows in the file.
+        group_ends: the row after each row group, in which reading can't begin; an Arrow file counts as one group.
 
     Raises:
         ValueError: the file is not a Parquet or Arrow table, or is truncated.
@@ -49,15 +53,15 @@ class ColumnarFile:
         self.path = Path(path)
         try:
             if self.path.suffix == ".arrow":
-                self._table, self._file = _map_arrow(self.path), None
-                self.schema, self.num_rows = self._table.schema, self._table.num_rows
+                self._table, self._metadata = _map_arrow(self.path), None
+                self.schema, sizes = self._table.schema, [self._table.num_rows]
             else:
-                self._table, self._file = None, pq.ParquetFile(self.path, memory_map=True)
-                self.schema, self.num_rows = self._file.schema_arrow, self._file.metadata.num_rows
-                sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-                self._ends = np.cumsum(sizes, dtype=np.int64)
+                with pq.ParquetFile(self.path) as file:
+                    self._table, self._metadata, self.schema = None, file.metadata, file.schema_arrow
+                sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not a readable table ({str(error).splitlines()[0][:300]})") from error
+        self.num_rows, self.group_ends = sum(sizes), list(accumulate(sizes))
 
     @property
     def names(self) -> list[str]:
@@ -81,14 +85,16 @@ class ColumnarFile:
             rows = self._table.select(columns).slice(first, max(stop - first, 0))
             yield from rows.to_batches(max_chunksize=size)
             return
-        groups = [i for i, end in enumerate(self._ends) if end > first and self._start(i) < stop]
-        row = self._start(groups[0]) if groups else stop
+        begins = [0, *self.group_ends[:-1]]
+        groups = [i for i, (begin, end) in enumerate(zip(begins, self.group_ends)) if end > first and begin < stop]
+        row = begins[groups[0]] if groups else stop
         try:
-            for batch in self._file.iter_batches(size, groups, columns, use_threads=False):
-                wanted = batch.slice(max(first - row, 0), max(min(stop, row + len(batch)) - max(first, row), 0))
-                if len(wanted):
-                    yield wanted
-                row += len(batch)
+            with pq.ParquetFile(self.path, metadata=self._metadata, memory_map=True) as file:
+                for batch in file.iter_batches(size, groups, columns, use_threads=False):
+                    wanted = batch.slice(max(first - row, 0), max(min(stop, row + len(batch)) - max(first, row), 0))
+                    if len(wanted):
+                        yield wanted
+                    row += len(batch)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path}: broken ({str(error).splitlines()[0][:300]})") from error
 
@@ -99,10 +105,7 @@ class ColumnarFile:
 
     def same_group(self, first: int, second: int) -> bool:
         """Returns whether two rows are in the same row group, so that reading can't begin between them."""
-        return self._file is not None and len(set(np.searchsorted(self._ends, [first, second], "right"))) == 1
-
-    def _start(self, group: int) -> int:
-        return int(self._ends[group - 1]) if group else 0
+        return self._table is None and bisect_right(self.group_ends, first) == bisect_right(self.group_ends, second)
 
     def load(self, columns: Sequence[str]) -> ArrowRows:
         """Returns all rows; those of an Arrow file stay on disk."""
