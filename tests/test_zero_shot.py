@@ -9,6 +9,7 @@ import torch
 from dataloaders.imagenet import read_imagenet, read_imagenet_v2, read_prompts
 from eval_files import write_imagenet, write_imagenet_v2
 from support import end_ranks, evaluate, free_ports, read_results, set_rank, start_ranks
+from training.eval.metrics import count_ranks
 from training.main import main
 from training.readers.images import load_rgb
 
@@ -186,13 +187,11 @@ def test_short_benchmarks_are_evaluated_in_mid_training(tmp_path, scenes, monkey
 
 
 def test_label_ranks_by_brute_force():
-    from training.eval.zero_shot import count_label_ranks
-
     rng = np.random.default_rng(0)
     features, classifier = torch.tensor(rng.normal(size=(50, 6))), torch.tensor(rng.normal(size=(6, 9)))
     classifier[:, 4] = classifier[:, 3]  # two classes with equal scores
     labels = torch.tensor(rng.integers(0, 9, 50))
-    counts = count_label_ranks(features, classifier, labels, block_size=7)
+    _, counts = count_ranks(classifier.T, features, labels, tile=(4, 7), both=False)
     score = (features @ classifier).numpy()
     for i, label in enumerate(labels.tolist()):
         own = score[i, label]

@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 from dataloaders.pairs import ClassificationSet
 from training.eval.encode import Encoder, Encoding
 from training.eval.feature_cache import encode_images_once, open_caches, text_key
-from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
+from training.eval.metrics import summarise
 from training.eval.record import TEMPLATES, ClassificationResult
+from training.eval.retrieval import count_over_ranks
 from training.readers.images import BrokenImageError
 
 
@@ -51,7 +52,8 @@ def evaluate_zero_shot(encoder: Encoder, sets: Sequence[ClassificationSet]) -> l
         kept = [i for i in range(len(s.labels)) if i not in images.broken]
         if not kept:
             raise BrokenImageError(f"{s.title}: no image can be read; {next(iter(images.broken.values()))}")
-        counts = count_label_ranks(images.features[kept], classes.features.T, torch.tensor(s.labels)[kept])
+        labels = torch.tensor(s.labels)[kept]  # an image is compared with classes as a caption is with images
+        _, counts = count_over_ranks(classes.features, images.features[kept], labels, encoder.env, both=False)
         found = summarise(counts, ks=(1, 5))
         num_expected = max(s.num_published, len(s.labels))
         numbers = (len(kept), num_expected, num_expected - len(s.labels), len(images.broken))
@@ -82,23 +84,3 @@ def encode_classes(encoder: Encoder, class_texts: Sequence[Sequence[str]], count
     means = torch.stack([features.mean(dim=0) for features in found.features.split(sizes)])
     num_cut = torch.stack([lost.count_nonzero() for lost in found.lost_tokens.split(sizes)])
     return Encoding(normalize(means, dim=-1), {}, num_cut)
-
-
-def count_label_ranks(
-    features: torch.Tensor, classifier: torch.Tensor, labels: torch.Tensor, block_size: int = 4096
-) -> RankCounts:
-    """Counts for each image the classes that score higher than the right one, and those that score the same.
-
-    Args:
-        features: [num_images, dim], L2-normalised.
-        classifier: [dim, num_classes].
-        labels: [num_images] int64.
-        block_size: number of images per block.
-    """
-    better, tied = [], []
-    for features_block, labels_block in zip(features.split(block_size), labels.split(block_size)):
-        score = features_block.double() @ classifier.double()  # [images, classes]
-        target = score.gather(1, labels_block[:, None])
-        better.append((score > target + TIE_TOLERANCE).sum(dim=1))
-        tied.append((score >= target - TIE_TOLERANCE).sum(dim=1) - better[-1] - 1)
-    return RankCounts(torch.cat(better), torch.cat(tied), torch.ones(len(labels), dtype=torch.int64))
