@@ -81,11 +81,12 @@ def test_only_new_and_changed_files_are_encoded_and_the_rest_is_forgotten(copies
     os.utime(files[3], (1e9, 1e9))
     (copies / "broken.jpg").write_text("no image")
     (copies / "notes.txt").write_text("a text")
+    (copies / "png").write_text("a name without a suffix")
     (copies / ".hidden.png").write_text("macOS leaves such files")
     out = search(copies, index, tiny_clip, capsys, "--export", tmp_path / "a.parquet")
     assert "24 images (1 new, 2 removed)" in out
     assert "Unreadable files, skipped: 1" in out and "broken.jpg: not a readable image" in out
-    assert "Files other than images, skipped: 1 (1 .txt)" in out
+    assert "Files other than images, skipped: 2 (" in out and "1 .txt" in out and "1 png" in out
     search(copies, tmp_path / "fresh", tiny_clip, capsys, "--export", tmp_path / "b.parquet")
     kept, fresh = exported(tmp_path / "a.parquet"), exported(tmp_path / "b.parquet")
     assert kept.keys() == fresh.keys()

@@ -70,8 +70,8 @@ def list_images(folder: Path) -> FolderContent:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            suffix = entry.name.rpartition(".")[2].lower()
-            if suffix in IMAGE_SUFFIXES and entry.is_file():
+            stem, _, suffix = entry.name.rpartition(".")
+            if stem and suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
                 images[_key(entry.path[start:], entry.stat())] = entry.path
             elif entry.is_dir():
                 (linked if entry.is_symlink() else real).append(entry.path)
