@@ -162,6 +162,7 @@ def test_a_text_that_is_too_long_is_named(copies, tiny_clip, tmp_path, capsys):
         (["--html", "x.html"], "--html needs --query or --image"),
         (["--export", "x.csv"], "ends with .parquet"),
         (["--query", "x", "--model", "lotlip_tinny"], "lotlip_tiny"),
+        (["--query", "x", "--device", "abacus"], "--device abacus: not usable here"),
     ],
 )
 def test_usage_errors_exit_2(flags, said, copies, tmp_path, capsys):

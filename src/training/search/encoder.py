@@ -12,7 +12,7 @@ from training.model.assembly.from_flags import check_precision
 from training.model.names.resolve import resolve_weights
 from training.readers.files import upright
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv
+from training.runtime.distributed import DistEnv, check_device
 
 
 def make_encoder(args: argparse.Namespace) -> Encoder:
@@ -21,6 +21,7 @@ def make_encoder(args: argparse.Namespace) -> Encoder:
     Raises:
         ValueError, FileNotFoundError: see `factory.create_model`.
     """
+    check_device(args.device)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_precision(args.precision, device)
     if resolve_weights(args.model, args.pretrained, args.cache_dir) is None:
