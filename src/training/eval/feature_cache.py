@@ -111,7 +111,7 @@ class FeatureCache:
         A file that can't be read or written costs a warning: its features are encoded again, or not kept.
 
         Args:
-            items: image files or texts.
+            items: image files, texts, or the texts of classes.
             key_of: key of an item in the cache.
             encode: items -> their encoding, complete on every rank.
         """
@@ -121,10 +121,11 @@ class FeatureCache:
         if content := on_main_rank(self._load, self.env):
             known = Encoding(content["features"], {}, content["lost_tokens"])
             store.add([row.tobytes() for row in content["key"].numpy()], known)
-        num_known = len(store.contents)
-        found = store(items, list(map(key_of, items)))
+        num_known, keys = len(store.contents), list(map(key_of, items))
+        found = store(items, keys)
         if len(store.contents) > num_known:
-            on_main_rank(lambda: self._save(store), self.env)
+            broken = {keys[number] for number in found.broken}
+            on_main_rank(lambda: self._save(store, [key for key in store.contents if key not in broken]), self.env)
         return found
 
     def _load(self) -> dict[str, torch.Tensor]:
@@ -136,13 +137,12 @@ class FeatureCache:
             logger.warning(f"--feature-cache: {self.path} can't be read ({error}); its features are encoded again")
         return {}
 
-    def _save(self, store: FeatureStore) -> None:
-        whole, keys = store(store.contents, store.contents), store.contents
-        good = [row for row in range(len(keys)) if row not in whole.broken]
-        key = np.frombuffer(b"".join(keys[row] for row in good), dtype=np.uint8).reshape(-1, 32).copy()
-        content = {"features": whole.features[good], "lost_tokens": whole.lost_tokens[good]}
+    def _save(self, store: FeatureStore, keys: list[bytes]) -> None:
+        known = store(keys, keys)
+        key = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32).copy()
+        content = {"features": known.features, "lost_tokens": known.lost_tokens, "key": torch.from_numpy(key)}
         try:
             with atomic_write(self.path) as temporary:
-                save_file(content | {"key": torch.from_numpy(key)}, temporary)
+                save_file(content, temporary)
         except (SafetensorError, OSError) as error:
             logger.warning(f"--feature-cache: {self.path} can't be written ({error}); its features are not kept")
