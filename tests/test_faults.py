@@ -21,7 +21,7 @@ from training.data.images import ImageReader
 from training.data.loader import make_loader
 from training.data.position import Share
 from training.data.reader import SampleReader
-from training.data.shards import ResampledShards, ShardSource
+from training.data.shards import ShardSource
 from training.data.sizes import count_samples
 from training.main import main
 from training.readers import samples as tar
@@ -209,7 +209,7 @@ def test_mutated_shards_give_samples_or_reasons(tmp_path, monkeypatch):
         items = list(ShardSource([str(path)], [12], seed=0).read(0, 0, 12))
         assert len(items) == 12
         broken += any(not item.key for item in items)
-        drawn = ResampledShards([str(path)], [1.0], num_samples=12, seed=0).read(0, 0, 12)
+        drawn = ShardSource([str(path)], [12], seed=0, factors=[1.0], num_drawn=12).read(0, 0, 12)
         assert len(list(drawn)) == 12
     assert broken > 15
 

@@ -13,7 +13,7 @@ from test_train_data import write_shard
 from training.data import sizes as sizes_module
 from training.data.images import ImageReader
 from training.data.loader import NoUsableSampleError
-from training.data.shards import ResampledShards, ShardSource
+from training.data.shards import ShardSource
 from training.main import main
 from training.prepare.__main__ import main as prepare
 from training.readers.images import MAX_ASPECT, BrokenImageError
@@ -108,7 +108,9 @@ def test_sizes_that_count_too_few_are_reported_where_shards_are_too_large_to_cou
     assert sizes == [3, 6]
     keys = [sample.key for sample in ShardSource(urls, sizes, seed=0).read(0, 0, 9)]
     assert sorted(keys) == sorted(f"{n}" for size in sizes for n in range(size))
-    assert [s.key for s in ResampledShards(urls, [1, 0], 6, 0, sizes=sizes, lanes=1).read(0, 0, 6)].count("2") == 2
+    assert [s.key for s in ShardSource(urls, sizes, 0, lanes=1, factors=[1, 0], num_drawn=6).read(0, 0, 6)].count(
+        "2"
+    ) == 2
     assert caplog.text.count("a.tar: has more than the 3 samples that sizes.json counts") == 1
     assert (
         prepare(["inspect", str(tmp_path), "--out", str(tmp_path / "o"), "--model", "lotlip_tiny", "--workers", "1"])

@@ -23,7 +23,7 @@ from training.data.images import ImageReader
 from training.data.loader import NoUsableSampleError, make_loader
 from training.data.position import Share
 from training.data.reader import SampleReader
-from training.data.shards import ResampledShards, ShardSource
+from training.data.shards import ShardSource, StreamedShards
 from training.data.sizes import count_samples, expand_sources
 from training.data.tables import read_tables
 from training.readers.samples import index_shard, read_samples
@@ -156,12 +156,13 @@ def sources(folder: Path) -> dict:
     pq.write_table(table, folder / "t.parquet")
     return {
         "shards": ShardSource(urls, [9, 4, 11], seed=0, window=4),
-        "resampled": ResampledShards(urls, [1, 5, 1], num_samples=24, seed=0, window=4),
+        "resampled": ShardSource(urls, [9, 4, 11], seed=0, window=4, factors=[1, 5, 1], num_drawn=24),
+        "streamed": StreamedShards([f"pipe:cat {url}" for url in urls], [1, 5, 1], num_samples=24, seed=0, window=4),
         "table": read_tables([folder / "t.parquet"], "filepath", ("caption",), None, seed=0),
     }
 
 
-@pytest.mark.parametrize("kind", ["shards", "resampled", "table"])
+@pytest.mark.parametrize("kind", ["shards", "resampled", "streamed", "table"])
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_a_loader_continues_exactly_where_another_stopped(tmp_path, kind, workers):
     source = sources(tmp_path)[kind]
@@ -175,15 +176,26 @@ def test_a_loader_continues_exactly_where_another_stopped(tmp_path, kind, worker
 
 def test_resampling_follows_the_factors(tmp_path):
     urls = make_shards(tmp_path, [5, 5])
-    source = ResampledShards(urls, [9, 1], num_samples=5000, seed=0)
-    first = sum(s.source == "000.tar" for s in source.read(0, 0, 5000))
-    assert 0.85 < first / 5000 < 0.95
+    drawn = {"seed": 0, "factors": [9, 1]}
+    for source in (ShardSource(urls, [5, 5], num_drawn=5000, **drawn), StreamedShards(urls, num_samples=5000, **drawn)):
+        first = sum(s.source == "000.tar" for s in source.read(0, 0, 5000))
+        assert 0.85 < first / 5000 < 0.95
 
 
-@pytest.mark.parametrize(
-    ("world_size", "workers", "sizes"), [(1, 1, ()), (2, 4, ()), (1, 4, (100,) * 4), (2, 4, (100,) * 4)]
-)
-def test_resampling_draws_every_sample_equally_often(tmp_path, world_size, workers, sizes):
+def test_drawing_from_a_shard_without_samples_ends(tmp_path):
+    empty, broken = write_shard(tmp_path / "0.tar", {}), tmp_path / "1.tar"
+    broken.write_bytes(b"x" * 600)
+    found = list(StreamedShards([empty, str(broken)], [1, 1], num_samples=9, seed=0).read(0, 0, 9))
+    assert len(found) == 9 and {sample.fault for sample in found} == {"broken shard"}
+    assert {sample.source.split(": ")[1] for sample in found} == {
+        "no sample in it",
+        "not a tar file, or broken at byte 0",
+    }
+    assert ShardSource([empty], [0], seed=0, factors=[1], num_drawn=9).num_samples == 0
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (1, 4), (2, 4)])
+def test_resampling_draws_every_sample_equally_often(tmp_path, world_size, workers):
     urls = []
     for shard in range(4):
         urls.append(str(tmp_path / f"{shard}.tar"))
@@ -192,7 +204,7 @@ def test_resampling_draws_every_sample_equally_often(tmp_path, world_size, worke
                 member = tarfile.TarInfo(f"{number:03d}.txt")
                 member.size = 1
                 file.addfile(member, io.BytesIO(b"x"))
-    source, counts = ResampledShards(urls, [1] * 4, num_samples=160, seed=0, window=25, sizes=sizes), Counter()
+    source, counts = ShardSource(urls, [100] * 4, seed=0, window=25, factors=[1] * 4, num_drawn=160), Counter()
     share = 160 // world_size // workers
     for epoch in range(50):
         for part in range(world_size * workers):

@@ -14,13 +14,12 @@ from training.data.loader import make_loader
 from training.data.padding import check_front_padding
 from training.data.position import Share
 from training.data.reader import SampleReader
-from training.data.shards import ResampledShards, ShardSource, Source
+from training.data.shards import ShardSource, Source, StreamedShards
 from training.data.sizes import count_samples, expand_sources, trusted_sizes
 from training.data.synthetic import SyntheticSource, is_synthetic
 from training.data.tables import read_tables
 from training.readers.files import naming
 from training.readers.hub import local_spec
-from training.readers.streams import is_local
 from training.readers.table_files import names_tables, table_files
 from training.runtime.distributed import DistEnv, on_main_rank
 from training.runtime.workers import Loader
@@ -107,7 +106,7 @@ def open_source(
             check_first_samples(source, rule, spec)
             if embedded:
                 warn_of_repeated_images(embedded[0][0])
-            if not isinstance(source, ResampledShards):
+            if not resampled and not isinstance(source, StreamedShards):
                 total = source.num_samples + source.num_left_out
                 logger.info(f"{flag} {spec}: {source.num_samples:,} samples of {total:,} there are")
         # A table is too large to send to other ranks, so they read it as well.
@@ -122,27 +121,21 @@ def _check_type(wanted: str, flag: str, spec: str, found: str) -> None:
 
 def _open_shards(args: argparse.Namespace, flag: str, sources: list[list[str]], resampled: bool) -> Source:
     urls = [url for shards in sources for url in shards]
-    order = {"window": args.shuffle_window, "lanes": args.shuffle_shards, "index_cache": args.index_cache}
+    order = {"window": args.shuffle_window, "lanes": args.shuffle_shards}
     of_training = flag == "--train-data"
-    sizes_file = args.train_sizes if of_training else None
-    sizes = trusted_sizes(urls, sizes_file)
-    unknown = [url for url, size in zip(urls, sizes) if size is None and not is_local(url)]
-    if of_training and not resampled and args.train_num_samples and unknown[:1] and unknown[0].startswith("pipe:"):
-        logger.warning(
-            f"{flag} {unknown[0]}: number of samples unknown, so shards are drawn with replacement, as with "
-            "--dataset-resampled; add --train-sizes FILE to read each sample once per epoch"
-        )
-        resampled = True
-    if not resampled:
-        return ShardSource(urls, count_samples(urls, sizes, args.index_cache, not of_training), args.seed, **order)
+    sizes = trusted_sizes(urls, args.train_sizes if of_training else None)
     factors = _factors(args.train_data_upsampling_factors, len(sources))
     weights = [factor for factor, shards in zip(factors, sources) for _ in shards]
-    if unknown:
+    pipe = next((url for url, size in zip(urls, sizes) if size is None and url.startswith("pipe:")), None)
+    if pipe and of_training and args.train_num_samples:
         logger.warning(
-            f"{flag} {unknown[0]}: {len(unknown):,} shards of unknown size are always read from their beginning, so "
-            "their first samples are seen more often; put sizes.json beside them, or add --train-sizes"
+            f"{flag} {pipe}: number of samples unknown, so shards are drawn with replacement and always read from "
+            "their beginning, whose samples come more often; add --train-sizes FILE to read each sample once per epoch"
         )
-    return ResampledShards(urls, weights, args.train_num_samples, args.seed, sizes=sizes, **order)
+        return StreamedShards(urls, weights, args.train_num_samples, args.seed, **order)
+    drawn = {"factors": weights, "num_drawn": args.train_num_samples} if resampled else {}
+    counted = count_samples(urls, sizes, args.index_cache, run_pipes=not of_training)
+    return ShardSource(urls, counted, args.seed, **order, index_cache=args.index_cache, **drawn)
 
 
 def open_train_data(

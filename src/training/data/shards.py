@@ -7,21 +7,21 @@ epoch, start, stop), so the number of slots read is a position from which readin
 
 import itertools
 import logging
+import operator
 import os
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, partial
 from hashlib import sha256
 from typing import Protocol
 
-from training.data.embedded import count_rows, is_table, read_rows
+from training.data.embedded import is_table, read_rows
 from training.data.features import SUFFIX as FEATURES
 from training.data.features import read_features
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
-from training.readers.samples import BrokenShardError, Part, RawSample, index_shard, lost_sample, read_samples
-from training.readers.streams import is_local
+from training.readers.samples import BrokenShardError, Part, RawSample, lost_sample, read_samples
 
 USUAL_SIZE = 10_000  # assumed number of samples in a shard of unknown size: img2dataset's default
 
@@ -48,7 +48,7 @@ class Source(Protocol):
 
 @dataclass
 class ShardSource:
-    """Tar shards, each sample once per epoch.
+    """Tar shards, each sample once per epoch; with `factors`, shards are drawn with replacement instead.
 
     The order of the shards differs between epochs. A process reads several of its shards side by side and mixes their
     samples (see `mixing.mix`); starting in the middle only requires reading the samples that are in the buffer then.
@@ -61,6 +61,9 @@ class ShardSource:
         lanes: maximum number of shards that are read side by side. The slots of a process are divided into lanes where
             shards begin, so that no shard is opened twice because of it.
         index_cache: folder of `cached_index`.
+        factors: weight of each shard in the draw; empty: each shard comes once. An epoch of draws begins at a random
+            sample of its first shard, so that every sample is equally likely, however short the epoch is.
+        num_drawn: number of samples in an epoch of draws.
     """
 
     urls: Sequence[str]
@@ -69,16 +72,19 @@ class ShardSource:
     window: int = SHUFFLE_WINDOW
     lanes: int = SHUFFLE_SHARDS
     index_cache: str | None = None
+    factors: Sequence[float] = ()
+    num_drawn: int = 0
     num_left_out = 0
 
     @property
     def num_samples(self) -> int:
-        return sum(self.sizes)
+        if not self.factors:
+            return sum(self.sizes)
+        return self.num_drawn if any(map(operator.mul, self.sizes, self.factors)) else 0
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
-        order = list(range(len(self.urls)))
-        random.Random(f"{self.seed}/{epoch}/shards").shuffle(order)
-        ends = list(itertools.accumulate(self.sizes[i] for i in order))
+        order, num_before = self._order(epoch)
+        ends = [end - num_before for end in itertools.accumulate(self.sizes[i] for i in order)]
         borders = sorted(set(ends[bisect_right(ends, start) : bisect_left(ends, stop)]))
         cuts = [start, *chosen(borders, self.lanes - 1), stop]
         lanes = [
@@ -93,7 +99,20 @@ class ShardSource:
 
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
-        return _fingerprint("shards 3", self.urls, list(self.sizes), self.seed, self.window, self.lanes)
+        drawn = (list(self.factors), self.num_drawn) if self.factors else ()
+        return _fingerprint("shards 3", self.urls, list(self.sizes), self.seed, self.window, self.lanes, *drawn)
+
+    def _order(self, epoch: int) -> tuple[list[int], int]:
+        """Returns (numbers of the shards of an epoch in order, number of samples left out at its beginning)."""
+        rng, numbers = random.Random(f"{self.seed}/{epoch}/shards"), list(range(len(self.urls)))
+        if not self.factors:
+            rng.shuffle(numbers)
+            return numbers, 0
+        order = rng.choices(numbers, self.factors, k=len(numbers))
+        num_before = rng.randrange(self.sizes[order[0]] or 1)
+        while sum(self.sizes[i] for i in order) < num_before + self.num_drawn:
+            order += rng.choices(numbers, self.factors, k=len(order))
+        return order, num_before
 
     def _in_order(self, order, ends, start, stop) -> Iterator[RawSample]:
         for number, end in zip(order, ends):
@@ -104,19 +123,15 @@ class ShardSource:
 
 
 @dataclass
-class ResampledShards:
-    """Tar shards drawn with replacement, with weights.
-
-    A draw reads a shard from a random sample to its end, and then the samples before that one. So every sample is
-    equally likely, even if a process reads only part of a shard. A shard of unknown size can only be read from its
-    beginning.
+class StreamedShards:
+    """Shards of unknown size, such as the output of commands: drawn with replacement, read from their beginning.
 
     Args:
         urls: the shards.
         factors: weight of each shard in the draw.
         num_samples: number of samples in an epoch.
-        seed, window, lanes, index_cache: see `ShardSource`.
-        sizes: number of samples in each; None if unknown. A local shard of unknown size is indexed when it is drawn.
+        seed: seed of the order.
+        window, lanes: see `ShardSource`; a lane is not shorter than a shard of usual size.
     """
 
     urls: Sequence[str]
@@ -124,83 +139,24 @@ class ResampledShards:
     num_samples: int
     seed: int
     window: int = SHUFFLE_WINDOW
-    sizes: Sequence[int | None] = ()
     lanes: int = SHUFFLE_SHARDS
-    index_cache: str | None = None
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
-        name, total, number = f"{self.seed}/{epoch}/{start}", stop - start, self._num_lanes(stop - start)
-
-        def lane(k: int) -> Lane:
-            size, rng = (total + k) // number, random.Random(f"{name}/lane {k}")
-            return Lane(size, lambda done: itertools.islice(self._drawn(rng, done), size - done))
-
-        yield from mix([lane(k) for k in range(number)], self.window, name, skip)
-
-    @cached_property
-    def _sizes(self) -> dict[str, int | None]:
-        return dict(zip(self.urls, self.sizes))
-
-    def _num_lanes(self, num_samples: int) -> int:
-        """Returns the number of lanes for this many slots.
-
-        To start in the middle of a remote shard, everything before has to be read, so each lane is about as long as a
-        shard.
-        """
-        if all(map(is_local, self.urls)):
-            return self.lanes
-        known = [size for size in self.sizes if size]
-        size = sum(known) / len(known) if known else USUAL_SIZE
-        return max(1, min(self.lanes, int(num_samples / size)))
+        name, total = f"{self.seed}/{epoch}/{start}", stop - start
+        number = max(1, min(self.lanes, total // USUAL_SIZE))
+        sizes = [(total + k) // number for k in range(number)]
+        lanes = [Lane(size, partial(self._drawn, f"{name}/lane {k}", size)) for k, size in enumerate(sizes)]
+        yield from mix(lanes, self.window, name, skip)
 
     def fingerprint(self) -> str:
         """As `Source.fingerprint`."""
         order = self.seed, self.window, self.lanes
-        return _fingerprint("resampled 4", self.urls, list(self.factors), self.num_samples, *order)
+        return _fingerprint("streamed", self.urls, list(self.factors), self.num_samples, *order)
 
-    def _drawn(self, rng: random.Random, skip: int) -> Iterator[RawSample]:
-        """Yields the items of one draw after another, without the first `skip`.
-
-        If sizes are known, the skipped items are not read.
-        """
-        while True:
-            (url,) = rng.choices(self.urls, self.factors)
-            size, fault = self._extent(url)
-            first = rng.randrange(size) if size else 0
-            if size is None:
-                for item in _with_fault(read_shard(url)):
-                    if not skip:
-                        yield item
-                    skip = max(skip - 1, 0)
-                continue
-            num_items = size + bool(fault)
-            if skip >= num_items:
-                skip -= num_items
-                continue
-            yield from read_exactly(url, min(first + skip, size), size, size, self.index_cache)
-            yield from read_exactly(url, max(first + skip - size, 0), first, size, self.index_cache)
-            if fault:
-                yield lost_sample(BrokenShardError(fault))
-            skip = 0
-
-    def _extent(self, url: str) -> tuple[int | None, str | None]:
-        """Returns (number of readable samples or None if unknown, fault after which a local shard can't be read)."""
-        known = self._sizes.get(url)
-        size, fault = _local_extent(url) if known is None else (known, None)
-        return size, f"{url}: no sample in it" if size == 0 and not fault else fault
-
-
-@lru_cache(maxsize=10_000)
-def _local_extent(url: str) -> tuple[int | None, str | None]:
-    try:
-        if is_table(url):
-            return count_rows(url), None
-        if is_local(url):
-            index = index_shard(url)
-            return len(index.offsets), index.fault
-    except (OSError, ValueError) as error:
-        return 0, f"{url}: {error}"
-    return None, None
+    def _drawn(self, name: str, size: int, first: int) -> Iterator[RawSample]:
+        rng = random.Random(name)
+        shards = (_with_fault(*rng.choices(self.urls, self.factors)) for _ in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(shards), first, size)
 
 
 def read_exactly(url: str, first: int, stop: int, size: int, index_cache: str | None = None) -> Iterator[RawSample]:
@@ -246,9 +202,14 @@ def _fingerprint(kind: str, urls: Sequence[str], *settings: object) -> str:
     return sha256(repr((kind, list(map(os.path.basename, urls)), *settings)).encode()).hexdigest()
 
 
-def _with_fault(samples: Iterator[RawSample]) -> Iterator[RawSample]:
-    """Yields the samples, and at the end the error if a shard is broken."""
+def _with_fault(url: str) -> Iterator[RawSample]:
+    """Yields the samples of a shard, and at the end an error if it is broken or empty."""
+    fault = BrokenShardError(f"{url}: no sample in it")
     try:
-        yield from samples
+        for sample in read_shard(url):
+            yield sample
+            fault = None
     except BrokenShardError as error:
-        yield lost_sample(error)
+        fault = error
+    if fault:
+        yield lost_sample(fault)
