@@ -145,3 +145,21 @@ def test_bytes_of_a_photo_and_its_caption_survive(tmp_path):
     ]
     assert sorted(row["caption"] for row in found) == sorted(row["caption"] for row in rows)
     assert {row["image"]["bytes"] for row in found} == {row["image"]["bytes"] for row in rows}
+
+
+def test_captions_that_are_texts_or_lists_and_columns_of_one_table_alone_survive(tmp_path):
+    for number in range(4):
+        photo(number).save(tmp_path / f"{number}.png")
+    rows = [{"filepath": f"{n}.png", "caption": [f"a {n}", f"b {n}"] if n % 2 else f"a {n}"} for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"filepath": "3.png", "title": "c", "caption": None}))
+    argv = ["split", f"{tmp_path / 'a.jsonl'}::{tmp_path / 'b.jsonl'}", "--test", "0.25"]
+    assert prepare([*argv, "--out", str(tmp_path / "out")]) == 0
+    found = [r for name in ("train", "test") for r in pq.read_table(tmp_path / "out" / f"{name}.parquet").to_pylist()]
+    expected = {
+        "0.png": (["a 0"], None),
+        "1.png": (["a 1", "b 1"], None),
+        "2.png": (["a 2"], None),
+        "3.png": (None, "c"),
+    }
+    assert {Path(row["filepath"]).name: (row["caption"], row["title"]) for row in found} == expected

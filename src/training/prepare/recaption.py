@@ -17,9 +17,9 @@ from PIL import Image
 from training.data.reader import read_image
 from training.prepare.engines import PROMPTS, Generated, TransformersEngine, VllmEngine, make_engine
 from training.prepare.shards.files import Shard, plain_tar, read_json_samples, rewrite_shard
-from training.prepare.shards.job import ShardJob, attempt
+from training.prepare.shards.job import ShardJob
 from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
-from training.prepare.work import add_counts, format_counts, progress
+from training.prepare.work import add_counts, format_counts, processes, progress
 from training.readers.faults import FAULT_KINDS, BadSample
 from training.readers.files import parallel_map
 from training.readers.images import load_rgb
@@ -41,9 +41,11 @@ def run(args: argparse.Namespace) -> int:
     if left:
         engine = make_engine(args)
         batch_size = args.batch_size or engine.batch_size
-        for shard in progress(left, len(left), "captioning", "shard"):
-            done = job.done(shard)  # by another job, in the meantime
-            job.add(shard, done or attempt((recaption_shard, shard, (engine, prompts, batch_size, job.fingerprint)))[1])
+        recaption = partial(
+            recaption_shard, engine=engine, prompts=prompts, batch_size=batch_size, fingerprint=job.fingerprint
+        )
+        with processes(1) as parallel:
+            job.write(parallel, recaption, left, "captioning")
     total = job.total
     faults = {kind: total[kind] for kind in SAMPLE_KINDS[1:]}
     lines = [f"{total['samples']:,} samples; bad: {format_counts(faults)}"]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -51,41 +52,36 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.test < 1:
         raise ValueError(f"--test {args.test:g}: expected a fraction between 0 and 1")
     paths = table_files(local_spec(args.table))
-    settings = {"tables": [content_mark(path) for path in paths], "image": args.csv_img_key}
     rows, images, num_malformed = read_rows(paths, args.csv_img_key, args.csv_separator)
+    settings = {"tables": [content_mark(path) for path in paths], "image": args.csv_img_key}
     start_folder(args, ".split", settings | {"test": args.test, "seed": args.seed})
-    counts = Counter({"malformed row": num_malformed})
-    looks: dict[object, Look] = {}
-    key_of_row = [sha256(image).digest() if isinstance(image, bytes) else image for image in images]
-    sources = dict(zip(key_of_row, images))
-    for key, found in zip(sources, parallel_map(_look, list(sources.values()))):
-        if isinstance(found, str):
-            counts[found] += 1
-        else:
-            looks[key] = found
+    keys = [sha256(image).digest() if isinstance(image, bytes) else image for image in images]
+    sources = dict(zip(keys, images))
+    found = dict(zip(sources, parallel_map(_look, list(sources.values()))))
+    looks = {key: look for key, look in found.items() if isinstance(look, Look)}
     groups = near_duplicates(list(looks.values()))
     is_test = dict(zip(looks, choose_test([look.content for look in looks.values()], groups, args.test, args.seed)))
-    sides: dict[str, list[dict]] = {"train": [], "test": []}
-    for key, row in zip(key_of_row, rows):
-        if key in is_test:
-            sides["test" if is_test[key] else "train"].append(row)
-    for name, content in sides.items():
+    sides = pa.array([is_test.get(key) for key in keys], pa.bool_())
+    num_rows = {"train": sides.false_count, "test": sides.true_count}
+    for name, chosen in (("train", pc.invert(sides)), ("test", sides)):
         with atomic_write(Path(args.out) / f"{name}.parquet") as path:
-            pq.write_table(pa.Table.from_pylist(content or rows[:1]).slice(0, len(content)), path)
-    num_rows = {name: len(content) for name, content in sides.items()}
+            pq.write_table(rows.filter(chosen), path)
+    counts = Counter({"malformed row": num_malformed}) + Counter(
+        kind for kind in found.values() if isinstance(kind, str)
+    )
     summary = {"rows": len(rows) + num_malformed, "images": len(sources), "groups": len(set(groups))}
-    write_json(Path(args.out) / SUMMARY, summary | {"unreadable": +counts} | num_rows | {"seed": args.seed})
+    write_json(Path(args.out) / SUMMARY, summary | {"unreadable": counts} | num_rows | {"seed": args.seed})
     print(
         f"{summary['rows']:,} rows of {len(sources):,} images: {num_rows['train']:,} rows in train.parquet, "
         f"{num_rows['test']:,} in test.parquet, {summary['rows'] - sum(num_rows.values()):,} left out\n"
         f"left out: {format_counts(counts)}; {len(looks) - len(set(groups)):,} images are near-duplicates of another"
     )
-    return 0 if all(sides.values()) else 1
+    return 0 if all(num_rows.values()) else 1
 
 
 def read_rows(
     paths: Sequence[Path], image_column: str, separator: str | None
-) -> tuple[list[dict], list[str | bytes], int]:
+) -> tuple[pa.Table, list[str | bytes], int]:
     """Reads all columns of tables.
 
     Returns:
@@ -110,7 +106,15 @@ def read_rows(
             images.append(sample.image or outside)
     if not rows:
         raise ValueError(f"{paths[0]}: no rows")
-    return rows, images, num_malformed
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in names}), images, num_malformed
+
+
+def _column(values: list) -> list:
+    """Returns cells of one type: in JSON lines, a caption may be a text in one row and a list of texts in another."""
+    if not any(isinstance(value, list) for value in values):
+        return values
+    return [[value] if isinstance(value, str) else value for value in values]
 
 
 def _look(source: str | bytes) -> Look | str:

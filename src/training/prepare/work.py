@@ -94,12 +94,7 @@ def shorten(names: Sequence[str]) -> str:
 
 def _end_with_parent() -> None:
     """Lets a worker process end when the process that started it ends, even if that was killed."""
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
@@ -107,29 +102,27 @@ def processes(workers: int) -> Iterator[Callable]:
     """Starts worker processes; one worker is the current process.
 
     Yields:
-        A function like `map`, but for results in any order. The called function must be at the top level of a module,
-        so that it can be sent to processes. Items are taken from the iterable only when workers need them, so there may
-        be any number of large ones.
+        A function (function, items, their number or None, what is done, name of an item) -> results in any order, which
+        shows the progress. The called function must be at the top level of a module, so that it can be sent to
+        processes. Items are taken from the iterable only when workers need them, so there may be any number of large
+        ones.
     """
     if workers == 1:
-        yield map
+        yield lambda function, items, *shown: progress(map(function, items), *shown)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent)
 
-        def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-            items = iter(items)
-            waiting = {pool.submit(function, item) for item in islice(items, workers + 2)}
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                waiting |= {pool.submit(function, item) for item in islice(items, len(done))}
-                for future in done:
-                    yield future.result()
+    def results(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
+        waiting = {pool.submit(function, item) for item in islice(items, workers + 2)}
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            waiting |= {pool.submit(function, item) for item in islice(items, len(done))}
+            yield from (future.result() for future in done)
 
-        try:
-            yield run
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    try:
+        yield lambda function, items, *shown: progress(results(function, iter(items)), *shown)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def progress(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:

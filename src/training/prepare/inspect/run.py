@@ -10,7 +10,7 @@ from pathlib import Path
 from training.model.assembly.factory import get_tokenizer
 from training.prepare.inspect.counts import BROKEN, Counts, Options, count_part, open_parts
 from training.prepare.inspect.report import describe, summarise, write_html
-from training.prepare.work import items_of_job, processes, progress, write_json
+from training.prepare.work import items_of_job, processes, write_json
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     total, broken, miscounted = Counts(), [], {}
     with processes(args.workers) as parallel:
         jobs = [(options, number) for number in chosen]
-        for number, counts in progress(parallel(count_part, jobs), len(jobs), "counting", "shard"):
+        for number, counts in parallel(count_part, jobs, len(jobs), "counting", "shard"):
             total.add(counts, args.show)
             name, size, found = parts[number].name, parts[number].size, counts.numbers["samples",]
             if any(counts.numbers["bad", kind] for kind in BROKEN):

@@ -3,29 +3,17 @@
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
 from training.prepare.shards.files import Shard, content_mark, find_shards
 from training.prepare.work import add_counts, items_of_job, job_place, load_json, shorten, write_json
 from training.readers.files import parallel_map
 
-
-def attempt(call: tuple[Callable, Shard, tuple]) -> tuple[Shard, object]:
-    """Calls function(shard, *arguments).
-
-    Args:
-        call: (function, shard, arguments).
-
-    Returns:
-        (shard, result); in place of the result, a text if the shard can't be read or written.
-    """
-    function, shard, arguments = call
-    try:
-        return shard, function(shard, *arguments)
-    except OSError as error:
-        return shard, str(error)
+R = TypeVar("R")
 
 
 class ShardJob:
@@ -52,8 +40,8 @@ class ShardJob:
         self.args = args
         self.shards = find_shards(spec, flag, None if args.in_place else args.out, state)
         self.mine = items_of_job(self.shards, args.shard_range, os.environ)
-        place, parts = job_place(os.environ)
-        self.name = f"{(args.shard_range or 'all').replace(':', '-')}-{place}-of-{parts}"
+        number, num_jobs = job_place(os.environ)
+        self.name = f"{(args.shard_range or 'all').replace(':', '-')}-{number}-of-{num_jobs}"
         self.state, self.total, self.broken, self.num_before, self.fingerprint = self.shards[0].state, {}, {}, 0, ""
         args.lease.take(self.shards[0].target.parent / ".jobs" / self.name, "--out or --in-place")
 
@@ -72,11 +60,9 @@ class ShardJob:
         if not self.args.in_place:
             self._check_sources()
         self.total = total
-        done = [self.done(shard) for shard in self.mine]
-        for counts in done:
-            add_counts(total, counts or {})
-        self.num_before = len(done) - done.count(None)
-        return [shard for shard, counts in zip(self.mine, done) if counts is None]
+        left = [shard for shard in self.mine if not self._count_done(shard)]
+        self.num_before = len(self.mine) - len(left)
+        return left
 
     def _check_sources(self) -> None:
         path, out = self.state / "sources.json", f"--out {self.args.out}"
@@ -93,21 +79,42 @@ class ShardJob:
             known["shards"][name] = mark
         write_json(path, known)
 
-    def done(self, shard: Shard) -> dict | None:
-        """Returns the counts of a shard that the same command has written; None if it has not."""
+    def _count_done(self, shard: Shard) -> bool:
+        """Returns whether the same command has written a shard; adds its counts to the total if it has."""
         note = load_json(shard.note)
         if not isinstance(note, dict) or note.get("fingerprint") != self.fingerprint or not shard.target.exists():
-            return None
-        return note.get("counts") if note.get("bytes") == os.path.getsize(shard.target) else None
+            return False
+        is_done = note.get("bytes") == os.path.getsize(shard.target)
+        add_counts(self.total, note["counts"] if is_done else {})
+        return is_done
 
-    def add(self, shard: Shard, counts: dict | str) -> None:
-        """Notes that a shard is complete and what it holds, or why it can't be made."""
-        if isinstance(counts, str):
-            self.broken[shard.source] = counts
-            return
-        add_counts(self.total, counts)
-        content = {"fingerprint": self.fingerprint, "bytes": os.path.getsize(shard.target), "counts": counts}
-        write_json(shard.note, content)
+    def each(
+        self, parallel: Callable, function: Callable[[Shard], R], shards: Sequence[Shard], what: str
+    ) -> Iterator[tuple[Shard, R]]:
+        """Yields (shard, function(shard)) in any order; shards that can't be read or written are kept for `finish`.
+
+        Args:
+            parallel: see `processes`.
+            function: of a shard; picklable.
+            shards: the shards; one that another job has written in the meantime is passed over.
+            what: what is done, for the progress bar.
+        """
+        open_ones = (shard for shard in shards if not self._count_done(shard))
+        for shard, result, fault in parallel(partial(_attempt, function), open_ones, len(shards), what, "shard"):
+            if fault:
+                self.broken[shard.source] = fault
+            else:
+                yield shard, result
+
+    def write(self, parallel: Callable, function: Callable[[Shard], dict], shards: Sequence[Shard], what: str) -> None:
+        """Calls `function`, which writes a shard and returns its counts, for each shard; notes those that are complete.
+
+        See `each` for the arguments.
+        """
+        for shard, counts in self.each(parallel, function, shards, what):
+            add_counts(self.total, counts)
+            size = os.path.getsize(shard.target)
+            write_json(shard.note, {"fingerprint": self.fingerprint, "bytes": size, "counts": counts})
 
     def finish(self, further: dict, lines: list[str]) -> int:
         """Writes sizes and summary, and prints the counts.
@@ -135,3 +142,11 @@ class ShardJob:
             lines = [*lines, f"left to other jobs: {len(others):,} shards ({shorten(others)})"]
         print("\n".join([f"{len(self.mine):,}{of_all} shards{before}", *lines, *broken]))
         return 1 if broken else 0
+
+
+def _attempt(function: Callable[[Shard], R], shard: Shard) -> tuple[Shard, R | None, str | None]:
+    """Returns (shard, function(shard), None), or (shard, None, why it can't be read or written)."""
+    try:
+        return shard, function(shard), None
+    except OSError as error:
+        return shard, None, str(error)

@@ -27,7 +27,6 @@ from training.prepare.work import (
     format_counts,
     load_json,
     processes,
-    progress,
     start_folder,
     write_json,
 )
@@ -87,12 +86,12 @@ def _make(tables: list[tuple[TableRows, Columns]], rules: parts.Rules, args: arg
                     yield parts.Task(some, columns, rules, paths[-1])
 
     with processes(args.workers) as parallel:
-        for _ in progress(parallel(parts.clean_part, tasks()), None, "cleaning", "part"):
+        for _ in parallel(parts.clean_part, tasks(), None, "cleaning", "part"):
             pass
         counts = [parts.read_counts(path) for path in paths]
         keep = first_of_each(paths)
         jobs = [(path, rows) for path, rows in zip(paths, keep) if not rows.all() or not len(rows)]
-        for _ in progress(parallel(parts.drop_rows, jobs), len(jobs), "removing duplicates", "part"):
+        for _ in parallel(parts.drop_rows, jobs, len(jobs), "removing duplicates", "part"):
             pass
     summary: dict = dict.fromkeys(parts.ROW_KINDS, 0) | {"captions": {}}
     for of_part in counts:
