@@ -3,6 +3,7 @@
 import heapq
 import io
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,8 +11,6 @@ from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
 from training.data.embedded import embedded_sources, read_rows
@@ -35,37 +34,6 @@ BROKEN = (BrokenShardError.kind, "unreachable shard")
 KNOWN_KEYS = tuple(dict.fromkeys((*RAW_KEYS, *LONG_KEYS, *SHORT_NAMES.values())))
 
 
-class Options(NamedTuple):
-    """What to count, and how; a value that processes can be sent.
-
-    Attributes:
-        spec: shards or tables, as --train-data.
-        image_column, separator: of tables.
-        keys: caption keys; if empty, the known ones and all others that end in ``caption`` or ``captions``.
-        lists: see `caption_texts`.
-        model: the model whose tokenizer counts tokens.
-        cache_dir: folder of the tokenizer's files.
-        num_picked: maximum number of samples to show.
-        seed: seed of the choice of these samples.
-        read_images: decode every image completely.
-    """
-
-    spec: str
-    image_column: str
-    separator: str | None
-    keys: tuple[str, ...]
-    lists: str
-    model: str
-    cache_dir: str | None
-    num_picked: int
-    seed: int
-    read_images: bool
-
-    def caption_keys(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Returns those of the names under which captions are counted."""
-        return self.keys or tuple(n for n in names if n in KNOWN_KEYS or n.endswith(("caption", "captions")))
-
-
 @dataclass
 class Counts:
     """Counts of one or several parts.
@@ -79,39 +47,82 @@ class Counts:
     """
 
     numbers: Counter = field(default_factory=Counter)
-    hashes: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"key": [], "url": [], "image": []})
+    hashes: dict[str, array] = field(default_factory=lambda: {name: array("Q") for name in ("key", "url", "image")})
     picked: list[tuple] = field(default_factory=list)
 
     def of(self, *kind: str) -> Counter:
         """Returns the numbers of a kind by its last word: ``of("tokens", KEY)`` gives number of tokens -> captions."""
-        return Counter({what[-1]: number for what, number in self.numbers.items() if what[:-1] == kind})
+        return Counter({what[-1]: number for what, number in self.numbers.items() if what[:-1] == kind and number})
+
+    def add_sample(
+        self, sample: RawSample, url: object, captions: dict[str, list[str]], size: tuple[int, int], image_hash: int
+    ) -> None:
+        """Counts a sample with a readable image; `captions` are those under each key, `size` is (width, height)."""
+        self.numbers.update(("caption", key) for key in captions)
+        for kind, keys in (("short", RAW_KEYS), ("long", LONG_KEYS)):
+            self.numbers["with", kind] += any(key in captions for key in keys)
+        self.numbers["bad", "no caption"] += not captions
+        self.numbers.update([("width", size[0]), ("height", size[1])])
+        self.hashes["image"].append(image_hash)
+        if sample.members:  # in a table, the key is the number of the row
+            self.hashes["key"].append(hash_text(sample.key))
+        if isinstance(url, str):
+            self.hashes["url"].append(hash_text(url))
+
+    def pick(self, samples: list[tuple], number: int) -> None:
+        """Adds samples to show, of which the `number` first in order are kept."""
+        self.picked = heapq.nsmallest(number, [*self.picked, *samples], key=lambda p: p[0])
 
     def add(self, other: "Counts", num_picked: int) -> None:
         """Adds the counts of other parts; keeps `num_picked` of the samples to show."""
         self.numbers.update(other.numbers)
-        for name, arrays in other.hashes.items():
-            self.hashes[name] += arrays
-        self.picked = heapq.nsmallest(num_picked, [*self.picked, *other.picked], key=lambda p: p[0])
+        for name, values in other.hashes.items():
+            self.hashes[name].extend(values)
+        self.pick(other.picked, num_picked)
+
+
+class Data(NamedTuple):
+    """Data to count; a value that processes can be sent.
+
+    Attributes:
+        spec: shards or tables, as --train-data.
+        image_column, separator: of tables.
+        keys: caption keys; if empty, the known ones and all others that end in ``caption`` or ``captions``.
+    """
+
+    spec: str
+    image_column: str
+    separator: str | None
+    keys: tuple[str, ...]
+
+    def caption_keys(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Returns those of the names under which captions are counted."""
+        return self.keys or tuple(n for n in names if n in KNOWN_KEYS or n.endswith(("caption", "captions")))
 
 
 @cache
-def open_parts(options: Options) -> list[Part]:
-    """Returns the parts of the data in order, as training opens them: shards, or rows of tables.
+def open_parts(data: Data) -> tuple[list[Part], dict[str, int]]:
+    """Opens data as training does.
 
-    The size of a shard is None unless ``sizes.json`` counts it.
+    Returns:
+        The shards, or a few rows of tables each, in order; the size of a shard is None unless ``sizes.json`` counts it.
+        And how many ``shards``, ``tables`` or ``folders`` of images there are.
 
     Raises:
         FileNotFoundError, ValueError: something is missing, or can't be opened.
     """
-    spec = local_spec(options.spec)
-    if inside := embedded_sources(spec, options.image_column):
-        return [Part(url, None, partial(read_rows, url)) for urls in inside for url in urls]
+    spec = local_spec(data.spec)
+    if inside := embedded_sources(spec, data.image_column):
+        parts = [Part(url, None, partial(read_rows, url)) for urls in inside for url in urls]
+        return parts, {"tables": len(parts)}
     if names_tables(spec):
         paths = table_files(spec)
-        names = dict.fromkeys(name for path in paths for name in TableRows(path, options.separator).names)
-        return read_tables(paths, options.image_column, options.caption_keys(names), options.separator, 0).parts()
+        names = dict.fromkeys(name for path in paths for name in TableRows(path, data.separator).names)
+        source = read_tables(paths, data.image_column, data.caption_keys(names), data.separator, 0)
+        return source.parts(), {"folders" if paths[0].is_dir() else "tables": len(paths)}
     urls = [url for source in expand_sources(spec) for url in source]
-    return [Part(url, size, partial(read_samples, url)) for url, size in zip(urls, known_sizes(urls))]
+    parts = [Part(url, size, partial(read_samples, url)) for url, size in zip(urls, known_sizes(urls))]
+    return parts, {"shards": len(parts)}
 
 
 @cache
@@ -120,52 +131,48 @@ def _tokenizer(model: str, cache_dir: str | None):
     return get_tokenizer(model, cache_dir=cache_dir)
 
 
-def count_part(job: tuple[Options, int]) -> tuple[int, Counts]:
-    """Counts one part; the argument and result are (options, number of the part) and (that number, its counts)."""
-    options, number = job
-    counts, numbers, texts = Counts(), Counter(), {}
-    hashes: dict[str, list[int]] = {name: [] for name in counts.hashes}
+def count_part(
+    number: int, data: Data, lists: str, tokenizer: tuple[str, str | None], read_images: bool, show: int, seed: int
+) -> tuple[int, Counts]:
+    """Counts one part.
+
+    Args:
+        number: of the part.
+        data: where it is.
+        lists: see `caption_texts`.
+        tokenizer: the model whose tokenizer counts tokens, and the folder of its files.
+        read_images: decode every image completely.
+        show: maximum number of samples to show.
+        seed: seed of the choice of these samples.
+
+    Returns:
+        The number of the part, and its counts.
+    """
+    counts, texts = Counts(), {}
     try:
-        for sample in open_parts(options)[number].read():
-            numbers["samples",] += 1
+        for sample in open_parts(data)[0][number].read():
+            counts.numbers["samples",] += 1
             try:
                 record = read_record(sample)
-                size, image_hash = read_image(sample, partial(_look_at, options.read_images))
+                size, image_hash = read_image(sample, partial(_look_at, read_images))
             except BadSample as error:
-                numbers["bad", error.kind] += 1
+                counts.numbers["bad", error.kind] += 1
                 continue
-            found = _captions(record, options)
+            found = {key: cell_texts(record.get(key), lists) for key in data.caption_keys(record)}
+            found = {key: [text.strip() for text in captions] for key, captions in found.items() if captions}
+            counts.add_sample(sample, record.get("url"), found, size, image_hash)
             for key, captions in found.items():
-                numbers["caption", key] += 1
                 texts.setdefault(key, []).extend(captions)
-            numbers["with", "short"] += any(key in found for key in RAW_KEYS)
-            numbers["with", "long"] += any(key in found for key in LONG_KEYS)
-            numbers["bad", "no caption"] += not found
-            numbers["width", size[0]] += 1
-            numbers["height", size[1]] += 1
-            hashes["image"].append(image_hash)
-            if sample.members:  # in a table, the key is the number of the row
-                hashes["key"].append(hash_text(sample.key))
-            if isinstance(record.get("url"), str):
-                hashes["url"].append(hash_text(record["url"]))
-            _pick(counts, sample, found, options)
+            order = hash_text(f"{seed}/{sample.source}/{sample.key}")  # a pseudo-random choice
+            if len(counts.picked) < show or show and order < counts.picked[-1][0]:
+                counts.pick([(order, sample.source, sample.key, found, _thumbnail(sample))], show)
     except BrokenShardError as error:
-        numbers["bad", error.kind] += 1
+        counts.numbers["bad", error.kind] += 1
     for key, captions in texts.items():
-        numbers["refused", key] = sum(map(is_refusal, captions)) if key not in RAW_KEYS else 0
-        tokenizer = _tokenizer(options.model, options.cache_dir)
-        lengths = count_tokens(tokenizer, [text[:MAX_CHARACTERS] for text in captions])
-        numbers.update(("tokens", key, min(int(length), MAX_TOKENS)) for length in lengths)
-    counts.numbers = +numbers
-    counts.hashes = {name: [np.array(values, dtype=np.uint64)] for name, values in hashes.items()}
+        counts.numbers["refused", key] = sum(map(is_refusal, captions)) if key not in RAW_KEYS else 0
+        lengths = count_tokens(_tokenizer(*tokenizer), [text[:MAX_CHARACTERS] for text in captions])
+        counts.numbers.update(("tokens", key, min(int(length), MAX_TOKENS)) for length in lengths)
     return number, counts
-
-
-def _captions(record: dict, options: Options) -> dict[str, list[str]]:
-    texts = {
-        key: [t.strip() for t in cell_texts(record.get(key), options.lists)] for key in options.caption_keys(record)
-    }
-    return {key: captions for key, captions in texts.items() if captions}
 
 
 def _look_at(completely: bool, source: bytes | str) -> tuple[tuple[int, int], int]:
@@ -179,14 +186,6 @@ def _look_at(completely: bool, source: bytes | str) -> tuple[tuple[int, int], in
             return image.size if orientation_of(image) < 5 else image.size[::-1], image_hash
     except Exception as error:
         raise as_broken(error, source) from error
-
-
-def _pick(counts: Counts, sample: RawSample, found: dict[str, list[str]], options: Options) -> None:
-    """Keeps the samples whose names come first in a pseudo-random order that depends on the seed."""
-    order = hash_text(f"{options.seed}/{sample.source}/{sample.key}")
-    if len(counts.picked) < options.num_picked or options.num_picked and order < counts.picked[-1][0]:
-        picked = [*counts.picked, (order, sample.source, sample.key, found, _thumbnail(sample))]
-        counts.picked = heapq.nsmallest(options.num_picked, picked, key=lambda p: p[0])
 
 
 def _thumbnail(sample: RawSample) -> bytes | None:

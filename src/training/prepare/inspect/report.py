@@ -2,6 +2,7 @@
 
 import base64
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,17 @@ def summarise(counts: Counts, context_lengths: list[int]) -> dict:
         counts: counts of the whole set.
         context_lengths: context lengths, for each of which the fraction of longer captions is computed.
     """
-    captions, samples, bad = {}, counts.of("caption"), counts.of("bad")
-    for key in sorted(samples, key=lambda k: (-samples[k], k)):
+    captions, bad = {}, counts.of("bad")
+    for key, samples in sorted(counts.of("caption").items(), key=lambda item: (-item[1], item[0])):
         tokens = counts.of("tokens", key)
         number = tokens.total()
         longer = {str(n): sum(c for length, c in tokens.items() if length > n) for n in context_lengths}
         captions[key] = {
-            "samples": samples[key],
+            "samples": samples,
             "captions": number,
             "refused": counts.numbers["refused", key],
             "mean_tokens": round(sum(length * c for length, c in tokens.items()) / number, 2),
-            "token_quantiles": {str(q): _quantile(tokens, q) for q in (*QUANTILES, 1.0)},
+            "token_quantiles": _quantiles(tokens, (*QUANTILES, 1.0)),
             "truncated_share": {n: round(count / number, 6) for n, count in longer.items()},
             "token_histogram": {str(length): tokens[length] for length in sorted(tokens)},
         }
@@ -48,32 +49,28 @@ def summarise(counts: Counts, context_lengths: list[int]) -> dict:
         "longest_counted": MAX_TOKENS,
         "image_width": _range(counts.of("width")),
         "image_height": _range(counts.of("height")),
-        "duplicates": {name: _num_repeated(arrays) for name, arrays in sorted(counts.hashes.items())},
+        "duplicates": {name: len(values) - len(np.unique(values)) for name, values in sorted(counts.hashes.items())},
     }
 
 
-def _quantile(numbers: Counter, q: float) -> int:
-    """Returns a quantile of the values that occur as often as `numbers` says."""
+def _quantiles(numbers: Counter, quantiles: Sequence[float]) -> dict[str, int]:
+    """Returns quantiles of the values that occur as often as `numbers` says."""
     values = sorted(numbers)
     ends = np.cumsum([numbers[value] for value in values])
-    return values[int(np.searchsorted(ends, q * numbers.total()))]
+    return {str(q): values[np.searchsorted(ends, q * ends[-1])] for q in quantiles}
 
 
 def _range(numbers: Counter) -> dict[str, int]:
     if not numbers:
         return {}
-    return {"min": min(numbers)} | {f"quantile_{q}": _quantile(numbers, q) for q in QUANTILES} | {"max": max(numbers)}
-
-
-def _num_repeated(arrays: list[np.ndarray]) -> int:
-    """Returns how many values are repetitions of another."""
-    values = np.concatenate(arrays) if arrays else np.zeros(0)
-    return int(len(values) - len(np.unique(values)))
+    quantiles = {f"quantile_{q}": value for q, value in _quantiles(numbers, QUANTILES).items()}
+    return {"min": min(numbers)} | quantiles | {"max": max(numbers)}
 
 
 def describe(report: dict) -> str:
     """Returns the report as text for the terminal."""
-    lines = [f"{report['samples']:,} samples in {report['shards']:,} shards, {report['usable']:,} usable"]
+    places = {kind: report.get(kind) for kind in ("shards", "tables", "folders")}
+    lines = [f"{report['samples']:,} samples in {format_counts(places)}, {report['usable']:,} usable"]
     lines.append(f"bad: {format_counts(report['bad'])}")
     if report["miscounted"]:
         url, counts = next(iter(report["miscounted"].items()))
@@ -98,12 +95,8 @@ def describe(report: dict) -> str:
 def write_html(path: Path, picked: list[tuple], title: str) -> None:
     """Writes a page of samples; all text from the data is escaped."""
     samples = [
-        {
-            "name": f"{shard}/{key}",
-            "captions": captions,
-            "image": base64.b64encode(image).decode() if image else None,
-        }
-        for _, shard, key, captions, image in picked
+        {"name": f"{source}/{key}", "captions": captions, "image": base64.b64encode(image or b"").decode()}
+        for _, source, key, captions, image in picked
     ]
     with atomic_write(path) as temporary:
         temporary.write_text(render_page(TEMPLATE, title=title, samples=samples), encoding="utf-8", errors="replace")

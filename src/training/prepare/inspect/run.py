@@ -5,43 +5,38 @@ on the order.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from training.model.assembly.factory import get_tokenizer
-from training.prepare.inspect.counts import BROKEN, Counts, Options, count_part, open_parts
+from training.prepare.inspect.counts import BROKEN, Counts, Data, count_part, open_parts
 from training.prepare.inspect.report import describe, summarise, write_html
 from training.prepare.work import items_of_job, processes, write_json
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if shards can't be read to their end."""
-    of_tables = args.csv_img_key, args.csv_separator, args.caption_keys or (), args.caption_lists
-    of_report = args.model, args.cache_dir, args.show, args.seed, args.read_images
-    options = Options(args.shards, *of_tables, *of_report)
-    parts = open_parts(options)
+    data = Data(args.shards, args.csv_img_key, args.csv_separator, args.caption_keys or ())
+    parts, report = open_parts(data)
     chosen = items_of_job(range(len(parts)), args.shard_range, {})
     tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir)
     lengths = sorted({*args.context_lengths, tokenizer.context_length})
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     total, broken, miscounted = Counts(), [], {}
+    rules = {"lists": args.caption_lists, "tokenizer": (args.model, args.cache_dir), "read_images": args.read_images}
+    count = partial(count_part, data=data, **rules, show=args.show, seed=args.seed)
     with processes(args.workers) as parallel:
-        jobs = [(options, number) for number in chosen]
-        for number, counts in parallel(count_part, jobs, len(jobs), "counting", "shard"):
+        for number, counts in parallel(count, chosen, len(chosen), "counting", "part"):
             total.add(counts, args.show)
             name, size, found = parts[number].name, parts[number].size, counts.numbers["samples",]
             if any(counts.numbers["bad", kind] for kind in BROKEN):
                 broken.append(name)
             if size not in (None, found):
                 miscounted[name] = {"sizes.json": size, "samples": found}
-    report = {"shards": len(chosen), "broken_shards": sorted(broken)} | summarise(total, lengths)
-    report |= {
-        "miscounted": dict(sorted(miscounted.items())),
-        "model": args.model,
-        "context_length": tokenizer.context_length,
-    }
-    write_json(out / "inspect.json", report)
+    report = report | {"parts": len(chosen), "broken_shards": sorted(broken)} | summarise(total, lengths)
+    report |= {"miscounted": dict(sorted(miscounted.items())), "model": args.model}
+    write_json(out / "inspect.json", report | {"context_length": tokenizer.context_length})
     write_html(out / "samples.html", total.picked, args.shards)
-    print(describe(report))
-    print(f"{out}: inspect.json, samples.html ({len(total.picked)} samples)")
+    print(f"{describe(report)}\n{out}: inspect.json, samples.html ({len(total.picked)} samples)")
     return 1 if broken else 0
