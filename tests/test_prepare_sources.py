@@ -52,9 +52,10 @@ def write_data(folder: Path, form: str) -> object:
     return f"hf:{folder / 'hub'}"
 
 
-@pytest.mark.parametrize("form", ["jsonl", "folder", "hub"])
-def test_inspect_reads_tables_and_folders_as_training_does(tmp_path, form):
+@pytest.mark.parametrize(("form", "place"), [("jsonl", "1 tables"), ("folder", "1 folders"), ("hub", "1 tables")])
+def test_inspect_reads_tables_and_folders_as_training_does(tmp_path, form, place, capsys):
     counted = inspect(write_data(tmp_path, form), tmp_path / "out")
+    assert capsys.readouterr().out.startswith(f"{NUM} samples in {place}, {NUM} usable\n")
     assert counted["samples"] == counted["usable"] == counted["with_short_caption"] == NUM
     caption = counted["captions"]["caption"]
     assert (caption["samples"], caption["captions"]) == (NUM, 2 * NUM)

@@ -69,7 +69,7 @@ def _range(numbers: Counter) -> dict[str, int]:
 
 def describe(report: dict) -> str:
     """Returns the report as text for the terminal."""
-    places = {kind: report.get(kind) for kind in ("shards", "tables", "folders")}
+    places = {kind: report.get(kind, 0) for kind in ("shards", "tables", "folders")}
     lines = [f"{report['samples']:,} samples in {format_counts(places)}, {report['usable']:,} usable"]
     lines.append(f"bad: {format_counts(report['bad'])}")
     if report["miscounted"]:

@@ -17,7 +17,7 @@ from training.prepare.work import items_of_job, processes, write_json
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0, or 1 if shards can't be read to their end."""
     data = Data(args.shards, args.csv_img_key, args.csv_separator, args.caption_keys or ())
-    parts, report = open_parts(data)
+    parts, places = open_parts(data)
     chosen = items_of_job(range(len(parts)), args.shard_range, {})
     tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir)
     lengths = sorted({*args.context_lengths, tokenizer.context_length})
@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
                 broken.append(name)
             if size not in (None, found):
                 miscounted[name] = {"sizes.json": size, "samples": found}
-    report = report | {"parts": len(chosen), "broken_shards": sorted(broken)} | summarise(total, lengths)
+    if args.shard_range:  # numbers of shards, or of parts of tables
+        places = {kind: min(number, len(chosen)) for kind, number in places.items()}
+    report = places | {"broken_shards": sorted(broken)} | summarise(total, lengths)
     report |= {"miscounted": dict(sorted(miscounted.items())), "model": args.model}
     write_json(out / "inspect.json", report | {"context_length": tokenizer.context_length})
     write_html(out / "samples.html", total.picked, args.shards)
