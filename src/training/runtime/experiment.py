@@ -57,19 +57,28 @@ class Experiment:
         """
         return {}
 
+    def model_class(self, kind: type) -> Any:
+        """Returns the class of the forward pass of training, called with the same arguments.
+
+        Args:
+            kind: `training.model.towers.train_model.TrainModel`; a subclass of it adds outputs, which the loss gets by
+                name, such as `PatchModel` in the same file.
+        """
+        return kind
+
     def make_loss(self, loss: Any, core: Any) -> Any:
         """Returns the loss: a function, or a module, whose parameters are trained, averaged over ranks and saved.
 
         Args:
             loss: the loss that the flags describe; ``loss(image_features, text_features, logit_scale, ...,
                 output_dict=True)`` returns its terms by name, whose sum is minimised.
-            core: the two-tower model.
+            core: the two-tower model. A part of it that the loss calls may be a submodule of the loss, too.
         """
         return loss
 
-    def make_stepper(self, stepper: Any) -> Any:
-        """Returns the object that computes steps, a `training.train.step.Stepper` or an instance of a subclass."""
-        return stepper
+    def stepper_class(self, kind: type) -> Any:
+        """Returns the class that computes steps: `training.train.step.Stepper`, or a subclass of it."""
+        return kind
 
 
 @cache

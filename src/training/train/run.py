@@ -195,15 +195,22 @@ def make_stepper(
 ) -> Stepper:
     """Builds the `Stepper`, and adds the parameters of an experiment's loss to the optimizer."""
     experiment = experiment or Experiment(args)
+    corners, pixels = [entry.corners for entry in caption_rule(args).texts], core.visual.preprocess_cfg
+    whole = experiment.model_class(TrainModel)(core, pixels["mean"], pixels["std"], corners)
     loss = experiment.make_loss(make_loss(args, num_corners(core), env), core)
-    if isinstance(loss, torch.nn.Module) and (trained := dict(loss.to(env.device).named_parameters(LOSS))):
-        options = {"lr": args.lr, "lr_scale": 1.0, "weight_decay": 0.0, "param_names": list(trained)}
-        optimizer.add_param_group({"params": list(trained.values()), **options})
-    corners = [entry.corners for entry in caption_rule(args).texts]
-    whole = TrainModel(core, core.visual.preprocess_cfg["mean"], core.visual.preprocess_cfg["std"], corners)
+    if isinstance(loss, torch.nn.Module):
+        taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        of_loss = {n: p for n, p in loss.to(core.logit_scale.device).named_parameters(LOSS) if p.requires_grad}
+        if own := {name: parameter for name, parameter in of_loss.items() if id(parameter) not in taken}:
+            options = {"lr": args.lr, "lr_scale": 1.0, "weight_decay": 0.0, "param_names": list(own)}
+            optimizer.add_param_group({"params": list(own.values()), **options})
+        # `Stepper.backward` averages them over ranks, also those of parts of the model that only the loss calls.
+        ids = {id(parameter) for parameter in of_loss.values()}
+        shared = [name for name, parameter in whole.named_parameters() if id(parameter) in ids]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, shared)
     if args.torchcompile:
         compile_layers(core, only_images=args.torchcompile == "image")
-    stepper = Stepper(
+    return experiment.stepper_class(Stepper)(
         model=_over_ranks(whole, env),
         core=core,
         loss=loss,
@@ -217,7 +224,6 @@ def make_stepper(
         average_statistics=statistics_average(core, env),
         corners=corner_places(corners, num_corners(core)),
     )
-    return experiment.make_stepper(stepper)
 
 
 def _schedule(

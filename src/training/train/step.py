@@ -1,6 +1,6 @@
 """One optimizer step: forward, loss, backward, update; with gradient accumulation over micro-batches.
 
-To change a part, subclass `Stepper` and return an instance of your class from `Experiment.make_stepper`.
+To change a part, subclass `Stepper` and return your class from `Experiment.stepper_class`.
 None of its methods may read a tensor on the host (``if tensor``, ``.item()``, boolean indexing), because on a GPU the
 host would wait for all computations that it has started.
 """
@@ -20,7 +20,7 @@ from training.data.batch import FIELD
 from training.model.towers.corner import cosine_with_cls
 from training.model.towers.locking import BATCH_NORMS
 from training.runtime.distributed import DistEnv
-from training.train.grad_cache import GradCache
+from training.train.grad_cache import GradCache, in_fp32
 
 LOGIT_SCALE_MAX = math.log(100)
 IMAGE_INPUTS = ("image", "image_features")
@@ -40,9 +40,9 @@ class Stepper:
         scaler: gradient scaler for float16; None otherwise.
         max_norm: maximum norm of the gradient; None does not clip.
         max_over_ranks: replaces a tensor on the device by its largest values of all ranks.
-        locked_images: for an image tower that is not trained: ``image`` or ``image_features`` -> normalised features.
-            It runs once per image, separately from `model`; the features are gathered while the text tower computes.
-            None if images go through `model`.
+        locked_images: `TrainModel.encode_images` of an image tower that is not trained. It runs once per image,
+            separately from `model`; the features are gathered while the text tower computes. None if images go through
+            `model`.
         average_statistics: called after each step, see `statistics_average`.
         corners: indices of [CLS] and the corners among the text features, see `corner.corner_places`.
     """
@@ -56,7 +56,7 @@ class Stepper:
     scaler: torch.amp.GradScaler | None = None
     max_norm: float | None = None
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda flags: flags
-    locked_images: Callable[..., torch.Tensor] | None = None
+    locked_images: Callable[..., dict[str, torch.Tensor]] | None = None
     average_statistics: Callable[[], None] = lambda: None
     corners: tuple[list[int], list[int]] = ((), ())
     cache: GradCache | None = field(default=None, init=False)
@@ -189,10 +189,12 @@ class Stepper:
             return micro_batches, {}
         images = [{name: batch[name] for name in IMAGE_INPUTS if name in batch} for batch in micro_batches]
         with self.arithmetic(), self.autocast():
-            features = [self.locked_images(**inputs).float() for inputs in images]
+            outputs = [in_fp32(self.locked_images(**inputs)) for inputs in images]
         rest = [{name: value for name, value in batch.items() if name not in IMAGE_INPUTS} for batch in micro_batches]
-        batches = [{"image_features": rows} | others for rows, others in zip(features, rest)]
-        return batches, {"early": self.loss.gather_early(torch.cat(features))}
+        batches = [{"image_features": output["image_features"]} | others for output, others in zip(outputs, rest)]
+        for_loss = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        features, gather_early = for_loss.pop("image_features"), getattr(self.loss, "gather_early", None)
+        return batches, for_loss | ({"early": gather_early(features)} if gather_early else {})
 
 
 def statistics_average(model: nn.Module, env: DistEnv) -> Callable[[], None]:

@@ -22,8 +22,11 @@ class TrainModel(nn.Module):
     Args:
         model: a `LotlipCLIP`, or any open_clip model (which gives one feature per caption).
         mean, std: per channel, to normalise uint8 images.
-        corners: for each text of a sample, whether it contributes all m + 1 features or only [CLS]; None: all features
-            of all texts but the first.
+        corners: for each text of a sample, whether it contributes all m + 1 features or only [CLS]; further texts
+            contribute only [CLS]. None: all features of all texts but the first.
+
+    An experiment subclasses it to add outputs for its loss, see `PatchModel`. Each output has one row per image or is a
+    scalar, so that micro-batches can be joined.
     """
 
     def __init__(
@@ -36,8 +39,9 @@ class TrainModel(nn.Module):
         super().__init__()
         self.model, self.corners = model, corners
         self.text = text_encoder(model)
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        device = model.logit_scale.device
+        self.register_buffer("mean", torch.tensor(mean, device=device)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std, device=device)[:, None, None], persistent=False)
         # The only convolution of a vision transformer cuts patches, for which the order of pixels does not matter.
         self.is_convolutional = sum(isinstance(module, nn.Conv2d) for module in model.visual.modules()) > 1
         self.image_is_locked = not any(p.requires_grad for p in model.visual.parameters())
@@ -71,8 +75,8 @@ class TrainModel(nn.Module):
             ``image_features`` [batch, dim]; ``text_features`` [batch, T, dim], or [batch, dim] if K = 0; both
             normalised; ``logit_scale``, exponentiated; ``logit_bias`` if the model has one.
         """
-        image_features = self.encode_images(image, image_features)
-        batch = len(image_features)
+        output = self.encode_images(image, image_features)
+        batch = len(output["image_features"])
         if packed_text is not None:
             features = self.text.packed_features(packed_text)
             short, long = features[:batch], features[batch:]
@@ -81,33 +85,56 @@ class TrainModel(nn.Module):
             long = short[:0] if long_text is None else self.text.features(long_text.flatten(0, 1))
         texts = [short, *long.unflatten(0, (batch, -1)).unbind(1)] if len(long) else [short]  # [batch, m + 1, dim] each
         corners = self.corners or (False, *[True] * (len(texts) - 1))
+        corners = (*corners, *[False] * (len(texts) - len(corners)))
         chosen = [features if wanted else features[:, :1] for features, wanted in zip(texts, corners)]
-        text_features = torch.cat(chosen, dim=1)
-        if text_features.shape[1] == 1:
-            text_features = text_features[:, 0]
-        output = {
-            "image_features": image_features,
-            "text_features": normalize(text_features, dim=-1),
-            "logit_scale": self.model.logit_scale.exp(),
-        }
+        output |= self.text_outputs(torch.cat(chosen, dim=1)) | {"logit_scale": self.model.logit_scale.exp()}
         if getattr(self.model, "logit_bias", None) is not None:
             output["logit_bias"] = self.model.logit_bias
         return output
 
+    def text_outputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the outputs that are made of text features [batch, T, dim], which are not normalised."""
+        return {"text_features": normalize(features if features.shape[1] > 1 else features[:, 0], dim=-1)}
+
     def encode_images(
         self, image: torch.Tensor | None = None, image_features: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Returns normalised features [batch, dim] from images or from cached features; no graph for a locked tower."""
+    ) -> dict[str, torch.Tensor]:
+        """Returns normalised ``image_features`` [batch, dim] of images or of cached features.
+
+        For a locked tower there is no graph, and this is called apart from `forward`, which then gets the result.
+        """
         if image_features is not None:
             head = linear_head(self.model.visual)
             image_features = image_features.float()
-            return normalize(image_features if head is None else head(image_features), dim=-1)
+            return {"image_features": normalize(image_features if head is None else head(image_features), dim=-1)}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_is_locked):
-            return self.model.encode_image(self._pixels(image), normalize=True)
+            return self.image_outputs(self.pixels(image))
 
-    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+    def image_outputs(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the outputs that are made of images [batch, 3, H, W], with normalised ``image_features``."""
+        return {"image_features": self.model.encode_image(pixels, normalize=True)}
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns images as the tower takes them: normalised, in its dtype."""
         dtype = next(self.model.visual.parameters()).dtype
         memory_format = torch.channels_last if images.is_cuda and self.is_convolutional else torch.contiguous_format
         if images.dtype == torch.uint8:
             return normalise_pixels(images, self.mean, self.std, dtype, memory_format)
         return images.to(dtype, memory_format=memory_format)
+
+
+class PatchModel(TrainModel):
+    """A `TrainModel` whose output has ``patch_features`` [batch, num_patches, dim], too, from the same pass.
+
+    They are those of the last layer after its norm, projected like the pooled token, and not normalised. The image
+    tower is a vision transformer of open_clip, or one of timm with a `linear_head`. Cached features have no patches.
+    """
+
+    def image_outputs(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `TrainModel.image_outputs`."""
+        visual = self.model.visual
+        found = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        (patches,) = found["image_intermediates"]
+        projection = getattr(visual, "proj", None)
+        patches = linear_head(visual)(patches) if projection is None else patches @ projection
+        return {"image_features": normalize(found["image_features"], dim=-1), "patch_features": patches}
