@@ -14,7 +14,7 @@ from training.flags import eval as evaluation
 from training.flags import model, open_clip, train
 from training.flags.config import config_words, format_config
 from training.flags.effects import Effects, describe_idle, idle_flags
-from training.flags.types import Flags, Switch
+from training.flags.types import Flags, HelpFormatter, Switch
 from training.runtime.experiment import load_experiment
 
 EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *open_clip.EFFECTS, *evaluation.EFFECTS)
@@ -49,21 +49,6 @@ class Parser(argparse.ArgumentParser):
     def actions(self) -> dict[str, argparse.Action]:
         """The action of each flag, by the flag's name with its hyphens."""
         return dict(self._option_string_actions)  # argparse has no public name for it
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows only the form of a switch that changes its default, and the defaults of other flags."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not isinstance(action, Switch):
-            return super()._format_action_invocation(action)
-        return ", ".join(action.negatives if action.default else action.option_strings[: len(action.negatives)])
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        absent = action.default is False or action.default in (None, "", (), [], argparse.SUPPRESS)
-        if absent or isinstance(action, Switch) or "default" in action.help:
-            return action.help
-        return f"{action.help} (default: %(default)s)"
 
 
 class _Help(argparse.Action):
@@ -129,7 +114,7 @@ def build_parser(everything: bool = True) -> Parser:
         prog=PROG,
         usage="%(prog)s [--FLAG VALUE ...]",
         description=DESCRIPTION,
-        formatter_class=_Formatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
         add_help=False,
         epilog=EPILOG,

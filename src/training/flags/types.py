@@ -7,7 +7,7 @@ from typing import Any
 
 from dataloaders.values import names, positive_numbers, whole_number
 
-__all__ = ["Flags", "Switch", "json_object", "names", "not_negative", "positive", "positive_numbers"]
+__all__ = ["Flags", "HelpFormatter", "Switch", "json_object", "names", "not_negative", "positive", "positive_numbers"]
 
 
 class Switch(argparse.Action):
@@ -21,6 +21,21 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, option_string not in self.negatives)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows only the form of a switch that changes its default, and the defaults of other flags."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not isinstance(action, Switch):
+            return super()._format_action_invocation(action)
+        return ", ".join(action.negatives if action.default else action.option_strings[: len(action.negatives)])
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        absent = action.default is False or action.default in (None, "", (), [], argparse.SUPPRESS)
+        if absent or isinstance(action, Switch) or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class Flags:
     """A group of flags in --help.
 
@@ -29,7 +44,8 @@ class Flags:
     """
 
     def __init__(self, parser: argparse.ArgumentParser, title: str):
-        self.add_argument = parser.add_argument_group(title).add_argument
+        self.group = parser.add_argument_group(title)
+        self.add_argument = self.group.add_argument
 
     def switch(self, flags: str, text: str, default: bool | None = False) -> None:
         """Adds a flag without a value; see `Switch`."""

@@ -66,11 +66,11 @@ def find_columns(where: str, header: Sequence[str], args: argparse.Namespace) ->
         pairs = (pair.partition("=") for pair in given)
         return {checked(name, flag): target or name for name, _, target in pairs}
 
-    longs = several(args.long_columns, LONG_NAMES, "--long-columns")
-    shorts = several(args.short_columns, SHORT_NAMES, "--short-columns")
+    longs = several(args.long_caption_keys, LONG_NAMES, "--long-columns")
+    shorts = several(args.short_caption_keys, SHORT_NAMES, "--short-columns")
     raw_names = [name for name in RAW_NAMES if name not in longs and name not in shorts]
     url, key = single(args.url_column, URL_NAMES, "--url-column"), single(args.key_column, (KEY,), "--key-column")
-    columns = Columns(url, key, single(args.raw_column, raw_names, "--raw-column"), longs, shorts)
+    columns = Columns(url, key, single(args.raw_caption_keys, raw_names, "--raw-column"), longs, shorts)
     if not url and not key:
         raise ValueError(f"{where}: no column of image URLs (--url-column) or keys (--key-column); it has {found}")
     if not columns.captions:
