@@ -163,25 +163,6 @@ def test_their_optimizer_is_taken_over_parameter_by_parameter():
     assert {group["betas"] for group in ours.param_groups} == {(0.9, 0.95)}
 
 
-def test_the_optimizer_of_an_earlier_version_is_taken_over():
-    """It has one group per tower and decay, in the order of the model, without names."""
-    model = training.create_model("lotlip_tiny", pretrained_text=False)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups: dict = {}
-    for name, parameter in trained.items():
-        tower = "image" if name.startswith("visual.") else "scalar" if name.startswith("logit_") else "text"
-        decays = parameter.ndim >= 2 and not any(word in name for word in ("bn", "ln", "bias"))
-        groups.setdefault((tower, decays), []).append(parameter)
-    earlier = torch.optim.AdamW([{"params": members} for members in groups.values()])
-    for number, parameter in enumerate(trained.values()):
-        parameter.grad = torch.full_like(parameter, number + 1.0)
-    earlier.step()
-    now = make_optimizer(parameter_groups(model, 1e-3, 0.1, None, None), "adamw", 1e-3, (0.9, 0.95), 1e-8)
-    load_optimizer_state(now, earlier.state_dict(), model.state_dict(), dict(model.named_parameters()))
-    assert len(groups) == 5 and len(now.param_groups) == 2
-    assert all(torch.equal(now.state[p]["exp_avg"], earlier.state[p]["exp_avg"]) for p in trained.values())
-
-
 def test_a_checkpoint_of_other_locked_parts_is_refused(theirs, table, model, tmp_path, capsys):
     start = theirs / "checkpoints" / "epoch_10.pt"
     assert main(words(table, model, tmp_path, "run", "--resume", start, "--lock-image")) == 2

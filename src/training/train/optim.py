@@ -33,13 +33,13 @@ def parameter_groups(
         Groups with ``lr_scale``, the group's rate relative to the base rate, and ``param_names``, which the optimizer
         saves with its state.
     """
-    rates = {"image": image_lr or lr, "text": text_lr or lr, "scalar": lr}
     groups: dict[tuple[bool, float], dict] = {}
     exempt = model.no_weight_decay() if timm_rule and hasattr(model, "no_weight_decay") else ()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay, rate = _decays(name, parameter) and name not in exempt, rates[_tower(name)]
+        tower_lr = image_lr if name.startswith("visual.") else None if name.startswith("logit_") else text_lr
+        decay, rate = _decays(name, parameter) and name not in exempt, tower_lr or lr
         options = {"weight_decay": weight_decay if decay else 0.0, "lr": rate, "lr_scale": rate / lr}
         group = groups.setdefault((decay, rate), {"params": [], "param_names": [], **options})
         group["params"].append(parameter)
@@ -49,10 +49,6 @@ def parameter_groups(
 
 def _decays(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2 and not any(word in name for word in ("bn", "ln", "bias"))
-
-
-def _tower(name: str) -> str:
-    return "image" if name.startswith("visual.") else "scalar" if name.startswith("logit_") else "text"
 
 
 def load_optimizer_state(
@@ -73,14 +69,11 @@ def load_optimizer_state(
     """
     trained = {name: parameters[name] for group in optimizer.param_groups for name in group["param_names"]}
     names = _saved_names(saved["param_groups"], {name: trained[name] for name in saved_order if name in trained})
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    if [len(group) for group in names] != [len(group["params"]) for group in saved["param_groups"]]:
-        raise ValueError(
-            f"its optimizer has {len(numbers)} parameters, the flags train {len(trained)}: --lock-* differ"
-        )
-    state = {name: saved["state"][number] for name, number in zip(sum(names, []), numbers) if number in saved["state"]}
-    if state and state.keys() != trained.keys():
-        raise ValueError("its optimizer has other parameters than the flags train: --lock-* differ")
+    numbers = [group["params"] for group in saved["param_groups"]]
+    named = zip(sum(names, []), sum(numbers, []))
+    state = {name: saved["state"][number] for name, number in named if number in saved["state"]}
+    if list(map(len, names)) != list(map(len, numbers)) or state and state.keys() != trained.keys():
+        raise ValueError(f"its optimizer has other parameters than the {len(trained)} to train: --lock-* differ")
     for name, entries in state.items():
         shapes = [list(entries[key].shape) for key in ("exp_avg", "momentum_buffer") if key in entries]
         if shapes and shapes[0] != (shape := list(trained[name].shape)):
@@ -102,17 +95,12 @@ def _saved_names(groups: list[dict], trained: dict[str, torch.Tensor]) -> list[l
     """Returns the names of each saved group's parameters.
 
     Args:
-        groups: saved groups, with names, or without names as saved by open_clip's trainer or earlier versions of this
-            project.
+        groups: saved groups, with names, or without names as saved by open_clip's trainer.
         trained: trainable parameters by name, in the order of the model that was saved.
     """
     if all("param_names" in group for group in groups):
         return [group["param_names"] for group in groups]
-    names: dict[object, list[str]] = {False: [], True: []} if len(groups) == 2 else {}
-    for name, parameter in trained.items():
-        decays = _decays(name, parameter)
-        names.setdefault(decays if len(groups) == 2 else (_tower(name), decays), []).append(name)
-    return list(names.values())
+    return [[name for name, p in trained.items() if _decays(name, p) == decays] for decays in (False, True)]
 
 
 def make_optimizer(
