@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tabulate import tabulate
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -171,7 +172,7 @@ def trace(
         block_numbers: of the loss, see `blockwise.block_size`.
     """
     ledger = Ledger()
-    with _fake_group(env.world_size), FakeTensorMode(allow_non_fake_inputs=True):
+    with _fake_group(env), FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(core)
         if args.grad_checkpointing:
             core.set_grad_checkpointing()
@@ -211,14 +212,9 @@ def trace(
 
 
 @contextmanager
-def _fake_group(world_size: int) -> Iterator[None]:
-    """Context of a process group that sends nothing; of none for one process."""
-    if world_size == 1:
-        yield
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+def _fake_group(env: DistEnv) -> Iterator[None]:
+    """Context of a process group that sends nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=env.rank, world_size=env.world_size)
     try:
         yield
     finally:
