@@ -34,11 +34,6 @@ class Totals:
         self.num_seen += other.num_seen
         self.faults.update(other.faults)
 
-    def clear(self) -> None:
-        """Sets all counts to 0."""
-        self.num_seen = 0
-        self.faults.clear()
-
     @property
     def num_bad(self) -> int:
         """Number of skipped samples."""

@@ -5,11 +5,10 @@ This is pure arithmetic. An epoch is a sequence of **slots**, each of which hold
 - slot: one place in the order of an epoch.
 - span: consecutive slots of an epoch, as a source reads them.
 - share: the spans of an epoch that one process trains on, and how far it has come in them.
-- position: how far all processes have come in an epoch.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -68,51 +67,10 @@ class Share:
             return cut(self.left, begin, end), batches[worker]
         return [Span(begin, end, 0, end - begin)] if begin < end else [], batches[worker]
 
-
-@dataclass(frozen=True)
-class EpochPosition:
-    """How far all processes have come in an epoch.
-
-    Attributes:
-        world_size, num_workers, batch_size, num_batches: how the epoch was divided.
-        batches_done: number of batches that each process has done.
-        slots_done: for each rank and worker, the number of slots read for these batches.
-        left: see `Share`.
-    """
-
-    world_size: int
-    num_workers: int
-    batch_size: int
-    num_batches: int
-    batches_done: int
-    slots_done: tuple[tuple[int, ...], ...]
-    left: tuple[Span, ...] = ()
-
-    @classmethod
-    def from_dict(cls, content: dict) -> "EpochPosition":
-        """Restores what `to_dict` returned, also after it was written to a file."""
-        slots_done = tuple(map(tuple, content["slots_done"]))
-        left = tuple(Span(*span) for span in content["left"])
-        return cls(**{**content, "slots_done": slots_done, "left": left})
-
-    def to_dict(self) -> dict:
-        """Returns only numbers and tuples, for a checkpoint."""
-        return asdict(self) | {"left": tuple(map(tuple, self.left))}
-
-    def same_division(self, world_size: int, num_workers: int, batch_size: int) -> bool:
-        """Returns whether these processes can continue in the same order, because the epoch is divided the same way."""
-        return (self.world_size, self.num_workers, self.batch_size) == (world_size, num_workers, batch_size)
-
-    def share(self, rank: int) -> Share:
-        """Returns the share of one process, which continues from this position in the same order."""
-        done = self.batches_done, self.slots_done[rank]
-        return Share(self.batch_size, self.num_batches, rank, self.world_size, *done, self.left)
-
-    def unread(self) -> tuple[Span, ...]:
-        """Returns the spans that no process has read."""
-        unread = []
-        for rank in range(self.world_size):
-            for worker in range(self.num_workers):
-                spans, _ = self.share(rank).of_worker(worker, self.num_workers)
-                unread += cut(spans, self.slots_done[rank][worker], count_slots(spans))
-        return tuple(unread)
+    def unread(self) -> list[Span]:
+        """Returns the spans that this process has not read."""
+        spans = []
+        for worker, num_done in enumerate(self.slots_done):
+            of_worker, _ = self.of_worker(worker, len(self.slots_done))
+            spans += cut(of_worker, num_done, count_slots(of_worker))
+        return spans

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from training.eval.encode import ComputeOptions, Encoder
 from training.eval.retrieval import RetrievalWork
 from training.model.assembly.factory import EncoderParts
 from training.runtime.arithmetic import get_random_state, set_random_state
-from training.runtime.distributed import DistEnv, gather_objects, on_main_rank, stop_together
+from training.runtime.distributed import DistEnv, gather_objects, on_main_rank
 from training.runtime.stop import EXIT_STOPPED, SIGNALS, StoppedError
 from training.runtime.tracking import Tracker
 from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
@@ -114,13 +113,12 @@ class Trainer:
         args = self.args
         self.folder = self.plan.folder / CHECKPOINTS
         self.writer = CheckpointWriter(self.folder, self.plan.resume)  # only used on rank 0
-        self.saved_step: int | None = None
         self.next_epoch: EpochBatches | None = None
         self.num_prefetched = PREFETCH * args.workers // args.accum_freq  # in steps
         self.save_is_due, self.saved_at = False, time.monotonic()
         lag = 1 if self.env.device.type == "cuda" else 0
-        last_good = partial(getattr, self.writer, "last_good")
-        self.flags = StepFlags(self.plan.folder, self.env.rank, lag, args.max_skipped_steps, last_good)
+        per_epoch, most = self.division.steps_per_epoch, args.max_skipped_steps
+        self.flags = StepFlags(self.plan.folder, self.env.rank, lag, per_epoch, most, self.writer)
 
     def run(self) -> int:
         """Trains.
@@ -135,14 +133,12 @@ class Trainer:
             NoUsableSampleError: this rank's loader found no usable sample; raised only on this rank.
         """
         SIGNALS.defer()
-        code, per_epoch = 0, self.division.steps_per_epoch
+        code = 0
         with ExitStack() as stack:
             if self.env.is_main:
                 self._introduce(stack)
-            self.log = StepLog(
-                self.env, self.tracker, self.progress.totals, self.args.log_every_n_steps,
-                per_epoch * self.args.epochs, per_epoch, self.args.max_bad_samples, self.flops,
-            )  # fmt: skip
+            per_epoch, totals = self.division.steps_per_epoch, self.progress.totals
+            self.log = StepLog(self.env, self.tracker, totals, self.args, per_epoch, self.flops)
             try:
                 while self.progress.epoch < self.args.epochs:
                     self._train_epoch()
@@ -182,18 +178,15 @@ class Trainer:
             StoppedError: see `run`.
         """
         progress, stepper, log = self.progress, self.stepper, self.log
-        accum_freq = self.args.accum_freq
         batches = (self.next_epoch or self._open_epoch(progress)).begin()
         self.next_epoch = None
         stepper.model.train()
-        last_step = progress.step + (progress.share.num_batches - progress.share.batches_done) // accum_freq
+        last_step = (progress.epoch + 1) * self.division.steps_per_epoch
         with log.epoch(progress.step):
-            while progress.step < last_step:
-                number = progress.step + 1
-
+            for number in range(progress.step + 1, last_step + 1):
                 self.watchdog.at(number, WAITING)
                 with log.waiting():
-                    micro_batches = [next(batches) for _ in range(accum_freq)]
+                    micro_batches = [next(batches) for _ in range(self.args.accum_freq)]
                 if last_step - number <= self.num_prefetched and self.next_epoch is None:
                     # The processes of this epoch have read their last batch.
                     upcoming = progress.next_epoch(self.division)
@@ -210,8 +203,6 @@ class Trainer:
                 keys = [log.add_batch(batch) for batch, _ in micro_batches]
                 log.add_step(number, stepper.report(output, terms, norm, flags), lr)
                 stop, save = self.flags.add(number, flags, sum(keys, []))
-                if number == last_step:
-                    stop, save = map(max, (stop, save), self.flags.finish())
 
                 if save or stop:
                     self._save([f"step_{number}.pt"])
@@ -257,7 +248,7 @@ class Trainer:
         try:
             self._evaluate(done, validates, retrieves)
         except StoppedError as stop:
-            if self.saved_step != self.progress.step:
+            if not is_saving:
                 self._save([f"step_{self.progress.step}.pt"])
             raise StoppedError(f"{stop} while evaluating after epoch {done}; resuming repeats the evaluation") from stop
         self.progress = self.progress.next_epoch(self.division)
@@ -272,9 +263,7 @@ class Trainer:
         self.stepper.model.eval()
         metrics = {}
         if validates:
-            model = getattr(self.stepper.model, "module", self.stepper.model)
-            autocast, stops = self.stepper.autocast, partial(stop_together, env)
-            result = validate(self.val, self.val_loss, self.args.batch_size, model, autocast, env, stops)
+            result = validate(self.val, self.val_loss, self.args.batch_size, self.stepper, env)
             metrics |= {f"val/{name}": value for name, value in result.items()}
             if env.is_main:
                 shown = ", ".join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v:,}" for n, v in result.items())
@@ -290,11 +279,10 @@ class Trainer:
         """Passes all ranks' state to the writer; training continues as soon as the state is copied."""
         self.watchdog.at(self.progress.step, SAVING)
         self.save_is_due, self.saved_at = False, time.monotonic()
-        self.saved_step = self.progress.step
         state = {
             "slots_done": self.progress.share.slots_done,
             "random_state": get_random_state(),
-            "totals": self.log.new.to_dict(),
+            "totals": self.log.new,
         }
         states = gather_objects(state, self.env)
         if not self.env.is_main:

@@ -10,8 +10,7 @@ import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from training.data.faults import Totals
-from training.data.position import EpochPosition, Share, Span, count_slots
-from training.runtime.distributed import DistEnv
+from training.data.position import Share, Span, count_slots
 from training.train.checkpoint import copy_to_cpu, load_checkpoint
 from training.train.optim import load_optimizer_state
 
@@ -21,28 +20,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Division:
-    """How this run divides an epoch into steps and batches.
+    """How this run divides its data into epochs, steps and batches.
 
     Attributes:
-        steps_per_epoch: number of optimizer steps of a whole epoch.
-        batch_size: number of samples of a micro-batch on one process.
+        whole: this process's share of a whole epoch.
         accum_freq: number of micro-batches per step.
-        num_workers: number of parts into which a process's share is divided.
         data: fingerprint of the data, their order and the seed.
-        env: this process.
     """
 
-    steps_per_epoch: int
-    batch_size: int
+    whole: Share
     accum_freq: int
-    num_workers: int
     data: str
-    env: DistEnv
 
-    def share(self, num_steps: int, left: tuple[Span, ...] = ()) -> Share:
-        """Returns this process's share of the next steps of an epoch, of which the spans in `left` are unread."""
-        num_batches, slots_done = num_steps * self.accum_freq, (0,) * self.num_workers
-        return Share(self.batch_size, num_batches, self.env.rank, self.env.world_size, 0, slots_done, left)
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps of a whole epoch."""
+        return self.whole.num_batches // self.accum_freq
 
 
 @dataclass
@@ -66,8 +59,7 @@ class Progress:
     @classmethod
     def at_epoch(cls, epoch: int, division: Division, totals: Totals | None = None) -> "Progress":
         """Returns the progress at the beginning of an epoch."""
-        share = division.share(division.steps_per_epoch)
-        return cls(epoch, epoch * division.steps_per_epoch, share, totals or Totals())
+        return cls(epoch, epoch * division.steps_per_epoch, division.whole, totals or Totals())
 
     def next_epoch(self, division: Division) -> "Progress":
         """Returns the progress at the beginning of the next epoch."""
@@ -81,30 +73,32 @@ class Progress:
         self.share = replace(self.share, batches_done=batches_done, slots_done=tuple(slots_done.values()))
 
     def to_content(self, states: Sequence[dict], division: Division) -> dict:
-        """Returns the entries of a checkpoint.
+        """Returns the entries of a checkpoint, without classes of this project.
 
         Args:
             states: ``slots_done``, ``random_state`` and ``totals`` since the last log line of each rank.
             division: division of this run.
         """
-        totals = Totals.from_dict(self.totals.to_dict())
-        for state in states:
-            totals.add(Totals.from_dict(state["totals"]))
-        content = {"epoch": self.epoch, "step": self.step, "totals": totals.to_dict()}
-        share = self.share
-        if self.step == self.epoch * division.steps_per_epoch and not share.batches_done:
-            return content | {"position": None}
-        slots_done = tuple(tuple(state["slots_done"]) for state in states)
-        position = EpochPosition(
-            share.world_size, division.num_workers, share.batch_size, share.num_batches, share.batches_done, slots_done,
-            share.left,
-        )  # fmt: skip
+        totals = Totals()
+        for counts in (self.totals, *(state["totals"] for state in states)):
+            totals.add(counts)
+        content = {"epoch": self.epoch, "step": self.step, "totals": totals.to_dict(), "position": None}
+        if self.share == division.whole:
+            return content
+        of_ranks = {"left": tuple(map(tuple, self.share.left)), "slots_done": [state["slots_done"] for state in states]}
         return content | {
-            "position": position.to_dict(),
+            "position": vars(self.share) | of_ranks,
             "accum_freq": division.accum_freq,
             "data": division.data,
             "random_states": [state["random_state"] for state in states],
         }
+
+
+def _shares(position: dict) -> list[Share]:
+    """Returns the shares of all ranks that `Progress.to_content` wrote."""
+    names = ("batch_size", "num_batches", "world_size", "batches_done")
+    same = {name: position[name] for name in names} | {"left": tuple(Span(*span) for span in position["left"])}
+    return [Share(rank=rank, slots_done=tuple(done), **same) for rank, done in enumerate(position["slots_done"])]
 
 
 def start_from(content: dict, path: object, division: Division) -> Progress:
@@ -122,33 +116,35 @@ def start_from(content: dict, path: object, division: Division) -> Progress:
         ValueError: the checkpoint is within an epoch of other data, or of the data in another order.
     """
     totals = Totals.from_dict(content["totals"]) if "totals" in content else Totals()
-    env = division.env
+    whole, epoch = division.whole, content["epoch"]
     if not content.get("position"):
-        if env.is_main:
+        if not whole.rank:
             _compare_steps(content, path, division)
-        return Progress.at_epoch(content["epoch"], division, totals)
+        return Progress.at_epoch(epoch, division, totals)
     if content["data"] != division.data:
         raise ValueError(
             f"--resume {path}: saved within an epoch of other data or another order; give the same --train-data, "
             "--train-num-samples, --seed, --shuffle-window and --shuffle-shards, or resume from an epoch_N.pt"
         )
-    position, epoch = EpochPosition.from_dict(content["position"]), content["epoch"]
-    same_step = content["accum_freq"] == division.accum_freq
-    if same_step and position.same_division(env.world_size, division.num_workers, division.batch_size):
-        random_state = copy_to_cpu(content["random_states"][env.rank])
-        return Progress(epoch, content["step"], position.share(env.rank), totals, random_state)
-    left = position.unread()
-    per_step = division.batch_size * division.accum_freq * env.world_size
-    num_steps = count_slots(left) // per_step
-    if env.is_main:
+    shares = _shares(content["position"])
+    then, now = (
+        (share.world_size, len(share.slots_done), share.batch_size, accum_freq)
+        for share, accum_freq in ((shares[0], content["accum_freq"]), (whole, division.accum_freq))
+    )
+    if then == now:
+        random_state = copy_to_cpu(content["random_states"][whole.rank])
+        return Progress(epoch, content["step"], shares[whole.rank], totals, random_state)
+    left = tuple(span for share in shares for span in share.unread())
+    per_step = whole.batch_size * division.accum_freq * whole.world_size
+    num_steps, num_unfit = divmod(count_slots(left), per_step)
+    if not whole.rank:
         logger.warning(
-            f"{path} was saved by {position.world_size} processes x {position.num_workers} workers with batches of "
-            f"{position.batch_size} x {content['accum_freq']}: the remaining {count_slots(left):,} samples of epoch "
-            f"{epoch + 1} come in another order, in {num_steps:,} steps of {per_step:,}; "
-            f"{count_slots(left) - num_steps * per_step:,} of them do not fill a step and are left out"
+            "{} was saved by {} processes x {} workers with batches of {} x {}: ".format(path, *then)
+            + f"the remaining {count_slots(left):,} samples of epoch {epoch + 1} come in another order, in "
+            f"{num_steps:,} steps of {per_step:,}; {num_unfit:,} of them do not fill a step and are left out"
         )
-    step = (epoch + 1) * division.steps_per_epoch - num_steps
-    return Progress(epoch, step, division.share(num_steps, left), totals)
+    share = replace(whole, num_batches=num_steps * division.accum_freq, left=left)
+    return Progress(epoch, (epoch + 1) * division.steps_per_epoch - num_steps, share, totals)
 
 
 def _compare_steps(content: dict, path: object, division: Division) -> None:

@@ -19,6 +19,7 @@ from training.data.faults import TooManyBadSamplesError
 from training.data.features import feature_info
 from training.data.loader import NoUsableSampleError
 from training.data.open import caption_rule, open_source, open_train_data
+from training.data.position import Share
 from training.data.shards import Source
 from training.eval.results import run_name
 from training.eval.retrieval import RetrievalWork, plan_benchmarks
@@ -90,7 +91,9 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     optimizer = optimizer_from_flags(args, core)
     scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
     order = f"{source.fingerprint()}, {args.train_num_samples or source.num_samples} samples an epoch"
-    division = Division(steps_per_epoch, args.batch_size, args.accum_freq, max(1, args.workers), order, env)
+    unread = (0,) * max(1, args.workers)
+    share = Share(args.batch_size, steps_per_epoch * args.accum_freq, env.rank, env.world_size, slots_done=unread)
+    division = Division(share, args.accum_freq, order)
     experiment = experiment_of(args)
     stepper = make_stepper(args, core, optimizer, scaler, env, experiment)
     start = Progress.at_epoch(0, division)

@@ -2,30 +2,38 @@
 
 import json
 from collections import deque
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from training.runtime.files import append_line
+from training.train.checkpoint import CheckpointWriter
 
 MAX_RECORDS = 100
 
 
+@dataclass
 class StepFlags:
     """Reads the flags of each step and acts on skipped ones. On a GPU one step late, so that no step waits for another.
 
-    Args:
+    Attributes:
         folder: LOGS/NAME; samples of skipped steps are written to ``skipped_steps_rankR.jsonl`` in this folder.
         rank: rank of this process.
         lag: number of steps by which the flags are read late: 0 or 1.
+        steps_per_epoch: number of steps of an epoch, at whose end nothing is read late.
         max_in_a_row: maximum number of consecutive skipped steps, whose loss or gradient was not finite.
-        last_good: returns the last good checkpoint, for the message.
+        writer: its last good checkpoint is named in the message.
     """
 
-    def __init__(self, folder: Path, rank: int, lag: int, max_in_a_row: int, last_good: Callable[[], Path | None]):
-        self.path = folder / f"skipped_steps_rank{rank}.jsonl"
-        self.lag, self.max_in_a_row, self.last_good = lag, max_in_a_row, last_good
+    folder: Path
+    rank: int
+    lag: int
+    steps_per_epoch: int
+    max_in_a_row: int
+    writer: CheckpointWriter
+
+    def __post_init__(self) -> None:
         self.pending: deque[tuple[int, torch.Tensor, torch.cuda.Event | None, list[str]]] = deque()
         self.in_a_row = self.total = 0
 
@@ -49,21 +57,14 @@ class StepFlags:
             flags = flags.to("cpu", non_blocking=True)
             copied.record()
         self.pending.append((step, flags, copied, keys))
-        return self._read(self.lag)
-
-    def finish(self) -> tuple[bool, bool]:
-        """Reads the remaining steps; see `add`."""
-        return self._read(0)
-
-    def _read(self, keep: int) -> tuple[bool, bool]:
         stop = save = False
-        while len(self.pending) > keep:
-            step, flags, copied, keys = self.pending.popleft()
+        while len(self.pending) > (self.lag if step % self.steps_per_epoch else 0):
+            step_read, flags, copied, keys = self.pending.popleft()
             if copied is not None:
                 copied.synchronize()
             skipped, *asked = map(bool, flags.tolist())
             stop, save = map(max, (stop, save), asked)
-            self._count(skipped, step, keys)
+            self._count(skipped, step_read, keys)
         return stop, save
 
     def _count(self, skipped: bool, step: int, keys: list[str]) -> None:
@@ -72,10 +73,10 @@ class StepFlags:
             return
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         if self.total <= MAX_RECORDS:
-            append_line(self.path, json.dumps({"step": step, "keys": keys}))
+            append_line(self.folder / f"skipped_steps_rank{self.rank}.jsonl", json.dumps({"step": step, "keys": keys}))
         if self.in_a_row > self.max_in_a_row:
             raise FloatingPointError(
                 f"step {step:,}: loss or gradient not finite for {self.in_a_row} steps in a row "
-                f"(--max-skipped-steps {self.max_in_a_row}); last good checkpoint: {self.last_good() or 'none'}; "
-                f"samples of these steps: {self.path.parent}/skipped_steps_rank*.jsonl"
+                f"(--max-skipped-steps {self.max_in_a_row}); last good checkpoint: {self.writer.last_good or 'none'}; "
+                f"samples of these steps: {self.folder}/skipped_steps_rank*.jsonl"
             )

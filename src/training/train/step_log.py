@@ -1,5 +1,6 @@
 """Log lines during training: loss, speed, waiting for data, padding, skipped samples, remaining time."""
 
+import argparse
 import logging
 import math
 import sys
@@ -41,7 +42,7 @@ def log_bad_sample(kind: str, name: str, num_logged: Counter) -> None:
 
 @dataclass
 class StepLog:
-    """Collects metrics on every rank, reduces them over ranks every `every` steps, and writes them on rank 0.
+    """Collects metrics on every rank; reduces them every ``--log-every-n-steps`` steps, and writes them on rank 0.
 
     Loss terms stay on the device between two log lines, so that no step waits for them.
 
@@ -49,23 +50,20 @@ class StepLog:
         env: this process.
         tracker: writer of metrics on rank 0; None on the other ranks.
         totals: samples of all ranks since the start; updated at every log line.
-        every: number of steps per log line.
-        total_steps: number of steps of the whole training.
+        args: flags.
         steps_per_epoch: number of steps of an epoch.
-        max_bad_samples: maximum tolerated fraction of bad samples.
         flops: FLOPs of the model, to log the utilisation of the device; None does not log it.
     """
 
     env: DistEnv
     tracker: Tracker | None
     totals: Totals
-    every: int
-    total_steps: int
+    args: argparse.Namespace
     steps_per_epoch: int
-    max_bad_samples: float
     flops: ModelFlops | None
 
     def __post_init__(self) -> None:
+        self.total_steps = self.steps_per_epoch * self.args.epochs
         self.new = Totals()  # samples of this rank since the last log line
         self.num_logged: Counter[str] = Counter()
         self._reset()
@@ -105,7 +103,7 @@ class StepLog:
         return batch.keys
 
     def add_step(self, step: int, report: dict[str, torch.Tensor], lr: float) -> None:
-        """Adds a step's metrics; logs every `every` steps and at the end of an epoch.
+        """Adds a step's metrics; logs every ``--log-every-n-steps`` steps and at the end of an epoch.
 
         Args:
             step: number of steps done.
@@ -122,7 +120,7 @@ class StepLog:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.steps += 1
         self.bar.update()
-        if step % self.every == 0 or step % self.steps_per_epoch == 0:
+        if step % self.args.log_every_n_steps == 0 or step % self.steps_per_epoch == 0:
             self._log(step, lr)
             self._reset()
             self._check_totals()
@@ -151,10 +149,10 @@ class StepLog:
         """Returns the means of the report's entries over steps and ranks; adds all ranks' samples to the totals."""
         # Only here does training wait for the current step; `StepFlags` lags one step behind.
         sums = torch.stack([value.float() for value in self.sums.values()]).cpu().double()
-        ranks = gather_objects((sums, self.new.to_dict()), self.env)
+        ranks = gather_objects((sums, self.new), self.env)
         for _, new in ranks:
-            self.totals.add(Totals.from_dict(new))
-        self.new.clear()
+            self.totals.add(new)
+        self.new = Totals()
         means = dict(zip(self.sums, (sum(sums for sums, _ in ranks) / self.env.world_size).tolist()))
         num_skipped = means.pop("skipped_steps")
         taken = self.steps - num_skipped
@@ -163,10 +161,10 @@ class StepLog:
 
     def _check_totals(self) -> None:
         totals = self.totals
-        if totals.num_seen >= FEW_SAMPLES and totals.num_bad > self.max_bad_samples * totals.num_seen:
+        if totals.num_seen >= FEW_SAMPLES and totals.num_bad > self.args.max_bad_samples * totals.num_seen:
             raise TooManyBadSamplesError(
-                f"{totals.describe()}: more than --max-bad-samples {self.max_bad_samples:g}. The first samples of each "
-                "kind are named above; correct the data, or raise the limit"
+                f"{totals.describe()}: more than --max-bad-samples {self.args.max_bad_samples:g}. The first samples of "
+                "each kind are named above; correct the data, or raise the limit"
             )
 
     def _line(self, step: int, m: dict) -> str:

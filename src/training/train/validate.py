@@ -19,33 +19,24 @@ from training.eval.results import format_table, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, gather_objects
+from training.runtime.distributed import DistEnv, gather_objects, stop_together
 from training.runtime.messages import or_warn
 from training.train.grad_cache import is_row_wise
+from training.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def validate(
-    data: TrainData,
-    loss: Callable,
-    batch_size: int,
-    model: torch.nn.Module,
-    autocast: Callable,
-    env: DistEnv,
-    before_batch: Callable[[], None],
-) -> dict[str, float]:
+def validate(data: TrainData, loss: Callable, batch_size: int, stepper: Stepper, env: DistEnv) -> dict[str, float]:
     """Evaluates a model on ``--val-data``; every usable sample counts exactly once, for any number of ranks.
 
     Args:
         data: the samples, read with the evaluation transform, with the captions that epoch 0 selects.
         loss: the training loss, for a single process with the whole batch.
         batch_size: number of samples of a rank that the loss compares with each other.
-        model: a `TrainModel`, in eval mode.
-        autocast: returns the context of the forward pass.
+        stepper: holds the model, in eval mode.
         env: this process.
-        before_batch: called before each batch, the same number of times on every rank; may raise on all of them.
 
     Returns:
         The mean over samples of each loss term and of ``loss``; ``num_samples`` and ``skipped``; R@1 in both directions
@@ -53,7 +44,9 @@ def validate(
 
     Raises:
         NoUsableSampleError: all samples are bad.
+        StoppedError: a rank received a signal; raised on all ranks.
     """
+    model = getattr(stepper.model, "module", stepper.model)  # the ranks' numbers of batches differ, so not DDP
     num_samples, num_bad = data.source.num_samples, 0
     num_batches = math.ceil(num_samples / (batch_size * env.world_size))
     height = math.ceil(num_samples / (num_batches * env.world_size))  # as even as possible
@@ -62,10 +55,10 @@ def validate(
     outputs: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(env.world_size)]  # of each rank
     batches = iter(data.loader(0, share, pin=env.device.type == "cuda", refill=False))
     for _ in range(num_batches):
-        before_batch()
+        stop_together(env)
         batch, output = next(batches, None), None  # a rank with a smaller share may have no batch left at the end
         if batch and batch.keys:
-            with autocast():
+            with stepper.autocast():
                 output = {name: value.float().cpu() for name, value in model(**batch.inputs_on(env.device)).items()}
         found = gather_objects((output, len(batch.bad_samples) if batch else 0), env)
         for of_rank, (output, bad) in zip(outputs, found):
