@@ -64,7 +64,17 @@ def test_peak_memory_is_that_of_a_real_step(scenes, more):
 
 def test_the_plan_of_two_processes(scenes, tmp_path, capsys):
     path = tmp_path / "plan.json"
-    more = ["--dry-run", "--dry-run-ranks", "2", "--dry-run-gpu", "A100", "--dry-run-json", str(path)]
+    more = [
+        "--dry-run",
+        "--precision",
+        "fp32",
+        "--dry-run-ranks",
+        "2",
+        "--dry-run-gpu",
+        "A100",
+        "--dry-run-json",
+        str(path),
+    ]
     assert main([*flags(scenes, *more), "--text-views", "raw,long*3", "--logs", str(tmp_path / "logs")]) == 0
     plan, shown = json.loads(path.read_text()), capsys.readouterr().out
     assert not (tmp_path / "logs").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from training.flags.model import OF_MODEL, OF_TOKENIZER
 from training.flags.parser import build_parser, parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,7 @@ runpy.run_module("{module}", run_name="__main__")
 
 def test_every_flag_has_help_and_a_reader():
     read = {"config", "print_config"}  # by the parser itself
+    read |= {*OF_TOKENIZER, *OF_MODEL}  # as arguments of the functions that make a model
     benchmarks = (ROOT / "dataloaders").glob("*.py")
     for path in [*(ROOT / "src" / "training").rglob("*.py"), *benchmarks]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from training.flags.model import AUTO
 from training.flags.parser import parse_args
 from training.runtime.messages import print_any_name
 from training.runtime.processes import end_process
@@ -44,12 +45,16 @@ def _run(args: argparse.Namespace) -> int:
             from training.train.dry_run import dry_run as work
         elif args.train_data:
             from training.train.run import train as work
+        elif args.val_data:
+            from training.train.validate_weights import validate_weights as work
         else:
             from training.eval.run import evaluate as work
     try:
         with failing_with(2, ValueError):
-            check_device(args.device)
+            is_gpu = check_device(args.device).type == "cuda"
             check_launch()
+        if args.precision == AUTO:  # in training as in open_clip; results of evaluations don't depend on the device
+            args.precision = "amp" if args.train_data and (is_gpu or args.dry_run) else "fp32"
         return work(args)
     except RunFailedError as error:
         print_error(error)

@@ -27,15 +27,16 @@ def view(args: argparse.Namespace) -> dict[str, object]:
     """
     import torch
 
+    from training.flags.model import tokenizer_arguments
     from training.model.assembly.factory import create_model, get_tokenizer
     from training.model.names.resolve import resolve_weights
     from training.model.towers.text_tower import special_attention
 
     resolve_weights(args.model, args.pretrained, args.cache_dir)  # reports a wrong name before anything is built
-    overrides = {"num_corner_tokens": args.num_corner_tokens, "context_length": args.context_length}
-    tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir, **overrides)
+    overrides = tokenizer_arguments(vars(args))
+    tokenizer = get_tokenizer(args.model, **overrides)
     torch.manual_seed(0)
-    model = create_model(args.model, args.pretrained, cache_dir=args.cache_dir, **overrides).eval()
+    model = create_model(args.model, args.pretrained, **overrides).eval()
     ids = tokenizer([args.caption])
     attention = special_attention(getattr(model, "text", model), ids, args.layer)[0]  # [m + 1, seq_len]
     words = tokenizer.words(ids[0].tolist())

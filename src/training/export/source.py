@@ -11,6 +11,7 @@ from PIL import Image
 
 from dataloaders.scene_drawing import draw_scene, make_scene
 from training.eval.results_table import read_lines
+from training.flags.model import model_arguments, tokenizer_arguments
 from training.model.assembly.factory import create_model_and_transforms, get_tokenizer
 from training.model.names.config import CONFIG_FILE, LOCAL_DIR
 from training.model.names.transformers_clip import HF
@@ -94,16 +95,13 @@ def load_source(path: str, args: argparse.Namespace) -> Source:
 
 
 def _load(name: str, weights: Path | None, title: str, flags: dict, results: dict, args: argparse.Namespace) -> Source:
-    overrides = {
-        key: getattr(args, key) if getattr(args, key) is not None else flags.get(key)
-        for key in ("num_corner_tokens", "context_length", "cache_dir")
-    }
-    extra = {}
+    flags = flags | {key: value for key, value in vars(args).items() if value is not None}
+    changes = model_arguments(flags)
     if weights and "logit_bias" in read_state_dict(weights):
-        extra["init_logit_bias"] = 0.0  # builds a model that has a logit_bias
+        changes["init_logit_bias"] = 0.0  # builds a model that has a logit_bias
     pretrained = str(weights) if weights else None
-    model, _, preprocess = create_model_and_transforms(name, pretrained, **overrides, **extra)
-    tokenizer = get_tokenizer(name, **overrides)
+    model, _, preprocess = create_model_and_transforms(name, pretrained, **changes)
+    tokenizer = get_tokenizer(name, **tokenizer_arguments(flags))
     return Source(model.eval(), preprocess, tokenizer, title, weights, flags, results)
 
 

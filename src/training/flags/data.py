@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from training.data.captions import LONG_KEYS, RAW_KEYS
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW
 from training.data.views import Entry, parse_views, views_by_flags
-from training.flags.effects import TRAINING, TRAINING_MEANT, Condition
+from training.flags.effects import ALWAYS, DATA, TRAINING, TRAINING_MEANT, Condition
 from training.flags.types import Flags, names
 from training.readers.samples import INDEX_CACHE
 from training.readers.table_files import names_csv, names_tables
@@ -28,24 +28,21 @@ _SHORT = Condition(
     "without a text from short captions; see --text-views", lambda args: reads(caption_entries(args), "short")
 )
 _OWN_DATA = Condition(
-    "without --train-data, --retrieval-table or --retrieval-wds",
-    lambda args: args.train_data or args.retrieval_table or args.retrieval_wds,
+    "without --train-data, --val-data, --retrieval-table or --retrieval-wds",
+    lambda args: DATA.holds(args) or args.retrieval_table or args.retrieval_wds,
 )
 _BY_FLAGS = Condition("with --text-views; omit one or the other", lambda args: not args.text_views, refused=True)
 
 EFFECTS = (
-    (TRAINING_MEANT, "--val-data --extract-image-features"),
+    (ALWAYS, "--val-data"),
+    (TRAINING_MEANT, "--extract-image-features"),
     (_TABLE, "--csv-img-key"),
     (_CSV, "--csv-separator"),
     (TRAINING, "--train-data --train-num-samples --dataset-resampled --train-data-upsampling-factors"),
-    (TRAINING, "--train-sizes --index-cache"),
-    (
-        TRAINING,
-        "--shuffle-window --shuffle-shards --feature-views --strong-augment --aug-cfg --num-long-captions --captions",
-    ),
-    (TRAINING, "--sub-caption-sentences --raw-caption-keys --short-caption-keys --long-caption-keys"),
+    (TRAINING, "--train-sizes --shuffle-window --shuffle-shards --feature-views --strong-augment --aug-cfg"),
+    (DATA, "--index-cache --num-long-captions --captions --sub-caption-sentences --text-views"),
+    (DATA, "--raw-caption-keys --short-caption-keys --long-caption-keys"),
     (_SHARDS, "--shuffle-window --shuffle-shards --train-sizes --index-cache"),
-    (TRAINING, "--text-views"),
     (_BY_FLAGS, "--num-long-captions --captions --sub-caption-sentences"),
     (LONG, "--num-long-captions --sub-caption-sentences --long-caption-keys"),
     (_SHORT, "--short-caption-keys"),
@@ -112,7 +109,11 @@ def _add_common_data_args(group: Flags) -> None:
         "tables (.csv, .tsv, .json, .jsonl, .parquet, .arrow), folders of these or of images with NAME.txt, or "
         "hf:ORG/NAME:SPLIT; or synthetic[:TOKENS], made on the spot",
     )
-    group.text("--val-data", "DATA", "data for loss and R@1 during training, in any format of --train-data")
+    group.text(
+        "--val-data",
+        "DATA",
+        "data for loss and R@1 during training, or of --pretrained without --train-data; in any format of --train-data",
+    )
     group.count("--train-num-samples", None, "samples per epoch (default: all of --train-data)")
     group.text(
         "--csv-img-key --image-key",

@@ -28,6 +28,8 @@ Effects = tuple[tuple[Condition, str], ...]
 
 ALWAYS = Condition("", lambda args: True)
 TRAINING = Condition("without --train-data", lambda args: args.train_data)
+DATA = Condition("without --train-data or --val-data", lambda args: args.train_data or args.val_data)
+DATA_MEANT = Condition(DATA.otherwise, DATA.holds, refused=True)
 TRAINING_MEANT = Condition("without --train-data", lambda args: args.train_data, refused=True)
 STEPS = Condition("with --extract-image-features, which does not train", lambda args: not args.extract_image_features)
 STEPS_MEANT = Condition(STEPS.otherwise, STEPS.holds, refused=True)

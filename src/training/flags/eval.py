@@ -193,7 +193,7 @@ def validate_eval_args(args: argparse.Namespace) -> None:
         if not _value(args, known[protocol]):
             raise ValueError(f"--protocol {protocol}: no effect without {known[protocol]}; add it or omit both")
     if args.features:
-        flags = [*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data"]
+        flags = [*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data", "--val-data"]
         flags += [] if asks_about_texts(args) else ["--pretrained"]
         others = [flag for flag in flags if _value(args, flag)]
         if others:

@@ -3,7 +3,7 @@
 import argparse
 
 from training.flags import data
-from training.flags.effects import STEPS, STEPS_MEANT, TRAINING, TRAINING_MEANT, Condition, Effects
+from training.flags.effects import DATA, DATA_MEANT, STEPS, STEPS_MEANT, TRAINING, TRAINING_MEANT, Condition, Effects
 from training.flags.types import Flags
 
 _SEVERAL = Condition(
@@ -12,15 +12,18 @@ _SEVERAL = Condition(
 )
 _VARIANCE = Condition("without --long-text-variance", lambda args: args.long_text_variance is not None)
 _FLAGS = (
-    "--short-loss-weight --long-loss-weight --local-loss --gather-with-grad --label-smoothing --loss-normalisation "
-    "--short-image-components --long-text-variance --long-text-variance-weight --logit-scale --lock-logit-scale"
+    "--short-loss-weight --long-loss-weight --label-smoothing --loss-normalisation --short-image-components "
+    "--long-text-variance --long-text-variance-weight"
 )
+_OF_STEPS = "--local-loss --gather-with-grad --logit-scale --lock-logit-scale"
 
 EFFECTS: Effects = (
-    (TRAINING_MEANT, "--siglip --gather-dtype"),
+    (DATA_MEANT, "--siglip"),
+    (TRAINING_MEANT, "--gather-dtype"),
     (STEPS_MEANT, "--gather-dtype"),
-    (TRAINING, _FLAGS),
-    (STEPS, _FLAGS),
+    (DATA, _FLAGS),
+    (TRAINING, _OF_STEPS),
+    (STEPS, f"{_FLAGS} {_OF_STEPS}"),
     (_VARIANCE, "--long-text-variance-weight"),
     (data.LONG, "--long-text-variance --long-text-variance-weight"),
     (_SEVERAL, "--short-loss-weight --long-loss-weight --loss-normalisation --short-image-components"),

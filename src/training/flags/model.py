@@ -2,12 +2,12 @@
 
 import argparse
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from training.flags.effects import ALWAYS, MODEL, TRAINING, Condition
-from training.flags.types import Flags
+from training.flags.types import Flags, positive
 
+AUTO = "auto"
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16", "amp_bfloat16")
 _OUT_OF_TRAINING = Condition(
     "in training, where captions come with their images", lambda args: not args.train_data, refused=True
@@ -20,17 +20,38 @@ EFFECTS = (
     (TRAINING, "--lock-text --lock-text-unlocked-layers --lock-text-freeze-layer-norm"),
     (MODEL, "--model --pretrained --cache-dir --precision --num-corner-tokens --context-length"),
     (MODEL, "--pretrained-image --pretrained-text --image-decoding --exif-rotation --text-packing"),
+    (MODEL, "--force-context-length --force-image-size --force-quick-gelu --force-custom-text"),
+    (MODEL, "--image-mean --image-std --image-interpolation --image-resize-mode"),
+    (TRAINING, "--force-patch-dropout"),
+)
+# Flags that are arguments of `create_model_and_transforms`; `get_tokenizer` takes the first ones.
+OF_TOKENIZER = ("cache_dir", "num_corner_tokens", "context_length", "force_context_length")
+OF_MODEL = (
+    *("force_image_size", "force_patch_dropout", "force_quick_gelu", "force_custom_text"),
+    *("image_mean", "image_std", "image_interpolation", "image_resize_mode"),
 )
 
 
-class _ModelConfig(argparse.Action):
-    """``--model-config FILE`` is equivalent to ``--model config:FILE``."""
+def _model_config(_: object, namespace: argparse.Namespace, file: str, *__: object) -> None:
+    namespace.model = f"config:{file}"
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
-        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **kwargs)
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
-        namespace.model = f"config:{values}"
+def tokenizer_arguments(flags: Mapping[str, object]) -> dict[str, object]:
+    """Returns the arguments of `get_tokenizer` that the flags set; flags that are not in the mapping are left out."""
+    return {name: flags[name] for name in OF_TOKENIZER if name in flags}
+
+
+def model_arguments(flags: Mapping[str, object]) -> dict[str, object]:
+    """Returns the arguments of `create_model_and_transforms` with which the flags change a model or its preprocessing.
+
+    Args:
+        flags: by their names in the namespace; the ``params.json`` of an earlier version may lack some.
+    """
+    changes = {name: flags[name] for name in OF_MODEL if flags.get(name) not in (None, False)}
+    if len(size := changes.get("force_image_size", ())) == 1:
+        changes["force_image_size"] = size[0]
+    changes |= {name: 3 * changes[name] for name in ("image_mean", "image_std") if len(changes.get(name, ())) == 1}
+    return tokenizer_arguments(flags) | changes
 
 
 def add_model_args(parser: argparse.ArgumentParser, everything: bool) -> None:
@@ -59,11 +80,11 @@ def _add_common_model_args(group: Flags) -> None:
         "hf-hub:ORG/REPO, or hf:FOLDER and hf:ORG/REPO for transformers' CLIP and SigLIP (default: %(default)s)",
         default="ViT-B-32",
     )
-    group.add_argument(
+    group.calls(
         "--model-config",
-        action=_ModelConfig,
+        _model_config,
+        "instead of --model: your own architecture, a JSON file in the format of open_clip's model configs",
         metavar="FILE",
-        help="instead of --model: your own architecture, a JSON file in the format of open_clip's model configs",
     )
     group.text(
         "--pretrained",
@@ -74,9 +95,10 @@ def _add_common_model_args(group: Flags) -> None:
     group.text("--cache-dir", "DIR", "folder for downloaded weights and tokenizers, which is searched first")
     group.choice(
         "--precision",
-        PRECISIONS,
-        "fp32",
-        "numbers of weights and activations (default: %(default)s; on a CPU: fp32, bf16, pure_bf16, amp_bf16)",
+        (AUTO, *PRECISIONS),
+        AUTO,
+        "numbers of weights and activations; auto: amp in a training on a GPU, otherwise fp32 (default: %(default)s; "
+        "on a CPU: fp32, bf16, pure_bf16, amp_bf16)",
     )
     group.add_argument(
         "--pretrained-image",
@@ -99,11 +121,35 @@ def _add_more_model_args(group: Flags) -> None:
         "--num-corner-tokens", None, "number of corner tokens of the text tower (default: the model's)", metavar="M"
     )
     group.count(
-        "--context-length --force-context-length",
+        "--context-length",
         None,
         "maximum number of tokens of a text (default: the model's); a larger number interpolates pretrained position "
-        "embeddings",
+        "embeddings behind the first 20, as Long-CLIP does",
         metavar="L",
+    )
+    group.count(
+        "--force-context-length",
+        None,
+        "the same, but positions of open_clip's models are interpolated as open_clip does",
+        metavar="L",
+    )
+    group.numbers("--force-image-size", "height and width of images, one number if equal", "PIXELS", type=positive)
+    group.number("--force-patch-dropout", None, "fraction of image patches that a training step leaves out")
+    group.switch("--force-quick-gelu", "QuickGELU as activation, as in OpenAI's models")
+    group.switch("--force-custom-text", "keep the text tower of a CLIP apart, in model.text, as for other text towers")
+    group.numbers("--image-mean", "mean of the pixels' values in 0..1, one number or three (default: the model's)", "M")
+    group.numbers("--image-std", "standard deviation of the pixels' values (default: the model's)", "S")
+    group.choice(
+        "--image-interpolation",
+        ("bicubic", "bilinear", "random"),
+        None,
+        "interpolation of resized images (default: the model's)",
+    )
+    group.choice(
+        "--image-resize-mode",
+        ("shortest", "longest", "squash"),
+        None,
+        "which side of an image gets the model's size in evaluation; squash: both (default: the model's)",
     )
 
 
@@ -193,8 +239,18 @@ def validate_model_args(args: argparse.Namespace) -> None:
         raise ValueError("--lock-image-unlocked-groups and --lock-image-freeze-bn-stats need --lock-image")
     if (args.lock_text_unlocked_layers or args.lock_text_freeze_layer_norm) and not args.lock_text:
         raise ValueError("--lock-text-unlocked-layers and --lock-text-freeze-layer-norm need --lock-text")
-    if args.context_length is not None and args.context_length < (args.num_corner_tokens or 0) + 3:
-        raise ValueError(f"--context-length {args.context_length}: the special tokens leave no room for text")
+    if args.context_length and args.force_context_length:
+        raise ValueError("--context-length and --force-context-length exclude each other")
+    for flag, length in (("context", args.context_length), ("force-context", args.force_context_length)):
+        if length and length < (args.num_corner_tokens or 0) + 3:
+            raise ValueError(f"--{flag}-length {length}: the special tokens leave no room for text")
+    numbers = {"force-image-size": (1, 2), "image-mean": (1, 3), "image-std": (1, 3)}
+    for flag, counts in numbers.items():
+        found = getattr(args, flag.replace("-", "_"))
+        if found and len(found) not in counts:
+            raise ValueError(f"--{flag}: expected {counts[0]} or {counts[1]} numbers, found {len(found)}")
+    if args.force_patch_dropout is not None and not 0 <= args.force_patch_dropout < 1:
+        raise ValueError(f"--force-patch-dropout {args.force_patch_dropout:g}: expected at least 0 and less than 1")
     if args.name and (os.sep in args.name or args.name in (".", "..")):
         raise ValueError(f"--name {args.name}: expected a single folder name; use --logs for its parent folder")
     if os.path.exists(args.logs) and not os.path.isdir(args.logs):

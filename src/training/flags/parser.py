@@ -7,14 +7,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from dataloaders.registry import find_below_data_root
 from training.flags import eval as evaluation
 from training.flags import model, open_clip, train
 from training.flags.config import config_words, format_config
 from training.flags.effects import Effects, describe_idle, idle_flags
-from training.flags.types import Flags, HelpFormatter, Switch
+from training.flags.types import Calls, Flags, HelpFormatter, Switch
 from training.runtime.experiment import load_experiment
 
 EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *open_clip.EFFECTS, *evaluation.EFFECTS)
@@ -51,15 +50,14 @@ class Parser(argparse.ArgumentParser):
         return dict(self._option_string_actions)  # argparse has no public name for it
 
 
-class _Help(argparse.Action):
-    """Prints help and exits; `const` says whether to show all flags."""
+def _print_help(parser: Parser, *_: object) -> None:
+    build_parser(everything=False).print_help()
+    parser.exit()
 
-    def __init__(self, option_strings: Sequence[str], dest: str, const: bool, help: str):
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
 
-    def __call__(self, parser: Any, *_: Any) -> None:
-        (parser if self.const else build_parser(everything=False)).print_help()
-        parser.exit()
+def _print_all_help(parser: Parser, *_: object) -> None:
+    parser.print_help()
+    parser.exit()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -120,8 +118,9 @@ def build_parser(everything: bool = True) -> Parser:
         epilog=EPILOG,
     )
     group = parser.add_argument_group("help and config files")
-    group.add_argument("--help", "-h", action=_Help, const=False, help="show the most common flags and exit")
-    group.add_argument("--help-all", action=_Help, const=True, help="show all flags and exit")
+    options = {"action": Calls, "nargs": 0}
+    group.add_argument("--help", "-h", const=_print_help, help="show the most common flags and exit", **options)
+    group.add_argument("--help-all", const=_print_all_help, help="show all flags and exit", **options)
     _add_config_args(group)
     model.add_model_args(parser, everything)
     evaluation.add_eval_args(parser, everything)
@@ -174,9 +173,11 @@ def validate_args(args: argparse.Namespace) -> list[str]:
     """
     train.validate_train_args(args)
     evaluation.validate_eval_args(args)
-    if not evaluation.has_benchmark(args) and not args.train_data and not args.features:
+    if not evaluation.has_benchmark(args) and not args.train_data and not args.val_data and not args.features:
         flags = (*evaluation.RETRIEVAL_FLAGS, *evaluation.ZERO_SHOT_FLAGS, "--features")
-        raise ValueError(f"nothing to do: give --train-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}")
+        raise ValueError(
+            f"nothing to do: give --train-data, --val-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}"
+        )
     model.validate_model_args(args)
     idle = idle_flags(args, vars(build_parser().parse_args([])), EFFECTS)
     for condition, flags in idle.items():

@@ -3,7 +3,7 @@
 import argparse
 
 from training.flags import data, loss
-from training.flags.effects import ALWAYS, STEPS, STEPS_MEANT, TRAINING, TRAINING_MEANT, Condition, Effects
+from training.flags.effects import ALWAYS, DATA, STEPS, STEPS_MEANT, TRAINING, TRAINING_MEANT, Condition, Effects
 from training.flags.eval import has_benchmark
 from training.flags.open_clip import validate_open_clip_args
 from training.flags.types import Flags, names
@@ -176,9 +176,12 @@ def validate_train_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the message names the flag, what was found and what to do.
     """
-    if not args.train_data:
+    if not DATA.holds(args):
         return
     data.validate_data_args(args)
+    loss.validate_loss_args(args)
+    if not args.train_data:
+        return
     validate_open_clip_args(args)
     if set(args.report_to) - set(REPORTERS):
         raise ValueError(
@@ -189,7 +192,6 @@ def validate_train_args(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {value}: expected a local path; --remote-sync URL copies runs to and from a URL")
     if args.resume == "latest" and not args.name:
         raise ValueError("--resume latest needs --name, the run to continue")
-    loss.validate_loss_args(args)
     for name in ("lr", "image_lr", "text_lr", "grad_clip_norm"):
         value = getattr(args, name)
         if value is not None and not value > 0:

@@ -7,7 +7,17 @@ from typing import Any
 
 from dataloaders.values import names, positive_numbers, whole_number
 
-__all__ = ["Flags", "HelpFormatter", "Switch", "json_object", "names", "not_negative", "positive", "positive_numbers"]
+__all__ = [
+    "Calls",
+    "Flags",
+    "HelpFormatter",
+    "Switch",
+    "json_object",
+    "names",
+    "not_negative",
+    "positive",
+    "positive_numbers",
+]
 
 
 class Switch(argparse.Action):
@@ -34,6 +44,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if absent or isinstance(action, Switch) or "default" in action.help:
             return action.help
         return f"{action.help} (default: %(default)s)"
+
+
+class Calls(argparse.Action):
+    """A flag without a value of its own: calls `const` with parser, namespace, the flag's value and its spelling."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: Callable[..., object], **kwargs: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, const=const, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        self.const(parser, namespace, values, option_string)
 
 
 class Flags:
@@ -72,6 +92,14 @@ class Flags:
     ) -> None:
         """Adds any other value, a text unless `type` converts it."""
         self.add_argument(*flags.split(), type=type, default=default, metavar=metavar, help=text)
+
+    def numbers(self, flags: str, text: str, metavar: str, type: Callable[[str], object] = float) -> None:
+        """Adds one or several numbers."""
+        self.add_argument(*flags.split(), type=type, nargs="+", metavar=metavar, help=text)
+
+    def calls(self, flag: str, function: Callable[..., object], text: str, metavar: str = "X", nargs: Any = None):
+        """Adds a flag that calls a function; see `Calls`."""
+        self.add_argument(flag, action=Calls, const=function, metavar=metavar, nargs=nargs, help=text)
 
 
 def positive(text: str) -> int:

@@ -115,16 +115,21 @@ def check_launch() -> None:
         )
 
 
-def check_device(device: str | None) -> None:
-    """Raises ValueError for a device that this machine does not have, instead of falling back silently."""
-    if device is None:
-        return
+def check_device(device: str | None) -> torch.device:
+    """Returns the device that a flag names, by default a GPU if there is one.
+
+    Raises:
+        ValueError: this machine does not have the device.
+    """
+    if device is None:  # no tensor is made, because the process may use another GPU than the first
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.device(device).type
         torch.empty(0, device=kind)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device}: not usable here ({reason}); omit it or use cpu") from error
+    return torch.device(device)
 
 
 class RunFailedError(Exception):

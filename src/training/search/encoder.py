@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from training.eval.encode import ComputeOptions, Encoder
+from training.flags.model import tokenizer_arguments
 from training.model.assembly.factory import EncoderParts, create_model_and_transforms, get_tokenizer
 from training.model.assembly.from_flags import check_precision
 from training.model.names.resolve import resolve_weights
@@ -26,8 +27,7 @@ def make_encoder(args: argparse.Namespace) -> Encoder:
     check_precision(args.precision, device)
     if resolve_weights(args.model, args.pretrained, args.cache_dir) is None:
         logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its results are random.")
-    names = ("cache_dir", "num_corner_tokens", "context_length")
-    overrides = {name: getattr(args, name) for name in names}
+    overrides = tokenizer_arguments(vars(args))
     tokenizer = get_tokenizer(args.model, **overrides)
     torch.manual_seed(0)  # an untrained model has the same weights in every call
     model, train_transform, preprocess = create_model_and_transforms(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from open_clip_train.precision import get_autocast
+from timm.layers import convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
 from training.data.augment import parse_augmentation
@@ -148,6 +149,8 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
 def check_inputs(args: argparse.Namespace, device: torch.device) -> RetrievalWork | None:
     """Checks flags and files that need no folder of the run; returns the benchmarks. Raises like `_check`."""
     check_precision(args.precision, device)
+    if args.use_bn_sync and device.type != "cuda":
+        raise ValueError(f"--use-bn-sync: PyTorch synchronises batch norms on GPUs only, found {device.type}; omit it")
     check_reporters(args.report_to)
     parse_augmentation(args.aug_cfg)
     work = plan_benchmarks(args)
@@ -188,6 +191,12 @@ def num_corners(core: torch.nn.Module) -> int:
     return getattr(getattr(core, "text", None), "num_corners", 0)
 
 
+def wrap_model(args: argparse.Namespace, core: torch.nn.Module, kind: type[TrainModel] = TrainModel) -> TrainModel:
+    """Returns both towers as one module that encodes batches of the texts that the flags describe."""
+    corners, pixels = [entry.corners for entry in caption_rule(args).texts], core.visual.preprocess_cfg
+    return kind(core, pixels["mean"], pixels["std"], corners)
+
+
 def make_stepper(
     args: argparse.Namespace,
     core: torch.nn.Module,
@@ -198,8 +207,9 @@ def make_stepper(
 ) -> Stepper:
     """Builds the `Stepper`, and adds the parameters of an experiment's loss to the optimizer."""
     experiment = experiment or Experiment(args)
-    corners, pixels = [entry.corners for entry in caption_rule(args).texts], core.visual.preprocess_cfg
-    whole = experiment.model_class(TrainModel)(core, pixels["mean"], pixels["std"], corners)
+    if args.use_bn_sync and env.world_size > 1:
+        convert_sync_batchnorm(core)  # timm's, which keeps the activations of its own batch norms
+    whole = wrap_model(args, core, experiment.model_class(TrainModel))
     loss = experiment.make_loss(make_loss(args, num_corners(core), env), core)
     if isinstance(loss, torch.nn.Module):
         taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -225,7 +235,7 @@ def make_stepper(
         max_over_ranks=partial(max_over_ranks, env=env),
         locked_images=whole.encode_images if whole.image_is_locked else None,
         average_statistics=statistics_average(core, env),
-        corners=corner_places(corners, num_corners(core)),
+        corners=corner_places(whole.corners, num_corners(core)),
     )
 
 

@@ -35,6 +35,14 @@ from training.readers.images import to_rgb
 
 # Config of a tiny text tower that stands in for a tower of ours while open_clip builds the rest.
 _PLACEHOLDER = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
+# open_clip's arguments that change a config -> part of the config and key.
+_FORCED = {
+    "force_image_size": ("vision_cfg", "image_size"),
+    "force_patch_dropout": ("vision_cfg", "patch_dropout"),
+    "force_context_length": ("text_cfg", "context_length"),
+    "force_quick_gelu": (None, "quick_gelu"),
+    "force_custom_text": (None, "custom_text"),
+}
 _OUR_TEXT_KEYS = (TOWER, "num_corner_token", "corner_attention")  # in a text_cfg
 
 
@@ -78,12 +86,12 @@ def create_model(
     """
     if jit or not weights_only:
         raise ValueError("jit=True and weights_only=False are not supported: no code of a weights file is executed")
-    overrides = {"num_corner_tokens": num_corner_tokens, "cache_dir": cache_dir}
-    spec = resolve_model_config(model_name, context_length=context_length, **overrides)
-    if force_context_length and spec.is_ours:
-        spec = resolve_model_config(model_name, context_length=force_context_length, **overrides)
-    elif force_context_length:
+    spec = _resolve(model_name, num_corner_tokens, context_length, force_context_length, cache_dir)
+    if force_context_length and not spec.is_ours:
         kwargs["force_context_length"] = force_context_length
+    for key, (part, name) in _FORCED.items():  # in the config, too, because it is saved with the model
+        if kwargs.get(key) is not None and kwargs[key] is not False:
+            (spec.model_cfg[part] if part else spec.model_cfg)[name] = kwargs[key]
     weights = resolve_weights(model_name, pretrained, cache_dir) if load_weights else None
     if require_pretrained and not weights:
         raise RuntimeError(f"{model_name}: weights are required (require_pretrained), but none are named")
@@ -98,6 +106,17 @@ def create_model(
     if pretrained_image and not weights:
         _start_image(model, spec, cache_dir, pretrained_image)
     return model.to(device)
+
+
+def _resolve(
+    name: str, num_corner_tokens: int | None, length: int | None, forced_length: int | None, cache_dir: str | None
+) -> ModelSpec:
+    """Resolves a config; a forced context length makes none of open_clip's models one of ours."""
+    overrides = {"num_corner_tokens": num_corner_tokens, "cache_dir": cache_dir}
+    spec = resolve_model_config(name, context_length=length, **overrides)
+    if forced_length and spec.is_ours:
+        return resolve_model_config(name, context_length=forced_length, **overrides)
+    return spec
 
 
 def _build_with_random_weights(
@@ -244,13 +263,14 @@ def get_tokenizer(
     cache_dir: str | None = None,
     *,
     num_corner_tokens: int | None = None,
+    force_context_length: int | None = None,
     **kwargs,
 ) -> Callable:
     """Returns a model's tokenizer, like `open_clip.get_tokenizer`, which is called for most models that are not ours.
 
     Args:
         model_name: see `config.resolve_model_config`; without a name, the tokenizer of CLIP.
-        context_length, num_corner_tokens: override the config's values.
+        context_length, num_corner_tokens, force_context_length: override the config's values, see `create_model`.
         cache_dir: folder for downloads.
         **kwargs: open_clip's other arguments.
 
@@ -259,9 +279,8 @@ def get_tokenizer(
     """
     if not model_name:
         return open_clip.get_tokenizer(context_length=context_length, cache_dir=cache_dir, **kwargs)
-    spec = resolve_model_config(
-        model_name, num_corner_tokens=num_corner_tokens, context_length=context_length, cache_dir=cache_dir
-    )
+    spec = _resolve(model_name, num_corner_tokens, context_length, force_context_length, cache_dir)
+    context_length = context_length or force_context_length
     if spec.is_ours:
         return _text_tower_class(spec).tokenizer(spec, cache_dir)
     if model_name.startswith(HF):

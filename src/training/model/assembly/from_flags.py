@@ -7,6 +7,7 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 
 from training.data.augment import parse_augmentation, strong_augmentation
+from training.flags.model import AUTO, model_arguments, tokenizer_arguments
 from training.model.assembly.factory import EncoderParts, create_model_and_transforms, get_tokenizer
 from training.model.names.config import POOLING, resolve_model_config
 from training.model.packing.arranger import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
@@ -40,18 +41,17 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
         ValueError, FileNotFoundError: see `factory.create_model`.
     """
     torch.manual_seed(args.seed)
-    overrides = {key: getattr(args, key) for key in ("cache_dir", "context_length", "num_corner_tokens")}
-    tokenizer = get_tokenizer(args.model, **overrides)
+    tokenizer = get_tokenizer(args.model, **tokenizer_arguments(vars(args)))
     model, train_transform, transform = create_model_and_transforms(
         args.model,
         args.pretrained,
-        precision=args.precision,
+        precision="fp32" if args.precision == AUTO else args.precision,
         device=device,
         pretrained_image=args.pretrained_image,
         pretrained_text=bool(args.train_data) if args.pretrained_text is None else args.pretrained_text,
         aug_cfg=parse_augmentation(args.aug_cfg),
         **(_SIGLIP if args.siglip else {}),
-        **overrides,
+        **model_arguments(vars(args)),
     )
     if args.aug_cfg == ["none"]:
         train_transform = transform
