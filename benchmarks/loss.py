@@ -10,7 +10,7 @@ from training.loss.caption_loss import LongCaptionLoss
 
 def run(setting: Setting) -> list[Figure]:
     """Measures the loss with gradients for both towers, with the global batch on one device and features in fp32."""
-    batch, num_texts, dim = setting.pick((4096, 2, 64), (8192, 4, 256), (16384, 10, 768))
+    batch, num_texts, dim = setting.pick((4096, 2, 16), (8192, 4, 256), (16384, 10, 768))
     torch.manual_seed(0)
     images = normalize(torch.randn(batch, dim, device=setting.device), dim=-1).requires_grad_()
     texts = normalize(torch.randn(batch, num_texts, dim, device=setting.device), dim=-1).requires_grad_()

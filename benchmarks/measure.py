@@ -121,7 +121,7 @@ def peak_bytes(work: Callable[[], object], setting: Setting) -> int:
 
 def matrix_rate(setting: Setting, dtype: torch.dtype) -> float:
     """FLOP/s of one large square matrix product."""
-    size = setting.pick(512, 2048, 8192)
+    size = setting.pick(256, 2048, 8192)
     a = torch.randn(size, size, device=setting.device, dtype=dtype)
     a @ a
     return 2 * size**3 / fastest({"product": lambda: a @ a}, setting)["product"]

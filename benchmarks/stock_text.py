@@ -13,7 +13,7 @@ START, END, CONTEXT_LENGTH = 49406, 49407, 77
 
 def run(setting: Setting) -> list[Figure]:
     """Measures CLIP's text tower as open_clip's trainer runs it, and as ours does."""
-    name, num_captions = setting.pick(("ViT-S-32-alt", 16), ("ViT-B-32", 64), ("ViT-B-32", 1024))
+    name, num_captions = setting.pick(("ViT-S-32-alt", 4), ("ViT-B-32", 64), ("ViT-B-32", 1024))
     torch.manual_seed(0)
     model = training.create_model(name, device=setting.device)
     ids = short_captions(num_captions)

@@ -30,7 +30,7 @@ NUM_CORNERS = 2
 def make_tower(setting: Setting) -> CornerHFText:
     """A BERT: base on a GPU, of MiniLM's size on the CPU, two thin layers for a quick run. No dropout: both sides
     must give the same."""
-    layers, width = setting.pick((2, 256), (6, 384), (12, 768))
+    layers, width = setting.pick((2, 128), (6, 384), (12, 768))
     config = BertConfig(
         num_hidden_layers=layers,
         hidden_size=width,
@@ -52,7 +52,7 @@ def packed(tower: CornerHFText, captions: object, num_images: int) -> torch.Tens
 
 def run(setting: Setting) -> Iterator[Figure]:
     """1 raw + 1 long caption (text_step), 1 raw + 3 long ones (text_step_3_long); on a CPU also 1 + 1 in bf16."""
-    tower, size = make_tower(setting), setting.pick(16, 32, 1024)
+    tower, size = make_tower(setting), setting.pick(8, 32, 1024)
     dtype = torch.bfloat16 if setting.on_gpu else torch.float32
     rate = matrix_rate(setting, dtype)
     for name, num_long in (("text_step", 1), ("text_step_3_long", 3)):
