@@ -90,7 +90,11 @@ def write_tables(recorded: dict, folder: Path) -> None:
 
 
 def draw(recorded: dict, folder: Path, stem: str = "study") -> list[Path]:
-    """Draws R@1 of all arms and, if recorded, R@1 by tokens and the corners' cosine with [CLS]; returns the files."""
+    """Draws R@1 of all arms, differences of the main ones and, if recorded, R@1 by tokens and the corners' cosine.
+
+    Returns:
+        The files.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,6 +103,7 @@ def draw(recorded: dict, folder: Path, stem: str = "study") -> list[Path]:
     written = []
     for name, figure in (
         ("r1", _draw_recall(recorded)),
+        ("main", _draw_differences(recorded)),
         ("lengths", _draw_lengths(recorded)),
         ("corners", _draw_corners(recorded)),
     ):
@@ -139,6 +144,39 @@ def _draw_recall(recorded: dict) -> object:
     axes[0][0].invert_yaxis()
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(recorded["title"])
+    return figure
+
+
+def _draw_differences(recorded: dict) -> object:
+    """Draws differences from the baseline with their intervals, for the arms with as many seeds as the baseline."""
+    from matplotlib import pyplot
+
+    found = rows(recorded)
+    seeds = next(row["seeds"] for row in found if row["arm"] == recorded["baseline"])
+    found = [row for row in found if row["seeds"] == seeds and row["low"] is not None]
+    if not found:
+        return None
+    panels = list(dict.fromkeys((row["evaluation"], row["benchmark"]) for row in found))
+    titles = list(dict.fromkeys(row["title"] for row in found))
+    size = (4.5 * len(panels) + 2, 1.6 + 0.6 * len(titles))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for panel, (evaluation, key) in zip(axes[0], panels):
+        for number, direction in enumerate(DIRECTIONS):
+            these = [
+                r for r in found if (r["evaluation"], r["benchmark"], r["direction"]) == (evaluation, key, direction)
+            ]
+            heights = [titles.index(row["title"]) + 0.25 * (number - 0.5) for row in these]
+            points = [100 * row["difference"] for row in these]
+            ends = [[100 * abs(row["difference"] - row[end]) for row in these] for end in ("low", "high")]
+            panel.errorbar(points, heights, xerr=ends, fmt="o", capsize=3, label=DIRECTIONS[direction])
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set(title=f"{evaluation} captions", xlabel="R@1, difference in points")
+        panel.grid(axis="x", alpha=0.3)
+    axes[0][0].set_yticks(range(len(titles)), titles)
+    axes[0][0].set_ylim(len(titles) - 0.5, -0.5)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    baseline = recorded["arms"][recorded["baseline"]]["title"]
+    figure.suptitle(f"{recorded['title']}, {seeds} seeds: difference from {baseline}, with 95% intervals", fontsize=10)
     return figure
 
 
