@@ -16,6 +16,7 @@ import dataloaders
 from dataloaders.pairs import ClassificationSet, OfficialLists, RetrievalSet
 
 GROUPS = ("long", "short", "own")
+_ADDED: list["Benchmark"] = []
 _DECLARES = re.compile(r"^BENCHMARKS\b", re.MULTILINE)
 
 
@@ -144,10 +145,18 @@ def benchmarks() -> tuple[Benchmark, ...]:
             # Other files of the folder import libraries that would slow down --help.
             if _DECLARES.search(path.read_text(encoding="utf-8")):
                 found += importlib.import_module(f"dataloaders.{path.stem}").BENCHMARKS
+    found += _ADDED
     for benchmark in found:
         if sum(other.name == benchmark.name or other.flag == benchmark.flag for other in found) > 1:
             raise ValueError(f"two benchmarks are called {benchmark.name} or have the flag {benchmark.flag}")
     return tuple(sorted(found, key=lambda b: (GROUPS.index(b.group), b.order, b.name)))
+
+
+def set_further_benchmarks(further: Sequence[Benchmark]) -> None:
+    """Adds benchmarks that are declared elsewhere, in place of those of an earlier call."""
+    if further or _ADDED:
+        _ADDED[:] = further
+        benchmarks.cache_clear()
 
 
 def chosen_protocols(args: argparse.Namespace, offered: Iterable[str]) -> list[str]:

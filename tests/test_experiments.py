@@ -38,7 +38,7 @@ class Mine(Experiment):
     def add_flags(cls, group):
         group.number("--own-number", 2.0, "a number")
 
-    def sample_fields(self, record):
+    def sample_fields(self, record, texts):
         return {"number": torch.tensor(self.args.own_number)}
 
     def make_loss(self, loss, core):
@@ -95,7 +95,7 @@ def test_the_corners_penalty_is_a_plain_loop():
 def test_fields_reach_a_process_that_has_not_loaded_the_file(own):
     args = parse_args(["--experiment", str(own), "--own-number", "1.5", "--train-data", "x.tar"])
     content = pickle.dumps(experiment_of(args).sample_fields)
-    code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read())({}))"
+    code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read())({}, []))"
     done = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True)
     assert done.stdout == b"{'number': tensor(1.5000)}\n", done.stderr
 

@@ -48,13 +48,16 @@ class TrainBatches(IterableDataset):
         spans, num_batches = self.share.of_worker(worker, num_workers)
         slots_done = self.share.slots_done[worker] if self.share.slots_done else 0
         samples = self._usable(spans, slots_done)
-        for _ in range(len(range(worker, self.share.batches_done, num_workers)), num_batches):
+        done, together = len(range(worker, self.share.batches_done, num_workers)), self.reader.experiment.group_batches
+        for number in range(done - done % together, num_batches, together):
+            before = worker + number * num_workers - self.share.batches_done
+            self.step = self.reader.step + before // self.reader.accum_freq
             with random_state_kept():
-                batch, num_slots = self._make_batch(samples)
-            if not num_slots:
-                return
-            slots_done += num_slots
-            yield batch._replace(position=(worker, slots_done))
+                batches, num_slots = self._make_batches(samples, min(together, num_batches - number))
+            # Within a group, a run that resumes reads the whole group again and leaves out what is done.
+            positions = [slots_done] * (len(batches) - 1) + [slots_done := slots_done + num_slots]
+            for batch, position in list(zip(batches, positions))[max(done - number, 0) :]:
+                yield batch._replace(position=(worker, position))
 
     def _usable(self, spans: list[Span], slots_done: int) -> Iterator[tuple[str, Sample | None, str | None]]:
         """Yields (shard/key, sample, None) or (shard/key, None, kind of bad sample), one for each slot.
@@ -68,7 +71,7 @@ class TrainBatches(IterableDataset):
         for times_read in count(first_pass):
             for raw in self._raw(cut(spans, skip, num_slots)):
                 try:
-                    sample = self.reader(raw, times_read)
+                    sample = self.reader(raw, times_read, self.step)
                 except BadSample as error:
                     kinds[error.kind] += 1
                     yield raw.name, None, error.kind
@@ -87,23 +90,31 @@ class TrainBatches(IterableDataset):
         for start, stop, first, last in spans:
             yield from islice(self.source.read(self.reader.epoch, start, stop, first), last - first)
 
-    def _make_batch(self, samples: Iterator) -> tuple[TrainBatch, int]:
-        """Returns a batch, and the number of slots read for it."""
-        rows, keys, bad_samples = [], [], []
+    def _make_batches(self, samples: Iterator, number: int) -> tuple[list[TrainBatch], int]:
+        """Returns this many batches, fewer at the end without `refill`, and the number of slots read for them."""
+        rows, keys, bad_samples, size = [], [], [], self.share.batch_size
         for name, sample, kind in samples:
             if kind:
                 bad_samples.append((kind, name))
                 continue
             rows.append(sample)
             keys.append(name)
-            if len(rows) == self.share.batch_size:
+            if len(rows) == number * size:
                 break
+        num_slots = len(keys) + len(bad_samples)
         if not rows:
-            return TrainBatch({}, 0, 0, [], bad_samples, (0, 0)), len(bad_samples)
-        images = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
-        captions, num_tokens, num_padded = collate_captions(self.reader, rows)
-        batch = TrainBatch(images | captions, num_tokens, num_padded, keys, bad_samples, (0, 0))
-        return batch, len(keys) + len(bad_samples)
+            return [TrainBatch({}, 0, 0, [], bad_samples, (0, 0))] if bad_samples else [], num_slots
+        order = list(self.reader.experiment.order_samples(rows, size))
+        if sorted(order) != list(range(len(rows))):
+            raise ValueError(f"order_samples of the experiment: expected a permutation of range({len(rows)})")
+        batches = []
+        for start in range(0, len(order), size):
+            chosen = [rows[place] for place in order[start : start + size]]
+            inputs = {name: torch.stack([row.inputs[name] for row in chosen]) for name in chosen[0].inputs}
+            captions, *counts = collate_captions(self.reader, chosen)
+            of_batch = [keys[place] for place in order[start : start + size]], [] if batches else bad_samples
+            batches.append(TrainBatch(inputs | captions, *counts, *of_batch, (0, 0)))
+        return batches, num_slots
 
 
 def collate_captions(reader: SampleReader, rows: list[Sample]) -> tuple[dict[str, object], int, int]:

@@ -22,6 +22,7 @@ from training.readers.files import naming
 from training.readers.hub import local_spec
 from training.readers.table_files import names_tables, table_files
 from training.runtime.distributed import DistEnv, on_main_rank
+from training.runtime.experiment import Experiment
 from training.runtime.workers import Loader
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,10 @@ class TrainData:
     reader: SampleReader
     workers: int
 
-    def loader(self, epoch: int, share: Share, pin: bool, refill: bool = True) -> Loader:
-        """Returns the batches of an epoch for one process; for `refill` see `TrainBatches`."""
-        return make_loader(self.source, replace(self.reader, epoch=epoch), share, self.workers, pin, refill)
+    def loader(self, epoch: int, share: Share, pin: bool, refill: bool = True, step: int = 0) -> Loader:
+        """Returns the batches of an epoch for one process after `step` steps; for `refill` see `TrainBatches`."""
+        reader = replace(self.reader, epoch=epoch, step=step)
+        return make_loader(self.source, reader, share, self.workers, pin, refill)
 
 
 def caption_rule(args: argparse.Namespace) -> CaptionRule:
@@ -144,7 +146,7 @@ def open_train_data(
     tokenizer: Callable,
     source: Source,
     arrange: Callable | None = None,
-    fields: Callable | None = None,
+    experiment: Experiment = Experiment(None),
 ) -> TrainData:
     """Combines a source with the reader of its samples.
 
@@ -154,17 +156,18 @@ def open_train_data(
         tokenizer: function from a list of texts to token ids.
         source: the samples.
         arrange: function that packs the captions of a batch; None pads them.
-        fields: see `SampleReader`.
+        experiment: may change the transform, the texts and the order, and add fields.
 
     Raises:
         ValueError: a view needs padding in front of the text, and the tokenizer doesn't support that.
     """
     decoding = args.image_decoding or IN_TRAINING
-    images = ImageReader(without_normalisation(transform), decoding, args.exif_rotation != "off")
+    transform = without_normalisation(experiment.image_transform(transform))
+    images = ImageReader(transform, decoding, args.exif_rotation != "off")
     rule = caption_rule(args)
     if any(entry.front for entry in rule.entries):
         check_front_padding(tokenizer)
-    reader = SampleReader(images, tokenizer, rule, args.seed, 0, arrange, fields)
+    reader = SampleReader(images, tokenizer, rule, args.seed, 0, arrange, experiment, 0, args.accum_freq)
     return TrainData(source, reader, args.workers)
 
 

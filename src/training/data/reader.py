@@ -18,6 +18,7 @@ from training.readers import captions
 from training.readers.faults import BadSample
 from training.readers.images import load_rgb
 from training.readers.samples import RawSample
+from training.runtime.experiment import Experiment, Reading
 
 
 class Sample(NamedTuple):
@@ -27,11 +28,13 @@ class Sample(NamedTuple):
         inputs: ``image`` [3, H, W], or the cached ``image_features`` [dim]; and the experiment's fields.
         texts: the texts that the caption rule chose, the short caption first.
         fronts: for each text the fraction of its padding that is put in front, see `padding.pad_in_front`.
+        record: everything in the sample's JSON or row.
     """
 
     inputs: dict[str, torch.Tensor]
     texts: list[str]
     fronts: list[float]
+    record: dict
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class SampleReader:
         rule: which captions to choose.
         seed, epoch: seed of augmentation and caption choice.
         arrange: function of (short ids [batch, L], long ids [batch, K, L]) that packs captions; None pads them.
-        fields: record -> further tensors by name, see `Experiment.sample_fields`; None adds none.
+        experiment: may change the texts and add fields.
+        step: optimizer steps done before the first batch.
+        accum_freq: batches of a step.
     """
 
     images: ImageReader
@@ -56,14 +61,17 @@ class SampleReader:
     seed: int
     epoch: int
     arrange: Callable | None = None
-    fields: Callable[[dict], dict[str, torch.Tensor]] | None = None
+    experiment: Experiment = Experiment(None)
+    step: int = 0
+    accum_freq: int = 1
 
-    def __call__(self, raw: RawSample, times_read: int = 0) -> Sample:
+    def __call__(self, raw: RawSample, times_read: int = 0, step: int = 0) -> Sample:
         """Decodes and augments the image, and chooses captions.
 
         Args:
             raw: the sample.
             times_read: how often it was read before in this epoch; each time has another crop and other captions.
+            step: optimizer steps done before its batch.
 
         Raises:
             BadSample: the sample can't be used.
@@ -71,7 +79,8 @@ class SampleReader:
         key = raw.name + (f"/again {times_read}" if times_read else "")
         seed_augmentation(f"{self.seed}/{self.epoch}/{key}")
         record = read_record(raw)
-        texts = choose_captions(record, self.rule, random)
+        at = Reading(self.epoch, step, raw.source, random.Random(f"{self.seed}/{self.epoch}/{key}/views"))
+        texts = self.experiment.views(choose_captions(record, self.rule, random), record, at)
         if not all(map(_is_unicode, texts)):
             raise BadSample("text not UTF-8")
         fronts = front_shares(f"{self.seed}/{self.epoch}", [key], self.rule)[0]
@@ -80,8 +89,9 @@ class SampleReader:
             inputs = {"image_features": torch.from_numpy(raw.features[view].astype(np.float32))}
         else:
             inputs = {"image": self.images.transform(read_image(raw, self.images.decode))}
-        inputs |= {FIELD + name: value for name, value in (self.fields(record) if self.fields else {}).items()}
-        return Sample(inputs, texts, fronts)
+        fields = self.experiment.sample_fields(record, texts)
+        inputs |= {FIELD + name: value for name, value in fields.items()}
+        return Sample(inputs, texts, [*fronts, *[0.0] * (len(texts) - len(fronts))], record)
 
 
 def read_record(raw: RawSample) -> dict:

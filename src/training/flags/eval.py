@@ -6,8 +6,6 @@ from dataloaders.registry import benchmarks, options_of, suites
 from training.flags.effects import ALWAYS, EVALUATION, Condition, Effects, asks_about_texts
 from training.flags.types import Flags, Switch, names, positive_numbers
 
-RETRIEVAL_FLAGS = tuple(b.flag for b in benchmarks() if not b.classification)
-ZERO_SHOT_FLAGS = tuple(b.flag for b in benchmarks() if b.classification)
 _TEXT_FLAGS = ("--retrieval-lengths", "--retrieval-sentences", "--retrieval-sensitivity", "--diagnostics")
 INSIGHT_FLAGS = (
     "--report",
@@ -27,9 +25,14 @@ def _needs(flags: list[str]) -> Condition:
     )
 
 
+def benchmark_flags(*kinds: bool) -> list[str]:
+    """Returns the flags of the retrieval benchmarks (kind False), of the zero-shot ones (True), or of both."""
+    return [b.flag for kind in kinds or (False, True) for b in benchmarks() if b.classification == kind]
+
+
 def has_retrieval(args: argparse.Namespace) -> bool:
     """Whether the flags name a retrieval benchmark."""
-    return any(_value(args, flag) for flag in RETRIEVAL_FLAGS)
+    return any(_value(args, flag) for flag in benchmark_flags(False))
 
 
 _TEXT_MODEL_NEEDED = Condition(
@@ -47,7 +50,7 @@ _FIXED_WEIGHTS = Condition(
 )
 
 EFFECTS: Effects = (
-    (ALWAYS, " ".join((*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--protocol", "--data-root"))),
+    (ALWAYS, " ".join((*benchmark_flags(), "--protocol", "--data-root"))),
     (Condition("without --data-root", lambda args: args.data_root), "--suite"),
     (EVALUATION, " ".join(INSIGHT_FLAGS)),
     (_TEXT_MODEL_NEEDED, " ".join(_TEXT_FLAGS)),
@@ -169,7 +172,7 @@ def _add_insight_args(group: Flags) -> None:
 
 def has_benchmark(args: argparse.Namespace) -> bool:
     """Whether the flags name a benchmark."""
-    return any(_value(args, flag) for flag in RETRIEVAL_FLAGS + ZERO_SHOT_FLAGS)
+    return any(_value(args, flag) for flag in benchmark_flags())
 
 
 def _value(args: argparse.Namespace, flag: str) -> object:
@@ -193,7 +196,7 @@ def validate_eval_args(args: argparse.Namespace) -> None:
         if not _value(args, known[protocol]):
             raise ValueError(f"--protocol {protocol}: no effect without {known[protocol]}; add it or omit both")
     if args.features:
-        flags = [*RETRIEVAL_FLAGS, *ZERO_SHOT_FLAGS, "--train-data", "--val-data"]
+        flags = [*benchmark_flags(), "--train-data", "--val-data"]
         flags += [] if asks_about_texts(args) else ["--pretrained"]
         others = [flag for flag in flags if _value(args, flag)]
         if others:

@@ -8,13 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dataloaders.registry import find_below_data_root
+from dataloaders.registry import find_below_data_root, set_further_benchmarks
 from training.flags import eval as evaluation
 from training.flags import model, open_clip, train
 from training.flags.config import config_words, format_config
 from training.flags.effects import Effects, describe_idle, idle_flags
 from training.flags.types import Calls, Flags, HelpFormatter, Switch
-from training.runtime.experiment import load_experiment
+from training.runtime.experiment import Experiment, load_experiment
 
 EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *open_clip.EFFECTS, *evaluation.EFFECTS)
 
@@ -71,13 +71,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: with code 2 and a one-line message for a usage error, 0 after --help and --print-config.
     """
-    parser, early = build_parser(), _config_parser()
+    parser = early = _config_parser()
     words = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         files, _ = early.parse_known_args(words)
         first, _ = early.parse_known_args([*config_words(files.config, early.actions), *words])
-        if first.experiment:
-            load_experiment(first.experiment).add_flags(Flags(parser, f"experiment {first.experiment}"))
+        experiment = load_experiment(first.experiment) if first.experiment else Experiment
+        set_further_benchmarks(experiment.benchmarks)
+        parser = build_parser()
+        experiment.add_flags(Flags(parser, f"experiment {first.experiment}"))
         args = parser.parse_args([*config_words(files.config, parser.actions, parser.parse_args), *words])
         if args.print_config:
             print(format_config(args, parser.actions), end="")
@@ -174,7 +176,7 @@ def validate_args(args: argparse.Namespace) -> list[str]:
     train.validate_train_args(args)
     evaluation.validate_eval_args(args)
     if not evaluation.has_benchmark(args) and not args.train_data and not args.val_data and not args.features:
-        flags = (*evaluation.RETRIEVAL_FLAGS, *evaluation.ZERO_SHOT_FLAGS, "--features")
+        flags = (*evaluation.benchmark_flags(), "--features")
         raise ValueError(
             f"nothing to do: give --train-data, --val-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}"
         )

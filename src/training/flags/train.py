@@ -42,7 +42,8 @@ EFFECTS: Effects = (
     *data.EFFECTS,
     *loss.EFFECTS,
     (ALWAYS, "--timeout-minutes"),
-    (TRAINING_MEANT, "--resume --report-to --experiment"),
+    (ALWAYS, "--experiment"),
+    (TRAINING_MEANT, "--resume --report-to"),
     (
         Condition("without --experiment and --resume", lambda args: args.experiment and args.resume),
         "--allow-changed-experiment",

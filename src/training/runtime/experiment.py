@@ -14,7 +14,10 @@ import importlib
 import importlib.util
 import inspect
 import os
+import random
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -22,9 +25,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 COPY = "experiment.py"
 _MODULE = "lotlip_experiment"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where and when a sample is read.
+
+    Attributes:
+        epoch: number of whole epochs done.
+        step: number of optimizer steps done before the batch, or before the first one of its group of batches.
+        source: name of the shard or table.
+        random: a random stream of the sample's own; a resumed run draws the same.
+    """
+
+    epoch: int
+    step: int
+    source: str
+    random: random.Random
 
 
 class Experiment:
@@ -33,11 +54,16 @@ class Experiment:
     Attributes:
         args: the flags, those of `add_flags` included.
         code: text of the file that defines the experiment.
+        benchmarks: further benchmarks, each a `dataloaders.registry.Benchmark` with a flag of its own.
+        group_batches: number of batches whose samples a loader process reads before `order_samples` divides them.
     """
 
     code = ""
+    benchmarks: Sequence = ()
+    group_batches = 1
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace | None):
+        """Takes the flags, before any work; a ValueError refuses them with exit code 2 and its message."""
         self.args = args
 
     def __reduce__(self) -> tuple:
@@ -47,15 +73,54 @@ class Experiment:
     def add_flags(cls, group: Any) -> None:
         """Adds flags to a group of --help-all; see `training.flags.types.Flags`."""
 
-    def sample_fields(self, record: dict) -> "dict[str, torch.Tensor]":
+    def image_transform(self, transform: "Callable[[Image], torch.Tensor]") -> "Callable[[Image], torch.Tensor]":
+        """Returns the function from a training image to [3, H, W]; `transform` is the one of the flags."""
+        return transform
+
+    def views(self, texts: list[str], record: dict, at: Reading) -> list[str]:
+        """Returns the texts of a sample, in a loader process.
+
+        Args:
+            texts: the texts that the flags choose, the short caption first.
+            record: the sample's JSON and texts by key, or the row of its table.
+            at: where and when the sample is read.
+
+        Returns:
+            As many texts, or the same number more for every sample. Each of those has one text feature, behind all
+            others, which the loss of the flags takes for one of a long caption.
+        """
+        return texts
+
+    def sample_fields(self, record: dict, texts: list[str]) -> "dict[str, torch.Tensor]":
         """Returns further tensors of a sample, which are stacked to [batch, ...] and passed to the loss by name.
 
         It runs in loader processes, where `random` is seeded for the sample, so random choices are repeatable.
 
         Args:
-            record: the sample's JSON and texts by key, or the row of its table.
+            record: see `views`.
+            texts: result of `views`.
         """
         return {}
+
+    def order_samples(self, samples: list, batch_size: int) -> Sequence[int]:
+        """Returns the order of the samples of `group_batches` batches, such as similar ones next to each other.
+
+        Args:
+            samples: those that a loader process has read, each with ``record``, ``texts`` and ``inputs``.
+            batch_size: each run of so many samples becomes a batch of one process.
+
+        Returns:
+            A permutation of ``range(len(samples))``.
+        """
+        return range(len(samples))
+
+    def make_average(self, core: Any) -> Any:
+        """Returns a moving average of the model, such as timm's ``ModelEmaV3(core, decay)``; None for none.
+
+        After each step its ``update(core)`` is called. Its ``module`` is a copy of the model, which is kept in
+        checkpoints, is evaluated during training, and is what ``--pretrained CHECKPOINT`` reads.
+        """
+        return None
 
     def model_class(self, kind: type) -> Any:
         """Returns the class of the forward pass of training, called with the same arguments.
@@ -118,9 +183,9 @@ def load_experiment(name: str) -> type[Experiment]:
     return experiment
 
 
-def experiment_of(args: argparse.Namespace) -> Experiment:
+def experiment_of(args: argparse.Namespace | None) -> Experiment:
     """Returns the experiment of a command line; without --experiment one that changes nothing."""
-    return (load_experiment(args.experiment) if args.experiment else Experiment)(args)
+    return (load_experiment(args.experiment) if args and args.experiment else Experiment)(args)
 
 
 def copy_experiment(args: argparse.Namespace, folder: Path, resumed: bool) -> None:

@@ -25,7 +25,7 @@ from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, rem
 from training.train.flops import ModelFlops
 from training.train.profile import StepProfile
 from training.train.remote import RemoteCopy
-from training.train.resume import LOSS, Division, Progress
+from training.train.resume import AVERAGE, LOSS, Division, Progress
 from training.train.step import Stepper
 from training.train.step_flags import StepFlags
 from training.train.step_log import StepLog
@@ -58,7 +58,8 @@ class EpochBatches:
         self.progress, self.seed, self.device = progress, seed, device
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # unlike torch.manual_seed, leaves GPUs alone
-            self.batches = iter(data.loader(progress.epoch, progress.share, pin=device.type == "cuda"))
+            pin = device.type == "cuda"
+            self.batches = iter(data.loader(progress.epoch, progress.share, pin, step=progress.step))
             self.random_state = torch.get_rng_state()  # creating a loader draws a random number
 
     def begin(self) -> Iterator[tuple[TrainBatch, dict[str, object]]]:
@@ -246,7 +247,8 @@ class Trainer:
         if (validates or retrieves) and is_saving:
             self._save([f"step_{self.progress.step}.pt"])  # save first, so a crash while evaluating loses nothing
         try:
-            self._evaluate(done, validates, retrieves)
+            with self.stepper.averaged():
+                self._evaluate(done, validates, retrieves)
         except StoppedError as stop:
             if not is_saving:
                 self._save([f"step_{self.progress.step}.pt"])
@@ -296,6 +298,8 @@ class Trainer:
         }
         if isinstance(stepper.loss, torch.nn.Module) and (of_loss := stepper.loss.state_dict()):
             content[LOSS] = of_loss
+        if stepper.average is not None:
+            content[AVERAGE] = stepper.average.module.state_dict()
         if stepper.scaler:  # open_clip's trainer would try to load None
             content["scaler"] = stepper.scaler.state_dict()
         args = self.args

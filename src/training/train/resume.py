@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -14,6 +15,7 @@ from training.data.position import Share, Span, count_slots
 from training.train.checkpoint import copy_to_cpu, load_checkpoint
 from training.train.optim import load_optimizer_state
 
+AVERAGE = "ema"  # entry of a checkpoint with averaged weights, which `weights_file.read_state_dict` prefers
 LOSS = "loss"  # entry of a checkpoint with the state of an experiment's loss, and prefix of its parameters' names
 logger = logging.getLogger(__name__)
 
@@ -159,9 +161,14 @@ def _compare_steps(content: dict, path: object, division: Division) -> None:
 
 
 def restore(
-    path: object, core: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object, loss: object = None
+    path: object,
+    core: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: object,
+    loss: object = None,
+    average: Any = None,
 ) -> dict:
-    """Loads a checkpoint's state into model, optimizer, scaler and loss; returns its content.
+    """Loads a checkpoint's state into model, optimizer, scaler, loss and moving average; returns its content.
 
     The checkpoint may come from open_clip's trainer. The optimizer keeps its own options, because the command line
     overrides the file.
@@ -177,6 +184,8 @@ def restore(
     consume_prefix_in_state_dict_if_present(weights, "module.")  # added by open_clip's trainer with several processes
     try:
         core.load_state_dict(weights)
+        if average is not None:
+            average.module.load_state_dict(content.get(AVERAGE, {}))
         parameters, of_loss = dict(core.named_parameters()), content.get(LOSS, {})
         if isinstance(loss, torch.nn.Module):
             loss.load_state_dict(of_loss)

@@ -72,6 +72,7 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     Raises:
         ValueError, OSError: the message says what is wrong; raised possibly on this rank only.
     """
+    experiment = experiment_of(args)
     plan = on_main_rank(lambda: _check(args, lease, env), env)
     if not env.is_main:
         log_to(None)
@@ -92,18 +93,24 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     optimizer = optimizer_from_flags(args, core)
     scaler = torch.amp.GradScaler(env.device.type) if args.precision == "amp" else None
     order = f"{source.fingerprint()}, {args.train_num_samples or source.num_samples} samples an epoch"
+    if experiment.group_batches > 1:
+        order += f", in groups of {experiment.group_batches} batches"
     unread = (0,) * max(1, args.workers)
     share = Share(args.batch_size, steps_per_epoch * args.accum_freq, env.rank, env.world_size, slots_done=unread)
     division = Division(share, args.accum_freq, order)
-    experiment = experiment_of(args)
     stepper = make_stepper(args, core, optimizer, scaler, env, experiment)
     start = Progress.at_epoch(0, division)
     if plan.resume:
-        start = start_from(restore(plan.resume, core, optimizer, scaler, stepper.loss), plan.resume, division)
+        content = restore(plan.resume, core, optimizer, scaler, stepper.loss, stepper.average)
+        start = start_from(content, plan.resume, division)
+        if start.share.left and experiment.group_batches > 1:
+            raise ValueError(
+                f"--resume {plan.resume}: --experiment {args.experiment} orders groups of batches, of which some are "
+                "begun; continue with the same number of processes, --workers and --batch-size"
+            )
         if start.epoch >= args.epochs and env.is_main:
             logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
-    fields = experiment.sample_fields
-    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange, fields)
+    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange, experiment)
     val = val_source and open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
     val_loss = make_loss(args, num_corners(core), replace(env, rank=0, world_size=1))
     schedule = _schedule(args, optimizer, steps_per_epoch, env)
@@ -209,6 +216,7 @@ def make_stepper(
     experiment = experiment or Experiment(args)
     if args.use_bn_sync and env.world_size > 1:
         convert_sync_batchnorm(core)  # timm's, which keeps the activations of its own batch norms
+    average = experiment.make_average(core)
     whole = wrap_model(args, core, experiment.model_class(TrainModel))
     loss = experiment.make_loss(make_loss(args, num_corners(core), env), core)
     if isinstance(loss, torch.nn.Module):
@@ -236,6 +244,7 @@ def make_stepper(
         locked_images=whole.encode_images if whole.image_is_locked else None,
         average_statistics=statistics_average(core, env),
         corners=corner_places(whole.corners, num_corners(core)),
+        average=average,
     )
 
 

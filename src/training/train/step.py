@@ -5,11 +5,13 @@ None of its methods may read a tensor on the host (``if tensor``, ``.item()``, b
 host would wait for all computations that it has started.
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +46,7 @@ class Stepper:
             separately from `model`; the features are gathered while the text tower computes. None if images go through
             `model`.
         average_statistics: called after each step, see `statistics_average`.
+        average: moving average of `core`, updated after each step; see `Experiment.make_average`.
         corners: indices of [CLS] and the corners among the text features, see `corner.corner_places`.
     """
 
@@ -59,6 +62,7 @@ class Stepper:
     locked_images: Callable[..., dict[str, torch.Tensor]] | None = None
     average_statistics: Callable[[], None] = lambda: None
     corners: tuple[list[int], list[int]] = ((), ())
+    average: Any = None
     cache: GradCache | None = field(default=None, init=False)
 
     def __call__(self, micro_batches: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
@@ -154,7 +158,21 @@ class Stepper:
         with torch.no_grad():
             self.core.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
         self.average_statistics()
+        if self.average is not None:
+            self.average.update(self.core)
         return norm, flags
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the model has its averaged weights, if there are any."""
+        weights = copy.deepcopy(self.core.state_dict()) if self.average is not None else {}
+        if weights:
+            self.core.load_state_dict(self.average.module.state_dict())
+        try:
+            yield
+        finally:
+            if weights:
+                self.core.load_state_dict(weights)
 
     def report(
         self, output: dict[str, torch.Tensor], terms: dict[str, torch.Tensor], norm: torch.Tensor, flags: torch.Tensor
