@@ -233,7 +233,17 @@ def refused(capsys, *flags: str) -> str:
         (["--train-data", "{set}", "--precision", "pure_fp16"], "use amp or amp_bf16"),
         (["--train-data", "{set}", "--precision", "amp"], "needs a GPU"),
         (["--train-data", "{set}", "--captions", "long", "--num-long-captions", "0"], "at least 1"),
-        (["--val-data", "{set}", "--urban1k-retrieval", "x"], "no effect without --train-data"),
+        (["--train-data", "{set}", "--batch-size", "8", "--pretrained", "{here}/zero.tar"], "tried as safetensors"),
+        (["--val-data", "{set}", "--urban1k-retrieval", "x"], "x: "),
+        (
+            ["--train-data", "{here}/tabs.csv"],
+            "and its header has tabs, too: name the separator with --csv-separator '\\t'",
+        ),
+        (
+            ["--train-data", "{here}/tabs.csv", "--csv-separator", "\\t"],
+            "its columns are filepath, Text, with a comma (the",
+        ),
+        (["--train-data", "{here}/tabs.csv", "--csv-separator", "::"], "--csv-separator: expected one character"),
     ],
 )
 def test_bad_input_is_a_message_before_training(flags, said, scenes, tmp_path, capsys):
@@ -241,12 +251,14 @@ def test_bad_input_is_a_message_before_training(flags, said, scenes, tmp_path, c
     (tmp_path / "zero.tar").write_bytes(b"no tar" * 200)
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     (tmp_path / "t.csv").write_text("a,txt\nx.jpg,hello\n")
+    (tmp_path / "tabs.csv").write_text("filepath\tText, with a comma\nx.jpg\thello, you\n")
     shard(tmp_path / "none.tar", {})
     shard(tmp_path / "00.tar", {"a.jpg": b"", "a.txt": b"a"})
     shard(tmp_path / "array.tar", {"a.jpg": b"", "a.json": b"[]"})
     places = {"here": tmp_path, "set": scenes / "train"}
     message = refused(capsys, "--logs", str(tmp_path / "logs"), *(word.format(**places) for word in flags))
     assert said.format(**places) in message
+    assert not (tmp_path / "logs").exists()  # a run that takes no step leaves nothing behind
 
 
 def test_a_run_is_not_overwritten(trained, logs, scenes, capsys):

@@ -58,6 +58,7 @@ def evaluate(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
     with joined_ranks(args.device, args.timeout_minutes) as (env, watchdog), Lease() as lease:
+        lease.is_worthless = lambda: True
         with failing_with(2, ValueError, OSError):
             plan = on_main_rank(lambda: _check(args, lease, env), env)
             watchdog.at(0, BUILDING)
@@ -69,6 +70,7 @@ def evaluate(args: argparse.Namespace) -> int:
         watchdog.at(0, EVALUATING)
         with failing_with(2, ValueError, OSError), failing_with(1, BrokenImageError, FloatingPointError):
             outcome = _measure(args, plan.work, env, encoded, built)
+        lease.is_worthless = lambda: False
         if env.is_main:
             _report(args, plan, outcome, env, time.monotonic() - start)
     return 0

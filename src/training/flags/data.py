@@ -7,7 +7,7 @@ from training.data.captions import LONG_KEYS, RAW_KEYS
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW
 from training.data.views import Entry, parse_views, views_by_flags
 from training.flags.effects import ALWAYS, DATA, TRAINING, TRAINING_MEANT, Condition
-from training.flags.types import Flags, names
+from training.flags.types import Flags, character, names
 from training.readers.samples import INDEX_CACHE
 from training.readers.table_files import names_csv, names_tables
 
@@ -130,6 +130,7 @@ def _add_more_data_args(group: Flags) -> None:
         "C",
         "column separator of .csv and .tsv tables (default: comma, semicolon or tab, whichever the first line has "
         "most of; for .tsv tab)",
+        type=character,
     )
     group.text(
         "--train-sizes",

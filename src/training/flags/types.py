@@ -112,6 +112,14 @@ def not_negative(text: str) -> int:
     return whole_number(text, 0)
 
 
+def character(text: str) -> str:
+    r"""Parses one character; ``\t`` is a tab."""
+    text = text.replace("\\t", "\t")
+    if len(text) != 1:
+        raise argparse.ArgumentTypeError(f"expected one character, found {text!r}")
+    return text
+
+
 def json_object(text: str) -> dict[str, Any]:
     """Parses a JSON object."""
     try:

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from training.flags.types import Flags, HelpFormatter, json_object, names, positive_numbers
+from training.flags.types import Flags, HelpFormatter, character, json_object, names, positive_numbers
 from training.readers.captions import CAPTION_LISTS
 from training.runtime.progress import add_timeout_arg
 
@@ -48,7 +48,7 @@ def _add_workers(flags: Flags, most: int = 64) -> None:
 
 def _add_separator(flags: Flags) -> None:
     text = "separator of .csv and .tsv tables (default: comma, semicolon or tab, by the first line; for .tsv tab)"
-    flags.text("--csv-separator --separator", "C", text)
+    flags.text("--csv-separator --separator", "C", text, type=character)
 
 
 def _add_table_columns(flags: Flags) -> None:

@@ -229,9 +229,20 @@ def choose_image_column(table: TableFile, wanted: str | None) -> str:
         kind = "hold images" if table.image_columns else "may hold image paths"
         raise ValueError(f"{table.path}: several columns {kind}: {', '.join(found)}; name one with --csv-img-key")
     raise ValueError(
-        f"{table.path}: no image column {wanted or PATH_NAMES[0]!r} (--csv-img-key); its columns are "
-        f"{', '.join(table.names)} (the first line of a CSV is its header)"
+        f"{table.path}: no image column {wanted or PATH_NAMES[0]!r} (--csv-img-key); {_describe_columns(table)}"
     )
+
+
+def _describe_columns(table: TableFile) -> str:
+    """Returns what the columns of a table are, for messages; and of a CSV, how they were told apart."""
+    text = f"its columns are {', '.join(table.names)} (the first line of a CSV is its header)"
+    others = {name: char for char, name in (("\t", "tabs"), (",", "commas"), (";", "semicolons"))}
+    if isinstance(table, CsvFile):
+        for name, char in others.items():
+            if any(char in column for column in table.names):
+                text += f". It is read as separated by {table.form.separator!r}, and its header has {name}, too: name "
+                text += f"the separator with --csv-separator {char!r}"
+    return text
 
 
 def caption_columns(table: TableFile, image_column: str, wanted: Sequence[str], flag: str) -> list[str]:
@@ -253,7 +264,6 @@ def caption_columns(table: TableFile, image_column: str, wanted: Sequence[str], 
         raise ValueError(f"{table.path}: no texts or lists of texts in {types}; name other columns with {flag}")
     if not found:
         raise ValueError(
-            f"{table.path}: its columns are {', '.join(table.names)} (the first line of a CSV is its header); expected "
-            f"captions under one of {', '.join(wanted)} ({flag})"
+            f"{table.path}: {_describe_columns(table)}; expected captions under one of {', '.join(wanted)} ({flag})"
         )
     return found

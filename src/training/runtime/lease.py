@@ -8,10 +8,12 @@ clocks may differ. Locks of the file system are not used, because not every netw
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -26,10 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 class Lease:
-    """The lease of this process, as a context manager; `take` acquires it, the end of the block returns it."""
+    """The lease of this process, as a context manager; `take` acquires it, the end of the block returns it.
+
+    Attributes:
+        is_worthless: whether a folder that `take` created is to be removed if the block raises.
+    """
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self.made: list[Path] = []  # the folder and those of its parents that did not exist
+        self.is_worthless: Callable[[], bool] = lambda: False
         self.owner = {"token": uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self.owner |= {"machine": _machine(), "started": _start_of(os.getpid()), "since": time.strftime("%F %T %z")}
         self.ended = threading.Event()
@@ -48,6 +56,7 @@ class Lease:
             ValueError: another live process holds it.
             OSError: the file can't be written.
         """
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
         while True:
@@ -69,14 +78,19 @@ class Lease:
                 time.sleep(1.0)  # if two processes replaced the file, the last one has the lease
                 if (_read(path) or [{}])[0].get("token") == self.owner["token"]:
                     break
-        self.path = path
+        self.path, self.made = path, made
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type | None, *_: object) -> None:
         self.ended.set()
         found = _read(self.path) if self.path else None
         if found and found[0].get("token") == self.owner["token"]:
             self.path.unlink(missing_ok=True)
+            if error and self.made and self.is_worthless():
+                shutil.rmtree(self.made[0], ignore_errors=True)
+                for parent in self.made[1:]:
+                    with suppress(OSError):  # another run has begun in it
+                        parent.rmdir()
 
     def _keep(self) -> None:
         """Touches the file; ends this process if it was held up for so long that another one took the folder over."""

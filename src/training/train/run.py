@@ -59,9 +59,12 @@ def train(args: argparse.Namespace) -> int:
     """
     joined = joined_ranks(args.device, args.timeout_minutes, "continue with --resume latest")
     with joined as (env, watchdog), Lease() as lease, ExitStack() as stack:
+        lease.is_worthless = lambda: True
         with failing_with(2, ValueError, OSError):
             stack.enter_context(deterministic(args.deterministic))
             trainer = _prepare(args, watchdog, lease, env)
+        first = trainer.progress.step
+        lease.is_worthless = lambda: trainer.progress.step == first  # no step has been taken
         with failing_with(1, FloatingPointError, TooManyBadSamplesError, NoUsableSampleError, OSError, RemoteError):
             return trainer.run()
 
