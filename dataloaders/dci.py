@@ -8,7 +8,7 @@ DCI/densely_captioned_images/photos/*.jpg
 from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, Tree, chosen_protocols
+from dataloaders.registry import Benchmark, Tree
 from training.readers.files import parallel_map, read_json, require_dir, text_field
 from training.readers.sentences import normalise_caption
 
@@ -85,7 +85,7 @@ BENCHMARKS = (
         "dci",
         FLAG,
         "DCI: folder with densely_captioned_images/",
-        lambda args: [read_dci(args.dci_retrieval, protocol) for protocol in chosen_protocols(args, PROTOCOLS)],
+        lambda args, protocol: [read_dci(args.dci_retrieval, protocol)],
         order=10,
         protocols=PROTOCOLS,
         tree=Tree("dci", ("densely_captioned_images/splits.json", "splits.json")),

@@ -4,11 +4,10 @@ DOCCI/images/test_00000.jpg
 DOCCI/docci_descriptions.jsonlines  {"example_id", "split", "image_file": "test_00000.jpg", "description": ..}
 """
 
-import argparse
 from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
+from dataloaders.registry import Benchmark, Tree
 from training.readers.files import read_json_lines, require_dir, text_field
 from training.readers.sentences import normalise_caption, split_caption
 
@@ -19,12 +18,12 @@ ANNOTATIONS = "docci_descriptions.jsonlines"
 SOURCE = f"see DOCCI in EVAL_DATASETS.md: {ANNOTATIONS} and docci_images.tar.gz"
 
 
-def read_docci(root: str | Path, sentences: bool = False) -> list[RetrievalSet]:
+def read_docci(root: str | Path, protocol: str = "docci/test") -> RetrievalSet:
     """Reads DOCCI's test split, in file order.
 
     Args:
         root: folder with the descriptions and `images/`.
-        sentences: return a second set, in which every sentence is a caption of its own.
+        protocol: ``docci/test``, or ``docci/sentences``, in which every sentence is a caption of its own.
 
     Raises:
         FileNotFoundError, ValueError: the descriptions are missing, broken or without a test split.
@@ -41,24 +40,18 @@ def read_docci(root: str | Path, sentences: bool = False) -> list[RetrievalSet]:
     if not rows:
         raise ValueError(f"{path}: no row of split 'test'; {SOURCE}")
     fault = "" if all(image.name.startswith("test_") for image, _ in rows) else "images of another split"
-    whole = [(image, normalise_caption(text)) for image, text in rows]
-    given = {"source": SOURCE, "fault": fault, "official": PROTOCOLS["docci/test"], "protocol": "docci/test"}
-    sets = [one_caption_per_image("docci-retrieval", "DOCCI", whole, **given)]
-    if sentences:
-        pieces = [(image, captions) for image, text in rows if (captions := split_caption(text))]
-        number = sum(len(captions) for _, captions in pieces)  # follows from the descriptions
-        if len(rows) != NUM_IMAGES:
-            fault = f"sentences of {len(rows):,} images instead of {NUM_IMAGES:,}"
-        given |= {"fault": fault, "official": {number: ()}, "protocol": "docci/sentences"}
-        given["num_published"] = None if fault else number
-        sets.append(several_captions_per_image("docci-sentences-retrieval", "DOCCI sentences", pieces, **given))
-    return sets
-
-
-def _read_chosen(args: argparse.Namespace) -> list[RetrievalSet]:
-    chosen = chosen_protocols(args, PROTOCOLS)
-    sets = read_docci(args.docci_retrieval, args.docci_sentences or "docci/sentences" in chosen)
-    return [s for name, s in zip(PROTOCOLS, sets) if name in chosen or args.docci_sentences]
+    given = {"source": SOURCE, "protocol": protocol}
+    if protocol == "docci/test":
+        whole = [(image, normalise_caption(text)) for image, text in rows]
+        return one_caption_per_image(
+            "docci-retrieval", "DOCCI", whole, **given, fault=fault, official=PROTOCOLS[protocol]
+        )
+    pieces = [(image, captions) for image, text in rows if (captions := split_caption(text))]
+    number = sum(len(captions) for _, captions in pieces)  # follows from the descriptions
+    if len(rows) != NUM_IMAGES:
+        fault = f"sentences of {len(rows):,} images instead of {NUM_IMAGES:,}"
+    given |= {"fault": fault, "official": {number: ()}, "num_published": None if fault else number}
+    return several_captions_per_image("docci-sentences-retrieval", "DOCCI sentences", pieces, **given)
 
 
 BENCHMARKS = (
@@ -66,11 +59,10 @@ BENCHMARKS = (
         "docci",
         FLAG,
         "DOCCI's test split: folder with its .jsonlines",
-        _read_chosen,
+        lambda args, protocol: [read_docci(args.docci_retrieval, protocol)],
         protocols=PROTOCOLS,
         order=50,
         tree=Tree("docci", (ANNOTATIONS,)),
         source=SOURCE,
-        options=(Option("--docci-sentences", "DOCCI also with each sentence as a caption", default=False),),
     ),
 )

@@ -8,7 +8,7 @@ IIW/dci/*.jpg        IIW/DCI_Test/data.jsonl     {"IIW": caption, "image": "sa_1
 from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
+from dataloaders.registry import Benchmark, Option, Tree
 from training.readers.files import read_json_lines, require_dir, text_field
 from training.readers.sentences import normalise_caption, split_caption
 
@@ -62,9 +62,11 @@ def read_iiw_subset(annotations: str | Path, subset: str) -> list[tuple[str, str
         )
     rows = []
     for where, row in read_json_lines(path):
-        name = text_field(row, "image" if "image" in row else "image/key", where)
-        name = name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg"
-        rows.append((name, text_field(row, "IIW", where)))
+        caption, name = (
+            text_field(row, "IIW", where),
+            text_field(row, "image" if "image" in row else "image/key", where),
+        )
+        rows.append((name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg", caption))
     return rows
 
 
@@ -77,9 +79,7 @@ BENCHMARKS = (
         "iiw",
         FLAG,
         "ImageInWords: folder with docci/, docci_aar/, dci/",
-        lambda args: [
-            read_iiw(args.iiw_retrieval, args.iiw_anno, protocol) for protocol in chosen_protocols(args, PROTOCOLS)
-        ],
+        lambda args, protocol: [read_iiw(args.iiw_retrieval, args.iiw_anno, protocol)],
         protocols=PROTOCOLS,
         order=20,
         options=(ANNOTATIONS,),

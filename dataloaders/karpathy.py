@@ -6,19 +6,16 @@ or    [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": [five texts
 or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}      COCO's captions_val2017.json
 """
 
-import argparse
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from dataloaders.pairs import OfficialLists, RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
+from dataloaders.registry import Benchmark, Option, Tree
 from training.readers.files import file_identity, parallel_map, read_json, require_dir, text_field
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
-SPLITS = ("test", "val")
 VAL2017 = "annotations/captions_val2017.json"
 UNVERIFIED = "a list without Karpathy's splits"
 
@@ -49,6 +46,10 @@ class _Benchmark:
     def official(self) -> dict[str, OfficialLists]:
         """The official lists of each protocol."""
         return {name: {NUM_CAPTIONS * number: ()} for name, number in self.protocols.values()}
+
+    def split_of(self, protocol: str) -> str:
+        """Returns the split that a protocol evaluates."""
+        return next(split for split, (name, _) in self.protocols.items() if name == protocol)
 
 
 COCO = _Benchmark(
@@ -192,28 +193,17 @@ def _candidates(which: _Benchmark, root: Path, name: str) -> list[Path]:
     return [root / folder / n for n in names for folder in which.folders]
 
 
-SPLIT = Option("--karpathy-split", "split of COCO and Flickr30k (default: %(default)s)", default="test", choices=SPLITS)
-
-
-def _read_chosen(which: _Benchmark, places: Callable, args: argparse.Namespace) -> list[RetrievalSet]:
-    """Reads the protocols that ``--protocol`` names; without one, the split of ``--karpathy-split``."""
-    split_of = {name: split for split, (name, _) in which.protocols.items()}
-    by_split = which.protocols[args.karpathy_split][0]
-    chosen = chosen_protocols(args, list(dict.fromkeys([by_split, *split_of])))
-    return [read_karpathy(which, *places(args), split_of[name]) for name in chosen]
-
-
-def _declare(which: _Benchmark, order: int, places: Callable) -> Benchmark:
-    """Returns the benchmark; `places` gives the values of its two flags, folder and annotations."""
+def _declare(which: _Benchmark, order: int, paths: Callable) -> Benchmark:
+    """Returns the benchmark; `paths` gives the values of its two flags, folder and annotations."""
     help = f"dataset_{which.key}.json (default: searched for in DIR)"
     return Benchmark(
         which.key,
         which.flag,
         f"{which.title}: folder with images and captions",
-        partial(_read_chosen, which, places),
+        lambda args, protocol: [read_karpathy(which, *paths(args), which.split_of(protocol))],
         group="short",
         order=order,
-        options=(Option(f"--{which.key}-anno", help, metavar="FILE"), SPLIT),
+        options=(Option(f"--{which.key}-anno", help, metavar="FILE"),),
         protocols=which.official,
         tree=Tree(which.key, which.annotations),
         suites=("short",),

@@ -19,7 +19,6 @@ from training.readers.samples import OF_ONE_SAMPLE, SEVERAL_LINES, TEXT_SUFFIXES
 from training.readers.sentences import normalise_caption
 from training.readers.streams import expand_shards, is_local, local_copy
 
-CAPTION_RULES = ("raw", "long")
 CAPTION_KEYS = Option(
     "--retrieval-caption-keys",
     "where the captions are: columns of the table, or keys in a shard's .json; all that exist are read (default: the "
@@ -29,26 +28,13 @@ CAPTION_KEYS = Option(
     type=names,
     aliases=("--caption-keys",),
 )
-CAPTION_LISTS = Option(
-    "--caption-lists",
-    "alternatives: each text of a list is a caption; sentences: a list is one caption (default: %(default)s)",
-    default="alternatives",
-    choices=("alternatives", "sentences"),
-    of_training=True,
-)
-CAPTION_LINES = Option(
-    "--caption-lines",
-    "each line of a .txt is a caption of its own",
-    aliases=("--retrieval-caption-lines",),
-    of_training=True,
-)
 CAPTION_RULE = Option(
     "--retrieval-caption-rule",
     "raw: captions unchanged; long: split and joined as in the long benchmarks (default: %(default)s)",
     default="raw",
-    choices=CAPTION_RULES,
+    choices=("raw", "long"),
 )
-CAPTION_OPTIONS = (CAPTION_KEYS, CAPTION_RULE, CAPTION_LISTS, CAPTION_LINES)
+CAPTION_OPTIONS = (CAPTION_KEYS, CAPTION_RULE)
 
 
 def present_keys(keys: Sequence[str], present: Container[str]) -> list[str]:

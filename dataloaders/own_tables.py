@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dataloaders import own_pairs
 from dataloaders.pairs import RetrievalSet
-from dataloaders.registry import Benchmark, Option
+from dataloaders.registry import Benchmark
 from training.readers.faults import BadSample
 from training.readers.files import EmbeddedImage, naming
 from training.readers.hub import local_spec
@@ -95,17 +95,6 @@ def _pairs(
         raise ValueError(f"{path}: row {number + 1:,}: {error}") from error
 
 
-IMAGE_KEY = Option(
-    "--csv-img-key",
-    "image column: paths, or the images themselves (default: %(default)s, else the only column of images, or the only "
-    "one of file_name, image, image_path, ..)",
-    metavar="COL",
-    default="filepath",
-    aliases=("--image-key",),
-    of_training=True,
-)
-
-
 BENCHMARKS = (
     Benchmark(
         "retrieval-csv",
@@ -118,7 +107,7 @@ BENCHMARKS = (
                 args.csv_img_key,
                 args.retrieval_caption_keys,
                 args.retrieval_caption_rule,
-                getattr(args, "csv_separator", None),
+                args.csv_separator,
                 args.caption_lists,
                 args.caption_lines,
             )
@@ -126,7 +115,7 @@ BENCHMARKS = (
         group="own",
         metavar="TABLE",
         order=10,
-        options=(IMAGE_KEY, *own_pairs.CAPTION_OPTIONS),
+        options=own_pairs.CAPTION_OPTIONS,
         old_flag="--retrieval-csv",
     ),
 )

@@ -1,8 +1,7 @@
-"""Arranges evaluation data, checks that it is complete, and counts how long its captions are. See EVAL_DATASETS.md.
+"""Arranges evaluation data, and counts how long its captions are. See EVAL_DATASETS.md.
 
 python -m dataloaders.prepare share4v share-captioner_coco_lcs_sam_1246k_1107.json data/share4v/anno.json
 python -m dataloaders.prepare iiw data/iiw --annotations imageinwords --docci data/docci --dci data/dci
-python -m dataloaders.prepare check dci data/dci
 python -m dataloaders.prepare stats --data-root data --suite long --out stats.png
 """
 
@@ -17,19 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataloaders.iiw import SUBSETS, read_iiw_subset
-from dataloaders.pairs import (
-    ClassificationSet,
-    RetrievalSet,
-    describe_completeness,
-    find_images,
-    one_caption_per_image,
-)
-from dataloaders.registry import Benchmark, benchmarks, destination, find_below_data_root, options_of, suites
+from dataloaders.pairs import RetrievalSet
+from dataloaders.registry import benchmarks, destination, find_below_data_root, options_of, suites
 from dataloaders.share4v import SAM_NAME, SOURCE, read_items
 from dataloaders.stats import CaptionStats, caption_stats, draw_stats, format_stats, to_json, token_counter
-from dataloaders.values import names
-from training.readers.files import parallel_map, require_dir
-from training.readers.images import BrokenImageError, load_rgb
+from training.readers.files import require_dir
 
 
 def prepare_share4v(captions: Path, out: Path, num: int) -> str:
@@ -124,62 +115,28 @@ def _place_images(
     return missing, num_train
 
 
-def check_benchmark(sets: list[RetrievalSet], read_images: bool) -> tuple[str, bool]:
-    """Looks for every image of a benchmark; with `read_images` also decodes each.
-
-    Returns:
-        A report, and whether the benchmark is complete.
-    """
-    sets, identity = find_images(sets)
-    broken = {}
-    if read_images:
-        errors = parallel_map(_why_unreadable, identity)
-        broken = {path: error for path, error in zip(identity, errors) if error}
-    sets = [s.without_images({i: broken[p] for i, p in enumerate(s.image_paths) if p in broken}) for s in sets]
-    found = [describe_completeness(s) for s in sets]
-    return "\n".join(line for line, _ in found), all(complete for _, complete in found)
-
-
-def _why_unreadable(path: Path) -> str | None:
-    try:
-        load_rgb(path)
-    except BrokenImageError as error:
-        return str(error)
-    return None
-
-
-def read_for_check(args: argparse.Namespace) -> list[RetrievalSet]:
-    """Reads the benchmark that ``check`` names; classification sets become pairs.
-
-    Raises:
-        ValueError, FileNotFoundError: the benchmark's reader raised it, or a flag that it needs is missing.
-    """
-    benchmark = _benchmark_at(args, args.benchmark, args.root)
-    sets = (benchmark.check or benchmark.read)(args)
-    return [_as_pairs(s) if benchmark.classification else s for s in sets]
-
-
 def read_for_stats(args: argparse.Namespace) -> list[RetrievalSet]:
     """Reads the benchmarks that ``stats`` names, and those below ``--data-root``; prints which are missing there.
 
     Raises:
         ValueError, FileNotFoundError: a reader raised it, a name is unknown, or there is nothing to read.
     """
-    for benchmark in benchmarks():
-        setattr(args, destination(benchmark.flag), None)
+    known = [b for b in benchmarks() if b.tree and not b.classification]
+    vars(args).update({destination(b.flag): None for b in benchmarks()}, protocol=())
+    vars(args).update({destination(option.flag): option.default for option in options_of(benchmarks())})
     for word in args.sets:
         name, equals, root = word.partition("=")
-        if not equals or name not in {b.name for b in benchmarks() if not b.classification}:
-            known = ", ".join(b.name for b in benchmarks() if not b.classification)
-            raise ValueError(f"stats {word}: expected BENCHMARK=ROOT with one of {known}")
-        _benchmark_at(args, name, root)
+        benchmark = next((b for b in known if b.name == name), None)
+        if not equals or benchmark is None:
+            raise ValueError(f"stats {word}: expected BENCHMARK=ROOT with one of {', '.join(b.name for b in known)}")
+        benchmark.place(args, Path(root))
     absent = find_below_data_root(args)
     if absent:
         print(absent, file=sys.stderr)
-    chosen = [b for b in benchmarks() if not b.classification and getattr(args, destination(b.flag))]
-    if not chosen:
+    sets = [s for benchmark in known if getattr(args, destination(benchmark.flag)) for s in benchmark.sets(args)]
+    if not sets:
         raise ValueError("stats: name BENCHMARK=ROOT or --data-root DIR")
-    return [s for benchmark in chosen for s in benchmark.read(args)]
+    return sets
 
 
 def write_stats(found: list[CaptionStats], path: Path) -> str:
@@ -193,24 +150,8 @@ def write_stats(found: list[CaptionStats], path: Path) -> str:
     return f"Figure: {path}   Counts: {counts}"
 
 
-def _benchmark_at(args: argparse.Namespace, name: str, root: str) -> Benchmark:
-    """Sets a benchmark's flag to its folder; ValueError if another flag that it needs is missing."""
-    benchmark = next(b for b in benchmarks() if name in (b.name, b.flag[2:]))
-    for flag, what in benchmark.requires:
-        if not getattr(args, destination(flag)):
-            raise ValueError(f"{args.command} {name} needs {flag}, {what}")
-    setattr(args, destination(benchmark.flag), root)
-    return benchmark
-
-
-def _as_pairs(s: ClassificationSet) -> RetrievalSet:
-    """Uses the class of each image as its caption: a check looks only at files and counts."""
-    pairs = [(path, str(label)) for path, label in zip(s.image_paths, s.labels)]
-    return one_caption_per_image(s.key, s.title, pairs, num_published=s.num_published, source=s.source)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser with its four commands."""
+    """Returns the parser with its three commands."""
     parser = argparse.ArgumentParser(
         prog="python -m dataloaders.prepare",
         description=__doc__,
@@ -229,29 +170,13 @@ def build_parser() -> argparse.ArgumentParser:
     iiw.add_argument("--docci-aar", metavar="DIR", help="DOCCI-AAR's images (default: searched for below --docci)")
     iiw.add_argument("--dci", required=True, metavar="DIR", help="DCI's folder, with the photos below it")
     iiw.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
-    check = commands.add_parser("check", help="tell whether a benchmark is complete, or what is missing")
-    known = [b.name for b in benchmarks()]
-    by_flag = [b.flag[2:] for b in benchmarks() if b.old_flag]
-    check.add_argument("benchmark", choices=[*known, *by_flag], metavar="BENCHMARK", help=", ".join(known))
-    check.add_argument("root", metavar="ROOT", help="the folder given to the benchmark's flag")
-    _add_options(check)
-    check.add_argument("--read-images", action="store_true", help="decode every image as well (minutes)")
     stats = commands.add_parser("stats", help="images, captions, and sentences and tokens per caption")
     stats.add_argument("sets", nargs="*", metavar="BENCHMARK=ROOT", help="what to read, e.g. dci=data/dci")
     stats.add_argument("--data-root", metavar="DIR", help="every benchmark below it, as in training.main")
     stats.add_argument("--suite", choices=suites(), default="all", help="which of them (default: %(default)s)")
     stats.add_argument("--tokenizer", default="clip", metavar="T", help="clip, or a folder (default: %(default)s)")
     stats.add_argument("--out", type=Path, default=Path("stats.png"), metavar="PNG", help="default: %(default)s")
-    _add_options(stats)
     return parser
-
-
-def _add_options(command: argparse.ArgumentParser) -> None:
-    """Adds the options of all benchmarks, named as in training.main."""
-    command.add_argument("--protocol", type=names, default=(), metavar="P,P", help="as in training.main")
-    for option in options_of(benchmarks()):
-        switch = {"action": "store_true"} if option.is_switch else {}
-        command.add_argument(option.flag, *option.aliases, **option.keywords, **switch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,12 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             roots = {"docci": [docci], "docci_aar": aar, "dci": [dci]}
             annotations = require_dir(args.annotations, "--annotations")
             report, complete = prepare_iiw(args.out, annotations, roots, args.copy)
-        elif args.command == "stats":
+        else:
             count_tokens = token_counter(args.tokenizer)
             found = [caption_stats(s, count_tokens) for s in read_for_stats(args)]
             report, complete = f"{format_stats(found)}\n{write_stats(found, args.out)}", True
-        else:
-            report, complete = check_benchmark(read_for_check(args), args.read_images)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(report)

@@ -1,6 +1,6 @@
 """The registry of benchmarks: it finds each file in this folder that assigns ``BENCHMARKS``.
 
-`training.main`, `dataloaders.prepare check`, evaluation, training and the report take everything they need to know
+`training.main`, `dataloaders.prepare stats`, evaluation, training and the report take everything they need to know
 about a benchmark from its declaration, so a new benchmark is one new file.
 """
 
@@ -8,7 +8,7 @@ import argparse
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,12 +27,11 @@ class Option:
     Attributes:
         flag: its name, such as ``--iiw-anno``.
         help: its line in --help.
-        metavar: placeholder for the value in --help; None with `choices`, or for a switch, which takes no value.
+        metavar: placeholder for the value in --help; None with `choices`.
         default: the value if the flag is not given.
         type: function that converts the text of the command line to the value.
         choices: allowed values.
-        aliases: further names in ``prepare check``, and in `training.main` if the benchmark is a user's own.
-        of_training: `training.main` already declares this flag for training; only ``prepare check`` adds it.
+        aliases: further names of the flag.
     """
 
     flag: str
@@ -42,16 +41,10 @@ class Option:
     type: Callable[[str], object] | None = None
     choices: tuple[str, ...] | None = None
     aliases: tuple[str, ...] = ()
-    of_training: bool = False
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether the flag takes no value."""
-        return self.metavar is None and self.choices is None
 
     @property
     def keywords(self) -> dict[str, object]:
-        """The keyword arguments of `argparse.add_argument`, except for the `action` of a switch."""
+        """The keyword arguments of `argparse.add_argument`."""
         given = {name: getattr(self, name) for name in ("metavar", "default", "type", "choices", "help")}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -86,10 +79,10 @@ class Benchmark:
     """The declaration of a benchmark.
 
     Attributes:
-        name: its name in ``prepare check``.
+        name: its name in ``prepare stats``.
         flag: the flag of `training.main` that names its folder.
         help: the flag's line in --help.
-        read: function that takes the parsed flags and returns the benchmark's sets.
+        read: function that takes the parsed flags, and a protocol if there are any, and returns the benchmark's sets.
         group: one of `GROUPS`, the heading in --help.
         metavar: placeholder for the flag's value in --help.
         order: position in tables within the group; benchmarks with the same number are sorted by name.
@@ -97,7 +90,6 @@ class Benchmark:
         classification: `read` returns classification sets.
         requires: (flag of `options` that must be given, what it is and how to get it).
         protocols: variants that ``--protocol`` chooses from, the default first, with their official lists.
-        check: replaces `read` in ``prepare check``; None if `read` will do.
         tree: where ``--data-root`` finds it; None if it has no fixed location.
         suites: the values of ``--suite`` that include it.
         source: how to get it, one line.
@@ -107,7 +99,7 @@ class Benchmark:
     name: str
     flag: str
     help: str
-    read: Callable[[argparse.Namespace], Sequence[RetrievalSet | ClassificationSet]]
+    read: Callable[..., Sequence[RetrievalSet | ClassificationSet]]
     group: str = "long"
     metavar: str = "DIR"
     order: int = 100
@@ -115,7 +107,6 @@ class Benchmark:
     classification: bool = False
     requires: tuple[tuple[str, str], ...] = ()
     protocols: Mapping[str, OfficialLists] = field(default_factory=dict)
-    check: Callable[[argparse.Namespace], Sequence[RetrievalSet | ClassificationSet]] | None = None
     tree: Tree | None = None
     suites: tuple[str, ...] = ()
     source: str = ""
@@ -125,6 +116,19 @@ class Benchmark:
     def flags(self) -> tuple[str, ...]:
         """The flag and its former name."""
         return (self.flag, self.old_flag) if self.old_flag else (self.flag,)
+
+    def place(self, args: argparse.Namespace, folder: Path) -> None:
+        """Sets the benchmark's flag to a folder, and those of its files that are in it, unless they were given."""
+        setattr(args, destination(self.flag), str(folder))
+        for flag, path in self.tree.flags:
+            setattr(args, destination(flag), getattr(args, destination(flag)) or str(folder / path))
+
+    def sets(self, args: argparse.Namespace) -> list[RetrievalSet | ClassificationSet]:
+        """Returns the sets of the protocols that ``--protocol`` names; of the first one if it names none of them."""
+        if not self.protocols:
+            return list(self.read(args))
+        chosen = [name for name in self.protocols if name in args.protocol] or [next(iter(self.protocols))]
+        return [s for name in chosen for s in self.read(args, name)]
 
 
 def destination(flag: str) -> str:
@@ -157,11 +161,6 @@ def set_further_benchmarks(further: Sequence[Benchmark]) -> None:
     if further or _ADDED:
         _ADDED[:] = further
         benchmarks.cache_clear()
-
-
-def chosen_protocols(args: argparse.Namespace, offered: Iterable[str]) -> list[str]:
-    """Returns the protocols of a benchmark that ``--protocol`` names; the first one if it names none of them."""
-    return [name for name in offered if name in args.protocol] or [next(iter(offered))]
 
 
 def options_of(chosen: Sequence[Benchmark]) -> dict[Option, list[str]]:
@@ -202,9 +201,7 @@ def find_below_data_root(args: argparse.Namespace) -> str | None:
             absent.append(f"  {root / benchmark.tree.folder} ({benchmark.flag}): {benchmark.source}")
             continue
         any_found = True
-        setattr(args, destination(benchmark.flag), str(folder))
-        for flag, path in benchmark.tree.flags:
-            setattr(args, destination(flag), getattr(args, destination(flag)) or str(folder / path))
+        benchmark.place(args, folder)
     if not any_found:
         raise ValueError("\n".join([f"--data-root {root}: found no benchmark; looked for", *absent]))
     return "\n".join([f"--data-root {root}: left out because they are missing:", *absent]) if absent else None

@@ -4,14 +4,12 @@ ANNO.json  [{"image": "sam/images/sa_1.jpg", "conversations": [{"from": "human",
 ROOT/..    SA-1B images, in any tree
 """
 
-import argparse
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, Option, Tree, chosen_protocols
+from dataloaders.registry import Benchmark, Option, Tree
 from dataloaders.values import positive_numbers
 from training.readers.files import file_identity, parallel_map, read_json, require_dir, text_field
 from training.readers.sentences import normalise_caption
@@ -121,23 +119,12 @@ def resolve_images(root: Path, names: list[str]) -> list[Path]:
     return [Path(found[p.name][0]) if p.name in found else p for p in by_path]
 
 
-def _check(args: argparse.Namespace) -> list[RetrievalSet]:
-    """Reads as many pairs as the list has; `check` then counts how many are missing."""
-    wanted = max(args.share4v_val_num)
-    listed = min(wanted, len(read_items(args.share4v_anno)))
-    return [replace(s, num_published=wanted) for s in read_share4v(args.share4v_retrieval, args.share4v_anno, [listed])]
-
-
 BENCHMARKS = (
     Benchmark(
         "share4v",
         FLAG,
         "ShareGPT4V: folder with SA-1B images, in any tree",
-        lambda args: [
-            own
-            for protocol in chosen_protocols(args, PROTOCOLS)
-            for own in read_share4v(args.share4v_retrieval, args.share4v_anno, args.share4v_val_num, protocol)
-        ],
+        lambda args, protocol: read_share4v(args.share4v_retrieval, args.share4v_anno, args.share4v_val_num, protocol),
         protocols=PROTOCOLS,
         order=30,
         options=(
@@ -148,7 +135,6 @@ BENCHMARKS = (
                 metavar="N,N",
                 default=(1000, 10000),
                 type=positive_numbers,
-                aliases=("--num",),
             ),
         ),
         requires=(
@@ -157,7 +143,6 @@ BENCHMARKS = (
                 "the list of captions; python -m dataloaders.prepare share4v makes it (see EVAL_DATASETS.md)",
             ),
         ),
-        check=_check,
         tree=Tree("share4v", ("anno.json",), ((ANNO_FLAG, "anno.json"),)),
         suites=("long",),
         source=SOURCE,

@@ -16,7 +16,7 @@ FLAG = "--urban1k-retrieval"
 SOURCE = "see Urban1k in EVAL_DATASETS.md: Urban1k.zip of the Long-CLIP project"
 
 
-def read_urban1k(root: str | Path) -> RetrievalSet:
+def read_urban1k(root: str | Path, protocol: str = "urban1k/first-line") -> RetrievalSet:
     """Reads Urban1k, sorted by number (2 before 10), so that the order never depends on the file system.
 
     Raises:
@@ -30,8 +30,7 @@ def read_urban1k(root: str | Path) -> RetrievalSet:
             pairs = _read_annotations(base)
         else:
             continue
-        ((protocol, official),) = PROTOCOLS.items()
-        given = {"official": official, "protocol": protocol, "source": SOURCE}
+        given = {"official": PROTOCOLS[protocol], "protocol": protocol, "source": SOURCE}
         return one_caption_per_image("urban1k-retrieval", "Urban1k", pairs, **given)
     raise FileNotFoundError(f"{FLAG} {root}: found neither caption/ nor annotations/annotations.json; {SOURCE}")
 
@@ -64,7 +63,7 @@ BENCHMARKS = (
         "urban1k",
         FLAG,
         "Urban1k: folder with image/ and caption/",
-        lambda args: [read_urban1k(args.urban1k_retrieval)],
+        lambda args, protocol: [read_urban1k(args.urban1k_retrieval, protocol)],
         order=40,
         protocols=PROTOCOLS,
         tree=Tree("Urban1k", ("caption", "annotations/annotations.json", "Urban1k")),

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders import prepare
 from dataloaders.docci import read_docci
 from dataloaders.karpathy import COCO, FLICKR30K, read_karpathy
 from dataloaders.own_pairs import read_shard_pairs
@@ -196,7 +195,8 @@ def test_multi_caption_recall_equals_clip_benchmark():
 
 
 def test_all_from_the_command_line_and_in_two_processes(tmp_path, tiny_clip, capsys):
-    flags = ["--docci-retrieval", write_docci(tmp_path / "docci"), "--docci-sentences"]
+    flags = ["--docci-retrieval", write_docci(tmp_path / "docci")]
+    flags += ["--protocol", "docci/test,docci/sentences"]
     flags += ["--coco-retrieval", write_coco(tmp_path / "coco")]
     flags += ["--flickr30k-retrieval", write_flickr30k(tmp_path / "flickr")]
     flags += ["--retrieval-csv", write_table(tmp_path / "t" / "mine.csv")]
@@ -239,13 +239,17 @@ def test_features_of_shards_are_cached_too(tmp_path, tiny_clip, monkeypatch):
     }
 
 
-def test_check_says_complete_or_what_is_missing(tmp_path, capsys):
-    flickr = write_flickr30k(tmp_path / "flickr")
-    assert prepare.main(["check", "flickr30k", str(flickr)]) == 1
-    assert "only 25 of 5,000 pairs listed" in capsys.readouterr().out
-    table = write_table(tmp_path / "t" / "mine.csv")
-    assert prepare.main(["check", "retrieval-csv", str(table), "--read-images"]) == 0
-    assert "mine: complete, 8 pairs" in capsys.readouterr().out
-    for benchmark, root in (("docci", write_docci(tmp_path / "d")), ("imagenet-val", write_imagenet(tmp_path / "v"))):
-        assert prepare.main(["check", benchmark, str(root)]) == 1
-        assert "no image is missing, but only" in capsys.readouterr().out
+def test_a_dry_run_says_complete_or_what_is_missing(tmp_path, capsys):
+    common = ["--dry-run", "--model", "lotlip_tiny", "--device", "cpu", "--logs", str(tmp_path / "logs")]
+    found = {
+        "--flickr30k-retrieval": (
+            write_flickr30k(tmp_path / "flickr"),
+            "no image is missing, but only 25 of 5,000 pairs",
+        ),
+        "--retrieval-csv": (write_table(tmp_path / "t" / "mine.csv"), "mine: complete, 8 pairs"),
+        "--docci-retrieval": (write_docci(tmp_path / "d"), "no image is missing, but only 6 of 5,000 pairs listed"),
+        "--imagenet-val": (write_imagenet(tmp_path / "v"), "of 50,000 images"),
+    }
+    assert main([*common, *(str(word) for flag, (root, _) in found.items() for word in (flag, root))]) == 0
+    said = capsys.readouterr().out
+    assert all(line in said for _, line in found.values()), said

@@ -141,7 +141,7 @@ def test_lengths_are_those_a_model_can_read(tmp_path, data, capsys):
         (["--imagenet-val", "x", "--report"], "no effect without a retrieval benchmark"),
         (["--features", "x.npz", "--retrieval-lengths", "10"], "--retrieval-lengths: no effect for --features"),
         (["--features", "x.npz", "--dci-retrieval", "x"], "omit --dci-retrieval"),
-        (["--docci-sentences", "--dci-retrieval", "x"], "no effect without --docci-retrieval"),
+        (["--protocol", "docci/sentences", "--dci-retrieval", "x"], "no effect without --docci-retrieval"),
     ],
 )
 def test_flags_without_effect_exit_2(flags, said, capsys):

@@ -20,8 +20,8 @@ from training.readers.sentences import normalise_caption, split_caption
 
 def read(name, protocol, **flags):
     """Reads one benchmark as the command line does."""
-    args = SimpleNamespace(protocol=(protocol,), karpathy_split="test", docci_sentences=False, **flags)
-    return next(b for b in benchmarks() if b.name == name).read(args)
+    args = SimpleNamespace(protocol=(protocol,), **flags)
+    return next(b for b in benchmarks() if b.name == name).sets(args)
 
 
 def test_dci_extra_lower():
@@ -74,8 +74,7 @@ def test_share4v_first_keeps_captions_as_they_are(tmp_path):
 def test_docci_sentences_alone(tmp_path):
     (found,) = read("docci", "docci/sentences", docci_retrieval=write_docci(tmp_path))
     assert found.protocol == "docci/sentences (modified)" and "A 3" in found.captions
-    found = docci.read_docci(tmp_path, sentences=True)
-    assert [s.protocol for s in found] == ["docci/test (modified)", "docci/sentences (modified)"]
+    assert docci.read_docci(tmp_path).protocol == "docci/test (modified)"
 
 
 def test_flickr30k_all_and_coco_val2017(tmp_path):

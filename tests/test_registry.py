@@ -43,14 +43,13 @@ RUN = """
 import sys
 import dataloaders
 dataloaders.__path__.append(sys.argv[1])
-from dataloaders import prepare
 from training.flags.parser import build_parser
 from training.main import main
 root, logs, model = sys.argv[2:]
 assert "--moon-retrieval DIR" in build_parser().format_help()
-assert prepare.main(["check", "moon", root]) == 0
-assert prepare.main(["check", "moon", root, "--moon-number", "5"]) == 1
 common = ["--model", model, "--logs", logs, "--name", "run", "--workers", "0", "--device", "cpu"]
+assert main(["--moon-retrieval", root, *common, "--dry-run"]) == 0
+assert main(["--moon-retrieval", root, *common, "--dry-run", "--moon-number", "5"]) == 2
 sys.exit(main(["--moon-retrieval", root, *common, "--report"]))
 """
 
@@ -64,7 +63,7 @@ def test_a_new_file_adds_a_benchmark(tmp_path, tiny_clip):
     argv = [sys.executable, "-c", RUN, str(folder), str(root), str(tmp_path / "logs"), tiny_clip]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Moon: complete, 3 pairs" in done.stdout and "2 of 5 pairs are missing" in done.stdout
+    assert "Moon: complete, 3 pairs" in done.stdout and "2 of 5 pairs are missing" in done.stderr
     result = read_results(tmp_path / "logs", "run")
     assert result["moon-retrieval-num-pairs"] == 3 and result["flags"]["moon_number"] == 3
     assert "Moon" in (tmp_path / "logs" / "run" / "report.html").read_text()

@@ -17,7 +17,15 @@ from training.eval.tables import result_rows
 def logs(tmp_path_factory, tiny_clip):
     folder = tmp_path_factory.mktemp("runs")
     docci, coco, val = write_docci(folder / "docci_data"), write_coco(folder / "coco"), write_imagenet(folder / "val")
-    both = ["--docci-retrieval", docci, "--docci-sentences", "--coco-retrieval", coco, "--allow-missing"]
+    both = [
+        "--docci-retrieval",
+        docci,
+        "--protocol",
+        "docci/test,docci/sentences",
+        "--coco-retrieval",
+        coco,
+        "--allow-missing",
+    ]
     prompts = folder / "prompts.json"  # one text for each class instead of 80
     prompts.write_text(json.dumps({"imagenet1k": {name: [name] for name in dict.fromkeys(IMAGENET_CLASSNAMES)}}))
     evaluate(folder, tiny_clip, *both, name="one")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders import prepare, scenes
+from dataloaders import scenes
 from dataloaders.dci import read_dci
 from dataloaders.iiw import read_iiw
 from dataloaders.scene_drawing import BACKGROUNDS, COLOURS, draw_scene, large_object_prompts, make_scene
@@ -86,20 +86,6 @@ def test_a_folder_with_other_content_is_not_overwritten(tmp_path, capsys):
         scenes.main([str(tmp_path)])
     assert stop.value.code == 2 and "holds other files" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_prepare_check_says_complete_or_what_is_missing(scenes, tmp_path, capsys):
-    anno = str(scenes / "share4v" / "anno.json")
-    argv = ["check", "share4v", str(scenes / "share4v"), "--share4v-anno", anno, "--read-images"]
-    assert prepare.main([*argv, "--num", "25"]) == 0
-    assert "SV-25: complete, 25 pairs" in capsys.readouterr().out
-    assert prepare.main([*argv, "--num", "30"]) == 1
-    assert "only 25 of 30 pairs listed" in capsys.readouterr().out
-    assert prepare.main(["check", "dci", str(scenes / "dci")]) == 1
-    assert "25 of 7,805" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        prepare.main(["check", "dci", str(tmp_path / "nothing")])
-    assert stop.value.code == 2 and "no such folder" in capsys.readouterr().err
 
 
 def test_runs_as_a_command(tmp_path):

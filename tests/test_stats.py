@@ -48,7 +48,8 @@ def test_table_and_figure_of_sets_named_or_found(tmp_path, capsys):
         ([], "name BENCHMARK=ROOT"),
         (["dci"], "expected BENCHMARK=ROOT"),
         (["moon=x"], "expected BENCHMARK=ROOT with one of dci"),
-        (["share4v=x"], "stats share4v needs --share4v-anno"),
+        (["share4v=x"], "--share4v-retrieval x: no such folder"),
+        (["retrieval-csv=x"], "expected BENCHMARK=ROOT with one of dci, iiw, share4v"),
         (["dci=x", "--tokenizer", "/nowhere"], "--tokenizer /nowhere: expected clip"),
     ],
 )

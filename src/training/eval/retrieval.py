@@ -45,7 +45,7 @@ def read_benchmarks(args: argparse.Namespace) -> tuple[list[RetrievalSet], tuple
     sets, classification = [], []
     for benchmark in benchmarks():
         if getattr(args, destination(benchmark.flag)):
-            found = benchmark.read(args)
+            found = benchmark.sets(args)
             if args.exif_rotation == "on" or (args.exif_rotation == "auto" and benchmark.group == "own"):
                 found = [replace(s, image_paths=tuple(map(upright, s.image_paths))) for s in found]
             (classification if benchmark.classification else sets).extend(found)

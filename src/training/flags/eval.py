@@ -4,7 +4,7 @@ import argparse
 
 from dataloaders.registry import benchmarks, options_of, suites
 from training.flags.effects import ALWAYS, EVALUATION, Condition, Effects, asks_about_texts
-from training.flags.types import Flags, Switch, names, positive_numbers
+from training.flags.types import Flags, names, positive_numbers
 
 _TEXT_FLAGS = ("--retrieval-lengths", "--retrieval-sentences", "--retrieval-sensitivity", "--diagnostics")
 INSIGHT_FLAGS = (
@@ -60,7 +60,7 @@ EFFECTS: Effects = (
     (_FIXED_WEIGHTS, "--feature-cache"),
     (_NO_FEATURES, "--feature-cache --image-cache"),
     (Condition("without a benchmark", lambda args: has_benchmark(args)), "--image-cache"),
-    *((_needs(flags), o.flag) for o, flags in options_of(benchmarks()).items() if not o.of_training),
+    *((_needs(flags), o.flag) for o, flags in options_of(benchmarks()).items()),
     (Condition("without a benchmark", lambda args: has_benchmark(args)), "--allow-missing"),
 )
 
@@ -85,10 +85,8 @@ def _add_benchmarks(group: Flags, name: str) -> None:
     for benchmark in chosen:
         group.add_argument(*benchmark.flags, metavar=benchmark.metavar, help=benchmark.help)
         for option in benchmark.options:
-            if not option.of_training and owners[option][-1] == benchmark.flag:
-                switch = {"action": Switch} if option.is_switch else {}
-                aliases = option.aliases if name == "own" else ()  # some of those of benchmarks have several owners
-                group.add_argument(option.flag, *aliases, **option.keywords, **switch)
+            if owners[option][-1] == benchmark.flag:
+                group.add_argument(option.flag, *option.aliases, **option.keywords)
 
 
 def _add_reading_args(group: Flags) -> None:

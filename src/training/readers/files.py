@@ -54,11 +54,7 @@ class StoredImage:
 
     def resolve(self) -> str:
         """Returns a name that no other content has while the file stays as it is."""
-        shard = self.shard.resolve() if isinstance(self.shard, Path) else self.shard
-        return f"{shard}{self._inside()}{' upright' * self.upright}"
-
-    def _inside(self) -> str:
-        return ""
+        return repr(replace(self, shard=self.shard.resolve()) if isinstance(self.shard, Path) else self)
 
     def open(self) -> BinaryIO:
         """Returns the content as a file."""
@@ -85,9 +81,6 @@ class ShardMember(StoredImage):
     def name(self) -> str:
         return self.member.rsplit("/", 1)[-1]
 
-    def _inside(self) -> str:
-        return f"/{self.member}@{self.offset}"
-
     def open(self) -> BinaryIO:
         return io.BytesIO(read_range(self.shard, self.offset, self.size))
 
@@ -110,9 +103,6 @@ class EmbeddedImage(StoredImage):
     @property
     def name(self) -> str:
         return f"{self.shard.name}-{self.row + 1}"
-
-    def _inside(self) -> str:
-        return f"/{self.column}@{self.row}"
 
     def open(self) -> BinaryIO:
         from training.readers.columnar import read_image  # imports pyarrow
@@ -263,11 +253,9 @@ def file_identity(path: Path | StoredImage) -> object | None:
 
     The value is (device, inode), or the path itself if the file system has no inodes.
     """
-    if type(path) is StoredImage:
-        found = file_identity(path.shard)
-        return found and (found, path.upright)
     if isinstance(path, StoredImage):
-        return path if isinstance(path.shard, str) or path.shard.is_file() else None
+        file = path.shard if isinstance(path.shard, str) else file_identity(path.shard)
+        return file and ((file, path.upright) if type(path) is StoredImage else path)
     try:
         status = os.stat(path)
     except (OSError, ValueError):
