@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from training.data.captions import CaptionRule, NoCaptionError, captions_found, choose_captions
+from training.data.captions import CaptionRule, NoCaptionError, choose_captions, find_captions
 from training.prepare.tables.clean import without_cut_sentence
 from training.readers.captions import caption_texts, read_record
 from training.readers.faults import BadSample
@@ -158,7 +158,7 @@ def test_short_captions_are_drawn_among_raw_and_short_keys():
     ],
 )
 def test_nothing_usable_is_an_error(record, kind):
-    assert captions_found(record, CaptionRule()) == (False, False)
+    assert find_captions(record, CaptionRule()) == ([], [], [])
     with pytest.raises(NoCaptionError, match=f"^{kind}$"):
         choose(record)
 

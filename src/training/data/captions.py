@@ -91,7 +91,7 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
         NoCaptionError: there is nothing under the keys, only empty text, only values that are not text, or a text of
             more than `MAX_CHARACTERS`.
     """
-    raws, shorts, longs = _raws(record, rule), _shorts(record, rule), _longs(record, rule)
+    raws, shorts, longs = find_captions(record, rule)
     if not shorts and not longs:
         raise NoCaptionError(_why_none(record, rule))
     if any(len(text) > MAX_CHARACTERS for text in (*shorts, *longs)):
@@ -109,50 +109,23 @@ class _Chooser:
     """Chooses the texts of one sample; remembers how many long captions each kind of view has used."""
 
     def __init__(self, raw: str, short: str, longs: list[str], everything: list[str], rng: random.Random):
-        self.raw, self.short, self.longs, self.everything, self.rng = raw, short, longs, everything, rng
+        self.captions, self.longs, self.everything, self.rng = {"raw": raw, "short": short}, longs, everything, rng
         self.used: dict[tuple[str, str], int] = {}
 
     def texts(self, entry: Entry) -> list[str]:
-        if entry.views[0].distinct:
-            return self._distinct(entry)
         views = entry.views
+        if views[0].distinct:
+            return self._distinct(views[0], entry.count)
         if len(views) > 1:
             views = self.rng.choices(views, [view.share for view in views], k=entry.count)
         return [self._text(views[i % len(views)]) for i in range(entry.count)]
 
     def _text(self, view: View) -> str:
-        if view.name == "raw":
-            return self.raw
-        if view.name == "short" or (view.uses_long and not self.longs):
-            return self.short
-        if view.name == "sentences":
-            return self._sentences(view)
-        text = self._long(view)
-        if view.name == "long":
-            return text
-        first, rest = first_sentence(text)
-        return first if view.name == "first-sentence" else rest.strip() or first
-
-    def _long(self, view: View) -> str:
-        """Returns the next long caption for this kind of view."""
-        key = view.name, view.pool
-        self.used[key] = self.used.get(key, -1) + 1
-        return self.longs[self.used[key] % len(self.longs)]
-
-    def _pool(self, view: View) -> list[str]:
-        """Returns the texts from which a view takes sentences."""
-        if view.pool == "all":
-            return self.everything
-        if view.pool in ("raw", "short"):
-            return [self.raw if view.pool == "raw" else self.short]
-        text = self._long(view)
-        if view.pool == "long":
-            return [text]
-        first, rest = first_sentence(text)
-        return [rest.strip() or first]
-
-    def _sentences(self, view: View) -> str:
-        sentences = _split(self._pool(view))
+        if view.uses_long and not self.longs:
+            return self.captions["short"]
+        if view.name != "sentences":
+            return self._caption(view.name, view)
+        sentences = self._sentences(view)
         least, most = (min(n or len(sentences), len(sentences)) for n in (view.least, view.most))
         number = least if least == most else self.rng.randint(least, most)
         ordered = view.order == "ordered" or (view.order == "either" and (number == 1 or self.rng.random() < 0.5))
@@ -161,19 +134,33 @@ class _Chooser:
         start = self.rng.randrange(len(sentences) - number + 1)
         return join_sentences(sentences[start : start + number])
 
-    def _distinct(self, entry: Entry) -> list[str]:
+    def _distinct(self, view: View, count: int) -> list[str]:
         """Returns runs of consecutive sentences that begin at different sentences, as long as there are enough."""
-        view = entry.views[0]
-        pool = [self.short] if view.uses_long and not self.longs else self._pool(view)
-        sentences = _split(pool)
+        sentences = self._sentences(view)
         number = min(view.least, len(sentences))
         starts = range(len(sentences) - number + 1)
-        draw = self.rng.sample if len(starts) >= entry.count else self.rng.choices
-        return [join_sentences(sentences[start : start + number]) for start in draw(starts, k=entry.count)]
+        draw = self.rng.sample if len(starts) >= count else self.rng.choices
+        return [join_sentences(sentences[start : start + number]) for start in draw(starts, k=count)]
 
+    def _sentences(self, view: View) -> list[str]:
+        """Returns the sentences from which a view takes some."""
+        if view.uses_long and not self.longs:
+            texts = [self.captions["short"]]
+        else:
+            texts = self.everything if view.pool == "all" else [self._caption(view.pool, view)]
+        return [sentence for text in texts for sentence in split_sentences(text)] or texts[:1]
 
-def _split(texts: list[str]) -> list[str]:
-    return [sentence for text in texts for sentence in split_sentences(text)] or texts[:1]
+    def _caption(self, kind: str, view: View) -> str:
+        """Returns the raw or short caption, or the next long one for this kind of view, or a part of it."""
+        if kind in self.captions:
+            return self.captions[kind]
+        key = view.name, view.pool
+        self.used[key] = self.used.get(key, -1) + 1
+        text = self.longs[self.used[key] % len(self.longs)]
+        if kind == "long":
+            return text
+        first, rest = first_sentence(text)
+        return first if kind == "first-sentence" else rest.strip() or first
 
 
 def _why_none(record: dict, rule: CaptionRule) -> str:
@@ -184,28 +171,16 @@ def _why_none(record: dict, rule: CaptionRule) -> str:
     return "empty caption" if all(isinstance(piece, str) for piece in pieces) else "caption not text"
 
 
-def captions_found(record: dict, rule: CaptionRule) -> tuple[bool, bool]:
-    """Returns (whether a sample has a short caption, whether it has a long one) under the rule's keys."""
-    return bool(_shorts(record, rule)), bool(_longs(record, rule))
+def find_captions(record: dict, rule: CaptionRule) -> tuple[list[str], list[str], list[str]]:
+    """Returns (alternatives of the raw caption, these and the further short captions, long captions) of a sample."""
 
+    def texts(key: str) -> list[str]:
+        try:
+            found = caption_texts(record.get(key), lists=rule.lists, lines=rule.lines and key == "txt")
+        except ValueError:
+            return []
+        return [text.strip() for text in found]
 
-def _raws(record: dict, rule: CaptionRule) -> list[str]:
-    """Returns the alternatives of the raw caption."""
-    return next(filter(None, (_captions(record, key, rule) for key in rule.raw_keys)), [])
-
-
-def _shorts(record: dict, rule: CaptionRule) -> list[str]:
-    """Returns the alternatives of the raw caption, and the further short captions."""
-    return _raws(record, rule) + [text for key in rule.short_keys for text in _captions(record, key, rule)]
-
-
-def _longs(record: dict, rule: CaptionRule) -> list[str]:
-    return [text for key in rule.long_keys for text in _captions(record, key, rule)]
-
-
-def _captions(record: dict, key: str, rule: CaptionRule) -> list[str]:
-    try:
-        texts = caption_texts(record.get(key), lists=rule.lists, lines=rule.lines and key == "txt")
-    except ValueError:
-        return []
-    return [text.strip() for text in texts]
+    raws = next(filter(None, map(texts, rule.raw_keys)), [])
+    shorts, longs = ([text for key in keys for text in texts(key)] for keys in (rule.short_keys, rule.long_keys))
+    return raws, raws + shorts, longs

@@ -4,7 +4,7 @@ import logging
 import random
 from collections import Counter
 
-from training.data.captions import CaptionRule, captions_found, choose_captions
+from training.data.captions import CaptionRule, choose_captions, find_captions
 from training.data.reader import read_image, read_record
 from training.data.shards import Source
 from training.readers.faults import BadSample
@@ -26,7 +26,7 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
     """
     if not source.num_samples:
         raise ValueError(f"{spec}: no samples in it")
-    has_short = has_long = num_usable = num_with_lines = 0
+    has_short, has_long, num_usable, num_with_lines = False, False, 0, 0
     keys, kinds, reasons = set(), Counter(), []
     for raw in source.read(0, 0, min(NUM_LOOKED_AT, source.num_samples)):
         try:
@@ -34,8 +34,8 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
             if raw.features is None and raw.image_path is None and raw.image is None:
                 raise BadSample("no image")
             keys |= set(record)
-            short, long = captions_found(record, rule)
-            has_short, has_long = has_short + short, has_long + long
+            _, shorts, longs = find_captions(record, rule)
+            has_short, has_long = has_short or bool(shorts), has_long or bool(longs)
             num_with_lines += "txt" in raw.files and "\n" in str(record["txt"]).strip()
             choose_captions(record, rule, random.Random(0))
             if not num_usable and raw.features is None:  # one image that can be decoded is enough

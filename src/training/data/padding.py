@@ -18,22 +18,18 @@ def check_front_padding(tokenizer: Callable) -> None:
         )
 
 
-def front_shares(stream: str, keys: Sequence[str], rule: CaptionRule) -> list[list[float]]:
-    """Draws, for each text, the fraction of its padding that is put in front of it.
+def front_shares(name: str, rule: CaptionRule) -> list[float]:
+    """Draws, for each text of a sample, the fraction of its padding that is put in front of it.
 
     Args:
-        stream: name of the random stream; together with a sample's key it seeds the draws of that sample.
-        keys: keys of the samples.
-        rule: tells which texts are padded in front.
+        name: seed of the draws.
+        rule: says which texts are padded in front.
 
     Returns:
-        For each sample and text a fraction, 0 <= fraction < 1; 0 for texts that are not padded in front.
+        For each text a fraction, 0 <= fraction < 1; 0 for texts that are not padded in front.
     """
-    wanted = [entry.front for entry in rule.texts]
-    if not any(wanted):
-        return [[0.0] * len(wanted)] * len(keys)
-    streams = [random.Random(f"{stream}/{key}/front") for key in keys]
-    return [[rng.random() if front else 0.0 for front in wanted] for rng in streams]
+    rng = random.Random(f"{name}/front")
+    return [rng.random() if entry.front else 0.0 for entry in rule.texts]
 
 
 def pad_in_front(ids: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:

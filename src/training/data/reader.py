@@ -83,7 +83,7 @@ class SampleReader:
         texts = self.experiment.views(choose_captions(record, self.rule, random), record, at)
         if not all(map(_is_unicode, texts)):
             raise BadSample("text not UTF-8")
-        fronts = front_shares(f"{self.seed}/{self.epoch}", [key], self.rule)[0]
+        fronts = front_shares(f"{self.seed}/{self.epoch}/{key}", self.rule)
         if raw.features is not None:
             view = random.randrange(len(raw.features))
             inputs = {"image_features": torch.from_numpy(raw.features[view].astype(np.float32))}
