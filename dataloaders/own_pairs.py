@@ -13,7 +13,7 @@ from pathlib import Path
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
 from dataloaders.registry import Benchmark, Option
 from dataloaders.values import names
-from training.readers.captions import caption_texts, read_record
+from training.readers.captions import caption_texts, is_unicode, read_record
 from training.readers.files import IMAGE_SUFFIXES, ShardMember, naming
 from training.readers.samples import OF_ONE_SAMPLE, SEVERAL_LINES, TEXT_SUFFIXES, RawSample, read_samples
 from training.readers.sentences import normalise_caption
@@ -54,13 +54,15 @@ def captions_of(record: Mapping, keys: Sequence[str], lists: str, lines: bool, w
         where: what the message of an error begins with.
 
     Raises:
-        ValueError: a value is no text, list of texts or conversation.
+        ValueError: a value is no text, list of texts or conversation, or not Unicode.
     """
-    return [
-        text
-        for key in keys
-        for text in caption_texts(record.get(key), f"{where}, {key}", lists, lines and key == "txt")
-    ]
+    found = []
+    for key in keys:
+        texts = caption_texts(record.get(key), f"{where}, {key}", lists, lines and key == "txt")
+        if not all(map(is_unicode, texts)):
+            raise ValueError(f"{where}, {key}: half a surrogate pair, expected text that can be written as UTF-8")
+        found += texts
+    return found
 
 
 def set_name(spec: str, files: Sequence[str | Path]) -> str:

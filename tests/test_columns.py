@@ -44,6 +44,20 @@ KINDS = {
 }
 
 
+def test_half_a_surrogate_pair_is_no_caption(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"filepath": "a.jpg", "caption": "one"}\n{"filepath": "b.jpg", "caption": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match="row 2, caption: half a surrogate pair"):
+        read_table_pairs(path, "filepath", ["caption"], "raw")
+
+
+def test_images_in_bytes_of_one_length_are_read_alike(tmp_path):
+    content = [data.ljust(4000, b"\0") for data in images(tmp_path, 2)]
+    path = write_arrow(tmp_path / "i.arrow", {"image": pa.array(content, pa.binary(4000)), "caption": TEXTS})
+    assert read_table_pairs(path, "filepath", ["caption"], "raw").captions == tuple(TEXTS)
+    assert embedded_sources(path, "filepath") == [[path]] and [row.image for row in read_rows(path)] == content
+
+
 @pytest.mark.parametrize(("kind", "values"), KINDS.values(), ids=KINDS)
 def test_captions_of_every_type_of_text_are_read_alike(kind, values, tmp_path):
     captions = pa.array(values, pa.string()).cast(kind) if isinstance(values[0], str) else pa.array(values, kind)

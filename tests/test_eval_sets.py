@@ -28,7 +28,8 @@ from training.readers.images import load_rgb
 
 
 def test_docci_whole_and_by_sentence(tmp_path):
-    whole, parts = read_docci(write_docci(tmp_path), sentences=True)
+    root = write_docci(tmp_path)
+    whole, parts = (read_docci(root, protocol) for protocol in ("docci/test", "docci/sentences"))
     numbers = [0, 1, 2, 4, 5, 6]
     assert [p.name for p in whole.image_paths] == [f"test_{n:05d}.jpg" for n in numbers]
     assert whole.captions[1] == "View 1. It has 1 trees. A 3. 5 m pole stands left"  # the rule of the long benchmarks

@@ -20,6 +20,7 @@ from training.data.sizes import count_samples
 from training.data.tables import read_tables
 from training.flags.parser import parse_args
 from training.main import main
+from training.prepare.rows import TableRows
 from training.readers.csv_rows import CsvForm, CsvRecords
 from training.readers.images import load_rgb
 from training.readers.table_files import names_tables, table_files
@@ -319,3 +320,28 @@ def test_a_messy_table_is_read_on_alike_from_the_end_of_any_row(tmp_path):
         assert list(records.read(whole[number].end)) == whole[number + 1 :], (content, form)
         assert list(records.read(0, whole[number].end)) == whole[: number + 1]
         assert all(first.end <= second.begin for first, second in zip(whole, whole[1:]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.csv", "filepath,caption\na.jpg,caf\xe9\n".encode("utf-16-le"), "UTF-16"),
+        ("t.jsonl", '{"filepath": "a.jpg", "caption": "one"}\n'.encode("utf-16"), "lines without a JSON object"),
+        ("t.jsonl", b"", "an empty file without a JSON object"),
+        ("t.jsonl", b'{"caption": ' + b"[" * 9000 + b"]" * 9000 + b"}", "lines without a JSON object"),
+    ],
+)
+def test_files_that_are_no_tables_are_named_by_every_reader(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    for read in (pairs, trained, TableRows):
+        with pytest.raises(ValueError, match=f"{name}: .*{said}"):
+            read(tmp_path / name)
+
+
+def test_lines_of_blanks_are_no_rows_and_a_lone_cr_is_named(tmp_path, caplog):
+    path = tmp_path / "t.csv"
+    path.write_text("filepath,caption\n  \na.jpg,one\n\t\nb.jpg,two\n ")
+    assert pairs(path) == trained(path) == [("a.jpg", "one"), ("b.jpg", "two")] and not caplog.records
+    path.write_bytes(b"filepath,caption\na.jpg,one\nb.jpg,t\rwo\n")
+    with pytest.raises(ValueError, match="line 3: .*or a CR outside of quotes"):
+        pairs(path)

@@ -81,7 +81,7 @@ class SampleReader:
         record = read_record(raw)
         at = Reading(self.epoch, step, raw.source, random.Random(f"{self.seed}/{self.epoch}/{key}/views"))
         texts = self.experiment.views(choose_captions(record, self.rule, random), record, at)
-        if not all(map(_is_unicode, texts)):
+        if not all(map(captions.is_unicode, texts)):
             raise BadSample("text not UTF-8")
         fronts = front_shares(f"{self.seed}/{self.epoch}/{key}", self.rule)
         if raw.features is not None:
@@ -115,15 +115,6 @@ def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
     if image is None:
         raise BadSample("no image")
     return decode(image)
-
-
-def _is_unicode(text: str) -> bool:
-    """Returns whether a text can be encoded: JSON may contain half a surrogate pair, which tokenizers don't accept."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def seed_augmentation(name: str) -> None:

@@ -6,14 +6,13 @@ epoch, start, stop), so the number of slots read is a position from which readin
 """
 
 import itertools
-import logging
 import operator
 import os
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from hashlib import sha256
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from training.data.features import SUFFIX as FEATURES
 from training.data.features import read_features
 from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
 from training.readers.samples import BrokenShardError, Part, RawSample, lost_sample, read_samples
+from training.runtime.messages import warn_once
 
 USUAL_SIZE = 10_000  # assumed number of samples in a shard of unknown size: img2dataset's default
 
@@ -173,18 +173,14 @@ def read_exactly(url: str, first: int, stop: int, size: int, index_cache: str | 
     try:
         for sample in read_shard(url, first, None if stop == size else stop, index_cache):
             if first == stop:
-                _report_more(url, size)
+                more = f"has more than the {size:,} samples that sizes.json counts; the others are never read"
+                warn_once(f"{url}: {more}")
                 return
             yield sample
             first += 1
     except BrokenShardError as error:
         fault = error
     yield from itertools.repeat(lost_sample(fault), stop - first)
-
-
-@cache
-def _report_more(url: str, size: int) -> None:
-    logging.warning(f"{url}: has more than the {size:,} samples that sizes.json counts; the others are never read")
 
 
 def read_shard(

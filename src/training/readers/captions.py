@@ -55,6 +55,15 @@ def caption_texts(value: object, where: str = "", lists: str = "alternatives", l
     return [join_sentences([text.strip() for text in texts])] if lists == "sentences" and len(texts) > 1 else texts
 
 
+def is_unicode(text: str) -> bool:
+    """Returns whether a text can be encoded: JSON may contain half a surrogate pair, which tokenizers don't accept."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _texts(value: object, where: str) -> list[str]:
     if value is None:
         return []

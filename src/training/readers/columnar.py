@@ -10,8 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from training.runtime.messages import first_line
+
 ROWS_AT_ONCE = 64  # about 10 MB if the table holds images
 TEXT_ROWS_AT_ONCE = 10_000
+_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 
 class ArrowRows:
@@ -60,7 +63,7 @@ class ColumnarFile:
                     self._table, self._metadata, self.schema = None, file.metadata, file.schema_arrow
                 sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a readable table ({str(error).splitlines()[0][:300]})") from error
+            raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
         self.num_rows, self.group_ends = sum(sizes), list(accumulate(sizes))
 
     @property
@@ -96,7 +99,7 @@ class ColumnarFile:
                         yield wanted
                     row += len(batch)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{self.path}: broken ({str(error).splitlines()[0][:300]})") from error
+            raise ValueError(f"{self.path}: broken ({first_line(error)})") from error
 
     def rows(self, columns: Sequence[str], first: int = 0, stop: int | None = None) -> Iterator[dict]:
         """Yields each row from `first` up to, but not including, `stop` as a dict of column -> value."""
@@ -132,7 +135,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 def _is_bytes(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return any(is_kind(kind) for is_kind in _BYTES)
 
 
 def may_hold_text(kind: pa.DataType) -> bool:

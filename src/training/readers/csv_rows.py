@@ -79,7 +79,7 @@ class CsvRecords:
         """
         with open(self.path, "rb") as file:
             head = file.read(1 << 16)
-            if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head.partition(b"\n")[0]:
                 raise ValueError(f"{self.path}: UTF-16 text; convert it first: iconv -f UTF-16 -t UTF-8")
             if b"\r" in head and b"\n" not in head:
                 raise ValueError(f"{self.path}: lines end with CR alone; convert them first: tr '\\r' '\\n'")
@@ -104,7 +104,7 @@ class CsvRecords:
                 cells = lines.next_row()
                 if not lines.row:
                     return
-                if cells != []:
+                if cells is None or any(map(str.strip, cells)) or len(cells) > 1:  # not a blank line
                     begin, repaired, fault = lines.row[0][0], lines.repaired, self._fault(cells, lines.row)
                     if fault:
                         self._resume(lines)
@@ -113,7 +113,9 @@ class CsvRecords:
     def _fault(self, cells: list[str] | None, row: Sequence[tuple[int, str]]) -> str | None:
         """Returns what is wrong with a row, if anything; `row` holds its lines."""
         if cells is None:
-            return "a quotation mark that is never closed, or not doubled inside a quoted cell"
+            return (
+                "a quotation mark that is never closed or not doubled inside a quoted cell, or a CR outside of quotes"
+            )
         complete = len(cells) == self.num_cells
         if len(row) > 1 and (self._is_doubtful(cells, row) if complete else self._splits(row[0][1])):
             return "a quotation mark that is never closed, or a cell of several lines that look like rows"

@@ -18,6 +18,7 @@ from training.readers.remote import identity, read_range
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "jfif", "jpe", "avif", "heic", "heif", "bmp", "gif", "tif", "tiff")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".json")
+METADATA = ("metadata.parquet", "metadata.jsonl", "metadata.csv")  # beside images, in the hub's folders of images
 
 _LEFTOVERS = ("__macosx", "thumbs.db", "desktop.ini")
 

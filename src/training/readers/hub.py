@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from training.readers.files import TABLE_SUFFIXES
+from training.readers.files import METADATA, TABLE_SUFFIXES
+from training.runtime.messages import first_line
 
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
 
 
@@ -41,11 +41,8 @@ def _local(spec: str) -> str:
     name, *words = spec.removeprefix("hf:").split(":")
     root = Path(name) if Path(name).is_dir() else _snapshot(name, spec)
     names = glob.glob("**", root_dir=root, recursive=True)  # without hidden files
-    files = sorted(name for name in names if (root / name).is_file())
-    chosen = _data_files(root, files, words, spec)
-    if not chosen:  # images alone
-        return str(root)
-    return "::".join(str(root / file) for file in chosen)
+    files = _data_files(root, sorted(name for name in names if (root / name).is_file()), words, spec)
+    return "::".join(str(root / file) for file in files) or str(root)  # images alone
 
 
 def _snapshot(name: str, spec: str) -> Path:
@@ -55,10 +52,9 @@ def _snapshot(name: str, spec: str) -> Path:
     try:
         return Path(snapshot_download(name, repo_type="dataset"))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{spec}: no data set {name} on the hub or in its cache ({type(error).__name__}: {reason}); check the "
-            "name, the connection and the login (hf auth login), or name a local folder"
+            f"{spec}: no data set {name} on the hub or in its cache ({type(error).__name__}: {first_line(error)}); "
+            "check the name, the connection and the login (hf auth login), or name a local folder"
         ) from error
 
 
@@ -70,7 +66,7 @@ def _data_files(root: Path, files: Sequence[str], words: Sequence[str], spec: st
         splits, words = _choose(configs[config], words, spec, "splits")
         patterns = configs[config][splits]
         files = [file for file in files if any(fnmatch.fnmatch(file, p.replace("**/", "*")) for p in patterns)]
-    metadata = [file for file in files if os.path.basename(file) in _METADATA]
+    metadata = [file for file in files if os.path.basename(file) in METADATA]
     data = metadata or [file for file in files if file.endswith((*TABLE_SUFFIXES, ".tar"))]
     # Files of JSON describe the tables beside them.
     data = [file for file in data if not file.endswith(".json")] or data
@@ -94,12 +90,12 @@ def _is_of(file: str, word: str) -> bool:
 
 def _choose(known: dict, words: Sequence[str], spec: str, kind: str) -> tuple[str, Sequence[str]]:
     """Returns (the key that the first word names, or the only one, or the one called default; the other words)."""
+    first, *_ = known
     if words and words[0] in known:
         return words[0], words[1:]
     if len(known) == 1 or "default" in known:
-        return (next(iter(known)) if len(known) == 1 else "default"), words
+        return first if len(known) == 1 else "default", words
     wrong = f"no {words[0]}; " if words else ""
-    first = next(iter(known))
     raise ValueError(f"{spec}: {wrong}it has the {kind} {', '.join(known)}; name one of them, such as :{first}")
 
 

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from training.readers.remote import identity
 from training.readers.streams import is_local, open_stream
 from training.readers.tar import BrokenTarError, Member, TarReader, key_and_suffix
 from training.runtime.files import atomic_write
+from training.runtime.messages import warn_once
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,7 +176,7 @@ def cached_index(url: str, folder: str) -> ShardIndex:
             temporary.write_text(json.dumps(content))
         _load_index.cache_clear()
     except OSError as error:
-        _say_once(f"--index-cache {folder}: can't be written ({error}); shards are indexed again in the next run")
+        warn_once(f"--index-cache {folder}: can't be written ({error}); shards are indexed again in the next run")
     return index
 
 
@@ -189,11 +190,6 @@ def _load_index(path: Path) -> dict | None:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-@cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 def _position(url: str, first: int, folder: str | None) -> tuple[int, int] | None:
@@ -275,7 +271,7 @@ def _read_once(
             if number == stop:
                 return
         if num_pickles:
-            _say_once(f"{source}: {num_pickles:,} files of pickled data ({', '.join(PICKLES)}) are left out")
+            warn_once(f"{source}: {num_pickles:,} files of pickled data ({', '.join(PICKLES)}) are left out")
     finally:
         stream.close()
 

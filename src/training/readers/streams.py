@@ -4,7 +4,6 @@ import bz2
 import glob
 import gzip
 import io
-import logging
 import lzma
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import IO
 from training.readers.files import expand_name, matching_files, parallel_map
 from training.readers.remote import file_system
 from training.readers.tar import BrokenTarError
+from training.runtime.messages import warn_once
 
 BLOCK_BYTES = 1 << 20  # bytes per request to an object store: large enough that its latency does not dominate
 _MAGIC = 6
@@ -121,13 +121,8 @@ def open_stream(url: str) -> tuple[IO[bytes], int | None]:
     unpack = next((unpack for magic, unpack in _UNPACKERS.items() if head.startswith(magic)), None)
     if unpack is None:
         return stream, size
-    _say_compressed()
+    warn_once("compressed shards are read slowly, always from their beginning; plain .tar is faster")
     return _Unpacked(unpack(stream), stream, url), None
-
-
-@cache
-def _say_compressed() -> None:
-    logging.warning("compressed shards are read slowly, always from their beginning; plain .tar is faster")
 
 
 @cache

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.readers.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, expand_name, matching_files
+from training.readers.files import IMAGE_SUFFIXES, METADATA, TABLE_SUFFIXES, expand_name, matching_files
 from training.readers.hub import is_data_set
 
 COLUMNAR = (".parquet", ".arrow")
 FEATURES = "features.json"  # marks a folder of image features, whose files are Parquet as well
 _SEPARATED = (".csv", ".tsv")
 _OTHER_TABLES = (".csv.gz", ".tsv.gz", ".jsonl.gz", ".json.gz", ".xlsx", ".feather")  # recognised, to refuse them
-_METADATA = ("metadata.parquet", "metadata.jsonl", "metadata.csv")  # beside images, in the hub's folders of images
 _NOT_ROWS = ("summary.json", "sizes.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _LONGEST_PATH = 4096  # PATH_MAX of Linux
 _SPLIT_FILE = re.compile(r"(?P<split>[\w.]+)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.(parquet|arrow|jsonl|csv)")
@@ -117,7 +116,7 @@ def _candidates(folder: Path) -> list[Path]:
         except (ValueError, KeyError, TypeError):
             pass
     names = set(os.listdir(folder))
-    if metadata := next((name for name in _METADATA if name in names), None):
+    if metadata := next((name for name in METADATA if name in names), None):
         return [folder / metadata]
     tables = sorted(n for n in names if n.endswith(TABLE_SUFFIXES) and not n.startswith((".", "_", "cache-")))
     tables = [name for name in tables if name not in _NOT_ROWS and not name.endswith("_stats.json")]
@@ -133,7 +132,7 @@ def _candidates(folder: Path) -> list[Path]:
 
 def _splits(folder: Path) -> list[str]:
     """Returns the folders of splits that a folder holds."""
-    marks = ("state.json", *_METADATA)
+    marks = ("state.json", *METADATA)
     return [str(path) for path in sorted(folder.iterdir()) if any((path / mark).is_file() for mark in marks)]
 
 

@@ -49,21 +49,18 @@ class CsvFile:
         Raises:
             ValueError: the reader is strict and a row is bad.
         """
-        records, schema = (
-            CsvRecords(self.path, self.form, len(self.names)),
-            pa.schema([(name, pa.large_string()) for name in columns]),
-        )
+        schema = pa.schema([(name, pa.large_string()) for name in columns])
+        records, places = CsvRecords(self.path, self.form, len(self.names)), list(map(self.names.index, columns))
         rows, tables, bad, num_repaired = records.read(records.header()[1]), [schema.empty_table()], [], 0
         while some := list(islice(rows, ROWS_AT_ONCE)):
             good = [row for row in some if not row.fault]
             bad += [row for row in some if row.fault]
             num_repaired += sum(row.repaired for row in good)
-            cells = ([row.cells[self.names.index(name)] for row in good] for name in columns)
-            tables.append(pa.table(list(cells), schema))
+            tables.append(pa.table([[row.cells[place] for row in good] for place in places], schema))
         table = pa.concat_tables(tables)
         if bad:
-            found = f"line {line_number(self.path, bad[0].begin):,}: {bad[0].fault}"
-            found += f" ({len(bad):,} bad row{'s' * (len(bad) > 1)} in all)"
+            line, number = line_number(self.path, bad[0].begin), f"{len(bad):,} bad row{'s' * (len(bad) > 1)} in all"
+            found = f"line {line:,}: {bad[0].fault} ({number})"
             if self.strict:
                 raise ValueError(
                     f"{self.path}: {found}; put cells that hold {self.form.separator!r} into double quotes, and write "
@@ -94,11 +91,14 @@ class JsonFile:
             self.content = b"\n".join(json.dumps(row).encode() for row in _json_list(path))
         self.begins = self._line_starts()
         self.names = list(dict.fromkeys(name for row in self._first_rows() for name in row))
+        if not self.names:
+            found = f"{min(_NAMES_SEEN, len(self)):,} lines" if len(self) else "an empty file"
+            raise ValueError(f"{path}: {found} without a JSON object; expected one object per line, in UTF-8")
 
     def _is_lines(self) -> bool:
         try:
             return isinstance(json.loads(bytes(self.content[: self.content.find(b"\n") + 1 or None])), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             return self.path.suffix == ".jsonl"
 
     def _line_starts(self) -> np.ndarray:

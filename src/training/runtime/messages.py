@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,12 @@ def print_any_name() -> None:
     """Lets `print` write names that are not UTF-8 as escapes, as Python's standard error does."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Logs a warning, the same one once per process."""
+    logging.warning(message)
 
 
 def or_warn(write: Callable[[], T], what: str) -> T | None:
