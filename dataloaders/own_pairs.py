@@ -7,7 +7,7 @@ Captions are left unchanged, unless the rule of the long benchmarks is chosen.
 
 import logging
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
@@ -37,14 +37,9 @@ CAPTION_RULE = Option(
 CAPTION_OPTIONS = (CAPTION_KEYS, CAPTION_RULE)
 
 
-def present_keys(keys: Sequence[str], present: Container[str]) -> list[str]:
-    """Returns the caption keys that a sample or table has; of the default ones only the first."""
-    found = [key for key in dict.fromkeys(keys) if key in present]
-    return found[:1] if keys == CAPTION_KEYS.default else found
-
-
 def captions_of(record: Mapping, keys: Sequence[str], lists: str, lines: bool, where: str) -> list[str]:
-    """Returns the captions of a sample or row under some keys, without empty ones.
+    """Returns the captions of a sample or row under some keys, without empty ones; of the default keys, those under the
+    first that has any.
 
     Args:
         record: key or column -> value.
@@ -62,6 +57,8 @@ def captions_of(record: Mapping, keys: Sequence[str], lists: str, lines: bool, w
         if not all(map(is_unicode, texts)):
             raise ValueError(f"{where}, {key}: half a surrogate pair, expected text that can be written as UTF-8")
         found += texts
+        if texts and keys == CAPTION_KEYS.default:
+            break
     return found
 
 
@@ -119,8 +116,8 @@ def read_shard_pairs(
             for raw in read_samples(path, load=TEXT_SUFFIXES):
                 try:
                     record = read_record(raw.files)
-                    found = present_keys(caption_keys, record) or ["txt"]
-                    texts = captions_of(record, found, lists, lines, "key")
+                    keys = caption_keys if any(key in record for key in caption_keys) else ("txt",)
+                    texts = captions_of(record, keys, lists, lines, "key")
                 except ValueError as error:
                     raise ValueError(f"{url}: sample {raw.key}: broken caption ({error})") from error
                 num_with_lines += not lines and "txt" in raw.files and any("\n" in text for text in texts)

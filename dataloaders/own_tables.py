@@ -76,12 +76,12 @@ def _pairs(
 
     table, number = open_table(path, separator, strict=True), 0
     column = choose_image_column(table, image_column)
-    wanted = own_pairs.present_keys(caption_keys, caption_columns(table, column, caption_keys, "--caption-keys"))
-    rows = table.rows([column, *wanted]) if path.suffix in COLUMNAR else iter(table.load([column, *wanted]))
+    columns = [column, *caption_columns(table, column, caption_keys, "--caption-keys")]
+    rows = table.rows(columns) if path.suffix in COLUMNAR else iter(table.load(columns))
     try:
         for number, row in enumerate(rows, start=1):
             where = f"{path}: row {number:,}"
-            texts = own_pairs.captions_of(row, wanted, lists, lines, where)
+            texts = own_pairs.captions_of(row, caption_keys, lists, lines, where)
             sample = row_sample(path, number, row, column)
             if sample.image:
                 key, image = blake2b(sample.image, digest_size=16).digest(), EmbeddedImage(path, column, number - 1)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,10 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dataloaders.own_pairs import CAPTION_KEYS
+from dataloaders.own_tables import read_table_pairs
 from eval_files import write_image
 from support import SMALL_LOTLIP, read_results
 from training.main import main
 from training.readers.hub import local_spec
+from training.readers.images import load_rgb
 
 NUM = 16
 
@@ -152,3 +156,25 @@ def test_a_data_set_that_is_neither_on_the_hub_nor_cached_is_named(tmp_path, mon
         ValueError, match=r"hf:someone/other:train: no data set someone/other .*LocalEntryNotFoundError"
     ):
         local_spec("hf:someone/other:train")
+
+
+def test_odd_files_of_a_folder_cost_at_most_themselves(tmp_path, capsys):
+    """Names with several dots, commas, in both Unicode forms or not UTF-8; captions that are not UTF-8, or none."""
+    names = ["a", "a.b", "c, d %20", "caf\u00e9", "cafe\u0301x", os.fsdecode(b"caf\xe9"), "JSON"]
+    for number, name in enumerate(names):
+        write_image(tmp_path / "d" / f"{name}.jpg", number)
+        (tmp_path / "d" / f"{name}.txt").write_text(f"picture {number}")
+    (tmp_path / "d" / "JSON.txt").rename(tmp_path / "d" / "JSON.TXT")
+    (tmp_path / "d" / "a.txt").rename(tmp_path / "d" / "a.json")
+    (tmp_path / "d" / "a.json").write_text('{"title": "picture 0", "caption": null}')
+    evaluated = read_table_pairs(tmp_path / "d", "filepath", CAPTION_KEYS.default, "raw")
+    assert sorted(evaluated.captions) == [f"picture {number}" for number in range(len(names))]
+    assert len({load_rgb(path).getpixel((3, 3)) for path in evaluated.image_paths}) == len(names)
+    write_image(tmp_path / "d" / "bad.jpg", 0), (tmp_path / "d" / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="bad.jpg: text not UTF-8"):
+        read_table_pairs(tmp_path / "d", "filepath", CAPTION_KEYS.default, "raw")
+    flags = ["--train-data", str(tmp_path / "d"), "--captions", "raw", "--batch-size", "2", "--epochs", "1"]
+    flags += [*SMALL_LOTLIP, "--device", "cpu", "--workers", "0", "--logs", str(tmp_path), "--name", "run"]
+    assert main(flags) == 0
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "8 samples of 8 there are" in log and "1 skipped (1 text not UTF-8)" in log

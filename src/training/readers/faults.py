@@ -24,9 +24,12 @@ FAULT_KINDS = (
 
 
 class BadSample(ValueError):
-    """A sample that can't be used."""
+    """A sample that can't be used.
 
-    @property
-    def kind(self) -> str:
-        """One of `FAULT_KINDS`; the message itself, unless a subclass says otherwise."""
-        return str(self)
+    Attributes:
+        kind: one of `FAULT_KINDS`; the message itself if none is given.
+    """
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind or message

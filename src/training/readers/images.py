@@ -35,17 +35,10 @@ _OPTIONAL = {  # brand in the file -> (its format in Pillow, its usual name, the
 
 
 class BrokenImageError(BadSample):
-    """An image file that exists but can't be decoded, or would take absurdly much memory; the message names it.
-
-    Attributes:
-        kind: kind of bad sample, one of `FAULT_KINDS`.
-    """
-
-    kind = ""
+    """An image file that exists but can't be decoded, or would take absurdly much memory; the message names it."""
 
     def __init__(self, message: str, kind: str = "broken image"):
-        super().__init__(message)
-        self.kind = kind
+        super().__init__(message, kind)
 
 
 @cache

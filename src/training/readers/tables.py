@@ -3,7 +3,9 @@
 import json
 import logging
 import mmap
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +23,6 @@ from training.readers.table_files import COLUMNAR, beside, image_files
 # Names of a column of image paths, of which the first is open_clip's default.
 PATH_NAMES = ("filepath", "file_name", "image", "image_path", "img_path", "path", "filename")
 ROWS_AT_ONCE = 50_000  # rows of a CSV that are collected before they are converted to Arrow's compact form
-_NAMES_SEEN = 1000  # lines of JSON, or images of a folder, in which the names of columns are looked for
 logger = logging.getLogger(__name__)
 
 
@@ -90,9 +91,9 @@ class JsonFile:
         if self.content[3 * (begins == b"\xef\xbb\xbf") :][:100].lstrip()[:1] == b"[" or not self._is_lines():
             self.content = b"\n".join(json.dumps(row).encode() for row in _json_list(path))
         self.begins = self._line_starts()
-        self.names = list(dict.fromkeys(name for row in self._first_rows() for name in row))
+        self.names = _names(self, 1000)
         if not self.names:
-            found = f"{min(_NAMES_SEEN, len(self)):,} lines" if len(self) else "an empty file"
+            found = f"{min(len(self), 1000):,} lines" if len(self) else "an empty file"
             raise ValueError(f"{path}: {found} without a JSON object; expected one object per line, in UTF-8")
 
     def _is_lines(self) -> bool:
@@ -109,13 +110,6 @@ class JsonFile:
         ends = np.append(np.concatenate(starts), len(self.content))
         return np.stack([ends[:-1], ends[1:]])[:, np.diff(ends) > 2]  # without blank lines
 
-    def _first_rows(self) -> Iterator[dict]:
-        for number in range(min(_NAMES_SEEN, len(self))):
-            try:
-                yield self[number]
-            except BadSample:
-                pass
-
     def __len__(self) -> int:
         return self.begins.shape[1]
 
@@ -129,6 +123,15 @@ class JsonFile:
     def load(self, columns: Sequence[str]) -> "JsonFile":
         """Returns the rows."""
         return self
+
+
+def _names(rows: "JsonFile | ImageFolder", most: int) -> list[str]:
+    """Returns the columns of at most this many rows; rows that can't be read are passed over."""
+    names: dict[str, None] = {}
+    for number in range(min(most, len(rows))):
+        with suppress(BadSample):
+            names |= dict.fromkeys(rows[number])
+    return list(names)
 
 
 def _json_list(path: Path) -> list[dict]:
@@ -148,20 +151,23 @@ class ImageFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.images = pa.array([str(image.relative_to(path)) for image in image_files(path)], pa.large_string())
-        self.names = list(dict.fromkeys(name for row in range(min(100, len(self))) for name in self[row]))
+        # Bytes, because a name need not be UTF-8.
+        self.images = pa.array([os.fsencode(image.relative_to(path)) for image in image_files(path)], pa.large_binary())
+        self.names = _names(self, 100) or [PATH_NAMES[0]]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, row: int) -> dict:
-        name = self.images[row].as_py()
-        files = {}
-        for suffix in ("json", "txt"):
+        name, files = os.fsdecode(self.images[row].as_py()), {}
+        for suffix in ("json", "JSON", "txt", "TXT"):
             beside = (self.path / name).with_suffix(f".{suffix}")
             if beside.is_file():
-                files[suffix] = beside.read_bytes()
-        return read_record(files) | {PATH_NAMES[0]: name}
+                files[suffix.lower()] = beside.read_bytes()
+        try:
+            return read_record(files) | {PATH_NAMES[0]: name}
+        except BadSample as error:
+            raise BadSample(f"{name}: {error}", error.kind) from error
 
     def load(self, columns: Sequence[str]) -> "ImageFolder":
         """Returns the rows."""
