@@ -189,7 +189,7 @@ def test_drawing_from_a_shard_without_samples_ends(tmp_path):
     assert len(found) == 9 and {sample.fault for sample in found} == {"broken shard"}
     assert {sample.source.split(": ")[1] for sample in found} == {
         "no sample in it",
-        "not a tar file, or broken at byte 0",
+        "not a tar file, or broken at byte 0; fetch or pack it again",
     }
     assert ShardSource([empty], [0], seed=0, factors=[1], num_drawn=9).num_samples == 0
 

@@ -63,7 +63,7 @@ class ColumnarFile:
                     self._table, self._metadata, self.schema = None, file.metadata, file.schema_arrow
                 sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
+            raise ValueError(f"{path}: not a readable table ({first_line(error)}); fetch or write it again") from error
         self.num_rows, self.group_ends = sum(sizes), list(accumulate(sizes))
 
     @property

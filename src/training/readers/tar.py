@@ -72,11 +72,11 @@ class TarReader:
             notes = {}
             while (kind := header[156:157]) in b"LKxg":
                 if (size := self._size_of(header)) > _MAX_NOTES:
-                    raise self._broken(f"a header of {size:,} bytes")
+                    raise self._error(f"broken before byte {self.position:,}: a header of {size:,} bytes")
                 notes |= _notes(kind, self._take(size))
                 header = self._block()
                 if _is_empty(header):
-                    raise self._broken("a long name without a member")
+                    raise self._error(f"broken before byte {self.position:,}: a long name without a member")
             size = int(notes["size"]) if notes.get("size", "").isdigit() else self._size_of(header)
             extended = kind == b"S" and header[_SPARSE_CONTINUES]
             while extended:
@@ -88,8 +88,7 @@ class TarReader:
             member = Member(name, kind_of, start, self.position, 0 if kind in _EMPTY_KINDS else size)
             yield member
             if self.size is not None and member.end > self.size:
-                sizes = f"found {self.size:,} of at least {member.end:,} bytes"
-                raise BrokenTarError(f"{self.name}: truncated, {sizes}")
+                raise self._error(f"truncated, found {self.size:,} of at least {member.end:,} bytes")
             self._skip_to(member.end)
 
     def read(self, member: Member) -> bytes:
@@ -109,28 +108,25 @@ class TarReader:
                 logging.warning(f"{self.name}: what follows byte {start:,}, after the end of the archive, is ignored")
                 return b""
             if len(header) < BLOCK:
-                raise self._cut_short()
-            raise BrokenTarError(f"{self.name}: not a tar file, or broken at byte {start:,}")
+                raise self._error(f"truncated after {self.position:,} bytes")
+            raise self._error(f"not a tar file, or broken at byte {start:,}")
         self.at_end = False
         return header
 
     def _size_of(self, header: bytes) -> int:
         size = _number(header[124:136])
         if size is None:
-            raise self._broken("a member without a size")
+            raise self._error(f"broken before byte {self.position:,}: a member without a size")
         return size
 
-    def _broken(self, what: str) -> BrokenTarError:
-        return BrokenTarError(f"{self.name}: broken before byte {self.position:,}: {what}")
-
-    def _cut_short(self) -> BrokenTarError:
-        return BrokenTarError(f"{self.name}: truncated after {self.position:,} bytes")
+    def _error(self, what: str) -> BrokenTarError:
+        return BrokenTarError(f"{self.name}: {what}; fetch or pack it again")
 
     def _take(self, size: int, padded: bool = True) -> bytes:
         content = self.stream.read(size)
         self.position += len(content)
         if len(content) < size:
-            raise self._cut_short()
+            raise self._error(f"truncated after {self.position:,} bytes")
         if padded:
             self._skip_to(self.position + -size % BLOCK)
         return content
@@ -143,7 +139,7 @@ class TarReader:
             passed = len(self.stream.read(min(position - self.position, _CHUNK)))
             self.position += passed
             if not passed:
-                raise self._cut_short()
+                raise self._error(f"truncated after {self.position:,} bytes")
 
 
 def _is_empty(header: bytes) -> bool:
