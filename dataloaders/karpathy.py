@@ -9,6 +9,7 @@ or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dataloaders.pairs import OfficialLists, RetrievalSet, several_captions_per_image
@@ -108,7 +109,7 @@ def read_karpathy(
         )
     if not rows:
         raise ValueError(f"{path}: no image of split {split!r}; {which.source}")
-    images = parallel_map(_first_present, [_candidates(which, root, image) for image, _ in rows])
+    images = parallel_map(partial(_find_image, which, root), [image for image, _ in rows])
     return several_captions_per_image(
         f"{which.key}-{name}-retrieval" if name else f"{which.key}-retrieval",
         f"{which.title} {name}".rstrip(),
@@ -132,11 +133,6 @@ def _find_annotations(which: _Benchmark, root: Path, annotations: str | Path | N
             f"--{which.key}-anno, {which.source}"
         )
     return found
-
-
-def _first_present(paths: list[Path]) -> Path:
-    """Returns the first path of a file; if there is none, the first path."""
-    return next((path for path in paths if file_identity(path) is not None), paths[0])
 
 
 def _karpathy_rows(items: list, path: Path, split: str) -> list[tuple[str, list[str]]]:
@@ -184,13 +180,14 @@ def _official_name(path: Path) -> str:
     return path.stem.removeprefix("captions_")
 
 
-def _candidates(which: _Benchmark, root: Path, name: str) -> list[Path]:
-    """Returns the paths at which an image may be; a message about a missing image names the first one."""
+def _find_image(which: _Benchmark, root: Path, name: str) -> Path:
+    """Returns the first of the paths at which an image may be where there is a file; if there is none, the first."""
     names = dict.fromkeys([name, name.rsplit("/", 1)[-1]])
     number = re.fullmatch(r"COCO_(?:train|val)2014_(\d{12}\.jpg)", name.rsplit("/", 1)[-1])
     if number:  # the release of 2017 has the same images under shorter names
         names |= dict.fromkeys(f"{folder}/{number[1]}" for folder in ("val2017", "train2017"))
-    return [root / folder / n for n in names for folder in which.folders]
+    paths = [root / folder / n for n in names for folder in which.folders]
+    return next((path for path in paths if file_identity(path) is not None), paths[0])
 
 
 def _declare(which: _Benchmark, order: int, paths: Callable) -> Benchmark:

@@ -7,11 +7,9 @@ python -m dataloaders.prepare stats --data-root data --suite long --out stats.pn
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import benchmarks, destination, find_below_data_root, options_of, suites
 from dataloaders.share4v import SAM_NAME, SOURCE, read_items
 from dataloaders.stats import CaptionStats, caption_stats, draw_stats, format_stats, to_json, token_counter
-from training.readers.files import require_dir
+from training.readers.files import find_by_name, require_dir
 
 
 def prepare_share4v(captions: Path, out: Path, num: int) -> str:
@@ -42,13 +40,13 @@ def prepare_share4v(captions: Path, out: Path, num: int) -> str:
     return f"{len(chosen):,} of {len(items):,} items -> {out}\nImages: {SOURCE}"
 
 
-def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, list[Path]], copy: bool) -> tuple[str, bool]:
+def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, Path], copy: bool) -> tuple[str, bool]:
     """Arranges IIW's annotation files and images in the layout that `read_iiw` reads.
 
     Args:
         out: IIW's root, created if it doesn't exist. Existing files are kept.
         annotations: a clone of google/imageinwords, or a folder with DOCCI_Test/data.jsonl and so on.
-        image_roots: image folder of the layout (`docci`, `docci_aar`, `dci`) -> folders to search, at any depth.
+        image_roots: image folder of the layout (`docci`, `docci_aar`, `dci`) -> folder to search, at any depth.
         copy: copy the images; otherwise link to them.
 
     Returns:
@@ -59,14 +57,15 @@ def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, list[Path]]
     """
     base = annotations / "datasets" if (annotations / "datasets").is_dir() else annotations
     wanted = {subset: [name for name, _ in read_iiw_subset(base, subset)] for subset in SUBSETS}
-    found = {root: _files_by_name(root) for root in dict.fromkeys(r for roots in image_roots.values() for r in roots)}
+    sought = {other for names in wanted.values() for name in names for other in (name, _train_name(name))}
+    found = {root: find_by_name(root, sought) for root in dict.fromkeys(image_roots.values())}
     lines, complete = [], True
     for subset, folder in SUBSETS.items():
         target, names = out / subset / "data.jsonl", wanted[subset]
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             shutil.copyfile(base / subset / "data.jsonl", target)
-        missing, num_train = _place_images(names, out / folder, [found[root] for root in image_roots[folder]], copy)
+        missing, num_train = _place_images(names, out / folder, found[image_roots[folder]], copy)
         lines.append(f"{subset}: {len(names) - len(missing):,} of {len(names):,} images in {out / folder}")
         if num_train:
             lines.append(
@@ -81,37 +80,29 @@ def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, list[Path]]
     return "\n".join(lines), complete
 
 
-def _files_by_name(root: Path) -> dict[str, list[Path]]:
-    places = defaultdict(list)
-    for folder, _, files in os.walk(root):
-        for name in files:
-            places[name].append(Path(folder) / name)
-    return places
+def _train_name(name: str) -> str:
+    return name.replace("test_", "train_", 1)
 
 
-def _place_images(
-    names: list[str], folder: Path, sources: list[dict[str, list[Path]]], copy: bool
-) -> tuple[list[str], int]:
+def _place_images(names: list[str], folder: Path, found: dict[str, list[Path]], copy: bool) -> tuple[list[str], int]:
     """Returns (names of missing images, number of images that were found only under their train_ name)."""
     folder.mkdir(parents=True, exist_ok=True)
     missing, num_train = [], 0
     for name in names:
-        target, as_train = folder / name, name.replace("test_", "train_", 1)
+        target, paths = folder / name, found.get(name) or found.get(_train_name(name))
         if target.is_file():
             continue
-        exact, other = ([p for source in sources for p in source.get(n, ())] for n in (name, as_train))
-        places = exact or other
-        if not places:
+        if not paths:
             missing.append(name)
             continue
-        if len(places) > 1:
-            raise ValueError(f"{name} is in {places[0].parent} and {places[1].parent}; name the folder to use")
+        if len(paths) > 1:
+            raise ValueError(f"{name} is in {paths[0].parent} and {paths[1].parent}; name the folder to use")
         target.unlink(missing_ok=True)  # it may be a dangling link
         if copy:
-            shutil.copyfile(places[0], target)
+            shutil.copyfile(paths[0], target)
         else:
-            target.symlink_to(places[0].resolve())
-        num_train += not exact
+            target.symlink_to(paths[0].resolve())
+        num_train += name not in found
     return missing, num_train
 
 
@@ -190,8 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             report, complete = prepare_share4v(args.captions, args.out, args.num), True
         elif args.command == "iiw":
             docci, dci = require_dir(args.docci, "--docci"), require_dir(args.dci, "--dci")
-            aar = [require_dir(args.docci_aar, "--docci-aar")] if args.docci_aar else [docci]
-            roots = {"docci": [docci], "docci_aar": aar, "dci": [dci]}
+            aar = require_dir(args.docci_aar, "--docci-aar") if args.docci_aar else docci
+            roots = {"docci": docci, "docci_aar": aar, "dci": dci}
             annotations = require_dir(args.annotations, "--annotations")
             report, complete = prepare_iiw(args.out, annotations, roots, args.copy)
         else:

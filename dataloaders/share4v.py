@@ -4,14 +4,13 @@ ANNO.json  [{"image": "sam/images/sa_1.jpg", "conversations": [{"from": "human",
 ROOT/..    SA-1B images, in any tree
 """
 
-import os
 import re
 from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Option, Tree
 from dataloaders.values import positive_numbers
-from training.readers.files import file_identity, parallel_map, read_json, require_dir, text_field
+from training.readers.files import file_identity, find_by_name, parallel_map, read_json, require_dir, text_field
 from training.readers.sentences import normalise_caption
 
 FLAG = "--share4v-retrieval"
@@ -104,19 +103,14 @@ def resolve_images(root: Path, names: list[str]) -> list[Path]:
     """
     by_path = [root / name for name in names]
     unresolved = {p.name for p, found in zip(by_path, parallel_map(file_identity, by_path)) if found is None}
-    if not unresolved:
-        return by_path
-    found: dict[str, list[str]] = {}
-    for folder, _, files in os.walk(root, followlinks=True):
-        for name in unresolved.intersection(files):
-            found.setdefault(name, []).append(os.path.join(folder, name))
-    for name, places in found.items():
-        if len(places) > 1:
+    found = find_by_name(root, unresolved) if unresolved else {}
+    for name, paths in found.items():
+        if len(paths) > 1:
             raise ValueError(
-                f"{FLAG} {root}: {name} is in {len(places)} folders ({', '.join(sorted(places)[:2])}); "
+                f"{FLAG} {root}: {name} is in {len(paths)} folders ({', '.join(sorted(map(str, paths))[:2])}); "
                 f"keep one of them, or arrange the images at their paths in the list"
             )
-    return [Path(found[p.name][0]) if p.name in found else p for p in by_path]
+    return [found[p.name][0] if p.name in found else p for p in by_path]
 
 
 BENCHMARKS = (

@@ -125,13 +125,10 @@ def _split(transform: Callable) -> tuple[Callable | None, Callable | None]:
     if isinstance(first, transforms.RandomResizedCrop):
         return partial(_random_crop, first), transforms.Compose(steps[1:])
     if isinstance(first, transforms.Resize):
+        size = [first.size] if isinstance(first.size, int) else list(first.size)
         how = {"interpolation": first.interpolation, "max_size": first.max_size, "antialias": True}
-        return partial(functional.resize, size=_as_list(first.size), **how), transforms.Compose(steps[1:])
+        return partial(functional.resize, size=size, **how), transforms.Compose(steps[1:])
     return None, None
-
-
-def _as_list(size: int | tuple[int, int]) -> list[int]:
-    return [size] if isinstance(size, int) else list(size)
 
 
 def _random_crop(crop: transforms.RandomResizedCrop, pixels: torch.Tensor) -> torch.Tensor:

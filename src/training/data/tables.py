@@ -6,6 +6,7 @@ Tables that hold the images themselves are read like shards: see embedded.py.
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -91,14 +92,8 @@ def read_tables(
                 "tables with the same columns"
             )
         rows = table.load(columns)
-        named = (rows[row].get(image) for row in range(min(len(rows), 100)))
-        check_image_path(_first(named), f"{path}: row 1")
+        for number in range(min(len(rows), 100)):
+            with suppress(BadSample):  # counted in training
+                check_image_path(rows[number].get(image), f"{path}: row {number + 1}")
         tables.append((path, image, rows))
     return TableSource(tables, seed)
-
-
-def _first(values: Iterator[object]) -> object:
-    try:
-        return next(filter(None, values), None)
-    except BadSample:
-        return None  # counted in training

@@ -154,11 +154,12 @@ def image_bytes(value: object) -> bytes | None:
 
 def read_image(path: Path, column: str, row: int) -> bytes:
     """Returns the bytes of the image file in a cell of a Parquet or Arrow file; empty if the cell holds none."""
-    cursor = _cursor(path, column)
+    cursor = _Cursor(path, column)
     with cursor.lock:
         return image_bytes(cursor.read(row)) or b""
 
 
+@lru_cache(maxsize=16)
 class _Cursor:
     """Reads cells of a column, mostly in order: a Parquet row group can't be entered in the middle."""
 
@@ -174,8 +175,3 @@ class _Cursor:
             self.first += len(self.cells)
             self.cells = next(self.batches).column(0)
         return self.cells[row - self.first].as_py()
-
-
-@lru_cache(maxsize=16)
-def _cursor(path: Path, column: str) -> _Cursor:
-    return _Cursor(path, column)

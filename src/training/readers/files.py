@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -211,6 +211,15 @@ def require_dir(path: str | Path, flag: str) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{flag} {path}: no such folder")
     return path
+
+
+def find_by_name(root: Path, names: Set[str]) -> dict[str, list[Path]]:
+    """Returns file name -> its paths, for each of the names that is in a folder or anywhere below it."""
+    found: dict[str, list[Path]] = {}
+    for folder, _, files in os.walk(root, followlinks=True):
+        for name in names.intersection(files):
+            found.setdefault(name, []).append(Path(folder, name))
+    return found
 
 
 def expand_name(name: str) -> list[str]:
