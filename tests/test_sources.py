@@ -178,3 +178,31 @@ def test_odd_files_of_a_folder_cost_at_most_themselves(tmp_path, capsys):
     assert main(flags) == 0
     log = (tmp_path / "run" / "out.log").read_text()
     assert "8 samples of 8 there are" in log and "1 skipped (1 text not UTF-8)" in log
+
+
+FORMS = {
+    "one pattern": ("data_files: data/train-*.csv", "", ["data/train-0.csv"]),
+    "a list": ("data_files: [data/train-*.csv, data/test-*.csv]", "", ["data/test-0.csv", "data/train-0.csv"]),
+    "splits": (
+        "data_files: [{split: train, path: data/train-*.csv}, {split: test, path: [data/test-*.csv]}]",
+        ":test",
+        ["data/test-0.csv"],
+    ),
+    "a dict": ("data_files: {train: data/train-*.csv, test: data/test-0.csv}", ":all:test", ["data/test-0.csv"]),
+    "no files": ("data_files: other-*.csv", "", "none of its files is called other-\\*.csv"),
+    "no path": ("data_files: [{split: train}]", "", "README.md: configs in another form"),
+    "two splits": ("data_files: {train: a.csv, test: b.csv}", "", "has the splits train, test; name one of them"),
+}
+
+
+@pytest.mark.parametrize(("form", "words", "expected"), FORMS.values(), ids=FORMS)
+def test_the_files_of_a_hub_data_set_are_those_that_its_readme_lists(form, words, expected, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: all\n  {form}\n---\n")
+    (tmp_path / "data").mkdir()
+    for name in ("train-0.csv", "test-0.csv"):
+        write_csv(tmp_path / "data" / name, rows(tmp_path))
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            local_spec(f"hf:{tmp_path}{words}")
+    else:
+        assert local_spec(f"hf:{tmp_path}{words}").split("::") == [str(tmp_path / name) for name in expected]

@@ -66,6 +66,8 @@ def _data_files(root: Path, files: Sequence[str], words: Sequence[str], spec: st
         splits, words = _choose(configs[config], words, spec, "splits")
         patterns = configs[config][splits]
         files = [file for file in files if any(fnmatch.fnmatch(file, p.replace("**/", "*")) for p in patterns)]
+        if not files:
+            raise ValueError(f"{spec}: none of its files is called {' or '.join(patterns)}, as its README says")
     metadata = [file for file in files if os.path.basename(file) in METADATA]
     data = metadata or [file for file in files if file.endswith((*TABLE_SUFFIXES, ".tar"))]
     # Files of JSON describe the tables beside them.
@@ -108,10 +110,19 @@ def _configs(root: Path) -> dict[str, dict[str, list[str]]]:
     except (ValueError, yaml.YAMLError):
         return {}
     configs = {}
-    for config in (content or {}).get("configs") or []:
-        files = config.get("data_files")
-        files = files if isinstance(files, list) and files and isinstance(files[0], dict) else [{"path": files}]
-        splits = {str(f.get("split", "train")): [f["path"]] if isinstance(f["path"], str) else f["path"] for f in files}
-        if all(splits.values()):
-            configs[str(config.get("config_name", "default"))] = splits
+    try:
+        for config in (content or {}).get("configs") or []:
+            if files := config.get("data_files"):
+                configs[str(config.get("config_name", "default"))] = _splits(files)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{root / 'README.md'}: configs in another form than the hub's ({error!r})") from error
     return configs
+
+
+def _splits(files: str | list | dict) -> dict[str, list[str]]:
+    """Returns split -> patterns of files, from any form of ``data_files``."""
+    if isinstance(files, list) and isinstance(files[0], dict):
+        files = {file.get("split", "train"): file["path"] for file in files}
+    elif not isinstance(files, dict):
+        files = {"train": files}
+    return {str(split): [paths] if isinstance(paths, str) else list(paths) for split, paths in files.items()}
