@@ -1,11 +1,11 @@
 """--experiment: views of captions, the order of samples, a moving average and benchmarks."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_experiments import EXAMPLES, TRAIN, boxes, losses  # noqa: F401
 from test_safety import steps  # noqa: F401
 from test_train_data import make_shards, reader
 
@@ -16,8 +16,6 @@ from training.data.position import Share
 from training.data.shards import ShardSource
 from training.main import main
 from training.runtime.experiment import Experiment
-
-TRAIN = [*SMALL_LOTLIP, *"--device cpu --workers 1 --lr-scheduler const --warmup 2 --log-every-n-steps 1".split()]
 
 HOOKS = """
 import torch
@@ -108,10 +106,6 @@ def test_groups_of_batches_are_ordered_and_continue_at_any_batch(workers, tmp_pa
         assert all(torch.equal(a.inputs[k], b.inputs[k]) for a, b in zip(again, found[done:]) for k in a.inputs)
 
 
-def losses(logs: Path, name: str) -> list[float]:
-    return [json.loads(line)["train/loss"] for line in (logs / name / "metrics.jsonl").open() if "train/loss" in line]
-
-
 def test_all_hooks_train_and_resume_within_an_epoch_bit_for_bit(hooks, scenes, tmp_path, steps, capsys):  # noqa: F811
     argv = [*TRAIN, "--experiment", str(hooks), "--train-data", str(scenes / "train"), "--logs", str(tmp_path)]
     argv += ["--batch-size", "2", "--accum-freq", "2", "--epochs", "2", "--lr", "0.01", "--name"]  # ten steps an epoch
@@ -150,3 +144,26 @@ def test_two_processes_average_as_one(hooks, scenes, tmp_path):
     two, one = (torch.load(tmp_path / n / "checkpoints/epoch_2.pt", weights_only=True)["ema"] for n in ("two", "one"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_teachers_cached_features_train_under_accumulation(boxes, tmp_path):  # noqa: F811
+    argv = [*TRAIN, "--experiment", str(EXAMPLES / "distillation.py"), "--teacher-key", "teacher", "--train-data"]
+    argv += [str(boxes), "--logs", str(tmp_path), "--epochs", "2", "--eps", "0.01", "--text-packing", "padded"]
+    assert main([*argv, "--name", "one", "--batch-size", "40"]) == 0
+    assert main([*argv, "--name", "four", "--batch-size", "10", "--accum-freq", "4"]) == 0
+    assert losses(tmp_path, "four") == pytest.approx(losses(tmp_path, "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("distillation.py", "", "--teacher, --teacher-key: give one of both"),
+        ("distillation.py", "--teacher lotlip_tiny", "--teacher lotlip_tiny: 128 dimensions, --model has 32"),
+        ("flair.py", "", "no text-conditioned pooling; use flair-ViT-B-16"),
+        ("regions.py", "--strong-augment", "boxes do not follow augmentation"),
+    ],
+)
+def test_an_example_refuses_what_it_can_not_do(name, flags, said, scenes, tmp_path, capsys):
+    argv = [*TRAIN, "--experiment", str(EXAMPLES / name), "--train-data", str(scenes / "train"), "--batch-size", "4"]
+    assert main([*argv, *flags.split(), "--logs", str(tmp_path), "--name", "run"]) == 2
+    assert said in capsys.readouterr().err
