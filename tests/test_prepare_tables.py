@@ -54,7 +54,7 @@ def parts(out: Path) -> list[dict]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+    return {path.name: path.read_bytes() for path in out.glob("[!.]*")}
 
 
 def sizes(summary: dict) -> dict[str, int]:

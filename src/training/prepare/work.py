@@ -53,7 +53,7 @@ def start_folder(args: Namespace, state: str, settings: dict, may_hold_others: b
         ValueError: the folder was made with other settings, holds other files, or another command writes to it.
     """
     out, folder = Path(args.out), Path(args.out) / state
-    known = load_json(folder / "settings.json")
+    known, settings = load_json(folder / "settings.json"), json.loads(json.dumps(settings))  # tuples become lists
     if known is None and not may_hold_others and out.is_dir() and any(path != folder for path in out.iterdir()):
         raise ValueError(f"--out {out}: holds something else; name an empty or new folder")
     if known not in (None, settings):

@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -41,63 +40,47 @@ class Rules:
     lists: str
 
 
-class Task(NamedTuple):
-    """Rows to be cleaned, with the cells of `columns.wanted`, and the file to write."""
-
-    rows: list[Row]
-    columns: Columns
-    rules: Rules
-    target: Path
-
-
-def clean_part(task: Task) -> None:
+def clean_part(task: tuple[list[Row], Columns, Path], rules: Rules) -> None:
     """Writes the good rows of a part, and the counts as metadata.
+
+    A row is kept if it has a usable long caption, or any usable caption if the table has no long ones or the rules say
+    so.
+
+    Args:
+        task: rows, with the cells of `columns.wanted`; the columns; and the file to write.
+        rules: how every row is cleaned.
 
     Raises:
         ValueError: a cell holds several alternatives, but a part has one caption in each column.
     """
-    kinds, kept = Counter(), []
-    captions = {name: Counter(dict.fromkeys(CAPTION_KINDS, 0)) for name in task.columns.captions.values()}
-    for cells, repaired in task.rows:
-        row = (
-            "malformed"
-            if cells is None
-            else _clean_row(dict(zip(task.columns.wanted, cells)), repaired, task, captions)
-        )
-        kinds["kept" if isinstance(row, dict) else row] += 1
-        if isinstance(row, dict):
-            kept.append(row)
-    counts = dict.fromkeys(ROW_KINDS, 0) | kinds | {"rows": len(task.rows), "captions": captions}
-    fields = [(name, pa.string()) for name in (URL, KEY, *task.rules.captions)]
-    _write(pa.Table.from_pylist(kept, pa.schema(fields, {_COUNTS: json.dumps(counts)})), task.target)
-
-
-def _clean_row(row: dict, repaired: bool, task: Task, counts: dict[str, Counter]) -> dict | str:
-    """Returns the row to write, or the kind of row as which it is dropped; counts its captions.
-
-    A row is kept if it has a usable long caption, or any usable caption if the table has no long ones or the rules say
-    so.
-    """
-    columns, rules = task.columns, task.rules
-    url, key = (cell_name(row[name]) if name else "" for name in (columns.url, columns.key))
-    if not url and not key:
-        return "malformed"
-    if url and not is_public(url):
-        return "bad_url"
-    texts, faults = {}, set()
+    rows, columns, target = task
+    kinds, good, names = Counter(rows=len(rows)), [], columns.wanted
+    for cells, repaired in rows:
+        row = dict(zip(names, cells or ()))
+        url, key = cell_name(row.get(columns.url)), cell_name(row.get(columns.key))
+        if (not url and not key) or (url and not is_public(url)):
+            kinds["bad_url" if url else "malformed"] += 1
+        else:
+            good.append((row, repaired, url or None, key or f"{hash_text(url):016x}"))
+    cleaned, counts = {}, {}
     for source, name in columns.captions.items():
-        caption = clean_caption(_one_text(row[source], rules.lists), name != RAW, source in columns.long, rules.trim)
-        texts[name] = caption.text
-        faults.add(caption.fault)
-        counts[name][caption.fault or "kept"] += 1
-        if caption.repaired or repaired and not caption.fault:
-            counts[name]["repaired"] += 1
-        if caption.cut_off:
-            counts[name]["cut_off"] += 1
-    needed = columns.long.values() if columns.long and not rules.keep_without_long else texts
-    if not any(texts[name] for name in needed):
-        return "refused" if "refused" in faults else "empty"
-    return {URL: url or None, KEY: key or f"{hash_text(url):016x}"} | texts
+        how = {"generated": name != RAW, "long": source in columns.long, "trim": rules.trim}
+        found = [clean_caption(_one_text(row[source], rules.lists), **how) for row, *_ in good]
+        cleaned[name] = found
+        counts[name] = dict.fromkeys(CAPTION_KINDS, 0) | Counter(c.fault or "kept" for c in found)
+        counts[name]["repaired"] = sum(c.repaired or row[1] and not c.fault for c, row in zip(found, good))
+        counts[name]["cut_off"] = sum(c.cut_off for c in found)
+    needed = columns.long.values() if columns.long and not rules.keep_without_long else cleaned
+    keep = [any(c.text for c in captions) for captions in zip(*(cleaned[name] for name in needed))]
+    for is_kept, captions in zip(keep, zip(*cleaned.values())):
+        was_refused = any(c.fault == "refused" for c in captions)
+        kinds["kept" if is_kept else "refused" if was_refused else "empty"] += 1
+    content = dict(zip((URL, KEY), zip(*(row[2:] for row in good)))) if good else {}
+    content |= {name: [c.text for c in captions] for name, captions in cleaned.items()}
+    note = {_COUNTS: json.dumps(dict.fromkeys(ROW_KINDS, 0) | kinds | {"captions": counts})}
+    schema = pa.schema([(name, pa.string()) for name in (URL, KEY, *rules.captions)], note)
+    arrays = [pa.array(content.get(name, [None] * len(good)), pa.string()) for name in schema.names]
+    _write(pa.Table.from_arrays(arrays, schema=schema).filter(pa.array(keep, pa.bool_())), target)
 
 
 def _one_text(cell: object, lists: str) -> str | None:

@@ -5,10 +5,10 @@ found by hashes of the URLs, over all parts in order, and removed. Parts that ar
 """
 
 import argparse
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -42,28 +42,23 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FileNotFoundError, ValueError: a table is missing, not a table or lacks columns, or --out holds something else.
     """
-    started, out, tables = time.monotonic(), Path(args.out), []
-    for path in table_files(local_spec("::".join(args.tables))):
-        table = TableRows(path, args.csv_separator, args.no_quotes)
-        tables.append((table, find_columns(str(path), table.names, args)))
-    captions = output_captions([columns for _, columns in tables])
-    rules = parts.Rules(captions, not args.keep_cut_off, args.keep_without_long, args.caption_lists)
+    started, out = time.monotonic(), Path(args.out)
+    paths = table_files(local_spec("::".join(args.tables)))
+    tables = [TableRows(path, args.csv_separator, args.no_quotes) for path in paths]
+    columns = [find_columns(str(table.path), table.names, args) for table in tables]
+    rules = parts.Rules(output_captions(columns), not args.keep_cut_off, args.keep_without_long, args.caption_lists)
     sources = [
-        {"name": table.path.name, "bytes": table.path.stat().st_size, "form": table.form and list(table.form)}
-        | asdict(columns)
-        for table, columns in tables
+        {"name": table.path.name, "bytes": table.path.stat().st_size, "form": table.form} | asdict(found)
+        for table, found in zip(tables, columns)
     ]
     settings = {"version": VERSION, "tables": sources, "rows_per_part": args.rows_per_part} | asdict(rules)
+    start_folder(args, ".work", settings)
     summary = load_json(out / SUMMARY)
-    if isinstance(summary, dict):
-        if summary.get("settings") != settings:
-            raise ValueError(f"--out {out}: made from other tables or with other flags; name another folder")
+    if summary:
         print(f"{out}: already complete")
     else:
-        start_folder(args, ".work", settings)
-        summary = _make(tables, rules, args) | {"settings": settings}
+        summary = _make(zip(tables, columns), rules, args)
         write_json(out / SUMMARY, summary)
-    shutil.rmtree(out / ".work", ignore_errors=True)
     if args.summary:
         write_json(Path(args.summary), summary)
     seconds = time.monotonic() - started
@@ -71,11 +66,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make(tables: list[tuple[TableRows, Columns]], rules: parts.Rules, args: argparse.Namespace) -> dict:
+def _make(tables: Iterable[tuple[TableRows, Columns]], rules: parts.Rules, args: argparse.Namespace) -> dict:
     """Writes the parts; returns counts of rows and captions."""
     paths: list[Path] = []
 
-    def tasks() -> Iterator[parts.Task]:
+    def tasks() -> Iterator[tuple]:
         for number, (table, columns) in enumerate(tables):
             rows = table.read(columns.wanted)
             for place in count():
@@ -83,10 +78,10 @@ def _make(tables: list[tuple[TableRows, Columns]], rules: parts.Rules, args: arg
                     break
                 paths.append(Path(args.out) / f"part-{number:03d}-{place:06d}.parquet")
                 if not paths[-1].exists():
-                    yield parts.Task(some, columns, rules, paths[-1])
+                    yield some, columns, paths[-1]
 
     with processes(args.workers) as parallel:
-        for _ in parallel(parts.clean_part, tasks(), None, "cleaning", "part"):
+        for _ in parallel(partial(parts.clean_part, rules=rules), tasks(), None, "cleaning", "part"):
             pass
         counts = [parts.read_counts(path) for path in paths]
         keep = first_of_each(paths)
