@@ -20,6 +20,7 @@ from training.runtime.progress import PROGRESS
 
 T = TypeVar("T")
 R = TypeVar("R")
+SETTINGS = "settings.json"
 SUMMARY = "_summary.json"  # readers of folders of Parquet pass over names that begin with an underscore
 
 
@@ -53,16 +54,23 @@ def start_folder(args: Namespace, state: str, settings: dict, may_hold_others: b
         ValueError: the folder was made with other settings, holds other files, or another command writes to it.
     """
     out, folder = Path(args.out), Path(args.out) / state
-    known, settings = load_json(folder / "settings.json"), json.loads(json.dumps(settings))  # tuples become lists
-    if known is None and not may_hold_others and out.is_dir() and any(path != folder for path in out.iterdir()):
+    is_new = not (folder / SETTINGS).exists()
+    if is_new and not may_hold_others and out.is_dir() and any(path != folder for path in out.iterdir()):
         raise ValueError(f"--out {out}: holds something else; name an empty or new folder")
-    if known not in (None, settings):
-        raise ValueError(f"--out {out}: made from other tables or with other flags; name another folder")
+    note_settings(out, folder, settings)
     args.lease.take(folder, "--out")
     for path in [*out.glob("*.tmp"), *folder.glob("*.tmp")]:  # of runs that were killed
         path.unlink(missing_ok=True)
-    write_json(folder / "settings.json", settings)
     return folder
+
+
+def note_settings(out: Path, folder: Path, settings: dict) -> None:
+    """Notes in `folder` what the content of --out is made from; raises ValueError if it is made from something else."""
+    settings = json.loads(json.dumps(settings))  # tuples become lists
+    known = load_json(folder / SETTINGS)
+    if known not in (None, settings):
+        raise ValueError(f"--out {out}: made from other tables or with other flags; name another folder")
+    write_json(folder / SETTINGS, settings)
 
 
 def hash_text(text: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from training.prepare.shards.files import Shard, content_mark, find_shards
-from training.prepare.work import add_counts, items_of_job, job_place, load_json, shorten, write_json
+from training.prepare.work import add_counts, items_of_job, job_place, load_json, note_settings, shorten, write_json
 from training.readers.files import parallel_map
 
 R = TypeVar("R")
@@ -57,34 +57,32 @@ class ShardJob:
                 not write.
         """
         self.fingerprint = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
-        if not self.args.in_place:
-            self._check_sources()
         self.total = total
+        if not self.args.in_place:
+            note_settings(Path(self.args.out), self.state, settings)
+            parallel_map(self._begin, self.mine)
         left = [shard for shard in self.mine if not self._count_done(shard)]
         self.num_before = len(self.mine) - len(left)
         return left
 
-    def _check_sources(self) -> None:
-        path, out = self.state / "sources.json", f"--out {self.args.out}"
-        known = load_json(path) or {"shards": {}, "settings": self.fingerprint}
-        if known["settings"] != self.fingerprint:
-            raise ValueError(f"{out}: made from other tables or with other flags; name another folder")
-        marks = parallel_map(content_mark, [shard.source for shard in self.shards])
-        for shard, mark in zip(self.shards, marks):
-            name = shard.target.name
-            if known["shards"].get(name, mark) != mark:
-                raise ValueError(f"{out}: its {name} is made from another shard than {shard.source}; name another")
-            if name not in known["shards"] and shard.target.exists():
-                raise ValueError(f"{out}: holds {name}, which this command did not write; name another folder")
-            known["shards"][name] = mark
-        write_json(path, known)
+    def _begin(self, shard: Shard) -> None:
+        """Notes what a shard is made from; raises ValueError if the target is made from something else."""
+        note, mark, out = load_json(shard.note), content_mark(shard.source), f"--out {self.args.out}"
+        if note and note.get("source", mark) != mark:
+            raise ValueError(
+                f"{out}: its {shard.target.name} is made from another shard than {shard.source}; name another folder"
+            )
+        if not note and shard.target.exists():
+            raise ValueError(f"{out}: holds {shard.target.name}, which this command did not write; name another folder")
+        if not note:
+            write_json(shard.note, {"source": mark})
 
     def _count_done(self, shard: Shard) -> bool:
         """Returns whether the same command has written a shard; adds its counts to the total if it has."""
-        note = load_json(shard.note)
-        if not isinstance(note, dict) or note.get("fingerprint") != self.fingerprint or not shard.target.exists():
+        note = load_json(shard.note) or {}
+        if note.get("fingerprint") != self.fingerprint or not shard.target.exists():
             return False
-        is_done = note.get("bytes") == os.path.getsize(shard.target)
+        is_done = note["bytes"] == os.path.getsize(shard.target)
         add_counts(self.total, note["counts"] if is_done else {})
         return is_done
 
@@ -113,8 +111,8 @@ class ShardJob:
         """
         for shard, counts in self.each(parallel, function, shards, what):
             add_counts(self.total, counts)
-            size = os.path.getsize(shard.target)
-            write_json(shard.note, {"fingerprint": self.fingerprint, "bytes": size, "counts": counts})
+            note = {"fingerprint": self.fingerprint, "bytes": os.path.getsize(shard.target), "counts": counts}
+            write_json(shard.note, (load_json(shard.note) or {}) | note)
 
     def finish(self, further: dict, lines: list[str]) -> int:
         """Writes sizes and summary, and prints the counts.
@@ -127,17 +125,17 @@ class ShardJob:
             Exit code: 0, or 1 if shards can't be read.
         """
         if not self.args.in_place:
-            notes = {path.name.removesuffix(".json"): load_json(path) for path in sorted(self.state.glob("*.tar.json"))}
-            sizes = {name: note["counts"]["samples"] for name, note in notes.items() if isinstance(note, dict)}
-            out = Path(self.args.out)
-            write_json(out / "sizes.json", {name: size for name, size in sizes.items() if (out / name).exists()})
+            notes = {path.name.removesuffix(".json"): load_json(path) or {} for path in self.state.glob("*.tar.json")}
+            out, done = Path(self.args.out), {name: note["counts"] for name, note in notes.items() if "counts" in note}
+            sizes = {name: done[name]["samples"] for name in sorted(done) if (out / name).exists()}
+            write_json(out / "sizes.json", sizes)
         if self.args.summary:
             counts = {"shards": len(self.mine), "done_before": self.num_before, "broken_shards": self.broken}
             write_json(Path(self.args.summary), counts | self.total | further)
         of_all = "" if len(self.mine) == len(self.shards) else f" of {len(self.shards):,}"
         before = f", {self.num_before:,} of them before" if self.num_before else ""
         broken = [f"not done: {reason}" for reason in self.broken.values()]
-        others = [shard.target.name for shard in self.shards if not shard.note.exists()]
+        others = [shard.target.name for shard in self.shards if "counts" not in (load_json(shard.note) or {})]
         if others and not broken:
             lines = [*lines, f"left to other jobs: {len(others):,} shards ({shorten(others)})"]
         print("\n".join([f"{len(self.mine):,}{of_all} shards{before}", *lines, *broken]))
