@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -106,6 +107,21 @@ def test_by_key_into_shards_without_any_captions(tmp_path):
     assert read["000002"] == samples["000002"] and read["nobody"] == samples["nobody"]
     summary = json.loads((tmp_path / "s.json").read_text())
     assert (summary["matched"], summary["broken JSON"], summary["JSON not an object"]) == (3, 1, 1)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_files_with_holes_keep_their_content(tmp_path, form):
+    (tmp_path / "set").mkdir()
+    content = bytes(3_000_000) + jpeg(1)
+    with open(tmp_path / "1.bin", "wb") as file:
+        file.seek(3_000_000)
+        file.write(jpeg(1))
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    shard = tmp_path / "set" / "0.tar"
+    subprocess.run(["tar", "-S", f"--format={form}", "-cf", shard, "-C", tmp_path, "1.bin", "1.jpg"], check=True)
+    pq.write_table(pa.table({"key": ["1"], "long_caption": ["Long."]}), tmp_path / "t.parquet")
+    assert join(tmp_path / "t.parquet", "--shards", shard, "--in-place") == 0
+    assert members(shard) == {"1.bin": content, "1.jpg": jpeg(1), "1.json": b'{"long_caption": "Long."}'}
 
 
 def test_existing_captions_stay_if_asked(tmp_path):

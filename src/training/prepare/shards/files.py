@@ -1,9 +1,11 @@
 """Shards as input and output: reads them wherever they are, and writes tar files.
 
-A rewritten shard has the same members, byte for byte and in the same order, except for JSON files that were changed or
-added. Compressed shards, URLs and folders of loose images are copied to a temporary tar first.
+A rewritten shard has the same members in the same order, with the same content, owner, time and mode, except for JSON
+files that were changed or added. Compressed shards, URLs and folders of loose images are copied to a temporary tar
+first.
 """
 
+import io
 import json
 import os
 import re
@@ -25,7 +27,7 @@ from training.readers.remote import identity
 from training.readers.samples import read_samples
 from training.readers.streams import BLOCK_BYTES, is_local, open_stream
 from training.readers.table_files import image_files
-from training.readers.tar import BLOCK, Member, TarReader, key_and_suffix
+from training.readers.tar import Member, key_and_suffix
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
 
@@ -211,36 +213,26 @@ def rewrite_shard(source: Path, target: Path, samples: list[JsonSample], additio
     Raises:
         OSError: the target can't be written.
     """
-    # Byte where a JSON file begins -> its new content; byte where a sample's last member begins -> a new JSON file.
-    changed, added = {}, {}
+    records: dict[int, dict] = {}  # where a member begins -> content of the JSON file that replaces or follows it
     for sample, addition in zip(samples, additions, strict=True):
-        if addition and "json" in sample.members:
-            changed[sample.members["json"].start] = sample.record | addition
-        elif addition:
+        if addition:
             last = max(sample.members.values(), key=lambda member: member.start)
-            added[last.start] = tarfile.TarInfo(f"{key_and_suffix(last.name)[0]}.json"), addition
-    with atomic_write(target) as path, open(path, "wb") as out, open(source, "rb") as raw:
-        for member in filter(None, TarReader(raw, str(source), os.path.getsize(source)).members()):
-            if member.start in changed:
-                raw.seek(member.offset - BLOCK)
-                header = tarfile.TarInfo.frombuf(raw.read(BLOCK), "utf-8", "surrogateescape")  # owner, time and mode
-                header.name = member.name
-                _write_member(header, changed[member.start], out)
-            else:
-                raw.seek(member.start)
-                out.write(raw.read(member.end - member.start))
-            if member.start in added:
-                _write_member(*added[member.start], out)
-        out.write(bytes(2 * BLOCK))
-        out.write(bytes(-out.tell() % tarfile.RECORDSIZE))
+            records[sample.members.get("json", last).start] = sample.record | addition
+    with atomic_write(target) as path, _new_tar(path) as new, tarfile.open(source, ignore_zeros=True) as old:
+        for member in old:
+            record, (key, suffix) = records.get(member.offset), key_and_suffix(member.name)
+            if record is None or suffix != "json":
+                content = old.extractfile(member) if member.isreg() else None
+                member.type = tarfile.REGTYPE if member.issparse() else member.type  # its holes are written as zeros
+                new.addfile(member, content)
+            if record is not None:
+                header, content = member if suffix == "json" else tarfile.TarInfo(f"{key}.json"), json.dumps(record)
+                header.size = len(content)
+                new.addfile(header, io.BytesIO(content.encode()))
 
 
-def _write_member(header: tarfile.TarInfo, record: dict, out: IO[bytes]) -> None:
-    content = json.dumps(record).encode()
-    header.size = len(content)
-    out.write(header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
-    out.write(content)
-    out.write(bytes(-len(content) % BLOCK))
+def _new_tar(path: Path) -> tarfile.TarFile:
+    return tarfile.open(path, "w", format=tarfile.GNU_FORMAT, copybufsize=BLOCK_BYTES)
 
 
 def write_tar(target: Path, files: Iterable[tuple[str, int, IO[bytes]]]) -> None:
@@ -250,7 +242,7 @@ def write_tar(target: Path, files: Iterable[tuple[str, int, IO[bytes]]]) -> None
         target: the file to write.
         files: (name, size, stream) of each, in order.
     """
-    with atomic_write(target) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
+    with atomic_write(target) as temporary, _new_tar(temporary) as tar:
         for name, size, stream in files:
             plain = tarfile.TarInfo(name)
             plain.size = size
