@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from training.data.batch import FIELD
 from training.data.open import caption_rule
 from training.flags.parser import parse_args
 from training.model.assembly.from_flags import build_from_flags
 from training.runtime.distributed import DistEnv
+from training.runtime.experiment import experiment_of
 from training.train.optim import parameter_groups
 from training.train.run import make_stepper
 
@@ -45,8 +47,15 @@ class Unfused(torch.optim.AdamW):
         assert self.found_inf.device == META
 
 
-def take_step(flags: list[str], cache: Path) -> dict[str, torch.Tensor]:
-    """Takes a step of the training that the flags describe, with random weights."""
+def take_step(flags: list[str], cache: Path, appended: int = 0, **fields: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Takes a step of the training that the flags describe, with random weights.
+
+    Args:
+        flags: flags of the model and the loss.
+        cache: folder of tokenizers.
+        appended: number of texts that an experiment appends.
+        **fields: an experiment's fields of a sample.
+    """
     args = parse_args(["--train-data", "d.tar", "--name", "x", "--cache-dir", str(cache), *flags])
     no_weights = {"pretrained": None, "pretrained_image": None, "pretrained_text": False, "batch_size": BATCH_SIZE}
     args = argparse.Namespace(**vars(args) | no_weights)
@@ -57,9 +66,9 @@ def take_step(flags: list[str], cache: Path) -> dict[str, torch.Tensor]:
             core.set_grad_checkpointing()
         groups = parameter_groups(core, args.lr, args.wd, args.image_lr, args.text_lr)
         optimizer = Unfused(groups)
-        stepper = make_stepper(args, core, optimizer, None, DistEnv(0, 1, torch.device("cpu")))
+        stepper = make_stepper(args, core, optimizer, None, DistEnv(0, 1, torch.device("cpu")), experiment_of(args))
     stepper.model.train()
-    num_long = len(caption_rule(args).texts) - 1
+    num_long = len(caption_rule(args).texts) - 1 + appended
     short = parts.tokenizer(["a dog on a bench"] * BATCH_SIZE)
     groups = [short]
     if num_long:
@@ -68,6 +77,7 @@ def take_step(flags: list[str], cache: Path) -> dict[str, torch.Tensor]:
     size = core.visual.preprocess_cfg["size"]
     images = torch.zeros(BATCH_SIZE, 3, *(size if isinstance(size, (tuple, list)) else (size, size)), dtype=torch.uint8)
     inputs = {name: value.to(META) for name, value in {"image": images, **captions}.items()}
+    inputs |= {FIELD + name: value.expand(BATCH_SIZE, *value.shape).to(META) for name, value in fields.items()}
     return stepper([inputs] * args.accum_freq)
 
 
@@ -96,3 +106,26 @@ def test_no_step_of_a_text_tower_reads_from_the_device(flags, cache):
     report = take_step(["--model", *flags.split()], cache)
     assert {value.device.type for value in report.values()} == {"meta"}
     assert ("corner_cls_cosine" in report) == flags.startswith("lotlip")
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("flags", "appended", "fields"),
+    [
+        ("hn_clip.py --siglip", 0, {}),
+        ("corner_diversity.py --lock-image", 0, {}),
+        ("flair.py --model flair-ViT-B-16 --siglip --text-views sentences(1..3)*2", 0, {}),
+        ("dreamlip.py --lock-image --accum-freq 2", 0, {}),
+        ("hard_texts.py --siglip", 1, {"is_hard": torch.ones(1, dtype=torch.bool)}),
+        ("distillation.py --teacher-key x", 0, {"teacher_features": torch.ones(128)}),
+        ("regions.py", 4, {"boxes": torch.ones(4, 4), "is_box": torch.ones(4, dtype=torch.bool)}),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_no_step_of_an_example_reads_from_the_device(flags, appended, fields, cache):
+    model = [] if "--model" in flags else ["--model", "lotlip_tiny"]
+    argv = ["--experiment", str(EXAMPLES / flags.split()[0]), *model, *flags.split()[1:]]
+    report = take_step(argv, cache, appended, **fields)
+    assert {value.device.type for value in report.values()} == {"meta"}
