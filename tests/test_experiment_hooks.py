@@ -1,13 +1,16 @@
 """--experiment: views of captions, the order of samples, a moving average and benchmarks."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_experiments import EXAMPLES, TRAIN, boxes, losses  # noqa: F401
 from test_safety import steps  # noqa: F401
 from test_train_data import make_shards, reader
+from torch.nn.functional import logsigmoid, normalize
 
 from dataloaders.registry import benchmarks
 from support import SMALL_LOTLIP, evaluate, read_results, run_ranks
@@ -15,6 +18,7 @@ from training.data.loader import make_loader
 from training.data.position import Share
 from training.data.shards import ShardSource
 from training.main import main
+from training.model.towers.train_model import PatchModel
 from training.runtime.experiment import Experiment
 
 HOOKS = """
@@ -167,3 +171,19 @@ def test_an_example_refuses_what_it_can_not_do(name, flags, said, scenes, tmp_pa
     argv = [*TRAIN, "--experiment", str(EXAMPLES / name), "--train-data", str(scenes / "train"), "--batch-size", "4"]
     assert main([*argv, *flags.split(), "--logs", str(tmp_path), "--name", "run"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_page_of_experiments_has_code_that_runs():
+    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {"PatchModel": PatchModel}
+    for block in blocks:
+        exec(block, names)
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (normalize(torch.randn(*shape, generator=generator), dim=-1) for shape in ((4, 8), (4, 3, 8)))
+    found = names["FlairLoss"](0, 1)(images, texts, torch.tensor(7.0), torch.tensor(-3.0))["global_loss"]
+    signs = (2 * torch.eye(4) - 1).repeat_interleave(3, dim=1)
+    wanted = -logsigmoid(signs * (7.0 * images @ texts.flatten(0, 1).T - 3.0)).sum() / (4 * 3)
+    torch.testing.assert_close(found, wanted)
+    rows = [SimpleNamespace(record={"kind": kind}) for kind in (2, 1, 2, 0)]
+    assert names["Sorted"](None).order_samples(rows, 2) == [3, 1, 0, 2]
