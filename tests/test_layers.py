@@ -64,7 +64,7 @@ def test_imports_point_down():
 
 
 # Optional packages: imported only when needed; a message names them if they are not installed.
-OPTIONAL = {"wandb", "vllm", "clip_benchmark", "onnx", "onnxscript", "onnxruntime", "pillow_heif"}
+OPTIONAL = {"wandb", "vllm", "clip_benchmark", "onnx", "onnxscript", "onnxruntime", "peft", "pillow_heif"}
 
 
 def declared(*files: str) -> set[str]:

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Mapping
 
-from training.flags.effects import ALWAYS, MODEL, TRAINING, Condition
+from training.flags.effects import ALWAYS, MODEL, STEPS, TRAINING, Condition
 from training.flags.types import Flags, positive
 
 AUTO = "auto"
@@ -18,6 +18,8 @@ EFFECTS = (
     (_OUT_OF_TRAINING, "--text-batch-size"),
     (TRAINING, "--lock-image --lock-image-unlocked-groups --lock-image-freeze-bn-stats"),
     (TRAINING, "--lock-text --lock-text-unlocked-layers --lock-text-freeze-layer-norm"),
+    (TRAINING, "--lora"),
+    (STEPS, "--lora"),
     (MODEL, "--model --pretrained --cache-dir --precision --num-corner-tokens --context-length"),
     (MODEL, "--pretrained-image --pretrained-text --image-decoding --exif-rotation --text-packing"),
     (MODEL, "--force-context-length --force-image-size --force-quick-gelu --force-custom-text"),
@@ -154,6 +156,13 @@ def _add_more_model_args(group: Flags) -> None:
 
 
 def _add_lock_args(group: Flags) -> None:
+    group.count(
+        "--lora",
+        None,
+        "instead of the weights of linear layers that are not locked, train adapters of this rank beside them (needs "
+        "peft); --pretrained and exports read a checkpoint with its adapters merged",
+        metavar="RANK",
+    )
     group.whole(
         "--lock-image-unlocked-groups", 0, "with --lock-image: train the last N layer groups of the image tower"
     )

@@ -13,6 +13,7 @@ from training.model.names.config import POOLING, resolve_model_config
 from training.model.packing.arranger import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
 from training.model.towers.locking import freeze_batch_norm_statistics
 from training.model.towers.text_encoder import text_encoder
+from training.model.weights.adapters import add_adapters
 
 CPU_PRECISIONS = ("fp32", "bf16", "pure_bf16", "amp_bf16", "amp_bfloat16")
 _SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # as in open_clip's SigLIP configs
@@ -74,6 +75,8 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
         torch.nn.init.constant_(model.logit_scale, math.log(args.logit_scale))
     if args.train_data and args.lock_logit_scale:
         model.logit_scale.requires_grad_(False)
+    if args.train_data and args.lora:
+        add_adapters(model, args.lora)
     arrange = make_arranger(model, args.text_packing, device) if args.train_data else None
     return EncoderParts(model.eval(), transform, tokenizer, train_transform, arrange)
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from training.model.weights.adapters import merge_adapters
 from training.runtime.messages import first_line
 
 # Index files of weights that transformers has split into several files.
@@ -65,7 +66,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             dict or a checkpoint that contains one; or a TorchScript archive (OpenAI's), whose tensors are read as data.
 
     Returns:
-        Name -> tensor on the CPU, without the prefixes of DDP, FSDP, torch.compile and Lightning.
+        Name -> tensor on the CPU, without the prefixes of DDP, FSDP, torch.compile and Lightning; adapters merged.
 
     Raises:
         ValueError: the file is broken, contains more than plain tensors, or contains no weights.
@@ -85,7 +86,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path}: no weights in it, but {_describe(content)}; expected a state dict (name -> tensor), or a "
             f"checkpoint with one under {', '.join(_WRAPPERS[-4:])}"
         )
-    return _without_prefixes(tensors)
+    return merge_adapters(_without_prefixes(tensors))
 
 
 def _describe(content: object) -> str:
