@@ -325,8 +325,9 @@ def test_other_code_is_refused_on_resuming_and_bad_names_at_once(own, scenes, tm
     argv = [*TRAIN, "--train-data", str(scenes / "train"), "--logs", str(tmp_path), "--name", "run"]
     argv += ["--batch-size", "20", "--resume", "latest", "--experiment"]
     assert main([*argv, str(path), "--epochs", "1"]) == 0
-    assert main([*argv, str(EXAMPLES / "hn_clip.py"), "--epochs", "2"]) == 2
-    assert "with which the run was begun" in capsys.readouterr().err
+    for other in (["--experiment", str(EXAMPLES / "hn_clip.py")], []):
+        assert main([*argv[:-1], *other, "--epochs", "2"]) == 2
+        assert "with which the run was begun" in capsys.readouterr().err
     for name, said in (("none.py", "no such file"), ("json", "expected one subclass"), ("no.such", "No module")):
         with pytest.raises(SystemExit) as stop:
             main([*argv, name])

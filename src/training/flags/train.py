@@ -45,7 +45,7 @@ EFFECTS: Effects = (
     (ALWAYS, "--experiment"),
     (TRAINING_MEANT, "--resume --report-to"),
     (
-        Condition("without --experiment and --resume", lambda args: args.experiment and args.resume),
+        Condition("without --resume", lambda args: args.resume),
         "--allow-changed-experiment",
     ),
     *((TRAINING, flags) for flags in (_OPTIMIZATION, _LOGGING, _SAFETY, "--max-bad-samples")),

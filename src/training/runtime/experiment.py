@@ -188,21 +188,24 @@ def experiment_of(args: argparse.Namespace | None) -> Experiment:
     return (load_experiment(args.experiment) if args and args.experiment else Experiment)(args)
 
 
-def copy_experiment(args: argparse.Namespace, folder: Path, resumed: bool) -> None:
+def copy_experiment(args: argparse.Namespace, folder: Path, resume: Path | None) -> None:
     """Copies the experiment's file to a run's folder, whose `params.json` names it.
 
     Args:
-        args: flags, with --experiment.
+        args: flags.
         folder: LOGS/NAME.
-        resumed: whether the run continues from a checkpoint.
+        resume: the checkpoint from which the run continues, LOGS/NAME/checkpoints/FILE.
 
     Raises:
-        ValueError: the run was begun with other code, and --allow-changed-experiment is not given.
+        ValueError: the run was begun with other code, or with none, and --allow-changed-experiment is not given.
     """
-    copy, code = folder / COPY, load_experiment(args.experiment).code
-    if resumed and not args.allow_changed_experiment and not (copy.is_file() and copy.read_text("utf-8") == code):
+    code = load_experiment(args.experiment).code if args.experiment else ""
+    before = resume.parent.parent / COPY if resume else folder / COPY
+    if resume and not args.allow_changed_experiment and code != (before.read_text("utf-8") if before.is_file() else ""):
         raise ValueError(
-            f"--experiment {args.experiment}: not the code in {copy}, with which the run was begun; restore it or add "
-            "--allow-changed-experiment"
+            f"--experiment {args.experiment or '(not given)'}: not the code in {before}, with which the run was begun; "
+            "give the same file, or add --allow-changed-experiment"
         )
-    copy.write_text(code, encoding="utf-8")
+    (folder / COPY).unlink(missing_ok=True)
+    if code:
+        (folder / COPY).write_text(code, encoding="utf-8")

@@ -185,7 +185,7 @@ def restore(
     try:
         core.load_state_dict(weights)
         if average is not None:
-            average.module.load_state_dict(content.get(AVERAGE, {}))
+            average.module.load_state_dict(content.get(AVERAGE, weights))  # begins now, with an experiment that is new
         parameters, of_loss = dict(core.named_parameters()), content.get(LOSS, {})
         if isinstance(loss, torch.nn.Module):
             loss.load_state_dict(of_loss)

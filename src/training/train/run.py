@@ -149,8 +149,7 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     if resume and (changed := changed_flags(resume, vars(args))):
         shown = ", ".join(f"{flag} {then} -> {now}" for flag, (then, now) in changed.items())
         logger.info(f"--resume {resume}: flags that differ from that run's: {shown}")
-    if args.experiment:
-        copy_experiment(args, folder, bool(resume))
+    copy_experiment(args, folder, resume)
     with atomic_write(folder / "params.json") as path:
         path.write_text(json.dumps(vars(args), indent=1) + "\n")
     return Plan(name, folder, resume, work)
