@@ -18,9 +18,11 @@ launch() { # arguments: flags of training.main, including a recipe
     # A process that has saved may end before the others; srun must not kill them immediately.
     srun --kill-on-bad-exit=0 --wait=120 "$PYTHON" -m training.main \
         --cache-dir "$CACHE" --logs "$LOGS" "$@" || code=$?
-    # 75: stopped by a signal and saved; 138: SIGUSR1 before training began; 70: a process ended or hung.
+    # 75: stopped by a signal and saved; 138: SIGUSR1 before training began; 70: a process ended or hung; above 128: the
+    # process that ended was killed by a signal, which srun returns instead of the others' 70; 130: Ctrl-C.
     # (scancel ends this shell as well, so a job that its owner cancels is not requeued.)
-    if ((code == 75 || code == 138)) || { ((code == 70)) && ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); }; then
+    local lost=$((code == 70 || code > 128 && code != 130))
+    if ((code == 75 || code == 138)) || ((lost && ${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
         echo "training ended with exit code $code: requeued" >&2
         scontrol requeue "$SLURM_JOB_ID"
     fi

@@ -60,7 +60,10 @@ def test_finetuning_script(launched):
 
 @pytest.mark.parametrize(
     ("code", "restarts", "queued"),
-    [(0, 0, False), (75, 500, True), (138, 0, True), (70, 3, True), (70, 10, False), (1, 0, False)],
+    [
+        *[(0, 0, False), (75, 500, True), (138, 0, True), (70, 3, True), (70, 10, False), (1, 0, False)],
+        *[(137, 3, True), (134, 10, False), (130, 0, False)],  # killed, aborted, Ctrl-C
+    ],
 )
 def test_a_stopped_job_is_requeued(code, restarts, queued, launched):
     _, words = launched("slurm_30m.sh", SRUN_CODE=str(code), SLURM_RESTART_COUNT=str(restarts))
