@@ -83,7 +83,7 @@ def test_workers_outlive_a_signal_from_their_first_moment_on(tmp_path):
     assert sorted(key for b in got for key in b.keys) == sorted(key for b in expected for key in b.keys)
 
 
-SMALL = "mount -t tmpfs -o size={}k none /dev/shm && exec {} -c '{}'"  # like Docker's 64 MB, where batches are larger
+SMALL = "mount -t tmpfs -o {} none /dev/shm && exec {} -c '{}'"  # like Docker's 64 MB, where batches are larger
 LOAD = """
 import logging, torch
 from training.runtime.workers import Loader
@@ -96,13 +96,17 @@ print("complete")
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "said"), [(256, "complete"), (1, "no room in shared memory (/dev/shm) to start")]
+    ("options", "said"),
+    [
+        ("size=256k", "complete"),
+        *[(options, "no shared memory (/dev/shm) to start loader") for options in ("size=1k", "ro")],
+    ],
 )
-def test_batches_arrive_through_a_small_shared_memory(kilobytes, said):
+def test_batches_arrive_through_a_small_shared_memory(options, said):
     new_mounts = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if subprocess.run([*new_mounts, SMALL.format(kilobytes, "true", "")], capture_output=True).returncode:
+    if subprocess.run([*new_mounts, SMALL.format(options, "true", "")], capture_output=True).returncode:
         pytest.skip("mounting needs rights that this process does not have")
-    command = SMALL.format(kilobytes, sys.executable, LOAD)
+    command = SMALL.format(options, sys.executable, LOAD)
     done = subprocess.run([*new_mounts, command], capture_output=True, text=True, timeout=100)
     assert said in done.stdout + done.stderr, done.stderr
     assert "--shm-size" in done.stderr and "--workers 0" in done.stderr and done.stderr.count("--ipc=host") <= 2

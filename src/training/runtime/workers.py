@@ -1,7 +1,6 @@
 """Loader processes that ignore the signals of a job, end when their parent asks them to, and never outlive it."""
 
 import ctypes
-import errno
 import fcntl
 import logging
 import mmap
@@ -68,11 +67,10 @@ class Loader(DataLoader):
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             batches = super().__iter__()
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            message = f"no room in shared memory ({SHARED_MEMORY}) to start loader processes: {MORE_ROOM}"
-            raise OSError(errno.ENOSPC, message) from error
+        except OSError as error:  # no room, no such folder, read-only, ...
+            raise OSError(
+                f"no shared memory ({SHARED_MEMORY}) to start loader processes ({error}): {MORE_ROOM}"
+            ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return _batches(batches, [p for p in multiprocessing.active_children() if p not in others])
@@ -134,8 +132,9 @@ def _wait_for_parent(parent: int) -> None:
 
 def _reduce(tensor: torch.Tensor) -> tuple:
     """Sends a tensor to the parent: in shared memory if it has room, otherwise by value."""
-    size, room = tensor.untyped_storage().nbytes(), os.open(SHARED_MEMORY, os.O_RDONLY)
+    size, free, room = tensor.untyped_storage().nbytes(), 0, None
     try:
+        room = os.open(SHARED_MEMORY, os.O_RDONLY)
         # While this process takes memory, no other one may count on it; unless there is plenty for all of them.
         if _free(room) < 128 * size:
             fcntl.flock(room, fcntl.LOCK_EX)
@@ -143,9 +142,10 @@ def _reduce(tensor: torch.Tensor) -> tuple:
             return reduce_tensor(tensor.share_memory_())
         free = _free(room)
     except (OSError, RuntimeError):  # raised here, it would only be printed, and the parent would wait for ever
-        free = 0
+        pass
     finally:
-        os.close(room)
+        if room is not None:
+            os.close(room)
     if not _has_warned[0]:
         _has_warned[0] = 1
         logger.warning(
