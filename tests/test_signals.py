@@ -230,16 +230,16 @@ def test_a_signal_while_no_data_come(scenes, tmp_path):
     wait_for_end(run.halted[0])
 
 
-@pytest.mark.parametrize("place", ["opening on rank 0", "extracting"])
-def test_a_signal_where_nothing_can_be_lost_ends_the_run_immediately(place, scenes, tmp_path):
+@pytest.mark.parametrize(("place", "number"), [("opening on rank 0", signal.SIGTERM), ("extracting", signal.SIGUSR2)])
+def test_a_signal_where_nothing_can_be_lost_ends_the_run_immediately(place, number, scenes, tmp_path):
     """The process is halted and never released."""
     argv = command(scenes, tmp_path, "run", "--workers", "0")
     if place == "extracting":
         argv += ["--lock-image", "--extract-image-features", str(tmp_path / "features")]
     run = Halted(argv, place, tmp_path / "marks")
-    run.signal(signal.SIGTERM)
+    run.signal(number)
     assert run.end() == [75]
-    assert "stopped by SIGTERM; nothing is lost: start the same command again" in run.log
+    assert f"stopped by {number.name}; nothing is lost: start the same command again" in run.log
     assert main(argv) == 0
 
 

@@ -8,8 +8,9 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
-# SLURM preempts with the first and warns with the second; the last means that the terminal was closed.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# SLURM preempts with the first, and warns with the second, or under submitit with the third; the last means that the
+# terminal was closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PATIENCE_S = 1.0  # how long processes may take to end after they were told to
 
 

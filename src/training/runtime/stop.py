@@ -1,4 +1,4 @@
-"""Handles the signals that ask a run to stop, SIGTERM, SIGUSR1 and SIGHUP. Imports nothing heavy."""
+"""Handles the signals that ask a run to stop, `STOP_SIGNALS`. Imports nothing heavy."""
 
 import os
 import signal
