@@ -171,6 +171,13 @@ def test_numbers_that_are_not_finite_end_training(scenes, tmp_path, steps, capsy
     assert [step for step, count in skipped.items() if count] == [record["step"] for record in records]
 
 
+def test_records_of_skipped_steps_that_cannot_be_written_do_not_end_training(scenes, tmp_path, capsys):
+    path = tmp_path / "run" / "skipped_steps_rank0.jsonl"
+    path.mkdir(parents=True)
+    assert main(command(scenes, tmp_path, "run", "--epochs", "1", "--max-skipped-steps", "99", "--lr", "1e38")) == 0
+    assert f"{path} could not be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_a_step_that_is_not_finite_leaves_no_trace(optimizer):
     class Model(nn.Module):

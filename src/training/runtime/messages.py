@@ -33,7 +33,7 @@ def warn_once(message: str) -> None:
 
 
 def or_warn(write: Callable[[], T], what: str) -> T | None:
-    """Runs a function that writes files at the end of a run; an error costs a warning and returns None."""
+    """Runs a function that writes files; an error, such as a full disk, costs a warning and returns None."""
     try:
         return write()
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from training.runtime.files import append_line, atomic_write
+from training.runtime.messages import or_warn
 
 LOG_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 
@@ -61,10 +62,7 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, object]) -> None:
         """Writes the metrics of a step."""
-        try:
-            append_line(self.path, json.dumps({"step": step, **metrics}))
-        except OSError as error:  # a full disk must not stop the training
-            logging.getLogger(__name__).error(f"could not write {self.path}: {error}; training continues")
+        or_warn(lambda: append_line(self.path, json.dumps({"step": step, **metrics})), str(self.path))
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         if self.writer:
             for name, value in numbers.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from training.runtime.files import append_line
+from training.runtime.messages import or_warn
 from training.train.checkpoint import CheckpointWriter
 
 MAX_RECORDS = 100
@@ -73,7 +74,8 @@ class StepFlags:
             return
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         if self.total <= MAX_RECORDS:
-            append_line(self.folder / f"skipped_steps_rank{self.rank}.jsonl", json.dumps({"step": step, "keys": keys}))
+            path, line = self.folder / f"skipped_steps_rank{self.rank}.jsonl", json.dumps({"step": step, "keys": keys})
+            or_warn(lambda: append_line(path, line), str(path))
         if self.in_a_row > self.max_in_a_row:
             raise FloatingPointError(
                 f"step {step:,}: loss or gradient not finite for {self.in_a_row} steps in a row "
