@@ -1,4 +1,4 @@
-"""Counts what this process gets done, and ends a command that gets nothing done any more. Imports nothing heavy."""
+"""Records when this process gets something done; ends a command that gets nothing done. Imports nothing heavy."""
 
 import argparse
 import threading
@@ -12,13 +12,13 @@ EXIT_LOST = 70  # sysexits.h: internal error
 
 
 class Progress:
-    """Number of batches, shards or files that this process has done; `PROGRESS` is the only instance."""
+    """When this process last got a batch, a shard or a file done; `PROGRESS` is the only instance."""
 
-    count = 0
+    last = time.monotonic()
 
     def add(self) -> None:
-        """Counts one more."""
-        self.count += 1
+        """Records that one more is done now."""
+        self.last = time.monotonic()
 
 
 PROGRESS = Progress()
@@ -37,7 +37,7 @@ def add_timeout_arg(parser: argparse.ArgumentParser, default: float) -> None:
 
 @contextmanager
 def ends_if_stuck(command: str, minutes: float) -> Iterator[None]:
-    """Context that ends the process with `EXIT_LOST` if `PROGRESS` does not grow for some time.
+    """Context that ends the process with `EXIT_LOST` if nothing is recorded in `PROGRESS` for some time.
 
     Args:
         command: name of the command, for the message.
@@ -49,13 +49,11 @@ def ends_if_stuck(command: str, minutes: float) -> Iterator[None]:
     if not minutes > 0:
         raise ValueError(f"--timeout-minutes {minutes:g}: expected a positive number")
     ended = threading.Event()
+    PROGRESS.add()
 
     def watch() -> None:
-        count, since = PROGRESS.count, time.monotonic()
         while not ended.wait(min(2.0, 6 * minutes)):
-            if PROGRESS.count != count:
-                count, since = PROGRESS.count, time.monotonic()
-            if time.monotonic() - since > 60 * minutes:
+            if time.monotonic() - PROGRESS.last > 60 * minutes:
                 end_at_once(
                     EXIT_LOST,
                     f"{command}: error: nothing was done for {minutes:g} minutes (--timeout-minutes). Check the "

@@ -18,14 +18,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from training.runtime.distributed import (
-    DistEnv,
-    RunFailedError,
-    broadcast_object,
-    join_ranks,
-    leave_ranks,
-    print_error,
-)
+from training.runtime.distributed import DistEnv, RunFailedError, broadcast_object, join_ranks, leave_ranks, print_error
 from training.runtime.processes import end_at_once
 from training.runtime.progress import EXIT_LOST, PROGRESS
 from training.runtime.stop import EXIT_STOPPED, SIGNALS
@@ -36,7 +29,8 @@ WAITING, STEPPING, SAVING, EVALUATING = "waiting for data", "taking a step", "sa
 COPYING = "copying to --remote-sync"
 FAILED = "ending, because it or another rank has failed"
 PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, COPYING, FAILED)
-SLOW = {OPENING: 4, EVALUATING: 4, COPYING: 4}  # number of timeouts that a phase may take while all ranks report
+SHORT = (WAITING, STEPPING, SAVING)  # phases that may take one timeout each
+PATIENCE = 4  # number of timeouts that another phase may take while all ranks report
 SILENT = 4  # number of intervals without a report after which a rank counts as lost
 LOST_S = 30.0  # time after which a rank ends if the store on rank 0 refuses connections
 STOP_PATIENCE_S = 10.0  # longest wait for a batch after a signal: SLURM kills 30 s after SIGTERM
@@ -87,7 +81,7 @@ class Watchdog:
 
     This is a context manager, to be entered as soon as the process group exists. A rank that makes no progress for
     longer than the timeout exits with `EXIT_LOST`; before that, rank 0 prints which rank is furthest behind or silent.
-    A new phase, a new step and a batch from a loader are progress. Opening data, evaluating and copying may take four
+    A new phase, a new step and a batch from a loader are progress. Phases other than those of a step may take four
     times as long unless a rank is silent. The thread also forwards stop signals: a signal on one rank reaches all ranks
     within two intervals. If a rank then gets no further batch, the run can't save any more, and all ranks exit with
     `EXIT_STOPPED`. If the block raises an error in a run of several ranks, all ranks end, see `_fail`.
@@ -116,12 +110,11 @@ class Watchdog:
         self.status = step, phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self.thread.start()
         # Requests to the store never return if rank 0 hangs, so they run in a separate thread.
-        self.exchange = threading.Thread(target=self._exchange, name="watchdog exchange", daemon=True)
-        if self.store is not None:
-            self.exchange.start()
+        targets = {"watchdog": self._watch} | ({"watchdog exchange": self._exchange} if self.store else {})
+        self.threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in targets.items()]
+        for thread in self.threads:
+            thread.start()
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -129,9 +122,8 @@ class Watchdog:
             self._end_run(error)
         self.ended.set()
         self.wake.set()
-        self.thread.join()
-        if self.store is not None:
-            self.exchange.join(self.interval)
+        for thread in self.threads:
+            thread.join(self.interval)
 
     def _end_run(self, error: BaseException) -> None:
         """Prints this rank's error and ends all ranks; does not return."""
@@ -175,32 +167,29 @@ class Watchdog:
         if time.monotonic() - self.last_answer > SILENT * self.interval:
             self._end(EXIT_LOST, RANK_0_LOST)
         reports = self._reports()
-        if lost := self._silent_ranks(reports, SILENT * self.interval):
-            hosts = {rank: f" on {reports[rank].host}" if rank in reports else "" for rank in lost}
-            who = ", ".join(f"rank {rank}{hosts[rank]}" for rank in lost[:8])
+        if lost := sorted(silent_ranks(reports, self.env.world_size, SILENT * self.interval)):
+            who = ", ".join(named(rank, reports) for rank in lost[:8])
             self._fail(EXIT_LOST, f"{who} has ended or does not answer")
 
-    def _silent_ranks(self, reports: dict[int, Report], seconds: float) -> list[int]:
-        now = time.time()
-        return [r for r in range(self.env.world_size) if r not in reports or now - reports[r].time > seconds]
-
     def _watch(self) -> None:
-        done = 0
         while not self.ended.wait(self.interval):
-            if PROGRESS.count != done:
-                done = PROGRESS.count
-                self.at(*self.status[:2])
-            _, phase, since = self.status
             now = time.monotonic()
             self._check_stop(now)
             # Rank 0 waits least and names the late rank, because the first rank that exits may make the others fail.
-            longest = self.timeout_s + (0 if self.env.is_main else 3 * self.interval)
-            is_cut_off = self.store is not None and now - self.last_answer > longest
-            is_stuck = now - since > longest * SLOW.get(phase, 1)
-            if not is_stuck and self.env.is_main and now - since > longest:
-                is_stuck = bool(self._silent_ranks(self._reports(), self.timeout_s))
-            if is_cut_off or is_stuck:
-                self._end(EXIT_LOST, self._describe())
+            longest, idle = self.timeout_s + (0 if self.env.is_main else 3 * self.interval), self._idle_s()
+            is_stuck = idle > longest * (1 if self.status[1] in SHORT else PATIENCE)
+            if not is_stuck and self.env.is_main and idle > longest:
+                is_stuck = bool(silent_ranks(self._reports(), self.env.world_size, self.timeout_s))
+            if is_stuck or self.store is not None and now - self.last_answer > longest:
+                who = "rank 0 does not answer"  # otherwise it, which has all reports, would have ended the run before
+                if self.env.is_main:
+                    who = describe_late(self._reports(), self.env.world_size, SILENT * self.interval)
+                message = f"no progress for {self.timeout_s:,.0f} s (--timeout-minutes): {who}. Check its data and its "
+                self._end(EXIT_LOST, f"{message}machine, then {self.then}")
+
+    def _idle_s(self) -> float:
+        """Returns the seconds since this rank last made progress."""
+        return time.monotonic() - max(self.status[2], PROGRESS.last)
 
     def _exchange(self) -> None:
         """Reports this rank to the store; reads there what ended or stops the other ranks."""
@@ -258,8 +247,7 @@ class Watchdog:
             )
 
     def _report(self) -> Report:
-        step, phase, since = self.status
-        return Report(step, phase, time.monotonic() - since, self.host, time.time())
+        return Report(*self.status[:2], self._idle_s(), self.host, time.time())
 
     def _reports(self) -> dict[int, Report]:
         """Returns the last report of every rank that has reported."""
@@ -269,15 +257,17 @@ class Watchdog:
             reports |= {r: Report(*json.loads(self.store.get(str(r)))) for r in others}
         return reports
 
-    def _describe(self) -> str:
-        if not self.env.is_main:  # otherwise rank 0, which has all reports, would have ended the run before
-            who = "rank 0 does not answer"
-        else:
-            who = describe_late(self._reports(), self.env.world_size, SILENT * self.interval)
-        return (
-            f"no progress for {self.timeout_s:,.0f} s (--timeout-minutes): {who}. Check its data and its machine, then "
-            f"{self.then}"
-        )
+
+def silent_ranks(reports: dict[int, Report], world_size: int, seconds: float) -> dict[int, str]:
+    """Returns the ranks that have not reported for some time -> what to say about them."""
+    now = time.time()
+    silent = {r: f"has not reported for {now - p.time:,.0f} s" for r, p in reports.items() if now - p.time > seconds}
+    return silent | {rank: "has never reported" for rank in range(world_size) if rank not in reports}
+
+
+def named(rank: int, reports: dict[int, Report]) -> str:
+    """Names a rank, and its host if it has reported."""
+    return f"rank {rank} on {reports[rank].host}" if rank in reports else f"rank {rank}"
 
 
 def describe_late(reports: dict[int, Report], world_size: int, silent_s: float) -> str:
@@ -288,15 +278,12 @@ def describe_late(reports: dict[int, Report], world_size: int, silent_s: float) 
         world_size: number of ranks.
         silent_s: seconds without a report after which a rank counts as lost.
     """
-    now = max(report.time for report in reports.values())
-    late = {r: f"has not reported for {now - p.time:,.0f} s" for r, p in reports.items() if now - p.time > silent_s}
-    late |= {rank: "has never reported" for rank in range(world_size) if rank not in reports}
+    late = silent_ranks(reports, world_size, silent_s)
     if not late:
         order = {rank: (report.step, PHASES.index(report.phase)) for rank, report in reports.items()}
         last = {rank: reports[rank] for rank in order if order[rank] == min(order.values())}
         late = {rank: f"is at step {r.step:,}, {r.phase} for {r.seconds:,.0f} s" for rank, r in last.items()}
-    hosts = {rank: f" on {reports[rank].host}" if rank in reports else "" for rank in late}
-    shown = "; ".join(f"rank {rank}{hosts[rank]} {late[rank]}" for rank in sorted(late)[:8])
+    shown = "; ".join(f"{named(rank, reports)} {late[rank]}" for rank in sorted(late)[:8])
     rest = world_size - len(late)
     waiting = f"; {rest} other{' ranks wait' if rest > 1 else ' rank waits'}" if rest else ""
     return shown + waiting
