@@ -31,7 +31,7 @@ from training.model.towers.corner import corner_places
 from training.model.towers.locking import linear_head
 from training.model.towers.train_model import TrainModel
 from training.runtime.arithmetic import deterministic, tf32
-from training.runtime.distributed import DistEnv, failing_with, max_over_ranks, on_main_rank
+from training.runtime.distributed import DistEnv, failing_with, on_main_rank
 from training.runtime.experiment import Experiment, copy_experiment, experiment_of
 from training.runtime.files import atomic_write
 from training.runtime.lease import Lease
@@ -45,7 +45,7 @@ from training.train.losses import make_loss
 from training.train.optim import make_schedule, optimizer_from_flags
 from training.train.remote import RemoteCopy, RemoteError
 from training.train.resume import LOSS, Division, Progress, changed_flags, restore, start_from
-from training.train.step import Stepper, statistics_average
+from training.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -242,11 +242,10 @@ def make_stepper(
         scaler=scaler,
         arithmetic=partial(tf32, env.device),
         max_norm=args.grad_clip_norm,
-        max_over_ranks=partial(max_over_ranks, env=env),
         locked_images=whole.encode_images if whole.image_is_locked else None,
-        average_statistics=statistics_average(core, env),
         corners=corner_places(whole.corners, num_corners(core)),
         average=average,
+        env=env,
     )
 
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.profiler import record_function
 from training.data.batch import FIELD
 from training.model.towers.corner import cosine_with_cls
 from training.model.towers.locking import BATCH_NORMS
-from training.runtime.distributed import DistEnv
+from training.runtime.distributed import DistEnv, max_over_ranks
 from training.train.grad_cache import GradCache, in_fp32
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -41,13 +40,12 @@ class Stepper:
         arithmetic: returns the context of the towers' forward and backward passes; the loss is computed outside of it.
         scaler: gradient scaler for float16; None otherwise.
         max_norm: maximum norm of the gradient; None does not clip.
-        max_over_ranks: replaces a tensor on the device by its largest values of all ranks.
         locked_images: `TrainModel.encode_images` of an image tower that is not trained. It runs once per image,
             separately from `model`; the features are gathered while the text tower computes. None if images go through
             `model`.
-        average_statistics: called after each step, see `statistics_average`.
         average: moving average of `core`, updated after each step; see `Experiment.make_average`.
         corners: indices of [CLS] and the corners among the text features, see `corner.corner_places`.
+        env: this process.
     """
 
     model: nn.Module
@@ -58,12 +56,14 @@ class Stepper:
     arithmetic: Callable = nullcontext
     scaler: torch.amp.GradScaler | None = None
     max_norm: float | None = None
-    max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda flags: flags
     locked_images: Callable[..., dict[str, torch.Tensor]] | None = None
-    average_statistics: Callable[[], None] = lambda: None
     corners: tuple[list[int], list[int]] = ((), ())
     average: Any = None
+    env: DistEnv = DistEnv(0, 1, torch.device("cpu"))
     cache: GradCache | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.norms = [m for m in self.core.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
 
     def __call__(self, micro_batches: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
         """Takes a whole step; the training loop calls the same parts one by one.
@@ -145,7 +145,7 @@ class Stepper:
         # Gradients are the same on all ranks, but losses may differ.
         bad = ~(norm.isfinite() & sum(value.detach() for value in terms.values()).isfinite())
         flags = torch.stack([bad.float(), *(bad.new_full((), made, dtype=torch.float32) for made in requests)])
-        flags = self.max_over_ranks(flags)
+        flags = max_over_ranks(flags, self.env)
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -214,29 +214,18 @@ class Stepper:
         features, gather_early = for_loss.pop("image_features"), getattr(self.loss, "gather_early", None)
         return batches, for_loss | ({"early": gather_early(features)} if gather_early else {})
 
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Averages the statistics of batch norms over ranks, in place.
 
-def statistics_average(model: nn.Module, env: DistEnv) -> Callable[[], None]:
-    """Returns a function to be called after each step: it averages the statistics over ranks, in place.
-
-    All ranks then evaluate the same model, which is the one that is saved, and a resumed run continues with the same
-    statistics. A mean is that of all ranks' batches; a variance is the mean of the variances within these batches.
-    Training itself does not read the statistics. Source: timm's ``distribute_bn`` with ``reduce``, at each step.
-
-    Args:
-        model: both towers.
-        env: this process.
-    """
-    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
-    return partial(_average, norms, env.world_size) if norms and env.world_size > 1 else lambda: None
-
-
-@torch.no_grad()
-def _average(norms: list[nn.Module], world_size: int) -> None:
-    moving = [norm for norm in norms if norm.training]  # frozen ones are in eval mode
-    buffers = [buffer for norm in moving for buffer in (norm.running_mean, norm.running_var)]
-    if not buffers:
-        return
-    sums = torch.cat([buffer.float() for buffer in buffers])
-    dist.all_reduce(sums)
-    for buffer, summed in zip(buffers, sums.split([len(buffer) for buffer in buffers])):
-        buffer.copy_(summed / world_size)
+        All ranks then evaluate the same model, which is the one that is saved, and a resumed run continues with the
+        same statistics. A mean is that of all ranks' batches; a variance is the mean of the variances within these
+        batches. Training itself does not read them. Source: timm's ``distribute_bn`` with ``reduce``, at each step.
+        """
+        moving = [norm for norm in self.norms if norm.training]  # frozen ones are in eval mode
+        buffers = [buffer for norm in moving for buffer in (norm.running_mean, norm.running_var)]
+        if buffers and self.env.world_size > 1:
+            sums = torch.cat([buffer.float() for buffer in buffers])
+            dist.all_reduce(sums)
+            for buffer, summed in zip(buffers, sums.split([len(buffer) for buffer in buffers])):
+                buffer.copy_(summed / self.env.world_size)
