@@ -1,7 +1,9 @@
 """Shards and tables read by the loader: every sample exactly once, in an order that can be resumed."""
 
+import errno
 import io
 import json
+import multiprocessing.synchronize
 import os
 import random
 import signal
@@ -26,6 +28,7 @@ from training.data.reader import SampleReader
 from training.data.shards import ShardSource, StreamedShards
 from training.data.sizes import count_samples, expand_sources
 from training.data.tables import read_tables
+from training.prepare.work import processes
 from training.readers.samples import index_shard, read_samples
 
 
@@ -99,7 +102,7 @@ print("complete")
     ("options", "said"),
     [
         ("size=256k", "complete"),
-        *[(options, "no shared memory (/dev/shm) to start loader") for options in ("size=1k", "ro")],
+        *[(options, "no shared memory (/dev/shm) to start processes") for options in ("size=1k", "ro")],
     ],
 )
 def test_batches_arrive_through_a_small_shared_memory(options, said):
@@ -110,6 +113,15 @@ def test_batches_arrive_through_a_small_shared_memory(options, said):
     done = subprocess.run([*new_mounts, command], capture_output=True, text=True, timeout=100)
     assert said in done.stdout + done.stderr, done.stderr
     assert "--shm-size" in done.stderr and "--workers 0" in done.stderr and done.stderr.count("--ipc=host") <= 2
+
+
+def test_preparation_without_shared_memory_names_it(monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
+    with pytest.raises(OSError, match=r"shared memory \(/dev/shm\).*--shm-size.*--workers 1"), processes(2):
+        pass
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

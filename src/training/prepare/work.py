@@ -16,6 +16,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from training.runtime.files import atomic_write
+from training.runtime.processes import starting_processes
 from training.runtime.progress import PROGRESS
 
 T = TypeVar("T")
@@ -118,7 +119,8 @@ def processes(workers: int) -> Iterator[Callable]:
     if workers == 1:
         yield lambda function, items, *shown: progress(map(function, items), *shown)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent)
+    with starting_processes("work in this process: --workers 1"):
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent)
 
     def results(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
         waiting = {pool.submit(function, item) for item in islice(items, workers + 2)}

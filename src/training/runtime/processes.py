@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +14,26 @@ from typing import NoReturn
 # terminal was closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PATIENCE_S = 1.0  # how long processes may take to end after they were told to
+SHARED_MEMORY = "/dev/shm"
+MORE_ROOM = "enlarge it (docker run --shm-size 16g, or --ipc=host)"
+
+
+@contextmanager
+def starting_processes(otherwise: str) -> Iterator[None]:
+    """Context that starts processes: without room in shared memory, the error names it and says what to do.
+
+    Args:
+        otherwise: how to work without processes, for the message.
+
+    Raises:
+        OSError: shared memory is full, read-only or missing.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"no shared memory ({SHARED_MEMORY}) to start processes ({error}): {MORE_ROOM}, or {otherwise}"
+        ) from error
 
 
 def descendants(pid: int) -> list[int]:

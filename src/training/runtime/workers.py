@@ -17,14 +17,21 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.runtime.processes import PATIENCE_S, STOP_SIGNALS, descendants, kill_family
+from training.runtime.processes import (
+    MORE_ROOM,
+    PATIENCE_S,
+    SHARED_MEMORY,
+    STOP_SIGNALS,
+    descendants,
+    kill_family,
+    starting_processes,
+)
 from training.runtime.progress import PROGRESS
 
 PREFETCH = 2  # number of batches that a worker prepares ahead
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 IS_LINUX = sys.platform == "linux"
-SHARED_MEMORY = "/dev/shm"
-MORE_ROOM = "enlarge it (docker run --shm-size 16g, or --ipc=host), or load without processes: --workers 0"
+NO_PROCESSES = "load without processes: --workers 0"
 _has_warned = mmap.mmap(-1, 1)  # shared with the loader processes
 logger = logging.getLogger(__name__)
 
@@ -66,11 +73,8 @@ class Loader(DataLoader):
         # Workers start with the signals blocked, because torch's own handler would end them before they are ready.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            batches = super().__iter__()
-        except OSError as error:  # no room, no such folder, read-only, ...
-            raise OSError(
-                f"no shared memory ({SHARED_MEMORY}) to start loader processes ({error}): {MORE_ROOM}"
-            ) from error
+            with starting_processes(NO_PROCESSES):
+                batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return _batches(batches, [p for p in multiprocessing.active_children() if p not in others])
@@ -150,7 +154,7 @@ def _reduce(tensor: torch.Tensor) -> tuple:
         _has_warned[0] = 1
         logger.warning(
             f"shared memory ({SHARED_MEMORY}, {free / 1e6:,.1f} MB free) has no room for {size / 1e6:,.1f} MB: batches "
-            f"go through pipes, which is slower; {MORE_ROOM}"
+            f"go through pipes, which is slower; {MORE_ROOM}, or {NO_PROCESSES}"
         )
     return torch.from_numpy, (tensor.contiguous().numpy(),)
 
