@@ -6,6 +6,8 @@ import logging
 import math
 import re
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
@@ -127,7 +129,7 @@ class RemoteCopy:
                 if name.endswith(".pt"):
                     self._send_checkpoint(name, local[name], stat.st_size)
                 else:
-                    self._put(name, local[name])
+                    self._put(name, partial(self.fs.put_file, str(local[name])))
             except FileNotFoundError:
                 if local[name].exists():
                     raise
@@ -141,7 +143,7 @@ class RemoteCopy:
         if math.inf in entry:  # the file is broken
             return
         if self.index.get(name) != entry:
-            self._put(name, path)
+            self._put(name, partial(self.fs.put_file, str(path)))
             self.index[name] = entry
             self._write_index()
             logger.info(f"copied {name} to {self.url}/{self.folder.name}")
@@ -159,19 +161,15 @@ class RemoteCopy:
 
     def _names(self) -> list[str]:
         self.fs.invalidate_cache()
-        if not self.fs.exists(self.root):
-            return []
         return [path[len(self.root) :].lstrip("/") for path in self.fs.find(self.root)]
 
-    def _put(self, name: str, content: bytes | Path) -> None:
+    def _put(self, name: str, send: Callable[[str], None]) -> None:
+        """Lets `send` write a file to a temporary name, which then becomes its own."""
         target = f"{self.root}/{name}"
         self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         temporary = f"{target}.{uuid4().hex[:12]}.tmp"
         try:
-            if isinstance(content, bytes):
-                self.fs.pipe_file(temporary, content)
-            else:
-                self.fs.put_file(str(content), temporary)
+            send(temporary)
             self.fs.mv(temporary, target)
         except BaseException:
             if self.fs.exists(temporary):
@@ -179,7 +177,7 @@ class RemoteCopy:
             raise
 
     def _write_index(self) -> None:
-        self._put(INDEX, json.dumps(self.index, indent=1).encode())
+        self._put(INDEX, partial(self.fs.pipe_file, value=json.dumps(self.index, indent=1).encode()))
 
     def _get(self, name: str) -> None:
         with atomic_write(self.folder / name) as temporary:
