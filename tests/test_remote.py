@@ -1,6 +1,8 @@
 """--remote-sync: the copy at the URL is consistent at any moment, and another machine continues from it."""
 
+import argparse
 import json
+import threading
 from pathlib import Path
 
 import fsspec
@@ -11,6 +13,7 @@ from test_safety import command, metrics, steps  # noqa: F401
 
 from training.main import main
 from training.train.checkpoint import load_checkpoint
+from training.train.remote import RemoteCopy
 
 KEPT = ["--epochs", "2", "--save-every-steps", "4", "--keep-checkpoints", "1"]
 
@@ -96,6 +99,21 @@ def test_training_continues_while_nothing_can_be_copied(scenes, tmp_path, monkey
     assert not list(remote.rglob("*.tmp"))
     assert main(command(scenes, tmp_path / "first", "run", *flags, "--resume", "latest")) == 0
     assert len(whole_checkpoints(remote / "run")) == 2
+
+
+def test_an_error_does_not_wait_for_storage_that_hangs(tmp_path, monkeypatch, caplog):
+    """The other ranks would wait, and nobody would see the error."""
+    hanging, finished = threading.Event(), []
+    monkeypatch.setattr("training.train.remote.LAST_COPY_S", 0.2)
+    monkeypatch.setattr(LocalFileSystem, "put_file", lambda *_, **__: finished.append(hanging.wait(60)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "out.log").write_text("")
+    flags = {"remote_sync": f"file://{tmp_path / 'remote'}", "remote_sync_frequency": 300}
+    args = argparse.Namespace(**flags, delete_previous_checkpoint=False)
+    with pytest.raises(MemoryError), RemoteCopy(args, tmp_path / "run"):
+        raise MemoryError("out of memory")
+    assert not finished and "out of memory; waiting up to 0.2 s" in caplog.text
+    hanging.set()
 
 
 @pytest.mark.parametrize(

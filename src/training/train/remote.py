@@ -19,6 +19,7 @@ from training.runtime.messages import first_line
 from training.train.checkpoint import CHECKPOINTS, check_checkpoint, checkpoint_progress, saved_checkpoints
 
 INDEX = "checkpoints.json"  # index of the complete checkpoints: name -> [epochs, steps, bytes]
+LAST_COPY_S = 30.0  # longest wait for it after an error, which the other ranks and the user hear of afterwards
 TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.tmp$")
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class RemoteCopy:
     A file is uploaded under a temporary name and then renamed. A checkpoint is added to the index only after it was
     uploaded, and removed from the index before it is deleted. All files in the index are therefore complete, whenever
     this process ends. A failed copy is logged and retried; only the last attempt, at the end of the block, raises.
+    If the block raises, the last attempt has `LAST_COPY_S`.
 
     Args:
         args: flags; ``--remote-sync`` is a URL in fsspec's syntax.
@@ -95,7 +97,9 @@ class RemoteCopy:
     def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
         self.ends = True
         self.poked.set()
-        self.thread.join()
+        if error is not None:
+            logger.error(f"{first_line(error)}; waiting up to {LAST_COPY_S:g} s for the last copy to --remote-sync")
+        self.thread.join(None if error is None else LAST_COPY_S)
         if self.failure and error is None:
             raise RemoteError(f"{self.failure}; the copy is incomplete, {self.folder} is complete")
 
