@@ -22,6 +22,7 @@ from training.runtime.progress import EXIT_LOST
 from training.runtime.stop import SIGNALS, StoppedError
 
 CHUNK_ROWS = 65_536
+PATIENCE = 4  # number of timeouts that a phase other than those of a step may take while all ranks report
 T = TypeVar("T")
 
 
@@ -51,7 +52,7 @@ def join_ranks(device: str | None, timeout_minutes: float = 30.0) -> DistEnv:
         device: ``cuda``, ``cpu``, ...; None uses CUDA if available. With several processes, each uses the device of its
             local rank.
         timeout_minutes: a process that has not connected to all others by then exits with `EXIT_LOST`. Collectives
-            time out five minutes later, so that the watchdog, which names the late rank, is first.
+            time out five minutes after the watchdog's longest `PATIENCE`, because it names the late rank.
 
     Raises:
         ValueError: the device does not exist.
@@ -68,7 +69,7 @@ def join_ranks(device: str | None, timeout_minutes: float = 30.0) -> DistEnv:
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; training's towers choose TF32, see arithmetic.py
     if dist.is_initialized():
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-        set_timeout(timedelta(minutes=timeout_minutes + 5), dist.group.WORLD)
+        set_timeout(timedelta(minutes=PATIENCE * timeout_minutes + 5), dist.group.WORLD)
     return DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
 
 

@@ -18,7 +18,15 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from training.runtime.distributed import DistEnv, RunFailedError, broadcast_object, join_ranks, leave_ranks, print_error
+from training.runtime.distributed import (
+    PATIENCE,
+    DistEnv,
+    RunFailedError,
+    broadcast_object,
+    join_ranks,
+    leave_ranks,
+    print_error,
+)
 from training.runtime.processes import end_at_once
 from training.runtime.progress import EXIT_LOST, PROGRESS
 from training.runtime.stop import EXIT_STOPPED, SIGNALS
@@ -29,8 +37,7 @@ WAITING, STEPPING, SAVING, EVALUATING = "waiting for data", "taking a step", "sa
 COPYING = "copying to --remote-sync"
 FAILED = "ending, because it or another rank has failed"
 PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, COPYING, FAILED)
-SHORT = (WAITING, STEPPING, SAVING)  # phases that may take one timeout each
-PATIENCE = 4  # number of timeouts that another phase may take while all ranks report
+SHORT = (WAITING, STEPPING, SAVING)  # phases that may take one timeout each; others, `PATIENCE`
 SILENT = 4  # number of intervals without a report after which a rank counts as lost
 LOST_S = 30.0  # time after which a rank ends if the store on rank 0 refuses connections
 STOP_PATIENCE_S = 10.0  # longest wait for a batch after a signal: SLURM kills 30 s after SIGTERM
