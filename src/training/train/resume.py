@@ -5,7 +5,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -14,6 +13,7 @@ from training.data.faults import Totals
 from training.data.position import Share, Span, count_slots
 from training.train.checkpoint import copy_to_cpu, load_checkpoint
 from training.train.optim import load_optimizer_state
+from training.train.step import Stepper
 
 AVERAGE = "ema"  # entry of a checkpoint with averaged weights, which `weights_file.read_state_dict` prefers
 LOSS = "loss"  # entry of a checkpoint with the state of an experiment's loss, and prefix of its parameters' names
@@ -160,21 +160,15 @@ def _compare_steps(content: dict, path: object, division: Division) -> None:
         )
 
 
-def restore(
-    path: object,
-    core: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: object,
-    loss: object = None,
-    average: Any = None,
-) -> dict:
-    """Loads a checkpoint's state into model, optimizer, scaler, loss and moving average; returns its content.
+def restore(path: object, stepper: Stepper) -> dict:
+    """Loads a checkpoint's state into a stepper's model, optimizer, scaler, loss and average; returns its content.
 
     The checkpoint may come from open_clip's trainer. The optimizer keeps its own options, because the command line
     overrides the file.
 
     Args:
         path: a file that rank 0 has checked.
+        stepper: gets the state.
 
     Raises:
         ValueError: the checkpoint is of another model.
@@ -183,20 +177,20 @@ def restore(
     weights = dict(content["state_dict"])
     consume_prefix_in_state_dict_if_present(weights, "module.")  # added by open_clip's trainer with several processes
     try:
-        core.load_state_dict(weights)
-        if average is not None:
-            average.module.load_state_dict(content.get(AVERAGE, weights))  # begins now, with an experiment that is new
-        parameters, of_loss = dict(core.named_parameters()), content.get(LOSS, {})
-        if isinstance(loss, torch.nn.Module):
-            loss.load_state_dict(of_loss)
-            parameters |= dict(loss.named_parameters(LOSS))
+        stepper.core.load_state_dict(weights)
+        if stepper.average is not None:
+            stepper.average.module.load_state_dict(content.get(AVERAGE, weights))  # else it begins now
+        parameters, of_loss = dict(stepper.core.named_parameters()), content.get(LOSS, {})
+        if isinstance(stepper.loss, torch.nn.Module):
+            stepper.loss.load_state_dict(of_loss)
+            parameters |= dict(stepper.loss.named_parameters(LOSS))
         names = [*weights, *(f"{LOSS}.{name}" for name in of_loss)]
-        load_optimizer_state(optimizer, content["optimizer"], names, parameters)
+        load_optimizer_state(stepper.optimizer, content["optimizer"], names, parameters)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"--resume {path}: the model or its locked parts differ from the flags ({reason})") from error
-    if scaler and content.get("scaler"):
-        scaler.load_state_dict(content["scaler"])
+    if stepper.scaler and content.get("scaler"):
+        stepper.scaler.load_state_dict(content["scaler"])
     return content
 
 

@@ -104,7 +104,7 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     stepper = make_stepper(args, core, optimizer, scaler, env, experiment)
     start = Progress.at_epoch(0, division)
     if plan.resume:
-        content = restore(plan.resume, core, optimizer, scaler, stepper.loss, stepper.average)
+        content = restore(plan.resume, stepper)
         start = start_from(content, plan.resume, division)
         if start.share.left and experiment.group_batches > 1:
             raise ValueError(
