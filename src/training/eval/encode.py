@@ -26,7 +26,7 @@ from training.model.tokenizers.truncation import tokenise_and_count_lost
 from training.model.towers.image_encoder import image_encoder
 from training.model.towers.text_encoder import cut_padding, text_encoder
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, join_rows, merge_over_ranks, stop_together, sum_over_ranks
+from training.runtime.distributed import DistEnv, join_rows, merge_over_ranks, stop_on_every_rank, sum_over_ranks
 from training.runtime.stop import SIGNALS
 from training.runtime.workers import Loader
 
@@ -201,7 +201,7 @@ class Encoder:
                 rows = run_tower(tower, batch.inputs, self.env.device, self.options.precision, normalise)
                 features.append((batch.positions, rows))
                 lost_tokens[batch.positions] = batch.lost_tokens
-        stop_together(self.env)
+        stop_on_every_rank(self.env)
         broken = merge_over_ranks(broken, self.env)
         if broken and self.env.is_main:
             logger.warning(f"{len(broken):,} {unit}s can't be read and are skipped; the first: {broken[min(broken)]}")

@@ -19,7 +19,7 @@ from training.eval.metrics import RankCounts, count_ranks, summarise
 from training.eval.record import ClassificationResult, Recall, RetrievalResult
 from training.readers.files import upright
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, stop_together, sum_over_ranks
+from training.runtime.distributed import DistEnv, stop_on_every_rank, sum_over_ranks
 
 if TYPE_CHECKING:
     from training.eval.encode import Encoder
@@ -172,7 +172,7 @@ def encode_sets(encoder: "Encoder", work: RetrievalWork) -> Iterator[EncodedSet]
     images = FeatureStore(partial(encode_images_once, image_cache, encoder))
     texts = FeatureStore(partial(text_cache.encode, key_of=text_key, encode=encoder.texts))
     for s in work.sets:
-        stop_together(encoder.env)
+        stop_on_every_rank(encoder.env)
         found = images(s.image_paths, [work.identity[path] for path in s.image_paths])
         kept = s.without_images(found.broken)
         if not kept.captions:

@@ -223,7 +223,7 @@ def max_over_ranks(value: torch.Tensor, env: DistEnv) -> torch.Tensor:
     return value
 
 
-def stop_together(env: DistEnv) -> None:
+def stop_on_every_rank(env: DistEnv) -> None:
     """Raises StoppedError on all ranks if any has received a stop signal; a collective, so all ranks must call it."""
     # The exception of a rank that stopped alone would be taken for a failure of this rank.
     stop = torch.zeros((), device=env.device)

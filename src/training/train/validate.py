@@ -19,7 +19,7 @@ from training.eval.results import format_table, write_results
 from training.eval.retrieval import RetrievalWork, evaluate_retrieval
 from training.eval.zero_shot import evaluate_zero_shot
 from training.readers.images import BrokenImageError
-from training.runtime.distributed import DistEnv, gather_objects, stop_together
+from training.runtime.distributed import DistEnv, gather_objects, stop_on_every_rank
 from training.runtime.messages import or_warn
 from training.train.grad_cache import is_row_wise
 from training.train.step import Stepper
@@ -55,7 +55,7 @@ def validate(data: TrainData, loss: Callable, batch_size: int, stepper: Stepper,
     outputs: list[dict[str, torch.Tensor]] = []
     batches = iter(data.loader(0, share, pin=env.device.type == "cuda", refill=False))
     for _ in range(num_batches):
-        stop_together(env)
+        stop_on_every_rank(env)
         batch = next(batches, None)  # a rank with a smaller share may have none left at the end
         num_bad += len(batch.bad_samples) if batch else 0
         if batch and batch.keys:
