@@ -108,7 +108,7 @@ def read_shard_pairs(
     """
     pairs, num_with_lines = [], 0
     with naming("--retrieval-wds"):
-        urls = [url for part in shards.split("::") for url in expand_shards(part)]
+        urls = [url for name in shards.split("::") for url in expand_shards(name)]
         for url in urls:
             if is_local(url) and not os.path.exists(url):
                 raise FileNotFoundError(f"{url}: no such file")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.data.captions import CaptionRule, choose_captions
-from training.data.padding import front_shares, pad_in_front
+from training.data.padding import front_fractions, pad_in_front
 from training.data.views import parse_views, views_by_flags
 from training.flags.parser import parse_args
 from training.model.assembly.factory import create_model
@@ -173,7 +173,7 @@ def test_padding_in_front_is_uniform_and_keeps_every_token():
     rule = CaptionRule(views="raw(pad=front)")
     keys = [f"k{i}" for i in range(len(ids))]
     for epoch in range(2000):
-        shares = [front_shares(f"0/{epoch}/{key}", rule)[0] for key in keys]
+        shares = [front_fractions(f"0/{epoch}/{key}", rule)[0] for key in keys]
         for row, new, length, counter in zip(ids, pad_in_front(ids, shares), full, seen):
             front = int(new[1:].ne(0).int().argmax())
             expected = torch.zeros_like(row)
@@ -185,7 +185,7 @@ def test_padding_in_front_is_uniform_and_keeps_every_token():
         free = ids.shape[1] - length
         assert set(counter) == set(range(free + 1))
         assert all(n / 2000 == pytest.approx(1 / (free + 1), abs=0.05) for n in counter.values())
-    assert front_shares("0/0/k0", CaptionRule(views="raw, long(pad=front)"))[0] == 0
+    assert front_fractions("0/0/k0", CaptionRule(views="raw, long(pad=front)"))[0] == 0
 
 
 def test_corners_give_features_where_the_list_says_so():

@@ -48,7 +48,7 @@ def _mixed(lanes: Sequence[Lane], window: int, round_size: int, name: str, num_u
     streams: list[Iterator | None] = [None] * len(lanes)
     waiting: list[tuple[float, int, object]] = []  # a heap of (time to leave, time of arrival, item)
     for number in itertools.count():
-        counts = _shares(left, round_size)
+        counts = _divide(left, round_size)
         if not any(counts):
             break
         begins = [lane.size - rest for lane, rest in zip(lanes, left)]
@@ -72,7 +72,7 @@ def _mixed(lanes: Sequence[Lane], window: int, round_size: int, name: str, num_u
         yield heappop(waiting)[-1]
 
 
-def _shares(left: Sequence[int], number: int) -> list[int]:
+def _divide(left: Sequence[int], number: int) -> list[int]:
     """Divides `number` items (or all, if fewer are left) among lanes in proportion to the items left in each."""
     total = sum(left)
     number = min(number, total)

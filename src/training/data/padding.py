@@ -18,7 +18,7 @@ def check_front_padding(tokenizer: Callable) -> None:
         )
 
 
-def front_shares(name: str, rule: CaptionRule) -> list[float]:
+def front_fractions(name: str, rule: CaptionRule) -> list[float]:
     """Draws, for each text of a sample, the fraction of its padding that is put in front of it.
 
     Args:
@@ -32,25 +32,25 @@ def front_shares(name: str, rule: CaptionRule) -> list[float]:
     return [rng.random() if entry.front else 0.0 for entry in rule.texts]
 
 
-def pad_in_front(ids: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
+def pad_in_front(ids: torch.Tensor, fractions: Sequence[float]) -> torch.Tensor:
     """Moves padding from behind the text to between its start token and its first word.
 
-    Of f padding tokens, floor(share x (f + 1)) are moved: 0 to f with equal probability.
+    Of f padding tokens, floor(fraction x (f + 1)) are moved: 0 to f with equal probability.
 
     Args:
         ids: int64 [n, context_length] from CLIP's tokenizer, padded with 0.
-        shares: for each row the fraction of its padding to move, 0 <= share < 1.
+        fractions: for each row the fraction of its padding to move, 0 <= fraction < 1.
 
     Returns:
         int64 [n, context_length].
 
-    Source: DeBias-CLIP (CVPR 2026) as other papers describe it; see scripts/recipes/debias-clip.yaml.
+    Source: DeBias-CLIP (CVPR 2026) as other papers describe it; see src/training/recipes/debias-clip.yaml.
     """
-    places = torch.arange(ids.shape[1])
-    lengths = ((ids != 0) * (places + 1)).amax(dim=1)
-    fronts = (torch.tensor(shares, dtype=torch.float64) * (ids.shape[1] - lengths + 1)).long()
-    sources = places - fronts[:, None]
+    positions = torch.arange(ids.shape[1])
+    lengths = ((ids != 0) * (positions + 1)).amax(dim=1)
+    fronts = (torch.tensor(fractions, dtype=torch.float64) * (ids.shape[1] - lengths + 1)).long()
+    sources = positions - fronts[:, None]
     moved = ids.gather(1, sources.clamp(min=0))
-    moved[(sources < 1) & (places > 0)] = 0
+    moved[(sources < 1) & (positions > 0)] = 0
     moved[:, 0] = ids[:, 0]
     return moved

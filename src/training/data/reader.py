@@ -13,7 +13,7 @@ import torch
 from training.data.batch import FIELD
 from training.data.captions import CaptionRule, choose_captions
 from training.data.images import ImageReader
-from training.data.padding import front_shares, pad_in_front
+from training.data.padding import front_fractions, pad_in_front
 from training.readers import captions
 from training.readers.faults import BadSample
 from training.readers.images import load_rgb
@@ -83,7 +83,7 @@ class SampleReader:
         texts = self.experiment.views(choose_captions(record, self.rule, random), record, at)
         if not all(map(captions.is_unicode, texts)):
             raise BadSample("text not UTF-8")
-        fronts = front_shares(f"{self.seed}/{self.epoch}/{key}", self.rule)
+        fronts = front_fractions(f"{self.seed}/{self.epoch}/{key}", self.rule)
         if raw.features is not None:
             view = random.randrange(len(raw.features))
             inputs = {"image_features": torch.from_numpy(raw.features[view].astype(np.float32))}

@@ -51,13 +51,13 @@ class CsvFile:
             ValueError: the reader is strict and a row is bad.
         """
         schema = pa.schema([(name, pa.large_string()) for name in columns])
-        records, places = CsvRecords(self.path, self.form, len(self.names)), list(map(self.names.index, columns))
+        records, indices = CsvRecords(self.path, self.form, len(self.names)), list(map(self.names.index, columns))
         rows, tables, bad, num_repaired = records.read(records.header()[1]), [schema.empty_table()], [], 0
         while some := list(islice(rows, ROWS_AT_ONCE)):
             good = [row for row in some if not row.fault]
             bad += [row for row in some if row.fault]
             num_repaired += sum(row.repaired for row in good)
-            tables.append(pa.table([[row.cells[place] for row in good] for place in places], schema))
+            tables.append(pa.table([[row.cells[index] for row in good] for index in indices], schema))
         table = pa.concat_tables(tables)
         if bad:
             line, number = line_number(self.path, bad[0].begin), f"{len(bad):,} bad row{'s' * (len(bad) > 1)} in all"
@@ -160,10 +160,10 @@ class ImageFolder:
 
     def __getitem__(self, row: int) -> dict:
         name, files = os.fsdecode(self.images[row].as_py()), {}
-        for suffix in ("json", "JSON", "txt", "TXT"):
-            beside = (self.path / name).with_suffix(f".{suffix}")
-            if beside.is_file():
-                files[suffix.lower()] = beside.read_bytes()
+        for suffix in ("json", "txt"):
+            beside = ((self.path / name).with_suffix(f".{form}") for form in (suffix, suffix.upper()))
+            if found := next(filter(Path.is_file, beside), None):
+                files[suffix] = found.read_bytes()
         try:
             return read_record(files) | {PATH_NAMES[0]: name}
         except BadSample as error:

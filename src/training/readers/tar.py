@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 from training.readers.files import is_leftover
 
 BLOCK = 512
-_CHUNK, _MAX_NOTES = 1 << 20, 1 << 20
+_CHUNK, _MAX_HEADER = 1 << 20, 1 << 20
 _KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"S": "sparse", b"1": "link", b"2": "link"}
 _EMPTY_KINDS = b"123456"  # links, devices, folders and pipes have no content, whatever their header says
 _SPARSE_CONTINUES, _EXTENSION_CONTINUES = 482, 504  # bytes of a sparse file's headers that say another one follows
@@ -69,21 +69,21 @@ class TarReader:
                 yield None
                 continue
             start = self.position - BLOCK
-            notes = {}
+            fields = {}
             while (kind := header[156:157]) in b"LKxg":
-                if (size := self._size_of(header)) > _MAX_NOTES:
+                if (size := self._size_of(header)) > _MAX_HEADER:
                     raise self._error(f"broken before byte {self.position:,}: a header of {size:,} bytes")
-                notes |= _notes(kind, self._take(size))
+                fields |= _pax_fields(kind, self._take(size))
                 header = self._block()
                 if _is_empty(header):
                     raise self._error(f"broken before byte {self.position:,}: a long name without a member")
-            size = int(notes["size"]) if notes.get("size", "").isdigit() else self._size_of(header)
+            size = int(fields["size"]) if fields.get("size", "").isdigit() else self._size_of(header)
             extended = kind == b"S" and header[_SPARSE_CONTINUES]
             while extended:
                 extended = self._take(BLOCK)[_EXTENSION_CONTINUES]
-            name = notes.get("GNU.sparse.name") or notes.get("path") or _name(header)
+            name = fields.get("GNU.sparse.name") or fields.get("path") or _name(header)
             kind_of = "other" if kind == b"\0" and name.endswith("/") else _KINDS.get(kind, "other")
-            if any(key.startswith("GNU.sparse.") for key in notes):
+            if any(key.startswith("GNU.sparse.") for key in fields):
                 kind_of = "sparse"
             member = Member(name, kind_of, start, self.position, 0 if kind in _EMPTY_KINDS else size)
             yield member
@@ -177,16 +177,16 @@ def _number(field: bytes) -> int | None:
         return None
 
 
-def _notes(kind: bytes, content: bytes) -> dict[str, str]:
+def _pax_fields(kind: bytes, content: bytes) -> dict[str, str]:
     """Parses an extra entry about the next member: a long name, or the records of a pax header."""
     if kind == b"L":
         return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    notes = {}
+    fields = {}
     while kind == b"x" and content:
         length, _, rest = content.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(content):
             break  # the zeros after the last record
         key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-        notes[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         content = content[int(length) :]
-    return notes
+    return fields
