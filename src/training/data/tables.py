@@ -73,7 +73,7 @@ def read_tables(
         paths: tables, or folders of images; see `open_table`.
         image_column: column of image paths, absolute or relative to the table's folder; see `choose_image_column`.
         captions: columns of captions; those that a table lacks are ignored.
-        separator: separator of a CSV; see `choose_form`.
+        separator: separator of a CSV; see `open_csv`.
         seed: seed of the order.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from training.readers.captions import caption_texts
 from training.readers.columnar import ColumnarFile
-from training.readers.csv_rows import CsvRecords, choose_form
+from training.readers.csv_rows import CsvRecords, open_csv
 from training.readers.faults import BadSample
 from training.readers.tables import open_table
 
@@ -20,7 +20,7 @@ class TableRows:
 
     Args:
         path: the table, or a folder of images with captions beside them.
-        separator: see `choose_form`.
+        separator: see `open_csv`.
         plain_quotes: quotes are ordinary characters.
 
     Attributes:
@@ -35,9 +35,9 @@ class TableRows:
     def __init__(self, path: Path, separator: str | None = None, plain_quotes: bool = False):
         self.path, self.form, self.image_columns = path, None, ()
         if path.suffix in (".csv", ".tsv"):
-            form, _ = choose_form(path, separator, _LOOKED_AT)
-            self.form = form._replace(quoted=form.quoted and not plain_quotes)
-            self.names, self.begin = CsvRecords(path, self.form).header()
+            records = open_csv(path, separator, _LOOKED_AT)
+            self.records = CsvRecords(path, records.form._replace(quoted=False)) if plain_quotes else records
+            self.form, self.names = self.records.form, self.records.names
         else:
             self.table = open_table(path)
             self.names, self.image_columns = list(self.table.names), self.table.image_columns
@@ -45,9 +45,9 @@ class TableRows:
     def read(self, columns: Sequence[str]) -> Iterator[Row]:
         """Yields each row as its cells in the given columns; a row that can't be read is yielded, too."""
         if self.form:
-            places = [self.names.index(name) for name in columns]
-            for record in CsvRecords(self.path, self.form, len(self.names)).read(self.begin):
-                yield record.cells and [record.cells[place] for place in places], record.repaired
+            indices = [self.names.index(name) for name in columns]
+            for record in self.records.read():
+                yield record.cells and [record.cells[index] for index in indices], record.repaired
         elif isinstance(self.table, ColumnarFile):
             yield from _columnar_rows(self.table, columns)
         else:

@@ -1,7 +1,7 @@
 """The CSV and TSV reader of evaluation, training and preparation; no line of a file gets lost unnoticed.
 
 Python's csv module parses, in its strict mode. It lacks four things, which are added here: the byte at which each row
-begins, so that reading can continue from there; reading on after a row that can't be parsed; doubt about a quoted cell
+begins, for messages; reading on after a row that can't be parsed; doubt about a quoted cell
 of several lines one of which looks like a row, because a quote that is never closed swallows the rows after it; and
 quotation marks written as ``\\"``, as Spark and MySQL do.
 """
@@ -55,7 +55,7 @@ class CsvForm(NamedTuple):
 
 
 class CsvRecords:
-    """Reads rows of a CSV file, starting at a byte where a row begins.
+    """The rows of a CSV file.
 
     A row is bad if it has the wrong number of cells, if a quotation mark is neither around a cell nor doubled, or if it
     spans several lines of which one looks like a row. After a bad row, reading continues at the first of its further
@@ -64,19 +64,20 @@ class CsvRecords:
     Args:
         path: the file.
         form: how the file is written.
-        num_cells: the number of cells of a good row; None if only the header is read.
+
+    Attributes:
+        names: the columns.
+
+    Raises:
+        ValueError: there is no header, the file is UTF-16 or has CR line ends, or two columns have the same name.
     """
 
-    def __init__(self, path: Path, form: CsvForm, num_cells: int | None = None):
-        self.path, self.form, self.num_cells = path, form, num_cells
+    def __init__(self, path: Path, form: CsvForm):
+        self.path, self.form = path, form
         csv.field_size_limit(MAX_ROW_BYTES)
+        self.names, self.begin = self._header()
 
-    def header(self) -> tuple[list[str], int]:
-        """Returns the names of the columns, and the byte at which the first row begins.
-
-        Raises:
-            ValueError: there is no header, the file is UTF-16 or has CR line ends, or two columns have the same name.
-        """
+    def _header(self) -> tuple[list[str], int]:
         with open(self.path, "rb") as file:
             head = file.read(1 << 16)
             if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head.partition(b"\n")[0]:
@@ -96,10 +97,10 @@ class CsvRecords:
             raise ValueError(f"{self.path}: two columns are called {twice[0]!r} (the first line is the header)")
         return names, lines.position
 
-    def read(self, begin: int, end: int | None = None) -> Iterator[Record]:
-        """Yields the rows that begin from byte `begin` up to, not including, byte `end`; blank lines are skipped."""
+    def read(self, begin: int | None = None, end: int | None = None) -> Iterator[Record]:
+        """Yields the rows that begin before byte `end`, from the one at byte `begin` on; blank lines are skipped."""
         with open(self.path, "rb", buffering=1 << 20) as file:
-            lines = _Lines(file, begin, self.form)
+            lines = _Lines(file, self.begin if begin is None else begin, self.form)
             while end is None or lines.position < end:
                 cells = lines.next_row()
                 if not lines.row:
@@ -116,10 +117,10 @@ class CsvRecords:
             return (
                 "a quotation mark that is never closed or not doubled inside a quoted cell, or a CR outside of quotes"
             )
-        complete = len(cells) == self.num_cells
+        complete = len(cells) == len(self.names)
         if len(row) > 1 and (self._is_doubtful(cells, row) if complete else self._splits(row[0][1])):
             return "a quotation mark that is never closed, or a cell of several lines that look like rows"
-        return None if complete else f"{len(cells)} cells, the header has {self.num_cells}"
+        return None if complete else f"{len(cells)} cells, the header has {len(self.names)}"
 
     def _is_doubtful(self, cells: list[str], row: Sequence[tuple[int, str]]) -> bool:
         """Returns whether one of a row's further lines looks like a row itself.
@@ -131,7 +132,7 @@ class CsvRecords:
         whole = [column for column, cell in enumerate(cells) if "\n" not in cell]
         for _, line in row[1:_LINES_AHEAD]:
             for found in self._splits(line):
-                if self.form.separator == "\t" and self.num_cells > 1:
+                if self.form.separator == "\t" and len(self.names) > 1:
                     return True
                 if any(_is_alike(cells[column], found[column]) for column in whole):
                     return True
@@ -139,19 +140,19 @@ class CsvRecords:
 
     def _splits(self, line: str) -> list[list[str]]:
         """Returns the cells of a line, with quotes and with quotes as ordinary characters, if their number is right."""
-        if line.count(self.form.separator) < self.num_cells - 1:
+        if line.count(self.form.separator) < len(self.names) - 1:
             return []
         found = []
         for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE) if self.form.quoted else (csv.QUOTE_NONE,):
             with suppress(csv.Error):  # a carriage return in the middle of a line
                 found += csv.reader([line], delimiter=self.form.separator, quoting=quoting)
-        return [cells for cells in found if len(cells) == self.num_cells]
+        return [cells for cells in found if len(cells) == len(self.names)]
 
     def _resume(self, lines: "_Lines") -> None:
         """Goes to the first line in a bad row that looks like a row; else to the end of the row's last line."""
         end = lines.position
         for begin, line in lines.row[1:_LINES_AHEAD]:
-            if self._splits(line) or len(_Lines(lines.file, begin, self.form).next_row() or ()) == self.num_cells:
+            if self._splits(line) or len(_Lines(lines.file, begin, self.form).next_row() or ()) == len(self.names):
                 lines.go_to(begin)
                 return
         lines.go_to(end)
@@ -224,8 +225,8 @@ def _shape(text: str) -> str:
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", text))
 
 
-def choose_form(path: Path, separator: str | None = None, limit: int | None = None) -> tuple[CsvForm, list[str]]:
-    r"""Finds out how a file is written, and reads its header.
+def open_csv(path: Path, separator: str | None = None, limit: int | None = None) -> CsvRecords:
+    r"""Opens a CSV, after finding out how it is written.
 
     Quotes inside quoted cells are doubled or, if more rows are good that way, written as ``\"``. Quotes count as
     ordinary characters only if some rows are bad otherwise, if all rows are good this way, and if no cell is quoted as
@@ -236,29 +237,27 @@ def choose_form(path: Path, separator: str | None = None, limit: int | None = No
         separator: None means a comma, semicolon or tab, whichever the header has most of; and a tab in ``.tsv``.
         limit: look at this many bytes; None looks at the whole file.
 
-    Returns:
-        The form of the file and the names of its columns.
-
     Raises:
-        ValueError: the header can't be read (see `CsvRecords.header`).
+        ValueError: the header can't be read (see `CsvRecords`).
     """
-    form = CsvForm(separator or default_separator(path))
-    header, begin = CsvRecords(path, form).header()
 
-    def count_bad(form: CsvForm) -> int:
-        return sum(row.cells is None for row in CsvRecords(path, form, len(header)).read(begin, limit))
+    def count_bad(records: CsvRecords) -> int:
+        return sum(row.cells is None for row in records.read(end=limit))
 
-    num_bad = count_bad(form)
-    if num_bad and (fewer := count_bad(form._replace(escaped=True))) < num_bad:
+    records = CsvRecords(path, CsvForm(separator or default_separator(path)))
+    if not (num_bad := count_bad(records)):
+        return records
+    escaped = CsvRecords(path, records.form._replace(escaped=True))
+    if (fewer := count_bad(escaped)) < num_bad:
         logger.warning(f'{path}: quotation marks are written as \\" and read as such')
-        form, num_bad = form._replace(escaped=True), fewer
+        records, num_bad = escaped, fewer
     if num_bad:
-        plain = form._replace(quoted=False, escaped=False)
-        rows = (row.cells for row in CsvRecords(path, plain, len(header)).read(begin, limit))
+        plain = CsvRecords(path, records.form._replace(quoted=False, escaped=False))
+        rows = (row.cells for row in plain.read(end=limit))
         if all(cells is not None and not any(map(_is_quoted, cells)) for cells in rows):
             logger.warning(f"{path}: no cell is quoted as a whole, so quotation marks are read as plain characters")
-            return plain, header
-    return form, header
+            return plain
+    return records
 
 
 def _is_quoted(cell: str) -> bool:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from training.readers.captions import read_record
 from training.readers.columnar import ArrowRows, ColumnarFile, image_bytes, may_hold_text
-from training.readers.csv_rows import CsvRecords, choose_form, line_number
+from training.readers.csv_rows import line_number, open_csv
 from training.readers.faults import BadSample
 from training.readers.files import read_json
 from training.readers.samples import RawSample
@@ -31,18 +31,19 @@ class CsvFile:
 
     Args:
         path: the file.
-        separator: see `choose_form`.
+        separator: see `open_csv`.
         strict: a bad row is an error; otherwise bad rows are left out with a warning.
 
     Raises:
-        ValueError: see `choose_form`.
+        ValueError: see `open_csv`.
     """
 
     image_columns = ()
 
     def __init__(self, path: Path, separator: str | None, strict: bool):
         self.path, self.strict = path, strict
-        self.form, self.names = choose_form(path, separator)
+        self.records = open_csv(path, separator)
+        self.names = self.records.names
 
     def load(self, columns: Sequence[str]) -> ArrowRows:
         """Returns all good rows.
@@ -51,8 +52,8 @@ class CsvFile:
             ValueError: the reader is strict and a row is bad.
         """
         schema = pa.schema([(name, pa.large_string()) for name in columns])
-        records, indices = CsvRecords(self.path, self.form, len(self.names)), list(map(self.names.index, columns))
-        rows, tables, bad, num_repaired = records.read(records.header()[1]), [schema.empty_table()], [], 0
+        rows, indices = self.records.read(), list(map(self.names.index, columns))
+        tables, bad, num_repaired = [schema.empty_table()], [], 0
         while some := list(islice(rows, ROWS_AT_ONCE)):
             good = [row for row in some if not row.fault]
             bad += [row for row in some if row.fault]
@@ -64,8 +65,8 @@ class CsvFile:
             found = f"line {line:,}: {bad[0].fault} ({number})"
             if self.strict:
                 raise ValueError(
-                    f"{self.path}: {found}; put cells that hold {self.form.separator!r} into double quotes, and write "
-                    "a quotation mark inside one twice; --csv-separator names another separator"
+                    f"{self.path}: {found}; put cells that hold {self.records.form.separator!r} into double quotes, "
+                    "and write a quotation mark inside one twice; --csv-separator names another separator"
                 )
             total = len(bad) + table.num_rows
             logger.warning(f"{self.path}: {len(bad):,} of {total:,} rows left out: {found}")
@@ -182,7 +183,7 @@ def open_table(path: Path, separator: str | None = None, strict: bool = False) -
 
     Args:
         path: the file, or a folder of images with captions beside them.
-        separator: see `choose_form`; without effect on other files than CSV and TSV.
+        separator: see `open_csv`; without effect on other files than CSV and TSV.
         strict: a bad row of a CSV is an error; otherwise it is left out with a warning.
 
     Raises:
