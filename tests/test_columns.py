@@ -14,6 +14,7 @@ from eval_files import write_image
 from support import SMALL_LOTLIP
 from training.data.embedded import embedded_sources, read_rows
 from training.data.open import caption_rule, open_source
+from training.data.sizes import count_samples
 from training.data.tables import read_tables
 from training.flags.parser import parse_args
 from training.main import main
@@ -145,3 +146,14 @@ def test_variables_in_the_names_of_tables(tmp_path, monkeypatch):
     for spec in ("${MY_DATA}/t.jsonl", f"file://{tmp_path}/t.jsonl", "$MY_DATA/{t..t}.jsonl"):
         found = read_table_pairs(spec, "filepath", ["caption"], "raw")
         assert [os.fspath(path) for path in found.image_paths] == [f"{tmp_path}/x.png"]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.json", "t.parquet", "t.arrow", "0.tar"])
+def test_a_pointer_of_git_lfs_is_named(name, tmp_path):
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=f"{name}: a Git LFS pointer, not the file itself; fetch it with git lfs pull"):
+        if name == "0.tar":
+            count_samples([str(path)])
+        else:
+            read_tables([path], "filepath", ["caption"], None, 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from training.readers.faults import refuse_pointer
 from training.runtime.messages import first_line
 
 ROWS_AT_ONCE = 64  # about 10 MB if the table holds images
@@ -63,6 +64,8 @@ class ColumnarFile:
                     self._table, self._metadata, self.schema = None, file.metadata, file.schema_arrow
                 sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         except pa.ArrowInvalid as error:
+            with open(path, "rb") as file:
+                refuse_pointer(file.read(100), path)
             raise ValueError(f"{path}: not a readable table ({first_line(error)}); fetch or write it again") from error
         self.num_rows, self.group_ends = sum(sizes), list(accumulate(sizes))
 

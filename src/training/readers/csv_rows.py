@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from training.readers.faults import refuse_pointer
+
 MAX_ROW_BYTES = 1 << 20  # without a limit, a quote that is never closed would swallow the file
 _LINES_AHEAD = 200
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
@@ -80,6 +82,7 @@ class CsvRecords:
     def _header(self) -> tuple[list[str], int]:
         with open(self.path, "rb") as file:
             head = file.read(1 << 16)
+            refuse_pointer(head, self.path)
             if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head.partition(b"\n")[0]:
                 raise ValueError(f"{self.path}: UTF-16 text; convert it first: iconv -f UTF-16 -t UTF-8")
             if b"\r" in head and b"\n" not in head:

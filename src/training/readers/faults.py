@@ -1,4 +1,6 @@
-"""Why a sample can't be used: one list of kinds for training, evaluation and preparation."""
+"""Why a sample or file can't be used: one list of kinds for training, evaluation and preparation."""
+
+from pathlib import Path
 
 FAULT_KINDS = (
     "unreachable shard",
@@ -21,6 +23,8 @@ FAULT_KINDS = (
     "JSON not an object",
     "text not UTF-8",
 )
+LFS_POINTER = b"version https://git-lfs"
+IS_POINTER = "a Git LFS pointer, not the file itself; fetch it with git lfs pull"
 
 
 class BadSample(ValueError):
@@ -33,3 +37,9 @@ class BadSample(ValueError):
     def __init__(self, message: str, kind: str = ""):
         super().__init__(message)
         self.kind = kind or message
+
+
+def refuse_pointer(head: bytes, name: str | Path) -> None:
+    """Raises ValueError if a file's first bytes are those of a Git LFS pointer, which a clone without LFS leaves."""
+    if head.startswith(LFS_POINTER):
+        raise ValueError(f"{name}: {IS_POINTER}")

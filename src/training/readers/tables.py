@@ -15,7 +15,7 @@ import pyarrow as pa
 from training.readers.captions import read_record
 from training.readers.columnar import ArrowRows, ColumnarFile, image_bytes, may_hold_text
 from training.readers.csv_rows import line_number, open_csv
-from training.readers.faults import BadSample
+from training.readers.faults import BadSample, refuse_pointer
 from training.readers.files import read_json
 from training.readers.samples import RawSample
 from training.readers.table_files import COLUMNAR, beside, image_files
@@ -87,9 +87,10 @@ class JsonFile:
     def __init__(self, path: Path):
         self.path = path
         with open(path, "rb") as file:
-            begins = file.read(3)
+            begins = file.read(100)
+            refuse_pointer(begins, path)
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if begins else b""
-        if self.content[3 * (begins == b"\xef\xbb\xbf") :][:100].lstrip()[:1] == b"[" or not self._is_lines():
+        if begins.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" or not self._is_lines():
             self.content = b"\n".join(json.dumps(row).encode() for row in _json_list(path))
         self.begins = self._line_starts()
         self.names = _names(self, 1000)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
+from training.readers.faults import IS_POINTER, LFS_POINTER
 from training.readers.files import is_leftover
 
 BLOCK = 512
@@ -107,6 +108,8 @@ class TarReader:
             if self.at_end:
                 logging.warning(f"{self.name}: what follows byte {start:,}, after the end of the archive, is ignored")
                 return b""
+            if header.startswith(LFS_POINTER):
+                raise BrokenTarError(f"{self.name}: {IS_POINTER}")
             if len(header) < BLOCK:
                 raise self._error(f"truncated after {self.position:,} bytes")
             raise self._error(f"not a tar file, or broken at byte {start:,}")
