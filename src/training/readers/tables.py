@@ -244,12 +244,12 @@ def choose_image_column(table: TableFile, wanted: str | None) -> str:
 def _describe_columns(table: TableFile) -> str:
     """Returns what the columns of a table are, for messages; and of a CSV, how they were told apart."""
     text = f"its columns are {', '.join(table.names)} (the first line of a CSV is its header)"
-    others = {name: char for char, name in (("\t", "tabs"), (",", "commas"), (";", "semicolons"))}
     if isinstance(table, CsvFile):
-        for name, char in others.items():
-            if any(char in column for column in table.names):
-                text += f". It is read as separated by {table.form.separator!r}, and its header has {name}, too: name "
-                text += f"the separator with --csv-separator {char!r}"
+        for char, name in (("\t", "tabs"), (",", "commas"), (";", "semicolons")):
+            if char in "".join(table.names):
+                used = table.records.form.separator
+                text += f". It is read as separated by {used!r}, and its header has {name}, too: name the separator "
+                text += f"with --csv-separator {char!r}"
     return text
 
 
