@@ -9,6 +9,7 @@ of a locked image tower can be gathered earlier, while the text tower is computi
 with the square of the batch size: see `blockwise`.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +20,12 @@ from training.loss.gather import EarlyGather, gather_rows
 from training.loss.terms import NORMALISATIONS, LossTerm
 
 
-class _CaptionLoss(nn.Module):
-    """Base of both losses: splits features into views and texts, gathers them, and computes the terms.
+class LongCaptionLoss(nn.Module):
+    """LoTLIP's loss: symmetric cross-entropy between the image and each text feature.
+
+    Let CE2(t) be the cross-entropy over the global batch from images to text feature t, plus the cross-entropy from
+    text feature t to images. With T text features, the short term is short_weight x CE2(0) / 2T, and the long term is
+    long_weight x the sum over t >= 1 of CE2(t) / 2T.
 
     Each rank compares its own rows with all ranks' rows, and gradients flow through the gather: the gradients averaged
     by DDP equal those of one process on the whole batch.
@@ -39,10 +44,10 @@ class _CaptionLoss(nn.Module):
             own rows, which are not rounded, with all ranks' rows, which are.
 
     Raises:
-        ValueError: label smoothing with a sigmoid loss, an unknown normalisation, or two terms with the same name.
-    """
+        ValueError: an unknown normalisation, or two terms with the same name.
 
-    kind: str
+    Source: LoTLIP (arXiv 2410.05249), section 3.
+    """
 
     def __init__(
         self,
@@ -60,15 +65,10 @@ class _CaptionLoss(nn.Module):
         gather_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if label_smoothing and self.kind == "sigmoid":
-            raise ValueError("label smoothing is defined for the softmax loss only")
         if normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation {normalisation}: expected one of {', '.join(NORMALISATIONS)}")
-        self.terms = tuple(terms or ())
-        self.default_terms = (
-            LossTerm("short_caption_loss", (0,), short_weight),
-            LossTerm("long_caption_loss", None, long_weight),
-        )
+        default = LossTerm("short_caption_loss", (0,), short_weight), LossTerm("long_caption_loss", None, long_weight)
+        self.terms, self.default_terms = tuple(terms or ()), default
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"terms {', '.join(names)}: expected unique names")
@@ -109,7 +109,7 @@ class _CaptionLoss(nn.Module):
         compared = []
         for term in self.terms or default:
             columns = term.columns(num_texts)
-            views = list(range(1 if columns == [0] else num_views))
+            views = [0] if columns == [0] else list(range(num_views))
             if term.image_form is not None:
                 views = [len(images)]
                 images.append(term.image_form(images[0]))
@@ -118,16 +118,14 @@ class _CaptionLoss(nn.Module):
                 columns = list(range(len(texts) - len(columns), len(texts)))
             compared.append((term, views, columns))
         all_images, all_texts = self._gather(images, texts, early)
-        scalars = logit_scale.reshape(()), None if logit_bias is None else logit_bias.reshape(())
         # As many texts at a time as fit in a block, because many small operations are slow.
         count = max(1, block_size(texts[0], self.block_numbers) // (len(images[0]) * len(all_texts[0])))
         results = {}
         for term, views, columns in compared:
             value = texts[0].new_zeros(())
-            for view in views:
-                for group in (columns[start : start + count] for start in range(0, len(columns), count)):
-                    mine, everyones = ([side[column] for column in group] for side in (texts, all_texts))
-                    value = value + self.compare(images[view], mine, all_images[view], everyones, *scalars)
+            for view, start in itertools.product(views, range(0, len(columns), count)):
+                mine, everyones = ([side[c] for c in columns[start : start + count]] for side in (texts, all_texts))
+                value = value + self.compare(images[view], mine, all_images[view], everyones, logit_scale, logit_bias)
             divisor = max(len(columns), 1) if self.normalisation == "per-term" else num_texts
             results[term.name] = term.weight * value / (divisor * len(views))
         return results if output_dict else sum(results.values())
@@ -158,21 +156,6 @@ class _CaptionLoss(nn.Module):
             return None
         return EarlyGather(image_features, self.world_size, self.gather_dtype)
 
-
-class LongCaptionLoss(_CaptionLoss):
-    """LoTLIP's loss: symmetric cross-entropy between the image and each text feature.
-
-    Let CE2(t) be the cross-entropy over the global batch from images to text feature t, plus the cross-entropy from
-    text feature t to images. With T text features, the short term is short_weight x CE2(0) / 2T, and the long term is
-    long_weight x the sum over t >= 1 of CE2(t) / 2T.
-
-    Args: see `_CaptionLoss`.
-
-    Source: LoTLIP (arXiv 2410.05249), section 3.
-    """
-
-    kind = "softmax"
-
     def compare(self, images, texts, all_images, all_texts, scale, bias) -> torch.Tensor:
         """Compares this rank's rows with those of all ranks.
 
@@ -180,7 +163,7 @@ class LongCaptionLoss(_CaptionLoss):
             images: [n, dim].
             texts: K texts, [n, dim] each.
             all_images, all_texts: the same of all ranks, [N, dim] each.
-            scale, bias: scalars; bias may be None.
+            scale, bias: one number each; bias may be None.
 
         Returns:
             The sum of the texts' losses.
@@ -195,16 +178,22 @@ class LongCaptionLoss(_CaptionLoss):
         return (of_images.sum() + of_texts.sum()) / 2
 
 
-class LongCaptionSigLipLoss(_CaptionLoss):
+class LongCaptionSigLipLoss(LongCaptionLoss):
     """`LongCaptionLoss` with SigLIP's pairwise sigmoid (arXiv 2303.15343) instead of cross-entropy; not published.
 
-    Args: see `_CaptionLoss`.
+    Args: see `LongCaptionLoss`.
+
+    Raises:
+        ValueError: label smoothing, which a sigmoid loss does not have.
     """
 
-    kind = "sigmoid"
+    def __init__(self, *args: object, label_smoothing: float = 0.0, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        if label_smoothing:
+            raise ValueError("label smoothing is defined for the softmax loss only")
 
     def compare(self, images, texts, all_images, all_texts, scale, bias) -> torch.Tensor:
         """See `LongCaptionLoss.compare`."""
         bias = torch.zeros_like(scale) if bias is None else bias
-        targets = self._targets(images)
-        return sigmoid_loss(images, all_texts, targets, scale, bias, block_numbers=self.block_numbers).sum()
+        options = {"block_numbers": self.block_numbers}
+        return sigmoid_loss(images, all_texts, self._targets(images), scale, bias, **options).sum()
