@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel
 from training.model.assembly.factory import create_model
 from training.model.packing.attention import additive_mask
 from training.model.towers.corner import (
-    corner_places,
+    corner_indices,
     cosine_with_cls,
     features_of_captions,
     prefix_attention,
@@ -250,9 +250,9 @@ def test_cosine_of_corners_with_cls_by_a_plain_loop():
     stream = torch.Generator().manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(5, 1 + 4 + 1 + 4, 7, generator=stream), dim=-1)
     wanted = [float(row[cls] @ row[cls + n]) for row in features for cls in (1, 6) for n in (1, 2, 3)]
-    found = cosine_with_cls(features, corner_places([False, True, False, True], 3))
+    found = cosine_with_cls(features, corner_indices([False, True, False, True], 3))
     assert float(found) == pytest.approx(sum(wanted) / len(wanted), abs=1e-6)
-    assert corner_places([True, True], 0) == ([], [])
+    assert corner_indices([True, True], 0) == ([], [])
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "clip"])

@@ -27,7 +27,7 @@ from training.eval.retrieval import RetrievalWork, plan_benchmarks
 from training.model.assembly.from_flags import build_from_flags, check_precision
 from training.model.names.resolve import resolve_weights
 from training.model.towers.compiling import compile_layers
-from training.model.towers.corner import corner_places
+from training.model.towers.corner import corner_indices
 from training.model.towers.locking import linear_head
 from training.model.towers.train_model import TrainModel
 from training.runtime.arithmetic import deterministic, tf32
@@ -243,7 +243,7 @@ def make_stepper(
         arithmetic=partial(tf32, env.device),
         max_norm=args.grad_clip_norm,
         locked_images=whole.encode_images if whole.image_is_locked else None,
-        corners=corner_places(whole.corners, num_corners(core)),
+        corners=corner_indices(whole.corners, num_corners(core)),
         average=average,
         env=env,
     )

@@ -44,7 +44,7 @@ class Stepper:
             separately from `model`; the features are gathered while the text tower computes. None if images go through
             `model`.
         average: moving average of `core`, updated after each step; see `Experiment.make_average`.
-        corners: indices of [CLS] and the corners among the text features, see `corner.corner_places`.
+        corners: indices of [CLS] and the corners among the text features, see `corner.corner_indices`.
         env: this process.
     """
 

@@ -99,4 +99,4 @@ def make_arranger(model: torch.nn.Module, mode: str, device: torch.device) -> Ca
         raise ValueError(f"--text-packing {mode}: this model's text tower attends to padding; use auto or padded")
     if device.type == "cuda":
         return CaptionArranger(encoder.pad_id, BUCKET_COST_GPU, multiple=8)
-    return CaptionArranger(encoder.pad_id, BUCKET_COST_TOGETHER if encoder.joined_features else BUCKET_COST_CPU)
+    return CaptionArranger(encoder.pad_id, BUCKET_COST_TOGETHER if encoder.joins_buckets else BUCKET_COST_CPU)

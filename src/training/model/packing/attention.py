@@ -6,7 +6,6 @@ buckets. Attention is the only part that needs the buckets apart.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -47,7 +46,6 @@ def attention(
     value: torch.Tensor,
     allowed: torch.Tensor,
     dropout: float,
-    scaling: float | None = None,
 ) -> torch.Tensor:
     """Scaled dot-product attention by the fastest implementation.
 
@@ -59,48 +57,59 @@ def attention(
         key, value: [n, heads, seq_len, d].
         allowed: additive mask, broadcast to [n, heads, k, seq_len].
         dropout: probability that a weight is set to 0.
-        scaling: of the scores; None is 1 / sqrt(d).
 
     Returns:
         [n, heads, k, d].
     """
     is_fast = query.dtype in (torch.float32, torch.float64) or not query.requires_grad
     if query.device.type != "cpu" or (is_fast and not dropout):
-        return functional.scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout, scale=scaling)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = ((query * scaling) @ key.transpose(-1, -2)).add_(allowed)
+        return functional.scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout)
+    scores = ((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)).add_(allowed)
     return functional.dropout(scores.softmax(dim=-1), dropout) @ value
 
 
-class BucketMask(NamedTuple):
-    """The attention mask of all buckets, whose captions are concatenated in the order of the buckets.
+def split_into_buckets(
+    tokens: torch.Tensor, masks: Sequence[torch.Tensor], num_first: int | None = None
+) -> list[torch.Tensor]:
+    """Divides the tokens of all captions, one after another, into buckets.
 
-    Attributes:
-        shapes: number of captions and padded length (n_b, L_b) of each bucket.
-        allowed: additive mask of each bucket, [n_b, 1, L_b, L_b].
+    Args:
+        tokens: [total, ...].
+        masks: additive mask of each bucket, [n_b, 1, L_b, L_b].
+        num_first: number of tokens of each caption; None means all L_b.
+
+    Returns:
+        The tokens of each bucket, [n_b, L_b or num_first, ...].
     """
-
-    shapes: tuple[tuple[int, int], ...]
-    allowed: tuple[torch.Tensor, ...]
-
-    @classmethod
-    def of(cls, allowed: Sequence[torch.Tensor], dtype: torch.dtype) -> "BucketMask":
-        """Returns the mask of buckets whose tokens may attend as `allowed` says, [n_b, L_b, L_b] bool each."""
-        return cls(tuple(rule.shape[:2] for rule in allowed), tuple(additive_mask(rule, dtype) for rule in allowed))
-
-    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Divides [total, ...] into the buckets, [n_b, L_b, ...] each."""
-        parts = tokens.split([num * length for num, length in self.shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes)]
+    shapes = [(len(mask), num_first or mask.shape[-1]) for mask in masks]
+    buckets = tokens.split([num * length for num, length in shapes])
+    return [bucket.unflatten(0, shape) for bucket, shape in zip(buckets, shapes)]
 
 
 def attend_in_buckets(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BucketMask, dropout: float, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    masks: Sequence[torch.Tensor],
+    dropout: float,
+    num_first: int | None = None,
 ) -> torch.Tensor:
-    """Attention within each caption: [1, heads, total, d] each -> [1, total, heads, d]."""
-    parts = (mask.split(tokens.transpose(1, 2).flatten(0, 1)) for tokens in (query, key, value))
+    """Attention within each caption.
+
+    Args:
+        query: [total, heads, d], or only the first `num_first` tokens of each caption.
+        key, value: [total, heads, d].
+        masks, num_first: see `split_into_buckets`.
+        dropout: see `attention`.
+
+    Returns:
+        [total, heads, d] of the query's tokens.
+    """
+    queries = split_into_buckets(query, masks, num_first)
+    keys, values = (split_into_buckets(tokens, masks) for tokens in (key, value))
     outputs = []
-    for *inputs, allowed in zip(*parts, mask.allowed):
-        by_head = (tokens.transpose(1, 2) for tokens in inputs)
-        outputs.append(attention(*by_head, allowed, dropout, scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None]
+    for *bucket, mask in zip(queries, keys, values, masks):
+        by_head = (tokens.transpose(1, 2) for tokens in bucket)  # [n_b, heads, L_b, d]
+        output = attention(*by_head, mask[:, :, :num_first], dropout)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)

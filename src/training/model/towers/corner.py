@@ -72,14 +72,12 @@ def pool_without_corners(kind: str, hidden: torch.Tensor, keep: torch.Tensor, nu
     return torch.cat([first[:, None], hidden[:, 1 : num_corners + 1]], dim=1)
 
 
-def rows_before_end(hidden: torch.Tensor, end: torch.Tensor, num_corners: int) -> torch.Tensor:
-    """The end token's hidden state, then the corners': [batch, seq_len, width] -> [batch, m + 1, width]."""
-    offset = torch.arange(-num_corners - 1, 0, device=end.device).roll(1) + 1  # 0, -m, ..., -1
-    index = (end[:, None] + offset)[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.gather(1, index)
+def states_at(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """States at some positions of each caption: [batch, seq_len, width], [batch, k] -> [batch, k, width]."""
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def corner_places(corners: Sequence[bool], num_corners: int) -> tuple[list[int], list[int]]:
+def corner_indices(corners: Sequence[bool], num_corners: int) -> tuple[list[int], list[int]]:
     """Returns the indices, among the T text features of a sample, of each corner and of the [CLS] of the same text.
 
     Args:
@@ -98,18 +96,18 @@ def corner_places(corners: Sequence[bool], num_corners: int) -> tuple[list[int],
     return cls, corner
 
 
-def cosine_with_cls(text_features: torch.Tensor, places: tuple[list[int], list[int]]) -> torch.Tensor:
+def cosine_with_cls(text_features: torch.Tensor, indices: tuple[list[int], list[int]]) -> torch.Tensor:
     """Mean cosine between the corners and [CLS] of the same text; at 1, all corners equal [CLS].
 
     Args:
         text_features: [batch, T, dim], normalised.
-        places: result of `corner_places`, not empty.
+        indices: result of `corner_indices`, not empty.
 
     Returns:
         A scalar without a gradient.
     """
     features = text_features.detach().unbind(1)  # an index made of a list would be copied to the device and waited for
-    cls, corner = (torch.stack([features[place] for place in side], dim=1) for side in places)
+    cls, corner = (torch.stack([features[index] for index in side], dim=1) for side in indices)
     return (cls * corner).sum(dim=-1).mean()
 
 

@@ -6,11 +6,10 @@ from functools import partial
 
 import torch
 from open_clip.hf_model import HFTextEncoder
-from open_clip.transformer import text_global_pool
 from torch import nn
 
 from training.model.packing.arranger import Captions, caption_lengths
-from training.model.towers.clip_tower import CLIP_PAD_ID, project
+from training.model.towers.clip_tower import CLIP_PAD_ID, causal_features
 from training.model.towers.text_tower import TextTower
 
 _HF_FAMILIES = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")  # encoders that open_clip runs with a padding mask
@@ -22,25 +21,28 @@ class TextEncoder:
     """Computes features with a model's text tower.
 
     Attributes:
-        features: token ids [n, seq_len] -> [n, m + 1, dim], not normalised; m = 0 for towers without corner tokens.
+        bucket_features: token ids [n_b, L_b] of each bucket -> [n, m + 1, dim], not normalised, in the order of the
+            buckets; m = 0 for towers without corner tokens.
         pad_id: id of the padding after a caption, which may be cut off; None for towers that attend to padding
             (SigLIP), whose input has to be padded to the context length.
-        joined_features: computes the features [n, m + 1, dim] of buckets [n_b, L_b] of captions together; None
-            computes one bucket after another.
+        joins_buckets: computes all buckets together, not one after another.
     """
 
-    features: Callable[[torch.Tensor], torch.Tensor]
+    bucket_features: Callable[[Sequence[torch.Tensor]], torch.Tensor]
     pad_id: int | None
-    joined_features: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
+    joins_buckets: bool = False
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [n, seq_len] -> [n, dim], equal to `encode_text` of open_clip's models."""
         return self.features(ids)[:, 0]
 
+    def features(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [n, seq_len] -> [n, m + 1, dim]."""
+        return self.bucket_features([ids])
+
     def packed_features(self, captions: Captions) -> torch.Tensor:
         """Features [n, m + 1, dim] of captions arranged by `packing.CaptionArranger`, in their original order."""
-        join = self.joined_features or (lambda buckets: torch.cat([self.features(ids) for ids in buckets]))
-        return join(captions.buckets).index_select(0, captions.index)
+        return self.bucket_features(captions.buckets).index_select(0, captions.index)
 
 
 def text_encoder(model: nn.Module) -> TextEncoder:
@@ -51,25 +53,25 @@ def text_encoder(model: nn.Module) -> TextEncoder:
     """
     text = getattr(model, "text", model)  # open_clip.CLIP holds the parts of its text tower itself
     if isinstance(text, TextTower):
-        return TextEncoder(text.all_features, text.pad_id, text.bucket_features if text.joins_buckets else None)
-    if isinstance(text, HFTextEncoder) and text.config.model_type in _HF_FAMILIES and not text.output_tokens:
-        return TextEncoder(lambda ids: text(ids)[:, None], text.config.pad_token_id)
+        return TextEncoder(text.bucket_features, text.pad_id, text.joins_buckets)
+    encode, pad_id = model.encode_text, None
     pool = getattr(model, "text_pool_type", getattr(text, "pool_type", None))
     end_id = getattr(model, "text_eos_id", getattr(text, "eos_id", None))
     is_causal = isinstance(getattr(text, "attn_mask", None), torch.Tensor) and getattr(text, "cls_emb", None) is None
     pools_end = pool == "argmax" or (pool == "eos" and end_id != CLIP_PAD_ID)
-    if is_causal and pools_end and not getattr(text, "output_tokens", False):
-        return TextEncoder(partial(_causal_features, text, pool, end_id), CLIP_PAD_ID)
-    return TextEncoder(lambda ids: model.encode_text(ids)[:, None], None)
+    if getattr(text, "output_tokens", False):
+        pass
+    elif isinstance(text, HFTextEncoder) and text.config.model_type in _HF_FAMILIES:
+        encode, pad_id = text, text.config.pad_token_id
+    elif is_causal and pools_end:
+        encode, pad_id = partial(_encode_causal, text, end_id if pool == "eos" else None), CLIP_PAD_ID
+    return TextEncoder(lambda buckets: torch.cat([encode(ids) for ids in buckets])[:, None], pad_id)
 
 
-def _causal_features(text: nn.Module, pool: str, end_id: int | None, ids: torch.Tensor) -> torch.Tensor:
-    """Features [n, 1, dim] of ids [n, seq_len], for any seq_len up to the context length."""
-    length, dtype = ids.shape[1], text.transformer.get_cast_dtype()
-    hidden = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
-    hidden = text.transformer(hidden, attn_mask=text.attn_mask[:length, :length])
-    pooled = text.ln_final(text_global_pool(hidden, ids, pool, eos_token_id=end_id))
-    return project(pooled, text.text_projection)[:, None]
+def _encode_causal(text: nn.Module, end_id: int | None, ids: torch.Tensor) -> torch.Tensor:
+    """Features [n, dim] of ids [n, seq_len]; without an `end_id`, the end token has the largest id of a caption."""
+    end = (ids if end_id is None else (ids == end_id).int()).argmax(dim=-1, keepdim=True)
+    return causal_features(text, text.token_embedding(ids), end)[:, 0]
 
 
 def cut_padding(ids: torch.Tensor, pad_id: int | None) -> torch.Tensor:

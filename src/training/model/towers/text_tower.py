@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 import open_clip
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from training.model.names.config import ModelSpec
 from training.model.tokenizers.corner_tokenizers import create_tokenizer
-from training.model.towers.corner import features_of_captions
+from training.model.towers.corner import features_of_captions, states_at
 from training.model.towers.locking import rest_frozen
 
 TEXT_TOWERS: dict[str, type["TextTower"]] = {}
@@ -117,9 +119,22 @@ class TextTower(nn.Module):
             return self.all_features(ids)[:, 0]
         return features_of_captions(self.all_features(ids.flatten(0, 1)), ids.shape[0])
 
-    def attention_weights(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
-        """Returns the attention of the pooled token and of each corner in a layer: [batch, m + 1, seq_len]."""
-        raise NotImplementedError
+    def special_positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the positions of the pooled token and of the corners behind it, [batch, m + 1]: here [CLS] first."""
+        return torch.arange(self.num_corners + 1, device=ids.device).expand(len(ids), -1)
+
+
+class _SeenAttention(TorchFunctionMode):
+    """Keeps the inputs of each call of torch's attention within it: query, key, additive mask, in this order."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[torch.Tensor, ...]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is functional.scaled_dot_product_attention:
+            self.calls.append((args[0], args[1], args[3] if len(args) > 3 else kwargs["attn_mask"]))
+        return function(*args, **kwargs or {})
 
 
 @torch.no_grad()
@@ -137,18 +152,21 @@ def special_attention(tower: nn.Module, ids: torch.Tensor, layer: int = -1) -> t
     Raises:
         ValueError: a tower that does not show its attention, or no such layer.
     """
+    seen = _SeenAttention()
     if isinstance(tower, TextTower):
-        num = len(tower.layers())
-        if not -num <= layer < num:
-            raise ValueError(f"--layer {layer}: the text tower has layers 0 to {num - 1}, or -1 for the last")
-        try:
-            return tower.attention_weights(ids, layer % num)
-        except NotImplementedError:
-            pass
-    raise ValueError(
-        f"attention can be shown for BERT-like encoders and for CLIP's text tower with corner tokens, not for a "
-        f"{type(tower).__name__}; use one of our models, or add --num-corner-tokens 2"
-    )
+        with seen:
+            tower(ids)
+    num = len(seen.calls)
+    if not num:
+        raise ValueError(
+            f"attention can be shown for Hugging Face's encoders and for CLIP's text tower with corner tokens, not for "
+            f"a {type(tower).__name__}; use one of our models, or add --num-corner-tokens 2"
+        )
+    if not -num <= layer < num:
+        raise ValueError(f"--layer {layer}: the text tower has layers 0 to {num - 1}, or -1 for the last")
+    query, key, mask = seen.calls[layer]
+    weights = (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5 + mask).softmax(dim=-1)
+    return states_at(weights.mean(dim=1), tower.special_positions(ids))
 
 
 class LotlipCLIP(open_clip.CustomTextCLIP):

@@ -13,8 +13,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from training.model.packing.attention import BucketMask, attend_in_buckets, attention, compute_dtype
-from training.model.towers.corner import prefix_attention
+from training.model.packing.attention import additive_mask, attend_in_buckets, compute_dtype, split_into_buckets
 from training.model.towers.hf_tower import CornerHFText
 
 ATTENTION = "lotlip_buckets"
@@ -38,34 +37,15 @@ class Bert(CornerHFText):
     def run_buckets(
         self, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor], num_first: int | None = None
     ) -> Sequence[torch.Tensor]:
-        *others, last = self.layers()
-        if num_first is None:
-            hidden, mask = self._run_layers(buckets, allowed, [*others, last])
-            return mask.split(hidden)
-        return _run_on_first(last, *self._run_layers(buckets, allowed, others), num_first)
-
-    def _run_layers(
-        self, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor], layers: Sequence[nn.Module]
-    ) -> tuple[torch.Tensor, BucketMask]:
-        """Runs the first layers on the tokens of all buckets; returns hidden states [total, width] and the mask."""
         ids = torch.cat([bucket.flatten() for bucket in buckets])
         positions = torch.cat([self.positions(bucket).flatten() for bucket in buckets])
         hidden = self.transformer.embeddings(input_ids=ids[None], position_ids=positions[None])  # [1, total, width]
-        mask = BucketMask.of(allowed, compute_dtype(hidden))
-        for layer in layers:
-            hidden = layer(hidden, mask)
-        return hidden[0], mask
-
-    def attention_weights(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
-        allowed = prefix_attention(ids != self.pad_id, self.num_hidden_corners)
-        hidden, mask = self._run_layers([ids], [allowed], self.layers()[:layer])
-        (hidden,), module = mask.split(hidden), self.layers()[layer].attention.self
-        query, key = (
-            project(hidden).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)  # [b, h, positions, d]
-            for project in (module.query, module.key)
-        )
-        weights = (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5 + mask.allowed[0]).softmax(dim=-1)
-        return weights.mean(dim=1)[:, : self.num_corners + 1]
+        masks = tuple(additive_mask(rule, compute_dtype(hidden)) for rule in allowed)
+        *others, last = self.layers()
+        for layer in others:
+            hidden = layer(hidden, masks)
+        hidden = _layer_on_first(last, hidden[0], masks, num_first) if num_first else last(hidden, masks)[0]
+        return split_into_buckets(hidden, masks, num_first)
 
     def layers(self) -> nn.ModuleList:
         return self.transformer.encoder.layer
@@ -98,15 +78,15 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: BucketMask | torch.Tensor | None,
+    attention_mask: tuple[torch.Tensor, ...] | torch.Tensor | None,
     dropout: float = 0.0,
-    scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """An attention function with transformers' signature: for buckets ours, for the encoder's own `forward` sdpa."""
-    if isinstance(attention_mask, BucketMask):
-        return attend_in_buckets(query, key, value, attention_mask, dropout, scaling), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if not isinstance(attention_mask, tuple):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
+    tokens = (heads[0].transpose(0, 1) for heads in (query, key, value))  # [total, heads, d]
+    return attend_in_buckets(*tokens, attention_mask, dropout)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -118,16 +98,14 @@ def _cast_once(attention: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[
     return (hidden.to(compute_dtype(hidden)), *others)
 
 
-def _run_on_first(layer: nn.Module, hidden: torch.Tensor, mask: BucketMask, num_first: int) -> list[torch.Tensor]:
-    """Computes a layer for the first positions of each caption only: [total, width] -> [n_b, num_first, width] each."""
+def _layer_on_first(
+    layer: nn.Module, hidden: torch.Tensor, masks: tuple[torch.Tensor, ...], num_first: int
+) -> torch.Tensor:
+    """Computes a layer for the first positions of each caption only: [total, width] -> [n x num_first, width]."""
     attend = layer.attention.self
-    first = torch.cat([tokens[:, :num_first] for tokens in mask.split(hidden)])  # [n, num_first, width]
+    first = torch.cat([bucket[:, :num_first].flatten(0, 1) for bucket in split_into_buckets(hidden, masks)])
     hidden = hidden.to(compute_dtype(hidden))  # once for keys and values
-    counts = [num for num, _ in mask.shapes]
-    buckets = zip(attend.query(first).split(counts), mask.split(attend.key(hidden)), mask.split(attend.value(hidden)))
-    dropout = attend.dropout.p if attend.training else 0.0
-    outputs = []
-    for inputs, allowed in zip(buckets, mask.allowed):
-        by_head = (tokens.unflatten(-1, (attend.num_attention_heads, -1)).transpose(1, 2) for tokens in inputs)
-        outputs.append(attention(*by_head, allowed[:, :, :num_first], dropout).transpose(1, 2).flatten(2))
-    return layer.feed_forward_chunk(layer.attention.output(torch.cat(outputs), first)).split(counts)
+    projected = attend.query(first), attend.key(hidden), attend.value(hidden)
+    by_head = (tokens.unflatten(-1, (attend.num_attention_heads, -1)) for tokens in projected)
+    seen = attend_in_buckets(*by_head, masks, attend.dropout.p if attend.training else 0.0, num_first)
+    return layer.feed_forward_chunk(layer.attention.output(seen.flatten(1), first))
