@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from training.model.weights.adapters import merge_adapters
 from training.runtime.messages import first_line
@@ -33,11 +34,7 @@ _FORMATS = (  # how a file begins, what it is, what to do
     (rb"\x89HDF", "an HDF5 file (Keras)", _SAVE),
     (rb"GGUF", "a GGUF file (llama.cpp)", "use the safetensors file that it was converted from"),
     (rb"\x93NUMPY", "a single NumPy array", _SAVE),
-    (rb"\x1f\x8b", "a gzip archive", _UNPACK),
-    (rb"\xfd7zXZ", "an xz archive", _UNPACK),
-    (rb"BZh", "a bzip2 archive", _UNPACK),
-    (rb"7z\xbc\xaf", "a 7z archive", _UNPACK),
-    (rb"\(\xb5/\xfd", "a zstd archive", _UNPACK),
+    (rb"\x1f\x8b|\xfd7zXZ|BZh|7z\xbc\xaf|\(\xb5/\xfd", "a compressed file (gzip, xz, bzip2, 7z or zstd)", _UNPACK),
     (rb".{257}ustar", "a tar archive", _UNPACK),
     (rb"\s*[{\[]", "a JSON file", "give the weights file, or its folder with --model local-dir: or hf:"),
 )
@@ -90,12 +87,9 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _describe(content: object) -> str:
-    if isinstance(content, dict):
-        keys = ", ".join(str(key)[:40] for key in list(content)[:5])
-        return f"a dict with {keys}" if keys else "an empty dict"
-    if isinstance(content, (list, tuple)):
-        return f"a {type(content).__name__} of {len(content):,}"
-    return f"a {type(content).__name__}"
+    if isinstance(content, dict) and content:
+        return f"a dict with {', '.join(str(key)[:40] for key in list(content)[:5])}"
+    return f"a {type(content).__name__} of {len(content):,}" if hasattr(content, "__len__") else repr(content)[:40]
 
 
 def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,21 +98,15 @@ def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         state.pop("n_averaged", None)  # torch's AveragedModel
     state = {".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES): v for key, v in state.items()}
     state = {key.removeprefix("module."): v for key, v in state.items()}
-    for prefix in ("model.", "clip."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): v for key, v in state.items()}
-    return state
+    prefix = next((p for p in ("model.", "clip.") if all(key.startswith(p) for key in state)), "")
+    return {key.removeprefix(prefix): v for key, v in state.items()}
 
 
 def _read(path: Path) -> object:
     kind = format_of(path)
     try:
-        if kind == INDEX:
-            return _read_index(path)
-        if kind == TORCHSCRIPT:
-            return _read_torchscript(path)
-        if kind == SAFETENSORS:
-            return load_file(path)
+        if kind in _READERS:
+            return _READERS[kind](path)
         if kind != PYTORCH:
             raise ValueError(f"{path}: {kind}")
         # Many trainers store their flags, a Namespace, with the weights.
@@ -175,16 +163,23 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: not an index of weights files ('weight_map' is missing or invalid)") from error
     state = {}
-    for name in files:
-        part = path.parent / Path(name).name
-        if not part.is_file():
-            raise ValueError(f"{path}: {part.name}, one of {len(files)} parts, is missing; download it")
-        state |= _read(part)
+    for file in (path.parent / Path(name).name for name in files):
+        if not file.is_file():
+            raise ValueError(f"{path}: {file.name}, one of its {len(files)} files, is missing; download it")
+        state |= _read(file)
     return state
 
 
-class _Module:
-    """Placeholder for the modules of a TorchScript archive: it stores attributes and has no code."""
+class _Module(nn.Module):
+    """Stands in for the modules of a TorchScript archive: it holds their tensors and has no code of theirs."""
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        nn.Module.__init__(self)
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                self.register_buffer(name, value)
+            elif isinstance(value, _Module):
+                self.add_module(name, value)
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -197,7 +192,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> type | Callable:
         if module.startswith("__torch__"):
-            return type(name, (_Module,), {})
+            return _Module
         dtype = getattr(torch, name.removesuffix("Storage").lower(), None)
         if module == "torch" and isinstance(dtype, torch.dtype):
             return type(name, (), {"dtype": dtype})  # FloatStorage: torch.float
@@ -221,14 +216,7 @@ def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
     """Returns the parameters and buffers of a TorchScript archive; its code is never read."""
     with zipfile.ZipFile(path) as archive:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
-        module = _TensorUnpickler(archive, root).load()
-    state: dict[str, torch.Tensor] = {}
-    names = {module: ""}  # a hostile archive may contain a module in itself
-    for holder, name in (waiting := list(names.items())):
-        for key, value in vars(holder).items():
-            if isinstance(value, torch.Tensor):
-                state[name + key] = value
-            elif isinstance(value, _Module) and value not in names:
-                names[value] = f"{name}{key}."
-                waiting.append((value, names[value]))
-    return state
+        return _TensorUnpickler(archive, root).load().state_dict()
+
+
+_READERS = {INDEX: _read_index, TORCHSCRIPT: _read_torchscript, SAFETENSORS: load_file}
