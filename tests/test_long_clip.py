@@ -86,7 +86,7 @@ def test_features_equal_a_plain_implementation(layout, small, tmp_path, caplog):
         content = {"state_dict": {f"module.{k}": v for k, v in content.items()}, "optimizer": {}, "scaler": {}}
     torch.save(content, tmp_path / "w.pt")
     model = training.create_model(name, str(tmp_path / "w.pt")).eval()
-    assert ("2 tensors outside the two towers are ignored: text.mask_head" in caplog.text) == ("head" in layout)
+    assert ("2 tensors outside the two towers are ignored: mask_head" in caplog.text) == ("head" in layout)
     ids = training.get_tokenizer(name)([" ".join(["dog red"] * 200), "a cat"])
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

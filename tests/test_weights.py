@@ -142,7 +142,7 @@ def test_towers_start_from_separate_weights_in_the_cache(tmp_path, minilm_folder
     [
         (lambda s: s | {"text.proj.weight": torch.zeros(5, 128)}, "wrong --model"),
         (lambda s: {k: v for k, v in s.items() if "visual" not in k}, "missing"),
-        (lambda s: s | {"stranger": torch.zeros(1)}, "text.stranger"),
+        (lambda s: s | {"stranger": torch.zeros(1)}, "    stranger"),
         (lambda s: s | {"text.transformer.embeddings.word_embeddings.weight": torch.zeros(30523, 128)}, "--num-corner"),
         (lambda s: s | {"text.transformer.embeddings.position_embeddings.weight": torch.zeros(600, 128)}, "--context-"),
     ],

@@ -7,6 +7,7 @@ open_clip and OpenAI, and weights of Long-CLIP and its derivatives.
 import logging
 import math
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from training.runtime.messages import first_line
 
 # Ends of names.
 WORD_TABLES = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
-POSITION_TABLES = ("text.positional_embedding", "embeddings.position_embeddings.weight")
+POSITION_TABLES = ("positional_embedding", "embeddings.position_embeddings.weight")
 CORNER_TABLE = "text.corner_embedding.weight"
 NUM_KEPT_POSITIONS = 20  # only CLIP's first 20 positions are well trained: Long-CLIP, arXiv 2403.15378
 NUM_LISTED = 4  # names of tensors shown in a message
@@ -53,16 +54,14 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
     Returns:
         The converted state dict.
     """
+    ours = model.state_dict()
     state = to_open_clip(state) if is_transformers(state) else state
-    state = {_FLAIR_PROJECTIONS.get(key, key): value for key, value in state.items()}
-    state = {_below_text(key): value for key, value in convert_foreign_names(model, state).items()}
-    names = {_below_text(key): key for key in model.state_dict()}
-    ours = {_below_text(key): value for key, value in model.state_dict().items()}
+    state = convert_foreign_names(model, {_FLAIR_PROJECTIONS.get(key, key): value for key, value in state.items()})
+    state = {_text_key(key, ours): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if key in ours or key.split(".")[-1] not in _NOT_WEIGHTS}
-    tail = state.pop("text.positional_embedding_res", None)
-    if tail is not None:
-        head = state["text.positional_embedding"]
-        state["text.positional_embedding"] = torch.cat([head[:NUM_KEPT_POSITIONS], tail[NUM_KEPT_POSITIONS:]])
+    if tails := [key for key in state if key.endswith("positional_embedding_res")]:
+        tail, key = state.pop(tails[0]), _text_key(tails[0].removesuffix("_res"), ours)
+        state[key] = torch.cat([state[key][:NUM_KEPT_POSITIONS], tail[NUM_KEPT_POSITIONS:]])
         extra = sorted(state.keys() - ours.keys())
         if extra and ours.keys() <= state.keys() | {"logit_bias", CORNER_TABLE}:
             logging.warning(f"{len(extra)} tensors outside the two towers are ignored: {', '.join(extra[:8])}")
@@ -72,27 +71,26 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
     if 0 < wanted != theirs and math.isqrt(max(0, theirs)) ** 2 == theirs:
         logging.warning(f"image positions interpolated: {theirs} to {wanted}; not trained yet")
         resize_pos_embed(state, model)
-    for key in ("logit_scale", "logit_bias"):  # both shapes occur: [] and [1]
-        if key in state and key in ours and state[key].numel() == ours[key].numel():
-            state[key] = state[key].reshape(ours[key].shape)
     if "logit_bias" in ours and "logit_bias" not in state:
         logging.warning("the weights have no logit_bias: it keeps its initial value")
         state["logit_bias"] = ours["logit_bias"]
     elif "logit_bias" in state and "logit_bias" not in ours:
         logging.warning("the weights' logit_bias (of a sigmoid loss) is ignored: it does not affect rankings")
         del state["logit_bias"]
-    return {names.get(key, key): value for key, value in state.items()}
+    scalars = {key: state[key].reshape_as(ours[key]) for key in state if key.startswith("logit_") and key in ours}
+    return state | scalars  # both shapes occur: [] and [1]
 
 
-def _below_text(key: str) -> str:
-    """Returns a key in `CustomTextCLIP`'s form: OpenAI, Long-CLIP and open_clip's `CLIP` have no ``text.`` prefix."""
-    return key if key.startswith(("visual.", "text.", "logit_")) else f"text.{key}"
+def _text_key(key: str, ours: Container[str]) -> str:
+    """Returns a key below ``text.`` or at the top level, whichever the model has; open_clip has both forms."""
+    return next((name for name in (f"text.{key}", key.removeprefix("text.")) if name in ours), key)
 
 
 def _stretch_text_positions(state: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], offset: int) -> None:
     """Stretches shorter text position tables to those of the model, in place; `offset` rows belong to no token."""
     for key in ours.keys() & state.keys():
-        if key.endswith(POSITION_TABLES) and len(state[key]) < len(ours[key]):
+        is_text = key.endswith(POSITION_TABLES) and not key.startswith("visual.")
+        if is_text and len(state[key]) < len(ours[key]):
             logging.warning(f"text positions stretched: {len(state[key])} to {len(ours[key])}; not trained yet")
             state[key] = stretch_positions(state[key], len(ours[key]), NUM_KEPT_POSITIONS + offset)
 
@@ -169,14 +167,13 @@ def _listed(title: str, items: list[str]) -> list[str]:
 def _likely_reason(missing: list[str], unexpected: list[str], reshaped: dict[str, tuple]) -> str:
     if any("visual_proj." in key for key in unexpected):
         return "it has FLAIR's weights (--model flair-ViT-B-16)"
-    first, *others = [*reshaped, *missing, *unexpected]
-    if not others and first == CORNER_TABLE:
+    if [*reshaped, *missing, *unexpected] == [CORNER_TABLE]:
         return "another number of corner tokens (--num-corner-tokens)"
-    if not others and first in reshaped:
-        (theirs, *width), (ours, *our_width) = reshaped[first]
-        if first.endswith(WORD_TABLES) and width == our_width:
+    if len(reshaped) == 1 and not missing and not unexpected:
+        ((key, ((theirs, *width), (ours, *our_width))),) = reshaped.items()
+        if key.endswith(WORD_TABLES) and width == our_width:
             return f"it has {theirs - ours:+d} corner tokens compared with the model (--num-corner-tokens)"
-        if first.endswith(POSITION_TABLES):
+        if key.endswith(POSITION_TABLES) and not key.startswith("visual."):
             return f"another context length (--context-length {theirs})"
     return "most likely a wrong --model"
 
