@@ -24,9 +24,8 @@ from training.model.names.resolve import resolve_weights
 from training.model.names.transformers_clip import HF, adapt_transform
 from training.model.packing.arranger import CaptionArranger
 from training.model.tokenizers.folder_tokenizer import FolderTokenizer
-from training.model.towers.clip_tower import CornerCLIPText
+from training.model.towers import clip_tower, hf_tower  # noqa: F401  which register their text towers
 from training.model.towers.flair import TextConditionedPooling
-from training.model.towers.hf_tower import CornerHFText
 from training.model.towers.text_tower import TEXT_TOWERS, LotlipCLIP, TextTower
 from training.model.weights.load import load_pretrained_image
 from training.model.weights.load import load_weights as load_state
@@ -39,7 +38,6 @@ _PLACEHOLDER = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "l
 _FORCED = {
     "force_image_size": ("vision_cfg", "image_size"),
     "force_patch_dropout": ("vision_cfg", "patch_dropout"),
-    "force_context_length": ("text_cfg", "context_length"),
     "force_quick_gelu": (None, "quick_gelu"),
     "force_custom_text": (None, "custom_text"),
 }
@@ -86,9 +84,7 @@ def create_model(
     """
     if jit or not weights_only:
         raise ValueError("jit=True and weights_only=False are not supported: no code of a weights file is executed")
-    spec = _resolve(model_name, num_corner_tokens, context_length, force_context_length, cache_dir)
-    if force_context_length and not spec.is_ours:
-        kwargs["force_context_length"] = force_context_length
+    spec = resolve_model_config(model_name, num_corner_tokens, context_length, force_context_length, cache_dir)
     for key, (part, name) in _FORCED.items():  # in the config, too, because it is saved with the model
         if kwargs.get(key) is not None and kwargs[key] is not False:
             (spec.model_cfg[part] if part else spec.model_cfg)[name] = kwargs[key]
@@ -100,23 +96,12 @@ def create_model(
         kwargs["device"] = "meta"
     model = _build_with_random_weights(spec, pretrained, weights, cache_dir, kwargs)
     if weights:
-        load_state(model, weights, positions_as_open_clip="force_context_length" in kwargs)
+        load_state(model, weights, positions_as_open_clip=bool(force_context_length) and not spec.is_ours)
     elif spec.is_ours and pretrained_text:
         model.text.load_pretrained(spec, cache_dir)
     if pretrained_image and not weights:
         _start_image(model, spec, cache_dir, pretrained_image)
     return model.to(device)
-
-
-def _resolve(
-    name: str, num_corner_tokens: int | None, length: int | None, forced_length: int | None, cache_dir: str | None
-) -> ModelSpec:
-    """Resolves a config; a forced context length makes none of open_clip's models one of ours."""
-    overrides = {"num_corner_tokens": num_corner_tokens, "cache_dir": cache_dir}
-    spec = resolve_model_config(name, context_length=length, **overrides)
-    if forced_length and spec.is_ours:
-        return resolve_model_config(name, context_length=forced_length, **overrides)
-    return spec
 
 
 def _build_with_random_weights(
@@ -160,7 +145,6 @@ def _build(model_cfg: dict, spec: ModelSpec, tag: dict, kwargs: dict) -> torch.n
 def _build_two_towers(spec: ModelSpec, tag: dict, cache_dir: str | None, kwargs: dict) -> LotlipCLIP:
     """Builds one of our models with random weights: open_clip's image tower and our text tower."""
     tower = _text_tower_class(spec)
-    tower.check(spec, cache_dir)
     text_cfg = {key: value for key, value in spec.text_cfg.items() if key not in _OUR_TEXT_KEYS}
     model_cfg = {key: value for key, value in spec.model_cfg.items() if key != POOLING}
     model_cfg["text_cfg"] = text_cfg if tower.wraps_stock else _PLACEHOLDER
@@ -175,13 +159,11 @@ def _build_two_towers(spec: ModelSpec, tag: dict, cache_dir: str | None, kwargs:
 
 def _text_tower_class(spec: ModelSpec) -> type[TextTower]:
     """Returns the class of a model's text tower: the one that its config names, Hugging Face's, or CLIP's."""
-    name = spec.text_cfg.get(TOWER)
-    if name is None:
-        return CornerHFText if spec.text_cfg.get("hf_tokenizer_name") else CornerCLIPText
+    name = spec.text_cfg.get(TOWER) or ("hugging_face" if spec.text_cfg.get("hf_tokenizer_name") else "clip")
     if name not in TEXT_TOWERS:
         raise ValueError(
-            f"--model {spec.name}: no text tower has the name {name} (text_cfg.tower); known: "
-            f"{', '.join(TEXT_TOWERS) or 'none'}; import the file that defines it first"
+            f"--model {spec.name}: no text tower has the name {name} (text_cfg.tower); known: {', '.join(TEXT_TOWERS)}"
+            "; import the file that defines it first"
         )
     return TEXT_TOWERS[name]
 
@@ -229,22 +211,18 @@ def create_model_and_transforms(
     pretrained: str | None = None,
     *args,
     aug_cfg: dict | None = None,
-    image_mean: tuple[float, ...] | None = None,
-    image_std: tuple[float, ...] | None = None,
-    image_interpolation: str | None = None,
-    image_resize_mode: str | None = None,
     **kwargs,
 ) -> tuple[torch.nn.Module, Callable, Callable]:
     """Returns (model, training transform, evaluation transform).
 
     Args:
-        model_name, pretrained, *args, **kwargs: see `create_model`, which also documents what is raised.
+        model_name, pretrained, *args, **kwargs: see `create_model`, which also documents what is raised. Among them,
+            ``image_mean``, ``image_std``, ``image_interpolation`` and ``image_resize_mode`` override the model's
+            preprocessing, as in open_clip.
         aug_cfg: open_clip's augmentation settings for the training transform.
-        image_mean, image_std, image_interpolation, image_resize_mode: override the model's preprocessing.
     """
-    preprocess = merge_preprocess_kwargs(
-        {}, mean=image_mean, std=image_std, interpolation=image_interpolation, resize_mode=image_resize_mode
-    )
+    settings = {name: kwargs.pop(f"image_{name}", None) for name in ("mean", "std", "interpolation", "resize_mode")}
+    preprocess = merge_preprocess_kwargs({}, **settings)
     model = create_model(model_name, pretrained, *args, force_preprocess_cfg=preprocess, **kwargs)
     cfg = PreprocessCfg(**model.visual.preprocess_cfg)
     transforms = image_transform_v2(cfg, is_train=True, aug_cfg=aug_cfg), image_transform_v2(cfg, is_train=False)
@@ -279,18 +257,17 @@ def get_tokenizer(
     """
     if not model_name:
         return open_clip.get_tokenizer(context_length=context_length, cache_dir=cache_dir, **kwargs)
-    spec = _resolve(model_name, num_corner_tokens, context_length, force_context_length, cache_dir)
-    context_length = context_length or force_context_length
+    spec = resolve_model_config(model_name, num_corner_tokens, context_length, force_context_length, cache_dir)
     if spec.is_ours:
         return _text_tower_class(spec).tokenizer(spec, cache_dir)
     if model_name.startswith(HF):
-        return FolderTokenizer(spec.folder, context_length or spec.context_length)
+        return FolderTokenizer(spec.folder, spec.context_length)
     if model_name.startswith(CONFIG):
         kwargs = {"context_length": spec.context_length, **spec.text_cfg.get("tokenizer_kwargs", {}), **kwargs}
         if name := spec.text_cfg.get("hf_tokenizer_name"):
             return open_clip.tokenizer.HFTokenizer(name, cache_dir=cache_dir, **kwargs)
         return open_clip.SimpleTokenizer(**kwargs)
-    return open_clip.get_tokenizer(model_name, context_length=context_length, cache_dir=cache_dir, **kwargs)
+    return open_clip.get_tokenizer(model_name, spec.context_length, cache_dir, **kwargs)
 
 
 @dataclass(frozen=True)

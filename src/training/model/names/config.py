@@ -64,9 +64,9 @@ class ModelSpec:
 
 def resolve_model_config(
     name: str,
-    *,
     num_corner_tokens: int | None = None,
     context_length: int | None = None,
+    force_context_length: int | None = None,
     cache_dir: str | None = None,
 ) -> ModelSpec:
     """Finds a model's config and applies overrides.
@@ -75,6 +75,7 @@ def resolve_model_config(
         name: a name in `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/REPO``, ``config:FILE.json``, or
             ``hf:FOLDER`` and ``hf:ORG/REPO`` for transformers' CLIP and SigLIP.
         num_corner_tokens, context_length: overrides; None keeps the config's value.
+        force_context_length: override that makes none of open_clip's models one of ours.
         cache_dir: folder for downloads.
 
     Raises:
@@ -82,17 +83,21 @@ def resolve_model_config(
         FileNotFoundError: the folder has no config, or the download failed.
     """
     register_model_configs()
-    folder = Path(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else None
-    if name.startswith(HF_HUB):
-        with downloading(f"{CONFIG_FILE} of --model {name}", cache_dir):
-            repo, options = name.removeprefix(HF_HUB), {"filename": CONFIG_FILE, "cache_dir": cache_dir}
-            folder = Path(open_clip.pretrained.download_pretrained_from_hf(repo, **options)).parent
+    folder = None
     if name.startswith(HF):
         folder = find_folder(name, cache_dir)
         model_cfg, preprocess_cfg = read_config(folder)
-    elif folder or name.startswith(CONFIG):
-        content = read_config_file(folder / CONFIG_FILE if folder else Path(name.removeprefix(CONFIG)))
-        model_cfg, preprocess_cfg = content["model_cfg"], content.get("preprocess_cfg", {})
+    elif name.startswith((LOCAL_DIR, HF_HUB, CONFIG)):
+        file = Path(name.removeprefix(LOCAL_DIR), CONFIG_FILE)
+        if name.startswith(HF_HUB):
+            with downloading(f"{CONFIG_FILE} of --model {name}", cache_dir):
+                repo, options = name.removeprefix(HF_HUB), {"filename": CONFIG_FILE, "cache_dir": cache_dir}
+                file = Path(open_clip.pretrained.download_pretrained_from_hf(repo, **options))
+        if name.startswith(CONFIG):
+            file = Path(name.removeprefix(CONFIG))
+        else:
+            folder = file.parent
+        model_cfg, preprocess_cfg = read_config_file(file)
     else:
         model_cfg = open_clip.get_model_config(name.replace("/", "-"))
         if model_cfg is None:
@@ -104,6 +109,8 @@ def resolve_model_config(
         text_cfg.setdefault("num_corner_token", 0)
     if num_corner_tokens is not None:
         text_cfg["num_corner_token"] = num_corner_tokens
+    if force_context_length:
+        text_cfg["context_length"] = force_context_length
     is_ours = "num_corner_token" in text_cfg or TOWER in text_cfg
     if is_ours and not preprocess_cfg:
         preprocess_cfg = _timm_preprocessing(model_cfg["vision_cfg"])
@@ -111,6 +118,8 @@ def resolve_model_config(
         raise ValueError(f"--model {name}: corner tokens and other context lengths need CLIP's own vocabulary")
     if is_ours and "multimodal_cfg" in model_cfg:
         raise ValueError(f"--model {name}: CoCa models can't take corner tokens or another context length")
+    if text_cfg.get("corner_attention", "published") != "published" and not text_cfg.get("hf_tokenizer_name"):
+        raise ValueError(f"--model {name}: corner_attention in its text_cfg needs a Hugging Face text tower")
     return ModelSpec(name, model_cfg, preprocess_cfg, folder, is_ours)
 
 
@@ -123,11 +132,11 @@ def _no_such_model(name: str) -> str:
     )
 
 
-def read_config_file(path: Path) -> dict:
+def read_config_file(path: Path) -> tuple[dict, dict]:
     """Reads a config file: a folder's ``open_clip_config.json``, or a file in open_clip's model config format.
 
     Returns:
-        A dict with ``model_cfg`` and possibly ``preprocess_cfg``.
+        model_cfg and preprocess_cfg.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -136,17 +145,15 @@ def read_config_file(path: Path) -> dict:
     if not path.is_file():
         flag = f"--model {LOCAL_DIR}{path.parent}" if path.name == CONFIG_FILE else f"--model-config {path}"
         raise FileNotFoundError(f"{flag}: no {path.name} in {path.parent}")
-    content = read_json_object(path)
-    needed = {"embed_dim", "vision_cfg", "text_cfg"}
-    if needed <= set(content):
-        content = {"model_cfg": content, "preprocess_cfg": content.pop("preprocess_cfg", {})}
-    model_cfg = content.get("model_cfg")
+    content, needed = read_json_object(path), {"embed_dim", "vision_cfg", "text_cfg"}
+    preprocess_cfg = content.pop("preprocess_cfg", {})
+    model_cfg = content.get("model_cfg", content)
     if not isinstance(model_cfg, dict) or not needed <= set(model_cfg):
         raise ValueError(f"{path}: expected the key 'model_cfg' with {', '.join(sorted(needed))}")
     known = [field.name for field in fields(open_clip.CLIPVisionCfg)]
     if unknown := sorted(set(model_cfg["vision_cfg"]) - set(known)):
         raise ValueError(f"{path}: vision_cfg has the unknown key {unknown[0]}; expected keys: {', '.join(known)}")
-    return content
+    return model_cfg, preprocess_cfg
 
 
 def _timm_preprocessing(vision_cfg: dict) -> dict:

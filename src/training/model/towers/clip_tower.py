@@ -15,7 +15,7 @@ from training.model.towers.text_tower import TextTower
 CLIP_PAD_ID = 0
 
 
-class CornerCLIPText(TextTower, TextTransformer):
+class CornerCLIPText(TextTower, TextTransformer, name="clip"):
     """open_clip's causal text transformer with corner tokens directly before [EOT].
 
     CLIP's ids and pretrained embeddings are unchanged. Corner ids follow CLIP's ids and have their own table,

@@ -20,14 +20,15 @@ from training.model.towers.text_tower import TextTower
 from training.model.weights.load import load_pretrained_text
 
 POOLERS = ("cls_pooler", "cls_last_hidden_state_pooler", "mean_pooler", "max_pooler")
-CORNER_ATTENTION = ("published", "ordinary")
+PUBLISHED = "published"
+CORNER_ATTENTION = (PUBLISHED, "ordinary")
 _NOT_ARCHITECTURE = ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type")
 
 
 _FAMILIES: dict[str, type["CornerHFText"]] = {}
 
 
-class CornerHFText(TextTower):
+class CornerHFText(TextTower, name="hugging_face"):
     """A bidirectional Hugging Face encoder with corner tokens at positions 1..m.
 
     State-dict names are the published ones: ``transformer.*`` (the encoder's own names) and ``proj.*``. Calling this
@@ -75,22 +76,21 @@ class CornerHFText(TextTower):
         context_length: int,
         proj_type: str | None = "linear",
         pooler_type: str | None = None,
-        corner_attention: str = CORNER_ATTENTION[0],
+        corner_attention: str = PUBLISHED,
     ):
         super().__init__()
         pooler_type = pooler_type or self.default_pooler
-        if corner_attention not in CORNER_ATTENTION:
-            raise ValueError(f"corner_attention {corner_attention}: expected one of {', '.join(CORNER_ATTENTION)}")
-        if pooler_type not in POOLERS:
-            raise ValueError(f"hf_pooler_type {pooler_type}: expected one of {', '.join(POOLERS)}")
-        self.position_offset = self.offset_of(config)
-        config.max_position_embeddings = max(config.max_position_embeddings, context_length + self.position_offset)
-        self.num_corners = num_corners
-        self.num_hidden_corners = num_corners if corner_attention == "published" else 0
-        self.context_length = context_length
-        self.output_dim = output_dim
-        self.pooler_type = pooler_type
-        self.pad_id = config.pad_token_id
+        for name, value, known in (
+            ("corner_attention", corner_attention, CORNER_ATTENTION),
+            ("hf_pooler_type", pooler_type, POOLERS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value}: expected one of {', '.join(known)}")
+        self.num_corners, self.context_length, self.output_dim = num_corners, context_length, output_dim
+        self.num_hidden_corners = num_corners if corner_attention == PUBLISHED else 0
+        self.pooler_type, self.pad_id, self.position_offset = pooler_type, config.pad_token_id, self.offset_of(config)
+        needed = context_length + self.position_offset
+        config.max_position_embeddings = max(config.max_position_embeddings, needed)
         # sdpa, because flash attention does not accept our masks.
         self.transformer = AutoModel.from_config(config, attn_implementation="sdpa", **self._pooler())
         if getattr(config, "sinusoidal_start", None):
@@ -108,21 +108,10 @@ class CornerHFText(TextTower):
         return 0
 
     @classmethod
-    def check(cls, spec: ModelSpec, cache_dir: str | None) -> None:
-        family_of(_encoder_config(spec.text_cfg, cache_dir))
-
-    @classmethod
     def build(cls, spec: ModelSpec, stock: nn.Module, cache_dir: str | None) -> "CornerHFText":
-        cfg = spec.text_cfg
-        return cls(
-            _encoder_config(cfg, cache_dir),
-            spec.model_cfg["embed_dim"],
-            spec.num_corners,
-            spec.context_length,
-            cfg.get("hf_proj_type", "mlp"),
-            cfg.get("hf_pooler_type"),
-            cfg.get("corner_attention", CORNER_ATTENTION[0]),
-        )
+        cfg, sizes = spec.text_cfg, (spec.model_cfg["embed_dim"], spec.num_corners, spec.context_length)
+        kinds = cfg.get("hf_proj_type", "mlp"), cfg.get("hf_pooler_type"), cfg.get("corner_attention", PUBLISHED)
+        return cls(_encoder_config(cfg, cache_dir), *sizes, *kinds)
 
     def load_pretrained(self, spec: ModelSpec, cache_dir: str | None) -> None:
         if name := spec.text_cfg.get("hf_model_name"):
@@ -144,12 +133,11 @@ class CornerHFText(TextTower):
     def bucket_features(self, buckets: Sequence[torch.Tensor]) -> torch.Tensor:
         keep = [ids != self.pad_id for ids in buckets]
         allowed = [prefix_attention(tokens, self.num_hidden_corners) for tokens in keep]
-        if self.pooler_type in ("mean_pooler", "max_pooler"):  # the others read only [CLS] and the corners
-            hidden = self.run_buckets(buckets, allowed)
+        reads_all = self.pooler_type in ("mean_pooler", "max_pooler")  # the others read only [CLS] and the corners
+        states = self.run_buckets(buckets, allowed, None if reads_all else self.num_corners + 1)
+        if reads_all:
             kind = self.pooler_type.removesuffix("_pooler")
-            states = [pool_without_corners(kind, *bucket, self.num_corners) for bucket in zip(hidden, keep)]
-        else:
-            states = self.run_buckets(buckets, allowed, self.num_corners + 1)
+            states = [pool_without_corners(kind, *bucket, self.num_corners) for bucket in zip(states, keep)]
         states, pooler = torch.cat(states), getattr(self.transformer, "pooler", None)  # [n, m + 1, width]
         if self.pooler_type == "cls_pooler" and pooler is not None:
             states = pooler.activation(pooler.dense(states))
@@ -189,11 +177,10 @@ class CornerHFText(TextTower):
             unlocked_layers: number of layers at the end that stay trainable, with all that follows them.
             freeze_layer_norm: also freeze the layer norms of frozen layers.
         """
-        parts = (
-            [self.transformer.embeddings, *self.layers()][:-unlocked_layers] if unlocked_layers else [self.transformer]
-        )
-        for name, parameter in (named for part in parts for named in part.named_parameters()):
-            parameter.requires_grad = "norm" in name.lower() and not freeze_layer_norm
+        frozen = [self.transformer.embeddings, *self.layers()][:-unlocked_layers]
+        for module in frozen if unlocked_layers else [self.transformer]:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad = "norm" in name.lower() and not freeze_layer_norm
         self.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -239,14 +226,11 @@ def _encoder_config(text_cfg: dict, cache_dir: str | None) -> PretrainedConfig:
     Raises:
         FileNotFoundError: the config is neither on this machine nor on the hub.
     """
-    if text_cfg.get("hf_config"):
-        fields = dict(text_cfg["hf_config"])
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    else:
-        name = text_cfg["hf_model_name"]
-        with downloading(f"hf_model_name {name}", cache_dir):
-            config = AutoConfig.from_pretrained(find_pretrained_folder(name, cache_dir) or name, cache_dir=cache_dir)
-    return config
+    if fields := text_cfg.get("hf_config"):
+        return AutoConfig.for_model(**fields)
+    name = text_cfg["hf_model_name"]
+    with downloading(f"hf_model_name {name}", cache_dir):
+        return AutoConfig.from_pretrained(find_pretrained_folder(name, cache_dir) or name, cache_dir=cache_dir)
 
 
 @torch.no_grad()

@@ -52,10 +52,6 @@ class TextTower(nn.Module):
             TEXT_TOWERS[name] = cls
 
     @classmethod
-    def check(cls, spec: ModelSpec, cache_dir: str | None) -> None:
-        """Raises ValueError or FileNotFoundError if `build` would fail; called before the image tower is built."""
-
-    @classmethod
     def build(cls, spec: ModelSpec, stock: nn.Module, cache_dir: str | None) -> "TextTower":
         """Builds the tower with random weights on the CPU.
 
