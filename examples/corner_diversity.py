@@ -26,7 +26,6 @@ class WithPenalty(nn.Module):
     def __init__(self, loss: nn.Module, num_corners: int, weight: float):
         super().__init__()
         self.loss, self.num_corners, self.weight = loss, num_corners, weight
-        self.gather_early = loss.gather_early  # features of a locked image tower travel while the text tower computes
 
     def forward(self, text_features, **inputs):
         """Adds ``corner_penalty`` to the terms of the loss.

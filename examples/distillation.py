@@ -65,7 +65,6 @@ class WithTeacher(nn.Module):
         super().__init__()
         self.loss, self.contrastive_weight = loss, contrastive_weight
         self.teacher = (teacher,)  # in a tuple, because as a submodule it would be saved in every checkpoint
-        self.gather_early = loss.gather_early
 
     def forward(self, teacher_ids=None, teacher_features=None, **inputs):
         """Returns ``distillation_loss`` and the weighted terms of the loss of the flags.

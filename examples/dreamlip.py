@@ -47,7 +47,6 @@ class WithGrouping(nn.Module):
     def __init__(self, loss: nn.Module, weight: float):
         super().__init__()
         self.loss, self.weight = loss, weight
-        self.gather_early = loss.gather_early
 
     def forward(self, patch_features, **inputs):
         """Adds ``grouping_loss`` to the terms of the loss.

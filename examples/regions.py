@@ -71,7 +71,6 @@ class WithRegions(nn.Module):
         super().__init__()
         self.loss, self.weight, self.rank, self.world_size = loss, weight, rank, world_size
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.gather_early = loss.gather_early
 
     def forward(self, text_features, patch_features, boxes, is_box, **inputs):
         """Adds ``region_loss`` to the terms of the loss.

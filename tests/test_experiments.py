@@ -99,8 +99,6 @@ def compare(found: torch.Tensor, wanted: torch.Tensor, *inputs: torch.Tensor) ->
 class NoTerms(torch.nn.Module):
     """A loss without terms, to be wrapped."""
 
-    gather_early = None
-
     def forward(self, **inputs):
         return {}
 

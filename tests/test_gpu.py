@@ -22,7 +22,7 @@ from training.data.augment import normalise_pixels
 from training.data.batch import TrainBatch, to_device
 from training.flags.parser import parse_args
 from training.loss.caption_loss import LongCaptionLoss
-from training.loss.gather import EarlyGather, _Gather
+from training.loss.gather import _Gather
 from training.main import main
 from training.model.assembly.factory import create_model
 from training.model.assembly.from_flags import build_from_flags, make_arranger
@@ -58,7 +58,6 @@ def test_the_gather_of_features_on_one_process_changes_nothing(device, group_of_
     (everyone * weights).sum().backward()
     torch.testing.assert_close(everyone, rows, rtol=0, atol=0)
     torch.testing.assert_close(rows.grad, weights, rtol=0, atol=0)
-    torch.testing.assert_close(EarlyGather(rows, 1).wait(), rows.detach(), rtol=0, atol=0)
 
 
 def test_pixels_are_normalised_to_the_towers_dtype_and_layout(device):

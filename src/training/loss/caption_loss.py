@@ -4,9 +4,8 @@
     terms = loss(image_features, text_features, logit_scale, output_dict=True)
     sum(terms.values()).backward()
 
-With several processes, each rank passes its own part of the batch. All features are gathered in one call; the features
-of a locked image tower can be gathered earlier, while the text tower is computing. Memory grows with the features, not
-with the square of the batch size: see `blockwise`.
+With several processes, each rank passes its own part of the batch, and all features are gathered in one call. Memory
+grows with the features, not with the square of the batch size: see `blockwise`.
 """
 
 import itertools
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from training.loss.blockwise import block_size, cross_entropy, sigmoid_loss
-from training.loss.gather import EarlyGather, gather_rows
+from training.loss.gather import gather_rows
 from training.loss.terms import NORMALISATIONS, LossTerm
 
 
@@ -82,7 +81,6 @@ class LongCaptionLoss(nn.Module):
         logit_scale: torch.Tensor,
         logit_bias: torch.Tensor | None = None,
         output_dict: bool = False,
-        early: EarlyGather | None = None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Computes the loss between images and captions.
 
@@ -93,7 +91,6 @@ class LongCaptionLoss(nn.Module):
             logit_scale: already exponentiated.
             logit_bias: added to the logits (SigLIP).
             output_dict: return the terms instead of their sum.
-            early: result of `gather_early` for these `image_features`.
 
         Returns:
             The sum of the terms, or the terms by name. Without `terms`, a single caption [batch, dim] gives one
@@ -117,7 +114,7 @@ class LongCaptionLoss(nn.Module):
                 texts += [term.text_form(texts[column]) for column in columns]
                 columns = list(range(len(texts) - len(columns), len(texts)))
             compared.append((term, views, columns))
-        all_images, all_texts = self._gather(images, texts, early)
+        all_images, all_texts = self._gather(images, texts)
         # As many texts at a time as fit in a block, because many small operations are slow.
         count = max(1, block_size(texts[0], self.block_numbers) // (len(images[0]) * len(all_texts[0])))
         results = {}
@@ -134,27 +131,14 @@ class LongCaptionLoss(nn.Module):
         """Indices of this rank's rows among the gathered ones."""
         return torch.arange(len(rows), device=rows.device) + self.rank * len(rows)
 
-    def _gather(self, images: list, texts: list, early: EarlyGather | None) -> tuple[list, list]:
+    def _gather(self, images: list, texts: list) -> tuple[Sequence, Sequence]:
         """Returns all ranks' images and texts, exchanged in one call."""
         if self.world_size == 1:
             return images, texts
-        sent = texts if early else [*images, *texts]
-        gathered = gather_rows(torch.stack(sent, dim=1), self.world_size, self.gather_dtype).unbind(1)
-        if early:
-            return [early.wait()], list(gathered)
+        gathered = gather_rows(torch.stack([*images, *texts], dim=1), self.world_size, self.gather_dtype).unbind(1)
         # Stacking images without a gradient with the texts made them require one.
         all_images = [x if mine.requires_grad else x.detach() for mine, x in zip(images, gathered)]
-        return all_images, list(gathered[len(images) :])
-
-    def gather_early(self, image_features: torch.Tensor) -> EarlyGather | None:
-        """Starts to gather a locked tower's features [batch, dim]; `forward` waits for the result.
-
-        Returns:
-            What `forward` takes as `early`; None on one process, or if a term has an image form.
-        """
-        if self.world_size == 1 or any(term.image_form is not None for term in self.terms):
-            return None
-        return EarlyGather(image_features, self.world_size, self.gather_dtype)
+        return all_images, gathered[len(images) :]
 
     def compare(self, images, texts, all_images, all_texts, scale, bias) -> torch.Tensor:
         """Compares this rank's rows with those of all ranks.

@@ -1,4 +1,4 @@
-"""Exchange of features between ranks: with a gradient, or early, in the background."""
+"""Exchange of features between ranks, with a gradient."""
 
 import torch
 import torch.distributed as dist
@@ -43,27 +43,3 @@ def gather_rows(rows: torch.Tensor, world_size: int, dtype: torch.dtype | None =
         [world_size x batch, ...].
     """
     return rows if world_size == 1 else _Gather.apply(rows, world_size, dtype)
-
-
-class EarlyGather:
-    """Gathers all ranks' rows, without a gradient, in the background.
-
-    Args:
-        rows: [batch, ...], with the same batch on every rank.
-        world_size: number of ranks.
-        dtype: dtype in which the rows travel; None: their own.
-    """
-
-    def __init__(self, rows: torch.Tensor, world_size: int, dtype: torch.dtype | None = None):
-        self.dtype = rows.dtype
-        self.rows = rows.detach().to(dtype or rows.dtype).contiguous()  # kept alive until it has been sent
-        self.gathered = self.rows.new_empty(world_size * len(rows), *rows.shape[1:])
-        self.work = _all_gather(self.gathered, self.rows, async_op=True)
-
-    def wait(self) -> torch.Tensor:
-        """Returns all ranks' rows in rank order, [world_size x batch, ...]; may be called repeatedly."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-            self.gathered = self.gathered.to(self.dtype)
-        return self.gathered

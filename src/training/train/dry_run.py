@@ -201,9 +201,9 @@ def trace(
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.add(p.grad, kind_of_gradient, again=True))
         with ledger:
-            output, early = stepper.forward([images | captions] * args.accum_freq)
+            output, others = stepper.forward([images | captions] * args.accum_freq)
             ledger.kind = "loss"
-            terms = stepper.compute_loss(output, early)
+            terms = stepper.compute_loss(output, others)
             ledger.kind = "backward pass"
             stepper.backward(terms)
             ledger.kind = "update"

@@ -195,8 +195,8 @@ class Trainer:
                 self.watchdog.at(number, STEPPING)
 
                 lr = self.schedule(progress.step)
-                output, early = stepper.forward([inputs for _, inputs in micro_batches])
-                terms = stepper.compute_loss(output, early)
+                output, others = stepper.forward([inputs for _, inputs in micro_batches])
+                terms = stepper.compute_loss(output, others)
                 stepper.backward(terms)
                 norm, flags = stepper.update(terms, self._requests(number, last_step))
                 progress.advance([batch.position for batch, _ in micro_batches])

@@ -41,8 +41,7 @@ class Stepper:
         scaler: gradient scaler for float16; None otherwise.
         max_norm: maximum norm of the gradient; None does not clip.
         locked_images: `TrainModel.encode_images` of an image tower that is not trained. It runs once per image,
-            separately from `model`; the features are gathered while the text tower computes. None if images go through
-            `model`.
+            separately from `model`. None if images go through `model`.
         average: moving average of `core`, updated after each step; see `Experiment.make_average`.
         corners: indices of [CLS] and the corners among the text features, see `corner.corner_indices`.
         env: this process.
@@ -74,8 +73,8 @@ class Stepper:
         Returns:
             See `report`.
         """
-        output, early = self.forward(micro_batches)
-        terms = self.compute_loss(output, early)
+        output, others = self.forward(micro_batches)
+        terms = self.compute_loss(output, others)
         self.backward(terms)
         return self.report(output, terms, *self.update(terms))
 
@@ -90,10 +89,10 @@ class Stepper:
         fields = {name for name in micro_batches[0] if name.startswith(FIELD)}
         for_loss = {name.removeprefix(FIELD): torch.cat([batch[name] for batch in micro_batches]) for name in fields}
         micro_batches = [{key: value for key, value in batch.items() if key not in fields} for batch in micro_batches]
-        micro_batches, early = self.encode_locked_images(micro_batches)
+        micro_batches, of_images = self.encode_locked_images(micro_batches)
         # DDP reduces gradients only once, in the last backward pass of a step.
         self.cache = GradCache(self.encode, micro_batches, getattr(self.model, "no_sync", nullcontext))
-        return self.cache.output, early | for_loss
+        return self.cache.output, of_images | for_loss
 
     def encode(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
         """Returns the model's output for one micro-batch: features [batch, ...] and scalars."""
@@ -101,13 +100,13 @@ class Stepper:
             return self.model(**batch)
 
     @record_function("loss")
-    def compute_loss(self, output: dict[str, torch.Tensor], early: dict[str, object]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, output: dict[str, torch.Tensor], others: dict[str, object]) -> dict[str, torch.Tensor]:
         """Returns the loss terms, whose sum is minimised.
 
         Args:
-            output, early: result of `forward`.
+            output, others: result of `forward`.
         """
-        return self.loss(**output, **early, output_dict=True)
+        return self.loss(**output, **others, output_dict=True)
 
     @record_function("backward")
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
@@ -197,11 +196,11 @@ class Stepper:
 
     @torch.no_grad()
     def encode_locked_images(self, micro_batches: Sequence[dict[str, object]]) -> tuple[Sequence[dict], dict]:
-        """Encodes the images of a locked tower and starts to gather the features.
+        """Encodes the images of a locked tower.
 
         Returns:
-            The micro-batches with features instead of images, and additional arguments of the loss. If images go
-            through the model, the micro-batches are returned unchanged.
+            The micro-batches with features instead of images, and the tower's other outputs, for the loss. If images
+            go through the model, the micro-batches are returned unchanged.
         """
         if self.locked_images is None:
             return micro_batches, {}
@@ -210,9 +209,8 @@ class Stepper:
             outputs = [in_fp32(self.locked_images(**inputs)) for inputs in images]
         rest = [{name: value for name, value in batch.items() if name not in IMAGE_INPUTS} for batch in micro_batches]
         batches = [{"image_features": output["image_features"]} | others for output, others in zip(outputs, rest)]
-        for_loss = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
-        features, gather_early = for_loss.pop("image_features"), getattr(self.loss, "gather_early", None)
-        return batches, for_loss | ({"early": gather_early(features)} if gather_early else {})
+        others = outputs[0].keys() - {"image_features"}
+        return batches, {name: torch.cat([output[name] for output in outputs]) for name in others}
 
     @torch.no_grad()
     def average_statistics(self) -> None:
