@@ -38,7 +38,7 @@ def text_features(text: CornerHFText, ids: torch.Tensor) -> torch.Tensor:
     hidden = text.run(rows, attention_by_sample(rows, text.pad_id, text.num_corners))
     special = hidden[:, : text.num_corners + 1]
     pooled = torch.tanh(text.transformer.pooler.dense(special))
-    return features_of_captions(text.proj(pooled), len(ids))
+    return features_of_captions(text.proj(pooled).unflatten(0, (len(ids), -1)).unbind(1))
 
 
 def loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

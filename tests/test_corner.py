@@ -241,7 +241,7 @@ def test_clip_tower_with_corners():
 
 def test_features_of_several_captions_by_hand():
     features = torch.arange(2 * 3 * 4).reshape(6, 4, 1)  # 2 images, 3 captions, m = 3
-    got = features_of_captions(features, batch=2)[..., 0]
+    got = features_of_captions(features.unflatten(0, (2, 3)).unbind(1))[..., 0]
     assert got.tolist() == [[0, 4, 5, 6, 7, 8, 9, 10, 11], [12, 16, 17, 18, 19, 20, 21, 22, 23]]
 
 

@@ -11,11 +11,9 @@ from open_clip import SimpleTokenizer
 from open_clip.tokenizer import get_clean_fn
 from transformers import AutoTokenizer
 
-from training.model.names.config import ModelSpec
-from training.model.names.files import downloading, find_pretrained_folder
+from training.model.names.files import downloading
 
 _WORD_STARTS = ("\u0120", "\u2581")  # RoBERTa and XLM-R mark the start of words, BERT their continuation (##)
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer_config.json")
 
 
 class _CornerTokenizer:
@@ -181,22 +179,3 @@ class CornerCLIPTokenizer(_CornerTokenizer):
                 piece = self.tokenizer.decoder[number]
                 yield position, piece.removesuffix("</w>"), begins_word
                 begins_word = piece.endswith("</w>")
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Does nothing: CLIP's vocabulary is part of open_clip."""
-
-
-def create_tokenizer(spec: ModelSpec, cache_dir: str | None = None) -> CornerHFTokenizer | CornerCLIPTokenizer:
-    """Returns the tokenizer of one of our models: from the model's folder if it has one, otherwise by name.
-
-    Raises:
-        FileNotFoundError: the tokenizer is neither on this machine nor on the hub.
-    """
-    name = spec.text_cfg.get("hf_tokenizer_name")
-    if not name:
-        return CornerCLIPTokenizer(spec.context_length, spec.num_corners)
-    if spec.folder and any((spec.folder / file).is_file() for file in TOKENIZER_FILES):
-        source = spec.folder
-    else:
-        source = find_pretrained_folder(name, cache_dir) or name
-    return CornerHFTokenizer(source, spec.context_length, spec.num_corners, cache_dir)

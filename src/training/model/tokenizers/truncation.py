@@ -32,21 +32,12 @@ def count_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
     return [len(ids) + class_token for ids in rows]
 
 
-def count_lost_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
-    """Returns for each text the number of tokens beyond the tokenizer's context length; 0 if the text fits.
-
-    Raises:
-        TypeError: see `count_tokens`.
-    """
-    return [max(0, length - tokenizer.context_length) for length in count_tokens(tokenizer, texts)]
-
-
 def tokenise_and_count_lost(tokenizer: Callable, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
-    """Returns token ids [n, context_length] and the result of `count_lost_tokens`; our tokenizers tokenise only once.
+    """Returns token ids [n, context_length], and for each text the number of tokens beyond these; 0 if it fits.
 
     Raises:
         TypeError: see `count_tokens`.
     """
-    if hasattr(tokenizer, "tokenise_and_count_lost"):
+    if hasattr(tokenizer, "tokenise_and_count_lost"):  # ours tokenise only once
         return tokenizer.tokenise_and_count_lost(texts)
-    return tokenizer(texts), count_lost_tokens(tokenizer, texts)
+    return tokenizer(texts), [max(0, length - tokenizer.context_length) for length in count_tokens(tokenizer, texts)]

@@ -8,6 +8,7 @@ Source: LoTLIP (arXiv 2410.05249), section 3.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -111,16 +112,17 @@ def cosine_with_cls(text_features: torch.Tensor, indices: tuple[list[int], list[
     return (cls * corner).sum(dim=-1).mean()
 
 
-def features_of_captions(features: torch.Tensor, batch: int) -> torch.Tensor:
+def features_of_captions(captions: Sequence[torch.Tensor], corners: Sequence[bool] | None = None) -> torch.Tensor:
     """Arranges the features of several captions per image in the form that the loss expects.
 
     Args:
-        features: [batch x num_captions, m + 1, dim], the captions of an image consecutively, the short one first.
-        batch: number of images.
+        captions: for each caption of an image its features, [batch, m + 1, dim]; the short one first.
+        corners: for each caption whether it gives all m + 1 features or only the first, as further captions do; None:
+            all but the short caption give all.
 
     Returns:
-        [batch, T, dim] with T = 1 + (num_captions - 1)(m + 1): the first feature of the short caption, then all m + 1
-        features of each long caption, in caption order.
+        [batch, T, dim] in caption order; by default T = 1 + (num_captions - 1)(m + 1).
     """
-    features = features.unflatten(0, (batch, -1))  # [batch, num_captions, m + 1, dim]
-    return torch.cat([features[:, 0, :1], features[:, 1:].flatten(1, 2)], dim=1)
+    corners = corners or [False] + [True] * (len(captions) - 1)
+    chosen = zip_longest(captions, corners[: len(captions)], fillvalue=False)
+    return torch.cat([features if wanted else features[:, :1] for features, wanted in chosen], dim=1)

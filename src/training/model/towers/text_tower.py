@@ -9,10 +9,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from training.model.names.config import ModelSpec
-from training.model.tokenizers.corner_tokenizers import create_tokenizer
+from training.model.names.files import find_pretrained_folder
+from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer, CornerHFTokenizer
 from training.model.towers.corner import features_of_captions, states_at
 from training.model.towers.locking import rest_frozen
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer_config.json")
 TEXT_TOWERS: dict[str, type["TextTower"]] = {}
 
 
@@ -64,8 +66,13 @@ class TextTower(nn.Module):
 
     @classmethod
     def tokenizer(cls, spec: ModelSpec, cache_dir: str | None = None) -> Callable:
-        """Returns the tokenizer: texts -> ids [n, context_length]."""
-        return create_tokenizer(spec, cache_dir)
+        """Returns the tokenizer, texts -> ids [n, context_length]: from the model's folder, by name, or CLIP's."""
+        name = spec.text_cfg.get("hf_tokenizer_name")
+        if not name:
+            return CornerCLIPTokenizer(spec.context_length, spec.num_corners)
+        has_own = spec.folder and any((spec.folder / file).is_file() for file in TOKENIZER_FILES)
+        source = spec.folder if has_own else find_pretrained_folder(name, cache_dir) or name
+        return CornerHFTokenizer(source, spec.context_length, spec.num_corners, cache_dir)
 
     def load_pretrained(self, spec: ModelSpec, cache_dir: str | None) -> None:
         """Loads the pretrained weights that the config names, if any."""
@@ -113,7 +120,7 @@ class TextTower(nn.Module):
         """
         if ids.ndim == 2:
             return self.all_features(ids)[:, 0]
-        return features_of_captions(self.all_features(ids.flatten(0, 1)), ids.shape[0])
+        return features_of_captions(self.all_features(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]).unbind(1))
 
     def special_positions(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the positions of the pooled token and of the corners behind it, [batch, m + 1]: here [CLS] first."""

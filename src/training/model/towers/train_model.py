@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from training.data.augment import normalise_pixels
 from training.model.packing.arranger import Captions
+from training.model.towers.corner import features_of_captions
 from training.model.towers.locking import linear_head, rest_frozen
 from training.model.towers.text_encoder import text_encoder
 
@@ -83,11 +84,9 @@ class TrainModel(nn.Module):
         else:
             short = self.text.features(text)
             long = short[:0] if long_text is None else self.text.features(long_text.flatten(0, 1))
-        texts = [short, *long.unflatten(0, (batch, -1)).unbind(1)] if len(long) else [short]  # [batch, m + 1, dim] each
-        corners = self.corners or (False, *[True] * (len(texts) - 1))
-        corners = (*corners, *[False] * (len(texts) - len(corners)))
-        chosen = [features if wanted else features[:, :1] for features, wanted in zip(texts, corners)]
-        output |= self.text_outputs(torch.cat(chosen, dim=1)) | {"logit_scale": self.model.logit_scale.exp()}
+        texts = [short, *long.unflatten(0, (batch, -1)).unbind(1)] if len(long) else [short]
+        output |= self.text_outputs(features_of_captions(texts, self.corners))
+        output["logit_scale"] = self.model.logit_scale.exp()
         if getattr(self.model, "logit_bias", None) is not None:
             output["logit_bias"] = self.model.logit_bias
         return output
