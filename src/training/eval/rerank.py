@@ -19,7 +19,7 @@ from training.eval.record import Recall, RetrievalResult
 from training.eval.report.matches import top_matches
 from training.eval.retrieval import RankedSet
 from training.model.towers.flair import conditioned_scores, encode_patches
-from training.model.towers.image_encoder import in_parts
+from training.model.towers.image_encoder import in_chunks
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import sum_over_ranks
 
@@ -76,7 +76,7 @@ def score_candidates(
             raise BrokenImageError(next(iter(batch.broken.values())))
         pixels = batch.inputs.to(device, get_input_dtype(precision))
         with get_autocast(precision, device_type=device.type)():
-            patches = in_parts(partial(encode_patches, model.visual), pixels)
+            patches = in_chunks(partial(encode_patches, model.visual), pixels)
             chosen = queries[candidates[batch.positions]].to(device, patches.dtype)
             scores[batch.positions] = conditioned_scores(model.visual_proj, chosen, patches).cpu()
     return sum_over_ranks(scores, encoder.env)

@@ -34,7 +34,7 @@ from training.readers.images import to_rgb
 
 # Config of a tiny text tower that stands in for a tower of ours while open_clip builds the rest.
 _PLACEHOLDER = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
-# open_clip's arguments that change a config -> part of the config and key.
+# open_clip's arguments that change a config -> section of the config and key.
 _FORCED = {
     "force_image_size": ("vision_cfg", "image_size"),
     "force_patch_dropout": ("vision_cfg", "patch_dropout"),
@@ -85,9 +85,9 @@ def create_model(
     if jit or not weights_only:
         raise ValueError("jit=True and weights_only=False are not supported: no code of a weights file is executed")
     spec = resolve_model_config(model_name, num_corner_tokens, context_length, force_context_length, cache_dir)
-    for key, (part, name) in _FORCED.items():  # in the config, too, because it is saved with the model
+    for key, (section, name) in _FORCED.items():  # in the config, too, because it is saved with the model
         if kwargs.get(key) is not None and kwargs[key] is not False:
-            (spec.model_cfg[part] if part else spec.model_cfg)[name] = kwargs[key]
+            (spec.model_cfg[section] if section else spec.model_cfg)[name] = kwargs[key]
     weights = resolve_weights(model_name, pretrained, cache_dir) if load_weights else None
     if require_pretrained and not weights:
         raise RuntimeError(f"{model_name}: weights are required (require_pretrained), but none are named")

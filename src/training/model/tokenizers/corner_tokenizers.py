@@ -39,17 +39,18 @@ class _CornerTokenizer:
             [n, context_length] int64; without padding, a list of n lists of ids.
         """
         length = context_length or self.context_length
-        rows = [self._cut(row, length) for row in self._encode([texts] if isinstance(texts, str) else list(texts))]
-        return self._pad(rows, length) if padding else rows
+        sequences = [self._cut(ids, length) for ids in self._encode([texts] if isinstance(texts, str) else list(texts))]
+        return self._pad(sequences, length) if padding else sequences
 
     def tokenise_and_count_lost(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
         """Returns token ids [n, context_length] and the number of tokens of each text beyond these."""
-        rows, length = self._encode(list(texts)), self.context_length
-        return self._pad([self._cut(row, length) for row in rows], length), [max(0, len(row) - length) for row in rows]
+        sequences, length = self._encode(list(texts)), self.context_length
+        lost = [max(0, len(ids) - length) for ids in sequences]
+        return self._pad([self._cut(ids, length) for ids in sequences], length), lost
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Returns the number of tokens of each text before truncation, special and corner tokens included."""
-        return [len(row) for row in self._encode(list(texts))]
+        return [len(ids) for ids in self._encode(list(texts))]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of each text, special and corner tokens included, before truncation."""
@@ -73,15 +74,15 @@ class _CornerTokenizer:
         """Yields position and text of each word piece, and whether it begins a word."""
         raise NotImplementedError
 
-    def _cut(self, row: list[int], length: int) -> list[int]:
+    def _cut(self, ids: list[int], length: int) -> list[int]:
         """Truncates the words but keeps the special and corner tokens after them."""
-        return row if len(row) <= length else row[: length - self.num_behind] + row[-self.num_behind :]
+        return ids if len(ids) <= length else ids[: length - self.num_behind] + ids[-self.num_behind :]
 
-    def _pad(self, rows: list[list[int]], length: int) -> torch.Tensor:
-        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
-        for row, target in zip(rows, ids):
-            target[: len(row)] = torch.tensor(row)
-        return ids
+    def _pad(self, sequences: list[list[int]], length: int) -> torch.Tensor:
+        padded = torch.full((len(sequences), length), self.pad_id, dtype=torch.int64)
+        for ids, row in zip(sequences, padded):
+            row[: len(ids)] = torch.tensor(ids)
+        return padded
 
 
 class CornerHFTokenizer(_CornerTokenizer):
@@ -126,10 +127,10 @@ class CornerHFTokenizer(_CornerTokenizer):
             texts = [self.separator.join(text.split(". ")) for text in texts]
         texts = [self._clean(text) for text in texts]
         # Not verbose: `count_lost_tokens` reports truncation, so transformers' own warning is noise.
-        rows = self.tokenizer(
+        sequences = self.tokenizer(
             texts, padding=False, truncation=False, return_attention_mask=False, verbose=False
         ).input_ids
-        return [row[:1] + self.corner_ids + row[1:] for row in rows]
+        return [ids[:1] + self.corner_ids + ids[1:] for ids in sequences]
 
     def _pieces(self, ids: list[int]) -> Iterator[tuple[int, str, bool]]:
         special, pieces = set(self.tokenizer.all_special_ids), self.tokenizer.convert_ids_to_tokens(ids)

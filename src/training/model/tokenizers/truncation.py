@@ -28,8 +28,8 @@ def count_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
         texts, class_token = [canonicalize_text(basic_clean(text)) for text in texts], False
     else:
         raise TypeError(f"can't count the tokens of a {type(tokenizer).__name__}")
-    rows = tokenizer.tokenizer(texts, truncation=False, verbose=False).input_ids if texts else []
-    return [len(ids) + class_token for ids in rows]
+    sequences = tokenizer.tokenizer(texts, truncation=False, verbose=False).input_ids if texts else []
+    return [len(ids) + class_token for ids in sequences]
 
 
 def tokenise_and_count_lost(tokenizer: Callable, texts: list[str]) -> tuple[torch.Tensor, list[int]]:

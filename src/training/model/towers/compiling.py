@@ -34,7 +34,7 @@ def _layers(tower: nn.Module) -> list[nn.Module]:
     """Returns the modules that stand in a sequence of several of one class; the whole tower if there are none."""
     found, waiting = [], [tower]
     for module in waiting:
-        parts = list(module.children())
-        is_stack = isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(part) for part in parts}) == 1
-        (found if is_stack and len(parts) > 1 else waiting).extend(parts)
+        children = list(module.children())
+        is_stack = isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(child) for child in children}) == 1
+        (found if is_stack and len(children) > 1 else waiting).extend(children)
     return found or [tower]

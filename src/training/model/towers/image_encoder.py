@@ -15,7 +15,7 @@ IMAGES_AT_ONCE_ON_CPU = 8
 
 
 def image_encoder(model: nn.Module, without_head: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the function that encodes images, `in_parts`.
+    """Returns the function that encodes images, `in_chunks`.
 
     Args:
         model: in eval mode, so that the features of an image do not depend on the others of its batch.
@@ -25,11 +25,11 @@ def image_encoder(model: nn.Module, without_head: bool = False) -> Callable[[tor
         Images [batch, 3, H, W] -> [batch, dim], or [batch, trunk_dim] without the head; not normalised.
     """
     cuts_head = without_head and linear_head(model.visual) is not None
-    return partial(in_parts, model.visual.trunk if cuts_head else model.encode_image)
+    return partial(in_chunks, model.visual.trunk if cuts_head else model.encode_image)
 
 
-def in_parts(tower: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+def in_chunks(tower: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """Applies a tower to images [batch, 3, H, W], on a CPU to `IMAGES_AT_ONCE_ON_CPU` of them at a time."""
     if images.device.type != "cpu":
         return tower(images)
-    return torch.cat([tower(part) for part in images.split(IMAGES_AT_ONCE_ON_CPU)])
+    return torch.cat([tower(chunk) for chunk in images.split(IMAGES_AT_ONCE_ON_CPU)])

@@ -24,8 +24,8 @@ def linear_head(visual: nn.Module) -> nn.Module | None:
     head = getattr(visual, "head", None)
     if not hasattr(visual, "trunk") or not isinstance(head, nn.Sequential):
         return None
-    kinds = [part for part in head if not isinstance(part, nn.Dropout)]
-    return head if len(kinds) == 1 and isinstance(kinds[0], nn.Linear) and kinds[0].bias is None else None
+    layers = [layer for layer in head if not isinstance(layer, nn.Dropout)]
+    return head if len(layers) == 1 and isinstance(layers[0], nn.Linear) and layers[0].bias is None else None
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def apply_linear_head(visual: nn.Module, features: torch.Tensor) -> torch.Tensor
 def rest_frozen(model: Model) -> Model:
     """Puts the frozen parts of a model into evaluation mode, which switches off their dropout.
 
-    A part counts as frozen if none of its weight matrices is trained, even if its norms are. Batch norms keep their
+    A module counts as frozen if none of its weight matrices is trained, even if its norms are. Batch norms keep their
     mode, except those marked by `freeze_batch_norm_statistics`.
 
     Returns:
@@ -58,8 +58,8 @@ def rest_frozen(model: Model) -> Model:
     for module in model.modules():
         matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
         if matrices and not any(parameter.requires_grad for parameter in matrices):
-            for part in module.modules():
-                part.training &= isinstance(part, BATCH_NORMS) and not getattr(part, _FROZEN, False)
+            for frozen in module.modules():
+                frozen.training &= isinstance(frozen, BATCH_NORMS) and not getattr(frozen, _FROZEN, False)
     return model
 
 

@@ -38,14 +38,14 @@ def fingerprint(module: nn.Module, leave_out: str | None = None) -> str:
 
 
 def _settings(module: nn.Module, leave_out: str | None) -> Iterator[tuple[str, object]]:
-    """Yields (name of a part, its class and settings)."""
-    for name, part in module.named_modules():
-        if (leave_out and f"{name}.".startswith(leave_out)) or "Drop" in type(part).__name__:
+    """Yields (name of a submodule, its class and settings)."""
+    for name, submodule in module.named_modules():
+        if (leave_out and f"{name}.".startswith(leave_out)) or "Drop" in type(submodule).__name__:
             continue
-        settings = {key: _plain(value) for key, value in vars(part).items() if _counts(key)}
-        if hasattr(getattr(part, "config", None), "to_dict"):  # of transformers
-            settings["config"] = {k: _plain(v) for k, v in part.config.to_dict().items() if _counts(k)}
-        yield name, [type(part).__qualname__, {key: value for key, value in settings.items() if value != ""}]
+        settings = {key: _plain(value) for key, value in vars(submodule).items() if _counts(key)}
+        if hasattr(getattr(submodule, "config", None), "to_dict"):  # of transformers
+            settings["config"] = {k: _plain(v) for k, v in submodule.config.to_dict().items() if _counts(k)}
+        yield name, [type(submodule).__qualname__, {key: value for key, value in settings.items() if value != ""}]
 
 
 def _counts(key: str) -> bool:

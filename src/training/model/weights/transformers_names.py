@@ -37,7 +37,7 @@ _LAYER = (  # transformers, open_clip, timm
 
 
 def is_transformers(state: dict[str, torch.Tensor]) -> bool:
-    """Whether weights have the names of transformers' CLIP or SigLIP."""
+    """Returns whether weights have the names of transformers' CLIP or SigLIP."""
     return any(key.startswith(("text_model.", "vision_model.")) for key in state)
 
 
@@ -50,8 +50,8 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     siglip = "vision_model.head.probe" in state
     state = {key: value for key, value in state.items() if not key.endswith("embeddings.position_ids")}
     for key in [key for key in state if ".self_attn.q_proj." in key]:
-        parts = [state.pop(key.replace("q_proj", f"{part}_proj")) for part in _QKV]
-        state[key.replace("q_proj", "qkv")] = torch.cat(parts)
+        projections = [state.pop(key.replace("q_proj", f"{kind}_proj")) for kind in _QKV]
+        state[key.replace("q_proj", "qkv")] = torch.cat(projections)
     result = {}
     for key, value in state.items():
         name = _renamed(key, _THEIRS, _SIGLIP if siglip else _CLIP)
@@ -73,8 +73,8 @@ def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = _renamed(key, _CLIP, _THEIRS)
         value = value.T.contiguous() if key in _TRANSPOSED else value
         if ".self_attn.qkv." in name:
-            for part, rows in zip(_QKV, value.chunk(3)):
-                result[name.replace("qkv", f"{part}_proj")] = rows.contiguous()
+            for kind, rows in zip(_QKV, value.chunk(3)):
+                result[name.replace("qkv", f"{kind}_proj")] = rows.contiguous()
         else:
             result[name] = value
     return result

@@ -96,7 +96,7 @@ def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """Removes the parts that wrappers add before and within the names."""
     if any(key.startswith("module.") for key in state):
         state.pop("n_averaged", None)  # torch's AveragedModel
-    state = {".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES): v for key, v in state.items()}
+    state = {".".join(word for word in key.split(".") if word not in _WRAPPING_MODULES): v for key, v in state.items()}
     state = {key.removeprefix("module."): v for key, v in state.items()}
     prefix = next((p for p in ("model.", "clip.") if all(key.startswith(p) for key in state)), "")
     return {key.removeprefix(prefix): v for key, v in state.items()}

@@ -52,7 +52,9 @@ class Bert(CornerHFText):
 
     def compilable(self) -> list[nn.Module]:
         # All but attention, whose masks, one per bucket, differ in number and shape in every step.
-        return [part for layer in self.layers() for part in (layer.attention.output, layer.intermediate, layer.output)]
+        return [
+            module for layer in self.layers() for module in (layer.attention.output, layer.intermediate, layer.output)
+        ]
 
     def positions(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the row of the position table of each token: [n, seq_len]."""
