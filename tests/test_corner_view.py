@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from test_corner import random_ids, tower
 
 import training
 from training.eval import corner_view
@@ -25,7 +26,7 @@ def make(name, **overrides):
 def test_bert_attention_equals_transformers_eager_attention():
     model, tokenizer = make("lotlip_tiny")
     ids = tokenizer([CAPTION, "A dog."])
-    encoder, tower = model.text.transformer, model.text
+    encoder = model.text.transformer
     seen = []
     encoder.set_attn_implementation("eager")  # so that attention modules return their weights
     layer = encoder.encoder.layer[-1].attention.self
@@ -34,11 +35,23 @@ def test_bert_attention_equals_transformers_eager_attention():
     handle.remove()
     expected = seen[0].mean(dim=1)[:, :3]
     encoder.set_attn_implementation(ATTENTION)
-    got = special_attention(tower, ids)
+    got = special_attention(model.text, ids)
     assert got.shape == (2, 3, 128) and torch.allclose(got, expected, atol=1e-6)
     allowed = prefix_attention(ids != 0, 2)[:, :3]
     assert (got[~allowed] == 0).all() and torch.allclose(got.sum(-1), torch.ones(2, 3))
-    assert not torch.allclose(special_attention(tower, ids, 0), got, atol=1e-3)
+    assert not torch.allclose(special_attention(model.text, ids, 0), got, atol=1e-3)
+
+
+def test_modernbert_attention_equals_transformers_eager_attention():
+    text = tower("modernbert", num_layers=3)
+    ids = random_ids(text)
+    got = special_attention(text, ids)
+    seen = []
+    text.transformer.set_attn_implementation("eager")
+    handle = text.layers()[-1].attn.register_forward_hook(lambda _, args, output: seen.append(output[1]))
+    text.all_features(ids)
+    handle.remove()
+    torch.testing.assert_close(got, seen[0].mean(dim=1)[:, :3], rtol=0, atol=1e-6)
 
 
 def test_clip_attention_sees_the_text_and_itself_alone():
