@@ -13,22 +13,20 @@ from itertools import zip_longest
 import torch
 
 
-def prefix_attention(keep: torch.Tensor, num_corners: int, num_queries: int | None = None) -> torch.Tensor:
+def prefix_attention(keep: torch.Tensor, num_corners: int) -> torch.Tensor:
     """Attention mask for captions that start with [CLS] and then the corners (BERT-like encoders).
 
     Args:
         keep: [batch, seq_len] bool, True for tokens, False for padding.
         num_corners: m; the corners are at positions 1..m.
-        num_queries: compute the mask for this many positions from the first only; None means all.
 
     Returns:
-        [batch, num_queries, seq_len] bool, entry (query, key). Text attends to [CLS] and text; [CLS] attends to itself
+        [batch, seq_len, seq_len] bool, entry (query, key). Text attends to [CLS] and text; [CLS] attends to itself
         and text; corner i attends to itself and text; nothing attends to padding.
     """
     position = torch.arange(keep.shape[1], device=keep.device)
-    query, key = position[:num_queries, None], position[None, :]
     is_corner = (position >= 1) & (position <= num_corners)
-    rule = ~is_corner[None, :] & ~(is_corner[:num_queries, None] & (key == 0)) | (query == key)
+    rule = ~is_corner & ~(is_corner[:, None] & (position == 0)) | (position[:, None] == position)
     return rule & keep[:, None, :]
 
 
