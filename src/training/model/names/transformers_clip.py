@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import timm
+from open_clip.constants import INCEPTION_MEAN, INCEPTION_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional
@@ -180,8 +181,8 @@ def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
         )
     return {
         "size": image_size,
-        "mean": found.get("image_mean", [0.48145466, 0.4578275, 0.40821073] if clip else [0.5] * 3),
-        "std": found.get("image_std", [0.26862954, 0.26130258, 0.27577711] if clip else [0.5] * 3),
+        "mean": found.get("image_mean", list(OPENAI_DATASET_MEAN if clip else INCEPTION_MEAN)),
+        "std": found.get("image_std", list(OPENAI_DATASET_STD if clip else INCEPTION_STD)),
         "interpolation": {2: "bilinear", 3: "bicubic"}.get(found.get("resample", 3), "bicubic"),
         "resize_mode": "shortest" if crops else "squash",
     }

@@ -59,11 +59,10 @@ def text_encoder(model: nn.Module) -> TextEncoder:
     end_id = getattr(model, "text_eos_id", getattr(text, "eos_id", None))
     is_causal = isinstance(getattr(text, "attn_mask", None), torch.Tensor) and getattr(text, "cls_emb", None) is None
     pools_end = pool == "argmax" or (pool == "eos" and end_id != CLIP_PAD_ID)
-    if getattr(text, "output_tokens", False):
-        pass
-    elif isinstance(text, HFTextEncoder) and text.config.model_type in _HF_FAMILIES:
+    gives_tokens = getattr(text, "output_tokens", False)  # beside the features, as in CoCa
+    if isinstance(text, HFTextEncoder) and text.config.model_type in _HF_FAMILIES and not gives_tokens:
         encode, pad_id = text, text.config.pad_token_id
-    elif is_causal and pools_end:
+    elif is_causal and pools_end and not gives_tokens:
         encode, pad_id = partial(_encode_causal, text, end_id if pool == "eos" else None), CLIP_PAD_ID
     return TextEncoder(lambda buckets: torch.cat([encode(ids) for ids in buckets])[:, None], pad_id)
 
