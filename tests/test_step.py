@@ -116,8 +116,8 @@ def test_only_the_towers_are_computed_in_the_arithmetic_of_the_towers(count):
 class MarginStepper(Stepper):
     """The example of CONTRIBUTING.md."""
 
-    def compute_loss(self, output, early):
-        terms = super().compute_loss(output, early)
+    def compute_loss(self, output, others):
+        terms = super().compute_loss(output, others)
         matched = (output["image_features"] * output["text_features"][:, 0]).sum(dim=-1)
         return terms | {"margin_loss": 0.1 * (0.3 - matched).clamp(min=0).mean()}
 

@@ -126,7 +126,7 @@ class CornerHFTokenizer(_CornerTokenizer):
         if self.separator:
             texts = [self.separator.join(text.split(". ")) for text in texts]
         texts = [self._clean(text) for text in texts]
-        # Not verbose: `count_lost_tokens` reports truncation, so transformers' own warning is noise.
+        # Not verbose: `tokenise_and_count_lost` counts truncation, so transformers' own warning is noise.
         sequences = self.tokenizer(
             texts, padding=False, truncation=False, return_attention_mask=False, verbose=False
         ).input_ids
