@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from open_clip import CustomTextCLIP
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -22,7 +23,6 @@ from benchmarks.measure import (
 )
 from training.loss.caption_loss import LongCaptionLoss
 from training.model.assembly.from_flags import make_arranger
-from training.model.towers.text_tower import LotlipCLIP
 from training.model.towers.train_model import TrainModel
 from training.train.optim import parameter_groups
 from training.train.step import Stepper
@@ -31,7 +31,7 @@ from training.train.step import Stepper
 class _PublishedModel(nn.Module):
     """Both towers in the published scheme: images pass the locked tower, all captions are padded in one batch."""
 
-    def __init__(self, model: LotlipCLIP):
+    def __init__(self, model: CustomTextCLIP):
         super().__init__()
         self.model = model
 
@@ -64,7 +64,7 @@ def run(setting: Setting) -> Iterator[Figure]:
         yield largest_that_fits(partial(_figure, figure, name, start, num_long, is_cached, setting), num_images)
 
 
-def _make_model(name: str) -> LotlipCLIP:
+def _make_model(name: str) -> CustomTextCLIP:
     """A model without dropout, because both sides must give the same."""
     torch.manual_seed(0)
     model = training.create_model(name, pretrained_text=False)
@@ -77,7 +77,7 @@ def _make_model(name: str) -> LotlipCLIP:
 
 
 def _figure(
-    figure: str, name: str, start: LotlipCLIP, num_long: int, is_cached: bool, setting: Setting, num_images: int
+    figure: str, name: str, start: CustomTextCLIP, num_long: int, is_cached: bool, setting: Setting, num_images: int
 ) -> Figure:
     sides = _make_sides(start, num_long, is_cached, setting, num_images)
     losses = {side: work()["loss"] for side, work in sides.items()}
@@ -104,7 +104,7 @@ def _figure(
 
 
 def _make_sides(
-    start: LotlipCLIP, num_long: int, is_cached: bool, setting: Setting, num_images: int
+    start: CustomTextCLIP, num_long: int, is_cached: bool, setting: Setting, num_images: int
 ) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
     """Returns one step of each side, of copies of `start` on the same batch."""
     size = start.visual.image_size

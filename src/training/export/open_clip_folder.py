@@ -8,7 +8,7 @@ import torch
 from training.export.source import Source, check_samples
 from training.model.assembly.factory import create_model_and_transforms, get_tokenizer
 from training.model.assembly.saving import save_pretrained
-from training.model.towers.text_tower import LotlipCLIP
+from training.model.towers.text_tower import TextTower
 
 
 def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
@@ -20,7 +20,7 @@ def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     """
     save_pretrained(source.model, folder, source.tokenizer)
     name = f"local-dir:{folder}"
-    if isinstance(source.model, LotlipCLIP):
+    if isinstance(getattr(source.model, "text", None), TextTower):
         model, _, preprocess = create_model_and_transforms(name)
         tokenizer = get_tokenizer(name)
     else:

@@ -26,7 +26,7 @@ from training.model.packing.arranger import CaptionArranger
 from training.model.tokenizers.folder_tokenizer import FolderTokenizer
 from training.model.towers import clip_tower, hf_tower  # noqa: F401  which register their text towers
 from training.model.towers.flair import TextConditionedPooling
-from training.model.towers.text_tower import TEXT_TOWERS, LotlipCLIP, TextTower
+from training.model.towers.text_tower import TEXT_TOWERS, TextTower
 from training.model.weights.load import load_pretrained_image
 from training.model.weights.load import load_weights as load_state
 from training.model.weights.weights_file import TORCHSCRIPT, format_of, read_state_dict
@@ -142,15 +142,16 @@ def _build(model_cfg: dict, spec: ModelSpec, tag: dict, kwargs: dict) -> torch.n
         logging.disable(logging.NOTSET)
 
 
-def _build_two_towers(spec: ModelSpec, tag: dict, cache_dir: str | None, kwargs: dict) -> LotlipCLIP:
+def _build_two_towers(spec: ModelSpec, tag: dict, cache_dir: str | None, kwargs: dict) -> open_clip.CustomTextCLIP:
     """Builds one of our models with random weights: open_clip's image tower and our text tower."""
     tower = _text_tower_class(spec)
     text_cfg = {key: value for key, value in spec.text_cfg.items() if key not in _OUR_TEXT_KEYS}
     model_cfg = {key: value for key, value in spec.model_cfg.items() if key != POOLING}
     model_cfg["text_cfg"] = text_cfg if tower.wraps_stock else _PLACEHOLDER
-    stock = _build(model_cfg, spec, tag, kwargs | {"force_custom_text": True})
-    text, dtype = tower.build(spec, stock.text, cache_dir), open_clip.get_input_dtype(kwargs["precision"])
-    model = LotlipCLIP(stock, text if tower.wraps_stock else text.to(dtype))
+    model = _build(model_cfg, spec, tag, kwargs | {"force_custom_text": True})
+    text, dtype = tower.build(spec, model.text, cache_dir), open_clip.get_input_dtype(kwargs["precision"])
+    model.text = text if tower.wraps_stock else text.to(dtype)
+    model.context_length, model.vocab_size = text.context_length, text.vocab_size
     if heads := spec.model_cfg.get(POOLING):
         pooling = TextConditionedPooling(spec.model_cfg["embed_dim"], heads).to(dtype)
         model.visual_proj = pooling.requires_grad_(False)  # none of our losses trains it

@@ -1,8 +1,7 @@
-"""Base of the text towers: what the rest of the program asks a tower, the towers by name, and the two-tower model."""
+"""Base of the text towers: what the rest of the program asks a tower, and the towers by name."""
 
 from collections.abc import Callable, Sequence
 
-import open_clip
 import torch
 from torch import nn
 from torch.nn import functional
@@ -170,19 +169,3 @@ def special_attention(tower: nn.Module, ids: torch.Tensor, layer: int = -1) -> t
     query, key, mask = seen.calls[layer]
     weights = (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5 + mask).softmax(dim=-1)
     return states_at(weights.mean(dim=1), tower.special_positions(ids))
-
-
-class LotlipCLIP(open_clip.CustomTextCLIP):
-    """open_clip's two-tower model with one of our text towers as `text`.
-
-    Args:
-        stock: open_clip's model; its image tower, temperature and settings are used.
-        text: the text tower.
-    """
-
-    def __init__(self, stock: open_clip.CustomTextCLIP, text: TextTower):
-        nn.Module.__init__(self)
-        self.output_dict = stock.output_dict
-        self.visual, self.text = stock.visual, text
-        self.context_length, self.vocab_size = text.context_length, text.vocab_size
-        self.logit_scale, self.logit_bias = stock.logit_scale, stock.logit_bias

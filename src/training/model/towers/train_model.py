@@ -21,7 +21,7 @@ class TrainModel(nn.Module):
     separately, because a short caption padded to the length of the long ones would be mostly padding.
 
     Args:
-        model: a `LotlipCLIP`, or any open_clip model (which gives one feature per caption).
+        model: one of our models, or of open_clip's (which gives one feature per caption).
         mean, std: per channel, to normalise uint8 images.
         corners: for each text of a sample, whether it contributes all m + 1 features or only [CLS]; further texts
             contribute only [CLS]. None: all features of all texts but the first.

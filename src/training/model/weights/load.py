@@ -49,7 +49,7 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
 
     Args:
         state: result of `weights_file.read_state_dict`; not changed.
-        model: a `LotlipCLIP`, or any open_clip model.
+        model: one of our models, or of open_clip's.
 
     Returns:
         The converted state dict.
@@ -119,7 +119,7 @@ def load_weights(model: nn.Module, path: str | Path, positions_as_open_clip: boo
     """Loads a file into a model, strictly.
 
     Args:
-        model: a `LotlipCLIP`, or any open_clip model.
+        model: one of our models, or of open_clip's.
         path: see `weights_file.read_state_dict`; for open_clip's SigLIP models also big_vision's NumPy archive.
         positions_as_open_clip: interpolate all text positions for another context length, without keeping the first.
 
