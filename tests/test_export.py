@@ -1,12 +1,16 @@
 """python -m training.export: each format gives the same features when loaded by the other software alone."""
 
+import inspect
 import json
+import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import onnxruntime
 import pytest
 import torch
+from huggingface_hub.errors import LocalTokenNotFoundError
 from PIL import Image
 from test_transformers_clip import widen
 from tokenizers import Tokenizer
@@ -97,6 +101,87 @@ torch.save([torch.nn.functional.normalize(getattr(f, "pooler_output", f), dim=-1
     for got, expected in zip(torch.load(tmp_path / "f.pt"), original(runs, "bert")):
         assert expected.std(dim=0).max() > 1e-3
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_sentence_transformers_encodes_texts_and_images(name, runs, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    export(runs / name, "transformers", tmp_path / "out")
+    model = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    images, texts = check_samples(6)
+    expected = original(runs, name)
+    for items, features, tolerance in ((images, expected[0], 0.02), (texts, expected[1], 1e-5)):  # another resize
+        found = torch.from_numpy(model.encode(items, normalize_embeddings=True))
+        torch.testing.assert_close(found, features, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_accelerate_places_it_and_the_old_name_of_dtype_works(name, runs, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    export(runs / name, "transformers", tmp_path / "out")
+    words = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)(["A dog!", "two"], padding=True)
+    options = {"device_map": "auto", "torch_dtype": torch.bfloat16, "trust_remote_code": True}
+    model = AutoModel.from_pretrained(tmp_path / "out", **options).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        found = model.get_text_features(**{key: torch.tensor(value) for key, value in words.items()})
+    assert getattr(found, "pooler_output", found).isfinite().all()
+
+
+class StandIn:
+    """What the hub's client does, with a folder in place of the hub: the names and arguments of its methods."""
+
+    hub, user = None, "somebody"
+
+    def whoami(self) -> dict:
+        if self.user is None:
+            raise LocalTokenNotFoundError("Token is required")
+        return {"name": self.user}
+
+    def create_repo(self, repo_id: str, *, private: bool | None = None, exist_ok: bool = False) -> None:
+        (self.hub / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+        (self.hub / f"{repo_id}.private").write_text(str(private))
+
+    def upload_folder(self, *, repo_id: str, folder_path) -> str:
+        shutil.copytree(folder_path, self.hub / repo_id, dirs_exist_ok=True)
+        return f"https://hub/{repo_id}"
+
+
+def test_an_export_is_pushed_to_the_hub_once_its_features_are_equal(runs, tmp_path, monkeypatch, capsys):
+    for name in ("whoami", "create_repo", "upload_folder"):  # the stand-in takes nothing that the client does not
+        known = inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters
+        assert set(inspect.signature(getattr(StandIn, name)).parameters) <= known.keys()
+    monkeypatch.setattr(huggingface_hub, "HfApi", StandIn)
+    monkeypatch.setattr(StandIn, "hub", tmp_path / "hub")
+    export(runs / "clip", "open_clip", tmp_path / "out", "--push-to-hub", "me/clip", "--private")
+    assert "Uploaded: https://hub/me/clip" in capsys.readouterr().out
+    assert (tmp_path / "hub" / "me" / "clip.private").read_text() == "True"
+    model = training.create_model(f"local-dir:{tmp_path / 'hub' / 'me' / 'clip'}")
+    expected = training.create_model(f"local-dir:{tmp_path / 'out'}").state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+    monkeypatch.setattr(StandIn, "user", None)
+    for repo, said in (("me/clip", "Token is required"), ("me/my/clip", "Repo id must be")):
+        with pytest.raises(SystemExit) as end:
+            main([str(runs / "clip"), "--to", "open_clip", "--out", str(tmp_path / "none"), "--push-to-hub", repo])
+        assert end.value.code == 2 and not (tmp_path / "none").exists()
+        message = capsys.readouterr().err
+        assert f"--push-to-hub {repo}: " in message and said in message and "hf auth login" in message
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_table_is_refused(runs, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    export(runs / "clip", "transformers", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    tokenizer.save_pretrained(tmp_path / "out")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "out"), "--to", "open_clip", "--out", str(tmp_path / "again")])
+    said = "its tokenizer has 49,410 token ids, the embedding table of its text tower 49,408 rows"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["clip", "long"])

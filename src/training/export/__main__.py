@@ -3,14 +3,18 @@
 RUN_OR_FILE is a run's folder LOGS/NAME (its newest checkpoint is exported), a checkpoint, any weights file with
 --model, or a folder in open_clip's or transformers' format. The output folder also contains a model card, README.md,
 and export.json, with the largest difference between the features of 32 images and texts computed here and by the other
-software.
+software. --push-to-hub uploads it.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 FORMATS = ("open_clip", "transformers", "onnx")
 # Maximum difference of normalised features. fp32 kernels differ by 1e-6; open_clip's SigLIP has another activation.
@@ -33,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-corner-tokens", type=int, metavar="M", help="overrides the value in the model's config")
     parser.add_argument("--context-length", type=int, metavar="L", help="overrides the value in the model's config")
     parser.add_argument("--cache-dir", metavar="DIR", help="folder where tokenizers are looked up first")
+    parser.add_argument("--push-to-hub", metavar="ORG/REPO", help="also upload the folder, if its features are equal")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make a new repository private")
     parser.add_argument("--license", default="unknown", metavar="ID", help="license for the model card: mit, ...")
     args = parser.parse_args(argv)
     try:
@@ -44,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out}: not empty; give a new folder")
+    if args.push_to_hub:
+        _on_hub(args.push_to_hub, lambda api: api.whoami())  # before the work
     from training.export.card import write_card
     from training.export.source import NUM_CHECKED, load_source, own_features
 
@@ -67,7 +75,25 @@ def _export(args: argparse.Namespace) -> int:
     if max(largest.values()) > TOLERANCE:
         print(f"python -m training.export: error: features differ by more than {TOLERANCE:g}", file=sys.stderr)
         return 1
+    if repo := args.push_to_hub:
+        _on_hub(repo, lambda api: api.create_repo(repo, private=args.private, exist_ok=True))
+        print(f"Uploaded: {_on_hub(repo, lambda api: api.upload_folder(repo_id=repo, folder_path=args.out))}")
     return 0
+
+
+def _on_hub(repo: str, call: Callable[["HfApi"], object]) -> object:
+    """Calls a function with the hub's client; its errors, and those of the network, name ``--push-to-hub``."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        return call(HfApi())
+    except Exception as error:  # the client's library for HTTP, and so the class of its errors, depends on its version
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--push-to-hub {repo}: {reason}; log in with a token that may write: hf auth login"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ other token attends to them; the first feature of a caption is that of [CLS]. Th
 (pip install timm).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import (
@@ -62,6 +64,20 @@ class LotlipConfig(PretrainedConfig):
         self.image_size, self.num_corner_tokens, self.pooler = image_size, num_corner_tokens, pooler
         self.text_projection, self.projection_dim = text_projection, projection_dim
         super().__init__(**kwargs)
+
+
+@dataclass
+class LotlipOutput(ModelOutput):
+    """Output of both towers.
+
+    Attributes:
+        logits_per_image: [images, texts].
+        text_embeds, image_embeds: normalised features.
+    """
+
+    logits_per_image: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
 
 
 class LotlipModel(PreTrainedModel):
@@ -157,9 +173,9 @@ class LotlipModel(PreTrainedModel):
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
-    ) -> ModelOutput:
+    ) -> LotlipOutput:
         """Returns normalised features and ``logits_per_image`` [images, texts]."""
         text = nn.functional.normalize(self.get_text_features(input_ids, attention_mask), dim=-1)
         image = nn.functional.normalize(self.get_image_features(pixel_values), dim=-1)
         logits = self.logit_scale.exp() * image @ text.T
-        return ModelOutput(logits_per_image=logits, text_embeds=text, image_embeds=image)
+        return LotlipOutput(logits_per_image=logits, text_embeds=text, image_embeds=image)

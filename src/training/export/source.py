@@ -12,7 +12,7 @@ from PIL import Image
 from dataloaders.scene_drawing import draw_scene, make_scene
 from training.eval.results_table import read_lines
 from training.flags.model import model_arguments, tokenizer_arguments
-from training.model.assembly.factory import create_model_and_transforms, get_tokenizer
+from training.model.assembly.factory import check_vocabulary, create_model_and_transforms, get_tokenizer
 from training.model.names.config import CONFIG_FILE, LOCAL_DIR
 from training.model.names.transformers_clip import HF
 from training.model.weights.weights_file import read_state_dict
@@ -102,6 +102,7 @@ def _load(name: str, weights: Path | None, title: str, flags: dict, results: dic
     pretrained = str(weights) if weights else None
     model, _, preprocess = create_model_and_transforms(name, pretrained, **changes)
     tokenizer = get_tokenizer(name, **tokenizer_arguments(flags))
+    check_vocabulary(name, model, tokenizer)
     return Source(model.eval(), preprocess, tokenizer, title, weights, flags, results)
 
 

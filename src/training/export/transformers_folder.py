@@ -8,7 +8,14 @@ import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from training.export import modeling_lotlip
 from training.export.modeling_lotlip import LotlipConfig, LotlipModel
@@ -43,8 +50,9 @@ def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     model.save_pretrained(folder)
     if isinstance(text, CornerHFText):
         shutil.copyfile(modeling_lotlip.__file__, folder / "modeling_lotlip.py")
-    write_tokenizer(source, folder)
-    _processor(source).save_pretrained(folder)
+    processor = _processor(source)
+    processor.save_pretrained(folder)
+    CLIPProcessor(processor, write_tokenizer(source, folder)).save_pretrained(folder)  # for sentence-transformers
     return _exported_features(folder)
 
 

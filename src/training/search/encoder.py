@@ -8,7 +8,7 @@ import torch
 
 from training.eval.encode import ComputeOptions, Encoder
 from training.flags.model import tokenizer_arguments
-from training.model.assembly.factory import EncoderParts, create_model_and_transforms, get_tokenizer
+from training.model.assembly.factory import EncoderParts, check_vocabulary, create_model_and_transforms, get_tokenizer
 from training.model.assembly.from_flags import check_precision
 from training.model.names.resolve import resolve_weights
 from training.readers.files import upright
@@ -33,6 +33,7 @@ def make_encoder(args: argparse.Namespace) -> Encoder:
     model, train_transform, preprocess = create_model_and_transforms(
         args.model, args.pretrained, args.precision, device, **overrides
     )
+    check_vocabulary(args.model, model, tokenizer)
     options = ComputeOptions(args.batch_size, args.workers, args.precision, allow_broken=True)
     return Encoder(EncoderParts(model.eval(), preprocess, tokenizer, train_transform), DistEnv(0, 1, device), options)
 

@@ -271,6 +271,17 @@ def get_tokenizer(
     return open_clip.get_tokenizer(model_name, spec.context_length, cache_dir, **kwargs)
 
 
+def check_vocabulary(name: str, model: torch.nn.Module, tokenizer: Callable) -> None:
+    """Raises ValueError if a tokenizer has more token ids than the embedding table of its model has rows."""
+    words, num_rows = getattr(tokenizer, "tokenizer", tokenizer), getattr(model, "text", model).vocab_size
+    num_ids = 1 + max(words.get_vocab().values()) if hasattr(words, "get_vocab") else getattr(words, "vocab_size", 0)
+    if num_ids > num_rows:
+        raise ValueError(
+            f"--model {name}: its tokenizer has {num_ids:,} token ids, the embedding table of its text tower "
+            f"{num_rows:,} rows; use the tokenizer with which the model was trained"
+        )
+
+
 @dataclass(frozen=True)
 class EncoderParts:
     """A model with its transforms and tokenizer.

@@ -8,7 +8,7 @@ from open_clip.hf_model import HFTextEncoder
 
 from training.data.augment import parse_augmentation, strong_augmentation
 from training.flags.model import AUTO, model_arguments, tokenizer_arguments
-from training.model.assembly.factory import EncoderParts, create_model_and_transforms, get_tokenizer
+from training.model.assembly.factory import EncoderParts, check_vocabulary, create_model_and_transforms, get_tokenizer
 from training.model.names.config import POOLING, resolve_model_config
 from training.model.packing.arranger import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
 from training.model.towers.locking import freeze_batch_norm_statistics
@@ -54,6 +54,7 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
         **(_SIGLIP if args.siglip else {}),
         **model_arguments(vars(args)),
     )
+    check_vocabulary(args.model, model, tokenizer)
     if args.aug_cfg == ["none"]:
         train_transform = transform
     if args.strong_augment:
