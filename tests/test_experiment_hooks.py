@@ -163,6 +163,7 @@ def test_a_teachers_cached_features_train_under_accumulation(boxes, tmp_path):  
     [
         ("distillation.py", "", "--teacher, --teacher-key: give one of both"),
         ("distillation.py", "--teacher lotlip_tiny", "--teacher lotlip_tiny: 128 dimensions, --model has 32"),
+        ("distillation.py", "--teacher lotlip_tiny --dry-run", "makes what can't be traced, such as a teacher"),
         ("flair.py", "", "no text-conditioned pooling; use flair-ViT-B-16"),
         ("regions.py", "--strong-augment", "boxes do not follow augmentation"),
     ],

@@ -35,7 +35,9 @@ from training.model.assembly.from_flags import build_from_flags
 from training.readers.faults import BadSample
 from training.readers.samples import RawSample
 from training.runtime.distributed import DistEnv, failing_with
+from training.runtime.experiment import Experiment, experiment_of
 from training.runtime.gpus import GPUS
+from training.runtime.messages import first_line
 from training.train.flops import peak_of
 from training.train.losses import make_loss
 from training.train.optim import optimizer_from_flags
@@ -115,23 +117,24 @@ def dry_run(args: argparse.Namespace) -> int:
     env = DistEnv(0, args.dry_run_ranks or int(found), torch.device("cpu"))
     alone = DistEnv(0, 1, env.device)
     with failing_with(2, ValueError, OSError):
+        experiment = experiment_of(args)
         check_inputs(args, torch.device("cuda"))
         source, _ = open_sources(args, alone)
         steps = count_steps(args, source, env) * args.epochs
         weightless = {"pretrained": None, "pretrained_image": None, "pretrained_text": False}
         with torch.device("meta"):
             parts = build_from_flags(argparse.Namespace(**vars(args) | weightless), torch.device("meta"))
-        data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange)
+        data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange, experiment)
         rows, facts = first_samples(data)
-    captions = collate_captions(data.reader, (rows * args.batch_size)[: args.batch_size])[0]
-    ledger = trace(args, parts.model, rows[0], captions, env, BLOCK_NUMBERS_GPU)
+        captions = collate_captions(data.reader, (rows * args.batch_size)[: args.batch_size])[0]
+        ledger = trace(args, parts.model, rows[0], captions, env, BLOCK_NUMBERS_GPU, experiment)
     report = describe(args, parts.model, ledger, steps, facts, env)
     if args.dry_run_json:
         Path(args.dry_run_json).write_text(json.dumps(report, indent=1) + "\n")
     lines = [(name.replace("_", " "), _shown(name, value)) for name, value in _flat(report)]
     print(tabulate(lines, tablefmt="github", disable_numparse=True) + f"\n\n{ASSUMED}")
     if args.experiment:
-        print(f"not traced: the loss, fields and stepper of --experiment {args.experiment}; those of the flags instead")
+        print(f"not counted: weights of --experiment {args.experiment} that are not the model's")
     return 0
 
 
@@ -160,6 +163,7 @@ def trace(
     captions: dict[str, object],
     env: DistEnv,
     block_numbers: int | None = None,
+    experiment: Experiment = Experiment(None),
 ) -> Ledger:
     """Traces the second step of rank 0; in the first one, the optimizer makes its state.
 
@@ -169,7 +173,8 @@ def trace(
         row: any sample, for the shape of images.
         captions: inputs of a micro-batch.
         env: rank 0 of the traced processes.
-        block_numbers: of the loss, see `blockwise.block_size`.
+        block_numbers: of the loss of the flags, see `blockwise.block_size`.
+        experiment: changes the step.
     """
     ledger = Ledger()
     with _fake_group(env), FakeTensorMode(allow_non_fake_inputs=True):
@@ -177,9 +182,14 @@ def trace(
         if args.grad_checkpointing:
             core.set_grad_checkpointing()
         optimizer = optimizer_from_flags(args, core)
-        stepper = make_stepper(args, core, optimizer, None, DistEnv(0, 1, env.device))
-        stepper.loss = make_loss(args, num_corners(core), env)
-        stepper.loss.block_numbers = block_numbers
+        try:
+            stepper = make_stepper(args, core, optimizer, None, DistEnv(0, 1, env.device), experiment)
+        except RuntimeError as error:  # a model can't be moved to a device here
+            reason = f"makes what can't be traced, such as a teacher ({first_line(error)}); omit it to plan the rest"
+            raise ValueError(f"--dry-run: --experiment {args.experiment} {reason}") from error
+        loss = make_loss(args, num_corners(core), env)
+        loss.block_numbers = block_numbers
+        stepper.loss = experiment.make_loss(loss, core)
         stepper.model.train()
         trained = [p for p in core.parameters() if p.requires_grad]
         for parameter in trained:

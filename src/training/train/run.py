@@ -218,12 +218,13 @@ def make_stepper(
     experiment = experiment or Experiment(args)
     if args.use_bn_sync and env.world_size > 1:
         convert_sync_batchnorm(core)  # timm's, which keeps the activations of its own batch norms
-    average = experiment.make_average(core)
-    whole = wrap_model(args, core, experiment.model_class(TrainModel))
-    loss = experiment.make_loss(make_loss(args, num_corners(core), env), core)
+    with core.logit_scale.device:  # what an experiment creates is on the model's device
+        average = experiment.make_average(core)
+        whole = wrap_model(args, core, experiment.model_class(TrainModel))
+        loss = experiment.make_loss(make_loss(args, num_corners(core), env), core)
     if isinstance(loss, torch.nn.Module):
         taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        of_loss = {n: p for n, p in loss.to(core.logit_scale.device).named_parameters(LOSS) if p.requires_grad}
+        of_loss = {n: p for n, p in loss.named_parameters(LOSS) if p.requires_grad}
         if own := {name: parameter for name, parameter in of_loss.items() if id(parameter) not in taken}:
             options = {"lr": args.lr, "lr_scale": 1.0, "weight_decay": 0.0, "param_names": list(own)}
             optimizer.add_param_group({"params": list(own.values()), **options})

@@ -154,7 +154,7 @@ def _build_two_towers(spec: ModelSpec, tag: dict, cache_dir: str | None, kwargs:
     model.context_length, model.vocab_size = text.context_length, text.vocab_size
     if heads := spec.model_cfg.get(POOLING):
         pooling = TextConditionedPooling(spec.model_cfg["embed_dim"], heads).to(dtype)
-        model.visual_proj = pooling.requires_grad_(False)  # none of our losses trains it
+        model.visual_proj = pooling.requires_grad_(False)  # only examples/flair.py trains it
     return model
 
 
