@@ -69,9 +69,9 @@ def test_a_kill_while_metrics_are_cut_back_loses_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            Tracker(tmp_path, "run", (), {}, first_step=3)
+            Tracker(tmp_path, (), {}, first_step=3)
     assert path.read_text().startswith("".join(lines))
-    Tracker(tmp_path, "run", (), {}, first_step=3).close()
+    Tracker(tmp_path, (), {}, first_step=3).close()
     assert path.read_text() == "".join(lines[:3])
 
 

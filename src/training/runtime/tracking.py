@@ -37,13 +37,12 @@ class Tracker:
 
     Args:
         folder: LOGS/NAME.
-        name: name of the run.
         report_to: ``tensorboard``, ``wandb`` or both; see `check_reporters`.
         flags: flags of the run, for W&B; ``wandb_project_name`` is its project.
         first_step: number of steps already done; lines of later steps are removed, because they will be written again.
     """
 
-    def __init__(self, folder: Path, name: str, report_to: tuple[str, ...], flags: dict, first_step: int = 0):
+    def __init__(self, folder: Path, report_to: tuple[str, ...], flags: dict, first_step: int = 0):
         self.path = folder / "metrics.jsonl"
         self.writer, self.run = None, None
         if self.path.exists():
@@ -57,7 +56,7 @@ class Tracker:
         if "wandb" in report_to:
             import wandb
 
-            names = {"project": flags["wandb_project_name"], "name": name, "id": run_id(folder)}
+            names = {"project": flags["wandb_project_name"], "name": folder.name, "id": run_id(folder)}
             self.run = wandb.init(**names, config=flags, dir=str(folder), resume="allow")
 
     def log(self, step: int, metrics: dict[str, object]) -> None:

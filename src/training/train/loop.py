@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 class Plan:
     """Result of rank 0's checks before data are opened and the model is built; the same on every rank."""
 
-    name: str
     folder: Path
     resume: Path | None
     work: RetrievalWork | None
@@ -78,7 +77,7 @@ class Trainer:
 
     Attributes:
         args: flags.
-        plan: name, folder and benchmarks.
+        plan: folder, checkpoint and benchmarks.
         env: this process.
         watchdog: the running watchdog of this process.
         train, val: training and validation data.
@@ -146,7 +145,7 @@ class Trainer:
                     self._end_epoch()
                 end = f"done: {self.plan.folder}; {self.progress.totals.describe()}"
             except StoppedError as stop:
-                code, end = EXIT_STOPPED, f"{stop}; continue with --name {self.plan.name} --resume latest"
+                code, end = EXIT_STOPPED, f"{stop}; continue with --name {self.plan.folder.name} --resume latest"
             # All ranks wait, because the first rank that exits may make the others fail.
             on_main_rank(self.writer.finish, self.env)
             self.watchdog.at(self.progress.step, COPYING)
@@ -159,7 +158,7 @@ class Trainer:
         args, plan = self.args, self.plan
         if args.remote_sync:  # entered first, so that the last copy is made after everything else has been written
             self.remote = stack.enter_context(RemoteCopy(args, plan.folder))
-        self.tracker = Tracker(plan.folder, plan.name, args.report_to, vars(args), self.progress.step)
+        self.tracker = Tracker(plan.folder, args.report_to, vars(args), self.progress.step)
         stack.callback(self.tracker.close)
         if args.profile:
             self.profile = stack.enter_context(StepProfile(Path(args.profile), self.env.device))
@@ -292,7 +291,7 @@ class Trainer:
         stepper = self.stepper
         content = {
             **self.progress.to_content(states, self.division),
-            "name": self.plan.name,
+            "name": self.plan.folder.name,
             "state_dict": stepper.core.state_dict(),
             "optimizer": stepper.optimizer.state_dict(),
         }

@@ -152,7 +152,7 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     copy_experiment(args, folder, resume)
     with atomic_write(folder / "params.json") as path:
         path.write_text(json.dumps(vars(args), indent=1) + "\n")
-    return Plan(name, folder, resume, work)
+    return Plan(folder, resume, work)
 
 
 def check_inputs(args: argparse.Namespace, device: torch.device) -> RetrievalWork | None:

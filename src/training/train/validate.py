@@ -52,18 +52,21 @@ def validate(data: TrainData, loss: Callable, batch_size: int, stepper: Stepper,
     height = math.ceil(num_samples / (num_batches * env.world_size))  # as even as possible
     whole_set = (Span(0, num_samples, 0, num_samples),)
     share = Share(height, num_batches, env.rank, env.world_size, left=whole_set)
-    outputs: list[dict[str, torch.Tensor]] = []
+    outputs: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(env.world_size)]  # of each rank
     batches = iter(data.loader(0, share, pin=env.device.type == "cuda", refill=False))
     for _ in range(num_batches):
         stop_on_every_rank(env)
-        batch = next(batches, None)  # a rank with a smaller share may have none left at the end
-        num_bad += len(batch.bad_samples) if batch else 0
+        batch, output = next(batches, None), None  # a rank with a smaller share may have no batch left at the end
         if batch and batch.keys:
             with stepper.autocast():
-                output = model(**batch.inputs_on(env.device))
-            outputs.append({name: value.float().cpu() for name, value in output.items()})
-    ranks = gather_objects((outputs, num_bad), env)
-    whole = _joined([output for of_rank, _ in ranks for output in of_rank])
+                output = {name: value.float().cpu() for name, value in model(**batch.inputs_on(env.device)).items()}
+        # Batch by batch, because what NCCL gathers passes through the GPU's memory.
+        for of_rank, (found, bad) in zip(
+            outputs, gather_objects((output, len(batch.bad_samples) if batch else 0), env)
+        ):
+            of_rank += [found] if found else []
+            num_bad += bad
+    whole = _joined(sum(outputs, []))
     if not whole:
         raise NoUsableSampleError(f"--val-data: none of its {num_samples:,} samples can be used")
     result = _mean_loss(loss, batch_size * env.world_size, whole, env)
@@ -72,7 +75,7 @@ def validate(data: TrainData, loss: Callable, batch_size: int, stepper: Stepper,
     for number, name in enumerate(("short", "long")[: texts.shape[1]]):
         i2t, t2i = count_ranks(images, texts[:, number], torch.arange(len(images)), device=env.device)
         result |= {f"{name}_i2t_top1": summarise(i2t)["top1"], f"{name}_t2i_top1": summarise(t2i)["top1"]}
-    return {"num_samples": len(images), "skipped": sum(bad for _, bad in ranks), **result}
+    return {"num_samples": len(images), "skipped": num_bad, **result}
 
 
 def _joined(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
