@@ -85,8 +85,9 @@ class Lease:
         self.ended.set()
         found = _read(self.path) if self.path else None
         if found and found[0].get("token") == self.owner["token"]:
-            self.path.unlink(missing_ok=True)
-            if error and self.made and self.is_worthless():
+            if not (error and self.made and self.is_worthless()):
+                self.path.unlink(missing_ok=True)
+            else:  # with the file, because another process could take the folder before it is removed
                 shutil.rmtree(self.made[0], ignore_errors=True)
                 for parent in self.made[1:]:
                     with suppress(OSError):  # another run has begun in it
@@ -94,6 +95,7 @@ class Lease:
 
     def _keep(self) -> None:
         """Touches the file; ends this process if it was held up for so long that another one took the folder over."""
+        has_warned = False
         while not self.ended.wait(BEAT_S):
             try:
                 found = _read(self.path)
@@ -105,7 +107,9 @@ class Lease:
                     )
                 os.utime(self.path)
             except OSError as error:
-                logger.warning(f"{self.path} could not be renewed: {error}")
+                if not has_warned:
+                    logger.warning(f"{self.path} could not be renewed: {error}")
+                has_warned = True
 
 
 def _read(path: Path) -> tuple[dict, int] | None:
