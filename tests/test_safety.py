@@ -150,6 +150,10 @@ def test_storage_that_refuses_to_flush_does_not_end_a_run(scenes, tmp_path, monk
     monkeypatch.setattr(os, "fsync", fsync)
     assert main(command(scenes, tmp_path, "run", "--epochs", "1")) == 0
     assert torch.load(tmp_path / "run" / "checkpoints" / "epoch_1.pt", weights_only=True)["step"] == 10
+    refusals[False] = errno.EPERM
+    with atomic_write(tmp_path / "refused") as temporary:
+        temporary.write_text("content")
+    assert (tmp_path / "refused").read_text() == "content"
     refusals[False] = errno.ENOSPC
     with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("content")

@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 # What file systems without fsync answer: CIFS, FUSE and shared folders of virtual machines.
-NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.ENOTTY}
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.ENOTTY, errno.EPERM}
 
 
 @contextmanager
