@@ -42,6 +42,7 @@ from training.train.flops import peak_of
 from training.train.losses import make_loss
 from training.train.optim import optimizer_from_flags
 from training.train.run import check_inputs, count_steps, make_stepper, num_corners, open_sources
+from training.train.step import Stepper
 
 UTILISATION, BYTES_PER_S, NUM_SAMPLES = 0.4, 50e9, 64
 ASSUMED = (
@@ -178,27 +179,10 @@ def trace(
     """
     ledger = Ledger()
     with _fake_group(env), FakeTensorMode(allow_non_fake_inputs=True):
-        _make_fake(core)
-        if args.grad_checkpointing:
-            core.set_grad_checkpointing()
-        optimizer = optimizer_from_flags(args, core)
-        try:
-            stepper = make_stepper(args, core, optimizer, None, DistEnv(0, 1, env.device), experiment)
-        except RuntimeError as error:  # a model can't be moved to a device here
-            reason = f"makes what can't be traced, such as a teacher ({first_line(error)}); omit it to plan the rest"
-            raise ValueError(f"--dry-run: --experiment {args.experiment} {reason}") from error
-        loss = make_loss(args, num_corners(core), env)
-        loss.block_numbers = block_numbers
-        stepper.loss = experiment.make_loss(loss, core)
-        stepper.model.train()
+        stepper = _fake_stepper(args, core, env, block_numbers, experiment)
         trained = [p for p in core.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        optimizer.defaults["fused"] = True  # `Stepper` asks other optimizers' callers to read a flag
         images = {n: torch.empty(args.batch_size, *v.shape, dtype=v.dtype) for n, v in row.inputs.items()}
-        state = [x for x in tree_iter(dict(optimizer.state)) if isinstance(x, torch.Tensor)]
+        state = [x for x in tree_iter(dict(stepper.optimizer.state)) if isinstance(x, torch.Tensor)]
         weights = [*core.parameters(), *core.buffers()]
         for kind, tensors in (("weights", weights), ("optimizer", state), ("inputs", images.values())):
             for tensor in tensors:
@@ -221,9 +205,37 @@ def trace(
     return ledger
 
 
+def _fake_stepper(
+    args: argparse.Namespace, core: nn.Module, env: DistEnv, block_numbers: int | None, experiment: Experiment
+) -> Stepper:
+    """Returns the stepper of rank 0, without DDP, on fake tensors; its optimizer has its state."""
+    _make_fake(core)
+    if args.grad_checkpointing:
+        core.set_grad_checkpointing()
+    optimizer = optimizer_from_flags(args, core)
+    try:
+        stepper = make_stepper(args, core, optimizer, None, DistEnv(0, 1, env.device), experiment)
+    except RuntimeError as error:  # a model can't be moved to a device here
+        reason = f"makes what can't be traced, such as a teacher ({first_line(error)}); omit it to plan the rest"
+        raise ValueError(f"--dry-run: --experiment {args.experiment} {reason}") from error
+    loss = make_loss(args, num_corners(core), env)
+    loss.block_numbers = block_numbers
+    stepper.loss = experiment.make_loss(loss, core)
+    stepper.model.train()
+    for parameter in core.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.defaults["fused"] = True  # `Stepper` asks other optimizers' callers to read a flag
+    return stepper
+
+
 @contextmanager
 def _fake_group(env: DistEnv) -> Iterator[None]:
-    """Context of a process group that sends nothing."""
+    """Context of a process group that sends nothing; of none for one process."""
+    if env.world_size == 1:
+        yield
+        return
     dist.init_process_group("fake", store=FakeStore(), rank=env.rank, world_size=env.world_size)
     try:
         yield
