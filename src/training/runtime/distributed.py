@@ -18,11 +18,10 @@ import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device_so
 
 from training.runtime.processes import end_at_once
-from training.runtime.progress import EXIT_LOST
+from training.runtime.progress import EXIT_LOST, PATIENCE
 from training.runtime.stop import SIGNALS, StoppedError
 
 CHUNK_ROWS = 65_536
-PATIENCE = 4  # number of timeouts that a phase other than those of a step may take while all ranks report
 T = TypeVar("T")
 
 

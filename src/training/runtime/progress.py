@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from training.runtime.processes import end_at_once
 
 EXIT_LOST = 70  # sysexits.h: internal error
+PATIENCE = 4  # number of timeouts that a phase other than those of a step may take while all ranks report
 
 
 class Progress:

@@ -18,17 +18,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from training.runtime.distributed import (
-    PATIENCE,
-    DistEnv,
-    RunFailedError,
-    broadcast_object,
-    join_ranks,
-    leave_ranks,
-    print_error,
-)
+from training.runtime.distributed import DistEnv, RunFailedError, broadcast_object, join_ranks, leave_ranks, print_error
 from training.runtime.processes import end_at_once
-from training.runtime.progress import EXIT_LOST, PROGRESS
+from training.runtime.progress import EXIT_LOST, PATIENCE, PROGRESS
 from training.runtime.stop import EXIT_STOPPED, SIGNALS
 from training.runtime.workers import Loader
 

@@ -17,15 +17,7 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.runtime.processes import (
-    MORE_ROOM,
-    PATIENCE_S,
-    SHARED_MEMORY,
-    STOP_SIGNALS,
-    descendants,
-    kill_family,
-    starting_processes,
-)
+from training.runtime import processes
 from training.runtime.progress import PROGRESS
 
 PREFETCH = 2  # number of batches that a worker prepares ahead
@@ -71,9 +63,9 @@ class Loader(DataLoader):
             return _batches(super().__iter__(), [])
         others = set(multiprocessing.active_children())
         # Workers start with the signals blocked, because torch's own handler would end them before they are ready.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, processes.STOP_SIGNALS)
         try:
-            with starting_processes(NO_PROCESSES):
+            with processes.starting_processes(NO_PROCESSES):
                 batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -106,7 +98,7 @@ def _batches(batches: Iterator, workers: Sequence[multiprocessing.Process]) -> I
     finally:
         # torch waits up to 5 s for each worker, one after the other. The timer terminates those that are still alive.
         if workers:
-            timer = threading.Timer(PATIENCE_S, _end, [workers])
+            timer = threading.Timer(processes.PATIENCE_S, _end, [workers])
             timer.daemon = True
             timer.start()
 
@@ -114,10 +106,10 @@ def _batches(batches: Iterator, workers: Sequence[multiprocessing.Process]) -> I
 def _end(workers: Sequence[multiprocessing.Process]) -> None:
     for worker in workers:
         if worker.is_alive():
-            commands = descendants(worker.pid)
+            commands = processes.descendants(worker.pid)
             worker.terminate()
             for pid in commands:  # commands of a `pipe:` source
-                kill_family(pid)
+                processes.kill_family(pid)
 
 
 def _begin_worker(_: int) -> None:
@@ -129,7 +121,7 @@ def _begin_worker(_: int) -> None:
 
 def _wait_for_parent(parent: int) -> None:
     # The signals are blocked in every thread, so they are received here even if the worker's main thread is blocked.
-    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
+    while signal.sigwaitinfo(processes.STOP_SIGNALS).si_pid != parent:
         pass
     os._exit(0)
 
@@ -138,7 +130,7 @@ def _reduce(tensor: torch.Tensor) -> tuple:
     """Sends a tensor to the parent: in shared memory if it has room, otherwise by value."""
     size, free, room = tensor.untyped_storage().nbytes(), 0, None
     try:
-        room = os.open(SHARED_MEMORY, os.O_RDONLY)
+        room = os.open(processes.SHARED_MEMORY, os.O_RDONLY)
         # While this process takes memory, no other one may count on it; unless there is plenty for all of them.
         if _free(room) < 128 * size:
             fcntl.flock(room, fcntl.LOCK_EX)
@@ -153,8 +145,8 @@ def _reduce(tensor: torch.Tensor) -> tuple:
     if not _has_warned[0]:
         _has_warned[0] = 1
         logger.warning(
-            f"shared memory ({SHARED_MEMORY}, {free / 1e6:,.1f} MB free) has no room for {size / 1e6:,.1f} MB: batches "
-            f"go through pipes, which is slower; {MORE_ROOM}, or {NO_PROCESSES}"
+            f"shared memory ({processes.SHARED_MEMORY}, {free / 1e6:,.1f} MB free) has no room for {size / 1e6:,.1f} "
+            f"MB: batches go through pipes, which is slower; {processes.MORE_ROOM}, or {NO_PROCESSES}"
         )
     return torch.from_numpy, (tensor.contiguous().numpy(),)
 
