@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from training.data.captions import CaptionRule, NoCaptionError, choose_captions, find_captions
+from training.data.captions import CaptionRule, choose_captions, find_captions
 from training.prepare.tables.clean import without_cut_sentence
 from training.readers.captions import caption_texts, read_record
 from training.readers.faults import BadSample
@@ -159,13 +159,13 @@ def test_short_captions_are_drawn_among_raw_and_short_keys():
 )
 def test_nothing_usable_is_an_error(record, kind):
     assert find_captions(record, CaptionRule()) == ([], [], [])
-    with pytest.raises(NoCaptionError, match=f"^{kind}$"):
+    with pytest.raises(BadSample, match=f"^{kind}$"):
         choose(record)
 
 
 def test_an_endless_caption_is_an_error():
     for record in ({"txt": "a" * 1_000_000}, RECORD | {"long_caption": ["short.", "word " * 200_000]}):
-        with pytest.raises(NoCaptionError, match="^caption too long$"):
+        with pytest.raises(BadSample, match="^caption too long$"):
             choose(record)
 
 

@@ -14,10 +14,6 @@ LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_cap
 MAX_CHARACTERS = 100_000
 
 
-class NoCaptionError(BadSample):
-    """A sample without a usable caption under the rule's keys."""
-
-
 @dataclass(frozen=True)
 class CaptionRule:
     """How to choose captions.
@@ -88,14 +84,14 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
         `rule.num_captions` texts, in the order of the rule's entries.
 
     Raises:
-        NoCaptionError: there is nothing under the keys, only empty text, only values that are not text, or a text of
+        BadSample: there is nothing under the keys, only empty text, only values that are not text, or a text of
             more than `MAX_CHARACTERS`.
     """
     raws, shorts, longs = find_captions(record, rule)
     if not shorts and not longs:
-        raise NoCaptionError(_why_none(record, rule))
+        raise BadSample(_why_none(record, rule))
     if any(len(text) > MAX_CHARACTERS for text in (*shorts, *longs)):
-        raise NoCaptionError("caption too long")
+        raise BadSample("caption too long")
     short = rng.choice(shorts) if shorts else first_sentence(longs[0])[0]
     everything, wanted = shorts + longs, rule.num_long_used
     if longs and wanted:
