@@ -102,6 +102,19 @@ def ours(table, model, tmp_path_factory) -> Path:
     return logs / "run"
 
 
+def test_both_train_from_the_same_shards(scenes, model, tmp_path):
+    """The installed webdataset is one with which open_clip's trainer works."""
+    shards = sorted(map(str, (scenes / "train").glob("*.tar")))
+    line = (
+        f"--train-data {'::'.join(shards)} --dataset-type webdataset --train-num-samples 24 --batch-size 8 --epochs 1"
+    )
+    line += f" --workers 1 --warmup 1 --precision fp32 --model {model} --device cpu --report-to tensorboard"
+    train_theirs([*line.split(), "--logs", str(tmp_path / "theirs"), "--name", "run"], tmp_path / "said")
+    assert main([*line.split(), "--captions", "raw", "--logs", str(tmp_path / "ours"), "--name", "run"]) == 0
+    theirs, ours = weights(tmp_path / "theirs" / "run", 1), weights(tmp_path / "ours" / "run", 1)
+    assert theirs.keys() == ours.keys() and their_losses(tmp_path / "theirs" / "run")
+
+
 def test_losses_and_weights_are_those_of_open_clip(theirs, ours):
     expected, got = their_losses(theirs), our_losses(ours)
     assert len(expected) == len(got) == EPOCHS and expected[0] - expected[-1] > 0.5
