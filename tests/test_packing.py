@@ -182,12 +182,6 @@ def test_auto_takes_buckets_on_every_device():
     assert make_arranger(tower(), "auto", torch.device("cuda")).multiple == 8
 
 
-def test_the_way_of_packing_that_no_longer_exists_is_named(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--model", "lotlip_tiny", "--train-data", "x", "--text-packing", "flex"])
-    assert stop.value.code == 2 and "flex, all captions in a row, no longer exists" in capsys.readouterr().err
-
-
 def test_exclamation_marks_are_not_padding_for_clip():
     tokenizer = CornerCLIPTokenizer(77, num_corners=2)
     texts = ["wow ! ! ! ! ! !!!?!?!?! ?!?", "one !! \U0001f600!"]

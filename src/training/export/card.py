@@ -26,7 +26,6 @@ _RECIPE = (
     ("precision", "precision"),
     ("seed", "seed"),
 )
-_LIBRARY = {"open_clip": "open_clip", "transformers": "transformers", "onnx": "onnx"}
 _USE = {
     "open_clip": """import training  # for models without corner tokens, open_clip itself can be used
 model, _, preprocess = training.create_model_and_transforms("local-dir:FOLDER")
@@ -60,7 +59,7 @@ def write_card(source: Source, folder: Path, to: str, licence: str, largest: dic
         largest: largest difference of the features for ``image`` and ``text``.
     """
     model_cfg, preprocess = source.config["model_cfg"], source.config["preprocess_cfg"]
-    head = {"license": licence, "library_name": _LIBRARY[to], "pipeline_tag": "zero-shot-image-classification"}
+    head = {"license": licence, "library_name": to, "pipeline_tag": "zero-shot-image-classification"}
     text = model_cfg["text_cfg"]
     facts = {
         "length": source.tokenizer.context_length,

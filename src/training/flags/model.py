@@ -212,21 +212,13 @@ def _add_more_compute_args(group: Flags) -> None:
         "turn photos as their EXIF data say; auto: in training and for your own data, not for benchmarks with "
         "published numbers, which were made without (default: %(default)s)",
     )
-    group.add_argument(
+    group.choice(
         "--text-packing",
-        default="auto",
-        type=_packing,
-        choices=("auto", "padded", "buckets"),
-        metavar="P",
-        help="layout of a step's captions: padded to the longest; buckets of similar length; auto: buckets, if the "
-        "text tower supports it (default: %(default)s)",
+        ("auto", "padded", "buckets"),
+        "auto",
+        "layout of a step's captions: padded to the longest; buckets of similar length; auto: buckets, if the text "
+        "tower supports it (default: %(default)s)",
     )
-
-
-def _packing(text: str) -> str:
-    if text == "flex":
-        raise argparse.ArgumentTypeError("flex, all captions in a row, no longer exists; use auto, which takes buckets")
-    return text
 
 
 def validate_model_args(args: argparse.Namespace) -> None:
