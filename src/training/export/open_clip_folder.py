@@ -1,12 +1,13 @@
 """Exports a folder for open_clip's ``local-dir:`` and ``hf-hub:``, which this project loads, too."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
 import torch
 
-from training.export.source import Source, check_samples
-from training.model.assembly.factory import create_model_and_transforms, get_tokenizer
+from training.export.source import Source, own_features
+from training.model.assembly import factory
 from training.model.assembly.saving import save_pretrained
 from training.model.towers.text_tower import TextTower
 
@@ -20,16 +21,8 @@ def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     """
     save_pretrained(source.model, folder, source.tokenizer)
     name = f"local-dir:{folder}"
-    if isinstance(getattr(source.model, "text", None), TextTower):
-        model, _, preprocess = create_model_and_transforms(name)
-        tokenizer = get_tokenizer(name)
-    else:
-        model, _, preprocess = open_clip.create_model_and_transforms(name)
-        tokenizer = open_clip.get_tokenizer(name)
-    images, texts = check_samples()
-    model.eval()
-    with torch.no_grad():
-        return {
-            "image": model.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True),
-            "text": model.encode_text(tokenizer(texts), normalize=True),
-        }
+    library = factory if isinstance(getattr(source.model, "text", None), TextTower) else open_clip
+    model, _, preprocess = library.create_model_and_transforms(name)
+    return own_features(
+        replace(source, model=model.eval(), preprocess=preprocess, tokenizer=library.get_tokenizer(name))
+    )
