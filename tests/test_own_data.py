@@ -7,9 +7,11 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_train_data import jpeg, write_shard
 
 from support import read_results
 from training.eval.compare import main as compare
@@ -102,15 +104,14 @@ def test_a_folder_of_images_is_divided_and_bad_rows_are_counted(tmp_path, capsys
     assert "2 left out\nleft out: 1 malformed row, 1 no such file" in capsys.readouterr().out
 
 
-def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
-    write_photos(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text().split("## From a data set")[0], re.DOTALL)
+def run_page(page: str, words_for: dict[str, str]) -> int:
+    """Runs the commands of a part of the page, briefly; returns how many there are."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    assert len(commands) == 6
+    commands = [words for words in commands if words[0] == "python"]
     quick = {"--batch-size": "8", "--epochs": "1", "--warmup": "1"}
     for words in commands:
-        module, argv = words[2], [{"MODEL": "lotlip_tiny", "PHOTOS": "photos"}.get(word, word) for word in words[3:]]
+        module, argv = words[2], [words_for.get(word, word) for word in words[3:] if word != ".."]
         for flag, value in quick.items():
             if flag in argv:
                 argv[argv.index(flag) + 1] = value
@@ -123,15 +124,51 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
         elif module == "training.compare":
             assert compare(argv) == 0
         else:
-            assert prepare(argv) == 0
+            assert prepare([*argv, *["--model", "lotlip_tiny", "--workers", "1"] * (argv[0] == "inspect")]) == 0
+    return len(commands)
+
+
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+    write_photos(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.read_text().split("## From a data set")[0]
+    assert run_page(page, {"MODEL": "lotlip_tiny", "PHOTOS": "photos"}) == 6
     start, after = (read_results(tmp_path / "logs", name) for name in ("start", "after"))
     assert start["test-retrieval-fingerprint"] == after["test-retrieval-fingerprint"]
     assert (tmp_path / "results.html").stat().st_size and "Index: 48 images" in capsys.readouterr().out
 
 
-def test_bytes_of_a_photo_and_its_caption_survive(tmp_path):
-    import pyarrow as pa
+def test_a_hub_data_set_takes_the_place_of_the_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for number in range(12):
+        buffer = io.BytesIO()
+        photo(number).save(buffer, "JPEG")
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "caption": f"photo {number}"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    words = {"MODEL": "lotlip_tiny", "photos.csv": f"hf:{tmp_path / 'hub'}:train"}
+    assert run_page(PAGE.read_text().split("## 4.")[0], words) == 3
+    assert "12 rows of 12 images: 11 rows in train.parquet, 1 in test.parquet" in capsys.readouterr().out
+    assert "test-retrieval-fingerprint" in read_results(tmp_path / "logs", "start")
 
+
+def test_the_commands_for_object_storage_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for shard in range(2):
+        record = {"raw_caption": "a photo", "long_caption": "A photo. It is small."}
+        samples = {f"{n}": {"jpg": jpeg(n), "json": json.dumps(record).encode()} for n in range(8)}
+        write_shard(tmp_path / f"{shard:05d}.tar", samples)
+    (tmp_path / "sizes.json").write_text('{"00000.tar": 8, "00001.tar": 8}')
+    shards = f"local://{tmp_path}/{{00000..00001}}.tar"
+    words = {"s3://bucket/set/{00000..01999}.tar": shards, "MODEL": "lotlip_tiny", "256": "8"}
+    assert run_page(PAGE.read_text().split("## From a data set")[1], words) == 2
+    assert "16 samples in 2 shards, 16 usable" in capsys.readouterr().out
+    (metrics,) = (tmp_path / "logs").glob("*/metrics.jsonl")
+    assert sum("train/loss" in line for line in metrics.read_text().splitlines()) > 0
+
+
+def test_bytes_of_a_photo_and_its_caption_survive(tmp_path):
     buffer = io.BytesIO()
     rows = []
     for number in range(6):
