@@ -161,6 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
     iiw.add_argument("--docci-aar", metavar="DIR", help="DOCCI-AAR's images (default: searched for below --docci)")
     iiw.add_argument("--dci", required=True, metavar="DIR", help="DCI's folder, with the photos below it")
     iiw.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
+    check = commands.add_parser("check", help="is now training.main --dry-run")
+    check.add_argument("words", nargs=argparse.REMAINDER)
     stats = commands.add_parser("stats", help="images, captions, and sentences and tokens per caption")
     stats.add_argument("sets", nargs="*", metavar="BENCHMARK=ROOT", help="what to read, e.g. dci=data/dci")
     stats.add_argument("--data-root", metavar="DIR", help="every benchmark below it, as in training.main")
@@ -174,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0 if everything is in place, else 1; exits with 2 on usage errors."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.command == "check":
+        parser.error("check is now python -m training.main --BENCHMARK-retrieval ROOT --dry-run, with the same report")
     try:
         if getattr(args, "num", 1) < 1:
             raise ValueError(f"--num {args.num}: expected at least 1")

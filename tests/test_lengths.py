@@ -142,6 +142,8 @@ def test_lengths_are_those_a_model_can_read(tmp_path, data, capsys):
         (["--features", "x.npz", "--retrieval-lengths", "10"], "--retrieval-lengths: no effect for --features"),
         (["--features", "x.npz", "--dci-retrieval", "x"], "omit --dci-retrieval"),
         (["--protocol", "docci/sentences", "--dci-retrieval", "x"], "no effect without --docci-retrieval"),
+        (["--docci-retrieval", "x", "--docci-sentences"], "is now --protocol docci/test,docci/sentences"),
+        (["--coco-retrieval", "x", "--karpathy-split", "val"], "is now --protocol coco/karpathy-val"),
     ],
 )
 def test_flags_without_effect_exit_2(flags, said, capsys):

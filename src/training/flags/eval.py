@@ -1,6 +1,7 @@
 """Flags of evaluation: benchmarks and output. Imports nothing heavy."""
 
 import argparse
+from functools import partial
 
 from dataloaders.registry import benchmarks, options_of, suites
 from training.flags.effects import ALWAYS, EVALUATION, Condition, Effects, asks_about_texts
@@ -14,6 +15,12 @@ INSIGHT_FLAGS = (
     "--save-features",
     "--rerank",
 )
+
+# Old spellings: flag -> (argparse's nargs, what to write).
+_RENAMED = {
+    "--docci-sentences": (0, "--protocol docci/test,docci/sentences"),
+    "--karpathy-split": (None, "--protocol coco/karpathy-val,flickr30k/val"),
+}
 
 
 def _needs(flags: list[str]) -> Condition:
@@ -89,6 +96,10 @@ def _add_benchmarks(group: Flags, name: str) -> None:
                 group.add_argument(option.flag, *option.aliases, **option.keywords)
 
 
+def _refuse(advice: str, parser: argparse.ArgumentParser, _: object, __: object, flag: str) -> None:
+    parser.error(f"{flag} is now {advice}")
+
+
 def _add_reading_args(group: Flags) -> None:
     group.text(
         "--data-root",
@@ -104,6 +115,8 @@ def _add_reading_args(group: Flags) -> None:
         default=(),
         type=names,
     )
+    for flag, (nargs, advice) in _RENAMED.items():
+        group.calls(flag, partial(_refuse, advice), f"is now {advice}", nargs=nargs)
     group.text(
         "--feature-cache",
         "DIR",
