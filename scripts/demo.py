@@ -60,13 +60,8 @@ def main() -> int:
     if code := train_both(out, data):
         return code
     seconds = time.monotonic() - start
-    print("\n== Evaluating both models in detail ==", flush=True)
-    for name in RUNS:
-        flags = ["--retrieval-lengths", LENGTHS, "--diagnostics", "--report"]
-        flags += ["--workers", 1, "--logs", out, "--name", name]
-        weights = ["--model", MODEL, "--pretrained", checkpoint_of(out / name)]
-        if code := call("training.main", *weights, f"--{BENCHMARK}", data / "urban1k", *flags):
-            return code
+    if code := evaluate_both(out, data):
+        return code
     if code := call("training.compare", *(out / name for name in RUNS)):
         return code
     summary = {name: measure(out / name, data) for name in RUNS}
@@ -76,31 +71,55 @@ def main() -> int:
 
 
 def train_both(out: Path, data: Path) -> int:
-    """Trains both models in parallel, each on half of the cores: small models gain little from more threads.
-
-    Returns:
-        The exit code of the first training that failed, else 0.
-    """
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(RUNS)))}
+    """Trains both models; returns the exit code of the first training that failed, else 0."""
     commands = {}
     for name in RUNS:
         shutil.rmtree(out / name, ignore_errors=True)  # the run of an earlier demo
         flags = [*SCHEDULE, *OPTIMIZER, *WHOLE, *OFTEN, *FLAGS[name], "--workers", 1, "--logs", out, "--name", name]
-        places = ["--train-data", data / "train", f"--{BENCHMARK}", data / "urban1k"]
-        commands[name] = ["-m", "training.main", *map(str, ["--model", MODEL, *places, *flags])]
+        commands[name] = ["--model", MODEL, "--train-data", data / "train", f"--{BENCHMARK}", data / "urban1k", *flags]
+    return run_both("Training", commands, out)
+
+
+def evaluate_both(out: Path, data: Path) -> int:
+    """Evaluates both models with all diagnostics; returns the exit code of the first that failed, else 0."""
+    flags = [f"--{BENCHMARK}", data / "urban1k", "--retrieval-lengths", LENGTHS, "--diagnostics", "--report"]
+    commands = {
+        name: ["--model", MODEL, "--pretrained", checkpoint_of(out / name), *flags, "--workers", 1]
+        + ["--logs", out, "--name", name]
+        for name in RUNS
+    }
+    code = run_both("Evaluating", commands, out)
+    print((out / "short_only.log").read_text(), flush=True)
+    return code
+
+
+def run_both(title: str, commands: dict[str, list], out: Path) -> int:
+    """Runs a command for both models in parallel, each on half of the cores: small models gain little from more.
+
+    The output of the first is shown, that of the second goes to OUT/short_only.log.
+
+    Args:
+        title: what the commands do.
+        commands: flags of `training.main` by name of the run.
+        out: the demo's folder.
+
+    Returns:
+        The exit code of the first command that failed, else 0.
+    """
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(RUNS)))} | os.environ
+    first, second = (["-m", "training.main", *map(str, words)] for words in commands.values())
     log = out / "short_only.log"
-    print(f"\n== Training on short captions only, in parallel; log: {log} ==", flush=True)
-    print(shlex.join(["python", *commands["short_only"]]), flush=True)
-    print("\n== Training on short and long captions ==", flush=True)
-    print(shlex.join(["python", *commands["lotlip"]]), flush=True)
-    environment = threads | os.environ
+    print(f"\n== {title}: {RUNS['short_only']}, in parallel; log: {log} ==", flush=True)
+    print(shlex.join(["python", *second]), flush=True)
+    print(f"\n== {title}: {RUNS['lotlip']} ==", flush=True)
+    print(shlex.join(["python", *first]), flush=True)
     with open(log, "w") as file:
-        second = subprocess.Popen([sys.executable, *commands["short_only"]], stdout=file, stderr=file, env=environment)
+        process = subprocess.Popen([sys.executable, *second], stdout=file, stderr=file, env=environment)
         try:
-            code = subprocess.run([sys.executable, *commands["lotlip"]], env=environment).returncode
-            return code or second.wait()
+            code = subprocess.run([sys.executable, *first], env=environment).returncode
+            return code or process.wait()
         finally:
-            second.terminate()
+            process.terminate()
 
 
 def call(module: str, *words: object) -> int:
