@@ -81,7 +81,7 @@ def split_into_buckets(
     Returns:
         The tokens of each bucket, [n_b, L_b or num_first, ...].
     """
-    shapes = [(len(mask), num_first or mask.shape[-1]) for mask in masks]
+    shapes = [(mask.shape[0], num_first or mask.shape[-1]) for mask in masks]
     buckets = tokens.split([num * length for num, length in shapes])
     return [bucket.unflatten(0, shape) for bucket, shape in zip(buckets, shapes)]
 

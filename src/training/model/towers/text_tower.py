@@ -123,7 +123,7 @@ class TextTower(nn.Module):
 
     def special_positions(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the positions of the pooled token and of the corners behind it, [batch, m + 1]: here [CLS] first."""
-        return torch.arange(self.num_corners + 1, device=ids.device).expand(len(ids), -1)
+        return torch.arange(self.num_corners + 1, device=ids.device).expand(ids.shape[0], -1)
 
 
 class _SeenAttention(TorchFunctionMode):
