@@ -78,8 +78,8 @@ def rank_of_run(rank: int, argv: list[str], world_size: int, port: int, folder: 
     torch.set_num_threads(1)
     if world_size > 1:
         set_rank(rank, world_size, port)
-    if (Path(folder) / "nohup").exists():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Set in both cases, because the tests themselves may run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if (Path(folder) / "nohup").exists() else signal.SIG_DFL)
     mark_places(Path(folder), rank)
     end_process(main(argv))
 
