@@ -1,7 +1,6 @@
 """Flags of evaluation: benchmarks and output. Imports nothing heavy."""
 
 import argparse
-from functools import partial
 
 from dataloaders.registry import benchmarks, options_of, suites
 from training.flags.effects import ALWAYS, EVALUATION, Condition, Effects, asks_about_texts
@@ -96,10 +95,6 @@ def _add_benchmarks(group: Flags, name: str) -> None:
                 group.add_argument(option.flag, *option.aliases, **option.keywords)
 
 
-def _refuse(advice: str, parser: argparse.ArgumentParser, _: object, __: object, flag: str) -> None:
-    parser.error(f"{flag} is now {advice}")
-
-
 def _add_reading_args(group: Flags) -> None:
     group.text(
         "--data-root",
@@ -116,7 +111,7 @@ def _add_reading_args(group: Flags) -> None:
         type=names,
     )
     for flag, (nargs, advice) in _RENAMED.items():
-        group.calls(flag, partial(_refuse, advice), f"is now {advice}", nargs=nargs)
+        group.refused(flag, f" is now {advice}", f"is now {advice}", nargs)
     group.text(
         "--feature-cache",
         "DIR",

@@ -66,10 +66,6 @@ def _note(why: str, _: object, namespace: argparse.Namespace, __: object, flag: 
     vars(namespace).setdefault(NO_EFFECT, []).append(f"{flag}: no effect: {why}")
 
 
-def _refuse(advice: str, parser: argparse.ArgumentParser, _: object, __: object, flag: str) -> None:
-    parser.error(f"{flag}, a flag of open_clip's trainer, is not supported: {advice}")
-
-
 def optimizer(text: str) -> str:
     """Checks the format of an optimizer's name; timm checks the name itself later."""
     name = text.lower()
@@ -101,7 +97,8 @@ def add_open_clip_args(parser: argparse.ArgumentParser) -> None:
     for flag, (nargs, why) in _IDLE.items():
         group.calls(flag, partial(_note, why), f"no effect: {why}", nargs=nargs)
     for flag, (nargs, advice) in _REFUSED.items():
-        group.calls(flag, partial(_refuse, advice), f"refused: {advice}", nargs=nargs)
+        reason = f", a flag of open_clip's trainer, is not supported: {advice}"
+        group.refused(flag, reason, f"refused: {advice}", nargs)
 
 
 def validate_open_clip_args(args: argparse.Namespace) -> None:

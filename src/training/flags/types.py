@@ -101,6 +101,10 @@ class Flags:
         """Adds a flag that calls a function; see `Calls`."""
         self.add_argument(flag, action=Calls, const=function, metavar=metavar, nargs=nargs, help=text)
 
+    def refused(self, flag: str, reason: str, text: str, nargs: Any = None) -> None:
+        """Adds a flag that is a usage error; `reason` follows its name in the message."""
+        self.calls(flag, lambda parser, *_: parser.error(f"{flag}{reason}"), text, nargs=nargs)
+
 
 def positive(text: str) -> int:
     """Parses a whole number of at least 1; ``4e8`` gives 400000000."""
