@@ -8,9 +8,7 @@ are therefore bit-identical with and without the cache, and models that normalis
 """
 
 import json
-import logging
 from collections.abc import Callable, Sequence
-from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +24,9 @@ from training.model.weights.fingerprint import probe_images
 from training.readers.files import EmbeddedImage, ShardMember
 from training.readers.images import BrokenImageError, Source
 from training.runtime.files import atomic_write
+from training.runtime.messages import warn_once
 
 FORMAT = 3
-logger = logging.getLogger(__name__)
 
 
 def image_key(path: Path | ShardMember | EmbeddedImage) -> bytes:
@@ -90,17 +88,15 @@ class CachedReader:
                 with np.load(path) as file:
                     return file["pixels"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            _warn_once(f"files in {self.folder} can't be read ({type(error).__name__}); their images are read again")
+            why = f"can't be read ({type(error).__name__}); their images are read again"
+            warn_once(f"--image-cache: files in {self.folder} {why}")
         pixels = np.asarray(self.reader(source))
         try:
             # Not flushed, which would take longer than reading an image; a zip file has checksums.
             with atomic_write(path, flush=False) as temporary, open(temporary, "wb") as file:
                 np.savez(file, pixels=pixels)
         except OSError as error:
-            _warn_once(f"{self.folder} can't be written ({type(error).__name__}); its pixels are not kept")
+            warn_once(
+                f"--image-cache: {self.folder} can't be written ({type(error).__name__}); its pixels are not kept"
+            )
         return pixels
-
-
-@cache
-def _warn_once(what: str) -> None:
-    logger.warning(f"--image-cache: {what}")
