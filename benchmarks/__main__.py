@@ -56,15 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, names: list[str], path: Path) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory on the CPU, logs too much
-    import torch
     from tqdm import tqdm
 
     from benchmarks.measure import Setting
     from benchmarks.report import draw, format_table, to_json
     from training.runtime.distributed import check_device
 
-    check_device(args.device)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(args.device)
     modules = [importlib.import_module(f"benchmarks.{name}") for name in names]
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = []

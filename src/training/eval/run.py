@@ -85,15 +85,11 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     weights = None
     work = RetrievalWork([], {}) if args.features else plan_benchmarks(args)
     if not args.features or asks_about_texts(args):
-        from training.model.assembly.from_flags import check_pooling, check_precision
-        from training.model.names.resolve import resolve_weights
+        from training.model.assembly.from_flags import check_pooling, find_weights
 
-        check_precision(args.precision, env.device)
-        weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
+        weights = find_weights(args, env.device, "its numbers are at chance level")
         if args.rerank:
             check_pooling(args.model, args.cache_dir)
-        if weights is None:
-            logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its numbers are at chance level.")
     sha256 = file_sha256(weights) if weights else None
     published = find_published(args.published, args.model, args.pretrained, sha256)
     name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))

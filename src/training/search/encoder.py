@@ -1,7 +1,6 @@
 """Builds the model of a search, and encodes queries with it."""
 
 import argparse
-import logging
 from pathlib import Path
 
 import torch
@@ -9,8 +8,7 @@ import torch
 from training.eval.encode import ComputeOptions, Encoder
 from training.flags.model import tokenizer_arguments
 from training.model.assembly.factory import EncoderParts, check_vocabulary, create_model_and_transforms, get_tokenizer
-from training.model.assembly.from_flags import check_precision
-from training.model.names.resolve import resolve_weights
+from training.model.assembly.from_flags import find_weights
 from training.readers.files import upright
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, check_device
@@ -22,11 +20,8 @@ def make_encoder(args: argparse.Namespace) -> Encoder:
     Raises:
         ValueError, FileNotFoundError: see `factory.create_model`.
     """
-    check_device(args.device)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    check_precision(args.precision, device)
-    if resolve_weights(args.model, args.pretrained, args.cache_dir) is None:
-        logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its results are random.")
+    device = check_device(args.device)
+    find_weights(args, device, "its results are random")
     overrides = tokenizer_arguments(vars(args))
     tokenizer = get_tokenizer(args.model, **overrides)
     torch.manual_seed(0)  # an untrained model has the same weights in every call

@@ -13,9 +13,8 @@ from training.eval.results import label_of, run_name, write_results
 from training.eval.retrieval import plan_benchmarks
 from training.eval.run import evaluate
 from training.flags.eval import has_benchmark
-from training.model.assembly.from_flags import build_from_flags, check_precision
+from training.model.assembly.from_flags import build_from_flags, find_weights
 from training.model.names.files import file_sha256
-from training.model.names.resolve import resolve_weights
 from training.runtime.distributed import failing_with, on_main_rank
 from training.runtime.messages import or_warn
 from training.runtime.watchdog import BUILDING, EVALUATING, OPENING, joined_ranks
@@ -34,17 +33,17 @@ def validate_weights(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     with joined_ranks(args.device, args.timeout_minutes) as (env, watchdog):
         with failing_with(2, ValueError, OSError):
-            check_precision(args.precision, env.device)
-            weights = on_main_rank(lambda: _check(args), env)
+            weights = on_main_rank(lambda: find_weights(args, env.device, "its numbers are at chance level"), env)
+            on_main_rank(lambda: plan_benchmarks(args), env)
             watchdog.at(0, OPENING)
             source = open_source(args, "--val-data", args.val_data, caption_rule(args), env)
             watchdog.at(0, BUILDING)
             parts = build_from_flags(args, env.device)
             data = open_train_data(args, parts.preprocess, parts.tokenizer, source, parts.arrange)
         watchdog.at(0, EVALUATING)
-        if args.dry_run:
+        if args.dry_run and env.is_main:
             print(f"Dry run: nothing was encoded or written; --val-data has {source.num_samples:,} samples")
-        else:
+        if not args.dry_run:
             loss = make_loss(args, num_corners(parts.model), replace(env, rank=0, world_size=1))
             autocast = get_autocast(args.precision, device_type=env.device.type)
             model = wrap_model(args, parts.model).to(env.device).eval()
@@ -61,12 +60,3 @@ def validate_weights(args: argparse.Namespace) -> int:
                 if path := or_warn(lambda: write_results([], folder, args, sha256, extra), "results.jsonl"):
                     print(f"Results: {path}")
     return evaluate(args) if has_benchmark(args) else 0
-
-
-def _check(args: argparse.Namespace) -> Path | None:
-    """Checks benchmarks and weights; returns the weights file."""
-    plan_benchmarks(args)
-    weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
-    if weights is None:
-        logging.warning(f"{args.model} is UNTRAINED: no weights are given, so its numbers are at chance level.")
-    return weights

@@ -1,7 +1,9 @@
 """Builds models from flags, for both evaluation and training."""
 
 import argparse
+import logging
 import math
+from pathlib import Path
 
 import torch
 from open_clip.hf_model import HFTextEncoder
@@ -10,6 +12,7 @@ from training.data.augment import parse_augmentation, strong_augmentation
 from training.flags.model import AUTO, model_arguments, tokenizer_arguments
 from training.model.assembly.factory import EncoderParts, check_vocabulary, create_model_and_transforms, get_tokenizer
 from training.model.names.config import POOLING, resolve_model_config
+from training.model.names.resolve import resolve_weights
 from training.model.packing.arranger import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
 from training.model.towers.locking import freeze_batch_norm_statistics
 from training.model.towers.text_encoder import text_encoder
@@ -23,6 +26,24 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raises ValueError if the device does not support a precision."""
     if device.type == "cpu" and precision not in CPU_PRECISIONS:
         raise ValueError(f"--precision {precision} needs a GPU; on CPU use one of {', '.join(CPU_PRECISIONS)}")
+
+
+def find_weights(args: argparse.Namespace, device: torch.device, untrained: str) -> Path | None:
+    """Returns the weights file that the flags name; without one, warns that the model is untrained.
+
+    Args:
+        args: flags of the model.
+        device: where it will run.
+        untrained: what this means for the results.
+
+    Raises:
+        ValueError, FileNotFoundError: the precision or the weights can't be used.
+    """
+    check_precision(args.precision, device)
+    weights = resolve_weights(args.model, args.pretrained, args.cache_dir)
+    if weights is None:
+        logging.warning(f"{args.model} is UNTRAINED: no weights are given, so {untrained}.")
+    return weights
 
 
 def check_pooling(name: str, cache_dir: str | None) -> None:
