@@ -62,10 +62,8 @@ def read_iiw_subset(annotations: str | Path, subset: str) -> list[tuple[str, str
         )
     rows = []
     for where, row in read_json_lines(path):
-        caption, name = (
-            text_field(row, "IIW", where),
-            text_field(row, "image" if "image" in row else "image/key", where),
-        )
+        caption = text_field(row, "IIW", where)
+        name = text_field(row, "image" if "image" in row else "image/key", where)
         rows.append((name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg", caption))
     return rows
 

@@ -61,9 +61,8 @@ def validate(data: TrainData, loss: Callable, batch_size: int, stepper: Stepper,
             with stepper.autocast():
                 output = {name: value.float().cpu() for name, value in model(**batch.inputs_on(env.device)).items()}
         # Batch by batch, because what NCCL gathers passes through the GPU's memory.
-        for of_rank, (found, bad) in zip(
-            outputs, gather_objects((output, len(batch.bad_samples) if batch else 0), env)
-        ):
+        gathered = gather_objects((output, len(batch.bad_samples) if batch else 0), env)
+        for of_rank, (found, bad) in zip(outputs, gathered):
             of_rank += [found] if found else []
             num_bad += bad
     whole = _joined(sum(outputs, []))
