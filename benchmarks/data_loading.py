@@ -10,11 +10,10 @@ import webdataset
 import training
 from benchmarks.measure import Figure, Setting, as_photograph, fastest
 from dataloaders.scenes import LONG_KEYS, write_scenes
-from training.data.augment import normalise_pixels, without_normalisation
 from training.data.captions import CaptionRule
-from training.data.images import ImageReader
+from training.data.images import ImageReader, normalise_pixels, without_normalisation
 from training.data.loader import make_loader
-from training.data.position import Share
+from training.data.order import Share
 from training.data.reader import SampleReader
 from training.data.shards import ShardSource
 from training.data.sizes import count_samples

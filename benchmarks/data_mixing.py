@@ -12,7 +12,7 @@ import psutil
 import webdataset
 
 from benchmarks.measure import Figure, Setting
-from training.data.mixing import SHUFFLE_WINDOW
+from training.data.order import SHUFFLE_WINDOW
 from training.data.shards import ShardSource
 
 BATCH_SIZE = 512

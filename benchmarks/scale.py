@@ -23,7 +23,7 @@ from unittest.mock import patch
 from tabulate import tabulate
 
 from training.data import shards
-from training.data.position import Share
+from training.data.order import Share
 from training.data.sizes import count_samples, expand_sources
 
 PER_SHARD, IMAGE_BYTES, WORKERS, BATCH_SIZE, WINDOW = 10_000, 100_000, 8, 32, 1000

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Tree
+from training.readers.captions import normalise_caption
 from training.readers.files import parallel_map, read_json, require_dir, text_field
-from training.readers.sentences import normalise_caption
 
 PROTOCOLS = {"dci/short+extra": {7805: ()}, "dci/extra-lower": {7805: ()}, "long-dci": {7602: ()}}
 TITLES = dict(zip(PROTOCOLS, ("DCI", "DCI extra-lower", "Long-DCI")))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
 from dataloaders.registry import Benchmark, Tree
+from training.readers.captions import normalise_caption, split_caption
 from training.readers.files import read_json_lines, require_dir, text_field
-from training.readers.sentences import normalise_caption, split_caption
 
 NUM_IMAGES = 5000
 PROTOCOLS = {"docci/test": {NUM_IMAGES: ()}, "docci/sentences": {}}

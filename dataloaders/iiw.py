@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
 from dataloaders.registry import Benchmark, Option, Tree
+from training.readers.captions import normalise_caption, split_caption
 from training.readers.files import read_json_lines, require_dir, text_field
-from training.readers.sentences import normalise_caption, split_caption
 
 PROTOCOLS = {"iiw/612": {612: ("e5f6a068fe47a46c",)}, "iiw/sentences": {6216: ("e7a8c3df5fb350c3",)}}
 TITLES = dict(zip(PROTOCOLS, ("IIW", "IIW sentences")))

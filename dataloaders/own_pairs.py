@@ -13,10 +13,9 @@ from pathlib import Path
 from dataloaders.pairs import RetrievalSet, several_captions_per_image
 from dataloaders.registry import Benchmark, Option
 from dataloaders.values import names
-from training.readers.captions import caption_texts, is_unicode, read_record
+from training.readers.captions import caption_texts, is_unicode, normalise_caption, read_record
 from training.readers.files import IMAGE_SUFFIXES, ShardMember, naming
 from training.readers.samples import OF_ONE_SAMPLE, SEVERAL_LINES, TEXT_SUFFIXES, RawSample, read_samples
-from training.readers.sentences import normalise_caption
 from training.readers.streams import expand_shards, is_local, local_copy
 
 CAPTION_KEYS = Option(

@@ -16,8 +16,7 @@ from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import Benchmark
 from training.readers.faults import BadSample
 from training.readers.files import EmbeddedImage, naming
-from training.readers.hub import local_spec
-from training.readers.table_files import COLUMNAR, check_image_path, table_files
+from training.readers.table_files import COLUMNAR, check_image_path, local_spec, table_files
 
 logger = logging.getLogger(__name__)
 FLAG = "--retrieval-table"

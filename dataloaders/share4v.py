@@ -10,8 +10,8 @@ from pathlib import Path
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Option, Tree
 from dataloaders.values import positive_numbers
+from training.readers.captions import normalise_caption
 from training.readers.files import file_identity, find_by_name, parallel_map, read_json, require_dir, text_field
-from training.readers.sentences import normalise_caption
 
 FLAG = "--share4v-retrieval"
 PROTOCOLS = {"sv/sam": {1000: (), 10000: ()}, "sv/first": {1000: (), 10000: ()}}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataloaders.pairs import RetrievalSet
-from training.readers.sentences import split_sentences
+from training.readers.captions import split_sentences
 
 CONTEXTS = (77, 128, 248)  # of CLIP, LoTLIP and Long-CLIP
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Tree
+from training.readers.captions import normalise_caption
 from training.readers.files import natural_key, parallel_map, read_json, read_text, require_dir, text_field
-from training.readers.sentences import normalise_caption
 
 PROTOCOLS = {"urban1k/first-line": {1000: ()}}
 FLAG = "--urban1k-retrieval"

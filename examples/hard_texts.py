@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from training import Experiment
 from training.loss import gather_rows
-from training.readers.sentences import join_sentences, split_sentences
+from training.readers.captions import join_sentences, split_sentences
 
 KINDS = (
     "red orange yellow green cyan blue purple pink white black gray grey beige brown navy olive lavender",

@@ -7,21 +7,22 @@ import pytest
 
 from training.data.captions import CaptionRule, choose_captions, find_captions
 from training.prepare.tables.clean import without_cut_sentence
-from training.readers.captions import caption_texts, read_record
-from training.readers.faults import BadSample
-from training.readers.sentences import (
+from training.readers.captions import (
     _ASCII_END,
     _END,
+    caption_texts,
     first_sentence,
     is_terminated,
     join_sentences,
     join_split,
     normalise_caption,
+    read_record,
     sentence_ends,
     split_caption,
     split_lines,
     split_sentences,
 )
+from training.readers.faults import BadSample
 
 RECORD = {
     "raw_caption": " a dog ",

@@ -3,7 +3,7 @@
 import pytest
 
 from training.prepare.tables.clean import clean_caption
-from training.readers.sentences import is_refusal
+from training.readers.captions import is_refusal
 
 
 @pytest.mark.parametrize(

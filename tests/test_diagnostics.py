@@ -19,7 +19,7 @@ from training.eval.report.card import above_chance, draw_card
 from training.eval.retrieval import EncodedSet, plan_retrieval, rank_set
 from training.main import main
 from training.model.assembly.factory import EncoderParts
-from training.readers.sentences import split_caption
+from training.readers.captions import split_caption
 from training.runtime.distributed import DistEnv
 
 ENV = DistEnv(0, 1, torch.device("cpu"))

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid, normalize
 from dataloaders.registry import benchmarks
 from support import SMALL_LOTLIP, evaluate, read_results, run_ranks
 from training.data.loader import make_loader
-from training.data.position import Share
+from training.data.order import Share
 from training.data.shards import ShardSource
 from training.main import main
 from training.model.towers.train_model import PatchModel

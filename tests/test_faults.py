@@ -19,7 +19,7 @@ from support import SMALL_LOTLIP, free_ports
 from training.data.captions import CaptionRule
 from training.data.images import ImageReader
 from training.data.loader import make_loader
-from training.data.position import Share
+from training.data.order import Share
 from training.data.reader import SampleReader
 from training.data.shards import ShardSource
 from training.data.sizes import count_samples

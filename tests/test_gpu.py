@@ -18,8 +18,8 @@ from test_step import Towers, batches
 from benchmarks import precision
 from benchmarks.measure import Setting
 from support import SMALL_LOTLIP, evaluate, read_results
-from training.data.augment import normalise_pixels
-from training.data.batch import TrainBatch, to_device
+from training.data.images import normalise_pixels
+from training.data.loader import TrainBatch, to_device
 from training.flags.parser import parse_args
 from training.loss.caption_loss import LongCaptionLoss
 from training.loss.gather import _Gather

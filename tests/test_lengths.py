@@ -14,7 +14,7 @@ from training.eval.changes import cut_tokenizer, drop_sentence, list_changes, sh
 from training.eval.lengths import effective_length
 from training.flags.parser import parse_args
 from training.main import main
-from training.readers.sentences import split_caption
+from training.readers.captions import split_caption
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.data.batch import FIELD
 from training.data.open import caption_rule
+from training.data.reader import FIELD
 from training.flags.parser import parse_args
 from training.model.assembly.from_flags import build_from_flags
 from training.runtime.distributed import DistEnv

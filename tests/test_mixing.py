@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import chisquare
 
 from training.data import shards
-from training.data.mixing import Lane, mix
+from training.data.order import Lane, mix
 from training.data.shards import ShardSource
 
 

@@ -13,7 +13,7 @@ from open_clip_train import params
 from open_clip_train.scheduler import const_lr_cooldown
 from PIL import Image
 
-from training.data.augment import parse_augmentation
+from training.data.images import parse_augmentation
 from training.export.__main__ import main as export
 from training.flags.parser import build_parser, parse_args
 from training.main import main

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from training.data.permutation import permuted
+from training.data.order import permuted
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 256, 257, 4096, 70_001])

@@ -11,8 +11,15 @@ from torchvision import transforms as tv
 
 import training
 from support import REFERENCE
-from training.data.augment import normalise_pixels, strong_augmentation, without_normalisation
-from training.data.images import MODES, ImageReader, decode_bytes, pixels_needed
+from training.data.images import (
+    MODES,
+    ImageReader,
+    decode_bytes,
+    normalise_pixels,
+    pixels_needed,
+    strong_augmentation,
+    without_normalisation,
+)
 from training.data.reader import seed_augmentation
 from training.readers.images import BrokenImageError, load_rgb
 

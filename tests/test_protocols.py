@@ -15,7 +15,7 @@ from support import LAYOUTS, evaluate
 from training.eval.npz import read_features
 from training.eval.retrieval import read_benchmarks
 from training.flags.parser import parse_args
-from training.readers.sentences import normalise_caption, split_caption
+from training.readers.captions import normalise_caption, split_caption
 
 
 def read(name, protocol, **flags):

@@ -14,8 +14,8 @@ from dataloaders.pairs import find_images
 from dataloaders.share4v import read_share4v
 from dataloaders.urban1k import read_urban1k
 from support import LAYOUTS, REFERENCE
+from training.readers.captions import normalise_caption
 from training.readers.images import BrokenImageError, load_rgb
-from training.readers.sentences import normalise_caption
 
 EXPECTED = json.loads((LAYOUTS / "expected.json").read_text())
 

@@ -20,7 +20,7 @@ from training.data.shards import ShardSource
 from training.data.sizes import count_samples, expand_sources, known_sizes, trusted_sizes
 from training.main import main
 from training.prepare.__main__ import main as prepare
-from training.readers import remote, samples
+from training.readers import files, samples
 from training.readers.samples import read_samples
 
 PER_SHARD = 40
@@ -92,7 +92,7 @@ def test_shards_are_listed_and_counted_once(server, tmp_path, monkeypatch):
     assert count_samples(["s3://bucket/changed.tar"], index_cache=cache) == [PER_SHARD]
     other = write_shard(tmp_path / "o.tar", {"a": GOOD})
     fs.put_file(other, "bucket/changed.tar")
-    remote.identity.cache_clear()
+    files.identity.cache_clear()
     fs.invalidate_cache()
     assert count_samples(["s3://bucket/changed.tar"], index_cache=cache) == [1]
 

@@ -16,8 +16,8 @@ from dataloaders.own_tables import read_table_pairs
 from eval_files import write_image
 from support import SMALL_LOTLIP, read_results
 from training.main import main
-from training.readers.hub import local_spec
 from training.readers.images import load_rgb
+from training.readers.table_files import local_spec
 
 NUM = 16
 

@@ -12,7 +12,7 @@ from dataloaders.dci import read_dci
 from dataloaders.stats import caption_stats, token_counter
 from eval_files import write_coco
 from support import LAYOUTS
-from training.readers.sentences import split_caption
+from training.readers.captions import split_caption
 
 
 def test_counts_are_those_of_the_captions(scenes):

@@ -14,10 +14,9 @@ import pytest
 from dataloaders.own_tables import read_table_pairs
 from eval_files import write_image
 from support import SMALL_LOTLIP
-from training.data.embedded import embedded_sources, read_rows
 from training.data.shards import ShardSource
 from training.data.sizes import count_samples
-from training.data.tables import read_tables
+from training.data.tables import embedded_sources, read_rows, read_tables
 from training.flags.parser import parse_args
 from training.main import main
 from training.prepare.rows import TableRows

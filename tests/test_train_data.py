@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from training.data.captions import CaptionRule
 from training.data.images import ImageReader
 from training.data.loader import NoUsableSampleError, make_loader
-from training.data.position import Share
+from training.data.order import Share
 from training.data.reader import SampleReader
 from training.data.shards import ShardSource, StreamedShards
 from training.data.sizes import count_samples, expand_sources

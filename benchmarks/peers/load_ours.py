@@ -10,7 +10,7 @@ import torch
 
 import training
 from training.data.open import caption_rule, open_source, open_train_data
-from training.data.position import Share
+from training.data.order import Share
 from training.flags.parser import parse_args
 from training.runtime.distributed import DistEnv
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from training.data.views import Entry, View, parse_views, views_by_flags
-from training.readers.captions import caption_texts
+from training.readers.captions import caption_texts, first_sentence, join_sentences, split_sentences
 from training.readers.faults import BadSample
-from training.readers.sentences import first_sentence, join_sentences, split_sentences
 
 RAW_KEYS = ("raw_caption", "caption", "txt", "title", "text")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption", "conversations")

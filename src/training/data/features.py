@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.data.faults import Totals
 from training.readers.columnar import ColumnarFile
+from training.readers.faults import Totals
 from training.readers.samples import BrokenShardError, RawSample
 from training.runtime.files import atomic_write
 

@@ -16,10 +16,10 @@ from functools import partial
 from hashlib import sha256
 from typing import Protocol
 
-from training.data.embedded import is_table, read_rows
 from training.data.features import SUFFIX as FEATURES
 from training.data.features import read_features
-from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
+from training.data.order import SHUFFLE_SHARDS, SHUFFLE_WINDOW, Lane, chosen, mix
+from training.data.tables import is_table, read_rows
 from training.readers.samples import BrokenShardError, Part, RawSample, lost_sample, read_samples
 from training.runtime.messages import warn_once
 
@@ -51,7 +51,7 @@ class ShardSource:
     """Tar shards, each sample once per epoch; with `factors`, shards are drawn with replacement instead.
 
     The order of the shards differs between epochs. A process reads several of its shards side by side and mixes their
-    samples (see `mixing.mix`); starting in the middle only requires reading the samples that are in the buffer then.
+    samples (see `mix`); starting in the middle only requires reading the samples that are in the buffer then.
 
     Args:
         urls: the shards.

@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from training.data.embedded import count_rows, is_table
 from training.data.features import feature_files, is_feature_folder
-from training.readers.files import NUM_THREADS, parallel_map
-from training.readers.remote import file_system
+from training.data.tables import count_rows, is_table
+from training.readers.files import NUM_THREADS, file_system, parallel_map
 from training.readers.samples import INDEX_CACHE, ShardIndex, cached_index, index_shard
 from training.readers.streams import expand_shards, is_local
 

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from training.readers.sentences import join_split, split_sentences
+from training.readers.captions import join_split, split_sentences
 
 NEUTRAL = "This is a photo"
 QUERY_WORDS = (4, 8, 16)  # lengths of short queries

@@ -22,7 +22,7 @@ from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probabi
 from training.eval.record import DIRECTIONS
 from training.eval.retrieval import EncodedSet, RankedSet, count_over_ranks
 from training.eval.store import FeatureStore
-from training.readers.sentences import join_split, split_sentences
+from training.readers.captions import join_split, split_sentences
 
 SEGMENTS = (2, 3)  # of HiMo@2 and HiMo@3
 MIN_CAPTIONS = 10  # recall by position is reported for positions with at least this many captions

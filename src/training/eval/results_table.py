@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.readers.sentences import split_lines
+from training.readers.captions import split_lines
 
 if TYPE_CHECKING:
     import pandas

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 
 from training.data.captions import LONG_KEYS, RAW_KEYS
-from training.data.mixing import SHUFFLE_SHARDS, SHUFFLE_WINDOW
+from training.data.order import SHUFFLE_SHARDS, SHUFFLE_WINDOW
 from training.data.views import Entry, parse_views, views_by_flags
 from training.flags.effects import ALWAYS, DATA, TRAINING, TRAINING_MEANT, Condition
 from training.flags.types import Flags, character, names
@@ -80,7 +80,7 @@ def _has_paths(args: argparse.Namespace) -> bool:
     """Whether the training data are tables of image paths, rather than tables that contain the images."""
     if not names_tables(args.train_data):
         return False
-    from training.data.embedded import embedded_sources  # imports pyarrow, which would slow down --help
+    from training.data.tables import embedded_sources  # imports pyarrow, which would slow down --help
 
     try:
         return not embedded_sources(args.train_data, args.csv_img_key)

@@ -22,9 +22,8 @@ from training.prepare.rows import TableRows
 from training.prepare.shards.files import content_mark
 from training.prepare.work import SUMMARY, format_counts, start_folder, write_json
 from training.readers.files import parallel_map
-from training.readers.hub import local_spec
 from training.readers.images import BrokenImageError, load_rgb
-from training.readers.table_files import table_files
+from training.readers.table_files import local_spec, table_files
 from training.readers.tables import choose_image_column, row_sample
 from training.runtime.files import atomic_write
 

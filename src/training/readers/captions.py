@@ -1,15 +1,18 @@
-"""The captions of a sample: one rule for members of a tar file, rows of tables and lines of JSON.
+"""Captions: those of a sample, their lines and sentences, and refusals of models.
 
-A caption is a text. A list of texts holds alternatives, each a caption of its own. A list of turns, as in the
-``conversations`` of ShareGPT and LLaVA, holds the model's answers.
+One rule for members of a tar file, rows of tables and lines of JSON: a caption is a text. A list of texts holds
+alternatives, each a caption of its own. A list of turns, as in the ``conversations`` of ShareGPT and LLaVA, holds the
+model's answers.
 """
 
 import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import regex
 
 from training.readers.faults import BadSample
-from training.readers.sentences import join_sentences, split_lines
 
 CAPTION_LISTS = ("alternatives", "sentences")
 _MODELS = ("gpt", "assistant", "model", "chatgpt", "bot")
@@ -103,3 +106,157 @@ def _answer(speaker: object, content: object, where: str) -> list[str]:
     if isinstance(content, list):  # parts of several kinds
         content = [item.get("text") if isinstance(item, dict) else item for item in content]
     return _texts(content, where)
+
+
+# --- The published split of the benchmarks -------------------------------------------------------------------------
+
+# A decimal point splits too ("3.5 m" -> "3. 5 m"): the published numbers depend on it.
+_PUBLISHED_END = re.compile(r"\n|</s>|\.")
+
+
+def split_caption(text: str) -> list[str]:
+    """Splits a caption at every newline, ``</s>`` and full stop; strips the parts and drops the empty ones.
+
+    This is the published rule of the benchmarks. For any other purpose, use `split_sentences`.
+    """
+    return [part for part in (part.strip() for part in _PUBLISHED_END.split(text)) if part]
+
+
+def normalise_caption(text: str) -> str:
+    """Returns the caption as the benchmarks pass it to a tokenizer: its sentences joined by ``". "``.
+
+    Source: the retrieval loaders of LoTLIP (arXiv 2410.05249), which treat DCI, IIW, ShareGPT4V and Urban1k alike.
+    """
+    return ". ".join(split_caption(text))
+
+
+# --- Lines ---------------------------------------------------------------------------------------------------------
+
+
+def split_lines(text: str) -> list[str]:
+    """Splits a text at the line ends of files: LF, CR LF and CR.
+
+    `str.splitlines` also splits at U+2028 and other characters that occur inside captions.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+# --- Sentences -----------------------------------------------------------------------------------------------------
+
+
+# A mark of another script ends a sentence whatever follows: \u3002 in Chinese, \u0964 in Hindi, \u061f in Arabic, and
+# others. A Latin mark ends it before white space, and a full stop also between a small and a capital letter; but
+# not after the number of a list ("1. A dog") or an abbreviation like "e.g.".
+def _end(terminal: str, other: str, closing: str, letter: str, lower: str, upper: str) -> str:
+    no_list_or_abbreviation = rf"(?<!{letter}\.{letter}\.)(?<!\s\d\.)(?<!\s\d\d\.)(?<!^\d\.)(?<!^\d\d\.)"
+    return (
+        rf"[{terminal}\n\r<](?:(?P<break>(?<=[\n\r])|(?<=<)/s>)|(?<={other})[{terminal}]*[{closing}]*|"
+        rf"(?:(?<=[!?])|(?<=\.){no_list_or_abbreviation})"
+        rf"(?:[.!?]*[{closing}]*(?=\s|$|</s>)|(?<={lower}\.)(?={upper})))"
+    )
+
+
+_TERMINAL, _CLOSING = r"\p{Sentence_Terminal}", r"\"'\p{Pe}\p{Pf}"
+_END = regex.compile("(?V1)" + _end(_TERMINAL, rf"[{_TERMINAL}--[.!?]]", _CLOSING, r"\p{L}", r"\p{Ll}", r"\p{Lu}"))
+_ASCII_END = re.compile(_end(".!?", "(?!)", r"\"')}\]", "[A-Za-z]", "[a-z]", "[A-Z]"))  # in a third of the time
+_TERMINATED = regex.compile(f"{_TERMINAL}[{_CLOSING}]*$")
+
+
+def _ends(text: str) -> Iterator[re.Match]:
+    return (_ASCII_END if text.isascii() else _END).finditer(text)
+
+
+def sentence_ends(text: str) -> list[int]:
+    """Returns the positions after the sentences that end in a mark: ``.``, ``!``, ``?`` or one of another script."""
+    return [end.end() for end in _ends(text) if end["break"] is None]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Splits a text into sentences, which end at a line break, ``</s>`` or a sentence mark of any script.
+
+    Full stops at their ends are removed, other marks are kept; `join_split` is the reverse.
+    """
+    pieces, start = [], 0
+    for end in _ends(text):
+        pieces.append(text[start : end.end() if end["break"] is None else end.start()])
+        start = end.end()
+    pieces.append(text[start:])
+    return [piece for piece in (piece.strip().rstrip(".").rstrip() for piece in pieces) if piece]
+
+
+def join_split(sentences: Sequence[str]) -> str:
+    """Joins what `split_sentences` returns: by ``". "``, or by a space after a sentence that kept its mark."""
+    text = ""
+    for sentence in sentences:
+        if text:
+            text += " " if is_terminated(text) else ". "
+        text += sentence
+    return text
+
+
+def first_sentence(text: str) -> tuple[str, str]:
+    """Returns (the first of `split_sentences`, the text after it)."""
+    for end in _ends(text):
+        first = split_sentences(text[: end.end()])
+        if first:
+            return first[0], text[end.end() :]
+    return (*split_sentences(text), text.strip())[0], ""
+
+
+def is_terminated(text: str) -> bool:
+    """Returns whether a text ends in a sentence mark of any script, with or without closing quotes and brackets."""
+    return _TERMINATED.search(text[-8:]) is not None
+
+
+def join_sentences(sentences: Sequence[str]) -> str:
+    """Joins sentences to one text; adds a full stop to sentences that don't end in a sentence mark of any script."""
+    text = join_split(sentences)
+    return text if is_terminated(text) else f"{text}."
+
+
+# --- Refusals of models --------------------------------------------------------------------------------------------
+
+_CANNOT = (
+    r"(?:can\s?not|can['\u2019]?t|could not|couldn['\u2019]?t|am unable to|['\u2019]m unable to|am not able to|"
+    r"['\u2019]m not able to|do not have the ability|don['\u2019]?t have the ability|won['\u2019]?t be able to|"
+    r"am afraid i can|['\u2019]m afraid i can|must decline|will not|am just an? |['\u2019]m just an? )"
+)
+_ANSWER = (  # how a model that refuses begins, in the first person or about the image that it was not given
+    r"unfortunately\s*,?\s*(?:i|we|as an ai|no image|there is no image)|"
+    rf"i(?:['\u2019]?m| am) (?:very |so |really |truly |deeply )?sorry|i apologi[sz]e|my apologies|"
+    rf"i\s*{_CANNOT}|"
+    r"(?:as|i am|i['\u2019]?m) an? (?:ai|artificial intelligence|language model|text-based)|"
+    r"(?:there (?:is|was) )?no image (?:is |was |has been )?(?:provided|attached|given|shown|available|uploaded)|"
+    r"(?:please|could you(?: please)?|can you(?: please)?) (?:provide|upload|share|attach)[^.]{0,40} image"
+)
+_APOLOGY = r"(?:we(?:['\u2019]?re| are) )?(?:very |so |really |truly |deeply )?sorry|apologies|we apologi[sz]e"
+_BEGINS = re.compile(rf"\W*(?:(?P<answer>{_ANSWER})|(?:{_APOLOGY}))\b(?!\s+(?:state|sight|looking))", re.IGNORECASE)
+# After an apology without a subject: what makes it one of a model rather than of a shop.
+_OF_A_MODEL = re.compile(
+    r"\bi\b|\bas an ai\b|\b(?:no|the|this|your|any) (?:image|picture|photo)|"
+    r"\bwe (?:can\s?not|can['\u2019]?t) (?:see|view)|^\W*$",
+    re.IGNORECASE,
+)
+# Words that are read in the image: a caption quotes them, or says where they stand.
+_QUOTED = re.compile(
+    r"[,\u2013\u2014-]\s*(?:it |(?:the|a|an) (?:\w+ ){1,3})?(?:says?|said|reads?)\b|"
+    r"[\"\u201d] (?:says?|said|reads?)\b|\b(?:is|are|was|were) (?:written|printed|painted|lettered)\b|"
+    r"^\s*[\"\u201c][^\"\u201d]+[\"\u201d]\s*\w",
+    re.IGNORECASE,
+)
+_AS_AN_AI = re.compile(r"\b[Aa]s an? (?:AI|[Aa]rtificial [Ii]ntelligence)(?: language)? (?:model|assistant)\b")
+
+
+def is_refusal(text: str) -> bool:
+    """Returns whether a model refused to answer: a refusal at the beginning, or "as an AI model" anywhere.
+
+    An apology that the image shows ("Sorry, we are closed, says a sign") is part of a description.
+    """
+    if (" AI " in text or "rtificial" in text) and _AS_AN_AI.search(text):
+        return True
+    beginning = text[:200]
+    begins = _BEGINS.match(beginning)
+    if begins is None or _QUOTED.search(beginning):
+        return False
+    return begins["answer"] is not None or _OF_A_MODEL.search(beginning[begins.end() :]) is not None

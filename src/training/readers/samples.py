@@ -17,8 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from training.readers.files import IMAGE_SUFFIXES
-from training.readers.remote import identity
+from training.readers.files import IMAGE_SUFFIXES, identity
 from training.readers.streams import is_local, open_stream
 from training.readers.tar import BrokenTarError, Member, TarReader, key_and_suffix
 from training.runtime.files import atomic_write

@@ -16,8 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from training.readers.files import expand_name, matching_files, parallel_map
-from training.readers.remote import file_system
+from training.readers.files import expand_name, file_system, matching_files, parallel_map
 from training.readers.tar import BrokenTarError
 from training.runtime.messages import warn_once
 

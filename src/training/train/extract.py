@@ -14,8 +14,6 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from training.data.augment import parse_augmentation
-from training.data.faults import Totals
 from training.data.features import (
     SUFFIX,
     FeatureInfo,
@@ -26,7 +24,7 @@ from training.data.features import (
     write_features,
     write_index,
 )
-from training.data.images import IN_TRAINING, ImageReader
+from training.data.images import IN_TRAINING, ImageReader, parse_augmentation
 from training.data.open import caption_rule, open_source
 from training.data.reader import read_image, read_record, seed_augmentation
 from training.data.shards import Source
@@ -37,7 +35,7 @@ from training.model.names.resolve import resolve_weights
 from training.model.towers.image_encoder import image_encoder
 from training.model.towers.locking import HEAD, linear_head
 from training.model.weights.fingerprint import fingerprint
-from training.readers.faults import BadSample
+from training.readers.faults import BadSample, Totals
 from training.readers.samples import BrokenShardError, Part, RawSample
 from training.runtime.distributed import DistEnv, failing_with, gather_objects, on_main_rank
 from training.runtime.lease import FILE, Lease

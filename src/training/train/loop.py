@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from training.data.batch import TrainBatch, to_device
+from training.data.loader import TrainBatch, to_device
 from training.data.open import TrainData
 from training.eval.encode import ComputeOptions, Encoder
 from training.eval.retrieval import RetrievalWork

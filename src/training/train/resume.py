@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from training.data.faults import Totals
-from training.data.position import Share, Span, count_slots
+from training.data.order import Share, Span, count_slots
+from training.readers.faults import Totals
 from training.train.checkpoint import copy_to_cpu, load_checkpoint
 from training.train.optim import load_optimizer_state
 from training.train.step import Stepper

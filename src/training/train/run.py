@@ -15,12 +15,11 @@ from open_clip_train.precision import get_autocast
 from timm.layers import convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
-from training.data.augment import parse_augmentation
-from training.data.faults import TooManyBadSamplesError
 from training.data.features import feature_info
+from training.data.images import parse_augmentation
 from training.data.loader import NoUsableSampleError
 from training.data.open import caption_rule, open_source, open_train_data
-from training.data.position import Share
+from training.data.order import Share
 from training.data.shards import Source
 from training.eval.results import run_name
 from training.eval.retrieval import RetrievalWork, plan_benchmarks
@@ -30,6 +29,7 @@ from training.model.towers.compiling import compile_layers
 from training.model.towers.corner import corner_indices
 from training.model.towers.locking import linear_head
 from training.model.towers.train_model import TrainModel
+from training.readers.faults import TooManyBadSamplesError
 from training.runtime.arithmetic import deterministic, tf32
 from training.runtime.distributed import DistEnv, failing_with, on_main_rank
 from training.runtime.experiment import Experiment, copy_experiment, experiment_of

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import record_function
 
-from training.data.batch import FIELD
+from training.data.reader import FIELD
 from training.model.towers.corner import cosine_with_cls
 from training.model.towers.locking import BATCH_NORMS
 from training.runtime.distributed import DistEnv, max_over_ranks

@@ -15,8 +15,8 @@ import torch
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from training.data.batch import TrainBatch
-from training.data.faults import TooManyBadSamplesError, Totals
+from training.data.loader import TrainBatch
+from training.readers.faults import TooManyBadSamplesError, Totals
 from training.runtime.distributed import DistEnv, gather_objects
 from training.runtime.tracking import Tracker
 from training.train.flops import ModelFlops

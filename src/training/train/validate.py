@@ -11,7 +11,7 @@ import torch
 
 from training.data.loader import NoUsableSampleError
 from training.data.open import TrainData
-from training.data.position import Share, Span
+from training.data.order import Share, Span
 from training.eval.encode import Encoder
 from training.eval.metrics import count_ranks, summarise
 from training.eval.record import to_json

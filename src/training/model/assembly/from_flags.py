@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from open_clip.hf_model import HFTextEncoder
 
-from training.data.augment import parse_augmentation, strong_augmentation
+from training.data.images import parse_augmentation, strong_augmentation
 from training.flags.model import AUTO, model_arguments, tokenizer_arguments
 from training.model.assembly.factory import EncoderParts, check_vocabulary, create_model_and_transforms, get_tokenizer
 from training.model.names.config import POOLING, resolve_model_config

@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.data.captions import LONG_KEYS, MAX_CHARACTERS, RAW_KEYS
-from training.data.embedded import embedded_sources, read_rows
 from training.data.reader import read_image, read_record
 from training.data.sizes import expand_sources, known_sizes
-from training.data.tables import read_tables
+from training.data.tables import embedded_sources, read_rows, read_tables
 from training.model.assembly.factory import get_tokenizer
 from training.model.tokenizers.truncation import count_tokens
 from training.prepare.rows import TableRows, cell_texts
 from training.prepare.tables.columns import SHORT_NAMES
 from training.prepare.work import hash_text
+from training.readers.captions import is_refusal
 from training.readers.faults import BadSample
-from training.readers.hub import local_spec
 from training.readers.images import as_broken, load_rgb, open_image, orientation_of
 from training.readers.samples import BrokenShardError, Part, RawSample, read_samples
-from training.readers.sentences import is_refusal
-from training.readers.table_files import names_tables, table_files
+from training.readers.table_files import local_spec, names_tables, table_files
 
 MAX_TOKENS = 2048  # longer captions are counted with this length
 BROKEN = (BrokenShardError.kind, "unreachable shard")

@@ -21,12 +21,10 @@ from typing import IO, NamedTuple
 from training.data.sizes import expand_sources
 from training.readers.captions import read_record
 from training.readers.faults import BadSample
-from training.readers.files import is_leftover
-from training.readers.hub import local_spec
-from training.readers.remote import identity
+from training.readers.files import identity, is_leftover
 from training.readers.samples import read_samples
 from training.readers.streams import BLOCK_BYTES, is_local, open_stream
-from training.readers.table_files import image_files
+from training.readers.table_files import image_files, local_spec
 from training.readers.tar import Member, key_and_suffix
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line

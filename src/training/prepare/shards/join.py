@@ -25,8 +25,7 @@ from training.prepare.work import format_counts, hash_text, processes, progress
 from training.readers.columnar import ColumnarFile, may_hold_text
 from training.readers.faults import FAULT_KINDS
 from training.readers.files import IMAGE_SUFFIXES
-from training.readers.hub import local_spec
-from training.readers.table_files import table_files
+from training.readers.table_files import local_spec, table_files
 
 ROWS_AT_ONCE = 10_000
 MAX_WAITING = 1 << 26  # characters of captions in memory, before they are written to the files of their shards

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import ftfy
 
-from training.readers.sentences import is_refusal, is_terminated, sentence_ends
+from training.readers.captions import is_refusal, is_terminated, sentence_ends
 
 # Repair only what is wrong; tokenizers normalise quotes and character widths themselves.
 _REPAIR = ftfy.TextFixerConfig(

@@ -30,8 +30,7 @@ from training.prepare.work import (
     start_folder,
     write_json,
 )
-from training.readers.hub import local_spec
-from training.readers.table_files import table_files
+from training.readers.table_files import local_spec, table_files
 
 VERSION = 2  # version of the cleaning; parts of different versions are never mixed
 
