@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import gc, os, sys
-from training.runtime.startup import first_imports
+from training.runtime.processes import first_imports
 collected = []
 gc.callbacks.append(lambda phase, info: collected.append(phase))
 {before}

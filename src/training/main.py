@@ -13,9 +13,7 @@ from contextlib import nullcontext
 from training.flags.model import AUTO
 from training.flags.parser import parse_args
 from training.runtime.messages import print_any_name
-from training.runtime.processes import end_process
-from training.runtime.startup import first_imports
-from training.runtime.stop import SIGNALS
+from training.runtime.processes import SIGNALS, end_process, first_imports
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from training.model.towers.image_encoder import image_encoder
 from training.model.towers.text_encoder import cut_padding, text_encoder
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, join_rows, merge_over_ranks, stop_on_every_rank, sum_over_ranks
-from training.runtime.stop import SIGNALS
+from training.runtime.processes import SIGNALS
 from training.runtime.workers import Loader
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from training.prepare.params import build_parser
 from training.runtime.lease import Lease
-from training.runtime.progress import ends_if_stuck
+from training.runtime.processes import ends_if_stuck
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ import os
 
 from training.flags.types import Flags, HelpFormatter, character, json_object, names, positive_numbers
 from training.readers.captions import CAPTION_LISTS
-from training.runtime.progress import add_timeout_arg
+from training.runtime.processes import add_timeout_arg
 
 DESCRIPTION = """\
 From caption tables and images to training shards. See TRAIN_DATASETS.md.

@@ -16,8 +16,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from training.runtime.files import atomic_write
-from training.runtime.processes import starting_processes
-from training.runtime.progress import PROGRESS
+from training.runtime.processes import PROGRESS, starting_processes
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -17,9 +17,7 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device_so
 
-from training.runtime.processes import end_at_once
-from training.runtime.progress import EXIT_LOST, PATIENCE
-from training.runtime.stop import SIGNALS, StoppedError
+from training.runtime.processes import EXIT_LOST, LONG_PHASE, SIGNALS, StoppedError, end_at_once
 
 CHUNK_ROWS = 65_536
 T = TypeVar("T")
@@ -51,7 +49,7 @@ def join_ranks(device: str | None, timeout_minutes: float = 30.0) -> DistEnv:
         device: ``cuda``, ``cpu``, ...; None uses CUDA if available. With several processes, each uses the device of its
             local rank.
         timeout_minutes: a process that has not connected to all others by then exits with `EXIT_LOST`. Collectives
-            time out five minutes after the watchdog's longest `PATIENCE`, because it names the late rank.
+            time out five minutes after the watchdog's longest `LONG_PHASE`, because it names the late rank.
 
     Raises:
         ValueError: the device does not exist.
@@ -68,7 +66,7 @@ def join_ranks(device: str | None, timeout_minutes: float = 30.0) -> DistEnv:
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; training's towers choose TF32, see arithmetic.py
     if dist.is_initialized():
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-        set_timeout(timedelta(minutes=PATIENCE * timeout_minutes + 5), dist.group.WORLD)
+        set_timeout(timedelta(minutes=LONG_PHASE * timeout_minutes + 5), dist.group.WORLD)
     return DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
 
 

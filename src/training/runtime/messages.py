@@ -1,4 +1,4 @@
-"""Messages: underlying errors in one line, names that are not UTF-8, and failures that cost only a warning."""
+"""Messages and pages: errors in one line, names that are not UTF-8, failures that cost only a warning, HTML."""
 
 import logging
 import sys
@@ -39,3 +39,19 @@ def or_warn(write: Callable[[], T], what: str) -> T | None:
     except (OSError, ValueError) as error:
         logging.warning(f"{what} could not be written: {first_line(error)}")
         return None
+
+
+def render_page(template: Path, **values: object) -> str:
+    """Renders a template, in which every value is escaped; it can include others in its folder.
+
+    Names in the values need not be UTF-8.
+
+    Raises:
+        jinja2.UndefinedError: the template uses a name that is not in `values`.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    blocks = {"trim_blocks": True, "lstrip_blocks": True}
+    folder = FileSystemLoader(template.parent)
+    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, **blocks)
+    return printable(environment.get_template(template.name).render(values))

@@ -19,9 +19,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from training.runtime.distributed import DistEnv, RunFailedError, broadcast_object, join_ranks, leave_ranks, print_error
-from training.runtime.processes import end_at_once
-from training.runtime.progress import EXIT_LOST, PATIENCE, PROGRESS
-from training.runtime.stop import EXIT_STOPPED, SIGNALS
+from training.runtime.processes import EXIT_LOST, EXIT_STOPPED, LONG_PHASE, PROGRESS, SIGNALS, end_at_once
 from training.runtime.workers import Loader
 
 STARTING, OPENING, BUILDING = "checking the command", "opening the data", "building the model"
@@ -29,7 +27,7 @@ WAITING, STEPPING, SAVING, EVALUATING = "waiting for data", "taking a step", "sa
 COPYING = "copying to --remote-sync"
 FAILED = "ending, because it or another rank has failed"
 PHASES = (STARTING, OPENING, BUILDING, WAITING, STEPPING, SAVING, EVALUATING, COPYING, FAILED)
-SHORT = (WAITING, STEPPING, SAVING)  # phases that may take one timeout each; others, `PATIENCE`
+SHORT = (WAITING, STEPPING, SAVING)  # phases that may take one timeout each; others, `LONG_PHASE`
 SILENT = 4  # number of intervals without a report after which a rank counts as lost
 LOST_S = 30.0  # time after which a rank ends if the store on rank 0 refuses connections
 STOP_PATIENCE_S = 10.0  # longest wait for a batch after a signal: SLURM kills 30 s after SIGTERM
@@ -176,7 +174,7 @@ class Watchdog:
             self._check_stop(now)
             # Rank 0 waits least and names the late rank, because the first rank that exits may make the others fail.
             longest, idle = self.timeout_s + (0 if self.env.is_main else 3 * self.interval), self._idle_s()
-            is_stuck = idle > longest * (1 if self.status[1] in SHORT else PATIENCE)
+            is_stuck = idle > longest * (1 if self.status[1] in SHORT else LONG_PHASE)
             if not is_stuck and self.env.is_main and idle > longest:
                 is_stuck = bool(silent_ranks(self._reports(), self.env.world_size, self.timeout_s))
             if is_stuck or self.store is not None and now - self.last_answer > longest:

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.runtime import processes
-from training.runtime.progress import PROGRESS
+from training.runtime.processes import PROGRESS
 
 PREFETCH = 2  # number of batches that a worker prepares ahead
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

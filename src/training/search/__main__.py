@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from training.flags.model import PRECISIONS
 from training.flags.types import not_negative, positive
 from training.runtime.messages import print_any_name, printable
-from training.runtime.progress import add_timeout_arg, ends_if_stuck
-from training.runtime.startup import first_imports
+from training.runtime.processes import add_timeout_arg, ends_if_stuck, first_imports
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from training.eval.report.page import MAX_BYTES, TEMPLATES
 from training.eval.report.thumbnails import make_thumbnails
 from training.readers.files import upright
 from training.runtime.files import atomic_write
-from training.runtime.pages import render_page
+from training.runtime.messages import render_page
 
 
 def write_page(

@@ -17,7 +17,7 @@ from training.eval.retrieval import RetrievalWork
 from training.model.assembly.factory import EncoderParts
 from training.runtime.arithmetic import get_random_state, set_random_state
 from training.runtime.distributed import DistEnv, gather_objects, on_main_rank
-from training.runtime.stop import EXIT_STOPPED, SIGNALS, StoppedError
+from training.runtime.processes import EXIT_STOPPED, SIGNALS, StoppedError
 from training.runtime.tracking import Tracker
 from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
 from training.runtime.workers import PREFETCH

@@ -18,7 +18,7 @@ from training.eval.report.curves import KS, draw_recall, recall_curves, to_svg
 from training.eval.report.thumbnails import make_thumbnails
 from training.eval.retrieval import Outcome, RankedSet
 from training.eval.tables import format_rows, result_rows
-from training.runtime.pages import render_page
+from training.runtime.messages import render_page
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_BYTES = 19_500_000  # size of the page: mail and chat programs accept 20 MB

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from training.prepare.inspect.counts import BROKEN, MAX_TOKENS, Counts
 from training.prepare.work import format_counts
 from training.runtime.files import atomic_write
-from training.runtime.pages import render_page
+from training.runtime.messages import render_page
 
 QUANTILES = (0.05, 0.5, 0.95)
 TEMPLATE = Path(__file__).with_name("samples.html.j2")
