@@ -8,8 +8,7 @@ import re
 from pathlib import Path
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, Option, Tree
-from dataloaders.values import positive_numbers
+from dataloaders.registry import Benchmark, Option, Tree, positive_numbers
 from training.readers.captions import normalise_caption
 from training.readers.files import file_identity, find_by_name, parallel_map, read_json, require_dir, text_field
 

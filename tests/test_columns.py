@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dataloaders.own_tables import read_table_pairs
+from dataloaders.own import read_table_pairs
 from eval_files import write_image
 from support import SMALL_LOTLIP
 from training.data.open import caption_rule, open_source

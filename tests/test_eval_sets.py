@@ -8,8 +8,7 @@ import torch
 
 from dataloaders.docci import read_docci
 from dataloaders.karpathy import COCO, FLICKR30K, read_karpathy
-from dataloaders.own_pairs import read_shard_pairs
-from dataloaders.own_tables import read_table_pairs
+from dataloaders.own import read_shard_pairs, read_table_pairs
 from eval_files import (
     five_captions,
     write_coco,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
-from dataloaders.own_pairs import read_shard_pairs
+from dataloaders.own import read_shard_pairs
 from eval_files import write_image, write_shard
 from training.data.images import MODES, ImageReader
 from training.eval.image_cache import CachedReader

@@ -14,7 +14,7 @@ import torch
 from test_faults import GOOD
 from test_train_data import write_shard
 
-from dataloaders.own_pairs import read_shard_pairs
+from dataloaders.own import read_shard_pairs
 from support import SMALL_LOTLIP, free_ports
 from training.data.shards import ShardSource
 from training.data.sizes import count_samples, expand_sources, known_sizes, trusted_sizes

@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dataloaders.own_pairs import CAPTION_KEYS
-from dataloaders.own_tables import read_table_pairs
+from dataloaders.own import CAPTION_KEYS, read_table_pairs
 from eval_files import write_image
 from support import SMALL_LOTLIP, read_results
 from training.main import main

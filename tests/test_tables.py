@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataloaders.own_tables import read_table_pairs
+from dataloaders.own import read_table_pairs
 from eval_files import write_image
 from support import SMALL_LOTLIP
 from training.data.shards import ShardSource

@@ -13,7 +13,7 @@ import pytest
 from test_faults import GOOD, image_bytes, load
 from test_train_data import write_shard
 
-from dataloaders.own_pairs import read_shard_pairs
+from dataloaders.own import read_shard_pairs
 from training.data.shards import ShardSource
 from training.data.sizes import count_samples, expand_sources
 from training.prepare.__main__ import main as prepare

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dataloaders.values import names, positive_numbers, whole_number
+from dataloaders.registry import names, positive_numbers, whole_number
 
 __all__ = [
     "Calls",
