@@ -13,8 +13,8 @@ import training
 from support import end_ranks, free_ports, set_rank, start_ranks
 from training.loss.caption_loss import LongCaptionLoss
 from training.model.assembly.from_flags import make_arranger
-from training.model.packing.arranger import Captions
-from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer
+from training.model.packing import Captions
+from training.model.tokenizers import CornerCLIPTokenizer
 from training.model.towers.clip_tower import CornerCLIPText
 from training.model.towers.compiling import compile_layers
 from training.model.towers.train_model import TrainModel

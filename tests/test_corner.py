@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from training.model.assembly.factory import create_model
-from training.model.packing.attention import additive_mask
+from training.model.packing import additive_mask
 from training.model.towers.corner import (
     corner_indices,
     cosine_with_cls,

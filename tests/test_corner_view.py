@@ -9,9 +9,9 @@ from test_corner import random_ids, tower
 
 import training
 from training.eval import corner_view
-from training.model.packing.attention import additive_mask
+from training.model.packing import additive_mask
 from training.model.towers.corner import prefix_attention
-from training.model.towers.encoders.bert import ATTENTION
+from training.model.towers.hf_tower import ATTENTION
 from training.model.towers.text_tower import special_attention
 
 CAPTION = "An unbelievably reddish car stands here. Two dogs play on the left side."

@@ -21,12 +21,11 @@ from support import SMALL_LOTLIP, evaluate, read_results
 from training.data.images import normalise_pixels
 from training.data.loader import TrainBatch, to_device
 from training.flags.parser import parse_args
-from training.loss.caption_loss import LongCaptionLoss
-from training.loss.gather import _Gather
+from training.loss.caption_loss import LongCaptionLoss, _Gather
 from training.main import main
 from training.model.assembly.factory import create_model
 from training.model.assembly.from_flags import build_from_flags, make_arranger
-from training.model.packing.arranger import CaptionArranger
+from training.model.packing import CaptionArranger
 from training.model.towers.text_encoder import text_encoder
 from training.runtime.distributed import DistEnv
 from training.train.optim import make_optimizer, parameter_groups

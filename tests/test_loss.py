@@ -8,8 +8,7 @@ import torch
 import torch.multiprocessing as mp
 
 from support import REFERENCE, end_ranks, free_ports, start_ranks
-from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
-from training.loss.gather import gather_rows
+from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss, gather_rows
 
 SAVED = np.load(REFERENCE / "losses.npz")
 CASES = sorted({name.rsplit("/", 1)[0] for name in SAVED if name.endswith("/total")})

@@ -13,7 +13,7 @@ from support import SMALL_LOTLIP, end_ranks, free_ports, start_ranks
 from training.data.views import parse_views
 from training.flags.parser import parse_args
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss, LossTerm
-from training.loss.terms import reduce_features
+from training.loss.caption_loss import reduce_features
 from training.runtime.distributed import DistEnv
 from training.train.losses import make_loss
 
@@ -121,7 +121,10 @@ def test_weights_and_normalisations():
     ("options", "said"),
     [
         ({"normalisation": "none"}, "normalisation none: expected one of published, per-term"),
-        ({"terms": (LossTerm("a_loss", (0,)), LossTerm("a_loss", (1,)))}, "a_loss, a_loss: expected unique names"),
+        (
+            {"terms": (LossTerm("a_loss", (0,)), LossTerm("a_loss", (1,)))},
+            "term a_loss: another one has this name",
+        ),
     ],
 )
 def test_invalid_options_are_refused(options, said):

@@ -10,9 +10,8 @@ from test_train import SMALL, losses, read_metrics
 from training.data.reader import trim_padding
 from training.main import main
 from training.model.assembly.from_flags import make_arranger
-from training.model.packing.arranger import CaptionArranger, bucket_bounds
-from training.model.packing.attention import additive_mask, attention
-from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer
+from training.model.packing import CaptionArranger, additive_mask, attention, bucket_bounds
+from training.model.tokenizers import CornerCLIPTokenizer
 from training.model.towers.corner import prefix_attention
 from training.model.towers.text_encoder import text_encoder
 from training.model.towers.train_model import TrainModel

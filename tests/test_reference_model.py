@@ -11,7 +11,7 @@ from PIL import Image
 from support import LAYOUTS, REFERENCE, layout_flags, read_results
 from training.main import main
 from training.model.assembly.factory import create_model, create_model_and_transforms, get_tokenizer
-from training.model.tokenizers.corner_tokenizers import CornerHFTokenizer
+from training.model.tokenizers import CornerHFTokenizer
 from training.model.towers.corner import prefix_attention
 
 IDS = np.load(REFERENCE / "tokens.npz")

@@ -75,19 +75,19 @@ def test_shipped_benchmarks_keep_their_flags_and_order():
 
 
 FAMILY = """
-from training.model.towers.encoders.bert import Bert
+from training.model.towers.hf_tower import ENCODERS, Bert
 
 
+@ENCODERS.register("electra")
 class Electra(Bert):
-    model_types = ("electra",)
     default_pooler = "cls_last_hidden_state_pooler"
     has_pooler = False
 """
 RUN_FAMILY = """
 import sys
 import torch
-import training.model.towers.encoders as encoders
-encoders.__path__.append(sys.argv[1])
+sys.path.append(sys.argv[1])
+import electra
 from transformers import ElectraConfig
 from training.model.towers.hf_tower import CornerHFText
 torch.manual_seed(0)
@@ -124,10 +124,11 @@ def test_a_new_file_adds_a_family_of_text_towers(tmp_path):
 TOWER = """
 from torch import nn
 
-from training.model.towers.text_tower import TextTower
+from training.model.towers.text_tower import TEXT_TOWERS, TextTower
 
 
-class Bag(TextTower, name="bag"):
+@TEXT_TOWERS.register("bag")
+class Bag(TextTower):
     def __init__(self, vocab_size, output_dim, context_length):
         super().__init__()
         self.context_length, self.vocab_size, self.pad_id = context_length, vocab_size, 0
@@ -151,7 +152,7 @@ def test_a_text_tower_in_a_file_of_its_own_is_trained_packed_and_saved(scenes, t
     config["text_cfg"] = {"tower": "bag", "context_length": 64, "vocab_size": 49408}
     (tmp_path / "bag.json").write_text(json.dumps(config))
     name = f"config:{tmp_path / 'bag.json'}"
-    with pytest.raises(ValueError, match="no text tower has the name bag .*import the file that defines it"):
+    with pytest.raises(ValueError, match="text tower bag: expected one of clip, hugging_face"):
         training.create_model(name)
     (tmp_path / "bag.py").write_text(TOWER)
     spec = importlib.util.spec_from_file_location("bag", tmp_path / "bag.py")

@@ -107,7 +107,7 @@ def test_the_padding_id_within_a_caption_changes_nothing(family):
 
 @pytest.mark.parametrize("num_corners", [0, 2])
 def test_clips_tower_with_corner_tokens_is_packed_too(num_corners):
-    from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer
+    from training.model.tokenizers import CornerCLIPTokenizer
 
     model = clip_model(num_corners)
     ids = CornerCLIPTokenizer(20, num_corners)(TEXTS)

@@ -5,8 +5,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer, CornerHFTokenizer
-from training.model.tokenizers.truncation import count_tokens, tokenise_and_count_lost
+from training.model.tokenizers import CornerCLIPTokenizer, CornerHFTokenizer, count_tokens, tokenise_and_count_lost
 
 TEXT = "A man walks. He carries 3.5 kg of flour &amp; two eggs.  It rains"
 ROBERTA_NAMES = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}

@@ -23,7 +23,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import training
 from support import read_results
 from training.main import main
-from training.model.tokenizers.truncation import count_tokens
+from training.model.tokenizers import count_tokens
 
 TEXTS = ["A small red star, at the top left.", "a large blue ring " * 60, "gray", "3.5 &amp; caf\u00e9"]
 SMALL = {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}

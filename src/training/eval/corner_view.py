@@ -29,7 +29,7 @@ def view(args: argparse.Namespace) -> dict[str, object]:
 
     from training.flags.model import tokenizer_arguments
     from training.model.assembly.factory import create_model, get_tokenizer
-    from training.model.names.resolve import resolve_weights
+    from training.model.names.config import resolve_weights
     from training.model.towers.text_tower import special_attention
 
     resolve_weights(args.model, args.pretrained, args.cache_dir)  # reports a wrong name before anything is built

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from training.data.images import IN_EVALUATION, ImageReader
 from training.eval.image_cache import CachedReader
 from training.model.assembly.factory import EncoderParts
-from training.model.tokenizers.truncation import tokenise_and_count_lost
+from training.model.tokenizers import tokenise_and_count_lost
 from training.model.towers.image_encoder import image_encoder
 from training.model.towers.text_encoder import cut_padding, text_encoder
 from training.readers.images import BrokenImageError

@@ -13,8 +13,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from training.export.source import Source
-from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer, CornerHFTokenizer
-from training.model.tokenizers.folder_tokenizer import FolderTokenizer
+from training.model.tokenizers import CornerCLIPTokenizer, CornerHFTokenizer, FolderTokenizer
 
 _START, _END = "<start_of_text>", "<end_of_text>"
 

@@ -22,8 +22,7 @@ from training.export.modeling_lotlip import LotlipConfig, LotlipModel
 from training.export.source import Source, check_samples
 from training.export.tokenizer_files import write_tokenizer
 from training.model.towers.clip_tower import CornerCLIPText
-from training.model.towers.encoders.bert import Bert
-from training.model.towers.hf_tower import CornerHFText
+from training.model.towers.hf_tower import Bert, CornerHFText
 from training.model.weights.transformers_names import from_open_clip
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}

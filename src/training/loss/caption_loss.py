@@ -9,14 +9,132 @@ grows with the features, not with the square of the batch size: see `blockwise`.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from training.loss.blockwise import block_size, cross_entropy, sigmoid_loss
-from training.loss.gather import gather_rows
-from training.loss.terms import NORMALISATIONS, LossTerm
+from training.runtime.registry import Registry, expect_one_of
+
+NORMALISATIONS = ("published", "per-term")
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of the loss.
+
+    Attributes:
+        name: key in the loss's output and in the log; ends in ``_loss``.
+        texts: indices into a sample's T text features; None means all but the first.
+        weight: factor of the term in the sum.
+        image_form, text_form: functions from this process's features [batch, dim] to the features [batch, dim] that the
+            term compares, such as `reduce_features`; None compares the features as they are.
+    """
+
+    name: str
+    texts: Sequence[int] | None = None
+    weight: float = 1.0
+    image_form: Callable[[torch.Tensor], torch.Tensor] | None = None
+    text_form: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def columns(self, num_texts: int) -> list[int]:
+        """Returns the indices of this term's text features, of T = `num_texts`."""
+        return list(range(1, num_texts) if self.texts is None else self.texts)
+
+
+def reduce_features(
+    features: torch.Tensor, components: int | None = None, variance: float | None = None
+) -> torch.Tensor:
+    """Projects features [n, dim] onto principal components of the batch.
+
+    Long-CLIP reduces image features for short captions, HiMo-CLIP text features. The features are centred and
+    projected, and their mean is added back; the result is not normalised. Gradients flow through the projection, too.
+
+    Args:
+        features: features of this process's batch, [n, dim].
+        components: number of components; with min(n - 1, dim) or more, the features are returned unchanged.
+        variance: instead of `components`: use the fewest components that explain this fraction of the variance.
+
+    Source: Long-CLIP (arXiv 2403.15378), HiMo-CLIP (arXiv 2511.06653).
+    """
+    if variance is None and components >= min(len(features) - 1, features.shape[1]):
+        return features  # the components explain all of the variance
+    mean = features.mean(0)
+    centred = features - mean
+    return _Projector.apply(centred @ centred.T, components, variance) @ centred + mean
+
+
+class _Projector(torch.autograd.Function):
+    """Projector [n, n] onto the eigenvectors with the largest eigenvalues of a symmetric matrix.
+
+    Differentiating through the decomposition would divide by the differences between all eigenvalues, and some
+    eigenvalues of a centred batch nearly coincide. The projector's gradient needs only the differences between the
+    chosen eigenvalues and the rest. Which ones are chosen stays on the device.
+    """
+
+    @staticmethod
+    def forward(ctx, matrix: torch.Tensor, components: int | None, variance: float | None) -> torch.Tensor:
+        values, vectors = (x.flip(-1) for x in torch.linalg.eigh(matrix))  # descending
+        if variance is None:
+            chosen = torch.arange(len(values), device=values.device) < components
+        else:  # as long as the larger eigenvalues explain too little
+            chosen = values.cumsum(0) - values < variance * values.sum()
+        ctx.save_for_backward(values, vectors, chosen)
+        return (vectors * chosen) @ vectors.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        values, vectors, chosen = ctx.saved_tensors
+        gap = torch.where(~chosen[:, None] & chosen, values - values[:, None], torch.inf)  # [rest, chosen]
+        half = vectors @ (vectors.T @ (grad + grad.T) @ vectors / gap / 2) @ vectors.T
+        return half + half.T, None, None
+
+
+# torch 2.14 renamed these functions.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class _Gather(torch.autograd.Function):
+    """Gathers all ranks' rows in one tensor; backward sums all ranks' gradients of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, world_size: int, dtype: torch.dtype | None) -> torch.Tensor:
+        ctx.world_size = world_size
+        sent = rows.to(dtype or rows.dtype).contiguous()
+        gathered = sent.new_empty(world_size * len(rows), *rows.shape[1:])
+        _all_gather(gathered, sent)
+        return gathered.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        if dist.get_backend() != "gloo":
+            summed = gradient.new_empty(len(gradient) // ctx.world_size, *gradient.shape[1:])
+            _reduce_scatter(summed, gradient.contiguous())
+            return summed, None, None
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)  # older releases of gloo have no reduce-scatter
+        return gradient.chunk(ctx.world_size)[dist.get_rank()], None, None
+
+
+def gather_rows(rows: torch.Tensor, world_size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Concatenates all ranks' rows in rank order; gradients flow back to each rank.
+
+    Args:
+        rows: [batch, ...], with the same batch on every rank.
+        world_size: number of ranks; 1 returns `rows` unchanged.
+        dtype: dtype in which the rows travel; None: their own. Gradients always travel in the rows' dtype, because sums
+            over hundreds of ranks would lose too much in 16 bits.
+
+    Returns:
+        [world_size x batch, ...].
+    """
+    return rows if world_size == 1 else _Gather.apply(rows, world_size, dtype)
 
 
 class LongCaptionLoss(nn.Module):
@@ -64,13 +182,11 @@ class LongCaptionLoss(nn.Module):
         gather_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if normalisation not in NORMALISATIONS:
-            raise ValueError(f"normalisation {normalisation}: expected one of {', '.join(NORMALISATIONS)}")
+        expect_one_of(NORMALISATIONS, normalisation, "normalisation")
         default = LossTerm("short_caption_loss", (0,), short_weight), LossTerm("long_caption_loss", None, long_weight)
-        self.terms, self.default_terms = tuple(terms or ()), default
-        names = [term.name for term in self.terms]
-        if len(set(names)) < len(names):
-            raise ValueError(f"terms {', '.join(names)}: expected unique names")
+        self.terms, self.default_terms = Registry[LossTerm]("loss term"), default
+        for term in terms or ():
+            self.terms.register(term.name)(term)
         self.rank, self.world_size, self.block_numbers = rank, world_size, block_numbers
         self.label_smoothing, self.normalisation, self.gather_dtype = label_smoothing, normalisation, gather_dtype
 
@@ -104,7 +220,7 @@ class LongCaptionLoss(nn.Module):
         num_views, num_texts = len(images), len(texts)
         default = self.default_terms if text_features.ndim == 3 else (LossTerm("contrastive_loss", (0,)),)
         compared = []
-        for term in self.terms or default:
+        for term in self.terms.values() or default:
             columns = term.columns(num_texts)
             views = [0] if columns == [0] else list(range(num_views))
             if term.image_form is not None:

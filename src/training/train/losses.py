@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from training.flags.data import caption_entries, reads
-from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss
-from training.loss.terms import LossTerm, reduce_features
+from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss, LossTerm, reduce_features
 from training.runtime.distributed import DistEnv
 
 

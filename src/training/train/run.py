@@ -24,7 +24,7 @@ from training.data.shards import Source
 from training.eval.results import run_name
 from training.eval.retrieval import RetrievalWork, plan_benchmarks
 from training.model.assembly.from_flags import build_from_flags, check_precision
-from training.model.names.resolve import resolve_weights
+from training.model.names.config import resolve_weights
 from training.model.towers.compiling import compile_layers
 from training.model.towers.corner import corner_indices
 from training.model.towers.locking import linear_head

@@ -18,12 +18,20 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from timm.layers import to_2tuple
 from torchvision.transforms import Compose
 
-from training.model.names.config import CONFIG, CONFIG_FILE, LOCAL_DIR, POOLING, TOWER, ModelSpec, resolve_model_config
+from training.model.names.config import (
+    CONFIG,
+    CONFIG_FILE,
+    LOCAL_DIR,
+    POOLING,
+    TOWER,
+    ModelSpec,
+    resolve_model_config,
+    resolve_weights,
+)
 from training.model.names.files import WEIGHT_SUFFIXES, downloading, find_pretrained_folder, find_weights
-from training.model.names.resolve import resolve_weights
 from training.model.names.transformers_clip import HF, adapt_transform
-from training.model.packing.arranger import CaptionArranger
-from training.model.tokenizers.folder_tokenizer import FolderTokenizer
+from training.model.packing import CaptionArranger
+from training.model.tokenizers import FolderTokenizer
 from training.model.towers import clip_tower, hf_tower  # noqa: F401  which register their text towers
 from training.model.towers.flair import TextConditionedPooling
 from training.model.towers.text_tower import TEXT_TOWERS, TextTower
@@ -161,12 +169,7 @@ def _build_two_towers(spec: ModelSpec, tag: dict, cache_dir: str | None, kwargs:
 def _text_tower_class(spec: ModelSpec) -> type[TextTower]:
     """Returns the class of a model's text tower: the one that its config names, Hugging Face's, or CLIP's."""
     name = spec.text_cfg.get(TOWER) or ("hugging_face" if spec.text_cfg.get("hf_tokenizer_name") else "clip")
-    if name not in TEXT_TOWERS:
-        raise ValueError(
-            f"--model {spec.name}: no text tower has the name {name} (text_cfg.tower); known: {', '.join(TEXT_TOWERS)}"
-            "; import the file that defines it first"
-        )
-    return TEXT_TOWERS[name]
+    return TEXT_TOWERS.find(name, f"--model {spec.name}")
 
 
 def _check_image_size(model: torch.nn.Module, spec: ModelSpec) -> None:

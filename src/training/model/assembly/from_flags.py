@@ -11,9 +11,8 @@ from open_clip.hf_model import HFTextEncoder
 from training.data.images import parse_augmentation, strong_augmentation
 from training.flags.model import AUTO, model_arguments, tokenizer_arguments
 from training.model.assembly.factory import EncoderParts, check_vocabulary, create_model_and_transforms, get_tokenizer
-from training.model.names.config import POOLING, resolve_model_config
-from training.model.names.resolve import resolve_weights
-from training.model.packing.arranger import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
+from training.model.names.config import POOLING, resolve_model_config, resolve_weights
+from training.model.packing import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
 from training.model.towers.locking import freeze_batch_norm_statistics
 from training.model.towers.text_encoder import text_encoder
 from training.model.weights.adapters import add_adapters

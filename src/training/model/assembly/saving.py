@@ -10,7 +10,7 @@ from torch import nn
 
 from training.model.names.config import CONFIG_FILE
 from training.model.names.transformers_clip import CLIP_VOCABULARY, nearest_timm_name
-from training.model.tokenizers.folder_tokenizer import FolderTokenizer
+from training.model.tokenizers import FolderTokenizer
 from training.model.towers.text_tower import TextTower
 
 WEIGHTS_FILE = "open_clip_model.safetensors"

@@ -8,14 +8,15 @@ from torch import nn
 from torch.nn import functional
 
 from training.model.names.config import ModelSpec
-from training.model.packing.attention import additive_mask, attention, compute_dtype
+from training.model.packing import additive_mask, attention, compute_dtype
 from training.model.towers.corner import states_at, suffix_attention
-from training.model.towers.text_tower import TextTower
+from training.model.towers.text_tower import TEXT_TOWERS, TextTower
 
 CLIP_PAD_ID = 0
 
 
-class CornerCLIPText(TextTower, TextTransformer, name="clip"):
+@TEXT_TOWERS.register("clip")
+class CornerCLIPText(TextTower, TextTransformer):
     """open_clip's causal text transformer with corner tokens directly before [EOT].
 
     CLIP's ids and pretrained embeddings are unchanged. Corner ids follow CLIP's ids and have their own table,

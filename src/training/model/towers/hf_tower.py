@@ -1,23 +1,24 @@
-"""LoTLIP's text tower: a Hugging Face encoder with corner tokens.
+"""LoTLIP's text tower: a Hugging Face encoder with corner tokens, and the families of encoders that can be one.
 
-An encoder's own `forward` derives its attention mask from the padding alone, so each family of encoders is a subclass
-of `CornerHFText` that runs its encoder with our own mask. `encoders` contains one file per family.
+An encoder's own `forward` derives its attention mask from the padding alone, so each family is a subclass of
+`CornerHFText` that runs its encoder with our own mask.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AttentionInterface, AutoConfig, AutoModel, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-import training.model.towers.encoders as folder
 from training.model.names.config import ModelSpec
 from training.model.names.files import downloading, find_pretrained_folder
+from training.model.packing import additive_mask, attend_in_buckets, compute_dtype, split_into_buckets
 from training.model.towers.corner import pool_without_corners, prefix_attention
-from training.model.towers.text_tower import TextTower
+from training.model.towers.text_tower import TEXT_TOWERS, TextTower
 from training.model.weights.load import load_pretrained_text
+from training.runtime.registry import Registry, expect_one_of
 
 POOLERS = ("cls_pooler", "cls_last_hidden_state_pooler", "mean_pooler", "max_pooler")
 PUBLISHED = "published"
@@ -25,15 +26,16 @@ CORNER_ATTENTION = (PUBLISHED, "ordinary")
 _NOT_ARCHITECTURE = ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type")
 
 
-_FAMILIES: dict[str, type["CornerHFText"]] = {}
+ENCODERS: Registry[type["CornerHFText"]] = Registry("encoder with corner tokens")  # by the model_type of a config
 
 
-class CornerHFText(TextTower, name="hugging_face"):
+@TEXT_TOWERS.register("hugging_face")
+class CornerHFText(TextTower):
     """A bidirectional Hugging Face encoder with corner tokens at positions 1..m.
 
     State-dict names are the published ones: ``transformer.*`` (the encoder's own names) and ``proj.*``. Calling this
-    class returns an object of the subclass that has the config's model type. Such a subclass defines `run` or
-    `run_buckets`, and `layers`; defining it registers it for its model types.
+    class returns an object of the subclass in `ENCODERS` that has the config's model type. Such a subclass defines
+    `run` or `run_buckets`, and `layers`.
 
     Args:
         config: the encoder's config; its position table is lengthened if `context_length` needs it.
@@ -47,7 +49,6 @@ class CornerHFText(TextTower, name="hugging_face"):
             ``ordinary``: corners are attended to like any other token, an ablation of the published rule.
 
     Attributes:
-        model_types: values of ``model_type`` in the encoder's config.
         default_pooler: one of `POOLERS`, used if a model config names none.
         has_pooler: the encoder can end in BERT's pooler (``add_pooling_layer``).
 
@@ -57,16 +58,11 @@ class CornerHFText(TextTower, name="hugging_face"):
 
     rgb_first = True
     locks_norms_apart = True
-    model_types: tuple[str, ...] = ()
     default_pooler = "mean_pooler"
     has_pooler = False
 
-    def __init_subclass__(cls, **options: object):
-        super().__init_subclass__(**options)
-        _FAMILIES.update(dict.fromkeys(cls.__dict__.get("model_types", ()), cls))
-
     def __new__(cls, config: PretrainedConfig | None = None, *_: object, **__: object) -> "CornerHFText":
-        return super().__new__(family_of(config) if cls is CornerHFText else cls)
+        return super().__new__(ENCODERS.find(config.model_type) if cls is CornerHFText else cls)
 
     def __init__(
         self,
@@ -80,12 +76,8 @@ class CornerHFText(TextTower, name="hugging_face"):
     ):
         super().__init__()
         pooler_type = pooler_type or self.default_pooler
-        for name, value, known in (
-            ("corner_attention", corner_attention, CORNER_ATTENTION),
-            ("hf_pooler_type", pooler_type, POOLERS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} {value}: expected one of {', '.join(known)}")
+        expect_one_of(CORNER_ATTENTION, corner_attention, "corner_attention")
+        expect_one_of(POOLERS, pooler_type, "hf_pooler_type")
         self.num_corners, self.context_length, self.output_dim = num_corners, context_length, output_dim
         self.num_hidden_corners = num_corners if corner_attention == PUBLISHED else 0
         self.pooler_type, self.pad_id, self.position_offset = pooler_type, config.pad_token_id, self.offset_of(config)
@@ -194,18 +186,126 @@ class CornerHFText(TextTower, name="hugging_face"):
             getattr(encoder, f"{word}_checkpointing_disable")()
 
 
-def family_of(config: PretrainedConfig) -> type[CornerHFText]:
-    """Returns the class of text towers for an encoder's config.
+ATTENTION = "lotlip_buckets"
 
-    Raises:
-        ValueError: no family supports this model type.
+
+@ENCODERS.register("bert")
+class Bert(CornerHFText):
+    """BERT and similar encoders, run via their `embeddings` and `encoder` modules, whose interface is stable.
+
+    The linear layers run on the tokens of all buckets at once. The last layer computes queries, and everything after
+    attention, only for the positions whose output is used; all other positions need only keys and values there, which
+    saves nearly one layer's work. Positions start at 0, and there is a pooler.
     """
-    for module in pkgutil.iter_modules(folder.__path__):
-        importlib.import_module(f"{folder.__name__}.{module.name}")
-    if config.model_type not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
-        raise ValueError(f"text towers of type {config.model_type} can't take corner tokens; {known} can")
-    return _FAMILIES[config.model_type]
+
+    default_pooler = "cls_pooler"
+    has_pooler = True
+    joins_buckets = True
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        self.transformer.set_attn_implementation(ATTENTION)
+        # Autocast would cast the hidden states for queries, keys and values separately, and their gradients back.
+        for layer in self.layers():
+            layer.attention.self.register_forward_pre_hook(_cast_once)
+
+    def run_buckets(
+        self, buckets: Sequence[torch.Tensor], allowed: Sequence[torch.Tensor], num_first: int | None = None
+    ) -> Sequence[torch.Tensor]:
+        ids = torch.cat([bucket.flatten() for bucket in buckets])
+        positions = torch.cat([self.positions(bucket).flatten() for bucket in buckets])
+        hidden = self.transformer.embeddings(input_ids=ids[None], position_ids=positions[None])  # [1, total, width]
+        masks = tuple(additive_mask(rule, compute_dtype(hidden)) for rule in allowed)
+        *others, last = self.layers()
+        for layer in others:
+            hidden = layer(hidden, masks)
+        hidden = _layer_on_first(last, hidden[0], masks, num_first) if num_first else last(hidden, masks)[0]
+        return split_into_buckets(hidden, masks, num_first)
+
+    def layers(self) -> nn.ModuleList:
+        return self.transformer.encoder.layer
+
+    def compilable(self) -> list[nn.Module]:
+        # All but attention, whose masks, one per bucket, differ in number and shape in every step.
+        return [
+            module for layer in self.layers() for module in (layer.attention.output, layer.intermediate, layer.output)
+        ]
+
+    def positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the row of the position table of each token: [n, seq_len]."""
+        return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+
+
+@ENCODERS.register("roberta", "xlm-roberta", "camembert")
+class Roberta(Bert):
+    """RoBERTa and similar encoders: positions start at padding's id + 1, and padding is not counted."""
+
+    default_pooler = CornerHFText.default_pooler
+
+    def offset_of(self, config: PretrainedConfig) -> int:
+        return config.pad_token_id + 1
+
+    def positions(self, ids: torch.Tensor) -> torch.Tensor:
+        keep = ids != self.pad_id
+        return keep.cumsum(dim=1) * keep + self.pad_id
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: tuple[torch.Tensor, ...] | torch.Tensor | None,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """An attention function with transformers' signature: for buckets ours, for the encoder's own `forward` sdpa."""
+    if not isinstance(attention_mask, tuple):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
+    tokens = (heads[0].transpose(0, 1) for heads in (query, key, value))  # [total, heads, d]
+    return attend_in_buckets(*tokens, attention_mask, dropout)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _cast_once(attention: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    hidden, *others = inputs
+    return (hidden.to(compute_dtype(hidden)), *others)
+
+
+def _layer_on_first(
+    layer: nn.Module, hidden: torch.Tensor, masks: tuple[torch.Tensor, ...], num_first: int
+) -> torch.Tensor:
+    """Computes a layer for the first positions of each caption only: [total, width] -> [n x num_first, width]."""
+    attend = layer.attention.self
+    first = torch.cat([bucket[:, :num_first].flatten(0, 1) for bucket in split_into_buckets(hidden, masks)])
+    hidden = hidden.to(compute_dtype(hidden))  # once for keys and values
+    projected = attend.query(first), attend.key(hidden), attend.value(hidden)
+    by_head = (tokens.unflatten(-1, (attend.num_attention_heads, -1)) for tokens in projected)
+    seen = attend_in_buckets(*by_head, masks, attend.dropout.p if attend.training else 0.0, num_first)
+    return layer.feed_forward_chunk(layer.attention.output(seen.flatten(1), first))
+
+
+@ENCODERS.register("modernbert")
+class ModernBert(CornerHFText):
+    """ModernBERT: every third layer attends to all tokens, the others to a window."""
+
+    default_pooler = "cls_last_hidden_state_pooler"
+
+    def run(self, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        encoder = self.transformer
+        window, dtype = encoder.config.local_attention // 2, compute_dtype(encoder.get_input_embeddings().weight)
+        full = sliding = additive_mask(allowed, dtype)
+        if ids.shape[1] > window + 1:  # in a shorter caption all tokens are near each other
+            position = torch.arange(ids.shape[1], device=ids.device)
+            near = (position[:, None] - position[None, :]).abs() <= window
+            sliding = additive_mask(allowed & near, dtype)
+        return encoder(input_ids=ids, attention_mask={"full_attention": full, "sliding_attention": sliding})[0]
+
+    def layers(self) -> nn.ModuleList:
+        return self.transformer.layers
 
 
 def _projection(proj_type: str | None, width: int, output_dim: int) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import nn
 
-from training.model.packing.arranger import Captions, caption_lengths
+from training.model.packing import Captions, caption_lengths
 from training.model.towers.clip_tower import CLIP_PAD_ID, causal_features
 from training.model.towers.text_tower import TextTower
 

@@ -9,12 +9,13 @@ from torch.overrides import TorchFunctionMode
 
 from training.model.names.config import ModelSpec
 from training.model.names.files import find_pretrained_folder
-from training.model.tokenizers.corner_tokenizers import CornerCLIPTokenizer, CornerHFTokenizer
+from training.model.tokenizers import CornerCLIPTokenizer, CornerHFTokenizer
 from training.model.towers.corner import features_of_captions, states_at
 from training.model.towers.locking import rest_frozen
+from training.runtime.registry import Registry
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer_config.json")
-TEXT_TOWERS: dict[str, type["TextTower"]] = {}
+TEXT_TOWERS: Registry[type["TextTower"]] = Registry("text tower")  # by the key ``tower`` of a text_cfg
 
 
 class TextTower(nn.Module):
@@ -23,8 +24,8 @@ class TextTower(nn.Module):
     It maps token ids [batch, seq_len] to features [batch, dim], and [batch, num_captions, seq_len] to [batch, T, dim]
     with T = 1 + (num_captions - 1)(m + 1): see `corner.features_of_captions`.
 
-    A subclass defines `build`, `all_features`, `layers` and the attributes; it may stand in any file. Defining it as
-    ``class Mine(TextTower, name="mine")`` registers it for model configs with ``"text_cfg": {"tower": "mine", ...}``.
+    A subclass defines `build`, `all_features`, `layers` and the attributes; it may stand in any file. Below
+    ``@TEXT_TOWERS.register("mine")`` it is registered for model configs with ``"text_cfg": {"tower": "mine", ...}``.
 
     Attributes:
         num_corners: number of corner tokens, m.
@@ -47,10 +48,6 @@ class TextTower(nn.Module):
     wraps_stock = False
     rgb_first = False
     locks_norms_apart = False
-
-    def __init_subclass__(cls, name: str | None = None):
-        if name:
-            TEXT_TOWERS[name] = cls
 
     @classmethod
     def build(cls, spec: ModelSpec, stock: nn.Module, cache_dir: str | None) -> "TextTower":

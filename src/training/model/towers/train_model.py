@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from training.data.images import normalise_pixels
-from training.model.packing.arranger import Captions
+from training.model.packing import Captions
 from training.model.towers.corner import features_of_captions
 from training.model.towers.locking import linear_head, rest_frozen
 from training.model.towers.text_encoder import text_encoder

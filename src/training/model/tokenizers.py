@@ -3,15 +3,17 @@
 Both are called like open_clip's, ``tokenizer(texts) -> [n, context_length]``, and never change the caller's list.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from open_clip import SimpleTokenizer
-from open_clip.tokenizer import get_clean_fn
+from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, basic_clean, canonicalize_text, get_clean_fn
 from transformers import AutoTokenizer
 
 from training.model.names.files import downloading
+from training.model.names.transformers_clip import HF
+from training.runtime.messages import first_line
 
 _WORD_STARTS = ("\u0120", "\u2581")  # RoBERTa and XLM-R mark the start of words, BERT their continuation (##)
 
@@ -180,3 +182,60 @@ class CornerCLIPTokenizer(_CornerTokenizer):
                 piece = self.tokenizer.decoder[number]
                 yield position, piece.removesuffix("</w>"), begins_word
                 begins_word = piece.endswith("</w>")
+
+
+class FolderTokenizer(HFTokenizer):
+    """The tokenizer of a folder in transformers' format; unlike open_clip's, it does not change the texts first.
+
+    Args:
+        folder: folder with tokenizer files.
+        context_length: number of tokens to which texts are truncated and padded.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer.
+    """
+
+    def __init__(self, folder: Path, context_length: int):
+        try:
+            super().__init__(str(folder), context_length, trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as error:
+            raise FileNotFoundError(
+                f"--model {HF}{folder}: no tokenizer in this folder ({first_line(error)})"
+            ) from error
+        self.clean_fn = str
+
+
+def count_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
+    """Counts the tokens of each text before truncation, special tokens included.
+
+    Args:
+        tokenizer: an open_clip tokenizer, or any object with a method `count_tokens(texts)`.
+        texts: any number of captions.
+
+    Raises:
+        TypeError: another kind of tokenizer.
+    """
+    if hasattr(tokenizer, "count_tokens"):
+        return tokenizer.count_tokens(texts)
+    if isinstance(tokenizer, SimpleTokenizer):
+        return [len(tokenizer.encode(text)) + 2 for text in texts]  # + start and end of text
+    if isinstance(tokenizer, HFTokenizer):
+        texts = [tokenizer.clean_fn(text) for text in texts]
+        class_token = tokenizer.tokenizer_mode == "clips"  # this mode appends a class token
+    elif isinstance(tokenizer, SigLipTokenizer):
+        texts, class_token = [canonicalize_text(basic_clean(text)) for text in texts], False
+    else:
+        raise TypeError(f"can't count the tokens of a {type(tokenizer).__name__}")
+    sequences = tokenizer.tokenizer(texts, truncation=False, verbose=False).input_ids if texts else []
+    return [len(ids) + class_token for ids in sequences]
+
+
+def tokenise_and_count_lost(tokenizer: Callable, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
+    """Returns token ids [n, context_length], and for each text the number of tokens beyond these; 0 if it fits.
+
+    Raises:
+        TypeError: see `count_tokens`.
+    """
+    if hasattr(tokenizer, "tokenise_and_count_lost"):  # ours tokenise only once
+        return tokenizer.tokenise_and_count_lost(texts)
+    return tokenizer(texts), [max(0, length - tokenizer.context_length) for length in count_tokens(tokenizer, texts)]

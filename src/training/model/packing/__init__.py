@@ -1,1 +1,0 @@
-"""Arranges the captions of a batch, and attention within arranged captions."""

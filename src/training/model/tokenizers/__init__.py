@@ -1,1 +1,0 @@
-"""Tokenizers with corner tokens, transformers' tokenizers, and counts of lost tokens."""
