@@ -98,6 +98,13 @@ def test_sizes_that_count_too_few_are_refused(tmp_path, capsys, flags):
     assert f"sizes.json: counts 5 samples in {tmp_path / 'b.tar'}, which has 6" in message
 
 
+@pytest.mark.parametrize("content", ["{", "[8, 6]"])
+def test_a_broken_file_of_sizes_is_named(tmp_path, capsys, content):
+    few(tmp_path, {})
+    (tmp_path / "sizes.json").write_text(content)
+    assert f'{tmp_path / "sizes.json"}: expected {{"00000.tar": 10000, ..}}' in train(tmp_path, tmp_path, capsys)
+
+
 def test_sizes_that_count_too_few_are_reported_where_shards_are_too_large_to_count(
     tmp_path, monkeypatch, caplog, capsys
 ):

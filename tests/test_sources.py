@@ -205,3 +205,11 @@ def test_the_files_of_a_hub_data_set_are_those_that_its_readme_lists(form, words
             local_spec(f"hf:{tmp_path}{words}")
     else:
         assert local_spec(f"hf:{tmp_path}{words}").split("::") == [str(tmp_path / name) for name in expected]
+
+
+def test_a_split_of_a_hub_data_set_of_images_alone_is_its_folder(tmp_path):
+    for split in ("train", "test"):
+        write_images_with_texts(tmp_path / split)
+    assert local_spec(f"hf:{tmp_path}:test") == str(tmp_path / "test")
+    with pytest.raises(ValueError, match="nothing called dev among its files"):
+        local_spec(f"hf:{tmp_path}:dev")

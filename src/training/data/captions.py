@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 from training.data.views import Entry, View, parse_views, views_by_flags
 from training.readers.captions import caption_texts, first_sentence, join_sentences, split_sentences
@@ -11,6 +12,7 @@ from training.readers.faults import BadSample
 RAW_KEYS = ("raw_caption", "caption", "txt", "title", "text")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption", "conversations")
 MAX_CHARACTERS = 100_000
+Rng = random.Random | ModuleType
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,13 @@ class CaptionRule:
         return max(counts.values())
 
 
-def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list[str]:
+def choose_captions(record: dict, rule: CaptionRule, rng: Rng) -> list[str]:
     """Chooses the texts of a sample.
 
     Args:
         record: caption key -> value, see `caption_texts`; other keys and types of value are ignored.
         rule: what to choose.
-        rng: the sample's own random stream.
+        rng: the sample's own random stream, or the module `random`.
 
     Returns:
         `rule.num_captions` texts, in the order of the rule's entries.
@@ -103,17 +105,17 @@ def choose_captions(record: dict, rule: CaptionRule, rng: random.Random) -> list
 class _Chooser:
     """Chooses the texts of one sample; remembers how many long captions each kind of view has used."""
 
-    def __init__(self, raw: str, short: str, longs: list[str], everything: list[str], rng: random.Random):
+    def __init__(self, raw: str, short: str, longs: list[str], everything: list[str], rng: Rng):
         self.captions, self.longs, self.everything, self.rng = {"raw": raw, "short": short}, longs, everything, rng
         self.used: dict[tuple[str, str], int] = {}
 
     def texts(self, entry: Entry) -> list[str]:
-        views = entry.views
-        if views[0].distinct:
-            return self._distinct(views[0], entry.count)
-        if len(views) > 1:
-            views = self.rng.choices(views, [view.share for view in views], k=entry.count)
-        return [self._text(views[i % len(views)]) for i in range(entry.count)]
+        if entry.views[0].distinct:
+            return self._distinct(entry.views[0], entry.count)
+        views = [*entry.views] * entry.count
+        if len(entry.views) > 1:
+            views = self.rng.choices(entry.views, [view.share for view in entry.views], k=entry.count)
+        return [self._text(view) for view in views]
 
     def _text(self, view: View) -> str:
         if view.uses_long and not self.longs:

@@ -43,7 +43,7 @@ class ImageReader:
 
     def __init__(self, transform: Callable, mode: str = "exact", upright: bool = False):
         self.whole, self.upright = transform, upright
-        self.resize, self.rest = (None, None) if mode == "exact" else _split(transform)
+        self.resize, self.rest = (None, transform) if mode == "exact" else _split(transform)
         self.at_least = pixels_needed(transform) if mode == "scaled" else None
 
     def __call__(self, source: images.Source) -> torch.Tensor:
@@ -62,7 +62,7 @@ class ImageReader:
 
     def read(self, sources: Sequence[images.Source]) -> list[torch.Tensor | images.BrokenImageError]:
         """Reads several images; returns for each the output of the transform, or the error if it can't be read."""
-        found = []
+        found: list[torch.Tensor | images.BrokenImageError] = []
         for source in sources:
             try:
                 found.append(self(source))
@@ -78,13 +78,11 @@ class ImageReader:
 
     def transform(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         """Applies the transform to a decoded image."""
-        if self.resize is None:
-            return self.whole(image)
-        return self.rest(functional.to_pil_image(self.resize(image)))
+        return self.rest(image if self.resize is None else functional.to_pil_image(self.resize(image)))
 
 
 def decode_bytes(source: images.Source, at_least: int | None = None, upright: bool = False) -> torch.Tensor:
-    """Decodes an image to [3, H, W] uint8: JPEGs by torchvision, everything else by `load_rgb`.
+    """Decodes an image to [3, H, W] uint8: colour JPEGs at full size by torchvision, everything else by `load_rgb`.
 
     Args:
         source: a file or its bytes.
@@ -94,32 +92,25 @@ def decode_bytes(source: images.Source, at_least: int | None = None, upright: bo
         images.BrokenImageError: see `load_rgb`.
     """
     try:
-        return _decode(source, at_least, upright or getattr(source, "upright", False))
+        with images.image_file(source) as file:
+            data = file.read()
+        with images.open_image(io.BytesIO(data)) as image:  # reads only the header, and refuses decompression bombs
+            turned = upright or getattr(source, "upright", False)
+            size, orientation = image.size, images.orientation_of(image) if turned else 1
+            if at_least:
+                image.draft("RGB", (at_least, at_least))
+            if (image.format, image.mode, image.size, orientation) == ("JPEG", "RGB", size, 1):
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+            decoded = images.set_upright(images.to_rgb(image), orientation)
     except Exception:  # whatever went wrong, Pillow decides whether the image is broken, and names the fault
-        return _as_tensor(images.load_rgb(source, at_least, upright))
+        decoded = images.load_rgb(source, at_least, upright)
+    return torch.from_numpy(np.array(decoded)).permute(2, 0, 1)
 
 
-def _as_tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _decode(source: images.Source, at_least: int | None, upright: bool) -> torch.Tensor:
-    """Decodes colour JPEGs at full size by torchvision, everything else by Pillow."""
-    with images.image_file(source) as file:
-        data = file.read()
-    with images.open_image(io.BytesIO(data)) as image:  # reads only the header, and refuses decompression bombs
-        size, orientation = image.size, images.orientation_of(image) if upright else 1
-        if at_least:
-            image.draft("RGB", (at_least, at_least))
-        if (image.format, image.mode, image.size, orientation) != ("JPEG", "RGB", size, 1):
-            return _as_tensor(images.set_upright(images.to_rgb(image), orientation))
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-
-
-def _split(transform: Callable) -> tuple[Callable | None, Callable | None]:
+def _split(transform: Callable) -> tuple[Callable | None, Callable]:
     """Splits a transform into its resize, for [3, H, W] uint8, and the further steps, for a Pillow image.
 
-    Returns (None, None) if the transform doesn't begin with torchvision's resize or random resized crop.
+    Returns (None, the transform) if it doesn't begin with torchvision's resize or random resized crop.
     """
     steps = list(getattr(transform, "transforms", []))
     if steps[:1] == [images.to_rgb]:
@@ -131,7 +122,7 @@ def _split(transform: Callable) -> tuple[Callable | None, Callable | None]:
         size = [first.size] if isinstance(first.size, int) else list(first.size)
         how = {"interpolation": first.interpolation, "max_size": first.max_size, "antialias": True}
         return partial(functional.resize, size=size, **how), transforms.Compose(steps[1:])
-    return None, None
+    return None, transform
 
 
 def _random_crop(crop: transforms.RandomResizedCrop, pixels: torch.Tensor) -> torch.Tensor:

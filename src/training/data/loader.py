@@ -13,11 +13,12 @@ The keys of `TrainBatch.inputs` are open_clip's, and the arguments of `TrainMode
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain, count, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training.data.order import Share, Span, count_slots, cut
@@ -40,7 +41,7 @@ class TrainBatch(NamedTuple):
         position: (worker, slots of its part of the epoch that it has read up to and including this batch).
     """
 
-    inputs: dict[str, object]
+    inputs: dict[str, Any]
     num_tokens: int
     num_padded: int
     keys: list[str]
@@ -59,28 +60,20 @@ def to_device(batches: Iterator[TrainBatch], device: torch.device) -> Iterator[t
             yield batch, batch.inputs_on(device)
         return
     copying, waiting = torch.cuda.Stream(device), None
-    for batch in chain(batches, [None]):
+    for upcoming in chain(batches, [None]):
         arriving = None
-        if batch is not None:
+        if upcoming is not None:
             with torch.cuda.stream(copying):
-                arriving = batch, batch.inputs_on(device), copying.record_event()
+                arriving = upcoming, upcoming.inputs_on(device), copying.record_event()
         if waiting is not None:
             batch_before, inputs, copied = waiting
             computing = torch.cuda.current_stream(device)
             computing.wait_event(copied)
-            for tensor in _tensors(inputs):
-                tensor.record_stream(computing)
+            for tensor in tree_leaves(inputs):
+                if isinstance(tensor, torch.Tensor):
+                    tensor.record_stream(computing)
             yield batch_before, inputs
         waiting = arriving
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """Yields all tensors in nested dicts and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
 
 
 class NoUsableSampleError(RuntimeError):
@@ -130,7 +123,8 @@ class TrainBatches(IterableDataset):
 
         With `refill` it never ends: each process must make its number of batches, or the other processes would wait.
         """
-        num_slots, num_good, kinds = count_slots(spans), slots_done, Counter()
+        num_slots, num_good = count_slots(spans), slots_done
+        kinds: Counter[str] = Counter()
         if not num_slots:
             return
         first_pass, skip = divmod(slots_done, num_slots)
@@ -173,17 +167,17 @@ class TrainBatches(IterableDataset):
         order = list(self.reader.experiment.order_samples(rows, size))
         if sorted(order) != list(range(len(rows))):
             raise ValueError(f"order_samples of the experiment: expected a permutation of range({len(rows)})")
-        batches = []
+        batches: list[TrainBatch] = []
         for start in range(0, len(order), size):
             chosen = [rows[place] for place in order[start : start + size]]
             inputs = {name: torch.stack([row.inputs[name] for row in chosen]) for name in chosen[0].inputs}
-            captions, *counts = collate_captions(self.reader, chosen)
-            of_batch = [keys[place] for place in order[start : start + size]], [] if batches else bad_samples
-            batches.append(TrainBatch(inputs | captions, *counts, *of_batch, (0, 0)))
+            captions, num_tokens, num_padded = collate_captions(self.reader, chosen)
+            names, bad = [keys[place] for place in order[start : start + size]], [] if batches else bad_samples
+            batches.append(TrainBatch(inputs | captions, num_tokens, num_padded, names, bad, (0, 0)))
         return batches, num_slots
 
 
-def collate_captions(reader: SampleReader, rows: list[Sample]) -> tuple[dict[str, object], int, int]:
+def collate_captions(reader: SampleReader, rows: list[Sample]) -> tuple[dict[str, Any], int, int]:
     """Tokenises the captions of a batch; short and long ones are padded separately, or packed together.
 
     Args:
@@ -194,14 +188,12 @@ def collate_captions(reader: SampleReader, rows: list[Sample]) -> tuple[dict[str
         (dict with ``text`` and ``long_text``, or with ``packed_text``; number of tokens without padding; number of
         tokens with padding).
     """
-    texts, fronts = [row.texts for row in rows], [row.fronts for row in rows]
-    num_long = len(texts[0]) - 1
-    short, num_tokens = tokenise(reader.tokenizer, [row[0] for row in texts], [row[0] for row in fronts])
+    short, num_tokens = tokenise(reader.tokenizer, [row.texts[0] for row in rows], [row.fronts[0] for row in rows])
     groups = {"text": short}
-    if num_long:
-        long_texts, long_fronts = ([value for row in values for value in row[1:]] for values in (texts, fronts))
-        long, num_more = tokenise(reader.tokenizer, long_texts, long_fronts)
-        groups["long_text"], num_tokens = long.unflatten(0, (len(texts), num_long)), num_tokens + num_more
+    if num_long := len(rows[0].texts) - 1:
+        fronts = [front for row in rows for front in row.fronts[1:]]
+        long, num_more = tokenise(reader.tokenizer, [text for row in rows for text in row.texts[1:]], fronts)
+        groups["long_text"], num_tokens = long.unflatten(0, (len(rows), num_long)), num_tokens + num_more
     if reader.arrange:
         packed = reader.arrange(*groups.values())
         return {"packed_text": packed}, num_tokens, packed.num_padded

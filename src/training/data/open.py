@@ -202,7 +202,7 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
     if not source.num_samples:
         raise ValueError(f"{spec}: no samples in it")
     has_short, has_long, num_usable, num_with_lines = False, False, 0, 0
-    keys, kinds, reasons = set(), Counter(), []
+    keys, kinds, reasons = set[str](), Counter[str](), list[str]()
     for raw in source.read(0, 0, min(NUM_LOOKED_AT, source.num_samples)):
         try:
             record = read_record(raw)

@@ -116,7 +116,8 @@ def _mixed(lanes: Sequence[Lane], window: int, round_size: int, name: str, num_u
         for k, count in enumerate(counts):
             if count and streams[k] is None:
                 streams[k] = lanes[k].read(begins[k])
-            for item in itertools.islice(streams[k] or (), count):
+            stream = streams[k] or iter(())
+            for item in itertools.islice(stream, count):
                 while waiting and waiting[0][0] <= now:
                     yield heappop(waiting)[-1]
                 # The first window is filled before any item leaves, so a small source is shuffled as a whole.
@@ -124,7 +125,7 @@ def _mixed(lanes: Sequence[Lane], window: int, round_size: int, name: str, num_u
                 heappush(waiting, (leaves, now, item))
                 now += 1
             if count and not left[k]:
-                next(streams[k], None)  # ends the generator, which closes its file
+                next(stream, None)  # ends the generator, which closes its file
     while waiting:
         yield heappop(waiting)[-1]
 

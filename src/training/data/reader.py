@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ def read_record(raw: RawSample) -> dict:
     return raw.record | captions.read_record(raw.files)
 
 
-def read_image(raw: RawSample, decode: Callable = load_rgb) -> object:
+def read_image(raw: RawSample, decode: Callable = load_rgb) -> Any:
     """Returns the output of `decode` for a sample's image.
 
     Raises:
@@ -163,8 +163,7 @@ def trim_padding(tokenizer: Callable, ids: torch.Tensor, multiple: int = 8) -> t
     Returns:
         Ids [n, length], and the number of tokens that are not padding.
     """
-    hugging_face = getattr(tokenizer, "tokenizer", None)
-    pad_id = getattr(tokenizer, "pad_id", getattr(hugging_face, "pad_token_id", 0))
+    pad_id = getattr(tokenizer, "pad_id", getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", 0))
     lengths = (ids != pad_id).sum(dim=1)
     if hasattr(tokenizer, "pad_id"):
         # CLIP's padding is also the id of an exclamation mark, so the last token decides.

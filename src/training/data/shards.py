@@ -31,9 +31,13 @@ class Source(Protocol):
 
     Attributes:
         num_samples: number of samples in one epoch.
+        num_left_out: number of further samples, or rows, that can't be read.
     """
 
-    num_samples: int
+    num_left_out: int
+
+    @property
+    def num_samples(self) -> int: ...
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
         """Yields the items of the slots from `start` up to, but not including, `stop` of an epoch.
@@ -88,7 +92,7 @@ class ShardSource:
         borders = sorted(set(ends[bisect_right(ends, start) : bisect_left(ends, stop)]))
         cuts = [start, *chosen(borders, self.lanes - 1), stop]
         lanes = [
-            Lane(end - begin, lambda done, begin=begin, end=end: self._in_order(order, ends, begin + done, end))
+            Lane(end - begin, partial(self._in_order, order, ends, begin, end))
             for begin, end in itertools.pairwise(cuts)
         ]
         yield from mix(lanes, self.window, f"{self.seed}/{epoch}/{start}", skip)
@@ -114,10 +118,10 @@ class ShardSource:
             order += rng.choices(numbers, self.factors, k=len(order))
         return order, num_before
 
-    def _in_order(self, order, ends, start, stop) -> Iterator[RawSample]:
+    def _in_order(self, order: list[int], ends: list[int], start: int, stop: int, num_read: int) -> Iterator[RawSample]:
         for number, end in zip(order, ends):
             url, size = self.urls[number], self.sizes[number]
-            first, last = max(start - end + size, 0), min(stop - end + size, size)
+            first, last = max(start + num_read - end + size, 0), min(stop - end + size, size)
             if first < last:
                 yield from read_exactly(url, first, last, size, self.index_cache)
 
@@ -140,6 +144,7 @@ class StreamedShards:
     seed: int
     window: int = SHUFFLE_WINDOW
     lanes: int = SHUFFLE_SHARDS
+    num_left_out = 0
 
     def read(self, epoch: int, start: int, stop: int, skip: int = 0) -> Iterator[RawSample]:
         name, total = f"{self.seed}/{epoch}/{start}", stop - start
@@ -200,7 +205,7 @@ def _fingerprint(kind: str, urls: Sequence[str], *settings: object) -> str:
 
 def _with_fault(url: str) -> Iterator[RawSample]:
     """Yields the samples of a shard, and at the end an error if it is broken or empty."""
-    fault = BrokenShardError(f"{url}: no sample in it")
+    fault: BrokenShardError | None = BrokenShardError(f"{url}: no sample in it")
     try:
         for sample in read_shard(url):
             yield sample

@@ -5,8 +5,9 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from tqdm import tqdm
 
@@ -38,24 +39,27 @@ def expand_sources(spec: str) -> list[list[str]]:
     return sources
 
 
-def read_sizes(url: str) -> dict[str, int]:
+def read_sizes(url: str, flag: str | None = None) -> dict[str, int]:
     """Returns shard name -> number of samples from a ``sizes.json``, a path or a URL.
 
+    Args:
+        url: the file.
+        flag: the flag that names it; None for a file that may be missing.
+
     Raises:
-        OSError, ValueError: the file can't be read or is something else; file systems of fsspec may raise other errors.
+        ValueError: a file that a flag names can't be read, or a file is something else.
     """
-    fs, path = file_system(url)
-    content = json.loads(fs.cat_file(path).decode("utf-8-sig"))
-    if not isinstance(content, dict):
-        raise ValueError(f'{url}: expected {{"00000.tar": 10000, ..}}')
-    return {str(name): size for name, size in content.items() if isinstance(size, int)}
-
-
-def _sizes_beside(folder: str) -> dict[str, int]:
     try:
-        return read_sizes(os.path.join(folder, "sizes.json"))
-    except Exception:  # each of fsspec's file systems has its own exceptions
+        fs, path = file_system(url)
+        text = fs.cat_file(path)
+    except Exception as error:  # each of fsspec's file systems has its own exceptions
+        if flag:
+            raise ValueError(f"{flag} {url}: {error}") from error
         return {}
+    try:
+        return {name: size for name, size in json.loads(text).items() if isinstance(size, int)}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{url}: expected {{"00000.tar": 10000, ..}} ({error}); correct or remove it') from error
 
 
 def known_sizes(urls: Sequence[str], sizes_file: str | None = None) -> list[int | None]:
@@ -67,16 +71,11 @@ def known_sizes(urls: Sequence[str], sizes_file: str | None = None) -> list[int 
             names. Otherwise, and for shards that it lacks, the file beside the shards is read.
 
     Raises:
-        ValueError: `sizes_file` can't be read.
+        ValueError: see `read_sizes`.
     """
-    given: dict[str, int] = {}
-    if sizes_file:
-        try:
-            given = read_sizes(sizes_file)
-        except Exception as error:  # see _sizes_beside
-            raise ValueError(f"--train-sizes {sizes_file}: {error}") from error
-    folders = {os.path.dirname(url) for url in urls if not url.startswith("pipe:")}
-    beside = dict(zip(folders, parallel_map(_sizes_beside, list(folders))))
+    given = read_sizes(sizes_file, "--train-sizes") if sizes_file else {}
+    folders = list({os.path.dirname(url) for url in urls if not url.startswith("pipe:")})
+    beside = dict(zip(folders, parallel_map(lambda folder: read_sizes(os.path.join(folder, "sizes.json")), folders)))
     sizes = []
     for url in urls:
         found = [given[name] for name in _names(url) if name in given]
@@ -146,7 +145,13 @@ def count_samples(
             '(s3://.., gs://.., https://..), which are counted once; or add --train-sizes FILE with {"00000.tar": '
             "10000, ..}; or add --dataset-resampled and --train-num-samples"
         )
-    counted = dict(zip(unknown, _index_all(unknown, index_cache)))
+    if remote := [url for url in unknown if not is_local(url)]:
+        logging.warning(
+            f"{len(remote):,} shards without an entry in sizes.json, the first {remote[0]}: their samples are counted"
+        )
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        work = pool.map(partial(_index, index_cache=index_cache), unknown)
+        counted = dict(zip(unknown, tqdm(work, "counting samples", len(unknown), unit="shard", delay=5)))
     for url, index in counted.items():
         if index.fault and not index.offsets:
             raise ValueError(index.fault)
@@ -157,18 +162,8 @@ def count_samples(
     return [len(counted[url].offsets) if size is None else size for url, size in zip(urls, known)]
 
 
-def _index_all(urls: Sequence[str], index_cache: str) -> list[ShardIndex]:
-    def index(url: str) -> ShardIndex:
-        try:
-            return index_shard(url) if is_local(url) or url.startswith("pipe:") else cached_index(url, index_cache)
-        except Exception as error:  # each of fsspec's file systems has its own exceptions
-            raise ValueError(error if url in str(error) else f"{url}: {type(error).__name__}: {error}") from error
-
-    remote = [url for url in urls if not is_local(url)]
-    if remote:
-        logging.warning(
-            f"{len(remote):,} shards without an entry in sizes.json, the first {remote[0]}: their samples are counted"
-        )
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        work: Callable = pool.map(index, urls)
-        return list(tqdm(work, "counting samples", len(urls), unit="shard", delay=5))
+def _index(url: str, index_cache: str) -> ShardIndex:
+    try:
+        return index_shard(url) if is_local(url) or url.startswith("pipe:") else cached_index(url, index_cache)
+    except Exception as error:  # each of fsspec's file systems has its own exceptions
+        raise ValueError(error if url in str(error) else f"{url}: {type(error).__name__}: {error}") from error

@@ -31,6 +31,8 @@ class SyntheticSource:
         ValueError: TOKENS is not a number of at least 4.
     """
 
+    num_left_out = 0
+
     def __init__(self, spec: str, num_samples: int | None, seed: int, keys: tuple[Sequence[str], Sequence[str]]):
         _, _, tokens = spec.partition(":")
         if tokens and (not tokens.isdecimal() or int(tokens) < 4):

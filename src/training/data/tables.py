@@ -19,7 +19,7 @@ from training.readers.faults import BadSample
 from training.readers.files import parallel_map
 from training.readers.samples import BrokenShardError, Part, RawSample
 from training.readers.table_files import COLUMNAR, check_image_path, names_tables, table_files
-from training.readers.tables import caption_columns, choose_image_column, open_table, row_sample
+from training.readers.tables import Rows, caption_columns, choose_image_column, open_table, row_sample
 
 ROWS_PER_PART = 10_000
 CAPTION_FLAGS = "--raw-caption-keys, --short-caption-keys, --long-caption-keys"
@@ -33,7 +33,7 @@ class TableSource:
         seed: seed of the order.
     """
 
-    def __init__(self, tables: Sequence[tuple[Path, str, Sequence[dict]]], seed: int):
+    def __init__(self, tables: Sequence[tuple[Path, str, Rows]], seed: int):
         self.tables, self.seed = tables, seed
         *self.starts, self.num_samples = accumulate((len(rows) for _, _, rows in tables), initial=0)
         self.num_left_out = sum(rows.num_left_out for _, _, rows in tables)
@@ -124,11 +124,12 @@ def embedded_sources(spec: str, image_column: str | None) -> list[list[str]] | N
         return None
     sources = [table_files(name) if names_tables(name) else [] for name in spec.split("::")]
     paths = [path for source in sources for path in source]
-    names = dict(zip(paths, parallel_map(lambda path: _name(path, image_column), paths)))
-    if not any(names.values()):
+    found = zip(paths, parallel_map(lambda path: _name(path, image_column), paths))
+    names = {path: name for path, name in found if name}
+    if not names:
         return None
-    if not all(names.values()) or not all(sources):
-        other = next((str(path) for path, name in names.items() if not name), "tar shards")
+    if len(names) < len(paths) or not all(sources):
+        other = next((str(path) for path in paths if path not in names), "tar shards")
         raise ValueError(f"{spec}: {other} beside tables that hold the images themselves; train on one kind of data")
     return [[names[path] for path in source] for source in sources]
 
@@ -137,7 +138,7 @@ def _name(path: Path, image_column: str | None) -> str | None:
     """Returns the name under which a table with images inside is read; None for any other table."""
     table = ColumnarFile(path) if path.suffix in COLUMNAR else None
     columns = table.image_columns if table else []
-    chosen = choose_image_column(table, image_column) if columns else None
+    chosen = choose_image_column(table, image_column) if table and columns else None
     if chosen not in columns:
         return None
     return str(path) if len(columns) == 1 else f"{path}#{chosen}"

@@ -22,6 +22,7 @@ Options are in parentheses, separated by commas:
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 NAMES = ("raw", "short", "long", "first-sentence", "long-without-first", "sentences")
 POOLS = ("raw", "short", "long", "long-without-first", "all")
@@ -128,7 +129,7 @@ def _entry(text: str) -> Entry:
     body, star, count = text.partition("*")
     if star and not (count.strip().isdecimal() and int(count)):
         raise ValueError(f"{text!r}: expected a number of texts of at least 1 after *")
-    views, options = [], {}
+    views, options = [], dict[str, Any]()
     for part in body.split("|"):
         match = _VIEW.fullmatch(part.strip())
         if not match or match[1] not in NAMES:
@@ -145,16 +146,16 @@ def _entry(text: str) -> Entry:
     return Entry(name, tuple(views), int(count) if star else 1, corners=corners, **options)
 
 
-def _view(name: str, words: list[str]) -> tuple[View, dict[str, object]]:
+def _view(name: str, words: list[str]) -> tuple[View, dict[str, Any]]:
     """Returns a view, and the options among its words that concern the entry."""
     options = _OPTIONS | _OF_SENTENCES if name == "sentences" else _OPTIONS
-    fields: dict[str, object] = {}
+    fields: dict[str, Any] = {}
     for word in words:
         found = [make(match) for pattern, make in options.items() if (match := re.fullmatch(pattern, word))]
         if not found:
             raise ValueError(f"{name}({word}): not understood; see docs/training.md, caption views")
         fields |= found[0]
-    of_entry = {key: fields.pop(key) for key in ("weight", "corners", "front") if key in fields}
+    of_entry: dict[str, Any] = {key: fields.pop(key) for key in ("weight", "corners", "front") if key in fields}
     view = View(name, **fields)
     if view.least < 1 or (view.most is not None and view.most < view.least):
         raise ValueError(f"{name}({view.least}..{view.most}): expected 1 <= first <= last")

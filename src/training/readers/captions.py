@@ -60,11 +60,7 @@ def caption_texts(value: object, where: str = "", lists: str = "alternatives", l
 
 def is_unicode(text: str) -> bool:
     """Returns whether a text can be encoded: JSON may contain half a surrogate pair, which tokenizers don't accept."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return re.search("[\ud800-\udfff]", text) is None
 
 
 def _texts(value: object, where: str) -> list[str]:

@@ -168,12 +168,13 @@ class _Cursor:
 
     def __init__(self, path: Path, column: str):
         self.file, self.column, self.lock = ColumnarFile(path), column, threading.Lock()
-        self.first, self.cells, self.batches = 0, [], self.file.batches([column])
+        self.first, self.batches = 0, self.file.batches([column])
+        self.cells: pa.Array = pa.array([])
 
     def read(self, row: int) -> object:
         following = self.first + len(self.cells)
         if row < self.first or (row >= following and not self.file.same_group(following, row)):
-            self.first, self.cells, self.batches = row, [], self.file.batches([self.column], row)
+            self.first, self.cells, self.batches = row, pa.array([]), self.file.batches([self.column], row)
         while row >= self.first + len(self.cells):
             self.first += len(self.cells)
             self.cells = next(self.batches).column(0)

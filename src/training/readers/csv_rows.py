@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -145,7 +146,7 @@ class CsvRecords:
         """Returns the cells of a line, with quotes and with quotes as ordinary characters, if their number is right."""
         if line.count(self.form.separator) < len(self.names) - 1:
             return []
-        found = []
+        found: list[list[str]] = []
         for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE) if self.form.quoted else (csv.QUOTE_NONE,):
             with suppress(csv.Error):  # a carriage return in the middle of a line
                 found += csv.reader([line], delimiter=self.form.separator, quoting=quoting)
@@ -174,7 +175,8 @@ class _Lines:
     """
 
     def __init__(self, file: IO[bytes], begin: int, form: CsvForm):
-        self.file, self.form, self.row, self.repaired = file, form, [], False
+        self.file, self.form, self.repaired = file, form, False
+        self.row: list[tuple[int, str]] = []
         self.go_to(begin)
 
     def go_to(self, position: int) -> None:
@@ -184,9 +186,9 @@ class _Lines:
     def next_row(self) -> list[str] | None:
         """Returns the cells of the next row; None if it can't be parsed, and nothing for a blank line or at the end."""
         self.row, self.repaired = [], False
-        quoting = csv.QUOTE_MINIMAL if self.form.quoted else csv.QUOTE_NONE
+        reader = partial(csv.reader, self, delimiter=self.form.separator)
         try:
-            return next(csv.reader(self, delimiter=self.form.separator, quoting=quoting, strict=self.form.quoted), [])
+            return next(reader(strict=True) if self.form.quoted else reader(quoting=csv.QUOTE_NONE), [])
         except csv.Error:
             return None
 

@@ -43,7 +43,7 @@ class StoredImage:
 
     @property
     def name(self) -> str:
-        return self.shard.name
+        return os.path.basename(self.shard)
 
     def stat(self) -> os.stat_result | SimpleNamespace:
         """Returns the status of the file, because its change is a change of the content."""
@@ -102,12 +102,12 @@ class EmbeddedImage(StoredImage):
 
     @property
     def name(self) -> str:
-        return f"{self.shard.name}-{self.row + 1}"
+        return f"{os.path.basename(self.shard)}-{self.row + 1}"
 
     def open(self) -> BinaryIO:
         from training.readers.columnar import read_image  # imports pyarrow
 
-        return io.BytesIO(read_image(self.shard, self.column, self.row))
+        return io.BytesIO(read_image(Path(self.shard), self.column, self.row))
 
 
 def upright(image: Path | StoredImage) -> StoredImage:
@@ -199,9 +199,10 @@ def text_field(row: object, key: str, where: str | Path) -> str:
     Raises:
         ValueError: `row` is not an object, or has no string under `key`; the message begins with `where`.
     """
-    if not isinstance(_object(row, where).get(key), str):
-        raise ValueError(f"{where}: expected text under {key!r}, found keys {sorted(row)[:8]}")
-    return row[key]
+    found = _object(row, where)
+    if not isinstance(found.get(key), str):
+        raise ValueError(f"{where}: expected text under {key!r}, found keys {sorted(found)[:8]}")
+    return found[key]
 
 
 def require_dir(path: str | Path, flag: str) -> Path:
@@ -216,7 +217,7 @@ def find_by_name(root: Path, names: Set[str]) -> dict[str, list[Path]]:
     """Returns file name -> its paths, for each of the names that is in a folder or anywhere below it."""
     found: dict[str, list[Path]] = {}
     for folder, _, files in os.walk(root, followlinks=True):
-        for name in names.intersection(files):
+        for name in names & set(files):
             found.setdefault(name, []).append(Path(folder, name))
     return found
 

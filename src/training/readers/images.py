@@ -93,7 +93,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _to_8_bits(np.asarray(image), image.mode == "F")
     # Of 16 bits per colour, Pillow keeps the upper 8.
     shortened = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
-    if shortened and max(high for _, high in image.convert("RGB").getextrema()) < 16:
+    if shortened and np.asarray(image.convert("RGB")).max() < 16:
         raise BrokenImageError("colours of 16 bits, of which the upper 4 are not used; save it with 8 bits", _VALUES)
     if image.mode == "RGB":
         image.load()

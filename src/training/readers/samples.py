@@ -46,18 +46,6 @@ class BrokenShardError(OSError):
     kind = "broken shard"
 
 
-class IncompleteSampleError(BrokenTarError):
-    """A tar file that breaks off within a sample.
-
-    Attributes:
-        start: the byte where the sample begins.
-    """
-
-    def __init__(self, message: str, start: int):
-        super().__init__(message)
-        self.start = start
-
-
 class UnreachableShardError(BrokenShardError):
     """A shard that could not be opened or read to its end in several attempts."""
 
@@ -154,7 +142,7 @@ def index_shard(url: str | Path, stop: int | None = None) -> ShardIndex:
         cause = error.__cause__
         if not isinstance(cause, BrokenTarError):
             raise cause if isinstance(cause, OSError) else error
-        return ShardIndex([*offsets, cause.start] if isinstance(cause, IncompleteSampleError) else offsets, str(error))
+        return ShardIndex(offsets if cause.sample_start is None else [*offsets, cause.sample_start], str(error))
     return ShardIndex(offsets, None)
 
 
@@ -283,13 +271,15 @@ def _grouped(
     Raises:
         BrokenTarError: see `TarReader.members`; raised instead of yielding the sample that is incomplete.
     """
-    key, members, files = "", {}, {}
+    key: str | None = None
+    members: dict[str, Member] = {}
+    files: dict[str, bytes] = {}
     try:
         for member in chain(tar.members(), [None]):  # None: an archive ends
             its_key, suffix = key_and_suffix(member.name) if member and member.kind != "other" else (None, "")
             if member and its_key is None:
                 continue
-            if members and (its_key != key or suffix in members):
+            if key is not None and members and (its_key != key or suffix in members):
                 yield key, members, files
                 members, files, skip = {}, {}, skip - 1
             if member:
@@ -297,8 +287,7 @@ def _grouped(
                 if skip <= 0 and suffix in load and not _fault({suffix: member}):
                     files[suffix] = tar.read(member)
     except BrokenTarError as error:
-        if members:
-            raise IncompleteSampleError(str(error), min(member.start for member in members.values())) from error
+        error.sample_start = min((member.start for member in members.values()), default=None)
         raise
 
 

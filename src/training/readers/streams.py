@@ -1,10 +1,7 @@
 """Opens shards wherever they are: local files, URLs of any fsspec file system, the output of commands, compressed."""
 
-import bz2
 import glob
-import gzip
 import io
-import lzma
 import os
 import shutil
 import stat
@@ -14,15 +11,15 @@ from collections import Counter
 from contextlib import closing
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from training.readers.files import expand_name, file_system, matching_files, parallel_map
 from training.readers.tar import BrokenTarError
 from training.runtime.messages import warn_once
 
 BLOCK_BYTES = 1 << 20  # bytes per request to an object store: large enough that its latency does not dominate
-_MAGIC = 6
-_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2")
+_CODECS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes of the file -> pyarrow's name
 _copies: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
 
 
@@ -37,14 +34,15 @@ class Pipe(io.BufferedReader):
     """
 
     def __init__(self, command: str):
-        how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "bufsize": 0}
-        self.process, self.at_end = subprocess.Popen(command, shell=True, **how), False
-        super().__init__(self.process.stdout, 1 << 16)
+        nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
+        self.process = subprocess.Popen(command, shell=True, bufsize=0, stdin=nothing, stdout=pipe)
+        self.at_end = False
+        super().__init__(cast(io.RawIOBase, self.process.stdout), 1 << 16)
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         """Reads bytes; fewer than `size` only at the end."""
         data = super().read(size)
-        self.at_end |= len(data) < size or size < 0
+        self.at_end |= size is None or len(data) < size or size < 0
         return data
 
     def close(self) -> None:
@@ -62,31 +60,20 @@ class Pipe(io.BufferedReader):
 class _Unpacked:
     """The content of a compressed stream, read from its beginning."""
 
-    def __init__(self, content: IO[bytes], packed: IO[bytes], name: str):
-        self.content, self.packed, self.name = content, packed, name
+    def __init__(self, packed: io.BufferedReader, codec: str, name: str):
+        import pyarrow
+
+        self.content = pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), codec)
+        self.packed, self.name = packed, name
 
     def read(self, size: int = -1) -> bytes:
         try:
             return self.content.read(size)
-        except Exception as error:  # zlib.error, LZMAError, EOFError and others, which have no common base
+        except Exception as error:  # whatever the codec and the stream below it raise
             raise BrokenTarError(f"{self.name}: broken compression ({error})") from error
 
     def close(self) -> None:
         self.packed.close()
-
-
-def _zstd(stream: IO[bytes]) -> IO[bytes]:
-    import pyarrow
-
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
-
-
-_UNPACKERS = {
-    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ": lzma.LZMAFile,
-    b"\x28\xb5\x2f\xfd": _zstd,
-}
 
 
 def is_local(url: str) -> bool:
@@ -95,7 +82,7 @@ def is_local(url: str) -> bool:
 
 
 def open_stream(url: str) -> tuple[IO[bytes], int | None]:
-    """Opens a shard for reading; compressed ones (gzip, bzip2, xz, zstd) are unpacked while they are read.
+    """Opens a shard for reading; compressed ones (gzip, bzip2, zstd) are unpacked while they are read.
 
     Args:
         url: a path, a URL, or ``pipe:COMMAND``.
@@ -106,22 +93,23 @@ def open_stream(url: str) -> tuple[IO[bytes], int | None]:
     Raises:
         OSError, ValueError: the file or URL can't be opened; file systems of fsspec may raise other errors.
     """
+    stream: io.BufferedReader
     if url.startswith("pipe:"):
         stream, size = Pipe(url.removeprefix("pipe:")), None
     elif is_local(url):
-        stream = open(url, "rb", buffering=1 << 16)
+        stream = io.BufferedReader(io.FileIO(url), 1 << 16)
         status = os.fstat(stream.fileno())
         size = status.st_size if stat.S_ISREG(status.st_mode) else None
     else:
         fs, path = file_system(url)
         remote = fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead")
         stream, size = io.BufferedReader(remote), remote.size
-    head = stream.peek(_MAGIC)
-    unpack = next((unpack for magic, unpack in _UNPACKERS.items() if head.startswith(magic)), None)
-    if unpack is None:
+    head = stream.peek(max(map(len, _CODECS)))
+    codec = next((codec for magic, codec in _CODECS.items() if head.startswith(magic)), None)
+    if codec is None:
         return stream, size
     warn_once("compressed shards are read slowly, always from their beginning; plain .tar is faster")
-    return _Unpacked(unpack(stream), stream, url), None
+    return cast(IO[bytes], _Unpacked(stream, codec, url)), None
 
 
 @cache

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,7 +38,7 @@ def names_tables(spec: str | None) -> bool:
 
 def names_csv(spec: str | None) -> bool:
     """Returns whether a flag's value names CSV or TSV tables, which have a separator."""
-    if not names_tables(spec):
+    if not spec or not names_tables(spec):
         return False
     try:
         return any(path.suffix in _SEPARATED for path in table_files(spec))
@@ -86,7 +87,7 @@ def _expand(source: str) -> list[Path]:
     return found
 
 
-def check_image_path(value: object, where: str) -> None:
+def check_image_path(value: Any, where: str) -> None:
     """Raises ValueError, whose message begins with `where`, if a cell that is not empty doesn't hold an image path."""
     value = value.get("path") if isinstance(value, dict) else value
     if value and not isinstance(value, str):
@@ -199,7 +200,7 @@ def _local(spec: str) -> str:
     root = Path(name) if Path(name).is_dir() else _snapshot(name, spec)
     names = glob.glob("**", root_dir=root, recursive=True)  # without hidden files
     files = _data_files(root, sorted(name for name in names if (root / name).is_file()), words, spec)
-    return "::".join(str(root / file) for file in files) or str(root)  # images alone
+    return "::".join(str(root / file) for file in files)
 
 
 def _snapshot(name: str, spec: str) -> Path:
@@ -229,6 +230,9 @@ def _data_files(root: Path, files: Sequence[str], words: Sequence[str], spec: st
     data = metadata or [file for file in files if file.endswith((*TABLE_SUFFIXES, ".tar"))]
     # Files of JSON describe the tables beside them.
     data = [file for file in data if not file.endswith(".json")] or data
+    folder = "/".join(words)
+    if not data and (root / folder).is_dir():
+        return [folder]  # images alone, of a split or of the whole
     for word in words:
         named = [file for file in data if _is_of(file, word)]
         if not named:

@@ -4,9 +4,10 @@ import json
 import logging
 import mmap
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,10 @@ class CsvFile:
         rows, indices = self.records.read(), list(map(self.names.index, columns))
         tables, bad, num_repaired = [schema.empty_table()], [], 0
         while some := list(islice(rows, ROWS_AT_ONCE)):
-            good = [row for row in some if not row.fault]
-            bad += [row for row in some if row.fault]
-            num_repaired += sum(row.repaired for row in good)
-            tables.append(pa.table([[row.cells[index] for row in good] for index in indices], schema))
+            good = [row.cells for row in some if row.cells]
+            bad += [row for row in some if not row.cells]
+            num_repaired += sum(row.repaired for row in some if row.cells)
+            tables.append(pa.table([[cells[index] for cells in good] for index in indices], schema))
         table = pa.concat_tables(tables)
         if bad:
             line, number = line_number(self.path, bad[0].begin), f"{len(bad):,} bad row{'s' * (len(bad) > 1)} in all"
@@ -89,10 +90,13 @@ class JsonFile:
         with open(path, "rb") as file:
             begins = file.read(100)
             refuse_pointer(begins, path)
-            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if begins else b""
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if begins else b""
+        self.content: bytes | mmap.mmap = whole
         if begins.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" or not self._is_lines():
             self.content = b"\n".join(json.dumps(row).encode() for row in _json_list(path))
-        self.begins = self._line_starts()
+        lines = re.finditer(rb"[^\n]{2,}", self.content)  # without blank ones, which may end with CR LF
+        spans = np.fromiter(chain.from_iterable(line.span() for line in lines), np.int64)
+        self.spans = spans.reshape(-1, 2)
         self.names = _names(self, 1000)
         if not self.names:
             found = f"{min(len(self), 1000):,} lines" if len(self) else "an empty file"
@@ -104,19 +108,11 @@ class JsonFile:
         except (ValueError, RecursionError):
             return self.path.suffix == ".jsonl"
 
-    def _line_starts(self) -> np.ndarray:
-        starts, begin = [np.zeros(1, dtype=np.int64)], 0
-        while block := self.content[begin : begin + (1 << 24)]:
-            starts.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + begin + 1)
-            begin += len(block)
-        ends = np.append(np.concatenate(starts), len(self.content))
-        return np.stack([ends[:-1], ends[1:]])[:, np.diff(ends) > 2]  # without blank lines
-
     def __len__(self) -> int:
-        return self.begins.shape[1]
+        return len(self.spans)
 
     def __getitem__(self, row: int) -> dict:
-        begin, end = self.begins[:, row]
+        begin, end = self.spans[row]
         return read_record({"json": self.content[begin:end]})
 
     def __reduce__(self) -> tuple:
@@ -176,6 +172,7 @@ class ImageFolder:
         return self
 
 
+Rows = ArrowRows | JsonFile | ImageFolder
 TableFile = CsvFile | JsonFile | ImageFolder | ColumnarFile
 
 

@@ -19,7 +19,13 @@ _SPARSE_CONTINUES, _EXTENSION_CONTINUES = 482, 504  # bytes of a sparse file's h
 
 
 class BrokenTarError(ValueError):
-    """A file that is not a tar file, is broken, or is truncated; the message says where."""
+    """A file that is not a tar file, is broken, or is truncated; the message says where.
+
+    Attributes:
+        sample_start: the byte where the sample begins within which the file breaks off; None if it does between two.
+    """
+
+    sample_start: int | None = None
 
 
 class Member(NamedTuple):
@@ -70,7 +76,7 @@ class TarReader:
                 yield None
                 continue
             start = self.position - BLOCK
-            fields = {}
+            fields: dict[str, str] = {}
             while (kind := header[156:157]) in b"LKxg":
                 if (size := self._size_of(header)) > _MAX_HEADER:
                     raise self._error(f"broken before byte {self.position:,}: a header of {size:,} bytes")
