@@ -87,7 +87,7 @@ def test_truncation_keeps_corners_and_the_end(source):
 def test_long_texts_are_cut_as_transformers_cuts_them(source):
     tokenizer = CornerHFTokenizer(source, 14, 2)
     texts = ["", "two dogs", TEXT, TEXT * 30]
-    ids, lost = tokenizer.tokenise_and_count_lost(texts)
+    ids, lost = tokenise_and_count_lost(tokenizer, texts)
     for text, row, num_lost in zip(texts, ids.tolist(), lost):
         joined = "[SEP]".join(text.split(". ")) if tokenizer.separator else text
         expected = tokenizer.tokenizer(" ".join(joined.split()), truncation=True, max_length=12).input_ids

@@ -47,7 +47,6 @@ UNUSABLE = [
     ("page.bin", lambda path: path.write_text("<!DOCTYPE html><html>Quota exceeded</html>"), "a web page"),
     ("zip.pt", write_zip, r"a zip archive of 1 files \(a.txt\); unpack it"),
     ("npz.pt", write_npz, "a NumPy archive"),
-    ("big_vision.npz", lambda path: write_npz(path, "params/img/embedding/kernel"), "big_vision.*SigLIP"),
     ("dict.pt", lambda path: torch.save({}, path), "a dict of 0"),
     ("list.pt", lambda path: torch.save([torch.ones(2)] * 3, path), "a list of 3"),
     ("log.pt", lambda path: torch.save({"epoch": 3}, path), "a dict with epoch"),

@@ -12,7 +12,7 @@ _HOMES = {
     "create_model_and_transforms": "training.model.assembly.factory",
     "get_tokenizer": "training.model.assembly.factory",
     "register_model_configs": "training.model.names.config",
-    "save_pretrained": "training.model.assembly.saving",
+    "save_pretrained": "training.model.assembly.factory",
 }
 __all__ = list(_HOMES)
 

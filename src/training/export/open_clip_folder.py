@@ -8,7 +8,7 @@ import torch
 
 from training.export.source import Source, own_features
 from training.model.assembly import factory
-from training.model.assembly.saving import save_pretrained
+from training.model.assembly.factory import save_pretrained
 from training.model.towers.text_tower import TextTower
 
 

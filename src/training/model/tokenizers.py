@@ -41,20 +41,25 @@ class _CornerTokenizer:
             [n, context_length] int64; without padding, a list of n lists of ids.
         """
         length = context_length or self.context_length
-        sequences = [self._cut(ids, length) for ids in self._encode([texts] if isinstance(texts, str) else list(texts))]
-        return self._pad(sequences, length) if padding else sequences
+        sequences = self.encode([texts] if isinstance(texts, str) else list(texts))
+        return self.cut(sequences, length, padding)
 
-    def tokenise_and_count_lost(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
-        """Returns token ids [n, context_length] and the number of tokens of each text beyond these."""
-        sequences, length = self._encode(list(texts)), self.context_length
-        lost = [max(0, len(ids) - length) for ids in sequences]
-        return self._pad([self._cut(ids, length) for ids in sequences], length), lost
+    def cut(self, sequences: list[list[int]], length: int, padding: bool = True) -> torch.Tensor | list[list[int]]:
+        """Truncates the words of each text, but keeps the special and corner tokens behind them; see `__call__`."""
+        behind = self.num_behind
+        short = [ids if len(ids) <= length else ids[: length - behind] + ids[-behind:] for ids in sequences]
+        if not padding:
+            return short
+        padded = torch.full((len(short), length), self.pad_id, dtype=torch.int64)
+        for ids, row in zip(short, padded):
+            row[: len(ids)] = torch.tensor(ids)
+        return padded
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+    def count_tokens(self, texts: list[str]) -> list[int]:
         """Returns the number of tokens of each text before truncation, special and corner tokens included."""
-        return [len(ids) for ids in self._encode(list(texts))]
+        return [len(ids) for ids in self.encode(texts)]
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of each text, special and corner tokens included, before truncation."""
         raise NotImplementedError
 
@@ -75,16 +80,6 @@ class _CornerTokenizer:
     def _pieces(self, ids: list[int]) -> Iterator[tuple[int, str, bool]]:
         """Yields position and text of each word piece, and whether it begins a word."""
         raise NotImplementedError
-
-    def _cut(self, ids: list[int], length: int) -> list[int]:
-        """Truncates the words but keeps the special and corner tokens after them."""
-        return ids if len(ids) <= length else ids[: length - self.num_behind] + ids[-self.num_behind :]
-
-    def _pad(self, sequences: list[list[int]], length: int) -> torch.Tensor:
-        padded = torch.full((len(sequences), length), self.pad_id, dtype=torch.int64)
-        for ids, row in zip(sequences, padded):
-            row[: len(ids)] = torch.tensor(ids)
-        return padded
 
 
 class CornerHFTokenizer(_CornerTokenizer):
@@ -113,8 +108,7 @@ class CornerHFTokenizer(_CornerTokenizer):
     ):
         with downloading(f"hf_tokenizer_name {source}", cache_dir):
             self.tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir)
-        self.context_length = context_length
-        self.num_corners = num_corners
+        self.context_length, self.num_corners = context_length, num_corners
         names = [f"[Corner{i}]" for i in range(num_corners)]
         self.tokenizer.add_tokens(names, special_tokens=True)
         self.corner_ids = self.tokenizer.convert_tokens_to_ids(names)
@@ -122,16 +116,14 @@ class CornerHFTokenizer(_CornerTokenizer):
         self.separator = "[SEP]" if self.tokenizer.sep_token == "[SEP]" else None
         self._clean = get_clean_fn("whitespace")  # ftfy, unescape HTML twice, strip, collapse whitespace
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         if self.separator:
             texts = [self.separator.join(text.split(". ")) for text in texts]
         texts = [self._clean(text) for text in texts]
         # Not verbose: `tokenise_and_count_lost` counts truncation, so transformers' own warning is noise.
-        sequences = self.tokenizer(
-            texts, padding=False, truncation=False, return_attention_mask=False, verbose=False
-        ).input_ids
+        sequences = self.tokenizer(texts, return_attention_mask=False, verbose=False).input_ids
         return [ids[:1] + self.corner_ids + ids[1:] for ids in sequences]
 
     def _pieces(self, ids: list[int]) -> Iterator[tuple[int, str, bool]]:
@@ -163,13 +155,10 @@ class CornerCLIPTokenizer(_CornerTokenizer):
 
     def __init__(self, context_length: int = 77, num_corners: int = 0):
         self.tokenizer = SimpleTokenizer(context_length=context_length)
-        self.context_length = context_length
-        self.num_corners = num_corners
-        self.num_behind = num_corners + 1
-        first = self.tokenizer.vocab_size
-        self.corner_ids = list(range(first, first + num_corners))
+        self.context_length, self.num_corners, self.num_behind = context_length, num_corners, num_corners + 1
+        self.corner_ids = [self.tokenizer.vocab_size + number for number in range(num_corners)]
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> list[list[int]]:
         start, end = [self.tokenizer.sot_token_id], [*self.corner_ids, self.tokenizer.eot_token_id]
         return [start + self.tokenizer.encode(text) + end for text in texts]
 
@@ -236,6 +225,7 @@ def tokenise_and_count_lost(tokenizer: Callable, texts: list[str]) -> tuple[torc
     Raises:
         TypeError: see `count_tokens`.
     """
-    if hasattr(tokenizer, "tokenise_and_count_lost"):  # ours tokenise only once
-        return tokenizer.tokenise_and_count_lost(texts)
+    if isinstance(tokenizer, _CornerTokenizer):  # tokenises only once
+        sequences, length = tokenizer.encode(texts), tokenizer.context_length
+        return tokenizer.cut(sequences, length), [max(0, len(ids) - length) for ids in sequences]
     return tokenizer(texts), [max(0, length - tokenizer.context_length) for length in count_tokens(tokenizer, texts)]

@@ -7,6 +7,7 @@ weights. All other models are built by open_clip itself, bit for bit.
 import json
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,9 @@ import open_clip
 import timm
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_kwargs
+from safetensors.torch import save_file
 from timm.layers import to_2tuple
+from torch import nn
 from torchvision.transforms import Compose
 
 from training.model.names.config import (
@@ -29,7 +32,7 @@ from training.model.names.config import (
     resolve_weights,
 )
 from training.model.names.files import WEIGHT_SUFFIXES, downloading, find_pretrained_folder, find_weights
-from training.model.names.transformers_clip import HF, adapt_transform
+from training.model.names.transformers_clip import CLIP_VOCABULARY, HF, adapt_transform, nearest_timm_name
 from training.model.packing import CaptionArranger
 from training.model.tokenizers import FolderTokenizer
 from training.model.towers import clip_tower, hf_tower  # noqa: F401  which register their text towers
@@ -102,7 +105,7 @@ def create_model(
     kwargs |= {"precision": precision, "pretrained_text": pretrained_text and not weights and not spec.is_ours}
     if torch.device(device).type == "meta":  # otherwise built on the CPU, where weights are loaded
         kwargs["device"] = "meta"
-    model = _build_with_random_weights(spec, pretrained, weights, cache_dir, kwargs)
+    model = _build(spec, pretrained, weights, cache_dir, kwargs)
     if weights:
         load_state(model, weights, positions_as_open_clip=bool(force_context_length) and not spec.is_ours)
     elif spec.is_ours and pretrained_text:
@@ -112,57 +115,48 @@ def create_model(
     return model.to(device)
 
 
-def _build_with_random_weights(
-    spec: ModelSpec, pretrained: str | None, weights: object, cache_dir: str | None, kwargs: dict
+def _build(
+    spec: ModelSpec, pretrained: str | None, weights: Path | None, cache_dir: str | None, kwargs: dict
 ) -> torch.nn.Module:
-    """Builds a model as its config and the named weights need it, and checks the size of its images."""
+    """Builds a model with random weights as its config and the named weights need it.
+
+    open_clip builds it, because it reads any config from a folder. One of our models then gets our text tower.
+
+    Args:
+        spec: the model's config.
+        pretrained, weights: the name of the weights and their file, if any.
+        cache_dir: folder for downloads.
+        kwargs: arguments of `open_clip.create_model`.
+    """
     tag = open_clip.get_pretrained_cfg(spec.name.replace("/", "-"), pretrained) if pretrained else {}
     if weights and not spec.model_cfg.get("quick_gelu"):
         if tag.get("quick_gelu", False) if tag else format_of(weights) == TORCHSCRIPT:  # OpenAI's weights
             logging.warning(f"{pretrained} was trained with QuickGELU, --model {spec.name} has GELU: QuickGELU is used")
             spec.model_cfg["quick_gelu"] = True
-    if spec.is_ours:
-        model = _build_two_towers(spec, tag, cache_dir, kwargs)
-    else:
-        model = _build(spec.model_cfg, spec, tag, kwargs)
-    _check_image_size(model, spec)
-    # Used by `saving.save_pretrained` to write open_clip_config.json.
-    model.lotlip_config = {"model_cfg": spec.model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
-    return model
-
-
-def _build(model_cfg: dict, spec: ModelSpec, tag: dict, kwargs: dict) -> torch.nn.Module:
-    """Builds a model of open_clip with random weights: it reads any config from a folder.
-
-    Args:
-        model_cfg: the model's config, without keys that are ours.
-        spec: the model's name and preprocessing.
-        tag: open_clip's entry for the pretrained weights, which may name another preprocessing.
-        kwargs: arguments of `open_clip.create_model`.
-    """
+    tower = _text_tower_class(spec) if spec.is_ours else None
+    model_cfg = {key: value for key, value in spec.model_cfg.items() if key != POOLING}
+    if tower:
+        text_cfg = {key: value for key, value in spec.text_cfg.items() if key not in _OUR_TEXT_KEYS}
+        model_cfg["text_cfg"] = text_cfg if tower.wraps_stock else _PLACEHOLDER
+        kwargs = kwargs | {"force_custom_text": True}
     logging.disable(logging.WARNING)  # that no weights were loaded: we load them afterwards
     try:
         with TemporaryDirectory() as folder:
             config = {"model_cfg": model_cfg, "preprocess_cfg": spec.preprocess_cfg | tag}
             Path(folder, CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-            return open_clip.create_model(f"{LOCAL_DIR}{folder}", load_weights=False, **kwargs)
+            model = open_clip.create_model(f"{LOCAL_DIR}{folder}", load_weights=False, **kwargs)
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _build_two_towers(spec: ModelSpec, tag: dict, cache_dir: str | None, kwargs: dict) -> open_clip.CustomTextCLIP:
-    """Builds one of our models with random weights: open_clip's image tower and our text tower."""
-    tower = _text_tower_class(spec)
-    text_cfg = {key: value for key, value in spec.text_cfg.items() if key not in _OUR_TEXT_KEYS}
-    model_cfg = {key: value for key, value in spec.model_cfg.items() if key != POOLING}
-    model_cfg["text_cfg"] = text_cfg if tower.wraps_stock else _PLACEHOLDER
-    model = _build(model_cfg, spec, tag, kwargs | {"force_custom_text": True})
-    text, dtype = tower.build(spec, model.text, cache_dir), open_clip.get_input_dtype(kwargs["precision"])
-    model.text = text if tower.wraps_stock else text.to(dtype)
-    model.context_length, model.vocab_size = text.context_length, text.vocab_size
+    dtype = open_clip.get_input_dtype(kwargs["precision"])
+    if tower:
+        text = tower.build(spec, model.text, cache_dir)
+        model.text = text if tower.wraps_stock else text.to(dtype)
+        model.context_length, model.vocab_size = text.context_length, text.vocab_size
     if heads := spec.model_cfg.get(POOLING):
         pooling = TextConditionedPooling(spec.model_cfg["embed_dim"], heads).to(dtype)
         model.visual_proj = pooling.requires_grad_(False)  # only examples/flair.py trains it
+    _check_image_size(model, spec)
+    model.lotlip_config = {"model_cfg": spec.model_cfg, "preprocess_cfg": model.visual.preprocess_cfg}
     return model
 
 
@@ -302,3 +296,40 @@ class EncoderParts:
     tokenizer: Callable
     train_transform: Callable
     arrange: CaptionArranger | None = None
+
+
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Callable | None = None) -> Path:
+    """Writes config, weights and tokenizer.
+
+    Args:
+        model: from `factory.create_model`.
+        folder: created if it does not exist.
+        tokenizer: from `factory.get_tokenizer`; without it, loading the folder needs the tokenizer that the config
+            names.
+
+    Returns:
+        The folder. ``create_model("local-dir:FOLDER")`` gives the same model, bit for bit. Exception: a SigLIP model
+        loaded by ``hf:`` is saved with the nearest image tower in timm, whose activation differs slightly.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = deepcopy(model.lotlip_config)
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if isinstance(getattr(model, "text", None), TextTower):
+        text_cfg |= model.text.config_fields()
+    if getattr(model, "logit_bias", None) is not None:  # without this entry, open_clip builds a model without a bias
+        config["model_cfg"].setdefault("init_logit_bias", float(model.logit_bias.detach()))
+    vision_cfg = config["model_cfg"]["vision_cfg"]
+    if timm_name := vision_cfg.get("timm_model_name"):
+        vision_cfg["timm_model_name"] = nearest_timm_name(timm_name)
+    if isinstance(tokenizer, FolderTokenizer) and text_cfg.get("vocab_size") != CLIP_VOCABULARY:
+        text_cfg["hf_tokenizer_name"] = "."  # open_clip reads the tokenizer from the model's folder
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file({name: tensor.clone() for name, tensor in state.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    return folder

@@ -38,9 +38,7 @@ def find_pretrained_folder(name: str, cache_dir: str | None) -> Path | None:
         installed package. None if none exists; the hub has to be tried then.
     """
     last = name.rstrip("/").split("/")[-1]
-    candidates = [Path(name)]
-    if cache_dir:
-        candidates += [Path(cache_dir) / name, Path(cache_dir) / last]
+    candidates = [Path(name), *(Path(cache_dir) / known for known in (name, last) if cache_dir)]
     package, below = PACKAGED_TEXT_MODELS.get(last, (None, None))
     if package and (found := importlib.util.find_spec(package)):
         candidates.append(Path(next(iter(found.submodule_search_locations))) / below)

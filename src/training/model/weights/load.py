@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 from open_clip.convert import convert_state_dict as convert_foreign_names
-from open_clip.convert import load_big_vision_weights
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import nn
 
 from training.model.weights.transformers_names import is_transformers, to_open_clip
-from training.model.weights.weights_file import BIG_VISION, format_of, read_state_dict
+from training.model.weights.weights_file import read_state_dict
 from training.runtime.messages import first_line
 
 # Ends of names.
@@ -120,20 +119,13 @@ def load_weights(model: nn.Module, path: str | Path, positions_as_open_clip: boo
 
     Args:
         model: one of our models, or of open_clip's.
-        path: see `weights_file.read_state_dict`; for open_clip's SigLIP models also big_vision's NumPy archive.
+        path: see `weights_file.read_state_dict`.
         positions_as_open_clip: interpolate all text positions for another context length, without keeping the first.
 
     Raises:
         ValueError: the file can't be read, or keys are missing, unexpected or have another shape; the message names
             them and the likely reason.
     """
-    is_siglip = hasattr(getattr(model.visual, "trunk", None), "attn_pool") and hasattr(model, "text")
-    if is_siglip and format_of(Path(path)) == BIG_VISION:
-        try:
-            return load_big_vision_weights(model, str(path))
-        except (LookupError, ValueError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
-            message = f"{path}: big_vision weights of another model ({first_line(error)}); check --model"
-            raise ValueError(message) from error
     state, ours = read_state_dict(path), model.state_dict()
     if positions_as_open_clip:
         resize_text_pos_embed(state, model)
@@ -152,16 +144,14 @@ def _load_strictly(module: nn.Module, state: dict[str, torch.Tensor], what: str,
     reshaped = {key: shapes for key, shapes in both.items() if shapes[0] != shapes[1]}
     if missing or unexpected or reshaped:
         reason = reason or (_likely_reason(missing, unexpected, reshaped) if both else _NOTHING_KNOWN)
-        lines = [f"{what} does not fit the model; {reason}:", *_listed("missing", missing)]
-        lines += _listed("unexpected", unexpected)
-        lines += _listed("other shape", [f"{k}: {a} in the file, not {b}" for k, (a, b) in reshaped.items()])
+        shapes = [f"{key}: {theirs} in the file, not {wanted}" for key, (theirs, wanted) in reshaped.items()]
+        lines = [f"{what} does not fit the model; {reason}:"]
+        for title, items in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)):
+            lines += [f"  {title}: {len(items):,}"] if items else []
+            lines += [f"    {item}" for item in items[:NUM_LISTED]]
+            lines += [f"    ... and {len(items) - NUM_LISTED:,} more"] if len(items) > NUM_LISTED else []
         raise ValueError("\n".join(lines))
     module.load_state_dict(state)
-
-
-def _listed(title: str, items: list[str]) -> list[str]:
-    more = [f"    ... and {len(items) - NUM_LISTED:,} more"] if len(items) > NUM_LISTED else []
-    return [f"  {title}: {len(items):,}", *(f"    {item}" for item in items[:NUM_LISTED]), *more] if items else []
 
 
 def _likely_reason(missing: list[str], unexpected: list[str], reshaped: dict[str, tuple]) -> str:

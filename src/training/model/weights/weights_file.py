@@ -24,7 +24,7 @@ from training.runtime.messages import first_line
 
 # Index files of weights that transformers has split into several files.
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-_TRIED = "safetensors, PyTorch (zip and legacy), TorchScript, big_vision's NumPy archive"
+_TRIED = "safetensors, PyTorch (zip and legacy), TorchScript"
 _AGAIN, _UNPACK = "fetch it again", "unpack it and give the weights file inside"
 _SAVE = "save its tensors as safetensors under the names of a state dict"
 _FORMATS = (  # how a file begins, what it is, what to do
@@ -43,10 +43,6 @@ _SUFFIXES = {  # formats without a beginning of their own
     ".msgpack": ("Flax weights", "in transformers: from_pretrained(..., from_flax=True).save_pretrained(FOLDER)"),
 }
 INDEX, PYTORCH, SAFETENSORS, TORCHSCRIPT = "index of several files", "PyTorch", "safetensors", "TorchScript"
-BIG_VISION = (
-    "big_vision's NumPy archive, which only open_clip's SigLIP models can load: give --model ViT-B-16-SigLIP or a "
-    "similar one, without --num-corner-tokens and --context-length"
-)
 # Keys under which checkpoints store the weights. Averaged weights (EMA) come first, as in timm: results are usually
 # reported for them.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
@@ -153,7 +149,7 @@ def _format_of_zip(path: Path) -> str:
     if "data.pkl" in ends:
         return TORCHSCRIPT if "constants.pkl" in ends else PYTORCH
     if names and all(name.endswith(".npy") for name in names):
-        return BIG_VISION if any("img/" in name for name in names) else f"a NumPy archive (.npz); {_SAVE}"
+        return f"a NumPy archive (.npz); {_SAVE}"
     return f"a zip archive of {len(names)} files ({', '.join(names[:3])}); {_UNPACK}"
 
 
