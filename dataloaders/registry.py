@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Any
 
 import dataloaders
 from dataloaders.pairs import ClassificationSet, OfficialLists, RetrievalSet
@@ -66,7 +67,7 @@ class Option:
     aliases: tuple[str, ...] = ()
 
     @property
-    def keywords(self) -> dict[str, object]:
+    def keywords(self) -> dict[str, Any]:
         """The keyword arguments of `argparse.add_argument`."""
         given = {name: getattr(self, name) for name in ("metavar", "default", "type", "choices", "help")}
         return {name: value for name, value in given.items() if value is not None}

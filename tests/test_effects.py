@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from training.flags.effects import ALWAYS, Condition, idle_flags
-from training.flags.parser import EFFECTS, build_parser, parse_args
+from training.flags.effects import Condition, idle_flags
+from training.flags.parser import build_parser, parse_args
+from training.flags.table import declared
 from training.flags.types import Switch
 
 ROOT = Path(__file__).parents[1]
@@ -57,14 +58,16 @@ def words(action: argparse.Action) -> list[str]:
 
 def reports(argv: list[str]) -> list[str]:
     """Returns all flags of a command that are reported."""
-    idle = idle_flags(PARSER.parse_args(argv), vars(PARSER.parse_args([])), EFFECTS)
+    idle = idle_flags(PARSER.parse_args(argv), vars(PARSER.parse_args([])), PARSER.effects)
     return [flag for flags in idle.values() for flag in flags]
 
 
-def test_every_flag_is_declared_and_every_declaration_is_a_flag():
-    declared = {flag for _, flags in EFFECTS for flag in flags.split()}
-    own = {"--print-config"}
-    assert declared | own == {action.option_strings[0] for action in ACTIONS}
+def test_every_flag_says_when_it_has_an_effect():
+    assert PARSER.effects.keys() - {"--config"} == {action.option_strings[0] for action in ACTIONS}
+    for title, flags in declared().items():
+        for names, fields in flags.items():
+            if names != "benchmarks" and fields.get("kind") not in ("calls", "refused", "renamed", "no-effect"):
+                assert fields["effect"], f"{title}: {names}"
 
 
 @pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.option_strings[0])
@@ -73,10 +76,10 @@ def test_a_flag_is_reported_where_it_has_no_effect_and_only_there(action):
     found = [reports([*command, *words(action)]) for command in COMMANDS]
     assert all(flags.count(flag) <= 1 for flags in found)
     with_effect = [flag not in flags for flags in found]
-    conditions = [condition for condition, flags in EFFECTS if flag in flags.split()]
+    conditions = [condition for condition in PARSER.effects[flag] if condition.otherwise]
     assert any(with_effect)
     # --train-data makes a command a training, so it always has an effect.
-    assert all(with_effect) == (not conditions or conditions == [ALWAYS] or flag == "--train-data")
+    assert all(with_effect) == (not conditions or flag == "--train-data")
 
 
 def readers() -> dict[str, set[str]]:
@@ -118,9 +121,10 @@ def test_the_report_is_one_line_on_rank_0(monkeypatch, capsys):
 def test_conditions_look_into_files_only_for_flags_that_were_given():
     looked = []
     condition = Condition("without a table", lambda args: looked.append(args))
-    effects = [(condition, "--csv-separator --csv-img-key")]
+    effects = {"--csv-separator": (condition,), "--csv-img-key": (condition,)}
     args = argparse.Namespace(csv_separator=None, csv_img_key="filepath")
     defaults = {"csv_separator": None, "csv_img_key": "filepath"}
     assert idle_flags(args, defaults, effects) == {} and not looked
-    args.csv_separator = ";"
-    assert idle_flags(args, defaults, effects) == {condition: ["--csv-separator"]} and looked == [args]
+    args.csv_separator, args.csv_img_key = ";", "image"
+    assert idle_flags(args, defaults, effects) == {condition: ["--csv-separator", "--csv-img-key"]}
+    assert looked == [args]

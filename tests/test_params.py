@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from training.data.images import MODES
 from training.flags.model import OF_MODEL, OF_TOKENIZER
 from training.flags.parser import build_parser, parse_args
+from training.loss.caption_loss import NORMALISATIONS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("benchmarks/*.md"))]
@@ -89,6 +91,14 @@ def test_every_flag_has_help_and_a_reader():
         assert action.help, action.option_strings
         if action.dest != argparse.SUPPRESS:  # --help, and refused flags
             assert action.dest in read, f"{action.option_strings} is read by nobody"
+
+
+def test_choices_are_those_of_the_code_that_reads_them():
+    actions = build_parser().actions
+    assert actions["--loss-normalisation"].choices == list(NORMALISATIONS)
+    assert actions["--image-decoding"].choices == list(MODES)
+    for flag, action in actions.items():
+        assert not action.choices or action.default in (None, *action.choices), flag
 
 
 def test_help_is_shorter_than_help_all():

@@ -106,12 +106,13 @@ def _plain(node, place: str) -> str | list[str]:
 
 
 def _words(flag: str, action: argparse.Action, value: str | list[str], place: str) -> list[str]:
+    on = _ON.get(str(value).lower())
     if isinstance(action, Switch):
-        if not isinstance(value, str) or value.lower() not in _ON:
+        if on is None:
             raise ValueError(f"{place}: expected true or false")
-        return [action.option_strings[0] if _ON[value.lower()] else action.negatives[0]]
-    if action.nargs == "?" and str(value).lower() in _ON:
-        return [flag] if _ON[value.lower()] else []
+        return [action.option_strings[0] if on else action.negatives[0]]
+    if action.nargs == "?" and on is not None:
+        return [flag] if on else []
     if action.nargs in ("*", "+"):
         if value == []:
             return []

@@ -8,15 +8,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dataloaders.registry import find_below_data_root, set_further_benchmarks
-from training.flags import eval as evaluation
-from training.flags import model, open_clip, train
+from dataloaders.registry import benchmarks, find_below_data_root, set_further_benchmarks, suites
+from training.data.captions import LONG_KEYS, RAW_KEYS
+from training.data.order import SHUFFLE_SHARDS, SHUFFLE_WINDOW
+from training.flags.checks import check_flags
 from training.flags.config import config_words, format_config
-from training.flags.effects import Effects, describe_idle, idle_flags
-from training.flags.types import Calls, Flags, HelpFormatter, Switch
+from training.flags.effects import describe_idle, idle_flags
+from training.flags.model import AUTO, PRECISIONS
+from training.flags.table import NO_EFFECT, Parser, add_declared_flags
+from training.flags.types import Flags, HelpFormatter
+from training.readers.captions import CAPTION_LISTS
+from training.readers.samples import INDEX_CACHE
 from training.runtime.experiment import Experiment, load_experiment
-
-EFFECTS: Effects = (*model.EFFECTS, *train.EFFECTS, *open_clip.EFFECTS, *evaluation.EFFECTS)
+from training.runtime.gpus import GPUS
 
 PROG = "python -m training.main"
 DESCRIPTION = """\
@@ -33,23 +37,6 @@ does not respond, 75 stopped by a signal after saving (70, 75: continue with --r
 """
 
 
-class UsageError(ValueError):
-    """The command line can't be run; the message names the flag and the reason."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises its errors."""
-
-    def error(self, message: str) -> None:
-        """Raises UsageError instead of exiting."""
-        raise UsageError(message)
-
-    @property
-    def actions(self) -> dict[str, argparse.Action]:
-        """The action of each flag, by the flag's name with its hyphens."""
-        return dict(self._option_string_actions)  # argparse has no public name for it
-
-
 def _print_help(parser: Parser, *_: object) -> None:
     build_parser(everything=False).print_help()
     parser.exit()
@@ -58,6 +45,14 @@ def _print_help(parser: Parser, *_: object) -> None:
 def _print_all_help(parser: Parser, *_: object) -> None:
     parser.print_help()
     parser.exit()
+
+
+def _model_config(_: object, namespace: argparse.Namespace, file: str, *__: object) -> None:
+    namespace.model = f"config:{file}"
+
+
+def _caption_key(_: object, namespace: argparse.Namespace, column: str, *__: object) -> None:
+    namespace.raw_caption_keys, namespace.captions = (column,), "raw"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,7 +66,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: with code 2 and a one-line message for a usage error, 0 after --help and --print-config.
     """
-    parser = early = _config_parser()
+    # The flags that decide which others there are.
+    parser = early = Parser(prog=PROG, add_help=False, allow_abbrev=False)
+    early.add_argument("--config", nargs="+", action="extend", default=[])
+    early.add_argument("--experiment")
     words = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         files, _ = early.parse_known_args(words)
@@ -87,8 +85,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.dataset_type == "synthetic" and not args.train_data:  # as in open_clip's commands
             args.train_data = args.dataset_type
         absent = find_below_data_root(args)
-        known = vars(args).pop(open_clip.NO_EFFECT, [])
-        for line in [*([absent] if absent else []), *known, *validate_args(args)]:
+        known = vars(args).pop(NO_EFFECT, [])
+        check_flags(args)
+        idle = idle_flags(args, vars(parser.parse_args([])), parser.effects)
+        for condition, flags in idle.items():
+            if condition.refused:
+                raise ValueError(describe_idle(condition, flags))
+        for line in [*([absent] if absent else []), *known, *(describe_idle(*item) for item in idle.items())]:
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
                 print(f"{parser.prog}: warning: {line}", file=sys.stderr)
     except ValueError as error:
@@ -119,70 +122,22 @@ def build_parser(everything: bool = True) -> Parser:
         add_help=False,
         epilog=EPILOG,
     )
-    group = parser.add_argument_group("help and config files")
-    options = {"action": Calls, "nargs": 0}
-    group.add_argument("--help", "-h", const=_print_help, help="show the most common flags and exit", **options)
-    group.add_argument("--help-all", const=_print_all_help, help="show all flags and exit", **options)
-    _add_config_args(group)
-    model.add_model_args(parser, everything)
-    evaluation.add_eval_args(parser, everything)
-    train.add_train_args(parser, everything)
-    model.add_compute_args(parser, everything)
-    if everything:
-        open_clip.add_open_clip_args(parser)
+    values = {
+        "AUTO": AUTO,
+        "CAPTION_KEY": _caption_key,
+        "CAPTION_LISTS": CAPTION_LISTS,
+        "GPUS": tuple(GPUS),
+        "HELP": _print_help,
+        "HELP_ALL": _print_all_help,
+        "INDEX_CACHE": INDEX_CACHE,
+        "LONG_KEYS": ",".join(LONG_KEYS),
+        "MODEL_CONFIG": _model_config,
+        "PRECISIONS": (AUTO, *PRECISIONS),
+        "PROTOCOLS": "; ".join(", ".join(b.protocols) for b in benchmarks() if len(b.protocols) > 1),
+        "RAW_KEYS": ",".join(RAW_KEYS),
+        "SHUFFLE_SHARDS": SHUFFLE_SHARDS,
+        "SHUFFLE_WINDOW": SHUFFLE_WINDOW,
+        "SUITES": suites(),
+    }
+    add_declared_flags(parser, values, everything)
     return parser
-
-
-def _config_parser() -> Parser:
-    """Returns a parser of the flags that decide which others there are."""
-    parser = Parser(prog=PROG, add_help=False, allow_abbrev=False)
-    _add_config_args(parser)
-    return parser
-
-
-def _add_config_args(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--config",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="read flags from YAML files or recipes of this package, such as lotlip-cc3m; later files override earlier "
-        "ones, and the command line overrides all",
-    )
-    group.add_argument(
-        "--experiment",
-        metavar="FILE",
-        help="change parts of the training by the code in FILE.py[:CLASS], or in an importable module; see "
-        "docs/experiments.md",
-    )
-    group.add_argument(
-        "--allow-changed-experiment", action=Switch, help="resume with another --experiment than the run was begun with"
-    )
-    group.add_argument(
-        "--print-config", action=Switch, help="print all flags of this command as a config file and exit"
-    )
-
-
-def validate_args(args: argparse.Namespace) -> list[str]:
-    """Checks combinations of flags, and paths as far as possible without reading files.
-
-    Returns:
-        One line for each group of flags without an effect.
-
-    Raises:
-        ValueError: the message names the flag, what was found and what to do.
-    """
-    train.validate_train_args(args)
-    evaluation.validate_eval_args(args)
-    if not evaluation.has_benchmark(args) and not args.train_data and not args.val_data and not args.features:
-        flags = (*evaluation.benchmark_flags(), "--features")
-        raise ValueError(
-            f"nothing to do: give --train-data, --val-data, or a data set with {', '.join(flags[:-1])} or {flags[-1]}"
-        )
-    model.validate_model_args(args)
-    idle = idle_flags(args, vars(build_parser().parse_args([])), EFFECTS)
-    for condition, flags in idle.items():
-        if condition.refused:
-            raise ValueError(describe_idle(condition, flags))
-    return [describe_idle(condition, flags) for condition, flags in idle.items()]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dataloaders.registry import names, positive_numbers, whole_number
+from training.data.views import parse_views
 
 __all__ = [
     "Calls",
@@ -40,10 +41,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return ", ".join(action.negatives if action.default else action.option_strings[: len(action.negatives)])
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
         absent = action.default is False or action.default in (None, "", (), [], argparse.SUPPRESS)
-        if absent or isinstance(action, Switch) or "default" in action.help:
-            return action.help
-        return f"{action.help} (default: %(default)s)"
+        if absent or isinstance(action, Switch) or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class Calls(argparse.Action):
@@ -54,56 +56,6 @@ class Calls(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
         self.const(parser, namespace, values, option_string)
-
-
-class Flags:
-    """A group of flags in --help.
-
-    `flags` holds the names of a flag with blanks between; the first is the name of its value. The help adds the default
-    to a text that does not mention one.
-    """
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str):
-        self.group = parser.add_argument_group(title)
-        self.add_argument = self.group.add_argument
-
-    def switch(self, flags: str, text: str, default: bool | None = False) -> None:
-        """Adds a flag without a value; see `Switch`."""
-        self.add_argument(*flags.split(), action=Switch, default=default, help=text)
-
-    def count(self, flags: str, default: int | None, text: str, metavar: str = "N") -> None:
-        """Adds a whole number of at least 1."""
-        self.add_argument(*flags.split(), type=positive, default=default, metavar=metavar, help=text)
-
-    def whole(self, flags: str, default: int | None, text: str, metavar: str = "N") -> None:
-        """Adds a whole number of at least 0."""
-        self.add_argument(*flags.split(), type=not_negative, default=default, metavar=metavar, help=text)
-
-    def number(self, flags: str, default: float | None, text: str, metavar: str = "X") -> None:
-        """Adds a number."""
-        self.add_argument(*flags.split(), type=float, default=default, metavar=metavar, help=text)
-
-    def choice(self, flags: str, choices: Iterable[str], default: str | None, text: str) -> None:
-        """Adds one word of several."""
-        self.add_argument(*flags.split(), choices=tuple(choices), default=default, help=text)
-
-    def text(
-        self, flags: str, metavar: str, text: str, default: object = None, type: Callable[[str], object] = str
-    ) -> None:
-        """Adds any other value, a text unless `type` converts it."""
-        self.add_argument(*flags.split(), type=type, default=default, metavar=metavar, help=text)
-
-    def numbers(self, flags: str, text: str, metavar: str, type: Callable[[str], object] = float) -> None:
-        """Adds one or several numbers."""
-        self.add_argument(*flags.split(), type=type, nargs="+", metavar=metavar, help=text)
-
-    def calls(self, flag: str, function: Callable[..., object], text: str, metavar: str = "X", nargs: Any = None):
-        """Adds a flag that calls a function; see `Calls`."""
-        self.add_argument(flag, action=Calls, const=function, metavar=metavar, nargs=nargs, help=text)
-
-    def refused(self, flag: str, reason: str, text: str, nargs: Any = None) -> None:
-        """Adds a flag that is a usage error; `reason` follows its name in the message."""
-        self.calls(flag, lambda parser, *_: parser.error(f"{flag}{reason}"), text, nargs=nargs)
 
 
 def positive(text: str) -> int:
@@ -133,3 +85,80 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object like '{{\"max_model_len\": 4096}}', found {text!r}")
     return value
+
+
+def text_views(text: str) -> str:
+    """Checks a list of views and returns it; an empty text means that other flags define the views."""
+    try:
+        if text.strip():
+            parse_views(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text.strip()
+
+
+def optimizer(text: str) -> str:
+    """Checks the format of an optimizer's name; timm checks the name itself later."""
+    name = text.lower()
+    if name != "adamw" and not name.startswith("timm/"):
+        raise argparse.ArgumentTypeError(f"expected adamw or timm/NAME, found {text!r}")
+    return name
+
+
+# Kind of a flag -> the arguments of `argparse.add_argument` that all flags of the kind have.
+KINDS: dict[str, dict[str, Any]] = {
+    "text": {"type": str},
+    "switch": {"action": Switch},
+    "count": {"type": positive, "metavar": "N"},
+    "whole": {"type": not_negative, "metavar": "N"},
+    "number": {"type": float, "metavar": "X"},
+    "integer": {"type": int},
+    "names": {"type": names, "default": ()},
+    "numbers": {"type": positive_numbers, "default": ()},
+    "character": {"type": character},
+    "views": {"type": text_views},
+    "optimizer": {"type": optimizer},
+    "calls": {"action": Calls},
+}
+
+
+class Flags:
+    """A group of flags in --help.
+
+    `flags` holds the names of a flag with blanks between; the first is the name of its value. The help adds the default
+    to a text that does not mention one.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str):
+        self.group = parser.add_argument_group(title)
+        self.add_argument = self.group.add_argument
+
+    def add(self, kind: str, flags: str, **fields: Any) -> argparse.Action:
+        """Adds a flag of one of the `KINDS`; `fields` are further arguments of `argparse.add_argument`."""
+        return self.add_argument(*flags.split(), **(KINDS[kind] | fields))
+
+    def switch(self, flags: str, text: str, default: bool | None = False) -> None:
+        """Adds a flag without a value; see `Switch`."""
+        self.add("switch", flags, help=text, default=default)
+
+    def count(self, flags: str, default: int | None, text: str, metavar: str = "N") -> None:
+        """Adds a whole number of at least 1."""
+        self.add("count", flags, help=text, default=default, metavar=metavar)
+
+    def whole(self, flags: str, default: int | None, text: str, metavar: str = "N") -> None:
+        """Adds a whole number of at least 0."""
+        self.add("whole", flags, help=text, default=default, metavar=metavar)
+
+    def number(self, flags: str, default: float | None, text: str, metavar: str = "X") -> None:
+        """Adds a number."""
+        self.add("number", flags, help=text, default=default, metavar=metavar)
+
+    def choice(self, flags: str, choices: Iterable[str], default: str | None, text: str) -> None:
+        """Adds one word of several."""
+        self.add("text", flags, help=text, default=default, choices=tuple(choices))
+
+    def text(
+        self, flags: str, metavar: str, text: str, default: object = None, type: Callable[[str], object] = str
+    ) -> None:
+        """Adds any other value, a text unless `type` converts it."""
+        self.add("text", flags, help=text, default=default, metavar=metavar, type=type)

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from training.flags.data import caption_entries, reads
+from training.flags.effects import caption_entries, reads
 from training.loss.caption_loss import LongCaptionLoss, LongCaptionSigLipLoss, LossTerm, reduce_features
 from training.runtime.distributed import DistEnv
 

@@ -12,7 +12,7 @@ from training.data.open import caption_rule, open_source, open_train_data
 from training.eval.results import label_of, run_name, write_results
 from training.eval.retrieval import plan_benchmarks
 from training.eval.run import evaluate
-from training.flags.eval import has_benchmark
+from training.flags.effects import has_benchmark
 from training.model.assembly.from_flags import build_from_flags, find_weights
 from training.model.names.files import file_sha256
 from training.runtime.distributed import failing_with, on_main_rank
