@@ -10,7 +10,7 @@ from test_loss import unit
 from torch.nn.functional import cross_entropy
 
 from support import SMALL_LOTLIP, end_ranks, free_ports, start_ranks
-from training.data.views import parse_views
+from training.data.captions import parse_views
 from training.flags.parser import parse_args
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss, LossTerm
 from training.loss.caption_loss import reduce_features

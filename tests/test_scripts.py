@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.data.views import parse_views
+from training.data.captions import parse_views
 from training.flags.parser import parse_args
 
 ROOT = Path(__file__).parents[1]

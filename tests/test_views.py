@@ -8,9 +8,8 @@ import open_clip
 import pytest
 import torch
 
-from training.data.captions import CaptionRule, choose_captions
+from training.data.captions import CaptionRule, choose_captions, parse_views, views_by_flags
 from training.data.reader import front_fractions, pad_in_front
-from training.data.views import parse_views, views_by_flags
 from training.flags.parser import parse_args
 from training.model.assembly.factory import create_model
 from training.model.towers.train_model import TrainModel

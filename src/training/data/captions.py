@@ -1,11 +1,32 @@
-"""Chooses the texts of a sample that a step trains on: a pure function of a record, a rule and a random stream."""
+"""The texts of a sample that a step trains on: a pure function of a record, a rule and a random stream.
+
+--text-views lists them, such as "raw, long*3". Entries are separated by commas. An entry is a view, or several views
+separated by |, of which one is drawn for each text; *COUNT after an entry gives that many texts. Views:
+
+    raw, short, long        a caption, from --raw-caption-keys, --short-caption-keys, --long-caption-keys
+    first-sentence          the first sentence of a long caption
+    long-without-first      the rest of the long caption
+    sentences(1..3)         1 to 3 sentences; without numbers, 1 to all
+
+Options are in parentheses, separated by commas:
+
+    of=POOL                 source of the sentences: raw, short, long, long-without-first or all
+    ordered, any            consecutive sentences, or any sentences in any order; without either, one of both is drawn
+    distinct                the texts of the entry begin at different sentences
+    share=X                 how often a view is drawn, relative to the others separated by |
+    weight=X                weight of the entry's loss
+    corners=yes|no          whether its corner tokens have a loss
+    pad=front               padding also in front of the text
+"""
 
 import random
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 
-from training.data.views import Entry, View, parse_views, views_by_flags
 from training.readers.captions import caption_texts, first_sentence, join_sentences, split_sentences
 from training.readers.faults import BadSample
 
@@ -13,6 +34,144 @@ RAW_KEYS = ("raw_caption", "caption", "txt", "title", "text")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption", "conversations")
 MAX_CHARACTERS = 100_000
 Rng = random.Random | ModuleType
+NAMES = ("raw", "short", "long", "first-sentence", "long-without-first", "sentences")
+POOLS = ("raw", "short", "long", "long-without-first", "all")
+_OF_LONG = {"long", "first-sentence", "long-without-first"}  # made from a long caption
+_WITH_CORNERS = {"long", "long-without-first", "sentences"}  # whose corner tokens have a loss if not said otherwise
+_ENTRY_END = re.compile(r",(?![^()]*\))")
+_VIEW = re.compile(r"([a-z-]+)\s*(?:\(([^()]*)\))?")
+_NUMBER = r"(\d+\.?\d*(?:e-?\d+)?|\.\d+)"
+_OPTIONS: dict[str, Callable[[re.Match], dict[str, object]]] = {
+    rf"share={_NUMBER}": lambda m: {"share": float(m[1])},
+    rf"weight={_NUMBER}": lambda m: {"weight": float(m[1])},
+    "corners=(yes|no)": lambda m: {"corners": m[1] == "yes"},
+    "pad=(front|behind)": lambda m: {"front": m[1] == "front"},
+}
+_OF_SENTENCES: dict[str, Callable[[re.Match], dict[str, object]]] = {
+    r"(?:n=)?(\d+)(?:\.\.(\d+))?": lambda m: {"least": int(m[1]), "most": int(m[2] or m[1])},
+    r"(?:n=)?(\d+)\.\.all": lambda m: {"least": int(m[1]), "most": None},
+    "(ordered|any)": lambda m: {"order": m[1]},
+    "distinct": lambda m: {"distinct": True},
+    f"of=({'|'.join(POOLS)})": lambda m: {"pool": m[1]},
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """One text of a sample.
+
+    Attributes:
+        name: one of `NAMES`.
+        least, most: range of the number of sentences; None as `most` means all.
+        pool: source of the sentences, one of `POOLS`.
+        order: ``ordered``, ``any``, or ``either``, which draws one of both for each text.
+        distinct: the texts of an entry begin at different sentences, as long as there are enough.
+        share: weight of the view when one of an entry's views is drawn.
+    """
+
+    name: str
+    least: int = 1
+    most: int | None = None
+    pool: str = "all"
+    order: str = "either"
+    distinct: bool = False
+    share: float = 1.0
+
+    @property
+    def uses_long(self) -> bool:
+        """Whether the view is made from a long caption."""
+        return self.name in _OF_LONG or (self.name == "sentences" and self.pool in _OF_LONG)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the list.
+
+    Attributes:
+        name: names of its views, with a number if an earlier entry has the same; used for its loss in the log.
+        views: one of them is drawn for each text.
+        count: number of texts.
+        weight: weight of the loss of each of its text features, relative to other entries.
+        corners: whether the loss uses the features of corner tokens as well as those of [CLS].
+        front: also put padding in front of the texts.
+    """
+
+    name: str
+    views: tuple[View, ...]
+    count: int = 1
+    weight: float = 1.0
+    corners: bool = True
+    front: bool = False
+
+
+def parse_views(text: str) -> tuple[Entry, ...]:
+    """Parses a list of views; the module's docstring describes the syntax.
+
+    Raises:
+        ValueError: the message names the entry, what was found and what is expected.
+    """
+    entries = tuple(_entry(part.strip()) for part in _ENTRY_END.split(text))
+    names = [entry.name for entry in entries]
+    numbered = [
+        f"{name}-{names[:i].count(name) + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)
+    ]
+    return tuple(replace(entry, name=name) for entry, name in zip(entries, numbered))
+
+
+def views_by_flags(captions: str, num_long: int, num_sentences: int) -> str:
+    """Returns the list of views that is equivalent to these three flags.
+
+    Args:
+        captions: value of ``--captions``.
+        num_long: value of ``--num-long-captions``.
+        num_sentences: value of ``--sub-caption-sentences``.
+    """
+    long = f"sentences({num_sentences}, ordered, of=long" if num_sentences else "long("
+    if captions == "raw" or (captions == "both" and not num_long):
+        return "short"
+    if captions == "both":
+        return f"short, {long})*{num_long}"
+    first = f"{long}{', ' if num_sentences else ''}corners=no)"
+    return first if num_long < 2 else f"{first}, {long})*{num_long - 1}"
+
+
+def _entry(text: str) -> Entry:
+    body, star, count = text.partition("*")
+    if star and not (count.strip().isdecimal() and int(count)):
+        raise ValueError(f"{text!r}: expected a number of texts of at least 1 after *")
+    views, options = [], dict[str, Any]()
+    for part in body.split("|"):
+        match = _VIEW.fullmatch(part.strip())
+        if not match or match[1] not in NAMES:
+            raise ValueError(f"{part.strip()!r}: expected one of {', '.join(NAMES)}")
+        view, more = _view(match[1], [word.strip() for word in (match[2] or "").split(",") if word.strip()])
+        views.append(view)
+        options |= more
+    if len(views) == 1 and views[0].share != 1:
+        raise ValueError(f"{text!r}: share= needs several views, separated by |")
+    if not any(view.share for view in views):
+        raise ValueError(f"{text!r}: expected a share above 0")
+    corners = options.pop("corners", any(view.name in _WITH_CORNERS for view in views))
+    name = "-or-".join(view.name for view in views)
+    return Entry(name, tuple(views), int(count) if star else 1, corners=corners, **options)
+
+
+def _view(name: str, words: list[str]) -> tuple[View, dict[str, Any]]:
+    """Returns a view, and the options among its words that concern the entry."""
+    options = _OPTIONS | _OF_SENTENCES if name == "sentences" else _OPTIONS
+    fields: dict[str, Any] = {}
+    for word in words:
+        found = [make(match) for pattern, make in options.items() if (match := re.fullmatch(pattern, word))]
+        if not found:
+            raise ValueError(f"{name}({word}): not understood; see docs/training.md, caption views")
+        fields |= found[0]
+    of_entry: dict[str, Any] = {key: fields.pop(key) for key in ("weight", "corners", "front") if key in fields}
+    view = View(name, **fields)
+    if view.least < 1 or (view.most is not None and view.most < view.least):
+        raise ValueError(f"{name}({view.least}..{view.most}): expected 1 <= first <= last")
+    if view.distinct and view.least != view.most:
+        raise ValueError(f"{name}(distinct): needs one number of sentences, such as sentences(1, distinct)*6")
+    return view, of_entry
 
 
 @dataclass(frozen=True)
@@ -28,7 +187,7 @@ class CaptionRule:
             captions, of which the first is used as the short one.
         num_sentences: take this many consecutive sentences of a long caption, drawn anew in each epoch; 0 takes the
             whole caption.
-        views: the list of texts, see `training.data.views`; replaces the three attributes before it.
+        views: the list of texts, see `training.data.captions`; replaces the three attributes before it.
         lists: ``alternatives``: each text of a list is a caption of its own; ``sentences``: a list is one caption.
         lines: each line of a ``txt`` is a caption of its own.
 
@@ -90,7 +249,10 @@ def choose_captions(record: dict, rule: CaptionRule, rng: Rng) -> list[str]:
     """
     raws, shorts, longs = find_captions(record, rule)
     if not shorts and not longs:
-        raise BadSample(_why_none(record, rule))
+        found = [record[key] for key in (*rule.raw_keys, *rule.short_keys, *rule.long_keys) if key in record]
+        pieces = [piece for value in found for piece in (value if isinstance(value, list) else [value])]
+        no_text = "empty caption" if all(isinstance(piece, str) for piece in pieces) else "caption not text"
+        raise BadSample(no_text if found else "no caption")
     if any(len(text) > MAX_CHARACTERS for text in (*shorts, *longs)):
         raise BadSample("caption too long")
     short = rng.choice(shorts) if shorts else first_sentence(longs[0])[0]
@@ -110,8 +272,12 @@ class _Chooser:
         self.used: dict[tuple[str, str], int] = {}
 
     def texts(self, entry: Entry) -> list[str]:
-        if entry.views[0].distinct:
-            return self._distinct(entry.views[0], entry.count)
+        if entry.views[0].distinct:  # begin at different sentences, as long as there are enough
+            sentences = self._sentences(entry.views[0])
+            number = min(entry.views[0].least, len(sentences))
+            starts = range(len(sentences) - number + 1)
+            draw = self.rng.sample if len(starts) >= entry.count else self.rng.choices
+            return [join_sentences(sentences[start : start + number]) for start in draw(starts, k=entry.count)]
         views = [*entry.views] * entry.count
         if len(entry.views) > 1:
             views = self.rng.choices(entry.views, [view.share for view in entry.views], k=entry.count)
@@ -130,14 +296,6 @@ class _Chooser:
             return join_sentences(self.rng.sample(sentences, number))
         start = self.rng.randrange(len(sentences) - number + 1)
         return join_sentences(sentences[start : start + number])
-
-    def _distinct(self, view: View, count: int) -> list[str]:
-        """Returns runs of consecutive sentences that begin at different sentences, as long as there are enough."""
-        sentences = self._sentences(view)
-        number = min(view.least, len(sentences))
-        starts = range(len(sentences) - number + 1)
-        draw = self.rng.sample if len(starts) >= count else self.rng.choices
-        return [join_sentences(sentences[start : start + number]) for start in draw(starts, k=count)]
 
     def _sentences(self, view: View) -> list[str]:
         """Returns the sentences from which a view takes some."""
@@ -158,14 +316,6 @@ class _Chooser:
             return text
         first, rest = first_sentence(text)
         return first if kind == "first-sentence" else rest.strip() or first
-
-
-def _why_none(record: dict, rule: CaptionRule) -> str:
-    values = [record[key] for key in (*rule.raw_keys, *rule.short_keys, *rule.long_keys) if key in record]
-    pieces = [piece for value in values for piece in (value if isinstance(value, list) else [value])]
-    if not values:
-        return "no caption"
-    return "empty caption" if all(isinstance(piece, str) for piece in pieces) else "caption not text"
 
 
 def find_captions(record: dict, rule: CaptionRule) -> tuple[list[str], list[str], list[str]]:

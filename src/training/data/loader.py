@@ -129,7 +129,7 @@ class TrainBatches(IterableDataset):
             return
         first_pass, skip = divmod(slots_done, num_slots)
         for times_read in count(first_pass):
-            for raw in self._raw(cut(spans, skip, num_slots)):
+            for raw in chain.from_iterable(map(self._read, cut(spans, skip, num_slots))):
                 try:
                     sample = self.reader(raw, times_read, self.step)
                 except BadSample as error:
@@ -146,9 +146,8 @@ class TrainBatches(IterableDataset):
                 raise NoUsableSampleError(f"no usable sample in slots {places} of the epoch: {found}")
             skip = num_good = 0
 
-    def _raw(self, spans: list[Span]) -> Iterator[RawSample]:
-        for start, stop, first, last in spans:
-            yield from islice(self.source.read(self.reader.epoch, start, stop, first), last - first)
+    def _read(self, span: Span) -> Iterator[RawSample]:
+        return islice(self.source.read(self.reader.epoch, *span[:3]), span.last - span.first)
 
     def _make_batches(self, samples: Iterator, number: int) -> tuple[list[TrainBatch], int]:
         """Returns this many batches, fewer at the end without `refill`, and the number of slots read for them."""

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from open_clip.tokenizer import SimpleTokenizer
+
 from training.data.captions import CaptionRule, choose_captions, find_captions
 from training.data.images import IN_TRAINING, ImageReader, without_normalisation
 from training.data.loader import make_loader
 from training.data.order import Share
-from training.data.reader import SampleReader, check_front_padding, read_image, read_record
+from training.data.reader import SampleReader, read_image, read_record
 from training.data.shards import ShardSource, Source, StreamedShards
 from training.data.sizes import count_samples, expand_sources, trusted_sizes
 from training.data.synthetic import SyntheticSource, is_synthetic
@@ -24,6 +26,7 @@ from training.runtime.distributed import DistEnv, on_main_rank
 from training.runtime.experiment import Experiment
 from training.runtime.workers import Loader
 
+NUM_LOOKED_AT = 100
 logger = logging.getLogger(__name__)
 
 
@@ -79,17 +82,18 @@ def open_source(
         FileNotFoundError, ValueError: raised on all ranks; the message names what is missing or wrong.
     """
 
-    if is_synthetic(spec):
-        _check_type(args.dataset_type, flag, spec, "synthetic")
-        keys = (*rule.raw_keys, *rule.short_keys), rule.long_keys
-        with naming(flag):
-            return SyntheticSource(spec, args.train_num_samples, args.seed, keys)
     with naming(flag):
         on_main_rank(lambda: local_spec(spec), env)  # downloads before the others look
         spec = local_spec(spec)
         embedded = on_main_rank(lambda: embedded_sources(spec, args.csv_img_key), env)
     is_table = names_tables(spec)
-    _check_type(args.dataset_type, flag, spec, "csv" if is_table else "webdataset")
+    found = "synthetic" if is_synthetic(spec) else "csv" if is_table else "webdataset"
+    if args.dataset_type not in ("auto", found):
+        raise ValueError(f"--dataset-type {args.dataset_type}: {flag} {spec} is of type {found}; use auto")
+    if is_synthetic(spec):
+        with naming(flag):
+            keys = (*rule.raw_keys, *rule.short_keys), rule.long_keys
+            return SyntheticSource(spec, args.train_num_samples, args.seed, keys)
     has_paths = is_table and not embedded
     if has_paths and resampled:
         raise ValueError("--dataset-resampled is for shards; each row of a table is used once per epoch")
@@ -113,11 +117,6 @@ def open_source(
         # A table is too large to send to other ranks, so they read it as well.
         shared = on_main_rank(lambda: None if has_paths else source, env)
         return source or shared or opened()
-
-
-def _check_type(wanted: str, flag: str, spec: str, found: str) -> None:
-    if wanted not in ("auto", found):
-        raise ValueError(f"--dataset-type {wanted}: {flag} {spec} is of type {found}; use auto")
 
 
 def _open_shards(args: argparse.Namespace, flag: str, sources: list[list[str]], resampled: bool) -> Source:
@@ -164,8 +163,12 @@ def open_train_data(
     transform = without_normalisation(experiment.image_transform(transform))
     images = ImageReader(transform, decoding, args.exif_rotation != "off")
     rule = caption_rule(args)
-    if any(entry.front for entry in rule.entries):
-        check_front_padding(tokenizer)
+    clips = isinstance(getattr(tokenizer, "tokenizer", tokenizer), SimpleTokenizer)
+    if any(entry.front for entry in rule.entries) and not clips:
+        raise ValueError(
+            "--text-views pad=front: this model's text tower ignores padding; use a model with CLIP's tokenizer, such "
+            "as ViT-B-16, or leave pad=front out"
+        )
     reader = SampleReader(images, tokenizer, rule, args.seed, 0, arrange, experiment, 0, args.accum_freq)
     return TrainData(source, reader, args.workers)
 
@@ -183,9 +186,6 @@ def _factors(text: str | None, num_sources: int) -> list[float]:
             "source, none negative and not all 0"
         )
     return factors
-
-
-NUM_LOOKED_AT = 100
 
 
 def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:

@@ -17,6 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+SHUFFLE_WINDOW = 1000  # number of samples in the memory of a loader process, among which it shuffles
+SHUFFLE_SHARDS = 16  # number of shards that it reads side by side
+ROUNDS_PER_WINDOW = 8
 _ROUNDS = 6
 _CHUNK = 1024
 _STEP, _MIX_1, _MIX_2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -52,20 +55,12 @@ def _encrypt(numbers: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarra
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = numbers >> shift, numbers & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right * _STEP + key) & mask)
+        # SplitMix64's finaliser: every bit of the input changes every bit of the output.
+        mixed = right * _STEP + key
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
+        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
     return (left << shift) | right
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: every bit of the input changes every bit of the output."""
-    values = (values ^ (values >> np.uint64(30))) * _MIX_1
-    values = (values ^ (values >> np.uint64(27))) * _MIX_2
-    return values ^ (values >> np.uint64(31))
-
-
-SHUFFLE_WINDOW = 1000  # number of samples in the memory of a loader process, among which it shuffles
-SHUFFLE_SHARDS = 16  # number of shards that it reads side by side
-ROUNDS_PER_WINDOW = 8
 
 
 class Lane(NamedTuple):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 
 from training.data.captions import CaptionRule, choose_captions
 from training.data.images import ImageReader
@@ -171,15 +170,6 @@ def trim_padding(tokenizer: Callable, ids: torch.Tensor, multiple: int = 8) -> t
         longest = int(lengths.max())
         ids = ids[:, : min(ids.shape[1], -(-longest // multiple) * multiple)].contiguous()
     return ids, int(lengths.sum())
-
-
-def check_front_padding(tokenizer: Callable) -> None:
-    """Raises ValueError if a model's text tower doesn't support padding in front of the text."""
-    if not isinstance(getattr(tokenizer, "tokenizer", tokenizer), SimpleTokenizer):
-        raise ValueError(
-            "--text-views pad=front: this model's text tower ignores padding; use a model with CLIP's tokenizer, such "
-            "as ViT-B-16, or leave pad=front out"
-        )
 
 
 def front_fractions(name: str, rule: CaptionRule) -> list[float]:

@@ -21,6 +21,8 @@ from training.readers.samples import BrokenShardError, Part, RawSample
 from training.readers.table_files import COLUMNAR, check_image_path, names_tables, table_files
 from training.readers.tables import Rows, caption_columns, choose_image_column, open_table, row_sample
 
+_LOOKED_AT = 256  # rows in which images that occur twice are looked for
+logger = logging.getLogger(__name__)
 ROWS_PER_PART = 10_000
 CAPTION_FLAGS = "--raw-caption-keys, --short-caption-keys, --long-caption-keys"
 
@@ -101,10 +103,6 @@ def read_tables(
                 check_image_path(rows[number].get(image), f"{path}: row {number + 1}")
         tables.append((path, image, rows))
     return TableSource(tables, seed)
-
-
-_LOOKED_AT = 256  # rows in which images that occur twice are looked for
-logger = logging.getLogger(__name__)
 
 
 def embedded_sources(spec: str, image_column: str | None) -> list[list[str]] | None:

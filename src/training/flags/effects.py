@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from dataloaders.registry import benchmarks, destination
-from training.data.views import Entry, parse_views, views_by_flags
+from training.data.captions import Entry, parse_views, views_by_flags
 from training.readers.table_files import names_csv, names_tables
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dataloaders.registry import names, positive_numbers, whole_number
-from training.data.views import parse_views
+from training.data.captions import parse_views
 
 __all__ = [
     "Calls",

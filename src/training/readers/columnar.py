@@ -46,6 +46,8 @@ class ColumnarFile:
 
     Attributes:
         schema: names and types of the columns.
+        names: the names of all columns.
+        image_columns: those that hold the images themselves: bytes, or structs of bytes and path.
         num_rows: the number of rows in the file.
         group_ends: the row after each row group, in which reading can't begin; an Arrow file counts as one group.
 
@@ -68,16 +70,8 @@ class ColumnarFile:
                 refuse_pointer(file.read(100), path)
             raise ValueError(f"{path}: not a readable table ({first_line(error)}); fetch or write it again") from error
         self.num_rows, self.group_ends = sum(sizes), list(accumulate(sizes))
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all columns."""
-        return list(self.schema.names)
-
-    @property
-    def image_columns(self) -> list[str]:
-        """The columns that hold the images themselves: bytes, or structs of bytes and path."""
-        return [field.name for field in self.schema if _holds_images(field.type)]
+        self.names = list(self.schema.names)
+        self.image_columns = [field.name for field in self.schema if _holds_images(field.type)]
 
     def batches(self, columns: Sequence[str], first: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
         """Yields the rows from `first` up to, but not including, `stop` (None: to the end), a few at a time.

@@ -21,6 +21,7 @@ MAX_ROW_BYTES = 1 << 20  # without a limit, a quote that is never closed would s
 _LINES_AHEAD = 200
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{2,5}$")
+_QUOTED = re.compile(r'\s*".*"\s*', re.DOTALL)
 _ESCAPE = re.compile(r'\\([\\"])')
 logger = logging.getLogger(__name__)
 
@@ -78,28 +79,23 @@ class CsvRecords:
     def __init__(self, path: Path, form: CsvForm):
         self.path, self.form = path, form
         csv.field_size_limit(MAX_ROW_BYTES)
-        self.names, self.begin = self._header()
-
-    def _header(self) -> tuple[list[str], int]:
-        with open(self.path, "rb") as file:
+        with open(path, "rb") as file:
             head = file.read(1 << 16)
-            refuse_pointer(head, self.path)
+            refuse_pointer(head, path)
             if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head.partition(b"\n")[0]:
-                raise ValueError(f"{self.path}: UTF-16 text; convert it first: iconv -f UTF-16 -t UTF-8")
+                raise ValueError(f"{path}: UTF-16 text; convert it first: iconv -f UTF-16 -t UTF-8")
             if b"\r" in head and b"\n" not in head:
-                raise ValueError(f"{self.path}: lines end with CR alone; convert them first: tr '\\r' '\\n'")
-            lines = _Lines(file, 0, self.form)
-            cells = lines.next_row()
+                raise ValueError(f"{path}: lines end with CR alone; convert them first: tr '\\r' '\\n'")
+            lines = _Lines(file, 0, form)
+            cells, self.begin = lines.next_row(), lines.position
         if not cells:
             raise ValueError(
-                f"{self.path}: no header in its first row; is it a CSV with the separator {self.form.separator!r}? "
+                f"{path}: no header in its first row; is it a CSV with the separator {form.separator!r}? "
                 "Name another one with --csv-separator"
             )
-        names = [cell.strip().strip('"') for cell in cells]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{self.path}: two columns are called {twice[0]!r} (the first line is the header)")
-        return names, lines.position
+        self.names = [cell.strip().strip('"') for cell in cells]
+        if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise ValueError(f"{path}: two columns are called {twice[0]!r} (the first line is the header)")
 
     def read(self, begin: int | None = None, end: int | None = None) -> Iterator[Record]:
         """Yields the rows that begin before byte `end`, from the one at byte `begin` on; blank lines are skipped."""
@@ -134,13 +130,9 @@ class CsvRecords:
         so on.
         """
         whole = [column for column, cell in enumerate(cells) if "\n" not in cell]
-        for _, line in row[1:_LINES_AHEAD]:
-            for found in self._splits(line):
-                if self.form.separator == "\t" and len(self.names) > 1:
-                    return True
-                if any(_is_alike(cells[column], found[column]) for column in whole):
-                    return True
-        return False
+        tabs = self.form.separator == "\t" and len(self.names) > 1
+        splits = (found for _, line in row[1:_LINES_AHEAD] for found in self._splits(line))
+        return any(tabs or any(_is_alike(cells[column], found[column]) for column in whole) for found in splits)
 
     def _splits(self, line: str) -> list[list[str]]:
         """Returns the cells of a line, with quotes and with quotes as ordinary characters, if their number is right."""
@@ -177,6 +169,8 @@ class _Lines:
     def __init__(self, file: IO[bytes], begin: int, form: CsvForm):
         self.file, self.form, self.repaired = file, form, False
         self.row: list[tuple[int, str]] = []
+        reader = partial(csv.reader, self, delimiter=form.separator)
+        self.cells = reader(strict=True) if form.quoted else reader(quoting=csv.QUOTE_NONE)
         self.go_to(begin)
 
     def go_to(self, position: int) -> None:
@@ -186,9 +180,8 @@ class _Lines:
     def next_row(self) -> list[str] | None:
         """Returns the cells of the next row; None if it can't be parsed, and nothing for a blank line or at the end."""
         self.row, self.repaired = [], False
-        reader = partial(csv.reader, self, delimiter=self.form.separator)
         try:
-            return next(reader(strict=True) if self.form.quoted else reader(quoting=csv.QUOTE_NONE), [])
+            return next(self.cells, [])
         except csv.Error:
             return None
 
@@ -239,7 +232,7 @@ def open_csv(path: Path, separator: str | None = None, limit: int | None = None)
 
     Args:
         path: the file.
-        separator: None means a comma, semicolon or tab, whichever the header has most of; and a tab in ``.tsv``.
+        separator: None means a comma, semicolon or tab, whichever the first line has most of; and a tab in ``.tsv``.
         limit: look at this many bytes; None looks at the whole file.
 
     Raises:
@@ -249,7 +242,12 @@ def open_csv(path: Path, separator: str | None = None, limit: int | None = None)
     def count_bad(records: CsvRecords) -> int:
         return sum(row.cells is None for row in records.read(end=limit))
 
-    records = CsvRecords(path, CsvForm(separator or default_separator(path)))
+    if separator is None and path.suffix != ".tsv":
+        with open(path, "rb") as file:
+            separator = max(",;\t", key=file.readline(1 << 16).decode("utf-8", "replace").count)
+        if separator != ",":
+            logger.warning(f"{path}: separated by {separator!r}, by its first line; --csv-separator names another one")
+    records = CsvRecords(path, CsvForm(separator or "\t"))
     if not (num_bad := count_bad(records)):
         return records
     escaped = CsvRecords(path, records.form._replace(escaped=True))
@@ -259,27 +257,10 @@ def open_csv(path: Path, separator: str | None = None, limit: int | None = None)
     if num_bad:
         plain = CsvRecords(path, records.form._replace(quoted=False, escaped=False))
         rows = (row.cells for row in plain.read(end=limit))
-        if all(cells is not None and not any(map(_is_quoted, cells)) for cells in rows):
+        if all(cells is not None and not any(map(_QUOTED.fullmatch, cells)) for cells in rows):
             logger.warning(f"{path}: no cell is quoted as a whole, so quotation marks are read as plain characters")
             return plain
     return records
-
-
-def _is_quoted(cell: str) -> bool:
-    cell = cell.strip()
-    return len(cell) > 1 and cell[0] == cell[-1] == '"'
-
-
-def default_separator(path: Path) -> str:
-    """Returns a tab for ``.tsv``, else the separator that the first line has most of; a comma if it has none."""
-    if path.suffix == ".tsv":
-        return "\t"
-    with open(path, "rb") as file:
-        line = file.readline(1 << 16).decode("utf-8", "replace")
-    found = max(",;\t", key=line.count)
-    if found != ",":
-        logger.warning(f"{path}: separated by {found!r}, by its first line; --csv-separator names another one")
-    return found
 
 
 def line_number(path: Path, position: int) -> int:

@@ -145,7 +145,10 @@ def expand_shards(name: str) -> list[str]:
         paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.t*")))
         found = [path for path in paths if path.endswith(".tar")] or [path for path in paths if path.endswith(_PACKED)]
         if not found:
-            raise ValueError(f"{folder}: no *.tar in this folder, which holds {_described(folder)}")
+            others = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]
+            kinds = Counter(sorted("folders" if p.is_dir() else p.suffix or "files without suffix" for p in others))
+            held = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+            raise ValueError(f"{folder}: no *.tar in this folder, which holds {held}")
         return found
     return [path for paths in parallel_map(_matching, names) for path in paths]
 
@@ -166,10 +169,3 @@ def _matching(name: str) -> list[str]:
     if not found:
         raise ValueError(f"{pattern}: nothing there")
     return [fs.unstrip_protocol(path) for path in found]
-
-
-def _described(folder: str) -> str:
-    """Describes what a folder holds, for a message."""
-    paths = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]
-    kinds = Counter(sorted("folders" if p.is_dir() else p.suffix.lower() or "files without suffix" for p in paths))
-    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "nothing"

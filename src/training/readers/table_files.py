@@ -25,6 +25,7 @@ _SEPARATED = (".csv", ".tsv")
 _OTHER_TABLES = (".csv.gz", ".tsv.gz", ".jsonl.gz", ".json.gz", ".xlsx", ".feather")  # recognised, to refuse them
 _NOT_ROWS = ("summary.json", "sizes.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _LONGEST_PATH = 4096  # PATH_MAX of Linux
+_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
 _SPLIT_FILE = re.compile(r"(?P<split>[\w.]+)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.(parquet|arrow|jsonl|csv)")
 
 
@@ -168,13 +169,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
         )
     if matches and len(matches) < int(matches[0]["total"]):
         raise ValueError(f"{folder}: found {len(matches)} of {int(matches[0]['total'])} files; fetch the others")
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]}: no such file, but {folder / 'state.json'} names it")
     return files
-
-
-_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
 
 
 def local_spec(spec: str) -> str:
@@ -205,11 +200,10 @@ def _local(spec: str) -> str:
 
 def _snapshot(name: str, spec: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, repo_type="dataset"))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+    except (ValueError, OSError) as error:  # all errors of the hub are one of these
         raise ValueError(
             f"{spec}: no data set {name} on the hub or in its cache ({type(error).__name__}: {first_line(error)}); "
             "check the name, the connection and the login (hf auth login), or name a local folder"
@@ -238,12 +232,11 @@ def _data_files(root: Path, files: Sequence[str], words: Sequence[str], spec: st
         if not named:
             raise ValueError(f"{spec}: nothing called {word} among its files, such as {', '.join(data[:3]) or 'none'}")
         data = named
-    found = sorted({split for split in _SPLITS for file in data if _is_of(file, split)})
-    if len(found) > 1 and not configs:
-        raise ValueError(f"{spec}: holds the splits {', '.join(found)}; name one: {spec}:{found[0]}")
-    folders = sorted({os.path.dirname(file) for file in data})
-    if len(folders) > 1 and not configs and not found and not words:
-        raise ValueError(f"{spec}: holds data in several folders ({', '.join(folders)}); name one: {spec}:{folders[0]}")
+    parts = sorted({split for split in _SPLITS for file in data if _is_of(file, split)})
+    if not parts and not words:
+        parts = sorted({os.path.dirname(file) for file in data})
+    if len(parts) > 1 and not configs:
+        raise ValueError(f"{spec}: holds several splits or folders, {', '.join(parts)}; name one: {spec}:{parts[0]}")
     return data
 
 

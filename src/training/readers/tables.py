@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +94,9 @@ class JsonFile:
         self.content: bytes | mmap.mmap = whole
         if begins.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" or not self._is_lines():
             self.content = b"\n".join(json.dumps(row).encode() for row in _json_list(path))
-        lines = re.finditer(rb"[^\n]{2,}", self.content)  # without blank ones, which may end with CR LF
-        spans = np.fromiter(chain.from_iterable(line.span() for line in lines), np.int64)
-        self.spans = spans.reshape(-1, 2)
+        ends = np.fromiter((line.end() for line in re.finditer(b"\n", self.content)), np.int64)
+        edges = np.concatenate([[0], ends, [len(self.content)]])
+        self.spans = np.stack([edges[:-1], edges[1:]], 1)[np.diff(edges) > 2]  # without blank lines
         self.names = _names(self, 1000)
         if not self.names:
             found = f"{min(len(self), 1000):,} lines" if len(self) else "an empty file"
@@ -224,7 +224,7 @@ def choose_image_column(table: TableFile, wanted: str | None) -> str:
     Raises:
         ValueError: there is no such column, or several and the flag names none of them.
     """
-    if wanted in table.names:
+    if wanted is not None and wanted in table.names:
         return wanted
     is_default = wanted in (None, PATH_NAMES[0])
     found = list(table.image_columns) or [name for name in PATH_NAMES if name in table.names]
