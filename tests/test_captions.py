@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from training.data.captions import CaptionRule, choose_captions, find_captions
-from training.prepare.tables.clean import without_cut_sentence
+from training.prepare.clean import without_cut_sentence
 from training.readers.captions import (
     _ASCII_END,
     _END,

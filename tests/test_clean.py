@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.prepare.tables.clean import clean_caption
+from training.prepare.clean import clean_caption
 from training.readers.captions import is_refusal
 
 

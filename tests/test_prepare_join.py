@@ -12,8 +12,8 @@ import pytest
 from test_train_data import jpeg, write_shard
 
 from support import run_command
+from training.prepare import shards as shard_files
 from training.prepare.__main__ import main
-from training.prepare.shards import files as shard_files
 from training.prepare.work import items_of_job
 from training.readers.samples import index_shard, read_samples
 

@@ -18,9 +18,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from training.data.captions import CaptionRule, choose_captions
 from training.prepare import recaption
 from training.prepare.__main__ import main
+from training.prepare.clean import clean_caption
 from training.prepare.engines import Generated, TransformersEngine
 from training.prepare.recaption import judge
-from training.prepare.tables.clean import clean_caption
 from training.readers.samples import read_samples
 
 PROMPT = "Describe this image in detail"

@@ -17,10 +17,10 @@ import pytest
 
 from support import run_command
 from training.data.captions import CaptionRule, choose_captions
+from training.prepare import tables as parts_module
 from training.prepare.__main__ import main
-from training.prepare.tables import parts as parts_module
-from training.prepare.tables.clean import is_repetitive
-from training.prepare.tables.run import first_of_each
+from training.prepare.clean import is_repetitive
+from training.prepare.tables import first_of_each
 from training.readers import csv_rows
 
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")

@@ -19,7 +19,7 @@ from training.data.sizes import count_samples
 from training.data.tables import embedded_sources, read_rows, read_tables
 from training.flags.parser import parse_args
 from training.main import main
-from training.prepare.rows import TableRows
+from training.prepare.columns import TableRows
 from training.readers.csv_rows import CsvForm, CsvRecords
 from training.readers.images import load_rgb
 from training.readers.table_files import names_tables, table_files

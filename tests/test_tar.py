@@ -17,7 +17,7 @@ from dataloaders.own import read_shard_pairs
 from training.data.shards import ShardSource
 from training.data.sizes import count_samples, expand_sources
 from training.prepare.__main__ import main as prepare
-from training.prepare.shards.files import read_json_samples, rewrite_shard
+from training.prepare.shards import read_json_samples, rewrite_shard
 from training.readers.samples import BrokenShardError, index_shard, read_samples
 from training.readers.streams import expand_shards
 from training.readers.tar import TarReader

@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.prepare.shards.files import order_shard
-from training.prepare.tables.columns import KEY, RAW, URL
+from training.prepare.columns import KEY, RAW, URL
+from training.prepare.shards import order_shard
 from training.prepare.work import format_counts, load_json, progress, shorten, start_folder, write_json
 from training.readers.columnar import ColumnarFile
 from training.readers.files import parallel_map

@@ -34,8 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (about, module, add_flags) in COMMANDS.items():
-        text = {"help": about, "description": about, "formatter_class": HelpFormatter}
-        command = commands.add_parser(name, **text, allow_abbrev=False)
+        command = commands.add_parser(name, help=about, formatter_class=HelpFormatter, allow_abbrev=False)
+        command.description = about
         command.set_defaults(module=module)
         add_flags(Flags(command, "flags"))
         add_timeout_arg(command, 120.0)  # a shard of downloads may take long
@@ -61,22 +61,27 @@ def _add_lists(flags: Flags, of_alternatives: str = "") -> None:
     flags.choice("--caption-lists", CAPTION_LISTS, CAPTION_LISTS[0], text)
 
 
-def _add_new_folder(flags: Flags, content: str) -> None:
-    flags.add_argument("--out", required=True, metavar="DIR", help=f"new folder for {content}")
-
-
-def _add_summary(flags: Flags) -> None:
-    flags.text("--summary", "FILE", "write the counts to this file, as JSON")
+def _add_out(flags: Flags, content: str, or_in_place: bool = False, summary: bool = True) -> None:
+    where = flags.group.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", metavar="DIR", help=f"folder for {content}")
+    if or_in_place:
+        where.add_argument("--in-place", action="store_true", help="replace each shard when its new file is complete")
+    if summary:
+        flags.text("--summary", "FILE", "write the counts to this file, as JSON")
 
 
 def _add_range(flags: Flags, note: str = "") -> None:
     flags.text("--shard-range", "A:B", f"only shards number A to B - 1{note}")
 
 
+def _add_shards_out(flags: Flags) -> None:
+    _add_out(flags, "the new shards, under their old names, and sizes.json", or_in_place=True)
+    _add_range(flags, "; the jobs of a SLURM array and the processes of srun divide them without this")
+
+
 def _add_tables_flags(flags: Flags) -> None:
     flags.add_argument("tables", nargs="+", metavar="IN", help=_TABLES)
-    _add_new_folder(flags, "part-*.parquet and _summary.json")
-    _add_summary(flags)
+    _add_out(flags, "part-*.parquet and _summary.json")
     flags.text("--url-column", "COL", "column of image URLs (default: Image Path, url, URL, image_url)")
     flags.text("--key-column", "COL", "column of keys (default: key; else keys are made from URLs)")
     known = "column of raw captions (default: raw_caption, org_caption, caption, TEXT)"
@@ -85,8 +90,7 @@ def _add_tables_flags(flags: Flags) -> None:
     for kind, further in (("long", ", vlm_caption, re_caption"), ("short", "")):
         flags.text(f"--{kind}-caption-keys --{kind}-columns", "COL[=NAME],..", text % (kind, further), type=names)
     _add_separator(flags)
-    quotes = "read quotes as plain characters, as many .tsv files need it"
-    flags.add_argument("--no-quotes", action="store_true", help=quotes)
+    flags.add_argument("--no-quotes", action="store_true", help="read quotes as plain characters, as in many .tsv")
     _add_lists(flags, ", which a part can't hold")
     flags.switch("--keep-cut-off", "do not remove unfinished last sentences of long captions")
     flags.switch("--keep-without-long", "keep rows that have only a raw or short caption")
@@ -94,22 +98,12 @@ def _add_tables_flags(flags: Flags) -> None:
     _add_workers(flags, most=8)
 
 
-def _add_shards_out(flags: Flags) -> None:
-    where = flags.group.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", metavar="DIR", help="folder for the new shards, under their old names, and sizes.json")
-    where.add_argument("--in-place", action="store_true", help="replace each shard when its new file is complete")
-    _add_summary(flags)
-    _add_range(flags, "; the jobs of a SLURM array and the processes of srun divide them without this")
-
-
 def _add_join_flags(flags: Flags) -> None:
     flags.add_argument("tables", nargs="+", metavar="IN", help=_TABLES)
     flags.add_argument("--shards", required=True, metavar="SHARDS", help=_SHARDS_TO_WRITE)
     _add_shards_out(flags)
-    text = (
-        "url: match the url in table and JSON; key: match the table's key with the sample's name or the JSON's key, "
-        "with or without folder and suffix (default: url if the first samples have one)"
-    )
+    text = "url: match the url in table and JSON; key: match the table's key with the sample's name or the JSON's key, "
+    text += "with or without folder and suffix (default: url if the first samples have one)"
     flags.choice("--match", ("url", "key"), None, text)
     flags.text("--key-column", "COL", "the table's column of keys or image names (default: key)")
     flags.text("--columns", "COL,..", "captions to add (default: all columns of text)", type=names)
@@ -120,7 +114,7 @@ def _add_join_flags(flags: Flags) -> None:
 
 def _add_inspect_flags(flags: Flags) -> None:
     flags.add_argument("shards", metavar="DATA", help=f"shards or tables, {_SHARDS}")
-    flags.add_argument("--out", required=True, metavar="DIR", help="folder for inspect.json and samples.html")
+    _add_out(flags, "inspect.json and samples.html", summary=False)
     flags.text("--model", "NAME", "model whose tokenizer counts tokens", default="lotlip_bert-ViT-B-16")
     flags.text("--cache-dir", "DIR", "folder of the model's files, as in training.main")
     lengths = "report the fraction of captions longer than each (default: %(default)s, and the model's own)"
@@ -138,8 +132,7 @@ def _add_inspect_flags(flags: Flags) -> None:
 
 def _add_download_flags(flags: Flags) -> None:
     flags.add_argument("tables", metavar="IN", help="a Parquet table, or a folder of them, as `tables` writes them")
-    _add_new_folder(flags, "the shards and sizes.json")
-    _add_summary(flags)
+    _add_out(flags, "the shards and sizes.json")
     flags.count("--image-size", 256, "pixels")
     text = "img2dataset's resize mode; keep_ratio: reduce the shorter side to --image-size, leave smaller images"
     modes = ("no", "border", "keep_ratio", "keep_ratio_largest", "center_crop")
@@ -160,7 +153,7 @@ def _add_download_flags(flags: Flags) -> None:
 
 def _add_split_flags(flags: Flags) -> None:
     flags.add_argument("table", metavar="TABLE", help="a table of images and captions, as --train-data reads them")
-    _add_new_folder(flags, "train.parquet and test.parquet")
+    _add_out(flags, "train.parquet and test.parquet", summary=False)
     flags.number("--test", 0.1, "fraction of the images")
     flags.whole("--seed", 0, "seed of the choice")
     _add_table_columns(flags)
@@ -184,9 +177,9 @@ def _add_recaption_flags(flags: Flags) -> None:
 
 # Command -> (what it does, its module, function that adds its flags).
 COMMANDS = {
-    "tables": ("clean published caption tables into Parquet parts", "tables.run", _add_tables_flags),
+    "tables": ("clean published caption tables into Parquet parts", "tables", _add_tables_flags),
     "download": ("fetch the images of such parts into shards, with img2dataset", "download", _add_download_flags),
-    "join": ("add captions from tables to existing shards", "shards.join", _add_join_flags),
+    "join": ("add captions from tables to existing shards", "join", _add_join_flags),
     "split": ("divide images into train and test, near-duplicates on one side", "split", _add_split_flags),
     "inspect": ("statistics of shards or tables, and samples to look at", "inspect.run", _add_inspect_flags),
     "recaption": ("write long captions for images with a vision-language model", "recaption", _add_recaption_flags),

@@ -15,10 +15,10 @@ from itertools import islice
 from PIL import Image
 
 from training.data.reader import read_image
+from training.prepare.clean import clean_caption, is_repetitive, without_cut_sentence
 from training.prepare.engines import PROMPTS, Generated, TransformersEngine, VllmEngine, make_engine
-from training.prepare.shards.files import Shard, plain_tar, read_json_samples, rewrite_shard
-from training.prepare.shards.job import ShardJob
-from training.prepare.tables.clean import clean_caption, is_repetitive, without_cut_sentence
+from training.prepare.job import ShardJob
+from training.prepare.shards import Shard, plain_tar, read_json_samples, rewrite_shard
 from training.prepare.work import add_counts, format_counts, processes, progress
 from training.readers.faults import FAULT_KINDS, BadSample
 from training.readers.files import parallel_map

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from training.prepare.rows import TableRows
-from training.prepare.shards.files import content_mark
+from training.prepare.columns import TableRows
+from training.prepare.shards import content_mark
 from training.prepare.work import SUMMARY, format_counts, start_folder, write_json
 from training.readers.files import parallel_map
 from training.readers.images import BrokenImageError, load_rgb

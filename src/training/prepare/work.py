@@ -11,7 +11,7 @@ from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -30,12 +30,19 @@ def write_json(path: Path, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def load_json(path: Path) -> object | None:
-    """Returns the content of a JSON file; None if it doesn't exist or is broken."""
+def load_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; an empty one if the file doesn't exist or is broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_summary(args: Namespace, counts: Mapping) -> None:
+    """Writes the counts to the file that --summary names, if it names one."""
+    if args.summary:
+        write_json(Path(args.summary), counts)
 
 
 def start_folder(args: Namespace, state: str, settings: dict, may_hold_others: bool = False) -> Path:
@@ -67,8 +74,7 @@ def start_folder(args: Namespace, state: str, settings: dict, may_hold_others: b
 def note_settings(out: Path, folder: Path, settings: dict) -> None:
     """Notes in `folder` what the content of --out is made from; raises ValueError if it is made from something else."""
     settings = json.loads(json.dumps(settings))  # tuples become lists
-    known = load_json(folder / SETTINGS)
-    if known not in (None, settings):
+    if load_json(folder / SETTINGS) not in ({}, settings):
         raise ValueError(f"--out {out}: made from other tables or with other flags; name another folder")
     write_json(folder / SETTINGS, settings)
 
@@ -102,7 +108,8 @@ def shorten(names: Sequence[str]) -> str:
 
 def _end_with_parent() -> None:
     """Lets a worker process end when the process that started it ends, even if that was killed."""
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    if parent := parent_process():
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
@@ -176,11 +183,10 @@ def job_place(environ: Mapping[str, str]) -> tuple[int, int]:
     def number(*names: str) -> int:
         return int(next((environ[name] for name in names if environ.get(name, "").isdecimal()), 0))
 
-    place, parts, has_gaps = 0, 1, False
-    if number("SLURM_ARRAY_TASK_COUNT") > 1:
+    place, parts, has_gaps = 0, number("SLURM_ARRAY_TASK_COUNT") or 1, False
+    if parts > 1:
         step, least = number("SLURM_ARRAY_TASK_STEP") or 1, number("SLURM_ARRAY_TASK_MIN")
         place = (number("SLURM_ARRAY_TASK_ID") - least) // step
-        parts = number("SLURM_ARRAY_TASK_COUNT")
         has_gaps = number("SLURM_ARRAY_TASK_MAX") > least + (parts - 1) * step
     # The tasks of srun's step, not of the job: a batch script that starts one process may have many tasks.
     ranks = number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")

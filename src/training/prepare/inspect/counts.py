@@ -18,8 +18,7 @@ from training.data.sizes import expand_sources, known_sizes
 from training.data.tables import embedded_sources, read_rows, read_tables
 from training.model.assembly.factory import get_tokenizer
 from training.model.tokenizers import count_tokens
-from training.prepare.rows import TableRows, cell_texts
-from training.prepare.tables.columns import SHORT_NAMES
+from training.prepare.columns import SHORT_NAMES, TableRows, cell_texts
 from training.prepare.work import hash_text
 from training.readers.captions import is_refusal
 from training.readers.faults import BadSample

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from training.data.sizes import expand_sources
 from training.readers.captions import read_record
@@ -80,26 +80,25 @@ def find_shards(spec: str, flag: str, out: str | None, state: str) -> list[Shard
             name, `out` is the folder of a shard, or a shard can't be overwritten.
     """
     names = local_spec(spec).split("::")
-    sources = [source for name in names for source in _loose_folders(name) or sum(expand_sources(name), [])]
-    seen: dict[str, str] = {}
-    shards = []
-    for source in sources:
-        name = _tar_name(source)
+    shards: dict[str, Shard] = {}
+    for source in (source for name in names for source in _loose_folders(name) or sum(expand_sources(name), [])):
+        name = os.path.basename(source.rstrip("/") if is_local(source) else source.partition("?")[0])
+        name = re.sub(r"(\.tar(\.\w+)?|\.tgz)?$", ".tar", name, count=1)
         if source.startswith("pipe:"):
             raise ValueError(f"{flag} {source}: a command has no name under which to write; name files or URLs")
         if out is None:
             if not is_local(source) or name != os.path.basename(source):
                 raise ValueError(f"--in-place: {source} is not a plain tar file on a disk; write to another --out")
             path = Path(source)
-            shards.append(Shard(source, path.resolve(), path.parent / state))  # links stay links
+            shards[source] = Shard(source, path.resolve(), path.parent / state)  # links stay links
             continue
-        if name in seen:
-            raise ValueError(f"--out {out}: {seen[name]} and {source} have the same name; do one folder at a time")
-        seen[name] = source
+        if name in shards:
+            other = shards[name].source
+            raise ValueError(f"--out {out}: {other} and {source} have the same name; do one folder at a time")
         if is_local(source) and Path(out).resolve() == Path(source).parent.resolve():
             raise ValueError(f"--out {out}: this is the folder of the shards; use --in-place to overwrite them")
-        shards.append(Shard(source, Path(out) / name, Path(out) / state))
-    return shards
+        shards[name] = Shard(source, Path(out) / name, Path(out) / state)
+    return list(shards.values())
 
 
 def _loose_folders(name: str) -> list[str]:
@@ -108,11 +107,6 @@ def _loose_folders(name: str) -> list[str]:
     if not folder.is_dir() or any(re.search(r"\.(tar|tgz)\b", file) for file in os.listdir(folder)):
         return []
     return sorted({str(path.parent) for path in image_files(folder)})
-
-
-def _tar_name(source: str) -> str:
-    name = os.path.basename(source.rstrip("/") if is_local(source) else source.partition("?")[0])
-    return re.sub(r"(\.tar(\.\w+)?|\.tgz)?$", ".tar", name, count=1)
 
 
 def content_mark(source: str | Path) -> str:
@@ -149,38 +143,30 @@ def plain_tar(shard: Shard) -> Iterator[Path]:
     Raises:
         OSError: the shard can't be read.
     """
-    copy = _copy(shard)
-    try:
-        yield copy or Path(shard.source)
-    finally:
-        if copy:
-            copy.unlink(missing_ok=True)
-
-
-def _copy(shard: Shard) -> Path | None:
-    """Unpacks or fetches a shard, or packs a folder; returns None for a plain tar file on a disk."""
     copy = shard.state / f"{shard.target.name}.source.tmp"
     copy.parent.mkdir(parents=True, exist_ok=True)
-    if os.path.isdir(shard.source):
-        files = [path for path in sorted(Path(shard.source).iterdir()) if path.is_file() and not is_leftover(path.name)]
-        write_tar(copy, _open_each(files))
-        return copy
     try:
-        stream, size = open_stream(shard.source)
+        yield copy if _copy(shard.source, copy) else Path(shard.source)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _copy(source: str, copy: Path) -> bool:
+    """Unpacks or fetches a shard, or packs a folder; returns False for a plain tar file on a disk."""
+    if os.path.isdir(source):
+        files = (path for path in sorted(Path(source).iterdir()) if path.is_file() and not is_leftover(path.name))
+        write_tar(copy, ((path.name, path.stat().st_size, open(path, "rb")) for path in files))
+        return True
+    try:
+        stream, size = open_stream(source)
         with closing(stream):
-            if is_local(shard.source) and size is not None:
-                return None
+            if is_local(source) and size is not None:
+                return False
             with open(copy, "wb") as file:
                 shutil.copyfileobj(stream, file, BLOCK_BYTES)
     except Exception as error:  # each of fsspec's file systems has its own exceptions
-        raise OSError(f"{shard.source}: can't be read ({type(error).__name__}: {first_line(error)})") from error
-    return copy
-
-
-def _open_each(paths: Iterable[Path]) -> Iterator[tuple[str, int, IO[bytes]]]:
-    for path in paths:
-        with open(path, "rb") as file:
-            yield path.name, os.fstat(file.fileno()).st_size, file
+        raise OSError(f"{source}: can't be read ({type(error).__name__}: {first_line(error)})") from error
+    return True
 
 
 def read_json_samples(path: Path) -> list[JsonSample]:
@@ -220,9 +206,9 @@ def rewrite_shard(source: Path, target: Path, samples: list[JsonSample], additio
         for member in old:
             record, (key, suffix) = records.get(member.offset), key_and_suffix(member.name)
             if record is None or suffix != "json":
-                content = old.extractfile(member) if member.isreg() else None
+                stream = old.extractfile(member) if member.isreg() else None
                 member.type = tarfile.REGTYPE if member.issparse() else member.type  # its holes are written as zeros
-                new.addfile(member, content)
+                new.addfile(member, stream)
             if record is not None:
                 header, content = member if suffix == "json" else tarfile.TarInfo(f"{key}.json"), json.dumps(record)
                 header.size = len(content)
@@ -230,7 +216,8 @@ def rewrite_shard(source: Path, target: Path, samples: list[JsonSample], additio
 
 
 def _new_tar(path: Path) -> tarfile.TarFile:
-    return tarfile.open(path, "w", format=tarfile.GNU_FORMAT, copybufsize=BLOCK_BYTES)
+    # The stub of tarfile lacks this argument, which only sets how many bytes are copied at a time.
+    return tarfile.open(path, "w", format=tarfile.GNU_FORMAT, copybufsize=BLOCK_BYTES)  # type: ignore[call-overload]
 
 
 def write_tar(target: Path, files: Iterable[tuple[str, int, IO[bytes]]]) -> None:
@@ -238,13 +225,14 @@ def write_tar(target: Path, files: Iterable[tuple[str, int, IO[bytes]]]) -> None
 
     Args:
         target: the file to write.
-        files: (name, size, stream) of each, in order.
+        files: (name, size, stream) of each, in order; the streams are closed.
     """
     with atomic_write(target) as temporary, _new_tar(temporary) as tar:
         for name, size, stream in files:
             plain = tarfile.TarInfo(name)
             plain.size = size
-            tar.addfile(plain, stream)
+            with stream:
+                tar.addfile(plain, stream)
 
 
 def order_shard(path: Path) -> bool:
@@ -258,5 +246,5 @@ def order_shard(path: Path) -> bool:
         ordered = sorted(members, key=lambda member: key_and_suffix(member.name)[0] or member.name)
         if ordered == members and not any(member.mtime or member.uname for member in members):
             return False
-        write_tar(path, ((member.name, member.size, shard.extractfile(member)) for member in ordered))
+        write_tar(path, ((m.name, m.size, cast(IO[bytes], shard.extractfile(m))) for m in ordered))
     return True

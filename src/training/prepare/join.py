@@ -10,17 +10,15 @@ import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from training.prepare.rows import TableRows, as_utf8, cell_name, cell_texts
-from training.prepare.shards.files import JsonSample, Shard, content_mark, plain_tar, read_json_samples, rewrite_shard
-from training.prepare.shards.job import ShardJob
-from training.prepare.tables.columns import KEY, URL
+from training.prepare.columns import KEY, URL, TableRows, as_utf8, cell_name, cell_texts
+from training.prepare.job import ShardJob
+from training.prepare.shards import JsonSample, Shard, content_mark, plain_tar, read_json_samples, rewrite_shard
 from training.prepare.work import format_counts, hash_text, processes, progress
 from training.readers.columnar import ColumnarFile, may_hold_text
 from training.readers.faults import FAULT_KINDS
@@ -31,6 +29,7 @@ ROWS_AT_ONCE = 10_000
 MAX_WAITING = 1 << 26  # characters of captions in memory, before they are written to the files of their shards
 # Text columns that are never captions.
 NOT_CAPTIONS = (URL, KEY, "status", "error_message", "exif", "sha256", "md5", "url_hash")
+Found = tuple[list[str], dict] | None  # (names, caption column -> cell) of a row; None if it can't be read
 KINDS = ("samples", "matched", "unmatched", "nothing to match by", *FAULT_KINDS, "captions")
 
 
@@ -67,10 +66,10 @@ def _guess_match(shards: Sequence[Shard]) -> str:
     """Returns ``url`` if samples of the first readable shard have such a key, else ``key``."""
     for shard in shards:
         try:
-            samples = _samples_of(shard)[:100]
+            records = [sample.record for sample in _samples_of(shard)[:100]]
         except OSError:  # reported when it is its turn
             continue
-        return "url" if any(isinstance(sample.record.get("url"), str) for sample in samples) else "key"
+        return "url" if any(isinstance(record.get("url"), str) for record in records) else "key"
     return "key"
 
 
@@ -84,15 +83,11 @@ def sample_names(sample: JsonSample, match: str) -> list[str]:
     if sample.fault:
         return []
     value = sample.record.get(match)
-    values = [as_utf8(value.strip())] if isinstance(value, str) and value.strip() else []
+    name = as_utf8(value.strip()) if isinstance(value, str) else ""
     if match == "url":
-        return values
+        return [name] if name else []
     key = sample.key.removeprefix("./")
-    return [
-        key,
-        key.rpartition("/")[2] if "/" in key else f"*/{key}",
-        *(name for v in values for name in image_names(v)[:1]),
-    ]
+    return [key, key.rpartition("/")[2] if "/" in key else f"*/{key}", *image_names(name)[:1]]
 
 
 def _names_in(shard: Shard, match: str) -> np.ndarray:
@@ -139,17 +134,14 @@ def open_tables(
             raise ValueError(
                 f"{table.path}: no column {missing}; it has {', '.join(table.names)} (--match, --key-column, --columns)"
             )
-    found = dict.fromkeys(name for table in tables for name in _text_columns(table))
+    found: dict[str, None] = {}
+    for table in tables:
+        columnar = table.table if table.form is None and isinstance(table.table, ColumnarFile) else None
+        found |= dict.fromkeys([f.name for f in columnar.schema if may_hold_text(f.type)] if columnar else table.names)
     chosen = list(columns or (name for name in found if name not in (*NOT_CAPTIONS, match_column)))
     if not chosen:
         raise ValueError(f"{tables[0].path}: no columns of text beside {match_column}; name them with --columns")
     return tables, chosen
-
-
-def _text_columns(table: TableRows) -> list[str]:
-    if table.form is None and isinstance(table.table, ColumnarFile):
-        return [field.name for field in table.table.schema if may_hold_text(field.type)]
-    return table.names
 
 
 def image_names(name: str) -> list[str]:
@@ -165,25 +157,22 @@ def image_names(name: str) -> list[str]:
 
 def _batches(
     tables: Sequence[TableRows], match: str, match_column: str, columns: Sequence[str]
-) -> Iterator[list[tuple[list[str], dict] | None]]:
-    """Yields a few rows at a time, as (names, caption column -> cell); None for a row that can't be read."""
+) -> Iterator[list[Found]]:
+    """Yields a few rows at a time."""
     for table in tables:
         present = [name for name in columns if name in table.names]
         rows = table.read([match_column, *present])
-        while batch := list(islice(rows, ROWS_AT_ONCE)):
-            yield [cells and (_names_of(cells[0], match), dict(zip(present, cells[1:]))) for cells, _ in batch]
-
-
-def _names_of(cell: object, match: str) -> list[str]:
-    name = cell_name(cell)
-    return image_names(name) if match == "key" else [name] if name else []
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            batch: list[Found] = []
+            for cells, _ in some:
+                name = cell_name(cells[0]) if cells else ""
+                names = image_names(name) if match == "key" else [name] if name else []
+                batch.append((names, dict(zip(present, cells[1:]))) if cells else None)
+            yield batch
 
 
 def divide_rows(
-    batches: Iterator[list[tuple[list[str], dict] | None]],
-    lists: str,
-    names: Mapping[Shard, np.ndarray],
-    folder: Path,
+    batches: Iterator[list[Found]], lists: str, names: Mapping[Shard, np.ndarray], folder: Path
 ) -> tuple[int, int]:
     """Writes the rows of tables that belong to samples to one file per shard, for `read_captions`.
 
@@ -243,8 +232,8 @@ def read_captions(path: Path) -> dict[str, dict[str, str | list[str]] | None]:
         may.
     """
     found: dict[str, tuple[str, dict | None]] = {}
-    with open(path, encoding="utf-8") if path.exists() else nullcontext([]) as lines:
-        for name, whole_name, captions in map(json.loads, lines):
-            if found.setdefault(name, (whole_name, captions))[0] != whole_name:
-                found[name] = whole_name, None
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        name, whole_name, captions = json.loads(line)
+        if found.setdefault(name, (whole_name, captions))[0] != whole_name:
+            found[name] = whole_name, None
     return {name: captions for name, (_, captions) in found.items()}

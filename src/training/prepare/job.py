@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from training.prepare.shards.files import Shard, content_mark, find_shards
-from training.prepare.work import add_counts, items_of_job, job_place, load_json, note_settings, shorten, write_json
+from training.prepare import work
+from training.prepare.shards import Shard, content_mark, find_shards
 from training.readers.files import parallel_map
 
 R = TypeVar("R")
@@ -39,10 +39,11 @@ class ShardJob:
     def __init__(self, args: argparse.Namespace, spec: str, flag: str, state: str):
         self.args = args
         self.shards = find_shards(spec, flag, None if args.in_place else args.out, state)
-        self.mine = items_of_job(self.shards, args.shard_range, os.environ)
-        number, num_jobs = job_place(os.environ)
-        self.name = f"{(args.shard_range or 'all').replace(':', '-')}-{number}-of-{num_jobs}"
-        self.state, self.total, self.broken, self.num_before, self.fingerprint = self.shards[0].state, {}, {}, 0, ""
+        self.mine = work.items_of_job(self.shards, args.shard_range, os.environ)
+        self.state, self.num_before, self.fingerprint = self.shards[0].state, 0, ""
+        self.total: dict[str, Any] = {}
+        self.broken: dict[str, str] = {}
+        self.name = "{}-{}-of-{}".format((args.shard_range or "all").replace(":", "-"), *work.job_place(os.environ))
         args.lease.take(self.shards[0].target.parent / ".jobs" / self.name, "--out or --in-place")
 
     def left(self, settings: dict, total: dict) -> list[Shard]:
@@ -59,7 +60,7 @@ class ShardJob:
         self.fingerprint = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
         self.total = total
         if not self.args.in_place:
-            note_settings(Path(self.args.out), self.state, settings)
+            work.note_settings(Path(self.args.out), self.state, settings)
             parallel_map(self._begin, self.mine)
         left = [shard for shard in self.mine if not self._count_done(shard)]
         self.num_before = len(self.mine) - len(left)
@@ -67,23 +68,24 @@ class ShardJob:
 
     def _begin(self, shard: Shard) -> None:
         """Notes what a shard is made from; raises ValueError if the target is made from something else."""
-        note, mark, out = load_json(shard.note), content_mark(shard.source), f"--out {self.args.out}"
+        note, mark, name = work.load_json(shard.note), content_mark(shard.source), shard.target.name
+        fault = ""
         if note and note.get("source", mark) != mark:
-            raise ValueError(
-                f"{out}: its {shard.target.name} is made from another shard than {shard.source}; name another folder"
-            )
-        if not note and shard.target.exists():
-            raise ValueError(f"{out}: holds {shard.target.name}, which this command did not write; name another folder")
+            fault = f"its {name} is made from another shard than {shard.source}"
+        elif not note and shard.target.exists():
+            fault = f"holds {name}, which this command did not write"
+        if fault:
+            raise ValueError(f"--out {self.args.out}: {fault}; name another folder")
         if not note:
-            write_json(shard.note, {"source": mark})
+            work.write_json(shard.note, {"source": mark})
 
     def _count_done(self, shard: Shard) -> bool:
         """Returns whether the same command has written a shard; adds its counts to the total if it has."""
-        note = load_json(shard.note) or {}
+        note = work.load_json(shard.note)
         if note.get("fingerprint") != self.fingerprint or not shard.target.exists():
             return False
         is_done = note["bytes"] == os.path.getsize(shard.target)
-        add_counts(self.total, note["counts"] if is_done else {})
+        work.add_counts(self.total, note["counts"] if is_done else {})
         return is_done
 
     def each(
@@ -110,9 +112,9 @@ class ShardJob:
         See `each` for the arguments.
         """
         for shard, counts in self.each(parallel, function, shards, what):
-            add_counts(self.total, counts)
+            work.add_counts(self.total, counts)
             note = {"fingerprint": self.fingerprint, "bytes": os.path.getsize(shard.target), "counts": counts}
-            write_json(shard.note, (load_json(shard.note) or {}) | note)
+            work.write_json(shard.note, work.load_json(shard.note) | note)
 
     def finish(self, further: dict, lines: list[str]) -> int:
         """Writes sizes and summary, and prints the counts.
@@ -125,19 +127,20 @@ class ShardJob:
             Exit code: 0, or 1 if shards can't be read.
         """
         if not self.args.in_place:
-            notes = {path.name.removesuffix(".json"): load_json(path) or {} for path in self.state.glob("*.tar.json")}
-            out, done = Path(self.args.out), {name: note["counts"] for name, note in notes.items() if "counts" in note}
-            sizes = {name: done[name]["samples"] for name in sorted(done) if (out / name).exists()}
-            write_json(out / "sizes.json", sizes)
-        if self.args.summary:
-            counts = {"shards": len(self.mine), "done_before": self.num_before, "broken_shards": self.broken}
-            write_json(Path(self.args.summary), counts | self.total | further)
+            out, notes = (
+                Path(self.args.out),
+                {path.stem: work.load_json(path) for path in self.state.glob("*.tar.json")},
+            )
+            done = {name: note["counts"]["samples"] for name, note in sorted(notes.items()) if "counts" in note}
+            work.write_json(out / "sizes.json", {name: done[name] for name in done if (out / name).exists()})
+        counts = {"shards": len(self.mine), "done_before": self.num_before, "broken_shards": self.broken}
+        work.write_summary(self.args, counts | self.total | further)
         of_all = "" if len(self.mine) == len(self.shards) else f" of {len(self.shards):,}"
         before = f", {self.num_before:,} of them before" if self.num_before else ""
         broken = [f"not done: {reason}" for reason in self.broken.values()]
-        others = [shard.target.name for shard in self.shards if "counts" not in (load_json(shard.note) or {})]
+        others = [shard.target.name for shard in self.shards if "counts" not in work.load_json(shard.note)]
         if others and not broken:
-            lines = [*lines, f"left to other jobs: {len(others):,} shards ({shorten(others)})"]
+            lines = [*lines, f"left to other jobs: {len(others):,} shards ({work.shorten(others)})"]
         print("\n".join([f"{len(self.mine):,}{of_all} shards{before}", *lines, *broken]))
         return 1 if broken else 0
 

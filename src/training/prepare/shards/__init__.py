@@ -1,1 +1,0 @@
-"""`prepare join`, and functions to read and write shards for all commands."""

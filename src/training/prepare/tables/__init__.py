@@ -1,1 +1,0 @@
-"""`prepare tables`: converts published caption tables to clean Parquet files."""
