@@ -17,7 +17,7 @@ from pathlib import Path
 
 from training.prepare.columns import KEY, RAW, URL
 from training.prepare.shards import order_shard
-from training.prepare.work import format_counts, load_json, progress, shorten, start_folder, write_json
+from training.prepare.work import format_counts, load_json, progress, shorten, start_folder, write_json, write_summary
 from training.readers.columnar import ColumnarFile
 from training.readers.files import parallel_map
 from training.readers.samples import index_shard
@@ -56,10 +56,14 @@ def run(args: argparse.Namespace) -> int:
             order_shard(out / name)
     write_json(state / "report.json", report | {"sizes": sizes})
     write_json(out / "sizes.json", sizes)
-    if args.summary:
-        write_json(Path(args.summary), report)
-    print(describe(report))
-    return 0 if not report["missing_shards"] and not report["bad_shards"] else 1
+    write_summary(args, report)
+    print(f"{report['images']:,} images of {report['rows']:,} rows in {report['shards']:,} shards")
+    print(f"not fetched: {format_counts(report['failures'])}")
+    if missing := report["missing_shards"]:
+        print(f"missing shards: {len(missing):,} ({shorten(missing)}); run it again")
+    for name, reason in list(report["bad_shards"].items())[:10]:
+        print(f"bad shard: {reason}; remove {name}.tar and {name}_stats.json and run it again")
+    return 1 if missing or report["bad_shards"] else 0
 
 
 def open_tables(path: str) -> list[ColumnarFile]:
@@ -83,25 +87,15 @@ def command_line(captions: list[str], args: argparse.Namespace) -> list[str]:
 
     The raw caption is written to the ``.txt`` and under ``caption``; other captions keep their names in the ``.json``.
     """
-    values = {
-        "url_list": args.tables,
-        "url_col": URL,
-        "output_folder": args.out,
-        "number_sample_per_shard": args.samples_per_shard,
-        "image_size": args.image_size,
-        "resize_mode": args.resize_mode,
-        "processes_count": args.processes,
-        "thread_count": args.threads,
-        "timeout": args.timeout,
-        "retries": args.retries,
-        "distributor": args.distributor,
-    }
+    values: dict[str, object] = {"url_list": args.tables, "url_col": URL, "output_folder": args.out}
+    values |= {"number_sample_per_shard": args.samples_per_shard, "image_size": args.image_size}
+    values |= {"resize_mode": args.resize_mode, "processes_count": args.processes, "thread_count": args.threads}
+    values |= {"timeout": args.timeout, "retries": args.retries, "distributor": args.distributor}
     values |= {"input_format": "parquet", "output_format": "webdataset", "resize_only_if_bigger": True}
     values |= {"incremental_mode": "incremental", "enable_wandb": False}
     if RAW in captions:
         values["caption_col"] = RAW
-    others = [name for name in captions if name != RAW]
-    if others:
+    if others := [name for name in captions if name != RAW]:
         values["save_additional_columns"] = json.dumps(others, separators=(",", ":"))
     words = shlex.split(args.img2dataset)
     return [*words, *(f"--{name}={value}" for name, value in values.items()), *args.engine_flag]
@@ -132,45 +126,34 @@ def check(out: Path, tables: Sequence[int], per_shard: int) -> tuple[dict, dict[
         reports; and the number of samples of each complete shard.
     """
     names = [f"{number:05d}" for number in range(sum(-(-size // per_shard) for size in tables))]
-    failures, missing, bad, sizes = Counter(), [], {}, {}
-    for name, (stats, number, fault) in zip(names, parallel_map(lambda n: _look_at(out, n), names)):
-        if stats is None:
-            missing.append(name)
-            continue
-        for message, times in stats.get("status_dict", {}).items():
+    stats = parallel_map(lambda name: load_json(out / f"{name}_stats.json"), names)
+    found = parallel_map(lambda name: _count(out / f"{name}.tar"), names)
+    failures: Counter[str] = Counter()
+    bad, sizes = {}, {}
+    for name, counts, (number, fault) in zip(names, stats, found):
+        for message, times in counts.get("status_dict", {}).items():
             failures[failure_kind(message)] += times * (message != "success")
-        if fault or number != stats["successes"]:
-            bad[name] = fault or f"{name}.tar: {number:,} samples, img2dataset counts {stats['successes']:,}"
-        else:
+        if counts and number != counts["successes"]:
+            fault = fault or f"{name}.tar: {number:,} samples, img2dataset counts {counts['successes']:,}"
+        if counts and fault:
+            bad[name] = fault
+        elif counts:
             sizes[f"{name}.tar"] = number
-    report = {"rows": sum(tables), "images": sum(sizes.values()), "failed": failures.total()}
-    report |= {"shards": len(names), "failures": dict((+failures).most_common())}
-    return report | {"missing_shards": missing, "bad_shards": bad}, sizes
+    report = {"rows": sum(tables), "images": sum(sizes.values()), "failed": failures.total(), "shards": len(names)}
+    missing = [name for name, counts in zip(names, stats) if not counts]
+    report = report | {"failures": dict((+failures).most_common()), "missing_shards": missing, "bad_shards": bad}
+    return report, sizes
 
 
-def _look_at(out: Path, name: str) -> tuple[dict | None, int, str | None]:
-    """Returns (img2dataset's counts, number of samples in the shard, why it is not complete)."""
-    stats = load_json(out / f"{name}_stats.json")
-    if not isinstance(stats, dict):
-        return None, 0, None
+def _count(shard: Path) -> tuple[int, str | None]:
+    """Returns (number of samples in a shard, why it is not complete)."""
     try:
-        index = index_shard(out / f"{name}.tar")
+        index = index_shard(shard)
     except OSError as error:
-        return stats, 0, str(error)
-    return stats, len(index.offsets), index.fault
+        return 0, str(error)
+    return len(index.offsets), index.fault
 
 
 def failure_kind(message: str) -> str:
     """Returns the reason why an image was not fetched, without its details."""
     return _DETAILS.sub("", message).strip()[:60]
-
-
-def describe(report: dict) -> str:
-    """Returns the counts as text for the terminal."""
-    lines = [f"{report['images']:,} images of {report['rows']:,} rows in {report['shards']:,} shards"]
-    lines.append(f"not fetched: {format_counts(report['failures'])}")
-    if names := report["missing_shards"]:
-        lines.append(f"missing shards: {len(names):,} ({shorten(names)}); run it again")
-    for name, reason in list(report["bad_shards"].items())[:10]:
-        lines.append(f"bad shard: {reason}; remove {name}.tar and {name}_stats.json and run it again")
-    return "\n".join(lines)

@@ -1,14 +1,4 @@
-"""Flags of `python -m training.prepare`. This module imports nothing heavy, so that --help is fast."""
-
-import argparse
-import os
-
-from training.flags.types import Flags, HelpFormatter, character, json_object, names, positive_numbers
-from training.readers.captions import CAPTION_LISTS
-from training.runtime.processes import add_timeout_arg
-
-DESCRIPTION = """\
-From caption tables and images to training shards. See TRAIN_DATASETS.md.
+"""From caption tables and images to training shards. See TRAIN_DATASETS.md.
 
   python -m training.prepare tables cc3m_3long_3short_1raw_captions_url.csv --out data/cc3m-tables
   python -m training.prepare download data/cc3m-tables --out data/cc3m
@@ -18,6 +8,15 @@ From caption tables and images to training shards. See TRAIN_DATASETS.md.
 
 If a command was killed, run it again: it continues, and does not repeat what is complete on disk.
 """
+
+# This module imports nothing heavy, so that --help is fast.
+import argparse
+import os
+
+from training.flags.types import Flags, HelpFormatter, character, json_object, names, positive_numbers
+from training.readers.captions import CAPTION_LISTS
+from training.runtime.processes import add_timeout_arg
+
 _TABLES = ".csv, .tsv, .json, .jsonl, .parquet or .arrow tables, folders of them, or hf:ORG/NAME"
 _SHARDS = "as --train-data: a folder, 'data/{0..9}.tar', URLs, A::B"
 _SHARDS_TO_WRITE = f"{_SHARDS}; also a folder of folders of images, as img2dataset leaves it"
@@ -27,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser with its commands."""
     parser = argparse.ArgumentParser(
         prog="python -m training.prepare",
-        description=DESCRIPTION,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="Exit codes: 0 done, 1 failed on some data, 2 usage error, 130 Ctrl-C.",

@@ -90,10 +90,12 @@ def read_rows(
     Raises:
         ValueError: a file is not a table, or has no image column.
     """
-    rows, images, num_malformed = [], [], 0
+    rows: list[dict] = []
+    images: list[str | bytes] = []
+    num_malformed = 0
     for path in paths:
         table = TableRows(path, separator)
-        column = choose_image_column(table, image_column)
+        column = choose_image_column(table, image_column)  # type: ignore[arg-type]  # it has the same attributes
         for cells, _ in table.read(table.names):
             if cells is None:
                 num_malformed += 1
@@ -106,14 +108,11 @@ def read_rows(
     if not rows:
         raise ValueError(f"{paths[0]}: no rows")
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: _column([row.get(name) for row in rows]) for name in names}), images, num_malformed
-
-
-def _column(values: list) -> list:
-    """Returns cells of one type: in JSON lines, a caption may be a text in one row and a list of texts in another."""
-    if not any(isinstance(value, list) for value in values):
-        return values
-    return [[value] if isinstance(value, str) else value for value in values]
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    for name, cells in columns.items():  # in JSON lines, a caption may be a text in one row and a list in another
+        if any(isinstance(cell, list) for cell in cells):
+            columns[name] = [[cell] if isinstance(cell, str) else cell for cell in cells]
+    return pa.table(columns), images, num_malformed
 
 
 def _look(source: str | bytes) -> Look | str:
@@ -135,21 +134,14 @@ def _look(source: str | bytes) -> Look | str:
 
 def near_duplicates(looks: list[Look]) -> list[int]:
     """Returns for each image the number of its group; near-duplicates of an image, and theirs, are in one group."""
-    group = list(range(len(looks)))
-
-    def root(number: int) -> int:
-        while group[number] != number:
-            group[number] = group[group[number]]
-            number = group[number]
-        return number
-
+    group = np.arange(len(looks))
     bits = np.array([look.bits for look in looks], dtype=np.float32).reshape(-1, 128)
     for first in range(0, len(looks), _COMPARED_AT_ONCE):
         equal_less_different = bits[first : first + _COMPARED_AT_ONCE] @ bits.T
         for number, other in np.argwhere(equal_less_different >= 128 - 2 * MOST_BITS) + (first, 0):
             if other < number and np.abs(looks[other].colours - looks[number].colours).mean() <= MOST_LEVELS:
-                group[root(number)] = root(other)
-    return [root(number) for number in range(len(looks))]
+                group[group == group[number]] = group[other]
+    return group.tolist()
 
 
 def choose_test(contents: list[str], groups: list[int], fraction: float, seed: int) -> list[bool]:

@@ -4,7 +4,7 @@ import heapq
 import io
 import os
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -50,21 +50,6 @@ class Counts:
     def of(self, *kind: str) -> Counter:
         """Returns the numbers of a kind by its last word: ``of("tokens", KEY)`` gives number of tokens -> captions."""
         return Counter({what[-1]: number for what, number in self.numbers.items() if what[:-1] == kind and number})
-
-    def add_sample(
-        self, sample: RawSample, url: object, captions: dict[str, list[str]], size: tuple[int, int], image_hash: int
-    ) -> None:
-        """Counts a sample with a readable image; `captions` are those under each key, `size` is (width, height)."""
-        self.numbers.update(("caption", key) for key in captions)
-        for kind, keys in (("short", RAW_KEYS), ("long", LONG_KEYS)):
-            self.numbers["with", kind] += any(key in captions for key in keys)
-        self.numbers["bad", "no caption"] += not captions
-        self.numbers.update([("width", size[0]), ("height", size[1])])
-        self.hashes["image"].append(image_hash)
-        if sample.members:  # in a table, the key is the number of the row
-            self.hashes["key"].append(hash_text(sample.key))
-        if isinstance(url, str):
-            self.hashes["url"].append(hash_text(url))
 
     def pick(self, samples: list[tuple], number: int) -> None:
         """Adds samples to show, of which the `number` first in order are kept."""
@@ -145,30 +130,40 @@ def count_part(
     Returns:
         The number of the part, and its counts.
     """
-    counts, texts = Counts(), {}
+    counts = Counts()
+    numbers, texts = counts.numbers, defaultdict(list)
     try:
         for sample in open_parts(data)[0][number].read():
-            counts.numbers["samples",] += 1
+            numbers["samples",] += 1
             try:
                 record = read_record(sample)
                 size, image_hash = read_image(sample, partial(_look_at, read_images))
             except BadSample as error:
-                counts.numbers["bad", error.kind] += 1
+                numbers["bad", error.kind] += 1
                 continue
             found = {key: cell_texts(record.get(key), lists) for key in data.caption_keys(record)}
             found = {key: [text.strip() for text in captions] for key, captions in found.items() if captions}
-            counts.add_sample(sample, record.get("url"), found, size, image_hash)
             for key, captions in found.items():
-                texts.setdefault(key, []).extend(captions)
+                numbers["caption", key] += 1
+                texts[key] += captions
+            numbers["with", "short"] += any(key in found for key in RAW_KEYS)
+            numbers["with", "long"] += any(key in found for key in LONG_KEYS)
+            numbers["bad", "no caption"] += not found
+            numbers.update([("width", size[0]), ("height", size[1])])
+            counts.hashes["image"].append(image_hash)
+            if sample.members:  # in a table, the key is the number of the row
+                counts.hashes["key"].append(hash_text(sample.key))
+            if isinstance(record.get("url"), str):
+                counts.hashes["url"].append(hash_text(record["url"]))
             order = hash_text(f"{seed}/{sample.source}/{sample.key}")  # a pseudo-random choice
             if len(counts.picked) < show or show and order < counts.picked[-1][0]:
                 counts.pick([(order, sample.source, sample.key, found, _thumbnail(sample))], show)
     except BrokenShardError as error:
-        counts.numbers["bad", error.kind] += 1
+        numbers["bad", error.kind] += 1
     for key, captions in texts.items():
-        counts.numbers["refused", key] = sum(map(is_refusal, captions)) if key not in RAW_KEYS else 0
+        numbers["refused", key] = sum(map(is_refusal, captions)) if key not in RAW_KEYS else 0
         lengths = count_tokens(_tokenizer(*tokenizer), [text[:MAX_CHARACTERS] for text in captions])
-        counts.numbers.update(("tokens", key, min(int(length), MAX_TOKENS)) for length in lengths)
+        numbers.update(("tokens", key, min(int(length), MAX_TOKENS)) for length in lengths)
     return number, counts
 
 
