@@ -6,19 +6,19 @@ or    [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": [five texts
 or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}      COCO's captions_val2017.json
 """
 
+import argparse
 import re
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from dataloaders.pairs import OfficialLists, RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, Tree
+from dataloaders.registry import Benchmark, Option, Tree, destination
 from training.readers.files import file_identity, parallel_map, read_json, require_dir, text_field
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
 VAL2017 = "annotations/captions_val2017.json"
-UNVERIFIED = "a list without Karpathy's splits"
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,9 @@ class _Benchmark:
     source: str
 
     @property
-    def flag(self) -> str:
-        """The flag that names its folder."""
-        return f"--{self.key}-retrieval"
-
-    @property
     def official(self) -> dict[str, OfficialLists]:
         """The official lists of each protocol."""
         return {name: {NUM_CAPTIONS * number: ()} for name, number in self.protocols.values()}
-
-    def split_of(self, protocol: str) -> str:
-        """Returns the split that a protocol evaluates."""
-        return next(split for split, (name, _) in self.protocols.items() if name == protocol)
 
 
 COCO = _Benchmark(
@@ -88,25 +79,34 @@ def read_karpathy(
     Raises:
         FileNotFoundError, ValueError: the list is missing or broken, or has no image of this split.
     """
-    root = require_dir(root, which.flag)
-    path = _find_annotations(which, root, annotations or (root / VAL2017 if split == "val2017" else None))
+    flag = f"--{which.key}-retrieval"
+    root = require_dir(root, flag)
+    if annotations is None:
+        names = (VAL2017,) if split == "val2017" else which.annotations
+        annotations = next((root / name for name in names if (root / name).is_file()), None)
+        if annotations is None:
+            raise FileNotFoundError(
+                f"{flag} {root}: found none of {', '.join(names)}; name the list of captions with --{which.key}-anno, "
+                f"{which.source}"
+            )
+    path = Path(annotations)
+    if not path.is_file():
+        raise FileNotFoundError(f"--{which.key}-anno {path}: no such file; {which.source}")
     content = read_json(path)
     name, protocol, fault = "" if split == "test" else split, which.protocols[split][0], ""
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        rows = _official_rows(content, path)
         # These are not the images of Karpathy's test split, so they need another name.
-        name = _official_name(path)
-        protocol = f"{which.key}/{name}"
+        name = path.stem.removeprefix("captions_")
+        rows, protocol = _official_rows(content, path, name), f"{which.key}/{name}"
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
         rows = _karpathy_rows(content["images"], path, split)
         if len(content["images"]) != which.num_listed:
             fault = f"{len(content['images']):,} images in Karpathy's list instead of {which.num_listed:,}"
     elif isinstance(content, list):
-        rows, fault = _listed_rows(content, path), UNVERIFIED
+        rows, fault = _listed_rows(content, path), "a list without Karpathy's splits"
     else:
-        raise ValueError(
-            f"{path}: expected Karpathy's {{'images': [..]}}, COCO's annotations or a list; {which.source}"
-        )
+        expected = "expected Karpathy's {'images': [..]}, COCO's annotations or a list"
+        raise ValueError(f"{path}: {expected}; {which.source}")
     if not rows:
         raise ValueError(f"{path}: no image of split {split!r}; {which.source}")
     images = parallel_map(partial(_find_image, which, root), [image for image, _ in rows])
@@ -119,20 +119,6 @@ def read_karpathy(
         official=which.official.get(protocol),
         fault=fault,
     )
-
-
-def _find_annotations(which: _Benchmark, root: Path, annotations: str | Path | None) -> Path:
-    if annotations is not None:
-        if not Path(annotations).is_file():
-            raise FileNotFoundError(f"--{which.key}-anno {annotations}: no such file; {which.source}")
-        return Path(annotations)
-    found = next((root / name for name in which.annotations if (root / name).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"{which.flag} {root}: found none of {', '.join(which.annotations)}; name the list of captions with "
-            f"--{which.key}-anno, {which.source}"
-        )
-    return found
 
 
 def _karpathy_rows(items: list, path: Path, split: str) -> list[tuple[str, list[str]]]:
@@ -153,31 +139,26 @@ def _karpathy_rows(items: list, path: Path, split: str) -> list[tuple[str, list[
 def _listed_rows(items: list, path: Path) -> list[tuple[str, list[str]]]:
     rows = []
     for number, item in enumerate(items):
-        where = f"{path} item {number}"
-        name, captions = text_field(item, "image", where), item.get("caption")
+        name, captions = text_field(item, "image", f"{path} item {number}"), item.get("caption")
         if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
-            raise ValueError(f"{where}: expected a list of texts under 'caption'")
+            raise ValueError(f"{path} item {number}: expected a list of texts under 'caption'")
         rows.append((name, captions))
     return rows
 
 
-def _official_rows(content: dict, path: Path) -> list[tuple[str, list[str]]]:
-    names, captions = {}, {}
+def _official_rows(content: dict, path: Path, folder: str) -> list[tuple[str, list[str]]]:
+    names = {}
+    captions: dict[object, list[str]] = defaultdict(list)
     for number, image in enumerate(content.get("images") or []):
         name = text_field(image, "file_name", f"{path} image {number}")
-        names[image.get("id")] = name if "/" in name else f"{_official_name(path)}/{name}"
+        names[image.get("id")] = name if "/" in name else f"{folder}/{name}"
     for number, row in enumerate(content["annotations"]):
         where = f"{path} annotation {number}"
-        caption = text_field(row, "caption", where)
-        if row.get("image_id") not in names:
-            raise ValueError(f"{where}: its image_id {row.get('image_id')} is not among the file's images")
-        captions.setdefault(row["image_id"], []).append(caption)
+        caption, image_id = text_field(row, "caption", where), row.get("image_id")
+        if image_id not in names:
+            raise ValueError(f"{where}: its image_id {image_id} is not among the file's images")
+        captions[image_id].append(caption)
     return [(name, captions[i]) for i, name in names.items() if i in captions]
-
-
-def _official_name(path: Path) -> str:
-    """``captions_val2017.json`` -> ``val2017``."""
-    return path.stem.removeprefix("captions_")
 
 
 def _find_image(which: _Benchmark, root: Path, name: str) -> Path:
@@ -190,17 +171,22 @@ def _find_image(which: _Benchmark, root: Path, name: str) -> Path:
     return next((path for path in paths if file_identity(path) is not None), paths[0])
 
 
-def _declare(which: _Benchmark, order: int, paths: Callable) -> Benchmark:
-    """Returns the benchmark; `paths` gives the values of its two flags, folder and annotations."""
-    help = f"dataset_{which.key}.json (default: searched for in DIR)"
+def _declare(which: _Benchmark, order: int) -> Benchmark:
+    split_of = {protocol: split for split, (protocol, _) in which.protocols.items()}
+    retrieval, anno = f"--{which.key}-retrieval", f"--{which.key}-anno"
+
+    def read(args: argparse.Namespace, protocol: str) -> list[RetrievalSet]:
+        folder, annotations = (getattr(args, destination(flag)) for flag in (retrieval, anno))
+        return [read_karpathy(which, folder, annotations, split_of[protocol])]
+
     return Benchmark(
         which.key,
-        which.flag,
+        retrieval,
         f"{which.title}: folder with images and captions",
-        lambda args, protocol: [read_karpathy(which, *paths(args), which.split_of(protocol))],
+        read,
         group="short",
         order=order,
-        options=(Option(f"--{which.key}-anno", help, metavar="FILE"),),
+        options=(Option(anno, f"dataset_{which.key}.json (default: searched for in DIR)", metavar="FILE"),),
         protocols=which.official,
         tree=Tree(which.key, which.annotations),
         suites=("short",),
@@ -208,7 +194,4 @@ def _declare(which: _Benchmark, order: int, paths: Callable) -> Benchmark:
     )
 
 
-BENCHMARKS = (
-    _declare(COCO, 10, lambda args: (args.coco_retrieval, args.coco_anno)),
-    _declare(FLICKR30K, 20, lambda args: (args.flickr30k_retrieval, args.flickr30k_anno)),
-)
+BENCHMARKS = (_declare(COCO, 10), _declare(FLICKR30K, 20))
