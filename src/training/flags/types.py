@@ -116,6 +116,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "names": {"type": names, "default": ()},
     "numbers": {"type": positive_numbers, "default": ()},
     "character": {"type": character},
+    "object": {"type": json_object},
     "views": {"type": text_views},
     "optimizer": {"type": optimizer},
     "calls": {"action": Calls},
