@@ -9,12 +9,13 @@ or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]
 import argparse
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from dataloaders.pairs import OfficialLists, RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, Tree, destination
+from dataloaders.registry import Benchmark, Option, Tree
 from training.readers.files import file_identity, parallel_map, read_json, require_dir, text_field
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
@@ -171,22 +172,23 @@ def _find_image(which: _Benchmark, root: Path, name: str) -> Path:
     return next((path for path in paths if file_identity(path) is not None), paths[0])
 
 
-def _declare(which: _Benchmark, order: int) -> Benchmark:
+def _declare(which: _Benchmark, order: int, paths: Callable[[argparse.Namespace], tuple[str, str | None]]) -> Benchmark:
+    """Returns the benchmark; `paths` gives the values of its two flags, folder and annotations."""
     split_of = {protocol: split for split, (protocol, _) in which.protocols.items()}
-    retrieval, anno = f"--{which.key}-retrieval", f"--{which.key}-anno"
 
     def read(args: argparse.Namespace, protocol: str) -> list[RetrievalSet]:
-        folder, annotations = (getattr(args, destination(flag)) for flag in (retrieval, anno))
+        folder, annotations = paths(args)
         return [read_karpathy(which, folder, annotations, split_of[protocol])]
 
+    help = f"dataset_{which.key}.json (default: searched for in DIR)"
     return Benchmark(
         which.key,
-        retrieval,
+        f"--{which.key}-retrieval",
         f"{which.title}: folder with images and captions",
         read,
         group="short",
         order=order,
-        options=(Option(anno, f"dataset_{which.key}.json (default: searched for in DIR)", metavar="FILE"),),
+        options=(Option(f"--{which.key}-anno", help, metavar="FILE"),),
         protocols=which.official,
         tree=Tree(which.key, which.annotations),
         suites=("short",),
@@ -194,4 +196,7 @@ def _declare(which: _Benchmark, order: int) -> Benchmark:
     )
 
 
-BENCHMARKS = (_declare(COCO, 10), _declare(FLICKR30K, 20))
+BENCHMARKS = (
+    _declare(COCO, 10, lambda args: (args.coco_retrieval, args.coco_anno)),
+    _declare(FLICKR30K, 20, lambda args: (args.flickr30k_retrieval, args.flickr30k_anno)),
+)
