@@ -87,7 +87,7 @@ def test_features_and_scores_equal_a_plain_implementation(small, max_pairs):
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(pixels), image, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model.encode_text(ids), texts, rtol=1e-5, atol=1e-5)
-        found = flair.encode_patches(model.visual, pixels)
+        found = flair.encode_with_patches(model.visual, pixels)[1]
         torch.testing.assert_close(found, patches, rtol=1e-5, atol=1e-5)
         scores = flair.conditioned_scores(model.visual_proj, texts.expand(2, -1, -1), found, max_pairs)
     torch.testing.assert_close(scores, plain_scores(state, patches, texts), rtol=0, atol=1e-5)

@@ -6,7 +6,6 @@ compared with the images that have it among their candidates, and all other pair
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
 from training.eval.record import Recall, RetrievalResult
 from training.eval.report.matches import top_matches
 from training.eval.retrieval import RankedSet
-from training.model.towers.flair import conditioned_scores, encode_patches
+from training.model.towers.flair import conditioned_scores, encode_with_patches
 from training.model.towers.image_encoder import in_chunks
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import sum_over_ranks
@@ -76,7 +75,7 @@ def score_candidates(
             raise BrokenImageError(next(iter(batch.broken.values())))
         pixels = batch.inputs.to(device, get_input_dtype(precision))
         with get_autocast(precision, device_type=device.type)():
-            patches = in_chunks(partial(encode_patches, model.visual), pixels)
+            patches = in_chunks(lambda chunk: encode_with_patches(model.visual, chunk)[1], pixels)
             chosen = queries[candidates[batch.positions]].to(device, patches.dtype)
             scores[batch.positions] = conditioned_scores(model.visual_proj, chosen, patches).cpu()
     return sum_over_ranks(scores, encoder.env)

@@ -107,16 +107,16 @@ def cross_entropy(
     loss = torch.cat(of_rows).mean(0)
     if not two_way:
         return loss
-    of_keys = torch.stack(of_keys).logsumexp(0).mean(1) - scale * _targets_mean(rows, keys, targets, smoothing)
-    return (loss + of_keys) / 2
+    backward = torch.stack(of_keys).logsumexp(0).mean(1) - scale * _targets_mean(rows, keys, targets, smoothing)
+    return (loss + backward) / 2
 
 
 def _cross_entropies(rows, keys, scale: torch.Tensor, smoothing: float, two_way: bool) -> tuple:
     """Of a block: cross-entropies of the rows [n, K], and, if both ways are compared, log-sum-exp over rows [K, N]."""
     features, targets = rows
     logits = similarities(features, keys, scale)
-    options = {"label_smoothing": smoothing, "reduction": "none"}
-    losses = functional.cross_entropy(logits.flatten(0, 1), targets.repeat_interleave(len(keys)), **options)
+    wanted = targets.repeat_interleave(len(keys))
+    losses = functional.cross_entropy(logits.flatten(0, 1), wanted, label_smoothing=smoothing, reduction="none")
     return losses.unflatten(0, logits.shape[:2]), logits.logsumexp(0) if two_way else None
 
 

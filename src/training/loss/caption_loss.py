@@ -11,6 +11,7 @@ grows with the features, not with the square of the batch size: see `blockwise`.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ def reduce_features(
 
     Source: Long-CLIP (arXiv 2403.15378), HiMo-CLIP (arXiv 2511.06653).
     """
-    if variance is None and components >= min(len(features) - 1, features.shape[1]):
+    if components is not None and components >= min(len(features) - 1, features.shape[1]):
         return features  # the components explain all of the variance
     mean = features.mean(0)
     centred = features - mean
@@ -79,7 +80,7 @@ class _Projector(torch.autograd.Function):
     @staticmethod
     def forward(ctx, matrix: torch.Tensor, components: int | None, variance: float | None) -> torch.Tensor:
         values, vectors = (x.flip(-1) for x in torch.linalg.eigh(matrix))  # descending
-        if variance is None:
+        if components is not None:
             chosen = torch.arange(len(values), device=values.device) < components
         else:  # as long as the larger eigenvalues explain too little
             chosen = values.cumsum(0) - values < variance * values.sum()
@@ -241,7 +242,7 @@ class LongCaptionLoss(nn.Module):
                 value = value + self.compare(images[view], mine, all_images[view], everyones, logit_scale, logit_bias)
             divisor = max(len(columns), 1) if self.normalisation == "per-term" else num_texts
             results[term.name] = term.weight * value / (divisor * len(views))
-        return results if output_dict else sum(results.values())
+        return results if output_dict else sum(results.values(), texts[0].new_zeros(()))
 
     def _targets(self, rows: torch.Tensor) -> torch.Tensor:
         """Indices of this rank's rows among the gathered ones."""
@@ -268,7 +269,7 @@ class LongCaptionLoss(nn.Module):
         Returns:
             The sum of the texts' losses.
         """
-        options = {"smoothing": self.label_smoothing, "block_numbers": self.block_numbers}
+        options: dict[str, Any] = {"smoothing": self.label_smoothing, "block_numbers": self.block_numbers}
         targets = self._targets(images)
         if self.world_size == 1:
             return cross_entropy(images, texts, targets, scale, two_way=True, **options).sum()
@@ -287,7 +288,7 @@ class LongCaptionSigLipLoss(LongCaptionLoss):
         ValueError: label smoothing, which a sigmoid loss does not have.
     """
 
-    def __init__(self, *args: object, label_smoothing: float = 0.0, **kwargs: object):
+    def __init__(self, *args: Any, label_smoothing: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if label_smoothing:
             raise ValueError("label smoothing is defined for the softmax loss only")

@@ -27,7 +27,7 @@ class Captions(NamedTuple):
     """
 
     buckets: tuple[torch.Tensor, ...]
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     num_padded: int
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Captions":
@@ -97,10 +97,10 @@ class CaptionArranger:
         Returns:
             All captions, in the order of the groups.
         """
-        groups = [ids.flatten(0, -2) for ids in groups if ids.shape[-2]]
-        lengths = torch.cat([caption_lengths(ids, self.pad_id) for ids in groups]).clamp(min=1)
-        longest = max(ids.shape[1] for ids in groups)
-        ids = torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1]), value=self.pad_id) for ids in groups])
+        flat = [ids.flatten(0, -2) for ids in groups if ids.shape[-2]]
+        lengths = torch.cat([caption_lengths(ids, self.pad_id) for ids in flat]).clamp(min=1)
+        longest = max(ids.shape[1] for ids in flat)
+        ids = torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1]), value=self.pad_id) for ids in flat])
         widths = (-(-lengths // self.multiple) * self.multiple).clamp(max=longest)
         widths, order = widths.sort(stable=True)
         bounds = bucket_bounds(widths.tolist(), self.bucket_cost)
@@ -209,7 +209,7 @@ def attend_in_buckets(
     keys, values = (split_into_buckets(tokens, masks) for tokens in (key, value))
     outputs = []
     for *bucket, mask in zip(queries, keys, values, masks):
-        by_head = (tokens.transpose(1, 2) for tokens in bucket)  # [n_b, heads, L_b, d]
-        output = attention(*by_head, mask[:, :, :num_first], dropout)
+        queried, attended, read = (tokens.transpose(1, 2) for tokens in bucket)  # [n_b, heads, L_b, d]
+        output = attention(queried, attended, read, mask[:, :, :num_first], dropout)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)

@@ -5,6 +5,7 @@ Both are called like open_clip's, ``tokenizer(texts) -> [n, context_length]``, a
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip import SimpleTokenizer
@@ -25,6 +26,8 @@ class _CornerTokenizer:
     num_corners: int
     num_behind: int  # number of special and corner tokens after the words
     pad_id: int
+    tokenizer: Any
+    corner_ids: list[int]
     pooled_token: str  # name of the token whose feature the tower returns
 
     def __call__(
@@ -219,7 +222,7 @@ def count_tokens(tokenizer: Callable, texts: list[str]) -> list[int]:
     return [len(ids) + class_token for ids in sequences]
 
 
-def tokenise_and_count_lost(tokenizer: Callable, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
+def tokenise_and_count_lost(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
     """Returns token ids [n, context_length], and for each text the number of tokens beyond these; 0 if it fits.
 
     Raises:
@@ -227,5 +230,5 @@ def tokenise_and_count_lost(tokenizer: Callable, texts: list[str]) -> tuple[torc
     """
     if isinstance(tokenizer, _CornerTokenizer):  # tokenises only once
         sequences, length = tokenizer.encode(texts), tokenizer.context_length
-        return tokenizer.cut(sequences, length), [max(0, len(ids) - length) for ids in sequences]
+        return torch.as_tensor(tokenizer.cut(sequences, length)), [max(0, len(ids) - length) for ids in sequences]
     return tokenizer(texts), [max(0, length - tokenizer.context_length) for length in count_tokens(tokenizer, texts)]

@@ -1,6 +1,6 @@
 """Tables of what is chosen by name: text towers, encoders, views of captions, terms of a loss, benchmarks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -51,7 +51,7 @@ class Registry(dict[str, Item]):
         return self[name]
 
 
-def expect_one_of(known: Iterable[str], value: object, what: str) -> None:
+def expect_one_of(known: Collection[str], value: object, what: str) -> None:
     """Raises ValueError with what was found and what was expected if a value is unknown."""
     if value not in known:
         raise ValueError(f"{what} {value}: expected one of {', '.join(known)}")

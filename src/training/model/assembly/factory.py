@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import open_clip
 import timm
@@ -18,7 +19,6 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_kwargs
 from safetensors.torch import save_file
 from timm.layers import to_2tuple
-from torch import nn
 from torchvision.transforms import Compose
 
 from training.model.names.config import (
@@ -72,7 +72,7 @@ def create_model(
     require_pretrained: bool = False,
     weights_only: bool = True,
     **kwargs,
-) -> torch.nn.Module:
+) -> Any:
     """Builds a model, like `open_clip.create_model`, which builds every model that is not one of ours.
 
     Args:
@@ -115,9 +115,7 @@ def create_model(
     return model.to(device)
 
 
-def _build(
-    spec: ModelSpec, pretrained: str | None, weights: Path | None, cache_dir: str | None, kwargs: dict
-) -> torch.nn.Module:
+def _build(spec: ModelSpec, pretrained: str | None, weights: Path | None, cache_dir: str | None, kwargs: dict) -> Any:
     """Builds a model with random weights as its config and the named weights need it.
 
     open_clip builds it, because it reads any config from a folder. One of our models then gets our text tower.
@@ -166,7 +164,7 @@ def _text_tower_class(spec: ModelSpec) -> type[TextTower]:
     return TEXT_TOWERS.find(name, f"--model {spec.name}")
 
 
-def _check_image_size(model: torch.nn.Module, spec: ModelSpec) -> None:
+def _check_image_size(model: Any, spec: ModelSpec) -> None:
     """Raises ValueError if a timm image tower does not accept images of the configured size.
 
     open_clip ignores the configured ``image_size`` when it builds a timm model, and most of timm's ViTs accept only the
@@ -187,7 +185,7 @@ def _check_image_size(model: torch.nn.Module, spec: ModelSpec) -> None:
         ) from error
 
 
-def _start_image(model: torch.nn.Module, spec: ModelSpec, cache_dir: str | None, source: bool | str) -> None:
+def _start_image(model: Any, spec: ModelSpec, cache_dir: str | None, source: bool | str) -> None:
     """Loads the image tower's trunk from a file or folder, or, if `source` is True, from the weights in its config."""
     name = spec.model_cfg["vision_cfg"].get("timm_model_name")
     if name is None:
@@ -210,7 +208,7 @@ def create_model_and_transforms(
     *args,
     aug_cfg: dict | None = None,
     **kwargs,
-) -> tuple[torch.nn.Module, Callable, Callable]:
+) -> tuple[Any, Callable, Callable]:
     """Returns (model, training transform, evaluation transform).
 
     Args:
@@ -259,7 +257,7 @@ def get_tokenizer(
     if spec.is_ours:
         return _text_tower_class(spec).tokenizer(spec, cache_dir)
     if model_name.startswith(HF):
-        return FolderTokenizer(spec.folder, spec.context_length)
+        return FolderTokenizer(spec.folder or Path(), spec.context_length)
     if model_name.startswith(CONFIG):
         kwargs = {"context_length": spec.context_length, **spec.text_cfg.get("tokenizer_kwargs", {}), **kwargs}
         if name := spec.text_cfg.get("hf_tokenizer_name"):
@@ -268,7 +266,7 @@ def get_tokenizer(
     return open_clip.get_tokenizer(model_name, spec.context_length, cache_dir, **kwargs)
 
 
-def check_vocabulary(name: str, model: torch.nn.Module, tokenizer: Callable) -> None:
+def check_vocabulary(name: str, model: Any, tokenizer: Callable) -> None:
     """Raises ValueError if a tokenizer has more token ids than the embedding table of its model has rows."""
     words, num_rows = getattr(tokenizer, "tokenizer", tokenizer), getattr(model, "text", model).vocab_size
     num_ids = 1 + max(words.get_vocab().values()) if hasattr(words, "get_vocab") else getattr(words, "vocab_size", 0)
@@ -291,7 +289,7 @@ class EncoderParts:
         arrange: arranges a batch's captions, see `packing`; None leaves them padded.
     """
 
-    model: torch.nn.Module
+    model: Any
     preprocess: Callable
     tokenizer: Callable
     train_transform: Callable
@@ -301,7 +299,7 @@ class EncoderParts:
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Callable | None = None) -> Path:
+def save_pretrained(model: Any, folder: str | Path, tokenizer: Any = None) -> Path:
     """Writes config, weights and tokenizer.
 
     Args:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.hf_model import HFTextEncoder
@@ -102,7 +103,7 @@ def build_from_flags(args: argparse.Namespace, device: torch.device) -> EncoderP
     return EncoderParts(model.eval(), transform, tokenizer, train_transform, arrange)
 
 
-def make_arranger(model: torch.nn.Module, mode: str, device: torch.device) -> CaptionArranger | None:
+def make_arranger(model: Any, mode: str, device: torch.device) -> CaptionArranger | None:
     """Returns the arranger of ``--text-packing`` for a model's captions; None leaves the captions padded.
 
     Args:

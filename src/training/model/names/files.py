@@ -21,7 +21,7 @@ def find_weights(folder: Path) -> Path | None:
     Safetensors are preferred, then the names that open_clip and transformers give their files.
     """
 
-    def rank(path: Path) -> tuple[int, int, bool, str]:
+    def rank(path: Path) -> tuple:
         name = path.name.removesuffix(".index.json")
         known = [number for number, start in enumerate(_PREFERRED) if name.startswith(start)]
         return WEIGHT_SUFFIXES.index(Path(name).suffix), *(known or [len(_PREFERRED)]), name == path.name, name
@@ -38,10 +38,10 @@ def find_pretrained_folder(name: str, cache_dir: str | None) -> Path | None:
         installed package. None if none exists; the hub has to be tried then.
     """
     last = name.rstrip("/").split("/")[-1]
-    candidates = [Path(name), *(Path(cache_dir) / known for known in (name, last) if cache_dir)]
-    package, below = PACKAGED_TEXT_MODELS.get(last, (None, None))
+    candidates = [Path(name), *([Path(cache_dir) / name, Path(cache_dir) / last] if cache_dir else [])]
+    package, below = PACKAGED_TEXT_MODELS.get(last, ("", ""))
     if package and (found := importlib.util.find_spec(package)):
-        candidates.append(Path(next(iter(found.submodule_search_locations))) / below)
+        candidates += [Path(folder) / below for folder in found.submodule_search_locations or ()]
     return next((path for path in candidates if path.is_dir()), None)
 
 

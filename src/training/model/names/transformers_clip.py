@@ -6,6 +6,7 @@ is never run.
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 from open_clip.constants import INCEPTION_MEAN, INCEPTION_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -61,7 +62,7 @@ def read_config(folder: Path) -> tuple[dict, dict]:
         raise ValueError(_refusal(folder, kind, content))
     from transformers import CLIPConfig, SiglipConfig
 
-    config = (CLIPConfig if kind == "clip" else SiglipConfig).from_pretrained(folder)
+    config: Any = (CLIPConfig if kind == "clip" else SiglipConfig).from_pretrained(folder)
     text, vision = config.text_config, config.vision_config
     quick = {text.hidden_act == "quick_gelu", vision.hidden_act == "quick_gelu"}
     if len(quick) > 1:
@@ -74,7 +75,11 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     }
     vision_cfg = _transformer_cfg(vision, path)
     if kind == "clip":
-        model_cfg = {"embed_dim": config.projection_dim, "quick_gelu": quick == {True}, "text_cfg": text_cfg}
+        model_cfg: dict = {
+            "embed_dim": config.projection_dim,
+            "quick_gelu": quick == {True},
+            "text_cfg": text_cfg,
+        }
         head_width = vision.hidden_size // vision.num_attention_heads
         model_cfg["vision_cfg"] = vision_cfg | {"patch_size": vision.patch_size, "head_width": head_width}
         if text.eos_token_id not in (2, text.vocab_size - 1):  # 2 means OpenAI's rule: pool at the largest id
@@ -100,14 +105,14 @@ def _refusal(folder: Path, kind: str | None, content: dict) -> str:
     return f"{reason}; for a folder in open_clip's format use --model local-dir:"
 
 
-def _ratio(config: object) -> float:
+def _ratio(config: Any) -> float:
     """Returns the mlp_ratio for which int(width x ratio) is exactly the MLP's hidden width."""
     ratio = config.intermediate_size / config.hidden_size
     exact = int(config.hidden_size * ratio) == config.intermediate_size
     return ratio if exact else (config.intermediate_size + 0.5) / config.hidden_size
 
 
-def _transformer_cfg(tower: object, path: Path) -> dict:
+def _transformer_cfg(tower: Any, path: Path) -> dict:
     """Returns the entries that open_clip's configs of image and text transformers have in common."""
     if tower.hidden_act not in (*_TANH, "gelu", "quick_gelu"):
         raise ValueError(f"{path}: hidden_act {tower.hidden_act} has no counterpart in open_clip")
@@ -120,9 +125,9 @@ def _transformer_cfg(tower: object, path: Path) -> dict:
     }
 
 
-def _register_siglip(vision: object, cfg: dict) -> str:
+def _register_siglip(vision: Any, cfg: dict) -> str:
     """Registers an image tower with exactly this config in timm; returns its name."""
-    settings = {
+    settings: dict[str, Any] = {
         "img_size": vision.image_size,
         "patch_size": vision.patch_size,
         "embed_dim": vision.hidden_size,
@@ -134,10 +139,10 @@ def _register_siglip(vision: object, cfg: dict) -> str:
     name = "_".join(map(str, settings.values())) + f"_{vision.hidden_act}_{vision.layer_norm_eps:g}"
     name = _REGISTERED + name.replace("-", "m").replace(".", "p")
 
-    def build(pretrained: bool = False, **options: object) -> nn.Module:
-        layers = {"norm_layer": norm, "act_layer": activation, "class_token": False}
+    def build(pretrained: bool = False, **options: Any) -> nn.Module:
+        layers: dict[str, Any] = {"norm_layer": norm, "act_layer": activation, "class_token": False}
         known = {key: options[key] for key in ("global_pool", "num_classes") if key in options}
-        trunk = timm.models.VisionTransformer(**settings, **layers, **known)
+        trunk: Any = timm.models.VisionTransformer(**settings, **layers, **known)
         trunk.pretrained_cfg = trunk.default_cfg = {"input_size": (3, vision.image_size, vision.image_size)}
         return trunk
 
@@ -166,7 +171,7 @@ def nearest_timm_name(name: str) -> str:
 def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
     """Returns the preprocess_cfg of a folder; missing settings get the family's defaults."""
     clip = kind == "clip"
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             content = read_json_object(folder / name)
@@ -188,7 +193,7 @@ def _read_preprocessing(folder: Path, kind: str, image_size: int) -> dict:
     }
 
 
-def _edge(size: dict | int) -> int:
+def _edge(size: Any) -> Any:
     return size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
 
 

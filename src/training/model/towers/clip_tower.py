@@ -1,6 +1,7 @@
 """CLIP's causal text tower with corner tokens directly before [EOT]."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from open_clip.transformer import TextTransformer
@@ -31,10 +32,15 @@ class CornerCLIPText(TextTower, TextTransformer):
     """
 
     wraps_stock = True
+    transformer: Any
+    token_embedding: nn.Embedding
+    corner_embedding: nn.Embedding
+    num_words: int
+    end_id: int
 
     def __init__(self, tower: TextTransformer, num_corners: int):
         nn.Module.__init__(self)
-        vars(self).update(vars(tower))
+        self.__dict__.update(vars(tower))
         if self.pool_type != "argmax" or self.attn_mask is None or self.cls_emb is not None:
             raise ValueError(
                 "corner tokens need a causal text tower that pools [EOT], like CLIP's; this tower does not"
@@ -94,13 +100,12 @@ def _attend(attn: nn.MultiheadAttention, q_x: torch.Tensor, attn_mask: torch.Ten
     """
     projected = functional.linear(q_x.transpose(0, 1), attn.in_proj_weight, attn.in_proj_bias)
     by_head = projected.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 1, 3, 0, 4)  # [3, batch, heads, seq_len, d]
-    seen = attention(*by_head, attn_mask, attn.dropout if attn.training else 0.0)
+    query, key, value = by_head
+    seen = attention(query, key, value, attn_mask, attn.dropout if attn.training else 0.0)
     return attn.out_proj(seen.permute(2, 0, 1, 3).flatten(2)).transpose(0, 1)
 
 
-def causal_features(
-    text: nn.Module, tokens: torch.Tensor, positions: torch.Tensor, num_corners: int = 0
-) -> torch.Tensor:
+def causal_features(text: Any, tokens: torch.Tensor, positions: torch.Tensor, num_corners: int = 0) -> torch.Tensor:
     """Features of captions of any length up to the context length, by a causal text tower in any of open_clip's forms.
 
     Args:

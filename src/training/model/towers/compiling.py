@@ -4,6 +4,8 @@ A layer is compiled once for all layers of its class. Those of the text tower ta
 packed captions, whose shapes change in every step, don't compile them again.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ from training.model.towers.text_tower import TextTower
 RECOMPILE_LIMIT = 64
 
 
-def compile_layers(model: nn.Module, only_images: bool = False, **options: object) -> None:
+def compile_layers(model: Any, only_images: bool = False, **options: Any) -> None:
     """Compiles a model's layers, in place; the names of its weights stay the same.
 
     Args:
@@ -32,7 +34,8 @@ def compile_layers(model: nn.Module, only_images: bool = False, **options: objec
 
 def _layers(tower: nn.Module) -> list[nn.Module]:
     """Returns the modules that stand in a sequence of several of one class; the whole tower if there are none."""
-    found, waiting = [], [tower]
+    found: list[nn.Module] = []
+    waiting = [tower]
     for module in waiting:
         children = list(module.children())
         is_stack = isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(child) for child in children}) == 1

@@ -8,7 +8,6 @@ Source: LoTLIP (arXiv 2410.05249), section 3.
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 
@@ -86,7 +85,9 @@ def corner_indices(corners: Sequence[bool], num_corners: int) -> tuple[list[int]
     Returns:
         For each corner the index of its [CLS], and its own index.
     """
-    cls, corner, start = [], [], 0
+    cls: list[int] = []
+    corner: list[int] = []
+    start = 0
     for has_corners in corners:
         count = num_corners if has_corners else 0
         cls += [start] * count
@@ -122,5 +123,5 @@ def features_of_captions(captions: Sequence[torch.Tensor], corners: Sequence[boo
         [batch, T, dim] in caption order; by default T = 1 + (num_captions - 1)(m + 1).
     """
     corners = corners or [False] + [True] * (len(captions) - 1)
-    chosen = zip_longest(captions, corners[: len(captions)], fillvalue=False)
-    return torch.cat([features if wanted else features[:, :1] for features, wanted in chosen], dim=1)
+    wanted = [*corners, *[False] * len(captions)]
+    return torch.cat([features if all_ else features[:, :1] for features, all_ in zip(captions, wanted)], dim=1)

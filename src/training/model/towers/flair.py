@@ -3,6 +3,8 @@
 Source: Xiao et al., FLAIR: VLM with Fine-grained Language-informed Image Representations, CVPR 2025.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -37,20 +39,19 @@ class TextConditionedPooling(nn.Module):
         return self.attn(self.ln_q(queries), keys, values, need_weights=False)[0]
 
 
-def encode_patches(visual: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Computes features of image patches, with the projection of the class token.
+def encode_with_patches(visual: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the features of images and of their patches in one pass; patches are projected like the pooled token.
 
     Args:
-        visual: open_clip's `VisionTransformer`.
+        visual: a vision transformer of open_clip, or of timm behind open_clip's adapter.
         pixels: [batch, 3, H, W].
 
     Returns:
-        [batch, num_patches, dim], not normalised.
+        [batch, dim] and [batch, num_patches, dim], not normalised.
     """
-    found = visual.forward_intermediates(
-        pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
-    )
-    return found["image_intermediates"][0] @ visual.proj
+    found = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    (patches,), projection = found["image_intermediates"], getattr(visual, "proj", None)
+    return found["image_features"], visual.head(patches) if projection is None else patches @ projection
 
 
 def conditioned_scores(

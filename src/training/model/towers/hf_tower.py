@@ -5,6 +5,7 @@ An encoder's own `forward` derives its attention mask from the padding alone, so
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,10 +59,12 @@ class CornerHFText(TextTower):
 
     rgb_first = True
     locks_norms_apart = True
+    transformer: Any
+    pad_id: int
     default_pooler = "mean_pooler"
     has_pooler = False
 
-    def __new__(cls, config: PretrainedConfig | None = None, *_: object, **__: object) -> "CornerHFText":
+    def __new__(cls, config: Any = None, *_: object, **__: object) -> "CornerHFText":
         return super().__new__(ENCODERS.find(config.model_type) if cls is CornerHFText else cls)
 
     def __init__(
@@ -130,10 +133,10 @@ class CornerHFText(TextTower):
         if reads_all:
             kind = self.pooler_type.removesuffix("_pooler")
             states = [pool_without_corners(kind, *bucket, self.num_corners) for bucket in zip(states, keep)]
-        states, pooler = torch.cat(states), getattr(self.transformer, "pooler", None)  # [n, m + 1, width]
+        joined, pooler = torch.cat([*states]), getattr(self.transformer, "pooler", None)  # [n, m + 1, width]
         if self.pooler_type == "cls_pooler" and pooler is not None:
-            states = pooler.activation(pooler.dense(states))
-        return self.proj(states)
+            joined = pooler.activation(pooler.dense(joined))
+        return self.proj(joined)
 
     def run(self, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Runs the encoder with an attention mask.
@@ -202,11 +205,11 @@ class Bert(CornerHFText):
     has_pooler = True
     joins_buckets = True
 
-    def __init__(self, *args: object, **kwargs: object):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.transformer.set_attn_implementation(ATTENTION)
         # Autocast would cast the hidden states for queries, keys and values separately, and their gradients back.
-        for layer in self.layers():
+        for layer in self.transformer.encoder.layer:
             layer.attention.self.register_forward_pre_hook(_cast_once)
 
     def run_buckets(
@@ -227,9 +230,8 @@ class Bert(CornerHFText):
 
     def compilable(self) -> list[nn.Module]:
         # All but attention, whose masks, one per bucket, differ in number and shape in every step.
-        return [
-            module for layer in self.layers() for module in (layer.attention.output, layer.intermediate, layer.output)
-        ]
+        layers = self.transformer.encoder.layer
+        return [module for layer in layers for module in (layer.attention.output, layer.intermediate, layer.output)]
 
     def positions(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the row of the position table of each token: [n, seq_len]."""
@@ -257,13 +259,13 @@ def _attend(
     value: torch.Tensor,
     attention_mask: tuple[torch.Tensor, ...] | torch.Tensor | None,
     dropout: float = 0.0,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function with transformers' signature: for buckets ours, for the encoder's own `forward` sdpa."""
     if not isinstance(attention_mask, tuple):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
-    tokens = (heads[0].transpose(0, 1) for heads in (query, key, value))  # [total, heads, d]
-    return attend_in_buckets(*tokens, attention_mask, dropout)[None], None
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))  # [total, heads, d]
+    return attend_in_buckets(query, key, value, attention_mask, dropout)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -275,16 +277,14 @@ def _cast_once(attention: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[
     return (hidden.to(compute_dtype(hidden)), *others)
 
 
-def _layer_on_first(
-    layer: nn.Module, hidden: torch.Tensor, masks: tuple[torch.Tensor, ...], num_first: int
-) -> torch.Tensor:
+def _layer_on_first(layer: Any, hidden: torch.Tensor, masks: tuple[torch.Tensor, ...], num_first: int) -> torch.Tensor:
     """Computes a layer for the first positions of each caption only: [total, width] -> [n x num_first, width]."""
     attend = layer.attention.self
     first = torch.cat([bucket[:, :num_first].flatten(0, 1) for bucket in split_into_buckets(hidden, masks)])
     hidden = hidden.to(compute_dtype(hidden))  # once for keys and values
     projected = attend.query(first), attend.key(hidden), attend.value(hidden)
-    by_head = (tokens.unflatten(-1, (attend.num_attention_heads, -1)) for tokens in projected)
-    seen = attend_in_buckets(*by_head, masks, attend.dropout.p if attend.training else 0.0, num_first)
+    query, key, value = (tokens.unflatten(-1, (attend.num_attention_heads, -1)) for tokens in projected)
+    seen = attend_in_buckets(query, key, value, masks, attend.dropout.p if attend.training else 0.0, num_first)
     return layer.feed_forward_chunk(layer.attention.output(seen.flatten(1), first))
 
 

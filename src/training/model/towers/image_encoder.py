@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 
 from training.model.towers.locking import linear_head
 
@@ -14,7 +14,7 @@ from training.model.towers.locking import linear_head
 IMAGES_AT_ONCE_ON_CPU = 8
 
 
-def image_encoder(model: nn.Module, without_head: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+def image_encoder(model: Any, without_head: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the function that encodes images, `in_chunks`.
 
     Args:

@@ -12,7 +12,7 @@ _FROZEN = "statistics_are_frozen"
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def linear_head(visual: nn.Module) -> nn.Module | None:
+def linear_head(visual: nn.Module) -> nn.Sequential | None:
     """Returns the projection [trunk_dim] -> [dim] that ``timm_proj: linear`` puts behind an image tower's trunk.
 
     open_clip's lock freezes the trunk and leaves this head trainable. The head has no bias, so scaling its input scales
@@ -42,7 +42,7 @@ def apply_linear_head(visual: nn.Module, features: torch.Tensor) -> torch.Tensor
     head = linear_head(visual)
     if head is None or not len(features):
         return features
-    weight = head[-1].weight
+    weight = next(head.parameters())
     return normalize(head(features.to(weight.device, weight.dtype)).float(), dim=-1).to(features.device)
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from open_clip.hf_model import HFTextEncoder
-from torch import nn
 
 from training.model.packing import Captions, caption_lengths
 from training.model.towers.clip_tower import CLIP_PAD_ID, causal_features
@@ -45,7 +45,7 @@ class TextEncoder:
         return self.bucket_features(captions.buckets).index_select(0, captions.index)
 
 
-def text_encoder(model: nn.Module) -> TextEncoder:
+def text_encoder(model: Any) -> TextEncoder:
     """Returns the text encoder of one of our models or of open_clip's.
 
     With a causal tower that pools the end token, or with a Hugging Face encoder, padding does not affect the features
@@ -67,7 +67,7 @@ def text_encoder(model: nn.Module) -> TextEncoder:
     return TextEncoder(lambda buckets: torch.cat([encode(ids) for ids in buckets])[:, None], pad_id)
 
 
-def _encode_causal(text: nn.Module, end_id: int | None, ids: torch.Tensor) -> torch.Tensor:
+def _encode_causal(text: Any, end_id: int | None, ids: torch.Tensor) -> torch.Tensor:
     """Features [n, dim] of ids [n, seq_len]; without an `end_id`, the end token has the largest id of a caption."""
     end = (ids if end_id is None else (ids == end_id).int()).argmax(dim=-1, keepdim=True)
     return causal_features(text, text.token_embedding(ids), end)[:, 0]

@@ -1,6 +1,7 @@
 """Base of the text towers: what the rest of the program asks a tower, and the towers by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ class TextTower(nn.Module):
         if not name:
             return CornerCLIPTokenizer(spec.context_length, spec.num_corners)
         has_own = spec.folder and any((spec.folder / file).is_file() for file in TOKENIZER_FILES)
-        source = spec.folder if has_own else find_pretrained_folder(name, cache_dir) or name
+        source = (spec.folder if has_own else find_pretrained_folder(name, cache_dir)) or name
         return CornerHFTokenizer(source, spec.context_length, spec.num_corners, cache_dir)
 
     def load_pretrained(self, spec: ModelSpec, cache_dir: str | None) -> None:
@@ -97,11 +98,11 @@ class TextTower(nn.Module):
         """Returns the features [n, m + 1, dim] of buckets [n_b, L_b] of captions, in the order of the buckets."""
         return torch.cat([self.all_features(ids) for ids in buckets])
 
-    def layers(self) -> Sequence[nn.Module]:
+    def layers(self) -> Iterable[nn.Module]:
         """Returns the transformer layers, first to last."""
         raise NotImplementedError
 
-    def compilable(self) -> Sequence[nn.Module]:
+    def compilable(self) -> Iterable[nn.Module]:
         """Returns the modules that ``--torchcompile`` compiles, each on its own: the layers."""
         return self.layers()
 
@@ -137,7 +138,7 @@ class _SeenAttention(TorchFunctionMode):
 
 
 @torch.no_grad()
-def special_attention(tower: nn.Module, ids: torch.Tensor, layer: int = -1) -> torch.Tensor:
+def special_attention(tower: Any, ids: torch.Tensor, layer: int = -1) -> torch.Tensor:
     """Attention of the pooled token and of each corner over all positions, in one layer, averaged over its heads.
 
     Args:

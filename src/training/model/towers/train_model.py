@@ -1,6 +1,7 @@
 """The forward pass of training, from pixels and captions to the loss's inputs, as the single call that DDP needs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.nn.functional import normalize
 from training.data.images import normalise_pixels
 from training.model.packing import Captions
 from training.model.towers.corner import features_of_captions
+from training.model.towers.flair import encode_with_patches
 from training.model.towers.locking import linear_head, rest_frozen
 from training.model.towers.text_encoder import text_encoder
 
@@ -30,9 +32,12 @@ class TrainModel(nn.Module):
     scalar, so that micro-batches can be joined.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         corners: Sequence[bool] | None = None,
@@ -56,8 +61,8 @@ class TrainModel(nn.Module):
 
     def forward(
         self,
-        image: torch.Tensor | None = None,
-        text: torch.Tensor | None = None,
+        image: Any = None,
+        text: Any = None,
         long_text: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         packed_text: Captions | None = None,
@@ -95,9 +100,7 @@ class TrainModel(nn.Module):
         """Returns the outputs that are made of text features [batch, T, dim], which are not normalised."""
         return {"text_features": normalize(features if features.shape[1] > 1 else features[:, 0], dim=-1)}
 
-    def encode_images(
-        self, image: torch.Tensor | None = None, image_features: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def encode_images(self, image: Any = None, image_features: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Returns normalised ``image_features`` [batch, dim] of images or of cached features.
 
         For a locked tower there is no graph, and this is called apart from `forward`, which then gets the result.
@@ -131,9 +134,5 @@ class PatchModel(TrainModel):
 
     def image_outputs(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """See `TrainModel.image_outputs`."""
-        visual = self.model.visual
-        found = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
-        (patches,) = found["image_intermediates"]
-        projection = getattr(visual, "proj", None)
-        patches = linear_head(visual)(patches) if projection is None else patches @ projection
-        return {"image_features": normalize(found["image_features"], dim=-1), "patch_features": patches}
+        features, patches = encode_with_patches(self.model.visual, pixels)
+        return {"image_features": normalize(features, dim=-1), "patch_features": patches}

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def probe_images() -> list[bytes]:
     noise = torch.randint(0, 256, (401, 613, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation: turn by 90 degrees
-    images = [
+    images: list[tuple[Image.Image, dict[str, Any]]] = [
         (Image.fromarray(noise[:, :, :3]), {"format": "JPEG", "exif": turned}),
         (Image.fromarray(noise[:40, :30]), {"format": "PNG"}),
         (Image.fromarray(noise[:50, :40, 0].astype(np.uint16) * 257), {"format": "PNG"}),

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.convert import convert_state_dict as convert_foreign_names
@@ -168,7 +169,7 @@ def _likely_reason(missing: list[str], unexpected: list[str], reshaped: dict[str
     return "most likely a wrong --model"
 
 
-def load_pretrained_text(text: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+def load_pretrained_text(text: Any, state: dict[str, torch.Tensor], name: str) -> None:
     """Loads a pretrained encoder's weights into a text tower; the corners keep their random embeddings.
 
     Args:
@@ -187,7 +188,7 @@ def load_pretrained_text(text: nn.Module, state: dict[str, torch.Tensor], name: 
     _load_strictly(text.transformer, state, f"pretrained text weights {name}", "another architecture")
 
 
-def load_pretrained_image(trunk: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+def load_pretrained_image(trunk: Any, state: dict[str, torch.Tensor], name: str) -> None:
     """Loads timm weights into an image tower's trunk, ignoring the classifier.
 
     Args:

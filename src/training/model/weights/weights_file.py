@@ -13,6 +13,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -98,7 +99,7 @@ def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {key.removeprefix(prefix): v for key, v in state.items()}
 
 
-def _read(path: Path) -> object:
+def _read(path: Path) -> Any:
     kind = format_of(path)
     try:
         if kind in _READERS:
@@ -158,7 +159,7 @@ def _read_index(path: Path) -> dict[str, torch.Tensor]:
         files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: not an index of weights files ('weight_map' is missing or invalid)") from error
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in (path.parent / Path(name).name for name in files):
         if not file.is_file():
             raise ValueError(f"{path}: {file.name}, one of its {len(files)} files, is missing; download it")
@@ -215,4 +216,8 @@ def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
         return _TensorUnpickler(archive, root).load().state_dict()
 
 
-_READERS = {INDEX: _read_index, TORCHSCRIPT: _read_torchscript, SAFETENSORS: load_file}
+_READERS: dict[str, Callable] = {
+    INDEX: _read_index,
+    TORCHSCRIPT: _read_torchscript,
+    SAFETENSORS: load_file,
+}
