@@ -24,7 +24,7 @@ from training.eval.image_cache import CachedReader
 from training.model.assembly.factory import EncoderParts
 from training.model.tokenizers import tokenise_and_count_lost
 from training.model.towers.image_encoder import image_encoder
-from training.model.towers.text_encoder import cut_padding, text_encoder
+from training.model.towers.text_encoder import PADDING_MULTIPLE, cut_padding, text_encoder
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, join_rows, merge_over_ranks, stop_on_every_rank, sum_over_ranks
 from training.runtime.processes import SIGNALS
@@ -113,12 +113,12 @@ def _load_images(paths: Sequence[Path], read: Callable, positions: list[int]) ->
 
 
 def _load_texts(
-    texts: Sequence[str], tokenizer: Callable, pad_id: int | None, count_lost: bool, positions: list[int]
+    texts: Sequence[str], tokenizer: Callable, count_lost: bool, cut: Callable, positions: list[int]
 ) -> Batch:
-    """Returns a batch of token ids [n, seq_len] without common padding."""
+    """Returns a batch of token ids [n, seq_len] without the padding that `cut` removes."""
     chosen = [texts[position] for position in positions]
     ids, lost = tokenise_and_count_lost(tokenizer, chosen) if count_lost else (tokenizer(chosen), [0] * len(chosen))
-    return Batch(positions, cut_padding(ids, pad_id), {}, torch.tensor(lost))
+    return Batch(positions, cut(ids), {}, torch.tensor(lost))
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class Encoder:
             order = sorted(order, key=lambda i: -len(texts[i]))
             encoder = text_encoder(self.parts.model)
             pad_id = encoder.pad_id
-        load = partial(_load_texts, texts, tokenizer or self.parts.tokenizer, pad_id, count_lost)
+        cut = partial(cut_padding, pad_id=pad_id, multiple=1 if self.env.device.type == "cpu" else PADDING_MULTIPLE)
+        load = partial(_load_texts, texts, tokenizer or self.parts.tokenizer, count_lost, cut)
         batches = self._load(order, self.options.text_batch_size or self.options.batch_size, load, "text")
         return self._encode(encoder, batches, len(texts), "text", normalise)
 

@@ -7,6 +7,7 @@ weights. All other models are built by open_clip itself, bit for bit.
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from training.model.tokenizers import FolderTokenizer
 from training.model.towers import clip_tower, hf_tower  # noqa: F401  which register their text towers
 from training.model.towers.flair import TextConditionedPooling
 from training.model.towers.text_tower import TEXT_TOWERS, TextTower
-from training.model.weights.load import load_pretrained_image
+from training.model.weights.load import WithoutDraws, load_pretrained_image
 from training.model.weights.load import load_weights as load_state
 from training.model.weights.weights_file import TORCHSCRIPT, format_of, read_state_dict
 from training.readers.images import to_rgb
@@ -142,7 +143,8 @@ def _build(spec: ModelSpec, pretrained: str | None, weights: Path | None, cache_
         with TemporaryDirectory() as folder:
             config = {"model_cfg": model_cfg, "preprocess_cfg": spec.preprocess_cfg | tag}
             Path(folder, CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-            model = open_clip.create_model(f"{LOCAL_DIR}{folder}", load_weights=False, **kwargs)
+            with WithoutDraws() if weights else nullcontext():
+                model = open_clip.create_model(f"{LOCAL_DIR}{folder}", load_weights=False, **kwargs)
     finally:
         logging.disable(logging.NOTSET)
     dtype = open_clip.get_input_dtype(kwargs["precision"])

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import nn
 
 from training.model.towers.locking import linear_head
 
@@ -14,7 +15,7 @@ from training.model.towers.locking import linear_head
 IMAGES_AT_ONCE_ON_CPU = 8
 
 
-def image_encoder(model: Any, without_head: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+def image_encoder(model: nn.Module, without_head: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the function that encodes images, `in_chunks`.
 
     Args:
@@ -24,8 +25,36 @@ def image_encoder(model: Any, without_head: bool = False) -> Callable[[torch.Ten
     Returns:
         Images [batch, 3, H, W] -> [batch, dim], or [batch, trunk_dim] without the head; not normalised.
     """
-    cuts_head = without_head and linear_head(model.visual) is not None
-    return partial(in_chunks, model.visual.trunk if cuts_head else model.encode_image)
+    if without_head and linear_head(model.visual) is not None:
+        return partial(in_chunks, model.visual.trunk)
+    if _pools_class_token(model.visual):
+        return partial(in_chunks, partial(_class_token_features, model.visual))
+    return partial(in_chunks, model.encode_image)
+
+
+def _pools_class_token(visual: nn.Module) -> bool:
+    """Returns whether `_class_token_features` computes what this tower does: open_clip's usual transformer."""
+    if type(visual) is not VisionTransformer or visual.attn_pool is not None or visual.output_tokens:
+        return False
+    blocks = visual.transformer.resblocks
+    usual = type(blocks[-1]) is ResidualAttentionBlock and type(blocks[-1].attn) is nn.MultiheadAttention
+    return visual.pool_type == "tok" and visual.proj is not None and len(blocks) > 1 and usual
+
+
+def _class_token_features(visual: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+    """Features [batch, dim] of images [batch, 3, H, W]; of the last block, only the class token is computed.
+
+    Its keys and values need all tokens, but everything else only the one that is pooled: of 12 blocks, a fourteenth of
+    all operations is saved.
+    """
+    last, number = visual.transformer.resblocks[-1], len(visual.transformer.resblocks) - 2
+    how = {"stop_early": True, "intermediates_only": True, "output_fmt": "NLC", "output_extra_tokens": True}
+    found = visual.forward_intermediates(images, indices=[number], **how)
+    tokens = torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1)
+    hidden = last.ln_1(tokens)
+    pooled = tokens[:, :1] + last.ls_1(last.attn(hidden[:, :1], hidden, hidden, need_weights=False)[0])
+    pooled = pooled + last.ls_2(last.mlp(last.ln_2(pooled)))
+    return visual.ln_post(pooled[:, 0]) @ visual.proj
 
 
 def in_chunks(tower: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:

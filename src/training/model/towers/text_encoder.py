@@ -13,7 +13,7 @@ from training.model.towers.clip_tower import CLIP_PAD_ID, causal_features
 from training.model.towers.text_tower import TextTower
 
 _HF_FAMILIES = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")  # encoders that open_clip runs with a padding mask
-PADDING_MULTIPLE = 8  # lengths are rounded up to a multiple, so that few different shapes occur
+PADDING_MULTIPLE = 8  # on a GPU, lengths are rounded up to a multiple, so that few different shapes occur
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,19 @@ def _encode_causal(text: Any, end_id: int | None, ids: torch.Tensor) -> torch.Te
     return causal_features(text, text.token_embedding(ids), end)[:, 0]
 
 
-def cut_padding(ids: torch.Tensor, pad_id: int | None) -> torch.Tensor:
+def cut_padding(ids: torch.Tensor, pad_id: int | None, multiple: int = PADDING_MULTIPLE) -> torch.Tensor:
     """Cuts token ids after the longest caption.
 
     Args:
         ids: [n, seq_len], padded at the end.
         pad_id: see `TextEncoder`; None returns the ids unchanged.
+        multiple: the length is rounded up to a multiple of this, or to `seq_len`.
 
     Returns:
-        [n, length], where length is `seq_len` or a smaller multiple of `PADDING_MULTIPLE`.
+        [n, length].
     """
     if pad_id is None:
         return ids
     longest = int(caption_lengths(ids, pad_id).max()) if len(ids) else 1
-    length = -(-max(longest, 1) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+    length = -(-max(longest, 1) // multiple) * multiple
     return ids[:, : min(ids.shape[1], length)].contiguous()

@@ -7,7 +7,7 @@ open_clip and OpenAI, and weights of Long-CLIP and its derivatives.
 import logging
 import math
 import sys
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from open_clip.convert import convert_state_dict as convert_foreign_names
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from training.model.weights.transformers_names import is_transformers, to_open_clip
 from training.model.weights.weights_file import read_state_dict
@@ -25,6 +27,7 @@ WORD_TABLES = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.w
 POSITION_TABLES = ("positional_embedding", "embeddings.position_embeddings.weight")
 CORNER_TABLE = "text.corner_embedding.weight"
 NUM_KEPT_POSITIONS = 20  # only CLIP's first 20 positions are well trained: Long-CLIP, arXiv 2403.15378
+_DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
 NUM_LISTED = 4  # names of tensors shown in a message
 _FLAIR_PROJECTIONS = {"image_post.proj": "visual.proj", "text_post.proj": "text_projection"}
 _NOTHING_KNOWN = (
@@ -113,6 +116,16 @@ def stretch_positions(table: torch.Tensor, num_rows: int, num_kept: int = NUM_KE
         tail.T[None].float(), size=num_rows - num_kept, mode="linear", align_corners=True
     )
     return torch.cat([head, stretched[0].T.to(table.dtype)])
+
+
+class WithoutDraws(TorchFunctionMode):
+    """Context in which weights are not drawn, because all of them are loaded afterwards."""
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_weights(model: nn.Module, path: str | Path, positions_as_open_clip: bool = False) -> None:

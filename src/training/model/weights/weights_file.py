@@ -108,7 +108,8 @@ def _read(path: Path) -> Any:
             raise ValueError(f"{path}: {kind}")
         # Many trainers store their flags, a Namespace, with the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, where the format allows it, tensors are copied only once: into the model.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) `?([a-z_]\w*\.[\w.]+)", str(error))
         raise ValueError(
