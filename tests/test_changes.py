@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from training.eval.caches import FeatureStore
 from training.eval.changes import short_query, wrong_sentence
 from training.eval.diagnostics import half_truths
 from training.eval.encode import Encoding
-from training.eval.store import FeatureStore
 
 
 def test_half_truths_by_hand():

@@ -15,7 +15,7 @@ from support import read_results
 from training.eval.changes import CHANGES, list_changes, wrong_sentence
 from training.eval.diagnostics import diagnose, monotonicity
 from training.eval.encode import ComputeOptions, Encoder
-from training.eval.report.card import above_chance, draw_card
+from training.eval.report.figures import above_chance, draw_card
 from training.eval.retrieval import EncodedSet, plan_retrieval, rank_set
 from training.main import main
 from training.model.assembly.factory import EncoderParts

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from training.eval.metrics import top_matches
 from training.eval.report import page as page_module
-from training.eval.report.content import choose_queries
-from training.eval.report.matches import top_matches
-from training.eval.report.thumbnails import make_thumbnails
+from training.eval.report.page import choose_queries, make_thumbnails
 from training.main import main
 
 

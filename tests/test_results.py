@@ -9,8 +9,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from eval_files import write_coco, write_docci, write_imagenet
 from support import evaluate
 from training import compare, results
-from training.eval.record import ClassificationResult, Recall, RetrievalResult, to_json
-from training.eval.tables import result_rows
+from training.eval.record import ClassificationResult, Recall, RetrievalResult, result_rows, to_json
 
 
 @pytest.fixture(scope="module")

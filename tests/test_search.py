@@ -16,8 +16,7 @@ from pyarrow import parquet
 from dataloaders.urban1k import read_urban1k
 from support import evaluate
 from training.search.__main__ import build_parser, main
-from training.search.encoder import encode_query, make_encoder
-from training.search.index import ImageIndex, index_path, list_images
+from training.search.index import ImageIndex, encode_query, index_path, list_images, make_encoder
 
 
 def search(images: Path, index: Path, model: str, capsys, *flags: object) -> str:

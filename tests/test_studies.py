@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from support import SMALL_LOTLIP, read_results
-from training.eval.report.ranks import read_ranks
+from training.eval.npz import read_ranks
 
 RUN = Path(__file__).parents[1] / "scripts" / "studies" / "run.py"
 STUDY = """

@@ -136,7 +136,7 @@ def compare_arms(first: np.ndarray, second: np.ndarray, owner: np.ndarray | None
 
 def _read_hits(out: Path, arm: str, runs: list[dict], evaluation: str) -> dict[tuple[str, str], tuple]:
     """Returns (pairs, direction) -> (whether the right answer has rank 1 [num_seeds, num_queries], queries' images)."""
-    from training.eval.report.ranks import read_ranks
+    from training.eval.npz import read_ranks
 
     ranks = [read_ranks(out / f"{arm}-s{r['seed']}" / evaluation).values() for r in runs if r["arm"] == arm]
     by_pairs = [{own.digest: own for own in seed} for seed in ranks]

@@ -1,5 +1,5 @@
 """Results of evaluations as a pandas table: ``training.results.load("logs")``."""
 
-from training.eval.results_table import load
+from training.eval.results import load
 
 __all__ = ["load"]

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.eval.record import DIRECTIONS, describe_pairs
-from training.eval.results_table import flags_that_differ
-from training.eval.tables import format_rows, interval, percent, points
+from training.eval.record import DIRECTIONS, describe_pairs, format_rows, interval, percent, points
+from training.eval.results import flags_that_differ
 
 
 def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
@@ -34,7 +33,7 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
         FileNotFoundError, ValueError: a run has no ranks, or no benchmark is common to two runs.
     """
     from training.eval.metrics import paired_bootstrap
-    from training.eval.report.ranks import read_ranks
+    from training.eval.npz import read_ranks
 
     (base, first_ranks), *others = zip(_names(runs), map(read_ranks, runs))
     records, notes = [], []
@@ -93,7 +92,7 @@ def write_flips(runs: Sequence[str], path: Path) -> int:
     Returns:
         The number of queries.
     """
-    from training.eval.report.ranks import read_ranks
+    from training.eval.npz import read_ranks
 
     loaded, rows = [read_ranks(run) for run in runs], []
     for key, first in loaded[0].items():

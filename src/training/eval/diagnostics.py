@@ -15,13 +15,13 @@ from functools import partial
 import numpy as np
 import torch
 
+from training.eval.caches import FeatureStore
 from training.eval.changes import Change, wrong_sentence
 from training.eval.encode import Encoder, Encoding
 from training.eval.lengths import effective_lengths, hits_by_image
 from training.eval.metrics import TIE_TOLERANCE, bootstrap_interval, hit_probability, paired_bootstrap
 from training.eval.record import DIRECTIONS
 from training.eval.retrieval import EncodedSet, RankedSet, count_over_ranks
-from training.eval.store import FeatureStore
 from training.readers.captions import join_split, split_sentences
 
 SEGMENTS = (2, 3)  # of HiMo@2 and HiMo@3

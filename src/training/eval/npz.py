@@ -1,4 +1,6 @@
-"""Features on disk, one .npz file per benchmark, written by --save-features or any other software, read by --features.
+"""Features and ranks of an evaluation on disk.
+
+Features are one .npz file per benchmark, written by --save-features or any other software, read by --features.
 
 image_features    [num_images, dim]     floating point, of any norm: they are normalised when read
 text_features     [num_captions, dim]   likewise
@@ -8,9 +10,14 @@ image_paths       [num_images]          optional: image files for thumbnails, ab
 lost_tokens       [num_captions]        optional: number of tokens that the tokenizer cut off
 title             ()                    optional: name in tables; default: name of the file
 protocol          ()                    optional: name of the benchmark's variant, such as dci/short+extra
+
+The ranks of every query, for comparisons between runs, are in ranks.npz next to the results.
 """
 
+import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +26,13 @@ from torch.nn.functional import normalize
 
 from dataloaders.pairs import RetrievalSet, check_list
 from dataloaders.registry import benchmarks
-from training.eval.retrieval import EncodedSet, check_names
+from training.eval.metrics import expected_rank, hit_probability
+from training.eval.record import DIRECTIONS
+from training.eval.retrieval import EncodedSet, RankedSet, check_names
 
 SUFFIX = "-retrieval"
+FILE = "ranks.npz"
+_META = "benchmarks"
 
 
 def write_features(encoded: EncodedSet, folder: Path) -> Path:
@@ -50,7 +61,8 @@ def read_features(paths: list[str]) -> list[EncodedSet]:
 
 
 def _read_one(path: Path) -> EncodedSet:
-    arrays, where = _load(path), f"--features {path}"
+    where = f"--features {path}"
+    arrays = _load(path, where)
     images, texts = (_normalised(arrays.get(name), f"{where}: {name}") for name in ("image_features", "text_features"))
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"{where}: image_features and text_features have different numbers of columns")
@@ -79,15 +91,16 @@ def _read_one(path: Path) -> EncodedSet:
     return EncodedSet(pairs, images, texts, torch.from_numpy(lost.astype(np.int64)))
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def _load(path: Path, what: str, remedy: str = "") -> dict[str, np.ndarray]:
+    """Reads all arrays of a file; `what` names it in messages, and `remedy` says how to make it."""
     if not path.is_file():
-        raise FileNotFoundError(f"--features {path}: no such file")
+        raise FileNotFoundError(f"{what}: no such file{remedy}")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # zipfile's, numpy's and pickle's own errors have no common base
         raise ValueError(
-            f"--features {path}: not a .npz of plain arrays ({error}); texts must be of dtype str, not object"
+            f"{what}: not a .npz of plain arrays ({error}); texts must be of dtype str, not object"
         ) from error
 
 
@@ -99,3 +112,68 @@ def _normalised(features: np.ndarray | None, where: str) -> torch.Tensor:
     if not tensor.isfinite().all():
         raise ValueError(f"{where}: contains NaN or infinity")
     return normalize(tensor, dim=-1, out=tensor)  # in place: there is one copy
+
+
+@dataclass(frozen=True)
+class QueryRanks:
+    """Ranks of one benchmark in one run.
+
+    Attributes:
+        title: name of the benchmark in tables.
+        digest: fingerprint of the list of images and captions; it is equal for runs that ranked the same pairs.
+        protocol: name of the benchmark's variant; empty if unknown.
+        owner: image of each caption, [num_captions] int32.
+        images: file names, [num_images].
+        rank: direction -> expected rank of the right answer, [num_queries] float32.
+        top1: direction -> probability that a right answer comes first (0 or 1 without ties), [num_queries] float32.
+    """
+
+    title: str
+    digest: str
+    protocol: str
+    owner: np.ndarray
+    images: np.ndarray
+    rank: dict[str, np.ndarray]
+    top1: dict[str, np.ndarray]
+
+
+def write_ranks(ranked: Sequence[RankedSet], path: Path) -> None:
+    """Writes the ranks of all benchmarks of a run, replacing those of an earlier evaluation."""
+    arrays, meta = {}, {}
+    for r in ranked:
+        key = r.result.key
+        meta[key] = {"title": r.pairs.title, "digest": r.pairs.fingerprint(), "protocol": r.pairs.protocol}
+        arrays[f"{key}/owner"] = np.array(r.pairs.image_of_caption, dtype=np.int32)
+        arrays[f"{key}/images"] = np.array([path.name for path in r.pairs.image_paths])
+        for direction in DIRECTIONS:
+            counts = getattr(r, direction)
+            arrays[f"{key}/{direction}-rank"] = expected_rank(counts).to(torch.float32).numpy()
+            arrays[f"{key}/{direction}-top1"] = hit_probability(counts, 1).to(torch.float32).numpy()
+    np.savez_compressed(path, **{_META: np.array(json.dumps(meta))}, **arrays)
+
+
+def read_ranks(run: str | Path) -> dict[str, QueryRanks]:
+    """Reads the ranks of an evaluation.
+
+    Args:
+        run: folder LOGS/NAME, or the file itself.
+
+    Returns:
+        Key of each benchmark -> its ranks.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not contain ranks.
+    """
+    path = Path(run) / FILE if Path(run).is_dir() else Path(run)
+    arrays = _load(path, str(path), "; evaluate the model with --logs and --name, then give that folder")
+    ranks = {}
+    try:
+        for key, about in json.loads(str(arrays[_META])).items():
+            rank, top1 = ({d: arrays[f"{key}/{d}-{name}"] for d in DIRECTIONS} for name in ("rank", "top1"))
+            ranks[key] = QueryRanks(
+                **about, owner=arrays[f"{key}/owner"], images=arrays[f"{key}/images"], rank=rank, top1=top1
+            )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not ranks of an evaluation ({type(error).__name__}: {error})") from error
+    return ranks

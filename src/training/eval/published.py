@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.pairs import MODIFIED
-from training.eval.record import DIRECTIONS, RetrievalResult
-from training.eval.tables import format_rows, percent, points
+from training.eval.record import DIRECTIONS, RetrievalResult, format_rows, percent, points
 from training.readers.files import read_json
 
 FILE = Path(__file__).parent / "published.json"

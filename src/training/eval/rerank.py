@@ -13,9 +13,8 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 
 from training.eval.encode import Encoder
-from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise
+from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise, top_matches
 from training.eval.record import Recall, RetrievalResult
-from training.eval.report.matches import top_matches
 from training.eval.retrieval import RankedSet
 from training.model.towers.flair import conditioned_scores, encode_with_patches
 from training.model.towers.image_encoder import in_chunks

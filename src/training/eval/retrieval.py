@@ -165,8 +165,7 @@ def encode_sets(encoder: "Encoder", work: RetrievalWork) -> Iterator[EncodedSet]
         FloatingPointError: the model returned NaN or infinity.
     """
     # Imported here, because an evaluation of features needs no model and would wait for open_clip's import.
-    from training.eval.feature_cache import encode_images_once, open_caches, text_key
-    from training.eval.store import FeatureStore
+    from training.eval.caches import FeatureStore, encode_images_once, open_caches, text_key
 
     image_cache, text_cache = open_caches(encoder)
     images = FeatureStore(partial(encode_images_once, image_cache, encoder))

@@ -1,6 +1,7 @@
 """Runs one evaluation from start to end: check, build, encode, rank, report."""
 
 import argparse
+import csv
 import itertools
 import logging
 import time
@@ -10,15 +11,13 @@ from pathlib import Path
 
 from dataloaders.pairs import describe_completeness, describe_missing
 from training.eval.changes import Change, list_changes
-from training.eval.npz import read_features, write_features
+from training.eval.npz import FILE, read_features, write_features, write_ranks
 from training.eval.published import PublishedNumber, compare_with_published, explain, find_published, format_published
-from training.eval.record import describe_pairs
-from training.eval.report.card import CARD, Figure, draw, format_diagnostics
+from training.eval.record import describe_pairs, of_expected
+from training.eval.report.figures import CARD, Figure, draw, format_diagnostics
 from training.eval.report.page import write_report
-from training.eval.report.ranks import FILE, write_cut_captions, write_ranks
 from training.eval.results import format_markdown, format_table, label_of, run_name, write_results
 from training.eval.retrieval import EncodedSet, Outcome, RetrievalWork, encode_sets, plan_benchmarks, rank_set
-from training.eval.tables import of_expected
 from training.flags.effects import asks_about_texts
 from training.model.names.files import file_sha256
 from training.readers.images import BrokenImageError
@@ -227,5 +226,11 @@ def _write_diagnostics(plan: Plan, outcome: Outcome, figure: Figure | None) -> N
         print(f"{figure.title}: {plan.folder / figure.file}")
     if "diagnostics" in outcome.diagnostics and (not figure or figure.title != CARD):
         print("No long-text card: with fewer than 10 right answers on every benchmark, the model is at chance level.")
-    path = plan.folder / "cut_captions.csv"
-    print(f"Captions that the tokenizer truncates: {write_cut_captions(outcome.ranked, path):,}, listed in {path}")
+    path, rows = plan.folder / "cut_captions.csv", []
+    for r in outcome.ranked:
+        for row in (r.lost_tokens > 0).nonzero()[:, 0].tolist():
+            name = r.pairs.image_paths[r.pairs.image_of_caption[row]].name
+            rows.append([r.pairs.title, row + 1, name, int(r.lost_tokens[row]), r.pairs.captions[row]])
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        csv.writer(file).writerows([["benchmark", "caption_number", "image", "lost_tokens", "caption"], *rows])
+    print(f"Captions that the tokenizer truncates: {len(rows):,}, listed in {path}")

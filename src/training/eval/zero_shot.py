@@ -10,8 +10,8 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch.nn.functional import normalize
 
 from dataloaders.pairs import ClassificationSet
+from training.eval.caches import encode_images_once, open_caches, text_key
 from training.eval.encode import Encoder, Encoding
-from training.eval.feature_cache import encode_images_once, open_caches, text_key
 from training.eval.metrics import summarise
 from training.eval.record import TEMPLATES, ClassificationResult
 from training.eval.retrieval import count_over_ranks

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dataloaders.scene_drawing import draw_scene, make_scene
-from training.eval.results_table import read_lines
+from training.eval.results import read_lines
 from training.flags.model import model_arguments, tokenizer_arguments
 from training.model.assembly.factory import check_vocabulary, create_model_and_transforms, get_tokenizer
 from training.model.names.config import CONFIG_FILE, LOCAL_DIR

@@ -75,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _search(args: argparse.Namespace) -> None:
     _check(args)
     with first_imports():
-        from training.search.encoder import encode_query, make_encoder
-        from training.search.index import ImageIndex, index_path, list_images
+        from training.search.index import ImageIndex, encode_query, index_path, list_images, make_encoder
 
     folder = None if args.no_update else list_images(args.images)
     encoder = make_encoder(args)
@@ -126,7 +125,7 @@ def _update(index: "ImageIndex", folder: "FolderContent", encoder: "Encoder", sa
 
 
 def _answer(args: argparse.Namespace, index: "ImageIndex", query: str | Path, features: "torch.Tensor") -> None:
-    from training.eval.tables import format_rows
+    from training.eval.record import format_rows
 
     start = time.perf_counter()
     results = index.search(features, args.top)

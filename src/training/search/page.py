@@ -6,8 +6,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from training.eval.report.page import MAX_BYTES, TEMPLATES
-from training.eval.report.thumbnails import make_thumbnails
+from training.eval.report.page import MAX_BYTES, TEMPLATES, make_thumbnails
 from training.readers.files import upright
 from training.runtime.files import atomic_write
 from training.runtime.messages import render_page
