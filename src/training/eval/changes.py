@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn import functional
 
 from training.readers.captions import join_split, split_sentences
 
@@ -81,31 +82,22 @@ def list_changes(
     return changes
 
 
-class CutTokenizer:
-    """Truncates texts to fewer tokens than an open_clip tokenizer does, and pads them to the model's context length.
+def cut_tokenizer(tokenizer: Callable, length: int) -> Callable:
+    """Returns a tokenizer that keeps at most `length` tokens of each text, special tokens included.
 
     Args:
-        tokenizer: an open_clip tokenizer that ends each text, truncated or not, with its last special token, followed
-            only by padding.
-        length: number of tokens to keep, special tokens included.
+        tokenizer: one of ours, or an open_clip tokenizer that ends each text, truncated or not, with its last special
+            token, followed only by padding.
+        length: number of tokens to keep.
     """
-
-    def __init__(self, tokenizer: Callable, length: int):
-        self.tokenizer, self.length = tokenizer, length
-        self._fill = int(tokenizer([""])[0, -1])
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        ids = self.tokenizer(texts, context_length=self.length)
-        full = torch.full((len(texts), self.tokenizer.context_length), self._fill, dtype=ids.dtype)
-        full[:, : ids.shape[1]] = ids
-        return full
-
-
-def cut_tokenizer(tokenizer: Callable, length: int) -> Callable:
-    """Returns a tokenizer that keeps at most `length` tokens of each text."""
     if hasattr(tokenizer, "num_corners"):  # one of ours, whose towers accept any length
         return partial(tokenizer, context_length=length)
-    return CutTokenizer(tokenizer, length)
+    return partial(_cut_and_pad, tokenizer, length, int(tokenizer([""])[0, -1]))
+
+
+def _cut_and_pad(tokenizer: Callable, length: int, padding: int, texts: list[str]) -> torch.Tensor:
+    ids = tokenizer(texts, context_length=length)
+    return functional.pad(ids, (0, tokenizer.context_length - ids.shape[1]), value=padding)
 
 
 def shuffle_sentences(sentences: list[str], seed: int) -> list[str]:

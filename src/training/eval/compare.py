@@ -110,20 +110,14 @@ def write_flips(runs: Sequence[str], path: Path) -> int:
     return len(rows)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 for a usage error."""
     parser = argparse.ArgumentParser(
         prog="python -m training.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of an evaluation, LOGS/NAME; two or more")
     parser.add_argument("--flips", type=Path, metavar="FILE", help="write the queries that flipped as CSV, with ranks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of the table, as fractions")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 for a usage error."""
-    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         if len(args.runs) < 2:

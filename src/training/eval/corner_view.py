@@ -81,8 +81,8 @@ def draw(found: dict[str, object]) -> object:
     return figure
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 for a usage error."""
     parser = argparse.ArgumentParser(
         prog="python -m training.corner_view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,12 +94,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--context-length", type=int, metavar="L", help="same as in training.main")
     parser.add_argument("--layer", type=int, default=-1, metavar="N", help="from 0; default: -1, the last")
     parser.add_argument("--out", type=Path, default=Path("corners.png"), metavar="FILE", help="default: %(default)s")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 for a usage error."""
-    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         if args.out.suffix not in SUFFIXES:

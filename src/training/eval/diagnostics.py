@@ -115,7 +115,10 @@ def _measure_changes(
                 row = _compare(r, texts, found, as_it_is.setdefault(title, found))
             else:
                 row = {d: float(values.mean()) for d, values in found.items()}
-                row |= {"similarity": _similarity(r, features)} if change.kind == "sensitivity" else {}
+                if change.kind == "sensitivity":  # of captions with two sentences or more
+                    several = torch.tensor([len(split_sentences(text)) > 1 for text in r.pairs.captions])
+                    cosine = (r.texts.double() * features.double()).sum(dim=1)[several]
+                    row["similarity"] = float(cosine.mean()) if several.any() else 1.0
             measured[title].setdefault(change.kind, {})[change.name] = row
     return measured, hits
 
@@ -144,12 +147,6 @@ def _compare(
         if after is not before:
             found[direction] |= paired_bootstrap(before[direction], after[direction], clusters)._asdict()
     return found
-
-
-def _similarity(r: RankedSet, changed: torch.Tensor) -> float:
-    """Returns the mean cosine between features before and after a change, over captions of two sentences or more."""
-    several = torch.tensor([len(split_sentences(text)) > 1 for text in r.pairs.captions])
-    return float((r.texts.double() * changed.double()).sum(dim=1)[several].mean()) if several.any() else 1.0
 
 
 def _measure_sentences(encoder: Encoder, r: RankedSet, originals: FeatureStore, seed: int) -> dict[str, dict]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.pairs import MODIFIED
-from training.eval.record import DIRECTIONS, RetrievalResult, format_rows, percent, points
+from training.eval.record import DIRECTIONS, RetrievalResult, percent, points
 from training.readers.files import read_json
 
 FILE = Path(__file__).parent / "published.json"
@@ -167,8 +167,3 @@ def published_rows(comparisons: Sequence[dict]) -> list[dict[str, str]]:
         row["in half\nintervals"] = "-" if c["half_intervals"] is None else f"{c['half_intervals']:+.1f}"
         rows.append(row | {"source": f"{c['source']}; {c['note']}" if c["note"] else c["source"]})
     return rows
-
-
-def format_published(comparisons: Sequence[dict]) -> str:
-    """Returns the table for a terminal."""
-    return format_rows(published_rows(comparisons), num_left=2, maxcolwidths=[None] * 6 + [60])

@@ -153,27 +153,30 @@ def result_rows(records: Iterable[Mapping[str, object]]) -> list[dict[str, str]]
     Args:
         records: rows of `training.results.load`, or `Result.columns`; all of retrieval, or all of classification.
     """
-    return [_retrieval_cells(r) if "i2t-top1" in r else _classification_cells(r) for r in records]
-
-
-def _retrieval_cells(record: Mapping[str, object]) -> dict[str, str]:
-    row = {"benchmark": record["benchmark"], "pairs": of_expected(record["num-pairs"], record["num-expected"])}
-    for direction, name in DIRECTIONS.items():
-        row[f"{name}\nR@1"] = percent(record[f"{direction}-top1"])
-        row[f"{name}\n95%"] = interval(record[f"{direction}-top1-ci95"])
-        row |= {f"{name}\nR@{k}": percent(record[f"{direction}-top{k}"]) for k in (5, 10)}
-        median, mean = record[f"{direction}-median-rank"], record[f"{direction}-mean-rank"]
-        row[f"{name} rank\nmedian / mean"] = f"{median:.6g} / {mean:.1f}"
-    cut, lost = record["truncated-share"], record["truncated-mean-tokens-lost"]
-    unknown = cut is None or cut != cut  # features from a file without token counts; NaN in a table
-    row["captions\ncut"] = "-" if unknown else f"{100 * cut:.1f}%"
-    return row | {"tokens\nlost": "-" if unknown else f"{lost:.1f}"}
-
-
-def _classification_cells(record: Mapping[str, object]) -> dict[str, str]:
-    row = {"zero-shot": record["benchmark"], "images": of_expected(record["num-images"], record["num-expected"])}
-    row |= {"top-1": percent(record["top1"]), "95%\ninterval": interval(record["top1-ci95"])}
-    return row | {"top-5": percent(record["top5"])}
+    rows = []
+    for r in records:
+        if "i2t-top1" not in r:
+            row = {"zero-shot": r["benchmark"], "images": of_expected(r["num-images"], r["num-expected"])}
+            row |= {"top-1": percent(r["top1"]), "95%\ninterval": interval(r["top1-ci95"]), "top-5": percent(r["top5"])}
+            rows.append(row)
+            continue
+        row = {"benchmark": r["benchmark"], "pairs": of_expected(r["num-pairs"], r["num-expected"])}
+        for direction, name in DIRECTIONS.items():
+            row |= {
+                f"{name}\nR@1": percent(r[f"{direction}-top1"]),
+                f"{name}\n95%": interval(r[f"{direction}-top1-ci95"]),
+            }
+            row |= {f"{name}\nR@{k}": percent(r[f"{direction}-top{k}"]) for k in (5, 10)}
+            median, mean = r[f"{direction}-median-rank"], r[f"{direction}-mean-rank"]
+            row[f"{name} rank\nmedian / mean"] = f"{median:.6g} / {mean:.1f}"
+        cut, lost = r["truncated-share"], r["truncated-mean-tokens-lost"]
+        unknown = cut is None or cut != cut  # features from a file without token counts; NaN in a table
+        row |= {
+            "captions\ncut": "-" if unknown else f"{100 * cut:.1f}%",
+            "tokens\nlost": "-" if unknown else f"{lost:.1f}",
+        }
+        rows.append(row)
+    return rows
 
 
 def format_rows(rows: Sequence[Mapping[str, str]], num_left: int = 1, **options: object) -> str:

@@ -37,15 +37,6 @@ def format_markdown(results: Sequence[RetrievalResult], label: str) -> str:
     return format_rows([cells], num_left=len(cells), tablefmt="github")
 
 
-def package_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that affect results."""
-    versions = {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "not installed")
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
 def label_of(args: argparse.Namespace) -> str:
     """Returns a short label of what is evaluated: the model and its weights, or ``features``."""
     if args.features:
@@ -81,9 +72,15 @@ def write_results(
         OSError: the file can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PLACE.name
+    path, versions = (
+        folder / PLACE.name,
+        {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "not installed"),
+    )
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     line = to_json(results) | {"model": None if args.features else args.model, "pretrained": args.pretrained}
-    line |= {"weights_sha256": weights_sha256, "precision": args.precision, "versions": package_versions()}
+    line |= {"weights_sha256": weights_sha256, "precision": args.precision, "versions": versions}
     line |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "flags": vars(args), **extra}
     append_line(path, json.dumps(line))  # in ASCII: U+2028 ends no line, and names need not be UTF-8
     return path

@@ -191,7 +191,11 @@ def rank_set(encoded: EncodedSet, env: DistEnv) -> RankedSet:
     counts = (len(pairs.captions), num_expected, len(pairs.missing) - encoded.num_broken, encoded.num_broken)
     about = (pairs.protocol, pairs.fingerprint(), len(pairs.image_paths))
     recall = (Recall.of(summarise(i2t)), Recall.of(summarise(t2i, clusters=owner)))
-    result = RetrievalResult(pairs.title, pairs.key, *counts, *about, *recall, *_truncation(encoded.lost_tokens))
+    share, mean = None, None  # of truncated captions, and of the tokens that they lost
+    if (encoded.lost_tokens >= 0).all():
+        lost = encoded.lost_tokens[encoded.lost_tokens > 0].double()
+        share, mean = len(lost) / len(encoded.lost_tokens), float(lost.mean()) if len(lost) else 0.0
+    result = RetrievalResult(pairs.title, pairs.key, *counts, *about, *recall, share, mean)
     return RankedSet(**vars(encoded), result=result, i2t=i2t, t2i=t2i)
 
 
@@ -202,11 +206,3 @@ def count_over_ranks(
     counts = count_ranks(images, texts, owner, device=env.device, both=both, rank=env.rank, world_size=env.world_size)
     i2t, t2i = (RankCounts(sum_over_ranks(c.better, env), sum_over_ranks(c.tied, env), c.num_right) for c in counts)
     return i2t, t2i
-
-
-def _truncation(lost_tokens: torch.Tensor) -> tuple[float | None, float | None]:
-    """Returns the fraction of truncated captions and the mean number of tokens they lost; None if unknown."""
-    if (lost_tokens < 0).any():
-        return None, None
-    cut = lost_tokens[lost_tokens > 0].double()
-    return len(cut) / len(lost_tokens), float(cut.mean()) if len(cut) else 0.0

@@ -12,8 +12,8 @@ from pathlib import Path
 from dataloaders.pairs import describe_completeness, describe_missing
 from training.eval.changes import Change, list_changes
 from training.eval.npz import FILE, read_features, write_features, write_ranks
-from training.eval.published import PublishedNumber, compare_with_published, explain, find_published, format_published
-from training.eval.record import describe_pairs, of_expected
+from training.eval.published import PublishedNumber, compare_with_published, explain, find_published, published_rows
+from training.eval.record import describe_pairs, format_rows, of_expected
 from training.eval.report.figures import CARD, Figure, draw, format_diagnostics
 from training.eval.report.page import write_report
 from training.eval.results import format_markdown, format_table, label_of, run_name, write_results
@@ -196,7 +196,8 @@ def _paragraphs(args: argparse.Namespace, plan: Plan, outcome: Outcome, comparis
         yield f"Protocols, and hashes of the exact lists of images and captions:\n{lists}"
     if comparisons:
         model = comparisons[0]["model"]
-        yield f"Published numbers of {model} (R@1, percent):\n\n{format_published(comparisons)}"
+        table = format_rows(published_rows(comparisons), num_left=2, maxcolwidths=[None] * 6 + [60])
+        yield f"Published numbers of {model} (R@1, percent):\n\n{table}"
         decoding = args.image_decoding or "exact"
         reasons = explain(comparisons, results, plan.published, decoding)
         if reasons:

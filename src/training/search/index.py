@@ -78,7 +78,9 @@ def list_images(folder: Path) -> FolderContent:
                 continue
             stem, _, suffix = entry.name.rpartition(".")
             if stem and suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
-                images[_key(entry.path[start:], entry.stat())] = entry.path
+                status = entry.stat()
+                identity = os.fsencode(entry.path[start:]) + b"\0%d\0%d" % (status.st_size, status.st_mtime_ns)
+                images[int.from_bytes(blake2b(identity, digest_size=8).digest(), "big")] = entry.path
             elif entry.is_dir():
                 (linked if entry.is_symlink() else real).append(entry.path)
             else:
@@ -86,11 +88,6 @@ def list_images(folder: Path) -> FolderContent:
     if not images:
         raise ValueError(f"IMAGES {folder}: no image file in this folder ({', '.join(IMAGE_SUFFIXES)})")
     return FolderContent(images, others)
-
-
-def _key(name: str, status: os.stat_result) -> int:
-    identity = os.fsencode(name) + b"\0%d\0%d" % (status.st_size, status.st_mtime_ns)
-    return int.from_bytes(blake2b(identity, digest_size=8).digest(), "big")
 
 
 def index_path(index: Path, images: Path, encoder: Encoder) -> Path:
@@ -163,7 +160,10 @@ class ImageIndex:
             with Lease() as lease:
                 lease.take(self.path.parent, "--index")
                 self._read()  # another process may have saved since
-                num_gone = self._forget(images)
+                kept = [key in images for key in self.table["key"].to_numpy().tolist()]
+                num_gone = kept.count(False)
+                self.table = self.table.filter(pyarrow.array(kept, pyarrow.bool_()))
+                self.unreadable = {key: reason for key, reason in self.unreadable.items() if key in images}
                 new = sorted(images.keys() - self.keys - self.unreadable.keys(), key=images.__getitem__)
                 for start in range(0, len(new), save_every):
                     keys = new[start : start + save_every]
@@ -172,14 +172,6 @@ class ImageIndex:
                 if not new:
                     self._save()
         return num_added, num_gone, {images[key]: reason for key, reason in self.unreadable.items()}
-
-    def _forget(self, images: dict[int, str]) -> int:
-        """Removes what is not among the images; returns the number of vectors removed."""
-        kept = [key in images for key in self.table["key"].to_numpy().tolist()]
-        self.unreadable = {key: reason for key, reason in self.unreadable.items() if key in images}
-        if not all(kept):
-            self.table = self.table.filter(pyarrow.array(kept))
-        return kept.count(False)
 
     def _add(self, keys: Sequence[int], paths: Sequence[str], encoder: Encoder) -> int:
         """Encodes files and saves them; returns the number of readable ones."""
