@@ -29,11 +29,11 @@ def test_a_wrong_sentence_is_of_another_image():
 
 def test_a_short_query_is_a_run_of_words_of_one_sentence():
     sentences = ["one two three four five", "six seven"]
-    drawn = {short_query(sentences, 4, seed)[0] for seed in range(30)}
+    drawn = {short_query(sentences, seed, 4)[0] for seed in range(30)}
     assert drawn == {"one two three four", "two three four five"}
-    assert {short_query(sentences, 2, seed)[0] for seed in range(200)} >= {"one two", "six seven"}
-    assert short_query(sentences, 6, 0) == sentences
-    assert short_query(sentences, 4, 3) == short_query(sentences, 4, 3)
+    assert {short_query(sentences, seed, 2)[0] for seed in range(200)} >= {"one two", "six seven"}
+    assert short_query(sentences, 0, 6) == sentences
+    assert short_query(sentences, 3, 4) == short_query(sentences, 3, 4)
 
 
 def test_the_store_encodes_each_content_once():

@@ -136,12 +136,13 @@ def test_a_broken_image_is_named_or_counted(layouts, tiny_clip, tmp_path, capsys
 
 
 def test_shared_images_and_captions_are_encoded_once(scenes, tiny_clip, monkeypatch, tmp_path, capsys):
-    import open_clip
+    from open_clip.transformer import VisionTransformer
 
     from training.model.towers.text_encoder import TextEncoder
 
     counted = {"image": 0, "text": 0}
-    for kind, owner, method in (("image", open_clip.CLIP, "encode_image"), ("text", TextEncoder, "__call__")):
+    towers = (("image", VisionTransformer, "forward_intermediates"), ("text", TextEncoder, "__call__"))
+    for kind, owner, method in towers:
 
         def counting(self, batch, *args, _kind=kind, _original=getattr(owner, method), **kwargs):
             counted[_kind] += len(batch)

@@ -251,12 +251,11 @@ def test_cached_features_give_the_same_evaluation_without_the_tower(scenes, tiny
     data = tmp_path / "set"
     shutil.copytree(scenes / "urban1k", data / "urban1k")
     plain = evaluate(data, tiny_clip, tmp_path, "first", tmp_path / "cache")
-    import open_clip
+    from open_clip.transformer import VisionTransformer
 
-    original, asked = open_clip.CLIP.encode_image, []
-    monkeypatch.setattr(
-        open_clip.CLIP, "encode_image", lambda self, x, *a: asked.append(len(x)) or original(self, x, *a)
-    )
+    original, asked = VisionTransformer.forward_intermediates, []
+    counting = lambda self, x, *args, **kwargs: asked.append(len(x)) or original(self, x, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(VisionTransformer, "forward_intermediates", counting)
     probe = [1]  # the image by which a tower is recognised
     with monkeypatch.context() as patch:
         patch.setattr("training.eval.encode.Encoder._encode", None)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class FeatureStore:
         self._parts: list[Encoding] = []
 
     @property
-    def contents(self) -> list[Hashable]:
+    def contents(self) -> list[Any]:
         """What has been encoded."""
         return list(self._row_of)
 
@@ -108,9 +108,10 @@ def describe_image_tower(encoder: Encoder, cut_head: bool = False) -> dict[str, 
         encoder: the model and how it reads images.
         cut_head: the features are those before the tower's `linear_head`.
     """
-    visual, decoding = encoder.parts.model.visual, encoder.options.image_decoding
+    visual: Any = encoder.parts.model.visual
+    decoding = encoder.options.image_decoding
     pixels = [ImageReader(encoder.parts.preprocess, decoding)(file) for file in probe_images()]
-    hashed = sha256(torch.cat([p.flatten() for p in pixels]).numpy()).hexdigest()
+    hashed = sha256(torch.cat([p.flatten() for p in pixels]).numpy().tobytes()).hexdigest()
     described = _describe(encoder, image_encoder(encoder.parts.model, cut_head), pixels[0][None])
     described["tower"] = fingerprint(visual, leave_out=HEAD if cut_head and linear_head(visual) else None)
     return described | {"pixels": hashed, "image_decoding": decoding}
@@ -118,7 +119,8 @@ def describe_image_tower(encoder: Encoder, cut_head: bool = False) -> dict[str, 
 
 def describe_text_tower(encoder: Encoder) -> dict[str, object]:
     """Does for texts what `describe_image_tower` does for images."""
-    model, tokenizer = encoder.parts.model, encoder.parts.tokenizer
+    model: Any = encoder.parts.model
+    tokenizer = encoder.parts.tokenizer
     described = _describe(encoder, model.encode_text, tokenizer(list(PROBE_TEXTS)))
     return described | {"tower": fingerprint(model, "visual."), "tokenizer": tokenizer_fingerprint(tokenizer)}
 
@@ -140,8 +142,9 @@ def encode_images_once(cache: "FeatureCache", encoder: Encoder, paths: Sequence[
     """Does what `Encoder.images` does, with the image tower's cache, which holds features before the linear head."""
     if cache.path is None:
         return encoder.images(paths)
+    visual: Any = encoder.parts.model.visual
     found = cache.encode(paths, image_key, partial(encoder.images, without_head=True))
-    return replace(found, features=apply_linear_head(encoder.parts.model.visual, found.features))
+    return replace(found, features=apply_linear_head(visual, found.features))
 
 
 class FeatureCache:
@@ -156,9 +159,10 @@ class FeatureCache:
     """
 
     def __init__(self, encoder: Encoder, tower: dict | None = None):
-        self.env, self.path = encoder.env, None
+        self.env = encoder.env
+        self.path: Path | None = None
         if encoder.options.feature_cache:
-            described = json.dumps({"format": FORMAT, **tower}, sort_keys=True)
+            described = json.dumps({"format": FORMAT, **(tower or {})}, sort_keys=True)
             folder = sha256(described.encode()).hexdigest()[:32]
             self.path = Path(encoder.options.feature_cache) / folder / NAME
 
@@ -174,34 +178,37 @@ class FeatureCache:
             key_of: key of an item in the cache.
             encode: items -> their encoding, complete on every rank.
         """
-        if self.path is None:
+        path = self.path
+        if path is None:
             return encode(items)
         store = FeatureStore(encode)
-        if content := on_main_rank(self._load, self.env):
+        if content := on_main_rank(lambda: _load(path), self.env):
             known = Encoding(content["features"], {}, content["lost_tokens"])
             store.add([row.tobytes() for row in content["key"].numpy()], known)
         num_known, keys = len(store.contents), list(map(key_of, items))
         found = store(items, keys)
         if len(store.contents) > num_known:
             broken = {keys[number] for number in found.broken}
-            on_main_rank(lambda: self._save(store, [key for key in store.contents if key not in broken]), self.env)
+            on_main_rank(lambda: _save(path, store, [key for key in store.contents if key not in broken]), self.env)
         return found
 
-    def _load(self) -> dict[str, torch.Tensor]:
-        try:
-            if self.path.exists():
-                content = load_file(self.path)
-                return {name: content[name] for name in ("features", "lost_tokens", "key")}
-        except (SafetensorError, OSError, KeyError) as error:
-            logger.warning(f"--feature-cache: {self.path} can't be read ({error}); its features are encoded again")
-        return {}
 
-    def _save(self, store: FeatureStore, keys: list[bytes]) -> None:
-        known = store(keys, keys)
-        key = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32).copy()
-        content = {"features": known.features, "lost_tokens": known.lost_tokens, "key": torch.from_numpy(key)}
-        try:
-            with atomic_write(self.path) as temporary:
-                save_file(content, temporary)
-        except (SafetensorError, OSError) as error:
-            logger.warning(f"--feature-cache: {self.path} can't be written ({error}); its features are not kept")
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.exists():
+            content = load_file(path)
+            return {name: content[name] for name in ("features", "lost_tokens", "key")}
+    except (SafetensorError, OSError, KeyError) as error:
+        logger.warning(f"--feature-cache: {path} can't be read ({error}); its features are encoded again")
+    return {}
+
+
+def _save(path: Path, store: FeatureStore, keys: list[bytes]) -> None:
+    known = store(keys, keys)
+    key = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32).copy()
+    content = {"features": known.features, "lost_tokens": known.lost_tokens, "key": torch.from_numpy(key)}
+    try:
+        with atomic_write(path) as temporary:
+            save_file(content, temporary)
+    except (SafetensorError, OSError) as error:
+        logger.warning(f"--feature-cache: {path} can't be written ({error}); its features are not kept")

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -60,7 +61,8 @@ def list_changes(
     Raises:
         ValueError: a length has no room for a word, or the tokenizer can't truncate earlier.
     """
-    whole, shortest = getattr(tokenizer, "context_length", None), getattr(tokenizer, "num_corners", 0) + 3
+    whole: Any = getattr(tokenizer, "context_length", None)
+    shortest = getattr(tokenizer, "num_corners", 0) + 3
     can_cut = whole is not None and getattr(tokenizer, "tokenizer_mode", None) != "clips"
     if tokens and not can_cut:
         raise ValueError("--retrieval-lengths: this model's tokenizer puts a token after the padding; omit the flag")
@@ -71,7 +73,7 @@ def list_changes(
         tokens = tokens or [length for length in CARD_TOKENS if can_cut and length >= shortest]
     lengths = [*sorted(length for length in tokens if length < whole), whole] if tokens else []
     changes = [Change("tokens", str(length), tokenizer=cut_tokenizer(tokenizer, length)) for length in lengths]
-    changes += [Change("sentences", str(n), lambda s, seed, n=n: s[:n]) for n in sorted(sentences)]
+    changes += [Change("sentences", str(n), partial(first_sentences, number=n)) for n in sorted(sentences)]
     changes += [Change("sentences", "all")] if sentences else []
     if sensitivity:
         changes += [Change("sensitivity", "as it is"), Change("sensitivity", "sentences shuffled", shuffle_sentences)]
@@ -95,9 +97,14 @@ def cut_tokenizer(tokenizer: Callable, length: int) -> Callable:
     return partial(_cut_and_pad, tokenizer, length, int(tokenizer([""])[0, -1]))
 
 
-def _cut_and_pad(tokenizer: Callable, length: int, padding: int, texts: list[str]) -> torch.Tensor:
+def _cut_and_pad(tokenizer: Any, length: int, padding: int, texts: list[str]) -> torch.Tensor:
     ids = tokenizer(texts, context_length=length)
     return functional.pad(ids, (0, tokenizer.context_length - ids.shape[1]), value=padding)
+
+
+def first_sentences(sentences: list[str], seed: int, number: int) -> list[str]:
+    """Returns the first sentences; the seed has no effect."""
+    return sentences[:number]
 
 
 def shuffle_sentences(sentences: list[str], seed: int) -> list[str]:
@@ -114,13 +121,13 @@ def drop_sentence(sentences: list[str], seed: int) -> list[str]:
     return sentences[:dropped] + sentences[dropped + 1 :] if len(sentences) > 1 else sentences
 
 
-def short_query(sentences: Sequence[str], number: int, seed: int) -> list[str]:
+def short_query(sentences: Sequence[str], seed: int, number: int) -> list[str]:
     """Returns a run of words at a random place of one sentence of a caption, as a user might type it.
 
     Args:
         sentences: the caption.
-        number: number of words; a sentence is drawn from those that have at least as many, each run equally likely.
         seed: seed of the draw.
+        number: number of words; a sentence is drawn from those that have at least as many, each run equally likely.
 
     Returns:
         The query; the caption itself if no sentence is long enough.
@@ -167,5 +174,5 @@ CHANGES: dict[str, Callable[[list[str], int], list[str]]] = {
     "4 neutral sentences in front": lambda s, seed: [NEUTRAL] * 4 + s,
     "sentences shuffled": shuffle_sentences,
     "one sentence dropped at random": drop_sentence,
-    **{f"query of {n} words": lambda s, seed, n=n: short_query(s, n, seed) for n in QUERY_WORDS},
+    **{f"query of {n} words": partial(short_query, number=n) for n in QUERY_WORDS},
 }

@@ -10,6 +10,7 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from training.eval.record import DIRECTIONS, describe_pairs, format_rows, interv
 from training.eval.results import flags_that_differ
 
 
-def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
+def compare(runs: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """Compares all runs with the first one.
 
     Args:
@@ -53,11 +54,16 @@ def compare(runs: Sequence[str]) -> tuple[list[dict[str, object]], list[str]]:
             before = first.top1[direction]
             # Captions of one image are not independent, so images are resampled with all their captions.
             clusters = first.owner if direction == "t2i" else None
-            for name, ranks in ((base, first), *comparable):
-                after = ranks.top1[direction]
-                record = {"benchmark": first.title, "protocol": first.protocol, "fingerprint": first.digest}
-                record |= {"direction": direction, "run": name, "top1": float(after.mean())}
-                if ranks is not first:
+            for name, compared in ((base, first), *comparable):
+                after = compared.top1[direction]
+                record: dict[str, Any] = {"benchmark": first.title, "protocol": first.protocol}
+                record |= {
+                    "fingerprint": first.digest,
+                    "direction": direction,
+                    "run": name,
+                    "top1": float(after.mean()),
+                }
+                if compared is not first:
                     flips = {"gained": int((after > before).sum()), "lost": int((after < before).sum())}
                     record |= paired_bootstrap(before, after, clusters)._asdict() | flips | {"num_queries": len(after)}
                 records.append(record)
@@ -72,7 +78,7 @@ def _names(runs: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(run) for run in runs]
 
 
-def format_comparison(records: Sequence[dict[str, object]]) -> str:
+def format_comparison(records: Sequence[dict[str, Any]]) -> str:
     """Returns the table for a terminal, in percent and points."""
     rows = []
     for r in records:

@@ -10,11 +10,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def view(args: argparse.Namespace) -> dict[str, object]:
+def view(args: argparse.Namespace) -> dict[str, Any]:
     """Encodes a caption and collects attention and features.
 
     Returns:
@@ -33,10 +34,10 @@ def view(args: argparse.Namespace) -> dict[str, object]:
     from training.model.towers.text_tower import special_attention
 
     resolve_weights(args.model, args.pretrained, args.cache_dir)  # reports a wrong name before anything is built
-    overrides = tokenizer_arguments(vars(args))
-    tokenizer = get_tokenizer(args.model, **overrides)
+    overrides: Any = tokenizer_arguments(vars(args))
+    tokenizer: Any = get_tokenizer(args.model, **overrides)
     torch.manual_seed(0)
-    model = create_model(args.model, args.pretrained, **overrides).eval()
+    model: Any = create_model(args.model, args.pretrained, **overrides).eval()
     ids = tokenizer([args.caption])
     attention = special_attention(getattr(model, "text", model), ids, args.layer)[0]  # [m + 1, seq_len]
     words = tokenizer.words(ids[0].tolist())
@@ -55,7 +56,7 @@ def view(args: argparse.Namespace) -> dict[str, object]:
     return found | {"similarity": (features @ features.T).tolist()}
 
 
-def draw(found: dict[str, object]) -> object:
+def draw(found: dict[str, Any]) -> Any:
     """Draws the attention of each token to each word, and the similarity matrix; returns the figure."""
     import matplotlib
 

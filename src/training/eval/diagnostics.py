@@ -11,6 +11,7 @@ open; the docstrings below state our choices.
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,13 +136,13 @@ def _token_keys(tokenizer: Callable, texts: Sequence[str]) -> list[bytes]:
 
 def _compare(
     r: RankedSet, texts: list[str], after: dict[str, np.ndarray], before: dict[str, np.ndarray]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Compares a change with the captions as they are; without differences if these are what was measured.
 
     `after` and `before` map directions to the probability that a right answer comes first, [num_queries].
     """
     unchanged = (join_split(split_sentences(caption)) for caption in r.pairs.captions)
-    found: dict[str, object] = {"changed": sum(new != old for new, old in zip(texts, unchanged))}
+    found: dict[str, Any] = {"changed": sum(new != old for new, old in zip(texts, unchanged))}
     for direction, clusters in zip(DIRECTIONS, (None, r.owner.numpy())):
         found[direction] = {"top1": float(after[direction].mean())}
         if after is not before:
@@ -227,8 +228,7 @@ def monotonicity(
             else:
                 scores.append(0.0 if np.ptp(values) <= TIE_TOLERANCE else np.corrcoef(np.arange(n), values)[0, 1])
             kept.append(number)
-        scores = torch.tensor(scores, dtype=torch.float64)
-        found[str(segments or "K")] = _summary(scores, kept, owner, tied, tied_by_cut)
+        found[str(segments or "K")] = _summary(torch.tensor(scores).double(), kept, owner, tied, tied_by_cut)
     return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from open_clip import get_input_dtype
@@ -25,6 +25,7 @@ from training.model.assembly.factory import EncoderParts
 from training.model.tokenizers import tokenise_and_count_lost
 from training.model.towers.image_encoder import image_encoder
 from training.model.towers.text_encoder import PADDING_MULTIPLE, cut_padding, text_encoder
+from training.readers.files import StoredImage
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, join_rows, merge_over_ranks, stop_on_every_rank, sum_over_ranks
 from training.runtime.processes import SIGNALS
@@ -60,7 +61,7 @@ class ComputeOptions:
     allow_broken: bool = False
 
     @classmethod
-    def from_flags(cls, args: argparse.Namespace, **others: object) -> "ComputeOptions":
+    def from_flags(cls, args: argparse.Namespace, **others: Any) -> "ComputeOptions":
         """Returns the options that the flags of an evaluation ask for, with some `others`."""
         sort, decoding = args.text_packing != "padded", args.image_decoding or IN_EVALUATION
         flags = (args.batch_size, args.workers, args.precision, sort, args.text_batch_size, decoding, args.image_cache)
@@ -104,7 +105,7 @@ class Batches(Dataset):
         return self.load(self.positions[number])
 
 
-def _load_images(paths: Sequence[Path], read: Callable, positions: list[int]) -> Batch:
+def _load_images(paths: Sequence[Path | StoredImage], read: Callable, positions: list[int]) -> Batch:
     """Returns a batch of pixels [n, 3, H, W] of the readable files."""
     found = dict(zip(positions, read([paths[p] for p in positions])))
     broken = {position: str(error) for position, error in found.items() if isinstance(error, BrokenImageError)}
@@ -135,7 +136,7 @@ class Encoder:
     env: DistEnv
     options: ComputeOptions = ComputeOptions()
 
-    def images(self, paths: Sequence[Path], without_head: bool = False) -> Encoding:
+    def images(self, paths: Sequence[Path | StoredImage], without_head: bool = False) -> Encoding:
         """Encodes image files.
 
         Args:
@@ -149,10 +150,10 @@ class Encoder:
         tower = image_encoder(self.parts.model, without_head)
         return self._encode(tower, self.load_images(paths), len(paths), "image")
 
-    def load_images(self, paths: Sequence[Path]) -> Iterator[Batch]:
+    def load_images(self, paths: Sequence[Path | StoredImage]) -> Iterator[Batch]:
         """Yields this rank's batches of pixels."""
         options = self.options
-        reader = ImageReader(self.parts.preprocess, options.image_decoding)
+        reader: Any = ImageReader(self.parts.preprocess, options.image_decoding)
         if options.image_cache:
             reader = CachedReader(options.image_cache, self.parts.preprocess, options.image_decoding)
         load = partial(_load_images, paths, reader.read)
@@ -173,7 +174,9 @@ class Encoder:
             TypeError: the tokenizer's truncated tokens can't be counted.
             FloatingPointError: the model returned NaN or infinity.
         """
-        order, encoder, pad_id = range(len(texts)), self.parts.model.encode_text, None
+        order: Sequence[int] = range(len(texts))
+        encoder: Any = self.parts.model.encode_text
+        pad_id = None
         if self.options.sort_texts:
             # The number of characters approximates that of tokens, which is not known yet. Longest first, so that
             # running out of memory happens immediately.
@@ -198,7 +201,7 @@ class Encoder:
             if batch.broken and not self.options.allow_broken:
                 reason = next(iter(batch.broken.values()))
                 raise BrokenImageError(f"{reason}; replace the file, or add --allow-missing to skip it")
-            if batch.positions:
+            if batch.inputs is not None:
                 rows = run_tower(tower, batch.inputs, self.env.device, self.options.precision, normalise)
                 features.append((batch.positions, rows))
                 lost_tokens[batch.positions] = batch.lost_tokens

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,7 +22,6 @@ from torchvision import transforms
 
 from training.data.images import ImageReader
 from training.model.weights.fingerprint import probe_images
-from training.readers.files import EmbeddedImage, ShardMember
 from training.readers.images import BrokenImageError, Source
 from training.runtime.files import atomic_write
 from training.runtime.messages import warn_once
@@ -29,7 +29,7 @@ from training.runtime.messages import warn_once
 FORMAT = 3
 
 
-def image_key(path: Path | ShardMember | EmbeddedImage) -> bytes:
+def image_key(path: Any) -> bytes:
     """Returns a key that identifies an image file by path, size and modification time."""
     status = path.stat()
     identity = f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
@@ -80,7 +80,7 @@ class CachedReader:
                 found.append(error)
         return found
 
-    def _pixels(self, source: Source) -> np.ndarray:
+    def _pixels(self, source: Any) -> np.ndarray:
         key = image_key(source).hex()
         path = self.folder / key[:2] / f"{key}.npz"
         try:

@@ -1,6 +1,7 @@
 """The effective length of a model's captions: with how many tokens recall reaches 95% of its best value."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def hits_by_image(owner: torch.Tensor, i2t: RankCounts, t2i: RankCounts) -> np.n
     return np.stack([hit_probability(i2t, 1).numpy(), captions, np.bincount(owner)], axis=1)
 
 
-def effective_lengths(hits: dict[str, dict[int, np.ndarray]]) -> dict[str, dict[str, object]]:
+def effective_lengths(hits: dict[str, dict[int, np.ndarray]]) -> dict[str, dict[str, Any]]:
     """Returns effective lengths and their 95% intervals for each set, and for the mean over the sets as ``all``.
 
     Recall is the mean of both directions. Sets near chance get None. Intervals resample the images of each set.
@@ -55,7 +56,10 @@ def effective_lengths(hits: dict[str, dict[int, np.ndarray]]) -> dict[str, dict[
         ``effective_length``: title, and ``all``, -> number of tokens; ``effective_length_ci95``: likewise.
     """
     rng = np.random.default_rng(0)
-    lengths, curves, result, intervals = [], [], {}, {}
+    lengths: list[int] = []
+    curves: list[np.ndarray] = []
+    result: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     for title, by_length in hits.items():
         lengths, counts = list(by_length), list(by_length.values())
         num_images = len(counts[0])

@@ -10,7 +10,7 @@ the metrics are expectations over it. A model that gives every pair the same sco
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -212,9 +212,9 @@ def bootstrap_interval(
         num_resamples: number of bootstrap draws.
         seed: seed of the draws.
     """
-    clusters = np.arange(len(values)) if clusters is None else clusters.numpy()
-    means = _resampled_means(values.numpy(), clusters, num_resamples, seed)
-    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+    groups = np.arange(len(values)) if clusters is None else clusters.numpy()
+    low, high = np.percentile(_resampled_means(values.numpy(), groups, num_resamples, seed), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _resampled_means(values: np.ndarray, clusters: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
@@ -265,7 +265,7 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, clusters: np.ndarray
 
 def summarise(
     counts: RankCounts, ks: Sequence[int] = (1, 5, 10), clusters: torch.Tensor | None = None
-) -> dict[str, float | list[float]]:
+) -> dict[str, Any]:
     """Returns recall and ranks over all queries.
 
     Args:

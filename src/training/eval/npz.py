@@ -19,6 +19,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,11 +41,12 @@ def write_features(encoded: EncodedSet, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{encoded.pairs.key}.npz"
     pairs = encoded.pairs
-    arrays = {"image_features": encoded.images.numpy(), "text_features": encoded.texts.numpy()}
+    arrays: dict[str, Any] = {"image_features": encoded.images.numpy(), "text_features": encoded.texts.numpy()}
     arrays |= {"lost_tokens": encoded.lost_tokens.numpy(), "image_of_caption": np.array(pairs.image_of_caption)}
     texts = {"captions": pairs.captions, "image_paths": [os.path.abspath(str(path)) for path in pairs.image_paths]}
     texts |= {"title": pairs.title, "protocol": pairs.protocol}
-    np.savez(path, **arrays, **{name: np.array(value) for name, value in texts.items()})
+    arrays |= {name: np.array(value) for name, value in texts.items()}
+    np.savez(path, **arrays)
     return path
 
 
@@ -139,7 +141,8 @@ class QueryRanks:
 
 def write_ranks(ranked: Sequence[RankedSet], path: Path) -> None:
     """Writes the ranks of all benchmarks of a run, replacing those of an earlier evaluation."""
-    arrays, meta = {}, {}
+    arrays: dict[str, Any] = {}
+    meta = {}
     for r in ranked:
         key = r.result.key
         meta[key] = {"title": r.pairs.title, "digest": r.pairs.fingerprint(), "protocol": r.pairs.protocol}
@@ -149,7 +152,8 @@ def write_ranks(ranked: Sequence[RankedSet], path: Path) -> None:
             counts = getattr(r, direction)
             arrays[f"{key}/{direction}-rank"] = expected_rank(counts).to(torch.float32).numpy()
             arrays[f"{key}/{direction}-top1"] = hit_probability(counts, 1).to(torch.float32).numpy()
-    np.savez_compressed(path, **{_META: np.array(json.dumps(meta))}, **arrays)
+    arrays[_META] = np.array(json.dumps(meta))
+    np.savez_compressed(path, **arrays)
 
 
 def read_ranks(run: str | Path) -> dict[str, QueryRanks]:

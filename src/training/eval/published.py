@@ -80,16 +80,16 @@ def find_published(
     Raises:
         FileNotFoundError, ValueError: the name or file given does not exist or does not contain the model.
     """
-    is_file = bool(asked) and asked.endswith(".json")
-    models, numbers = read_published(asked if is_file else FILE)
-    if asked and not is_file:
+    file = asked if asked and asked.endswith(".json") else None
+    models, numbers = read_published(file or FILE)
+    if asked and not file:
         if asked not in models:
             raise ValueError(f"--published {asked}: no such model in our list; expected one of {', '.join(models)}")
         return [number for number in numbers if number.model == asked]
     hashed = [name for name, m in models.items() if weights_sha256 and weights_sha256 in m.get("weights_sha256", ())]
     named = [name for name, m in models.items() if [model, pretrained] in m.get("match", ())]
     found = (hashed + named)[:1]
-    if is_file and not found:
+    if file and not found:
         raise ValueError(
             f"--published {asked}: no model in this file has the weights {weights_sha256} or matches "
             f"{json.dumps([model, pretrained])}; add weights_sha256 or match to one of {', '.join(models)}"

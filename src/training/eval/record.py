@@ -5,7 +5,7 @@ The JSON keys are the published ones, such as ``dci-retrieval-i2t-top1`` and ``i
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tabulate import tabulate
 
@@ -62,9 +62,9 @@ class Result:
         """Whether the complete benchmark was evaluated."""
         return self.num_pairs == self.num_expected
 
-    def columns(self) -> dict[str, object]:
+    def columns(self) -> dict[str, Any]:
         """Returns the values under their published names without the key, as in the columns of `training.results`."""
-        found: dict[str, object] = {"benchmark": self.title}
+        found: dict[str, Any] = {"benchmark": self.title}
         for name, value in vars(self).items():
             found |= {f"{name}-{k}": v for k, v in vars(value).items()} if isinstance(value, Recall) else {name: value}
         del found["key"]
@@ -72,7 +72,7 @@ class Result:
         found[self.unit] = f"{self.num_pairs:,} of {self.num_expected:,} {self.unit}"
         return {name.replace("_", "-"): value for name, value in found.items()}
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """Returns the values under their published keys."""
         return {f"{self.key}-{name}": value for name, value in self.columns().items() if name != "benchmark"}
 
@@ -147,7 +147,7 @@ def of_expected(number: float, expected: float) -> str:
     return f"{number:,.0f}" if number == expected else f"{number:,.0f} of {expected:,.0f}"
 
 
-def result_rows(records: Iterable[Mapping[str, object]]) -> list[dict[str, str]]:
+def result_rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Returns the cells of a table of results, in percent: image to text before text to image.
 
     Args:
@@ -179,7 +179,7 @@ def result_rows(records: Iterable[Mapping[str, object]]) -> list[dict[str, str]]
     return rows
 
 
-def format_rows(rows: Sequence[Mapping[str, str]], num_left: int = 1, **options: object) -> str:
+def format_rows(rows: Sequence[Mapping[str, object]], num_left: int = 1, **options: Any) -> str:
     """Returns a table with the names of the cells as headings.
 
     Args:

@@ -7,6 +7,7 @@ compared with the images that have it among their candidates, and all other pair
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip import get_input_dtype
@@ -43,9 +44,10 @@ def rerank_sets(encoder: Encoder, ranked: Sequence[RankedSet], num_candidates: i
         scores = score_candidates(encoder, r.pairs.image_paths, queries.features, candidates)
         i2t, t2i = count_listed(candidates, scores, r.owner)
         listed = f"{candidates.shape[1]} captions of each image reranked"
-        about = {"title": f"{r.result.title}, {candidates.shape[1]} reranked", "key": f"{r.result.key}-reranked"}
-        recall = {"i2t": Recall.of(summarise(i2t)), "t2i": Recall.of(summarise(t2i, clusters=r.owner))}
-        results.append(replace(r.result, **about, **recall, protocol=f"{r.result.protocol}, {listed}"))
+        about: dict[str, Any] = {"title": f"{r.result.title}, {candidates.shape[1]} reranked"}
+        about |= {"key": f"{r.result.key}-reranked", "protocol": f"{r.result.protocol}, {listed}"}
+        about |= {"i2t": Recall.of(summarise(i2t)), "t2i": Recall.of(summarise(t2i, clusters=r.owner))}
+        results.append(replace(r.result, **about))
     return results
 
 
@@ -67,10 +69,11 @@ def score_candidates(
     Raises:
         BrokenImageError: an image can't be read; raised on its rank only.
     """
-    model, device, precision = encoder.parts.model, encoder.env.device, encoder.options.precision
+    model: Any = encoder.parts.model
+    device, precision = encoder.env.device, encoder.options.precision
     scores = torch.zeros(candidates.shape)
     for batch in encoder.load_images(paths):
-        if batch.broken:
+        if batch.broken or batch.inputs is None:
             raise BrokenImageError(next(iter(batch.broken.values())))
         pixels = batch.inputs.to(device, get_input_dtype(precision))
         with get_autocast(precision, device_type=device.type)():

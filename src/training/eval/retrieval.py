@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,13 +42,15 @@ class RetrievalWork:
 
 def read_benchmarks(args: argparse.Namespace) -> tuple[list[RetrievalSet], tuple[ClassificationSet, ...]]:
     """Reads every benchmark that the flags name; returns retrieval and classification sets, in the published order."""
-    sets, classification = [], []
+    sets: list[RetrievalSet] = []
+    classification: list[ClassificationSet] = []
     for benchmark in benchmarks():
         if getattr(args, destination(benchmark.flag)):
             found = benchmark.sets(args)
             if args.exif_rotation == "on" or (args.exif_rotation == "auto" and benchmark.group == "own"):
-                found = [replace(s, image_paths=tuple(map(upright, s.image_paths))) for s in found]
-            (classification if benchmark.classification else sets).extend(found)
+                found = [replace(s, image_paths=tuple(upright(path) for path in s.image_paths)) for s in found]
+            kind: list[Any] = classification if benchmark.classification else sets
+            kind.extend(found)
     return sets, tuple(classification)
 
 

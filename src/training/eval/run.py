@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -82,7 +81,7 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
         ValueError, FileNotFoundError: the message says what is wrong and what to do.
     """
     weights = None
-    work = RetrievalWork([], {}) if args.features else plan_benchmarks(args)
+    work = (None if args.features else plan_benchmarks(args)) or RetrievalWork([], {})
     if not args.features or asks_about_texts(args):
         from training.model.assembly.from_flags import check_pooling, find_weights
 
@@ -93,7 +92,8 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     published = find_published(args.published, args.model, args.pretrained, sha256)
     name = args.name or (run_name("features") if args.features else run_name(args.model, args.precision))
     folder = Path(args.logs) / name
-    for number in itertools.count(2):
+    number = 1
+    while True:
         try:
             if not args.dry_run:  # a full or read-only disk is noticed now, not after an hour of encoding
                 lease.take(folder / "checkpoints", f"--name {name}")
@@ -101,6 +101,7 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
         except ValueError:  # jobs that started in the same second have the same name unless they were given one
             if args.name:
                 raise
+            number += 1
             folder = Path(args.logs) / f"{name}-{number}"
 
 
@@ -109,8 +110,8 @@ def _describe(args: argparse.Namespace, plan: Plan, encoded: list[EncodedSet] | 
     sets = [s.pairs for s in encoded] if encoded else plan.work.sets
     for s in sets:
         print(f"{describe_completeness(s)[0]}\n  {describe_pairs(s.title, s.protocol, s.fingerprint())}")
-    for s in plan.work.classification:
-        print(f"{s.title}: {len(s.labels):,} of {max(s.num_published, len(s.labels)):,} images")
+    for c in plan.work.classification:
+        print(f"{c.title}: {len(c.labels):,} of {max(c.num_published, len(c.labels)):,} images")
     images = set(plan.work.identity.values())
     captions = {caption for s in plan.work.sets for caption in s.captions}
     print(f"Model: {label_of(args)}, {args.precision}, weights {(plan.weights_sha256 or 'none')[:16]}")
@@ -146,12 +147,13 @@ def _measure(
         from training.eval.diagnostics import check_text_model, diagnose
         from training.eval.rerank import rerank_sets
         from training.eval.zero_shot import evaluate_zero_shot
-    if encoded is None:
-        encoded = encode_sets(encoder, work) if work.sets else []
-    elif encoder:
-        for one in encoded:
+
+        for one in encoded or ():
             check_text_model(encoder, one)
-    ranked = [rank_set(one, env) for one in encoded]
+    if encoded is None and work.sets:
+        ranked = [rank_set(one, env) for one in encode_sets(encoder, work)]
+    else:
+        ranked = [rank_set(one, env) for one in encoded or ()]
     reranked = rerank_sets(encoder, ranked, args.rerank) if args.rerank else []
     diagnostics = diagnose(encoder, ranked, changes, args.seed) if changes and ranked else {}
     zero_shot = evaluate_zero_shot(encoder, work.classification) if encoder else []

@@ -35,7 +35,7 @@ def evaluate_zero_shot(encoder: Encoder, sets: Sequence[ClassificationSet]) -> l
     if not sets:
         return []
     described, prompts = sets[0].class_texts, TEMPLATES
-    class_texts = [[template(name) for template in OPENAI_IMAGENET_TEMPLATES] for name in IMAGENET_CLASSNAMES]
+    class_texts = tuple(tuple(template(name) for template in OPENAI_IMAGENET_TEMPLATES) for name in IMAGENET_CLASSNAMES)
     if described:
         class_texts, prompts = described.texts, described.name
     image_cache, text_cache = open_caches(encoder)
@@ -44,7 +44,7 @@ def evaluate_zero_shot(encoder: Encoder, sets: Sequence[ClassificationSet]) -> l
     if encoder.env.is_main and (num_cut := int(classes.lost_tokens.sum())):
         logging.warning(
             f"{prompts}: {num_cut:,} of {sum(map(len, class_texts)):,} class descriptions are longer than the model's "
-            f"context of {encoder.parts.tokenizer.context_length} tokens and are truncated."
+            f"context of {getattr(encoder.parts.tokenizer, 'context_length', 0)} tokens and are truncated."
         )
     results = []
     for s in sets:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.flags.model import PRECISIONS
 from training.flags.types import not_negative, positive
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("images", metavar="IMAGES", type=Path, help="folder, with all folders below it")
     parser.add_argument("--index", required=True, type=Path, metavar="DIR", help="folder that stores the vectors")
     parser.add_argument("--no-update", action="store_true", help="search the index without looking at the files")
-    group = parser.add_argument_group("query").add_mutually_exclusive_group()
+    group: Any = parser.add_argument_group("query").add_mutually_exclusive_group()
     group.add_argument("--query", metavar="TEXT", help="a text, in quotes")
     group.add_argument("--image", type=Path, metavar="FILE", help="an image file")
     group = parser.add_argument_group("results")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 import torch
@@ -58,7 +58,9 @@ def list_images(folder: Path) -> FolderContent:
         raise FileNotFoundError(f"IMAGES {folder}: no such folder")
     images: dict[int, str] = {}
     others: Counter = Counter()
-    real, linked, seen = [os.fspath(folder)], [], set()
+    real = [os.fspath(folder)]
+    linked: list[str] = []
+    seen = set()
     start = len(os.path.join(folder, ""))
     while real or linked:  # links last, so that a folder has its real path if it is below IMAGES
         directory = real.pop() if real else linked.pop()
@@ -79,8 +81,8 @@ def list_images(folder: Path) -> FolderContent:
             stem, _, suffix = entry.name.rpartition(".")
             if stem and suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
                 status = entry.stat()
-                identity = os.fsencode(entry.path[start:]) + b"\0%d\0%d" % (status.st_size, status.st_mtime_ns)
-                images[int.from_bytes(blake2b(identity, digest_size=8).digest(), "big")] = entry.path
+                name_and_time = os.fsencode(entry.path[start:]) + b"\0%d\0%d" % (status.st_size, status.st_mtime_ns)
+                images[int.from_bytes(blake2b(name_and_time, digest_size=8).digest(), "big")] = entry.path
             elif entry.is_dir():
                 (linked if entry.is_symlink() else real).append(entry.path)
             else:
@@ -215,7 +217,7 @@ class ImageIndex:
         """
         cosine = torch.cat([block @ query for block in self.vectors()])
         best = cosine.topk(min(top, len(cosine)))
-        return list(zip(self.paths(best.indices), best.values.tolist()))
+        return list(zip(self.paths(best.indices.tolist()), best.values.tolist()))
 
 
 def make_encoder(args: argparse.Namespace) -> Encoder:
@@ -226,7 +228,7 @@ def make_encoder(args: argparse.Namespace) -> Encoder:
     """
     device = check_device(args.device)
     find_weights(args, device, "its results are random")
-    overrides = tokenizer_arguments(vars(args))
+    overrides: Any = tokenizer_arguments(vars(args))
     tokenizer = get_tokenizer(args.model, **overrides)
     torch.manual_seed(0)  # an untrained model has the same weights in every call
     model, train_transform, preprocess = create_model_and_transforms(
@@ -252,6 +254,7 @@ def encode_query(encoder: Encoder, query: str | Path) -> tuple[torch.Tensor, str
             raise BrokenImageError(f"--image: {found.broken[0]}")
         return found.features[0], ""
     found = encoder.texts([query])
-    lost, length = int(found.lost_tokens[0]), encoder.parts.tokenizer.context_length
+    tokenizer: Any = encoder.parts.tokenizer
+    lost, length = int(found.lost_tokens[0]), tokenizer.context_length
     note = f"Query: truncated to the model's {length:,} tokens; the last {lost:,} tokens are ignored." if lost else ""
     return found.features[0], note

@@ -25,13 +25,14 @@ def write_page(
         facts: name -> value, shown below the heading.
     """
     files = [upright(path) for path, _ in results]
-    is_image = isinstance(query, Path)
-    thumbnails = make_thumbnails([*files, upright(query)] if is_image else files, MAX_BYTES // 2)
+    if isinstance(query, Path):
+        files.append(upright(query))
+    thumbnails = make_thumbnails(files, MAX_BYTES // 2)
     encoded = [base64.b64encode(thumbnail).decode() for thumbnail in thumbnails]
     page = render_page(
         TEMPLATES / "search.html.j2",
         query=str(query),
-        query_image=encoded[-1] if is_image else None,
+        query_image=encoded[-1] if isinstance(query, Path) else None,
         facts=facts,
         results=[
             {"name": str(file.relative_to(folder)), "address": file.resolve().as_uri(), "score": f"{score:.4f}"}

@@ -4,7 +4,7 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from textwrap import fill
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ _SCORES = {
 }
 
 
-def recall_curves(ranked: Sequence[RankedSet]) -> list[dict[str, object]]:
+def recall_curves(ranked: Sequence[RankedSet]) -> list[dict[str, Any]]:
     """Returns for each benchmark and direction ``title``, ``direction`` and ``recall``, fractions at each of `KS`."""
     curves = []
     for r, (direction, name) in itertools.product(ranked, DIRECTIONS.items()):
@@ -36,7 +36,7 @@ def recall_curves(ranked: Sequence[RankedSet]) -> list[dict[str, object]]:
     return curves
 
 
-def draw_recall(curves: Sequence[dict[str, object]]) -> str:
+def draw_recall(curves: Sequence[dict[str, Any]]) -> str:
     """Draws recall at k over k, one panel per direction; returns SVG."""
     import matplotlib
 
@@ -61,7 +61,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def to_svg(figure: object) -> str:
+def to_svg(figure: Any) -> str:
     """Returns a matplotlib figure as SVG without a date, and closes it."""
     from matplotlib import pyplot
 
@@ -149,7 +149,7 @@ class Figure(NamedTuple):
 
     title: str
     file: str
-    drawing: object
+    drawing: Any
 
 
 def draw(label: str, found: dict[str, dict]) -> Figure | None:
@@ -167,7 +167,7 @@ def draw(label: str, found: dict[str, dict]) -> Figure | None:
     return None
 
 
-def draw_card(label: str, found: dict[str, dict]) -> object:
+def draw_card(label: str, found: dict[str, dict]) -> Any:
     """Draws recall by tokens and by sentences; with diagnostics also recall by position and the effect of changes.
 
     Args:
@@ -213,7 +213,7 @@ def _describe_scores(title: str, measured: dict) -> str:
     return f"{title}: {', '.join(himo)}{preferred}"
 
 
-def _draw_curves(axes: object, kind: str, lengths: dict, titles: list[str]) -> None:
+def _draw_curves(axes: Any, kind: str, lengths: dict, titles: list[str]) -> None:
     for number, title in enumerate(titles):
         curve, colour = lengths["sets"][title][kind], f"C{number}"
         x = [int(name) for name in curve] if kind == "tokens" else range(len(curve))
@@ -228,7 +228,7 @@ def _draw_curves(axes: object, kind: str, lengths: dict, titles: list[str]) -> N
     axes.grid(alpha=0.3)
 
 
-def _draw_intervals(axes: object, by_title: Mapping[str, dict[str, tuple]], label: str) -> None:
+def _draw_intervals(axes: Any, by_title: Mapping[str, dict[str, tuple]], label: str) -> None:
     """Draws for each title and name a fraction with its interval, (value, low, high), in percent."""
     names = list(dict.fromkeys(name for found in by_title.values() for name in found))
     for number, found in enumerate(by_title.values()):

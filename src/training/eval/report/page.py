@@ -19,7 +19,7 @@ from training.eval.published import published_rows
 from training.eval.record import DIRECTIONS, format_rows, result_rows
 from training.eval.report.figures import KS, Figure, draw_recall, format_diagnostics, recall_curves, to_svg
 from training.eval.retrieval import Outcome, RankedSet
-from training.readers.files import NUM_THREADS, ShardMember
+from training.readers.files import NUM_THREADS, StoredImage
 from training.readers.images import BrokenImageError, load_rgb
 from training.runtime.messages import render_page
 
@@ -208,7 +208,7 @@ def _evenly(items: torch.Tensor, number: int) -> torch.Tensor:
     return items[torch.arange(number) * len(items) // max(number, 1)]
 
 
-def make_thumbnails(paths: Sequence[Path | ShardMember], budget: int) -> list[bytes]:
+def make_thumbnails(paths: Sequence[Path | StoredImage], budget: int) -> list[bytes]:
     """Makes a WebP thumbnail of each image, with the largest of `STEPS` for which all thumbnails fit the budget.
 
     Args:
@@ -227,13 +227,13 @@ def make_thumbnails(paths: Sequence[Path | ShardMember], budget: int) -> list[by
     return _make_all(paths, STEPS[-1])
 
 
-def _make_all(paths: Sequence[Path | ShardMember], step: tuple[int, int]) -> list[bytes]:
+def _make_all(paths: Sequence[Path | StoredImage], step: tuple[int, int]) -> list[bytes]:
     # Threads, because Pillow releases the GIL while decoding. Few lines in a log file.
     how = {"max_workers": NUM_THREADS, "delay": 2, "mininterval": 0.5 if sys.stderr.isatty() else 30}
     return thread_map(lambda path: _thumbnail(path, *step), paths, desc="thumbnails", unit="image", **how)
 
 
-def _thumbnail(path: Path | ShardMember, edge: int, quality: int) -> bytes:
+def _thumbnail(path: Path | StoredImage, edge: int, quality: int) -> bytes:
     try:
         image = load_rgb(path, at_least=2 * edge)
     except BrokenImageError:
