@@ -72,13 +72,7 @@ def count_ranks(
     device = float64_device(device)
     height, width = tile or TILES.get(device.type, TILES["cuda"])
     num_images, num_captions = len(image_features), len(text_features)
-    scores = []  # of each caption with its own image
-    for index, block in zip(image_of_caption.split(width), text_features.split(width)):
-        pairs = image_features[index.to(image_features.device)].to(device, torch.float64) * block.to(
-            device, torch.float64
-        )
-        scores.append(pairs.sum(dim=1).cpu())
-    pair_score = torch.cat(scores)
+    pair_score = _scores_of_pairs(image_features, text_features, image_of_caption, device, width)
     best_score = torch.full((num_images,), -torch.inf, dtype=torch.float64)
     best_score.scatter_reduce_(0, image_of_caption, pair_score, reduce="amax")
     if both and torch.isinf(best_score).any():
@@ -178,6 +172,17 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero()[:, 0]
+
+
+def _scores_of_pairs(
+    images: torch.Tensor, texts: torch.Tensor, image_of_caption: torch.Tensor, device: torch.device, block_size: int
+) -> torch.Tensor:
+    """Returns the similarity of each caption with its own image, float64 [num_captions] on the CPU."""
+    scores = []
+    for index, block in zip(image_of_caption.split(block_size), texts.split(block_size)):
+        pairs = images[index.to(images.device)].to(device, torch.float64) * block.to(device, torch.float64)
+        scores.append(pairs.sum(dim=1).cpu())
+    return torch.cat(scores)
 
 
 def hit_probability(counts: RankCounts, k: int) -> torch.Tensor:

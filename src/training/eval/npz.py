@@ -93,10 +93,10 @@ def _read_one(path: Path) -> EncodedSet:
     return EncodedSet(pairs, images, texts, torch.from_numpy(lost.astype(np.int64)))
 
 
-def _load(path: Path, what: str, remedy: str = "") -> dict[str, np.ndarray]:
-    """Reads all arrays of a file; `what` names it in messages, and `remedy` says how to make it."""
+def _load(path: Path, what: str, missing: str = "no such file") -> dict[str, np.ndarray]:
+    """Reads all arrays of a file; `what` names it in messages, and `missing` is said if there is none."""
     if not path.is_file():
-        raise FileNotFoundError(f"{what}: no such file{remedy}")
+        raise FileNotFoundError(f"{what}: {missing}")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -170,7 +170,9 @@ def read_ranks(run: str | Path) -> dict[str, QueryRanks]:
         ValueError: the file does not contain ranks.
     """
     path = Path(run) / FILE if Path(run).is_dir() else Path(run)
-    arrays = _load(path, str(path), "; evaluate the model with --logs and --name, then give that folder")
+    arrays = _load(
+        path, str(run), f"no {FILE} in this folder; evaluate the model with --logs and --name, then give that folder"
+    )
     ranks = {}
     try:
         for key, about in json.loads(str(arrays[_META])).items():

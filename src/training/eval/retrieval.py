@@ -48,7 +48,8 @@ def read_benchmarks(args: argparse.Namespace) -> tuple[list[RetrievalSet], tuple
         if getattr(args, destination(benchmark.flag)):
             found = benchmark.sets(args)
             if args.exif_rotation == "on" or (args.exif_rotation == "auto" and benchmark.group == "own"):
-                found = [replace(s, image_paths=tuple(upright(path) for path in s.image_paths)) for s in found]
+                # They are used like paths.
+                found = [replace(s, image_paths=tuple(map(upright, s.image_paths))) for s in found]  # type: ignore[arg-type]
             kind: list[Any] = classification if benchmark.classification else sets
             kind.extend(found)
     return sets, tuple(classification)
