@@ -14,8 +14,7 @@ from PIL import Image
 import training
 from eval_files import write_image
 from training.eval.caches import describe_image_tower, encode_images_once, open_caches
-from training.eval.encode import ComputeOptions, Encoder
-from training.eval.image_cache import CachedReader, image_key
+from training.eval.encode import CachedReader, ComputeOptions, Encoder, image_key
 from training.model.assembly.factory import EncoderParts
 from training.model.weights.fingerprint import fingerprint, probe_images, rounded
 from training.readers.images import load_rgb

@@ -12,7 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from dataloaders.own import read_shard_pairs
 from eval_files import write_image, write_shard
 from training.data.images import MODES, ImageReader
-from training.eval.image_cache import CachedReader
+from training.eval.encode import CachedReader
 from training.main import main
 from training.readers.images import BrokenImageError
 

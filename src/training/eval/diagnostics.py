@@ -158,7 +158,12 @@ def _measure_sentences(encoder: Encoder, r: RankedSet, originals: FeatureStore, 
         numbers = range(start, min(start + CAPTIONS_AT_ONCE, len(captions)))
         sentences = [split_sentences(captions[n]) or [""] for n in numbers]
         prefixes = [[join_split(s[: k + 1]) for k in range(len(s))] for s in sentences]
-        doubtful = [_half_truths_of(s, wrong_sentence(captions, owner, n, seed)) for n, s in zip(numbers, sentences)]
+        # Of the first sentence and of the whole caption: the correct text, and it with the wrong sentence.
+        wrong = [wrong_sentence(captions, owner, n, seed) for n in numbers]
+        doubtful = [
+            [join_split(text) for correct in (s[:1], s) for text in (correct, [*correct, w])] if w else []
+            for s, w in zip(sentences, wrong)
+        ]
         groups = sentences + prefixes + doubtful
         texts = list(itertools.chain(*groups))
         keys = _token_keys(encoder.parts.tokenizer, texts)
@@ -181,13 +186,6 @@ def _measure_sentences(encoder: Encoder, r: RankedSet, originals: FeatureStore, 
         "wrong_sentence": half_truths(pairs, r.owner),
         "positions": recall_by_position(*map(torch.cat, zip(*searched))),
     }
-
-
-def _half_truths_of(sentences: list[str], wrong: str | None) -> list[str]:
-    """Returns for the first sentence and for the whole caption: the correct text, and it with the wrong sentence."""
-    if wrong is None:
-        return []
-    return [join_split(text) for correct in (sentences[:1], sentences) for text in (correct, [*correct, wrong])]
 
 
 def monotonicity(

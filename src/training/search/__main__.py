@@ -22,8 +22,7 @@ from training.runtime.processes import add_timeout_arg, ends_if_stuck, first_imp
 if TYPE_CHECKING:
     import torch
 
-    from training.eval.encode import Encoder
-    from training.search.index import FolderContent, ImageIndex
+    from training.search.index import ImageIndex
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,7 +80,16 @@ def _search(args: argparse.Namespace) -> None:
     encoder = make_encoder(args)
     index = ImageIndex(index_path(args.index, args.images, encoder))
     if folder:
-        _update(index, folder, encoder, args.save_every)
+        added, removed, broken = index.update(folder.images, encoder, args.save_every)
+        if not len(index):
+            raise ValueError(f"no readable image: {next(iter(broken.values()))}")
+        print(f"Index: {len(index):,} images ({added:,} new, {removed:,} removed) in {index.path}")
+        if broken:
+            print(f"Unreadable files, skipped: {len(broken):,}")
+            print("\n".join(f"  {reason}" for reason in list(broken.values())[:10]))
+        if folder.others:
+            kinds = ", ".join(f"{number:,} {kind}" for kind, number in folder.others.most_common(5))
+            print(f"Files other than images, skipped: {folder.others.total():,} ({kinds})")
     elif not len(index):
         raise ValueError(f"--no-update: there is no index of {args.images} for this model; run once without the flag")
     if args.export:
@@ -110,20 +118,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--html needs --query or --image")
 
 
-def _update(index: "ImageIndex", folder: "FolderContent", encoder: "Encoder", save_every: int) -> None:
-    """Updates the index and prints the numbers of files that were added, removed and skipped."""
-    added, removed, broken = index.update(folder.images, encoder, save_every)
-    if not len(index):
-        raise ValueError(f"no readable image: {next(iter(broken.values()))}")
-    print(f"Index: {len(index):,} images ({added:,} new, {removed:,} removed) in {index.path}")
-    if broken:
-        print(f"Unreadable files, skipped: {len(broken):,}")
-        print("\n".join(f"  {reason}" for reason in list(broken.values())[:10]))
-    if folder.others:
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in folder.others.most_common(5))
-        print(f"Files other than images, skipped: {folder.others.total():,} ({kinds})")
-
-
 def _answer(args: argparse.Namespace, index: "ImageIndex", query: str | Path, features: "torch.Tensor") -> None:
     from training.eval.record import format_rows
 
@@ -133,10 +127,10 @@ def _answer(args: argparse.Namespace, index: "ImageIndex", query: str | Path, fe
     rows = [{"": n, "score": f"{score:.4f}", "image": str(path)} for n, (path, score) in enumerate(results, start=1)]
     print(format_rows(rows, num_left=3))
     if args.html:
-        from training.search.page import write_page
+        from training.eval.report.page import write_search_page
 
         facts = {"model": args.model, "images": f"{len(index):,}", "folder": str(args.images)}
-        write_page(args.html, query, results, args.images, facts)
+        write_search_page(args.html, query, results, args.images, facts)
         print(f"\nPage: {args.html}")
 
 

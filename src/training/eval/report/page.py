@@ -1,4 +1,4 @@
-"""The HTML report: one file that opens from disk, needs no network, and allows only its own script to run."""
+"""HTML pages that open from disk and need no network: the report, whose own script alone may run, and a search."""
 
 import base64
 import gzip
@@ -19,8 +19,9 @@ from training.eval.published import published_rows
 from training.eval.record import DIRECTIONS, format_rows, result_rows
 from training.eval.report.figures import KS, Figure, draw_recall, format_diagnostics, recall_curves, to_svg
 from training.eval.retrieval import Outcome, RankedSet
-from training.readers.files import NUM_THREADS, StoredImage
+from training.readers.files import NUM_THREADS, StoredImage, upright
 from training.readers.images import BrokenImageError, load_rgb
+from training.runtime.files import atomic_write
 from training.runtime.messages import render_page
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -242,3 +243,36 @@ def _thumbnail(path: Path | StoredImage, edge: int, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=quality)
     return buffer.getvalue()
+
+
+def write_search_page(
+    path: Path, query: str | Path, results: Sequence[tuple[Path, float]], folder: Path, facts: dict[str, str]
+) -> None:
+    """Writes the page.
+
+    Args:
+        path: the file.
+        query: the text, or the image file.
+        results: image files and their scores, best first.
+        folder: folder of the images, to which the names shown are relative.
+        facts: name -> value, shown below the heading.
+    """
+    files = [upright(path) for path, _ in results]
+    if isinstance(query, Path):
+        files.append(upright(query))
+    thumbnails = make_thumbnails(files, MAX_BYTES // 2)
+    encoded = [base64.b64encode(thumbnail).decode() for thumbnail in thumbnails]
+    page = render_page(
+        TEMPLATES / "search.html.j2",
+        query=str(query),
+        query_image=encoded[-1] if isinstance(query, Path) else None,
+        facts=facts,
+        results=[
+            {"name": str(file.relative_to(folder)), "address": file.resolve().as_uri(), "score": f"{score:.4f}"}
+            | {"thumbnail": thumbnail}
+            for (file, score), thumbnail in zip(results, encoded)
+        ],
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
