@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.eval.record import Result, RetrievalResult, format_rows, of_expected, percent, result_rows, to_json
+from training.eval.record import Result, format_rows, result_rows, to_json
 from training.readers.captions import split_lines
 from training.runtime.files import append_line
 
@@ -26,15 +26,6 @@ FACTS = ("model", "pretrained", "weights_sha256", "precision", "date", "epoch", 
 def format_table(results: Sequence[Result]) -> str:
     """Returns the table of results for a terminal; all of retrieval, or all of classification."""
     return format_rows(result_rows(r.columns() for r in results))
-
-
-def format_markdown(results: Sequence[RetrievalResult], label: str) -> str:
-    """Returns a Markdown table with one row: R@1 in percent, I2T / T2I, with benchmarks in the published order."""
-    cells = {"model": label}
-    for r in results:
-        partial = "" if r.is_complete else f" ({of_expected(r.num_pairs, r.num_expected)} pairs)"
-        cells[r.title] = f"{percent(r.i2t.top1)} / {percent(r.t2i.top1)}{partial}"
-    return format_rows([cells], num_left=len(cells), tablefmt="github")
 
 
 def label_of(args: argparse.Namespace) -> str:

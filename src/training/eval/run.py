@@ -15,7 +15,7 @@ from training.eval.published import PublishedNumber, compare_with_published, exp
 from training.eval.record import describe_pairs, format_rows, of_expected
 from training.eval.report.figures import CARD, Figure, draw, format_diagnostics
 from training.eval.report.page import write_report
-from training.eval.results import format_markdown, format_table, label_of, run_name, write_results
+from training.eval.results import format_table, label_of, run_name, write_results
 from training.eval.retrieval import EncodedSet, Outcome, RetrievalWork, encode_sets, plan_benchmarks, rank_set
 from training.flags.effects import asks_about_texts
 from training.model.names.files import file_sha256
@@ -217,8 +217,6 @@ def _paragraphs(args: argparse.Namespace, plan: Plan, outcome: Outcome, comparis
             number = of_expected(r.num_pairs, r.num_expected)
             lines = [f"{r.title}: {number} {r.unit}{left_out}; not comparable with the full benchmark."]
             yield "\n".join(lines + ([missing[r.key]] if r.key in missing else []))
-    if results:
-        yield f"For a README (R@1, I2T / T2I):\n\n{format_markdown(results, label)}"
     if outcome.diagnostics:
         yield f"Recall with changed captions (percent and points):\n\n{format_diagnostics(outcome.diagnostics)}"
 
