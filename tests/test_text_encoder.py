@@ -13,6 +13,7 @@ from training.eval.encode import ComputeOptions, Encoder
 from training.main import main
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import make_arranger
+from training.model.towers.image_encoder import image_encoder
 from training.model.towers.text_encoder import text_encoder
 from training.model.towers.train_model import TrainModel
 from training.runtime.distributed import DistEnv
@@ -144,3 +145,20 @@ def test_evaluating_a_stock_model_computes_little_padding():
     assert max(widths) == 77 and min(widths) == 2  # the start and end of an empty caption
     expected = torch.nn.functional.normalize(model.encode_text(tokenizer(TEXTS)), dim=-1)
     torch.testing.assert_close(encoded, expected.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "num_tokens"), [({}, 1), ({"pool_type": "avg"}, 5), ({"attentional_pool": True}, 5), ({"layers": 1}, 5)]
+)
+def test_an_image_is_encoded_as_open_clip_does_with_one_token_in_the_last_block(change, num_tokens):
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 3, "ls_init_value": 0.5}
+    text = {"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(16, vision | change, text).eval()
+    pixels, seen = torch.randn(11, 3, 32, 32), []
+    with torch.no_grad():
+        expected = model.encode_image(pixels)
+        model.visual.transformer.resblocks[-1].mlp.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+        found = image_encoder(model)(pixels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert set(seen) == {num_tokens}

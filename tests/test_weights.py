@@ -75,6 +75,15 @@ def test_save_pretrained_loads_back_bit_for_bit(tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in clip.state_dict().items())
 
 
+def test_weights_that_are_not_drawn_are_all_loaded(tmp_path):
+    drawn = open_clip.create_model("ViT-S-32-alt")
+    torch.save(drawn.state_dict(), tmp_path / "weights.pt")
+    loaded = training.create_model("ViT-S-32-alt", str(tmp_path / "weights.pt"))
+    found = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+    for name, tensor in (*drawn.named_parameters(), *drawn.named_buffers()):  # also buffers that no file holds
+        assert torch.equal(tensor, found[name]), name
+
+
 def test_long_clip_files_merge_their_two_position_tables(base_clip, tmp_path):
     name, state, model_cfg = base_clip
     res, first = torch.randn(248, 64), torch.randn(248, 64)

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from open_clip import CLIP, CustomTextCLIP
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
@@ -13,6 +15,7 @@ from training.model.towers.locking import linear_head
 # two cores with 224-pixel images, 8 at a time instead of 64: ViT-B/16 1.4, ResNet-50 1.6, EfficientNet-lite0 1.9 times
 # as fast, ViT-B/32 1.06.
 IMAGES_AT_ONCE_ON_CPU = 8
+_USUAL = (CLIP.encode_image, CustomTextCLIP.encode_image)  # nothing but the tower
 
 
 def image_encoder(model: nn.Module, without_head: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -25,14 +28,16 @@ def image_encoder(model: nn.Module, without_head: bool = False) -> Callable[[tor
     Returns:
         Images [batch, 3, H, W] -> [batch, dim], or [batch, trunk_dim] without the head; not normalised.
     """
-    if without_head and linear_head(model.visual) is not None:
-        return partial(in_chunks, model.visual.trunk)
-    if _pools_class_token(model.visual):
-        return partial(in_chunks, partial(_class_token_features, model.visual))
-    return partial(in_chunks, model.encode_image)
+    visual: Any = getattr(model, "visual", None)
+    encode: Any = model.encode_image
+    if without_head and linear_head(visual) is not None:
+        encode = visual.trunk
+    elif type(model).encode_image in _USUAL and _pools_class_token(visual):
+        encode = partial(_class_token_features, visual)
+    return partial(in_chunks, encode)
 
 
-def _pools_class_token(visual: nn.Module) -> bool:
+def _pools_class_token(visual: Any) -> bool:
     """Returns whether `_class_token_features` computes what this tower does: open_clip's usual transformer."""
     if type(visual) is not VisionTransformer or visual.attn_pool is not None or visual.output_tokens:
         return False
@@ -41,7 +46,7 @@ def _pools_class_token(visual: nn.Module) -> bool:
     return visual.pool_type == "tok" and visual.proj is not None and len(blocks) > 1 and usual
 
 
-def _class_token_features(visual: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+def _class_token_features(visual: Any, images: torch.Tensor) -> torch.Tensor:
     """Features [batch, dim] of images [batch, 3, H, W]; of the last block, only the class token is computed.
 
     Its keys and values need all tokens, but everything else only the one that is pooled: of 12 blocks, a fourteenth of
