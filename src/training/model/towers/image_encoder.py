@@ -18,7 +18,7 @@ IMAGES_AT_ONCE_ON_CPU = 8
 _USUAL = (CLIP.encode_image, CustomTextCLIP.encode_image)  # nothing but the tower
 
 
-def image_encoder(model: nn.Module, without_head: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+def image_encoder(model: Any, without_head: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the function that encodes images, `in_chunks`.
 
     Args:
@@ -29,10 +29,10 @@ def image_encoder(model: nn.Module, without_head: bool = False) -> Callable[[tor
         Images [batch, 3, H, W] -> [batch, dim], or [batch, trunk_dim] without the head; not normalised.
     """
     visual: Any = getattr(model, "visual", None)
-    encode: Any = model.encode_image
+    encode = model.encode_image
     if without_head and linear_head(visual) is not None:
         encode = visual.trunk
-    elif type(model).encode_image in _USUAL and _pools_class_token(visual):
+    elif getattr(type(model), "encode_image", None) in _USUAL and _pools_class_token(visual):
         encode = partial(_class_token_features, visual)
     return partial(in_chunks, encode)
 
