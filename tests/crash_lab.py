@@ -23,7 +23,7 @@ import torch
 
 from training.main import main
 from training.train import checkpoint, run
-from training.train.step_flags import StepFlags
+from training.train.step_log import StepFlags
 
 PATIENCE = 120.0  # seconds that a rank may run longer than another
 

@@ -11,8 +11,7 @@ from test_safety import command
 
 import training
 from training.main import main
-from training.train.flops import ModelFlops, count_flops, peak_of
-from training.train.profile import StepProfile
+from training.train.profile import ModelFlops, StepProfile, count_flops, peak_of
 
 
 def test_profile_writes_a_trace_of_five_steps_and_a_table(scenes, tmp_path):

@@ -20,7 +20,7 @@ from training.main import main
 from training.runtime.files import atomic_write
 from training.runtime.processes import end_process
 from training.train.step import Stepper
-from training.train.step_flags import StepFlags
+from training.train.step_log import StepFlags
 
 FLAGS = ("--workers 0 --log-every-n-steps 1 --warmup 2 --epochs 2 --num-long-captions 1 --batch-size 4").split()
 

@@ -47,7 +47,7 @@ def mark_places(folder: Path, rank: int) -> None:
     import training.eval.encode as encode
     import training.train.extract as extract
     import training.train.run as run
-    from training.train.step_flags import StepFlags
+    from training.train.step_log import StepFlags
 
     def marked(owner: object, name: str, place: Callable[..., str]) -> None:
         original = getattr(owner, name)

@@ -38,9 +38,9 @@ from training.runtime.distributed import DistEnv, failing_with
 from training.runtime.experiment import Experiment, experiment_of
 from training.runtime.gpus import GPUS
 from training.runtime.messages import first_line
-from training.train.flops import peak_of
 from training.train.losses import make_loss
 from training.train.optim import optimizer_from_flags
+from training.train.profile import peak_of
 from training.train.run import check_inputs, count_steps, make_stepper, num_corners, open_sources
 from training.train.step import Stepper
 

@@ -22,13 +22,11 @@ from training.runtime.tracking import Tracker
 from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
 from training.runtime.workers import PREFETCH
 from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, remove_old_checkpoints
-from training.train.flops import ModelFlops
-from training.train.profile import StepProfile
+from training.train.profile import ModelFlops, StepProfile
 from training.train.remote import RemoteCopy
 from training.train.resume import AVERAGE, LOSS, Division, Progress
 from training.train.step import Stepper
-from training.train.step_flags import StepFlags
-from training.train.step_log import StepLog
+from training.train.step_log import StepFlags, StepLog
 from training.train.validate import evaluate_benchmarks, validate
 
 logger = logging.getLogger(__name__)

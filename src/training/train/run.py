@@ -39,10 +39,10 @@ from training.runtime.tracking import check_reporters, log_to
 from training.runtime.watchdog import BUILDING, OPENING, Watchdog, joined_ranks
 from training.train.checkpoint import CHECKPOINTS, named_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
-from training.train.flops import count_model
 from training.train.loop import Plan, Trainer
 from training.train.losses import make_loss
 from training.train.optim import make_schedule, optimizer_from_flags
+from training.train.profile import count_model
 from training.train.remote import RemoteCopy, RemoteError
 from training.train.resume import LOSS, Division, Progress, changed_flags, restore, start_from
 from training.train.step import Stepper

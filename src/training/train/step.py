@@ -8,7 +8,7 @@ host would wait for all computations that it has started.
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,113 @@ from torch.profiler import record_function
 from training.data.reader import FIELD
 from training.model.towers.corner import cosine_with_cls
 from training.model.towers.locking import BATCH_NORMS
+from training.runtime.arithmetic import get_random_state, set_random_state
 from training.runtime.distributed import DistEnv, max_over_ranks
-from training.train.grad_cache import GradCache, in_fp32
 
 LOGIT_SCALE_MAX = math.log(100)
 IMAGE_INPUTS = ("image", "image_features")
+SCALARS = ("logit_scale", "logit_bias")  # of any shape
+
+
+def is_row_wise(name: str, value: torch.Tensor, num_rows: int) -> bool:
+    """Whether an output of the model for `num_rows` images has one row per image; if not, it is a scalar.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, torch.Tensor):
+        if name in SCALARS or not value.ndim:
+            return False
+        if len(value) == num_rows:
+            return True
+    found = f"the shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"the type {type(value).__name__}"
+    raise ValueError(
+        f"output {name} of the model has {found}; expected a tensor with {num_rows} rows, one per image, or a scalar"
+    )
+
+
+def in_fp32(output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Widens the floating-point tensors of an output, because 16 bits make different captions nearly equal."""
+    return {
+        name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in output.items()
+    }
+
+
+class GradCache:
+    """Encodes micro-batches as if they were one batch, with the graph of only one of them in memory at a time.
+
+    Each is then compared with all others, not only with itself.
+    First, all micro-batches are encoded, and only the last keeps its graph. The loss is computed once, on the joined
+    output, and its gradients are then passed on to the graphs: `backward` encodes the other micro-batches again, with
+    the same dropout.
+
+    Args:
+        encode: function from a micro-batch to the output of the model: tensors with one row per image, and scalars, of
+            which the mean over the micro-batches is taken.
+        micro_batches: all of the same size.
+        without_sync: returns a context in which a backward pass does not reduce gradients over ranks.
+
+    Attributes:
+        output: the joined output in fp32; its tensors are leaves that collect the gradients of the loss.
+
+    Raises:
+        ValueError: an output has neither one row per image nor is a scalar.
+
+    Source: GradCache (arXiv 2101.06983); there, every micro-batch is encoded twice.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[dict[str, Any]], dict[str, torch.Tensor]],
+        micro_batches: Sequence[dict[str, Any]],
+        without_sync: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.encode, self.without_sync = encode, without_sync
+        *self.earlier, last = micro_batches
+        outputs: list[dict[str, torch.Tensor]] = []
+        self.random_states: list[dict[str, torch.Tensor | None]] = []
+        for batch in self.earlier:
+            self.random_states.append(get_random_state())
+            with torch.no_grad():
+                outputs.append(in_fp32(encode(batch)))
+        with without_sync() if self.earlier else nullcontext():
+            self.last = in_fp32(encode(last))
+        self.size = len(self.last["image_features"])
+        self.output: dict[str, torch.Tensor] = {}
+        for name, value in self.last.items():
+            is_rows = is_row_wise(name, value, self.size)
+            joined, others = value.detach(), [output[name].detach() for output in outputs]
+            if others and is_rows:
+                joined = torch.cat([*others, joined])
+            elif others:  # exact if all are equal
+                joined = joined + sum(other - joined for other in others) / len(micro_batches)
+            self.output[name] = joined.requires_grad_(value.requires_grad)
+
+    def backward(self) -> None:
+        """Passes the gradients of `output` on to the parameters, first those of the last micro-batch."""
+        after = get_random_state() if self.earlier else None
+        for number in range(-1, len(self.earlier)):
+            with nullcontext() if number == len(self.earlier) - 1 else self.without_sync():
+                self._backward(number)
+        if after:
+            set_random_state(after)
+
+    def _backward(self, number: int) -> None:
+        if number < 0:
+            output, self.last = self.last, {}  # so that its graph is freed at the end of this function
+        else:
+            set_random_state(self.random_states[number])
+            output = in_fp32(self.encode(self.earlier[number]))
+        num_batches = len(self.earlier) + 1
+        start = number % num_batches * self.size
+        tensors, gradients = [], []
+        for name, joined in self.output.items():
+            if joined.grad is not None:
+                is_rows = is_row_wise(name, output[name], self.size)
+                tensors.append(output[name])
+                gradients.append(joined.grad[start : start + self.size] if is_rows else joined.grad / num_batches)
+        torch.autograd.backward(tensors, gradients)
 
 
 @dataclass
@@ -48,23 +150,23 @@ class Stepper:
     """
 
     model: nn.Module
-    core: nn.Module
-    loss: nn.Module
+    core: Any
+    loss: Callable
     optimizer: torch.optim.Optimizer
     autocast: Callable = nullcontext
     arithmetic: Callable = nullcontext
     scaler: torch.amp.GradScaler | None = None
     max_norm: float | None = None
     locked_images: Callable[..., dict[str, torch.Tensor]] | None = None
-    corners: tuple[list[int], list[int]] = ((), ())
+    corners: tuple[Sequence[int], Sequence[int]] = ((), ())
     average: Any = None
     env: DistEnv = DistEnv(0, 1, torch.device("cpu"))
-    cache: GradCache | None = field(default=None, init=False)
+    cache: GradCache = field(init=False)
 
     def __post_init__(self) -> None:
         self.norms = [m for m in self.core.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
 
-    def __call__(self, micro_batches: Sequence[dict[str, object]]) -> dict[str, torch.Tensor]:
+    def __call__(self, micro_batches: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Takes a whole step; the training loop calls the same parts one by one.
 
         Args:
@@ -79,22 +181,25 @@ class Stepper:
         return self.report(output, terms, *self.update(terms))
 
     @record_function("forward")
-    def forward(self, micro_batches: Sequence[dict[str, object]]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    def forward(self, micro_batches: Sequence[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
         """Computes the model's output for the micro-batches of a step, as if they were one batch.
 
         Returns:
             The output in fp32, by the names of the loss's arguments: 16-bit features would make different captions
             nearly equal. And additional arguments of the loss, from `encode_locked_images` and the experiment's fields.
         """
-        fields = {name for name in micro_batches[0] if name.startswith(FIELD)}
-        for_loss = {name.removeprefix(FIELD): torch.cat([batch[name] for batch in micro_batches]) for name in fields}
-        micro_batches = [{key: value for key, value in batch.items() if key not in fields} for batch in micro_batches]
-        micro_batches, of_images = self.encode_locked_images(micro_batches)
+        inputs, others = [], []
+        for batch in micro_batches:
+            fields = {name.removeprefix(FIELD): value for name, value in batch.items() if name.startswith(FIELD)}
+            of_model = {name: value for name, value in batch.items() if not name.startswith(FIELD)}
+            of_model, of_images = self.encode_locked_images(of_model)
+            inputs.append(of_model)
+            others.append(of_images | fields)
         # DDP reduces gradients only once, in the last backward pass of a step.
-        self.cache = GradCache(self.encode, micro_batches, getattr(self.model, "no_sync", nullcontext))
-        return self.cache.output, of_images | for_loss
+        self.cache = GradCache(self.encode, inputs, getattr(self.model, "no_sync", nullcontext))
+        return self.cache.output, {name: torch.cat([each[name] for each in others]) for name in others[0]}
 
-    def encode(self, batch: dict[str, object]) -> dict[str, torch.Tensor]:
+    def encode(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Returns the model's output for one micro-batch: features [batch, ...] and scalars."""
         with self.arithmetic(), self.autocast():
             return self.model(**batch)
@@ -112,7 +217,7 @@ class Stepper:
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         """Computes the gradients of the sum of the terms, for all parameters of model and loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = sum(terms.values())
+        total: Any = sum(terms.values())
         (self.scaler.scale(total) if self.scaler else total).backward()
         with self.arithmetic():
             self.cache.backward()
@@ -142,7 +247,8 @@ class Stepper:
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # Gradients are the same on all ranks, but losses may differ.
-        bad = ~(norm.isfinite() & sum(value.detach() for value in terms.values()).isfinite())
+        total: Any = sum(value.detach() for value in terms.values())
+        bad = ~(norm.isfinite() & total.isfinite())
         flags = torch.stack([bad.float(), *(bad.new_full((), made, dtype=torch.float32) for made in requests)])
         flags = max_over_ranks(flags, self.env)
         if self.scaler:
@@ -150,7 +256,7 @@ class Stepper:
             self.scaler.update()
         elif self.optimizer.defaults.get("fused"):
             # Like GradScaler: the fused optimizer checks the flag on the device, so no step synchronises.
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, flags[0]
+            vars(self.optimizer).update(grad_scale=None, found_inf=flags[0])
             self.optimizer.step()
         elif not flags[0]:
             self.optimizer.step()
@@ -183,10 +289,10 @@ class Stepper:
             (1: loss or gradient not finite on some rank).
         """
         detached = {name: value.detach() for name, value in terms.items()}
+        total: Any = sum(detached.values())
         scale = self.core.logit_scale.detach().exp().reshape(())
-        watched = self.watch(output)
         norms = {"grad_norm": norm, "logit_scale": scale}
-        return {"loss": sum(detached.values()), **detached, **norms, **watched, "skipped_steps": flags[0]}
+        return {"loss": total, **detached, **norms, **self.watch(output), "skipped_steps": flags[0]}
 
     def watch(self, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns additional metrics of an output to log, as detached scalars."""
@@ -195,22 +301,19 @@ class Stepper:
         return {"corner_cls_cosine": cosine_with_cls(output["text_features"], self.corners)}
 
     @torch.no_grad()
-    def encode_locked_images(self, micro_batches: Sequence[dict[str, object]]) -> tuple[Sequence[dict], dict]:
-        """Encodes the images of a locked tower.
+    def encode_locked_images(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Encodes the images of a micro-batch by a locked tower.
 
         Returns:
-            The micro-batches with features instead of images, and the tower's other outputs, for the loss. If images
-            go through the model, the micro-batches are returned unchanged.
+            The micro-batch with features instead of images, and the tower's other outputs, for the loss. If images go
+            through the model, the micro-batch is returned unchanged.
         """
         if self.locked_images is None:
-            return micro_batches, {}
-        images = [{name: batch[name] for name in IMAGE_INPUTS if name in batch} for batch in micro_batches]
+            return batch, {}
         with self.arithmetic(), self.autocast():
-            outputs = [in_fp32(self.locked_images(**inputs)) for inputs in images]
-        rest = [{name: value for name, value in batch.items() if name not in IMAGE_INPUTS} for batch in micro_batches]
-        batches = [{"image_features": output["image_features"]} | others for output, others in zip(outputs, rest)]
-        others = outputs[0].keys() - {"image_features"}
-        return batches, {name: torch.cat([output[name] for output in outputs]) for name in others}
+            others = in_fp32(self.locked_images(**{name: batch[name] for name in IMAGE_INPUTS if name in batch}))
+        rest = {name: value for name, value in batch.items() if name not in IMAGE_INPUTS}
+        return {"image_features": others.pop("image_features"), **rest}, others
 
     @torch.no_grad()
     def average_statistics(self) -> None:
@@ -220,7 +323,7 @@ class Stepper:
         same statistics. A mean is that of all ranks' batches; a variance is the mean of the variances within these
         batches. Training itself does not read them. Source: timm's ``distribute_bn`` with ``reduce``, at each step.
         """
-        moving = [norm for norm in self.norms if norm.training]  # frozen ones are in eval mode
+        moving: list[Any] = [norm for norm in self.norms if norm.training]  # frozen ones are in eval mode
         buffers = [buffer for norm in moving for buffer in (norm.running_mean, norm.running_var)]
         if buffers and self.env.world_size > 1:
             sums = torch.cat([buffer.float() for buffer in buffers])

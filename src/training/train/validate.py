@@ -21,8 +21,7 @@ from training.eval.zero_shot import evaluate_zero_shot
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import DistEnv, gather_objects, stop_on_every_rank
 from training.runtime.messages import or_warn
-from training.train.grad_cache import is_row_wise
-from training.train.step import Stepper
+from training.train.step import Stepper, is_row_wise
 
 logger = logging.getLogger(__name__)
 
