@@ -13,9 +13,10 @@ from training.flags.parser import parse_args
 from training.main import main
 from training.model.assembly.from_flags import build_from_flags
 from training.runtime.distributed import DistEnv
+from training.train.build import make_stepper
 from training.train.dry_run import first_samples, trace
 from training.train.optim import make_optimizer, parameter_groups
-from training.train.run import make_stepper, open_sources
+from training.train.run import open_sources
 
 CPU = DistEnv(0, 1, torch.device("cpu"))
 

@@ -28,8 +28,8 @@ from training.model.assembly.from_flags import build_from_flags, make_arranger
 from training.model.packing import CaptionArranger
 from training.model.towers.text_encoder import text_encoder
 from training.runtime.distributed import DistEnv
+from training.train.build import make_stepper
 from training.train.optim import make_optimizer, parameter_groups
-from training.train.run import make_stepper
 from training.train.step import Stepper
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

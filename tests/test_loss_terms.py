@@ -15,7 +15,7 @@ from training.flags.parser import parse_args
 from training.loss import LongCaptionLoss, LongCaptionSigLipLoss, LossTerm
 from training.loss.caption_loss import reduce_features
 from training.runtime.distributed import DistEnv
-from training.train.losses import make_loss
+from training.train.build import make_loss
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
 LONG_CLIP = (

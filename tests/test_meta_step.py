@@ -17,8 +17,8 @@ from training.flags.parser import parse_args
 from training.model.assembly.from_flags import build_from_flags
 from training.runtime.distributed import DistEnv
 from training.runtime.experiment import experiment_of
+from training.train.build import make_stepper
 from training.train.optim import parameter_groups
-from training.train.run import make_stepper
 
 META = torch.device("meta")
 RECIPES = sorted((Path(__file__).parents[1] / "scripts" / "recipes").glob("*.yaml"))

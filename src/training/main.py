@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
         elif args.train_data:
             from training.train.run import train as work
         elif args.val_data:
-            from training.train.validate_weights import validate_weights as work
+            from training.train.validate import validate_weights as work
         else:
             from training.eval.run import evaluate as work
     try:

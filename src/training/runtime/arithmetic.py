@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def get_random_state() -> dict[str, torch.Tensor | None]:
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_random_state(state: dict[str, torch.Tensor | None]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     """Restores a state returned by `get_random_state`, which may have been saved in a file."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():

@@ -70,17 +70,6 @@ def join_ranks(device: str | None, timeout_minutes: float = 30.0) -> DistEnv:
     return DistEnv(info["global_rank"], info["world_size"], torch.device(info["device"]))
 
 
-def leave_ranks(env: DistEnv) -> None:
-    """Waits for all ranks and leaves the process group. Only for ranks that have not failed."""
-    if env.world_size > 1:
-        # In torch 2.6, gloo's threads take the GIL to free the tensors of finished work, while the destruction of the
-        # group holds the GIL and waits for these threads. A last collective, whose tensor outlives the group, ensures
-        # that no such tensor is left.
-        last = torch.zeros(1, device=env.device)
-        dist.all_reduce(last)
-        dist.destroy_process_group()
-
-
 def check_launch() -> None:
     """Checks the environment variables of torchrun, srun or a batch script before a process waits for others.
 
@@ -156,18 +145,13 @@ def print_error(message: object) -> None:
     print(f"python -m training.main: error: {message}", file=sys.stderr, flush=True)
 
 
-def broadcast_object(value: T, env: DistEnv) -> T:
-    """Returns rank 0's value on every rank."""
-    if env.world_size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=env.device)
-    return box[0]
-
-
 def on_main_rank(function: Callable[[], T], env: DistEnv) -> T:
     """Calls a function on rank 0 only, and returns its result on every rank; an error is raised on rank 0 only."""
-    return broadcast_object(function() if env.is_main else None, env)
+    if env.world_size == 1:
+        return function()
+    box: list = [function() if env.is_main else None]
+    dist.broadcast_object_list(box, src=0, device=env.device)
+    return box[0]
 
 
 def gather_objects(value: T, env: DistEnv) -> list[T]:

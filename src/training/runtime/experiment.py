@@ -156,17 +156,17 @@ def load_experiment(name: str) -> type[Experiment]:
     Raises:
         ValueError: there is no such file, module or class.
     """
-    place, _, wanted = name.partition(":")
-    if not place.endswith(".py"):
+    path, _, wanted = name.partition(":")
+    if not path.endswith(".py"):
         try:
-            module = importlib.import_module(place)
+            module = importlib.import_module(path)
         except ModuleNotFoundError as error:
             raise ValueError(f"--experiment {name}: {error}; expected FILE.py or an importable module") from error
     else:
-        if not Path(place).is_file():
+        if not Path(path).is_file():
             raise ValueError(f"--experiment {name}: no such file")
-        title = f"{_MODULE}_{sha256(os.path.abspath(place).encode()).hexdigest()[:8]}"
-        spec = importlib.util.spec_from_file_location(title, place)
+        title = f"{_MODULE}_{sha256(os.path.abspath(path).encode()).hexdigest()[:8]}"
+        spec: Any = importlib.util.spec_from_file_location(title, path)
         module = sys.modules[title] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     classes = {
@@ -179,7 +179,7 @@ def load_experiment(name: str) -> type[Experiment]:
         found = ", ".join(classes) or "none"
         raise ValueError(f"--experiment {name}: expected one subclass of training.Experiment, found {found}")
     (experiment,) = chosen.values()
-    experiment.code = Path(module.__file__).read_text(encoding="utf-8")
+    experiment.code = Path(inspect.getfile(experiment)).read_text(encoding="utf-8")
     return experiment
 
 

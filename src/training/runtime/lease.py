@@ -35,7 +35,7 @@ class Lease:
     """
 
     def __init__(self) -> None:
-        self.path: Path | None = None
+        self.path = Path(os.devnull)  # until a folder is taken
         self.made: list[Path] = []  # the folder and those of its parents that did not exist
         self.is_worthless: Callable[[], bool] = lambda: False
         self.owner = {"token": uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
@@ -67,24 +67,23 @@ class Lease:
             if found is None:  # returned in the meantime
                 continue
             if _lives(path, *found):
+                pid, host, since = (found[0].get(name, "?") for name in ("pid", "host", "since"))
                 raise ValueError(
-                    f"{flag}: {folder} is in use by process {found[0].get('pid', '?')} on {found[0].get('host', '?')}, "
-                    f"since {found[0].get('since', '?')}; wait for its end, stop it, or choose another name (if this "
-                    f"is a copy of that folder, remove {FILE})"
+                    f"{flag}: {folder} is in use by process {pid} on {host}, since {since}; wait for its end, stop it, "
+                    f"or choose another name (if this is a copy of that folder, remove {FILE})"
                 )
             if _read(path) == found:
                 with atomic_write(path) as temporary:
                     temporary.write_text(json.dumps(self.owner), encoding="utf-8")
                 time.sleep(1.0)  # if two processes replaced the file, the last one has the lease
-                if (_read(path) or [{}])[0].get("token") == self.owner["token"]:
+                if (_read(path) or ({}, 0))[0].get("token") == self.owner["token"]:
                     break
         self.path, self.made = path, made
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     def __exit__(self, error: type | None, *_: object) -> None:
         self.ended.set()
-        found = _read(self.path) if self.path else None
-        if found and found[0].get("token") == self.owner["token"]:
+        if self._holder().get("token") == self.owner["token"]:
             if not (error and self.made and self.is_worthless()):
                 self.path.unlink(missing_ok=True)
             else:  # with the file, because another process could take the folder before it is removed
@@ -93,18 +92,19 @@ class Lease:
                     with suppress(OSError):  # another run has begun in it
                         parent.rmdir()
 
+    def _holder(self) -> dict:
+        return (_read(self.path) or ({}, 0))[0]
+
     def _keep(self) -> None:
         """Touches the file; ends this process if it was held up for so long that another one took the folder over."""
         has_warned = False
         while not self.ended.wait(BEAT_S):
             try:
-                found = _read(self.path)
-                if found and found[0].get("token", self.owner["token"]) != self.owner["token"]:
-                    end_at_once(
-                        1,
-                        f"error: {self.path.parent} was taken over by process {found[0]['pid']} on {found[0]['host']}, "
-                        f"because this one did not answer for {PATIENCE_S:.0f} s; it ends without saving",
-                    )
+                holder = self._holder()
+                if holder.get("token", self.owner["token"]) != self.owner["token"]:
+                    who = f"process {holder['pid']} on {holder['host']}, because this one did not answer"
+                    message = f"error: {self.path.parent} was taken over by {who} for {PATIENCE_S:.0f} s"
+                    end_at_once(1, f"{message}; it ends without saving")
                 os.utime(self.path)
             except OSError as error:
                 if not has_warned:

@@ -51,7 +51,6 @@ def render_page(template: Path, **values: object) -> str:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    blocks = {"trim_blocks": True, "lstrip_blocks": True}
-    folder = FileSystemLoader(template.parent)
-    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, **blocks)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.loader = FileSystemLoader(template.parent)
     return printable(environment.get_template(template.name).render(values))

@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
-from training.runtime.distributed import DistEnv, RunFailedError, broadcast_object, join_ranks, leave_ranks, print_error
+from training.runtime.distributed import DistEnv, RunFailedError, join_ranks, on_main_rank, print_error
 from training.runtime.processes import EXIT_LOST, EXIT_STOPPED, LONG_PHASE, PROGRESS, SIGNALS, end_at_once
 from training.runtime.workers import Loader
 
@@ -70,7 +71,13 @@ def joined_ranks(
     env = join_ranks(device, timeout_minutes)
     with Watchdog(env, 60 * timeout_minutes, then) as watchdog:
         yield env, watchdog
-        leave_ranks(env)
+        if env.world_size > 1:
+            # In torch 2.6, gloo's threads take the GIL to free the tensors of finished work, while the destruction of
+            # the group holds the GIL and waits for these threads. A last collective, whose tensor outlives the group,
+            # ensures that no such tensor is left.
+            last = torch.zeros(1, device=env.device)
+            dist.all_reduce(last)
+            dist.destroy_process_group()
 
 
 class Watchdog:
@@ -108,8 +115,12 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         # Requests to the store never return if rank 0 hangs, so they run in a separate thread.
-        targets = {"watchdog": self._watch} | ({"watchdog exchange": self._exchange} if self.store else {})
-        self.threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in targets.items()]
+        self.threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
+        if self.store:
+            exchange = threading.Thread(
+                target=self._exchange, args=(self.store,), name="watchdog exchange", daemon=True
+            )
+            self.threads.append(exchange)
         for thread in self.threads:
             thread.start()
         return self
@@ -188,7 +199,7 @@ class Watchdog:
         """Returns the seconds since this rank last made progress."""
         return time.monotonic() - max(self.status[2], PROGRESS.last)
 
-    def _exchange(self) -> None:
+    def _exchange(self, store: dist.TCPStore) -> None:
         """Reports this rank to the store; reads there what ended or stops the other ranks."""
         while not self.ended.is_set():
             self.wake.wait(self.interval)
@@ -196,7 +207,7 @@ class Watchdog:
                 self.wake.clear()
             start = time.monotonic()
             try:
-                self._exchange_once()
+                self._exchange_once(store)
                 self.last_answer = start
             except RuntimeError:  # without an answer for a longer time, the timeout ends this rank, too
                 is_refused = time.monotonic() - start < 0.5  # rank 0 has ended; one that hangs would not refuse
@@ -204,18 +215,18 @@ class Watchdog:
                     self._end(EXIT_LOST, RANK_0_LOST)
                 self.ended.wait(self.interval)
 
-    def _exchange_once(self) -> None:
-        self.store.set(str(self.env.rank), json.dumps(self._report()))
+    def _exchange_once(self, store: dist.TCPStore) -> None:
+        store.set(str(self.env.rank), json.dumps(self._report()))
         if self.failure:
-            self.store.compare_set(FAILURE, "", json.dumps(self.failure))  # only the first is kept
+            store.compare_set(FAILURE, "", json.dumps(self.failure))  # only the first is kept
         if SIGNALS.name:
-            self.store.set(SIGNAL, SIGNALS.name)
-        if self.store.check([FAILURE]):
-            self._follow(Failure(*json.loads(self.store.get(FAILURE))))
-        if self.store.check([SIGNAL]) and not SIGNALS.name:
-            SIGNALS.record(self.store.get(SIGNAL).decode())
+            store.set(SIGNAL, SIGNALS.name)
+        if store.check([FAILURE]):
+            self._follow(Failure(*json.loads(store.get(FAILURE))), store)
+        if store.check([SIGNAL]) and not SIGNALS.name:
+            SIGNALS.record(store.get(SIGNAL).decode())
 
-    def _follow(self, failure: Failure) -> None:
+    def _follow(self, failure: Failure, store: dist.TCPStore) -> None:
         """Ends this process because a rank has failed."""
         is_first = failure.rank == self.env.rank
         if is_first:
@@ -223,9 +234,9 @@ class Watchdog:
         elif self.failure is None and failure.code != 2:  # a usage error needs no more than its own message
             print_error(f"rank {self.env.rank} ends, because {failure.message}")
         with suppress(RuntimeError):  # the store has ended
-            self.store.add(NUM_LEFT, 1)
+            store.add(NUM_LEFT, 1)
             deadline = time.monotonic() + SILENT * self.interval * (is_first or self.env.is_main)
-            while time.monotonic() < deadline and self.store.add(NUM_LEFT, 0) < self.env.world_size:
+            while time.monotonic() < deadline and store.add(NUM_LEFT, 0) < self.env.world_size:
                 time.sleep(0.05)
         end_at_once(failure.code)
 
@@ -236,12 +247,9 @@ class Watchdog:
         self.stopping_since = self.stopping_since or now
         patience = min(STOP_PATIENCE_S, self.timeout_s / 2)
         if min(now - self.stopping_since, Loader.seconds_waiting()) >= patience:
-            self._fail(
-                EXIT_STOPPED,
-                f"stopped by {SIGNALS.name}; the state could not be saved, because rank {self.env.rank} on {self.host} "
-                f"got no data for {Loader.seconds_waiting():,.0f} s: --resume latest continues from the last "
-                "checkpoint",
-            )
+            why = f"rank {self.env.rank} on {self.host} got no data for {Loader.seconds_waiting():,.0f} s"
+            message = f"stopped by {SIGNALS.name}; the state could not be saved, because {why}"
+            self._fail(EXIT_STOPPED, f"{message}: --resume latest continues from the last checkpoint")
 
     def _report(self) -> Report:
         return Report(*self.status[:2], self._idle_s(), self.host, time.time())
@@ -290,5 +298,5 @@ def _make_store(env: DistEnv, timeout_s: float) -> dist.TCPStore:
     """Creates a store for the watchdogs. Requests fail after a short time if rank 0 hangs."""
     host, seconds = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=min(max(timeout_s / 4, 2), 60))
     store = dist.TCPStore(host, 0, is_master=True, timeout=seconds, wait_for_workers=False) if env.is_main else None
-    port = broadcast_object(store and store.port, env)
+    port = on_main_rank(lambda: store.port if store else 0, env)
     return store or dist.TCPStore(host, port, is_master=False, timeout=seconds)

@@ -11,7 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from shutil import disk_usage
 
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
@@ -58,7 +61,7 @@ class Loader(DataLoader):
             multiprocessing_context="fork" if num_workers and IS_LINUX else None,
         )
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator:  # type: ignore[override]  # torch names a private class
         if not (self.num_workers and IS_LINUX):
             return _batches(super().__iter__(), [])
         others = set(multiprocessing.active_children())
@@ -82,7 +85,7 @@ def _unchanged(batch: object) -> object:
     return batch
 
 
-def _batches(batches: Iterator, workers: Sequence[multiprocessing.Process]) -> Iterator:
+def _batches(batches: Iterator, workers: Sequence[BaseProcess]) -> Iterator:
     """Yields all batches and records when it waits for one. However the iteration ends, the workers end soon after."""
     try:
         while True:
@@ -103,10 +106,10 @@ def _batches(batches: Iterator, workers: Sequence[multiprocessing.Process]) -> I
             timer.start()
 
 
-def _end(workers: Sequence[multiprocessing.Process]) -> None:
+def _end(workers: Sequence[BaseProcess]) -> None:
     for worker in workers:
         if worker.is_alive():
-            commands = processes.descendants(worker.pid)
+            commands = processes.descendants(worker.pid or 0)
             worker.terminate()
             for pid in commands:  # commands of a `pipe:` source
                 processes.kill_family(pid)
@@ -128,20 +131,17 @@ def _wait_for_parent(parent: int) -> None:
 
 def _reduce(tensor: torch.Tensor) -> tuple:
     """Sends a tensor to the parent: in shared memory if it has room, otherwise by value."""
-    size, free, room = tensor.untyped_storage().nbytes(), 0, None
-    try:
-        room = os.open(processes.SHARED_MEMORY, os.O_RDONLY)
+    size, free = tensor.untyped_storage().nbytes(), 0
+    # An error raised here would only be printed, and the parent would wait for ever.
+    with suppress(OSError, RuntimeError), ExitStack() as stack:
+        folder = os.open(processes.SHARED_MEMORY, os.O_RDONLY)
+        stack.callback(os.close, folder)
         # While this process takes memory, no other one may count on it; unless there is plenty for all of them.
-        if _free(room) < 128 * size:
-            fcntl.flock(room, fcntl.LOCK_EX)
-        if _free(room) >= size + 2 * mmap.PAGESIZE:
+        if disk_usage(processes.SHARED_MEMORY).free < 128 * size:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        free = disk_usage(processes.SHARED_MEMORY).free
+        if free >= size + 2 * mmap.PAGESIZE:
             return reduce_tensor(tensor.share_memory_())
-        free = _free(room)
-    except (OSError, RuntimeError):  # raised here, it would only be printed, and the parent would wait for ever
-        pass
-    finally:
-        if room is not None:
-            os.close(room)
     if not _has_warned[0]:
         _has_warned[0] = 1
         logger.warning(
@@ -149,8 +149,3 @@ def _reduce(tensor: torch.Tensor) -> tuple:
             f"MB: batches go through pipes, which is slower; {processes.MORE_ROOM}, or {NO_PROCESSES}"
         )
     return torch.from_numpy, (tensor.contiguous().numpy(),)
-
-
-def _free(folder: int) -> int:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize

@@ -120,19 +120,6 @@ def remove_old_checkpoints(folder: Path, keep_steps: int, only_last_epoch: bool)
         path.unlink()
 
 
-def named_checkpoint(path: str) -> Path:
-    """Returns the file of ``--resume FILE``.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is broken, or not a training checkpoint.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--resume {path}: no such file; give a checkpoint, or 'latest'")
-    check_checkpoint(Path(path))
-    return Path(path)
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
     """Returns the valid checkpoint with the most steps, for ``--resume latest``; warns about broken ones.
 
@@ -155,8 +142,11 @@ def check_checkpoint(path: Path) -> None:
     """Reads a whole file once and compares its checksums, which torch itself does not.
 
     Raises:
+        FileNotFoundError: the file does not exist.
         ValueError: the file is broken, or not a training checkpoint.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume {path}: no such file; give a checkpoint, or 'latest'")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

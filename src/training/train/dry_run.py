@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,10 +39,9 @@ from training.runtime.distributed import DistEnv, failing_with
 from training.runtime.experiment import Experiment, experiment_of
 from training.runtime.gpus import GPUS
 from training.runtime.messages import first_line
-from training.train.losses import make_loss
+from training.train.build import make_loss, make_stepper, num_corners
 from training.train.optim import optimizer_from_flags
-from training.train.profile import peak_of
-from training.train.run import check_inputs, count_steps, make_stepper, num_corners, open_sources
+from training.train.run import check_inputs, count_steps, open_sources
 from training.train.step import Stepper
 
 UTILISATION, BYTES_PER_S, NUM_SAMPLES = 0.4, 50e9, 64
@@ -64,10 +64,10 @@ class Ledger(TorchDispatchMode):
         sent: collective -> bytes of its largest tensor.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.kind, self.live, self.peak, self.flops, self.sent = "activations", Counter(), Counter(), 0, Counter()
-        self.most: Counter = Counter()
+        self.kind, self.flops = "activations", 0
+        self.live, self.peak, self.most, self.sent = (Counter[str]() for _ in range(4))
         self.kinds: dict[int, tuple[str, int]] = {}
 
     def add(self, tensor: torch.Tensor, kind: str, again: bool = False) -> None:
@@ -159,7 +159,7 @@ def _size(raw: RawSample) -> int:
 
 def trace(
     args: argparse.Namespace,
-    core: nn.Module,
+    core: Any,
     row: Sample,
     captions: dict[str, object],
     env: DistEnv,
@@ -206,7 +206,7 @@ def trace(
 
 
 def _fake_stepper(
-    args: argparse.Namespace, core: nn.Module, env: DistEnv, block_numbers: int | None, experiment: Experiment
+    args: argparse.Namespace, core: Any, env: DistEnv, block_numbers: int | None, experiment: Experiment
 ) -> Stepper:
     """Returns the stepper of rank 0, without DDP, on fake tensors; its optimizer has its state."""
     _make_fake(core)
@@ -218,7 +218,7 @@ def _fake_stepper(
     except RuntimeError as error:  # a model can't be moved to a device here
         reason = f"makes what can't be traced, such as a teacher ({first_line(error)}); omit it to plan the rest"
         raise ValueError(f"--dry-run: --experiment {args.experiment} {reason}") from error
-    loss = make_loss(args, num_corners(core), env)
+    loss: Any = make_loss(args, num_corners(core), env)
     loss.block_numbers = block_numbers
     stepper.loss = experiment.make_loss(loss, core)
     stepper.model.train()
@@ -247,7 +247,8 @@ def _make_fake(module: nn.Module) -> None:
     """Replaces tensors of the meta device by fake ones of the CPU, on which autocast acts; shared ones stay shared."""
     made: dict[int, torch.Tensor] = {}
     for owner in module.modules():
-        for tensors in (owner._parameters, owner._buffers):
+        both: list[dict[str, Any]] = [owner._parameters, owner._buffers]
+        for tensors in both:
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in made:
                     new = torch.empty_like(tensor, device="cpu")
@@ -264,8 +265,9 @@ def describe(
     is_16_bit = "16" in args.precision or args.precision == "amp"
     gpu_bytes = GPUS[args.dry_run_gpu][1]
     images = args.batch_size * args.accum_freq
+    peak_flops = GPUS[args.dry_run_gpu][0] * (1.0 if is_16_bit else 0.5)  # of TF32 in fp32
     step_s = {
-        "computing": ledger.flops / UTILISATION / peak_of(args.dry_run_gpu, is_16_bit),
+        "computing": ledger.flops / UTILISATION / peak_flops,
         "loading": images * facts["seconds"] / max(1, args.workers),
         "sending": ledger.sent.total() / BYTES_PER_S,
     }
@@ -283,7 +285,7 @@ def describe(
         "fits": sum(peak.values()) < gpu_bytes,
         "step_flops": ledger.flops,
         "step_seconds": step_s,
-        "bottleneck": max(step_s, key=step_s.get),
+        "bottleneck": max(step_s, key=lambda kind: step_s[kind]),
         "steps": steps,
         "hours": steps * step_s["computing"] / 3600,
         "images_per_step": images * env.world_size,
@@ -306,7 +308,7 @@ def _flat(report: dict[str, object]) -> Iterator[tuple[str, object]]:
             yield name, value
 
 
-def _shown(name: str, value: object) -> str:
+def _shown(name: str, value: Any) -> str:
     if "bytes" in name:
         return f"{value / 1e9:,.3f} GB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
     if isinstance(value, bool):

@@ -6,7 +6,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from training.data.features import (
 from training.data.images import IN_TRAINING, ImageReader, parse_augmentation
 from training.data.open import caption_rule, open_source
 from training.data.reader import read_image, read_record, seed_augmentation
-from training.data.shards import Source
 from training.eval.encode import run_tower
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags, check_precision
@@ -87,7 +86,9 @@ class ImageBatches(IterableDataset):
             yield from self._read(number, part)
 
     def _read(self, number: int, part: Part) -> Iterator[ImageBatch]:
-        rows, faults, num_seen = [], [], 0
+        rows: list[tuple] = []
+        faults: list[str] = []
+        num_seen = 0
         try:
             for raw in part.read():
                 if len(rows) == self.batch_size:
@@ -105,7 +106,8 @@ class ImageBatches(IterableDataset):
         yield self._batch(number, rows, faults, is_last=True)
 
     def _views(self, raw: RawSample) -> torch.Tensor:
-        image, views = read_image(raw, self.images.decode), []
+        image: Any = read_image(raw, self.images.decode)
+        views = []
         for view in range(self.views):
             seed_augmentation(f"{self.seed}/view {view}/{raw.source}/{raw.key}")
             views.append(self.images.transform(image))
@@ -118,7 +120,7 @@ class ImageBatches(IterableDataset):
         return ImageBatch(number, torch.stack(pixels), keys, records, faults, is_last)
 
 
-def tower_info(model: torch.nn.Module, args: argparse.Namespace) -> FeatureInfo:
+def tower_info(model: Any, args: argparse.Namespace) -> FeatureInfo:
     """Describes a model's image tower and its preprocessing; a linear head, which training changes, is excluded."""
     augmentation = "strong" if args.strong_augment else " ".join(args.aug_cfg)
     return FeatureInfo(
@@ -147,16 +149,17 @@ def extract(args: argparse.Namespace) -> int:
             logging.getLogger("training").setLevel(logging.INFO)
         with failing_with(2, ValueError, OSError):
             on_main_rank(lambda: _check(args, env), env)
-            source = open_source(args, "--train-data", args.train_data, caption_rule(args), env)
+            source: Any = open_source(args, "--train-data", args.train_data, caption_rule(args), env)
+            shards = source.parts()
             watchdog.at(0, BUILDING)
             parts = build_from_flags(args, env.device)
             info = tower_info(parts.model, args)
-            on_main_rank(lambda: _begin(args, source, info, lease), env)
+            on_main_rank(lambda: _begin(args, shards, info, lease), env)
         watchdog.at(0, EVALUATING)
-        _encode_parts(args, source, parts, env)
+        _encode_shards(args, shards, parts, env)
         gather_objects(None, env)  # all files exist
         if env.is_main:
-            _finish(args, source, info)
+            _finish(args, shards, info)
     return 0
 
 
@@ -168,9 +171,9 @@ def _check(args: argparse.Namespace, env: DistEnv) -> None:
         raise ValueError(f"--train-data {args.train_data}: contains image features; give images")
 
 
-def _begin(args: argparse.Namespace, source: Source, info: FeatureInfo, lease: Lease) -> None:
+def _begin(args: argparse.Namespace, shards: list[Part], info: FeatureInfo, lease: Lease) -> None:
     """Creates the folder, or checks that it belongs to the same extraction. Rank 0 only."""
-    folder, names = Path(args.extract_image_features), [part.name for part in source.parts()]
+    folder, names = Path(args.extract_image_features), [shard.name for shard in shards]
     if is_feature_folder(str(folder)):
         earlier, sources, _ = read_index(folder)
         if earlier != info or sources != names:
@@ -185,9 +188,9 @@ def _file_of(args: argparse.Namespace, number: int) -> Path:
     return Path(args.extract_image_features) / f"{number:06d}{SUFFIX}"
 
 
-def _encode_parts(args: argparse.Namespace, source: Source, parts: EncoderParts, env: DistEnv) -> None:
-    """Encodes this rank's share of the parts that do not exist yet."""
-    todo = [(number, part) for number, part in enumerate(source.parts()) if not _file_of(args, number).is_file()]
+def _encode_shards(args: argparse.Namespace, shards: list[Part], parts: EncoderParts, env: DistEnv) -> None:
+    """Encodes those of the shards that do not exist yet and that this rank takes."""
+    todo = [(number, shard) for number, shard in enumerate(shards) if not _file_of(args, number).is_file()]
     todo = todo[env.rank :: env.world_size]
     transform = parts.train_transform if args.feature_views else parts.preprocess
     images = ImageReader(transform, args.image_decoding or IN_TRAINING, args.exif_rotation != "off")
@@ -208,16 +211,16 @@ def _encode_parts(args: argparse.Namespace, source: Source, parts: EncoderParts,
 
 def _write(path: Path, source: str, batches: list[ImageBatch]) -> None:
     """Writes the features of a whole part."""
-    _, features, *columns, _ = zip(*batches)
-    keys, records, faults = (sum(column, []) for column in columns)
+    keys = [key for batch in batches for key in batch.keys]
+    records = [record for batch in batches for record in batch.records]
+    faults = [kind for batch in batches for kind in batch.faults]
     totals = Totals(len(keys) + len(faults), Counter(faults))
-    write_features(path, source, keys, records, np.concatenate(features), totals)
+    write_features(path, source, keys, records, np.concatenate([batch.images for batch in batches]), totals)
 
 
-def _finish(args: argparse.Namespace, source: Source, info: FeatureInfo) -> None:
-    names = [part.name for part in source.parts()]
-    totals = read_totals([str(_file_of(args, number)) for number in range(len(names))])
-    write_index(Path(args.extract_image_features), info, names, totals.to_dict())
+def _finish(args: argparse.Namespace, shards: list[Part], info: FeatureInfo) -> None:
+    totals = read_totals([str(_file_of(args, number)) for number in range(len(shards))])
+    write_index(Path(args.extract_image_features), info, [shard.name for shard in shards], totals.to_dict())
     logger.info(
         f"{totals.describe()}; features: {args.extract_image_features}. To train on them: --train-data "
         f"{args.extract_image_features} --model {args.model} --lock-image"

@@ -27,7 +27,7 @@ from training.train.remote import RemoteCopy
 from training.train.resume import AVERAGE, LOSS, Division, Progress
 from training.train.step import Stepper
 from training.train.step_log import StepFlags, StepLog
-from training.train.validate import evaluate_benchmarks, validate
+from training.train.validate import evaluate_benchmarks, shown, validate
 
 logger = logging.getLogger(__name__)
 
@@ -238,14 +238,14 @@ class Trainer:
         def due(frequency: int) -> bool:
             return frequency > 0 and (done % frequency == 0 or is_last)
 
-        validates = self.val is not None and due(args.val_frequency)
-        retrieves = self.plan.work is not None and due(args.zeroshot_frequency)
+        val = self.val if due(args.val_frequency) else None
+        work = self.plan.work if due(args.zeroshot_frequency) else None
         is_saving = bool(args.save_every_steps or args.save_every_minutes)
-        if (validates or retrieves) and is_saving:
+        if (val or work) and is_saving:
             self._save([f"step_{self.progress.step}.pt"])  # save first, so a crash while evaluating loses nothing
         try:
             with self.stepper.averaged():
-                self._evaluate(done, validates, retrieves)
+                self._evaluate(done, val, work)
         except StoppedError as stop:
             if not is_saving:
                 self._save([f"step_{self.progress.step}.pt"])
@@ -256,21 +256,23 @@ class Trainer:
         if names:
             self._save(names)
 
-    def _evaluate(self, done: int, validates: bool, retrieves: bool) -> None:
+    def _evaluate(self, done: int, val: TrainData | None, work: RetrievalWork | None) -> None:
         env = self.env
         self.watchdog.at(self.progress.step, EVALUATING)
         self.stepper.model.eval()
-        metrics = {}
-        if validates:
-            result = validate(self.val, self.val_loss, self.args.batch_size, self.stepper, env)
+        metrics: dict[str, object] = {}
+        if val:
+            # The ranks' numbers of batches differ, so DDP does not encode them.
+            model = getattr(self.stepper.model, "module", self.stepper.model)
+            result = validate(val, self.val_loss, self.args.batch_size, model, self.stepper.autocast, env)
             metrics |= {f"val/{name}": value for name, value in result.items()}
             if env.is_main:
-                shown = ", ".join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v:,}" for n, v in result.items())
-                logger.info(f"validation after epoch {done}: {shown}")
-        if retrieves:
-            totals = {"train_samples": self.progress.totals.to_dict()}
+                numbers = ", ".join(f"{name} {shown(value)}" for name, value in result.items())
+                logger.info(f"validation after epoch {done}: {numbers}")
+        if work:
+            totals: dict[str, object] = {"train_samples": self.progress.totals.to_dict()}
             encoder = Encoder(self.parts, env, ComputeOptions.from_flags(self.args, allow_broken=True))
-            metrics |= evaluate_benchmarks(encoder, self.plan.work, self.args, self.folder, done, totals)
+            metrics |= evaluate_benchmarks(encoder, work, self.args, self.folder, done, totals)
         if self.tracker and metrics:
             self.tracker.log(self.progress.step, metrics)
 

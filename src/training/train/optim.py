@@ -1,7 +1,8 @@
 """Optimizer and learning rate: AdamW or timm's optimizers, open_clip's weight-decay rule, tower rates, schedules."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import timm.optim
 import torch
@@ -9,7 +10,7 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 
 
 def parameter_groups(
-    model: torch.nn.Module,
+    model: Any,
     lr: float,
     weight_decay: float,
     image_lr: float | None,
@@ -52,7 +53,7 @@ def _decays(name: str, parameter: torch.Tensor) -> bool:
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, saved: dict, saved_order: Iterable[str], parameters: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, saved: dict, saved_order: Iterable[str], parameters: Mapping[str, torch.Tensor]
 ) -> None:
     """Loads an optimizer's saved state parameter by parameter, even if it was saved with other groups.
 
@@ -120,10 +121,10 @@ def make_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     name = name.removeprefix("timm/")
-    if name not in timm.optim.list_optimizers():
-        raise ValueError(f"--opt timm/{name}: unknown to timm; it has {', '.join(timm.optim.list_optimizers())}")
+    if name not in (known := timm.optim.list_optimizers()):
+        raise ValueError(f"--opt timm/{name}: unknown to timm; it has {', '.join(map(str, known))}")
     info = timm.optim.get_optimizer_info(name)
-    options = {"betas": betas} if info.has_betas and info.num_betas == 2 else {}
+    options: dict[str, Any] = {"betas": betas} if info.has_betas and info.num_betas == 2 else {}
     if info.has_momentum and momentum is not None:
         options["momentum"] = momentum
     return timm.optim.create_optimizer_v2(groups, name, lr=lr, weight_decay=0.0, eps=eps, **options)

@@ -6,10 +6,8 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 from uuid import uuid4
 
 import fsspec
@@ -58,7 +56,7 @@ class RemoteCopy:
                 if TEMPORARY.search(name):  # left by a process that was killed while copying
                     self.fs.rm_file(f"{self.root}/{name}")
             index = f"{self.root}/{INDEX}"
-            self.index: dict[str, list[int]] = json.loads(self.fs.cat_file(index)) if self.fs.exists(index) else {}
+            self.index: dict[str, list[float]] = json.loads(self.fs.cat_file(index)) if self.fs.exists(index) else {}
         except Exception as error:  # each of fsspec's file systems has its own exceptions
             raise ValueError(f"--remote-sync {self.url}: can't be used ({first_line(error)})") from error
 
@@ -94,7 +92,7 @@ class RemoteCopy:
         self.thread.start()
         return self
 
-    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, _: object, error: Any, __: object) -> None:
         self.ends = True
         self.poked.set()
         if error is not None:
@@ -133,7 +131,7 @@ class RemoteCopy:
                 if name.endswith(".pt"):
                     self._send_checkpoint(name, local[name], stat.st_size)
                 else:
-                    self._put(name, partial(self.fs.put_file, str(local[name])))
+                    self._put(name, local[name])
             except FileNotFoundError:
                 if local[name].exists():
                     raise
@@ -147,7 +145,7 @@ class RemoteCopy:
         if math.inf in entry:  # the file is broken
             return
         if self.index.get(name) != entry:
-            self._put(name, partial(self.fs.put_file, str(path)))
+            self._put(name, path)
             self.index[name] = entry
             self._write_index()
             logger.info(f"copied {name} to {self.url}/{self.folder.name}")
@@ -167,13 +165,16 @@ class RemoteCopy:
         self.fs.invalidate_cache()
         return [path[len(self.root) :].lstrip("/") for path in self.fs.find(self.root)]
 
-    def _put(self, name: str, send: Callable[[str], None]) -> None:
-        """Lets `send` write a file to a temporary name, which then becomes its own."""
+    def _put(self, name: str, content: Path | bytes) -> None:
+        """Writes a file under a temporary name, which then becomes its own."""
         target = f"{self.root}/{name}"
         self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         temporary = f"{target}.{uuid4().hex[:12]}.tmp"
         try:
-            send(temporary)
+            if isinstance(content, Path):
+                self.fs.put_file(str(content), temporary)
+            else:
+                self.fs.pipe_file(temporary, content)
             self.fs.mv(temporary, target)
         except BaseException:
             if self.fs.exists(temporary):
@@ -181,7 +182,7 @@ class RemoteCopy:
             raise
 
     def _write_index(self) -> None:
-        self._put(INDEX, partial(self.fs.pipe_file, value=json.dumps(self.index, indent=1).encode()))
+        self._put(INDEX, json.dumps(self.index, indent=1).encode())
 
     def _get(self, name: str) -> None:
         with atomic_write(self.folder / name) as temporary:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -134,7 +135,7 @@ def start_from(content: dict, path: object, division: Division) -> Progress:
         for share, accum_freq in ((shares[0], content["accum_freq"]), (whole, division.accum_freq))
     )
     if then == now:
-        random_state = copy_to_cpu(content["random_states"][whole.rank])
+        random_state: Any = copy_to_cpu(content["random_states"][whole.rank])
         return Progress(epoch, content["step"], shares[whole.rank], totals, random_state)
     left = tuple(span for share in shares for span in share.unread())
     per_step = whole.batch_size * division.accum_freq * whole.world_size
@@ -160,7 +161,7 @@ def _compare_steps(content: dict, path: object, division: Division) -> None:
         )
 
 
-def restore(path: object, stepper: Stepper) -> dict:
+def restore(path: Path, stepper: Stepper) -> dict:
     """Loads a checkpoint's state into a stepper's model, optimizer, scaler, loss and average; returns its content.
 
     The checkpoint may come from open_clip's trainer. The optimizer keeps its own options, because the command line

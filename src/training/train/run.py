@@ -1,19 +1,15 @@
 """Runs one training from start to end: check, open data, build, resume; then the training loop in loop.py."""
 
 import argparse
-import inspect
 import json
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from open_clip_train.precision import get_autocast
-from timm.layers import convert_sync_batchnorm
-from torch.nn.parallel import DistributedDataParallel
 
 from training.data.features import feature_info
 from training.data.images import parse_augmentation
@@ -25,27 +21,23 @@ from training.eval.results import run_name
 from training.eval.retrieval import RetrievalWork, plan_benchmarks
 from training.model.assembly.from_flags import build_from_flags, check_precision
 from training.model.names.config import resolve_weights
-from training.model.towers.compiling import compile_layers
-from training.model.towers.corner import corner_indices
 from training.model.towers.locking import linear_head
-from training.model.towers.train_model import TrainModel
 from training.readers.faults import TooManyBadSamplesError
-from training.runtime.arithmetic import deterministic, tf32
+from training.runtime.arithmetic import deterministic
 from training.runtime.distributed import DistEnv, failing_with, on_main_rank
-from training.runtime.experiment import Experiment, copy_experiment, experiment_of
+from training.runtime.experiment import copy_experiment, experiment_of
 from training.runtime.files import atomic_write
 from training.runtime.lease import Lease
 from training.runtime.tracking import check_reporters, log_to
 from training.runtime.watchdog import BUILDING, OPENING, Watchdog, joined_ranks
-from training.train.checkpoint import CHECKPOINTS, named_checkpoint, newest_checkpoint, saved_checkpoints
+from training.train.build import make_loss, make_stepper, num_corners
+from training.train.checkpoint import CHECKPOINTS, check_checkpoint, newest_checkpoint, saved_checkpoints
 from training.train.extract import tower_info
 from training.train.loop import Plan, Trainer
-from training.train.losses import make_loss
 from training.train.optim import make_schedule, optimizer_from_flags
 from training.train.profile import count_model
 from training.train.remote import RemoteCopy, RemoteError
-from training.train.resume import LOSS, Division, Progress, changed_flags, restore, start_from
-from training.train.step import Stepper
+from training.train.resume import Division, Progress, changed_flags, restore, start_from
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +76,7 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     steps_per_epoch = count_steps(args, source, env)
     watchdog.at(0, BUILDING)
     parts = build_from_flags(args, env.device)
-    core = parts.model
+    core: Any = parts.model
     if hasattr(core, "text_decoder"):
         raise ValueError(f"--model {args.model}: training of CoCa is not supported; use a two-tower model")
     if not any(p.requires_grad for name, p in core.named_parameters() if not name.startswith("logit_")):
@@ -113,8 +105,9 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
             )
         if start.epoch >= args.epochs and env.is_main:
             logger.warning(f"{plan.resume} has finished all of --epochs {args.epochs}: nothing left to train")
-    data = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange, experiment)
-    val = val_source and open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
+    data, val = open_train_data(args, parts.train_transform, parts.tokenizer, source, parts.arrange, experiment), None
+    if val_source is not None:
+        val = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
     val_loss = make_loss(args, num_corners(core), replace(env, rank=0, world_size=1))
     schedule = _schedule(args, optimizer, steps_per_epoch, env)
     return Trainer(args, plan, env, watchdog, data, val, val_loss, parts, stepper, schedule, division, start, flops)
@@ -132,7 +125,9 @@ def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:
     lease.take(folder, f"--name {name}")
     checkpoints = folder / CHECKPOINTS
     remote = RemoteCopy(args, folder) if args.remote_sync else None
-    resume = named_checkpoint(args.resume) if args.resume not in (None, "latest") else None
+    resume = Path(args.resume) if args.resume not in (None, "latest") else None
+    if resume:
+        check_checkpoint(resume)
     if not args.resume and (saved_checkpoints(checkpoints) or (remote and remote.index)):
         taken = f"{args.remote_sync}/{name}" if remote and remote.index else checkpoints
         raise ValueError(f"--name {name}: {taken} contains checkpoints; add --resume latest or use another name")
@@ -195,61 +190,6 @@ def count_steps(args: argparse.Namespace, source: Source, env: DistEnv) -> int:
     return num_samples // samples_per_step
 
 
-def num_corners(core: torch.nn.Module) -> int:
-    """Returns m of a model's text tower; 0 for a tower without corner tokens."""
-    return getattr(getattr(core, "text", None), "num_corners", 0)
-
-
-def wrap_model(args: argparse.Namespace, core: torch.nn.Module, kind: type[TrainModel] = TrainModel) -> TrainModel:
-    """Returns both towers as one module that encodes batches of the texts that the flags describe."""
-    corners, pixels = [entry.corners for entry in caption_rule(args).texts], core.visual.preprocess_cfg
-    return kind(core, pixels["mean"], pixels["std"], corners)
-
-
-def make_stepper(
-    args: argparse.Namespace,
-    core: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    env: DistEnv,
-    experiment: Experiment | None = None,
-) -> Stepper:
-    """Builds the `Stepper`, and adds the parameters of an experiment's loss to the optimizer."""
-    experiment = experiment or Experiment(args)
-    if args.use_bn_sync and env.world_size > 1:
-        convert_sync_batchnorm(core)  # timm's, which keeps the activations of its own batch norms
-    with core.logit_scale.device:  # what an experiment creates is on the model's device
-        average = experiment.make_average(core)
-        whole = wrap_model(args, core, experiment.model_class(TrainModel))
-        loss = experiment.make_loss(make_loss(args, num_corners(core), env), core)
-    if isinstance(loss, torch.nn.Module):
-        taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        of_loss = {n: p for n, p in loss.named_parameters(LOSS) if p.requires_grad}
-        if own := {name: parameter for name, parameter in of_loss.items() if id(parameter) not in taken}:
-            options = {"lr": args.lr, "lr_scale": 1.0, "weight_decay": 0.0, "param_names": list(own)}
-            optimizer.add_param_group({"params": list(own.values()), **options})
-        # `Stepper.backward` averages them over ranks, also those of parts of the model that only the loss calls.
-        ids = {id(parameter) for parameter in of_loss.values()}
-        shared = [name for name, parameter in whole.named_parameters() if id(parameter) in ids]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, shared)
-    if args.torchcompile:
-        compile_layers(core, only_images=args.torchcompile == "image")
-    return experiment.stepper_class(Stepper)(
-        model=_over_ranks(whole, env),
-        core=core,
-        loss=loss,
-        optimizer=optimizer,
-        autocast=get_autocast(args.precision, device_type=env.device.type),
-        scaler=scaler,
-        arithmetic=partial(tf32, env.device),
-        max_norm=args.grad_clip_norm,
-        locked_images=whole.encode_images if whole.image_is_locked else None,
-        corners=corner_indices(whole.corners, num_corners(core)),
-        average=average,
-        env=env,
-    )
-
-
 def _schedule(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int, env: DistEnv
 ) -> Callable[[int], float]:
@@ -264,11 +204,13 @@ def _schedule(
     return make_schedule(optimizer, name, args.lr, warmup, num_steps, *cooldown)
 
 
-def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
+def _check_features(args: argparse.Namespace, core: Any) -> None:
     """Raises ValueError if cached image features are not those of this model's tower, or if the tower is trained."""
     specs = {"--train-data": args.train_data, "--val-data": args.val_data}
     infos = {flag: info for flag, spec in specs.items() if spec and (info := feature_info(spec))}
-    expected = tower_info(core, args) if infos else None  # called once, because it hashes all weights of the tower
+    if not infos:
+        return
+    expected = tower_info(core, args)
     for flag, info in infos.items():
         if different := info.differences(expected):
             raise ValueError(
@@ -276,18 +218,8 @@ def _check_features(args: argparse.Namespace, core: torch.nn.Module) -> None:
                 f"{info.model}'s, in {info.precision}; give the model and weights used with --extract-image-features"
             )
     trained = [name for name, parameter in core.visual.named_parameters() if parameter.requires_grad]
-    if infos and trained and linear_head(core.visual) is None:
+    if trained and linear_head(core.visual) is None:
         raise ValueError(
             f"--model {args.model}: --lock-image leaves {trained[0]} trainable, but cached features bypass it; train "
             'on images, or set "timm_proj": "linear" in the model\'s vision_cfg'
         )
-
-
-def _over_ranks(model: TrainModel, env: DistEnv) -> torch.nn.Module:
-    if env.world_size == 1:
-        return model
-    ids = [env.device.index] if env.device.type == "cuda" else None
-    # Buffers need no synchronisation, because all ranks have the same ones; the option's name depends on the version.
-    names = inspect.signature(DistributedDataParallel).parameters
-    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)

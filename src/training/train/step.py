@@ -158,7 +158,7 @@ class Stepper:
     scaler: torch.amp.GradScaler | None = None
     max_norm: float | None = None
     locked_images: Callable[..., dict[str, torch.Tensor]] | None = None
-    corners: tuple[Sequence[int], Sequence[int]] = ((), ())
+    corners: tuple[list[int], list[int]] | None = None
     average: Any = None
     env: DistEnv = DistEnv(0, 1, torch.device("cpu"))
     cache: GradCache = field(init=False)
@@ -296,7 +296,7 @@ class Stepper:
 
     def watch(self, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns additional metrics of an output to log, as detached scalars."""
-        if not self.corners[0]:
+        if not self.corners or not self.corners[0]:
             return {}
         return {"corner_cls_cosine": cosine_with_cls(output["text_features"], self.corners)}
 

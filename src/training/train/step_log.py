@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -202,7 +203,7 @@ class StepLog:
             self._check_totals()
 
     def _log(self, step: int, lr: float) -> None:
-        metrics = self._reduce()
+        metrics: dict[str, Any] = self._reduce()
         seconds = time.monotonic() - self.start
         left = (self.total_steps - step) * seconds / self.steps
         metrics |= {
@@ -229,7 +230,8 @@ class StepLog:
         for _, new in ranks:
             self.totals.add(new)
         self.new = Totals()
-        means = dict(zip(self.sums, (sum(sums for sums, _ in ranks) / self.env.world_size).tolist()))
+        total: Any = sum(sums for sums, _ in ranks)
+        means = dict(zip(self.sums, (total / self.env.world_size).tolist()))
         num_skipped = means.pop("skipped_steps")
         taken = self.steps - num_skipped
         means = {name: value / taken if taken else math.nan for name, value in means.items()}
