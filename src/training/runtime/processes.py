@@ -64,9 +64,8 @@ def starting_processes(otherwise: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(
-            f"no shared memory ({SHARED_MEMORY}) to start processes ({error}): {MORE_ROOM}, or {otherwise}"
-        ) from error
+        message = f"no shared memory ({SHARED_MEMORY}) to start processes ({error})"
+        raise OSError(f"{message}: {MORE_ROOM}, or {otherwise}") from error
 
 
 def descendants(pid: int) -> list[int]:
@@ -207,13 +206,8 @@ PROGRESS = Progress()
 
 def add_timeout_arg(parser: argparse.ArgumentParser, default: float) -> None:
     """Adds ``--timeout-minutes`` to a command that runs in `ends_if_stuck`."""
-    parser.add_argument(
-        "--timeout-minutes",
-        type=float,
-        default=default,
-        metavar="X",
-        help="end with exit code 70 when nothing gets done for X minutes (default: %(default)g)",
-    )
+    text = "end with exit code 70 when nothing gets done for X minutes (default: %(default)g)"
+    parser.add_argument("--timeout-minutes", type=float, default=default, metavar="X", help=text)
 
 
 @contextmanager
@@ -235,11 +229,9 @@ def ends_if_stuck(command: str, minutes: float) -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(min(2.0, 6 * minutes)):
             if time.monotonic() - PROGRESS.last > 60 * minutes:
-                end_at_once(
-                    EXIT_LOST,
-                    f"{command}: error: nothing was done for {minutes:g} minutes (--timeout-minutes). Check the "
-                    "storage that it reads and writes, then start the same command again: what is saved is kept",
-                )
+                remedy = "Check the storage that it reads and writes, then start the same command again"
+                message = f"{command}: error: nothing was done for {minutes:g} minutes (--timeout-minutes)"
+                end_at_once(EXIT_LOST, f"{message}. {remedy}: what is saved is kept")
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()

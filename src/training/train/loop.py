@@ -215,10 +215,9 @@ class Trainer:
         Only rank 0 asks to save. As the ranks read the requests `lag` steps late, it asks as much earlier.
         """
         args, lag = self.args, self.flags.lag
-        if args.save_every_steps and (number + lag) % args.save_every_steps == 0:
-            self.save_is_due = True
-        if args.save_every_minutes and time.monotonic() - self.saved_at >= 60 * args.save_every_minutes:
-            self.save_is_due = True
+        by_steps = args.save_every_steps and (number + lag) % args.save_every_steps == 0
+        by_time = args.save_every_minutes and time.monotonic() - self.saved_at >= 60 * args.save_every_minutes
+        self.save_is_due = bool(self.save_is_due or by_steps or by_time)
         # After the last step of an epoch, `_end_epoch` saves.
         asks = self.env.is_main and self.save_is_due and number + lag < last_step and not self.writer.is_busy
         if asks:
@@ -280,12 +279,8 @@ class Trainer:
         """Passes all ranks' state to the writer; training continues as soon as the state is copied."""
         self.watchdog.at(self.progress.step, SAVING)
         self.save_is_due, self.saved_at = False, time.monotonic()
-        state = {
-            "slots_done": self.progress.share.slots_done,
-            "random_state": get_random_state(),
-            "totals": self.log.new,
-        }
-        states = gather_objects(state, self.env)
+        of_rank = {"slots_done": self.progress.share.slots_done, "random_state": get_random_state()}
+        states = gather_objects(of_rank | {"totals": self.log.new}, self.env)
         if not self.env.is_main:
             return
         stepper = self.stepper
@@ -301,12 +296,10 @@ class Trainer:
             content[AVERAGE] = stepper.average.module.state_dict()
         if stepper.scaler:  # open_clip's trainer would try to load None
             content["scaler"] = stepper.scaler.state_dict()
-        args = self.args
-        keep_steps = 0 if self.progress.epoch == args.epochs else args.keep_checkpoints
-        only_last = args.delete_previous_checkpoint
+        keep_steps = 0 if self.progress.epoch == self.args.epochs else self.args.keep_checkpoints
 
         def afterwards() -> None:
-            remove_old_checkpoints(self.folder, keep_steps, only_last)
+            remove_old_checkpoints(self.folder, keep_steps, self.args.delete_previous_checkpoint)
             if self.remote:
                 self.remote.poke()
 
