@@ -16,6 +16,7 @@ from typing import Any
 
 import dataloaders
 from dataloaders.pairs import ClassificationSet, OfficialLists, RetrievalSet
+from training.runtime.registry import Registry
 
 GROUPS = ("long", "short", "own")
 _ADDED: list["Benchmark"] = []
@@ -174,9 +175,9 @@ def benchmarks() -> tuple[Benchmark, ...]:
             if _DECLARES.search(path.read_text(encoding="utf-8")):
                 found += importlib.import_module(f"dataloaders.{path.stem}").BENCHMARKS
     found += _ADDED
+    known = Registry[Benchmark]("benchmark")
     for benchmark in found:
-        if sum(other.name == benchmark.name or other.flag == benchmark.flag for other in found) > 1:
-            raise ValueError(f"two benchmarks are called {benchmark.name} or have the flag {benchmark.flag}")
+        known.register(benchmark.name, benchmark.flag)(benchmark)
     return tuple(sorted(found, key=lambda b: (GROUPS.index(b.group), b.order, b.name)))
 
 

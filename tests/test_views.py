@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 
-from training.data.captions import CaptionRule, choose_captions, parse_views, views_by_flags
+from training.data.captions import VIEWS, CaptionRule, Kind, choose_captions, parse_views, views_by_flags
 from training.data.reader import front_fractions, pad_in_front
 from training.flags.parser import parse_args
 from training.model.assembly.factory import create_model
@@ -98,6 +98,19 @@ def test_one_of_several_views_is_drawn_by_its_share():
     found = frequencies("raw(share=3)|long*2", text=1)
     assert_distribution(found, {"a dog": 0.75, LONG: 0.25})
     assert {tuple(choose("raw|long*2", seed=seed)) for seed in range(60)} == set(product(["a dog", LONG], repeat=2))
+
+
+def test_a_registered_view_is_drawn_like_the_others():
+    VIEWS.register("last-words")(Kind("long", lambda text: text.split()[-1]))
+    try:
+        assert choose("short, last-words") == ["a dog", "there"]
+        assert parse_views("last-words*2")[0].corners is False
+        with pytest.raises(ValueError, match="caption view last-words: another one has this name"):
+            VIEWS.register("last-words")(Kind("short"))
+    finally:
+        del VIEWS["last-words"]
+    with pytest.raises(ValueError, match="expected one of raw, short, long, first-sentence, long-without-first, sent"):
+        parse_views("last-words")
 
 
 def test_views_of_the_same_kind_take_different_long_captions():

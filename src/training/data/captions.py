@@ -29,15 +29,13 @@ from typing import Any
 
 from training.readers.captions import caption_texts, first_sentence, join_sentences, split_sentences
 from training.readers.faults import BadSample
+from training.runtime.registry import Registry
 
 RAW_KEYS = ("raw_caption", "caption", "txt", "title", "text")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions", "long_caption", "conversations")
 MAX_CHARACTERS = 100_000
 Rng = random.Random | ModuleType
-NAMES = ("raw", "short", "long", "first-sentence", "long-without-first", "sentences")
 POOLS = ("raw", "short", "long", "long-without-first", "all")
-_OF_LONG = {"long", "first-sentence", "long-without-first"}  # made from a long caption
-_WITH_CORNERS = {"long", "long-without-first", "sentences"}  # whose corner tokens have a loss if not said otherwise
 _ENTRY_END = re.compile(r",(?![^()]*\))")
 _VIEW = re.compile(r"([a-z-]+)\s*(?:\(([^()]*)\))?")
 _NUMBER = r"(\d+\.?\d*(?:e-?\d+)?|\.\d+)"
@@ -57,11 +55,31 @@ _OF_SENTENCES: dict[str, Callable[[re.Match], dict[str, object]]] = {
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A kind of view, by whose name in `VIEWS` an entry asks for it; an experiment's file may register further ones."""
+
+    source: str  # the caption of which its text is a part: raw, short or long; empty for sentences
+    part: Callable[[str], str] = str
+    corners: bool = False  # whether its corner tokens have a loss if the entry does not say
+
+
+VIEWS: Registry[Kind] = Registry("caption view")
+VIEWS.register("raw")(Kind("raw"))
+VIEWS.register("short")(Kind("short"))
+VIEWS.register("long")(Kind("long", corners=True))
+VIEWS.register("first-sentence")(Kind("long", lambda text: first_sentence(text)[0]))
+VIEWS.register("long-without-first")(
+    Kind("long", lambda text: first_sentence(text)[1].strip() or first_sentence(text)[0], corners=True)
+)
+VIEWS.register("sentences")(Kind("", corners=True))
+
+
+@dataclass(frozen=True)
 class View:
     """One text of a sample.
 
     Attributes:
-        name: one of `NAMES`.
+        name: one of `VIEWS`.
         least, most: range of the number of sentences; None as `most` means all.
         pool: source of the sentences, one of `POOLS`.
         order: ``ordered``, ``any``, or ``either``, which draws one of both for each text.
@@ -80,7 +98,8 @@ class View:
     @property
     def uses_long(self) -> bool:
         """Whether the view is made from a long caption."""
-        return self.name in _OF_LONG or (self.name == "sentences" and self.pool in _OF_LONG)
+        kind = VIEWS.get(self.pool if self.name == "sentences" else self.name)
+        return kind is not None and kind.source == "long"
 
 
 @dataclass(frozen=True)
@@ -142,8 +161,8 @@ def _entry(text: str) -> Entry:
     views, options = [], dict[str, Any]()
     for part in body.split("|"):
         match = _VIEW.fullmatch(part.strip())
-        if not match or match[1] not in NAMES:
-            raise ValueError(f"{part.strip()!r}: expected one of {', '.join(NAMES)}")
+        if not match or match[1] not in VIEWS:
+            raise ValueError(f"{part.strip()!r}: expected one of {', '.join(VIEWS)}")
         view, more = _view(match[1], [word.strip() for word in (match[2] or "").split(",") if word.strip()])
         views.append(view)
         options |= more
@@ -151,7 +170,7 @@ def _entry(text: str) -> Entry:
         raise ValueError(f"{text!r}: share= needs several views, separated by |")
     if not any(view.share for view in views):
         raise ValueError(f"{text!r}: expected a share above 0")
-    corners = options.pop("corners", any(view.name in _WITH_CORNERS for view in views))
+    corners = options.pop("corners", any(VIEWS[view.name].corners for view in views))
     name = "-or-".join(view.name for view in views)
     return Entry(name, tuple(views), int(count) if star else 1, corners=corners, **options)
 
@@ -305,17 +324,14 @@ class _Chooser:
             texts = self.everything if view.pool == "all" else [self._caption(view.pool, view)]
         return [sentence for text in texts for sentence in split_sentences(text)] or texts[:1]
 
-    def _caption(self, kind: str, view: View) -> str:
+    def _caption(self, name: str, view: View) -> str:
         """Returns the raw or short caption, or the next long one for this kind of view, or a part of it."""
-        if kind in self.captions:
-            return self.captions[kind]
+        kind = VIEWS[name]
+        if kind.source in self.captions:
+            return kind.part(self.captions[kind.source])
         key = view.name, view.pool
         self.used[key] = self.used.get(key, -1) + 1
-        text = self.longs[self.used[key] % len(self.longs)]
-        if kind == "long":
-            return text
-        first, rest = first_sentence(text)
-        return first if kind == "first-sentence" else rest.strip() or first
+        return kind.part(self.longs[self.used[key] % len(self.longs)])
 
 
 def find_captions(record: dict, rule: CaptionRule) -> tuple[list[str], list[str], list[str]]:
