@@ -75,9 +75,7 @@ def find_dci_base(root: str | Path) -> Path:
     for base in (root / "densely_captioned_images", root):
         if (base / "splits.json").is_file():
             return base
-    raise FileNotFoundError(
-        f"{FLAG} {root}: found neither densely_captioned_images/splits.json nor splits.json; {SOURCE}"
-    )
+    raise FileNotFoundError(f"{FLAG} {root}: no splits.json, nor densely_captioned_images/splits.json; {SOURCE}")
 
 
 BENCHMARKS = (

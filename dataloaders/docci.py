@@ -5,6 +5,7 @@ DOCCI/docci_descriptions.jsonlines  {"example_id", "split", "image_file": "test_
 """
 
 from pathlib import Path
+from typing import Any
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
 from dataloaders.registry import Benchmark, Tree
@@ -40,12 +41,10 @@ def read_docci(root: str | Path, protocol: str = "docci/test") -> RetrievalSet:
     if not rows:
         raise ValueError(f"{path}: no row of split 'test'; {SOURCE}")
     fault = "" if all(image.name.startswith("test_") for image, _ in rows) else "images of another split"
-    given = {"source": SOURCE, "protocol": protocol}
+    given: dict[str, Any] = {"source": SOURCE, "protocol": protocol}
     if protocol == "docci/test":
-        whole = [(image, normalise_caption(text)) for image, text in rows]
-        return one_caption_per_image(
-            "docci-retrieval", "DOCCI", whole, **given, fault=fault, official=PROTOCOLS[protocol]
-        )
+        whole, given["official"] = [(image, normalise_caption(text)) for image, text in rows], PROTOCOLS[protocol]
+        return one_caption_per_image("docci-retrieval", "DOCCI", whole, fault=fault, **given)
     pieces = [(image, captions) for image, text in rows if (captions := split_caption(text))]
     number = sum(len(captions) for _, captions in pieces)  # follows from the descriptions
     if len(rows) != NUM_IMAGES:

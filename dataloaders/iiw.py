@@ -56,10 +56,8 @@ def read_iiw_subset(annotations: str | Path, subset: str) -> list[tuple[str, str
     """Returns (image file name, raw caption) of one subset, in file order."""
     path = Path(annotations) / subset / "data.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; copy it from datasets/{subset} of github.com/google/imageinwords "
-            f"(python -m dataloaders.prepare iiw does it), or name its folder with --iiw-anno"
-        )
+        remedy = "make it with python -m dataloaders.prepare iiw, or name its folder with --iiw-anno"
+        raise FileNotFoundError(f"{path}: no such file; {remedy}")
     rows = []
     for where, row in read_json_lines(path):
         caption = text_field(row, "IIW", where)

@@ -33,11 +33,9 @@ def read_imagenet(root: str | Path, prompts: str | Path | None = None) -> Classi
     numbers = {name: number for number, name in enumerate(_wordnet_ids())}
     root = require_dir(root, "--imagenet-val")
     if any(name.startswith("ILSVRC2012_val_") for name in os.listdir(root)):
-        raise ValueError(
-            f"--imagenet-val {root}: all images are in one folder; sort them into a folder per class, {SOURCE}"
-        )
+        raise ValueError(f"--imagenet-val {root}: all images in one folder; sort them into one per class, {SOURCE}")
     images = _read_classes(root, numbers, "--imagenet-val", "a WordNet id such as n01440764")
-    texts = prompts and read_prompts(prompts)
+    texts = read_prompts(prompts) if prompts else None
     return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", *images, NUM_VAL, SOURCE, texts)
 
 
@@ -55,7 +53,7 @@ def read_imagenet_v2(root: str | Path, prompts: str | Path | None = None) -> Cla
     root = next((root / name for name in V2_FOLDERS if (root / name).is_dir()), root)
     numbers = {str(number): number for number in range(NUM_CLASSES)}
     images = _read_classes(root, numbers, "--imagenet-v2", "a number from 0 to 999")
-    texts = prompts and read_prompts(prompts)
+    texts = read_prompts(prompts) if prompts else None
     return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", *images, NUM_V2, SOURCE, texts)
 
 
@@ -87,10 +85,9 @@ def read_prompts(path: str | Path) -> ClassTexts:
     absent = [name for number, name in classes if number not in found and name not in found]
     for what, names in (("no class is called", sorted(unknown)), ("no texts for", absent)):
         if names:
-            raise ValueError(
-                f"{where}: {what} {', '.join(names[:5])}{' ..' if len(names) > 5 else ''} ({len(names):,} in all); "
-                "expected the names of open_clip.IMAGENET_CLASSNAMES or WordNet ids, all 1,000 classes"
-            )
+            shown = ", ".join([*names[:5], ".."] if len(names) > 5 else names)
+            expected = "expected the names of open_clip.IMAGENET_CLASSNAMES or WordNet ids, all 1,000 classes"
+            raise ValueError(f"{where}: {what} {shown} ({len(names):,} in all); {expected}")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     texts = tuple(tuple(found.get(number) or found[name]) for number, name in classes)
     return ClassTexts(f"{Path(path).name} (sha256 {digest})", texts)
@@ -112,9 +109,9 @@ def _read_classes(root: Path, numbers: dict[str, int], flag: str, named: str) ->
 
 def _wordnet_ids() -> list[str]:
     """Returns the ids of the 1,000 classes in ImageNet's order (open_clip's names follow it), from timm's list."""
-    timm = find_spec("timm")  # found, not imported: that would load PyTorch
-    path = Path(timm.submodule_search_locations[0]) / "data" / "_info" / "imagenet_synsets.txt"
-    return path.read_text(encoding="ascii").split()
+    # timm is found, not imported: that would load PyTorch.
+    timm = Path(str(find_spec("timm").origin)).parent  # type: ignore[union-attr]  # it is a dependency
+    return (timm / "data" / "_info" / "imagenet_synsets.txt").read_text(encoding="ascii").split()
 
 
 PROMPTS = Option(

@@ -7,17 +7,18 @@ python -m dataloaders.prepare stats --data-root data --suite long --out stats.pn
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dataloaders.iiw import SUBSETS, read_iiw_subset
-from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import benchmarks, destination, find_below_data_root, options_of, suites
 from dataloaders.share4v import SAM_NAME, SOURCE, read_items
-from dataloaders.stats import CaptionStats, caption_stats, draw_stats, format_stats, to_json, token_counter
+from dataloaders.stats import caption_stats, draw_stats, format_stats, to_json, token_counter
 from training.readers.files import find_by_name, require_dir
 
 
@@ -31,10 +32,8 @@ def prepare_share4v(captions: Path, out: Path, num: int) -> str:
     items = json.loads(captions.read_text(encoding="utf-8-sig"))
     chosen = [item for item in items if re.fullmatch(SAM_NAME, Path(item["image"]).name)][:num]
     if len(chosen) < num:
-        raise ValueError(
-            f"{captions}: only {len(chosen):,} of {len(items):,} items show an SA-1B image (sa_N.jpg), {num:,} are "
-            f"needed; lower --num, or use share-captioner_coco_lcs_sam_1246k_1107.json"
-        )
+        found = f"only {len(chosen):,} of {len(items):,} items show an SA-1B image (sa_N.jpg), {num:,} are needed"
+        raise ValueError(f"{captions}: {found}; lower --num, or use share-captioner_coco_lcs_sam_1246k_1107.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return f"{len(chosen):,} of {len(items):,} items -> {out}\nImages: {SOURCE}"
@@ -68,10 +67,8 @@ def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, Path], copy
         missing, num_train = _place_images(names, out / folder, found[image_roots[folder]], copy)
         lines.append(f"{subset}: {len(names) - len(missing):,} of {len(names):,} images in {out / folder}")
         if num_train:
-            lines.append(
-                f"  NOTE: {num_train:,} of them were found only under their train_ name; look at a few before trusting "
-                "the numbers"
-            )
+            note = "were found only under their train_ name; look at a few before trusting the numbers"
+            lines.append(f"  NOTE: {num_train:,} of them {note}")
         if missing:
             complete = False
             lines.append(f"  missing: {', '.join(missing[:10])}" + (" .." if len(missing) > 10 else ""))
@@ -89,25 +86,21 @@ def _place_images(names: list[str], folder: Path, found: dict[str, list[Path]], 
     folder.mkdir(parents=True, exist_ok=True)
     missing, num_train = [], 0
     for name in names:
-        target, paths = folder / name, found.get(name) or found.get(_train_name(name))
-        if target.is_file():
-            continue
-        if not paths:
-            missing.append(name)
-            continue
-        if len(paths) > 1:
+        target, paths = folder / name, found.get(name) or found.get(_train_name(name)) or []
+        if len(paths) > 1 and not target.is_file():
             raise ValueError(f"{name} is in {paths[0].parent} and {paths[1].parent}; name the folder to use")
-        target.unlink(missing_ok=True)  # it may be a dangling link
-        if copy:
-            shutil.copyfile(paths[0], target)
-        else:
-            target.symlink_to(paths[0].resolve())
-        num_train += name not in found
+        if not paths and not target.is_file():
+            missing.append(name)
+        elif not target.is_file():
+            target.unlink(missing_ok=True)  # it may be a dangling link
+            place = shutil.copyfile if copy else os.symlink
+            place(paths[0].resolve(), target)
+            num_train += name not in found
     return missing, num_train
 
 
-def read_for_stats(args: argparse.Namespace) -> list[RetrievalSet]:
-    """Reads the benchmarks that ``stats`` names, and those below ``--data-root``; prints which are missing there.
+def read_for_stats(args: argparse.Namespace) -> list[Any]:
+    """Reads the sets that ``stats`` names, and those below ``--data-root``; prints which are missing there.
 
     Raises:
         ValueError, FileNotFoundError: a reader raised it, a name is unknown, or there is nothing to read.
@@ -121,24 +114,12 @@ def read_for_stats(args: argparse.Namespace) -> list[RetrievalSet]:
         if not equals or benchmark is None:
             raise ValueError(f"stats {word}: expected BENCHMARK=ROOT with one of {', '.join(b.name for b in known)}")
         benchmark.place(args, Path(root))
-    absent = find_below_data_root(args)
-    if absent:
+    if absent := find_below_data_root(args):
         print(absent, file=sys.stderr)
     sets = [s for benchmark in known if getattr(args, destination(benchmark.flag)) for s in benchmark.sets(args)]
     if not sets:
         raise ValueError("stats: name BENCHMARK=ROOT or --data-root DIR")
     return sets
-
-
-def write_stats(found: list[CaptionStats], path: Path) -> str:
-    """Writes the figure, and the counts as JSON beside it; returns a line that names both files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    draw_stats(found).savefig(path, dpi=120, metadata={"Software": None})
-    counts = path.with_suffix(".json")
-    counts.write_text(json.dumps(to_json(found)) + "\n", encoding="utf-8")
-    return f"Figure: {path}   Counts: {counts}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -192,7 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             count_tokens = token_counter(args.tokenizer)
             found = [caption_stats(s, count_tokens) for s in read_for_stats(args)]
-            report, complete = f"{format_stats(found)}\n{write_stats(found, args.out)}", True
+            draw_stats(found).savefig(args.out, dpi=120, metadata={"Software": None})
+            counts = args.out.with_suffix(".json")
+            counts.write_text(json.dumps(to_json(found)) + "\n", encoding="utf-8")
+            report, complete = f"{format_stats(found)}\nFigure: {args.out}   Counts: {counts}", True
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(report)

@@ -145,7 +145,7 @@ class Benchmark:
     def place(self, args: argparse.Namespace, folder: Path) -> None:
         """Sets the benchmark's flag to a folder, and those of its files that are in it, unless they were given."""
         setattr(args, destination(self.flag), str(folder))
-        for flag, path in self.tree.flags:
+        for flag, path in self.tree.flags if self.tree else ():
             setattr(args, destination(flag), getattr(args, destination(flag)) or str(folder / path))
 
     def sets(self, args: argparse.Namespace) -> list[RetrievalSet | ClassificationSet]:

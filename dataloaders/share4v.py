@@ -6,6 +6,7 @@ ROOT/..    SA-1B images, in any tree
 
 import re
 from pathlib import Path
+from typing import Any
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Option, Tree, positive_numbers
@@ -49,10 +50,7 @@ def read_share4v(
     if protocol == "sv/sam" and not all(re.fullmatch(SAM_NAME, image.rsplit("/", 1)[-1]) for image, _ in items):
         fault = "images that are not from SA-1B"
     if len(items) < max(sizes):
-        raise ValueError(
-            f"{NUM_FLAG} {max(sizes)}: only {len(items):,} annotations in {annotations}; lower the number or complete "
-            f"the file"
-        )
+        raise ValueError(f"{NUM_FLAG} {max(sizes)}: only {len(items):,} annotations in {annotations}; lower the number")
     paths = resolve_images(root, [image for image, _ in items])
     first = protocol == "sv/first"
     captions = [text.replace("\n", " ") if first else normalise_caption(text) for _, text in items]
@@ -83,7 +81,7 @@ def read_items(annotations: str | Path) -> list[tuple[str, str]]:
     return [_read_item(item, f"{path} item {number}") for number, item in enumerate(items)]
 
 
-def _read_item(item: object, where: str) -> tuple[str, str]:
+def _read_item(item: Any, where: str) -> tuple[str, str]:
     image = text_field(item, "image", where)
     turns = item.get("conversations")
     if not isinstance(turns, list) or len(turns) < 2:
@@ -105,10 +103,8 @@ def resolve_images(root: Path, names: list[str]) -> list[Path]:
     found = find_by_name(root, unresolved) if unresolved else {}
     for name, paths in found.items():
         if len(paths) > 1:
-            raise ValueError(
-                f"{FLAG} {root}: {name} is in {len(paths)} folders ({', '.join(sorted(map(str, paths))[:2])}); "
-                f"keep one of them, or arrange the images at their paths in the list"
-            )
+            folders = ", ".join(sorted(map(str, paths))[:2])
+            raise ValueError(f"{FLAG} {root}: {name} is in {len(paths)} folders ({folders}); keep one of them")
     return [found[p.name][0] if p.name in found else p for p in by_path]
 
 
@@ -130,12 +126,7 @@ BENCHMARKS = (
                 type=positive_numbers,
             ),
         ),
-        requires=(
-            (
-                ANNO_FLAG,
-                "the list of captions; python -m dataloaders.prepare share4v makes it (see EVAL_DATASETS.md)",
-            ),
-        ),
+        requires=((ANNO_FLAG, "the list of captions; python -m dataloaders.prepare share4v makes it"),),
         tree=Tree("share4v", ("anno.json",), ((ANNO_FLAG, "anno.json"),)),
         suites=("long",),
         source=SOURCE,

@@ -1,8 +1,8 @@
 """Caption lengths of benchmarks: images, captions, sentences and tokens, as a table and a figure."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -67,15 +67,14 @@ def format_stats(found: Sequence[CaptionStats]) -> str:
     """Returns a table for the terminal: means, with the range of the middle 90% of captions; fractions in percent."""
     from tabulate import tabulate
 
+    def middle(values: np.ndarray) -> str:
+        return "{:.1f} ({:.0f}-{:.0f})".format(values.mean(), *np.percentile(values, [5, 95]))
+
     rows = []
     for s in found:
-        per_caption = [
-            f"{values.mean():.1f} ({low:.0f}-{high:.0f})"
-            for values in (s.sentences, s.tokens)
-            for low, high in [np.percentile(values, [5, 95])]
-        ]
         shares = [f"{100 * s.share_over(context):.1f}%" for context in CONTEXTS]
-        rows.append([s.title, f"{s.num_images:,}", f"{s.num_captions:,}", *per_caption, *shares])
+        numbers = f"{s.num_images:,}", f"{s.num_captions:,}"
+        rows.append([s.title, *numbers, middle(s.sentences), middle(s.tokens), *shares])
     headers = ["benchmark", "images", "captions", "sentences\nper caption", "tokens\nper caption"]
     headers += [f"over\n{context}" for context in CONTEXTS]
     return tabulate(rows, headers=headers, colalign=["left"] + ["right"] * 7, disable_numparse=True)
@@ -93,12 +92,15 @@ def to_json(found: Sequence[CaptionStats]) -> list[dict]:
     ]
 
 
-def draw_stats(found: Sequence[CaptionStats]) -> object:
+def draw_stats(found: Sequence[CaptionStats]) -> Any:
     """Draws images, sentences and tokens per caption (box: quartiles, whiskers: 5 to 95%), and captions cut.
 
     Returns:
         The matplotlib figure.
     """
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names = [s.title.replace("$", r"\$") for s in found]
@@ -116,10 +118,10 @@ def draw_stats(found: Sequence[CaptionStats]) -> object:
         axes.legend(fontsize=8)
     for context in CONTEXTS:
         panels[2].axvline(context, color="0.6", linestyle=":", linewidth=1)
-    for n, (context, color) in enumerate(zip(CONTEXTS, itertools.cycle(("C0", "C1", "C2")))):
+    for n, context in enumerate(CONTEXTS):
         heights = [place + 0.27 * (n - 1) for place in places]
         shares = [100 * s.share_over(context) for s in found]
-        panels[3].barh(heights, shares, 0.25, color=color, label=f"over {context} tokens")
+        panels[3].barh(heights, shares, 0.25, color=f"C{n}", label=f"over {context} tokens")
     panels[3].set(xlabel="captions cut, percent", xlim=(0, 100))
     panels[3].legend(fontsize=8)
     panels[0].invert_yaxis()

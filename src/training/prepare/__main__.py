@@ -1,6 +1,5 @@
 """The entry point: `python -m training.prepare --help`."""
 
-import argparse
 import importlib
 import logging
 import sys
@@ -20,8 +19,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    name = f"python -m training.prepare {args.command}"
     try:
-        return _run(args)
+        with (
+            ends_if_stuck(name, args.timeout_minutes),
+            Lease() as args.lease,
+        ):  # commands take it once flags are checked
+            return importlib.import_module(f"training.prepare.{args.module}").run(args)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog} {args.command}: error: {error}\n")
     except OSError as error:  # a full disk, a lost mount
@@ -30,12 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         return 130
-
-
-def _run(args: argparse.Namespace) -> int:
-    name = f"python -m training.prepare {args.command}"
-    with ends_if_stuck(name, args.timeout_minutes), Lease() as args.lease:  # commands take it once flags are checked
-        return importlib.import_module(f"training.prepare.{args.module}").run(args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from training.prepare.columns import KEY, RAW, URL
 from training.prepare.shards import order_shard
@@ -75,10 +76,8 @@ def open_tables(path: str) -> list[ColumnarFile]:
     tables = [ColumnarFile(file) for file in table_files(path)]
     for table in tables:
         if table.path.suffix != ".parquet" or URL not in table.names:
-            raise ValueError(
-                f"{table.path}: expected Parquet with a column {URL}, found {', '.join(table.names)}; make it with "
-                "python -m training.prepare tables"
-            )
+            found = f"found {', '.join(table.names)}; make it with python -m training.prepare tables"
+            raise ValueError(f"{table.path}: expected Parquet with a column {URL}, {found}")
     return tables
 
 
@@ -139,9 +138,14 @@ def check(out: Path, tables: Sequence[int], per_shard: int) -> tuple[dict, dict[
             bad[name] = fault
         elif counts:
             sizes[f"{name}.tar"] = number
-    report = {"rows": sum(tables), "images": sum(sizes.values()), "failed": failures.total(), "shards": len(names)}
+    report: dict[str, Any] = {
+        "rows": sum(tables),
+        "images": sum(sizes.values()),
+        "failed": failures.total(),
+        "shards": len(names),
+    }
     missing = [name for name, counts in zip(names, stats) if not counts]
-    report = report | {"failures": dict((+failures).most_common()), "missing_shards": missing, "bad_shards": bad}
+    report |= {"failures": dict((+failures).most_common()), "missing_shards": missing, "bad_shards": bad}
     return report, sizes
 
 

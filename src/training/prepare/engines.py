@@ -87,11 +87,10 @@ class TransformersEngine:
             self.processor = AutoProcessor.from_pretrained(vlm, cache_dir=cache_dir)
             model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=dtype, cache_dir=cache_dir)
         except (OSError, ValueError, KeyError) as error:
-            raise FileNotFoundError(
-                f"--vlm {vlm}: can't be loaded as a vision-language model ({first_line(error)}); expected a folder or "
-                f"hub name with config.json, weights and processor"
-            ) from error
-        self.model = model.to(self.device).eval()
+            found = f"can't be loaded as a vision-language model ({first_line(error)})"
+            expected = "expected a folder or hub name with config.json, weights and processor"
+            raise FileNotFoundError(f"--vlm {vlm}: {found}; {expected}") from error
+        self.model = model.to(self.device).eval()  # type: ignore[arg-type]  # transformers wraps `to`
         self.dtype, self.max_tokens = dtype, max_tokens
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"  # the answer must follow the prompt directly
@@ -107,13 +106,8 @@ class TransformersEngine:
         inputs = self.processor(images=list(images), text=[text] * len(images), return_tensors="pt", padding=True)
         inputs = inputs.to(self.device, self.dtype)
         with torch.inference_mode():
-            ids = self.model.generate(
-                **inputs,
-                max_new_tokens=self.max_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
+            how = {"max_new_tokens": self.max_tokens, "pad_token_id": self.tokenizer.pad_token_id}
+            ids = self.model.generate(**inputs, do_sample=False, num_beams=1, **how)
         # Most models return the prompt before their answer, some only the answer.
         length = inputs["input_ids"].shape[1]
         if ids.shape[1] >= length and torch.equal(ids[:, :length], inputs["input_ids"]):
@@ -156,10 +150,8 @@ class VllmEngine:
         self, vlm: str, max_tokens: int, tensor_parallel: int, cache_dir: str | None, vllm_args: Mapping[str, Any]
     ):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(
-                "--engine vllm under torchrun: start one process per model instead, with srun, a SLURM array, or by "
-                "hand with CUDA_VISIBLE_DEVICES and --shard-range"
-            )
+            remedy = "start one process per model with srun, a SLURM array, or by hand with --shard-range"
+            raise ValueError(f"--engine vllm under torchrun: {remedy}")
         from vllm import LLM, SamplingParams
 
         usual = {"limit_mm_per_prompt": {"image": 1}, "download_dir": cache_dir, "seed": 0}

@@ -172,7 +172,7 @@ def judge(answer: Generated) -> tuple[str | None, list[str]]:
     kinds = [] if answer.complete else ["cut short"]
     cleaned = clean_caption(answer.text)
     if cleaned.text is None:
-        return None, [cleaned.fault, *kinds]
+        return None, [cleaned.fault or "empty", *kinds]
     if is_repetitive(cleaned.text):
         return None, ["repetitive", *kinds]
     return (cleaned.text if answer.complete else without_cut_sentence(cleaned.text)), ["captions", *kinds]

@@ -109,7 +109,7 @@ def shorten(names: Sequence[str]) -> str:
 def _end_with_parent() -> None:
     """Lets a worker process end when the process that started it ends, even if that was killed."""
     if parent := parent_process():
-        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()  # type: ignore[func-returns-value]
 
 
 @contextmanager

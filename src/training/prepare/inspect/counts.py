@@ -87,7 +87,7 @@ def open_parts(data: Data) -> tuple[list[Part], dict[str, int]]:
     """Opens data as training does.
 
     Returns:
-        The shards, or a few rows of tables each, in order; the size of a shard is None unless ``sizes.json`` counts it.
+        The shards, or a few rows of tables each, in order; the size is -1 if nothing counts it.
         And how many ``shards``, ``tables`` or ``folders`` of images there are.
 
     Raises:
@@ -95,7 +95,7 @@ def open_parts(data: Data) -> tuple[list[Part], dict[str, int]]:
     """
     spec = local_spec(data.spec)
     if inside := embedded_sources(spec, data.image_column):
-        parts = [Part(url, None, partial(read_rows, url)) for urls in inside for url in urls]
+        parts = [Part(url, -1, partial(read_rows, url)) for urls in inside for url in urls]
         return parts, {"tables": len(parts)}
     if names_tables(spec):
         paths = table_files(spec)
@@ -103,7 +103,8 @@ def open_parts(data: Data) -> tuple[list[Part], dict[str, int]]:
         source = read_tables(paths, data.image_column, data.caption_keys(names), data.separator, 0)
         return source.parts(), {"folders" if paths[0].is_dir() else "tables": len(paths)}
     urls = [url for source in expand_sources(spec) for url in source]
-    parts = [Part(url, size, partial(read_samples, url)) for url, size in zip(urls, known_sizes(urls))]
+    sizes = [-1 if size is None else size for size in known_sizes(urls)]
+    parts = [Part(url, size, partial(read_samples, url)) for url, size in zip(urls, sizes)]
     return parts, {"shards": len(parts)}
 
 
@@ -131,7 +132,8 @@ def count_part(
         The number of the part, and its counts.
     """
     counts = Counts()
-    numbers, texts = counts.numbers, defaultdict(list)
+    texts: dict[str, list[str]] = defaultdict(list)
+    numbers = counts.numbers
     try:
         for sample in open_parts(data)[0][number].read():
             numbers["samples",] += 1

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     data = Data(args.shards, args.csv_img_key, args.csv_separator, args.caption_keys or ())
     parts, places = open_parts(data)
     chosen = items_of_job(range(len(parts)), args.shard_range, {})
-    tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir)
+    tokenizer: Any = get_tokenizer(args.model, cache_dir=args.cache_dir)
     lengths = sorted({*args.context_lengths, tokenizer.context_length})
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             name, size, found = parts[number].name, parts[number].size, counts.numbers["samples",]
             if any(counts.numbers["bad", kind] for kind in BROKEN):
                 broken.append(name)
-            if size not in (None, found):
+            if size not in (-1, found):
                 miscounted[name] = {"sizes.json": size, "samples": found}
     if args.shard_range:  # numbers of shards, or of parts of tables
         places = {kind: min(number, len(chosen)) for kind, number in places.items()}
