@@ -33,7 +33,7 @@ def read_imagenet(root: str | Path, prompts: str | Path | None = None) -> Classi
     numbers = {name: number for number, name in enumerate(_wordnet_ids())}
     root = require_dir(root, "--imagenet-val")
     if any(name.startswith("ILSVRC2012_val_") for name in os.listdir(root)):
-        raise ValueError(f"--imagenet-val {root}: all images in one folder; sort them into one per class, {SOURCE}")
+        raise ValueError(f"--imagenet-val {root}: all images are in one folder; sort them, one per class, {SOURCE}")
     images = _read_classes(root, numbers, "--imagenet-val", "a WordNet id such as n01440764")
     texts = read_prompts(prompts) if prompts else None
     return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", *images, NUM_VAL, SOURCE, texts)
@@ -85,7 +85,7 @@ def read_prompts(path: str | Path) -> ClassTexts:
     absent = [name for number, name in classes if number not in found and name not in found]
     for what, names in (("no class is called", sorted(unknown)), ("no texts for", absent)):
         if names:
-            shown = ", ".join([*names[:5], ".."] if len(names) > 5 else names)
+            shown = ", ".join(names[:5]) + " .." * (len(names) > 5)
             expected = "expected the names of open_clip.IMAGENET_CLASSNAMES or WordNet ids, all 1,000 classes"
             raise ValueError(f"{where}: {what} {shown} ({len(names):,} in all); {expected}")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
