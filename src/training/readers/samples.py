@@ -179,24 +179,6 @@ def _load_index(path: Path) -> dict | None:
         return None
 
 
-def _position(url: str, first: int, folder: str | None) -> tuple[int, int] | None:
-    """Returns (number, offset) of a sample from which to read, so that little before sample `first` is read.
-
-    Returns None if the shard has no such sample.
-    """
-    if not first:
-        return 0, 0
-    if is_local(url):
-        stream, size = open_stream(url)
-        stream.close()
-        if size is None:
-            return 0, 0
-        offsets = index_shard(url, first + 1).offsets
-        return (first, offsets[first]) if first < len(offsets) else None
-    known = _load_index(_cache_file(url, folder)) if folder else None
-    return (first, known["offsets"][first]) if known and first < len(known["offsets"]) else (0, 0)
-
-
 def read_samples(
     url: str,
     first: int = 0,
@@ -217,11 +199,11 @@ def read_samples(
     Raises:
         BrokenShardError: the shard can't be opened, or is broken; the samples before the break have been yielded.
     """
-    position: tuple[int, int] | None = None
+    known = _load_index(_cache_file(url, index_cache)) if first and index_cache and not is_local(url) else None
+    position = (first, known["offsets"][first]) if known and first < len(known["offsets"]) else (0, 0)
     for wait in (*(RETRY_WAITS if waits is None else waits), None):
         try:
-            position = position or _position(url, first, index_cache)
-            if position is None or (stop is not None and first >= stop):
+            if stop is not None and first >= stop:
                 return
             for sample in _read_once(url, first, stop, position, load):
                 yield sample
