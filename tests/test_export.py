@@ -218,6 +218,9 @@ def test_open_clip_folders_and_their_card(name, runs, scenes, tmp_path):
     export(checkpoint, "open_clip", tmp_path / "out", "--license", "mit")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n") and "| epochs | 1 |" in card and "Not evaluated" in card
+    if name == "clip":
+        export(tmp_path / "out", "open_clip", tmp_path / "again")
+        assert "\nUnknown: the model was not exported from a run.\n" in (tmp_path / "again" / "README.md").read_text()
     model = training.create_model(f"local-dir:{tmp_path / 'out'}").eval()
     with torch.no_grad():
         ids = training.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(check_samples(6)[1])

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="RUN_OR_FILE", help="what to export")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="what to export")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format of the export")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument("--model", metavar="NAME", help="architecture of a weights file outside a run's folder")
@@ -55,12 +55,12 @@ def _export(args: argparse.Namespace) -> int:
     from training.export.card import write_card
     from training.export.source import NUM_CHECKED, load_source, own_features
 
-    if args.to == "open_clip":
-        from training.export.open_clip_folder import write_folder as write
+    if args.to == "onnx":
+        from training.export.onnx_files import write_onnx as write
     elif args.to == "transformers":
-        from training.export.transformers_folder import write_folder as write
+        from training.export.folders import write_transformers as write
     else:
-        from training.export.onnx_files import write_files as write
+        from training.export.folders import write_open_clip as write
     source = load_source(args.source, args)
     own = own_features(source)
     args.out.mkdir(parents=True, exist_ok=True)

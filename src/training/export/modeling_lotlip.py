@@ -10,7 +10,7 @@ other token attends to them; the first feature of a caption is that of [CLS]. Th
 (pip install timm).
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
+from transformers.models.clip.modeling_clip import CLIPOutput
 
 
 class LotlipConfig(PretrainedConfig):
@@ -66,20 +66,6 @@ class LotlipConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-@dataclass
-class LotlipOutput(ModelOutput):
-    """Output of both towers.
-
-    Attributes:
-        logits_per_image: [images, texts].
-        text_embeds, image_embeds: normalised features.
-    """
-
-    logits_per_image: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-
-
 class LotlipModel(PreTrainedModel):
     """Both towers; like those of transformers' CLIPModel, the features are not normalised."""
 
@@ -87,6 +73,11 @@ class LotlipModel(PreTrainedModel):
     main_input_name = "input_ids"
     _supports_sdpa = True
     _no_split_modules = ["BertLayer", "RobertaLayer", "XLMRobertaLayer", "CLIPEncoderLayer"]
+    config: LotlipConfig
+    text_model: Any
+    vision_model: Any
+    text_projection: nn.Module
+    visual_projection: nn.Module
 
     def __init__(self, config: LotlipConfig):
         super().__init__(config)
@@ -108,7 +99,8 @@ class LotlipModel(PreTrainedModel):
         else:
             import timm
 
-            self.vision_model = timm.create_model(config.timm_model_name, num_classes=0, global_pool=config.timm_pool)
+            name = config.timm_model_name or ""
+            self.vision_model = timm.create_model(name, num_classes=0, global_pool=config.timm_pool)
             width = self.vision_model.num_features
             self.visual_projection = nn.Linear(width, dim, bias=False) if config.vision_projection else nn.Identity()
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))
@@ -173,9 +165,9 @@ class LotlipModel(PreTrainedModel):
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
-    ) -> LotlipOutput:
+    ) -> CLIPOutput:
         """Returns normalised features and ``logits_per_image`` [images, texts]."""
         text = nn.functional.normalize(self.get_text_features(input_ids, attention_mask), dim=-1)
         image = nn.functional.normalize(self.get_image_features(pixel_values), dim=-1)
         logits = self.logit_scale.exp() * image @ text.T
-        return LotlipOutput(logits_per_image=logits, text_embeds=text, image_embeds=image)
+        return CLIPOutput(logits_per_image=logits, text_embeds=text, image_embeds=image)

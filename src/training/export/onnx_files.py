@@ -3,6 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -17,6 +18,8 @@ MAX_BATCH = 2**20  # torch 2.6 cannot export an axis without an upper bound
 
 
 class _Images(nn.Module):
+    model: Any  # open_clip's or one of ours
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
@@ -40,7 +43,7 @@ class _Texts(_Images):
         return nn.functional.normalize(pooled, dim=-1)
 
 
-def write_files(source: Source, folder: Path) -> dict[str, torch.Tensor]:
+def write_onnx(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     """Writes ``image.onnx``, ``text.onnx`` and the tokenizer.
 
     Returns:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -39,7 +40,7 @@ class Source:
     """A model to export.
 
     Attributes:
-        model: in eval mode.
+        model: open_clip's or one of ours, in eval mode.
         preprocess: PIL image -> [3, H, W].
         tokenizer: texts -> ids [n, context_length].
         name: name of the run, file or folder.
@@ -48,21 +49,26 @@ class Source:
         results: results of the run's last evaluation; empty without one.
     """
 
-    model: torch.nn.Module
+    model: Any
     preprocess: Callable
-    tokenizer: Callable
+    tokenizer: Any
     name: str
     weights: Path | None
-    flags: dict
-    results: dict
+    flags: dict[str, Any]
+    results: dict[str, Any]
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """``model_cfg`` and ``preprocess_cfg`` in open_clip's form."""
         return self.model.lotlip_config
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of images in pixels."""
+        return self.model.visual.image_size[0]
 
-def load_source(path: str, args: argparse.Namespace) -> Source:
+
+def load_source(path: Path, args: argparse.Namespace) -> Source:
     """Loads the model to export.
 
     Args:
@@ -73,7 +79,6 @@ def load_source(path: str, args: argparse.Namespace) -> Source:
     Raises:
         ValueError, FileNotFoundError: the message says what is missing.
     """
-    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such run, file or folder")
     if path.is_dir() and not (path / "params.json").is_file():
@@ -86,7 +91,7 @@ def load_source(path: str, args: argparse.Namespace) -> Source:
     weights = newest_checkpoint(run / "checkpoints") if path.is_dir() else path
     if weights is None:
         raise FileNotFoundError(f"{run / 'checkpoints'}: no checkpoint in this folder")
-    name = args.model or flags.get("model")
+    name = args.model or flags.get("model", "")
     if not name:
         raise ValueError(f"{path}: not in a run's folder (no params.json); give its architecture with --model")
     results = run / "checkpoints" / "results.jsonl"

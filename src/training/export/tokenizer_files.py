@@ -6,6 +6,7 @@ characters that open_clip's cleaning replaces. Its repair of broken encodings an
 
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip.tokenizer import basic_clean
@@ -50,11 +51,11 @@ def _cleaning() -> list[normalizers.Normalizer]:
 
 
 def _clip(tokenizer: open_clip.SimpleTokenizer | CornerCLIPTokenizer, length: int) -> PreTrainedTokenizerBase:
-    words = getattr(tokenizer, "tokenizer", tokenizer)
+    words: Any = getattr(tokenizer, "tokenizer", tokenizer)
     merges = [pair for pair, _ in sorted(words.bpe_ranks.items(), key=lambda item: item[1])]
     # Corner tokens are ordinary entries of the vocabulary, so that one that is written in a text is only text.
     corners = {f"[Corner{n}]": number for n, number in enumerate(getattr(tokenizer, "corner_ids", ()))}
-    names = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "model_max_length": length}
+    names: dict[str, Any] = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "model_max_length": length}
     backend = CLIPTokenizer(vocab=words.encoder | corners, merges=merges, pad_token=_END, **names).backend_tokenizer
     backend.normalizer = normalizers.Sequence([*_cleaning(), backend.normalizer])
     if not corners:

@@ -42,7 +42,7 @@ def or_warn(write: Callable[[], T], what: str) -> T | None:
 
 
 def render_page(template: Path, **values: object) -> str:
-    """Renders a template, in which every value is escaped; it can include others in its folder.
+    """Renders a template, in which every value is escaped unless it is Markdown; it can include others in its folder.
 
     Names in the values need not be UTF-8.
 
@@ -51,6 +51,7 @@ def render_page(template: Path, **values: object) -> str:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    escape = not template.name.endswith(".md.j2")
+    environment = Environment(autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.loader = FileSystemLoader(template.parent)
     return printable(environment.get_template(template.name).render(values))

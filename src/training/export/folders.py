@@ -1,28 +1,29 @@
-"""Exports a folder for transformers: `CLIPModel` for CLIP's own towers, a modelling file for LoTLIP's BERT tower."""
+"""Exports a folder for open_clip's ``local-dir:`` and ``hf-hub:``, or for transformers.
+
+For transformers, CLIP's own towers become a `CLIPModel`; LoTLIP's BERT tower comes with a modelling file.
+"""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import nn
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedModel
 
 from training.export import modeling_lotlip
 from training.export.modeling_lotlip import LotlipConfig, LotlipModel
-from training.export.source import Source, check_samples
+from training.export.source import Source, check_samples, own_features
 from training.export.tokenizer_files import write_tokenizer
+from training.model.assembly import factory
 from training.model.towers.clip_tower import CornerCLIPText
 from training.model.towers.hf_tower import Bert, CornerHFText
+from training.model.towers.text_tower import TextTower
 from training.model.weights.transformers_names import from_open_clip
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
@@ -30,8 +31,24 @@ _END_ID = 49407
 _NOT_EXPORTED = ("logit_bias",)  # CLIPModel has no such parameter, and it does not affect rankings
 
 
-def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
-    """Writes the folder.
+def write_open_clip(source: Source, folder: Path) -> dict[str, torch.Tensor]:
+    """Writes a folder for open_clip, which this project loads, too.
+
+    Returns:
+        The normalised features of the samples, computed by loading the folder with open_clip, or with
+        `training.create_model` for a model with one of our text towers, as ``image`` and ``text``.
+    """
+    factory.save_pretrained(source.model, folder, source.tokenizer)
+    name = f"local-dir:{folder}"
+    library: Any = factory if isinstance(getattr(source.model, "text", None), TextTower) else open_clip
+    model, _, preprocess = library.create_model_and_transforms(name)
+    return own_features(
+        replace(source, model=model.eval(), preprocess=preprocess, tokenizer=library.get_tokenizer(name))
+    )
+
+
+def write_transformers(source: Source, folder: Path) -> dict[str, torch.Tensor]:
+    """Writes a folder for transformers.
 
     Returns:
         The normalised features of the samples, computed with transformers' own loaders, as ``image`` and ``text``.
@@ -40,6 +57,7 @@ def write_folder(source: Source, folder: Path) -> dict[str, torch.Tensor]:
         ValueError: the towers have no counterpart in transformers.
     """
     text = getattr(source.model, "text", source.model)
+    model: PreTrainedModel
     if isinstance(text, CornerHFText):
         model = _lotlip(source)
     elif getattr(text, "num_corners", 0):
@@ -67,7 +85,7 @@ def _vision_fields(source: Source) -> dict:
         raise ValueError(f"the image tower, a {type(visual).__name__}, has no counterpart in transformers' CLIPModel")
     cfg, width = model_cfg["vision_cfg"], visual.conv1.out_channels
     return {
-        "image_size": visual.image_size[0],
+        "image_size": source.image_size,
         "patch_size": visual.patch_size[0],
         "hidden_size": width,
         "num_hidden_layers": cfg.get("layers", 12),
@@ -127,15 +145,16 @@ def _lotlip(source: Source) -> LotlipModel:
         )
     skipped = ("transformers_version", "architectures", "dtype", "torch_dtype")
     fields = {key: value for key, value in encoder.to_diff_dict().items() if key not in skipped}
+    has_projection = not isinstance(text.proj, nn.Identity)
+    projection = model_cfg["text_cfg"].get("hf_proj_type", "mlp") if has_projection else None
     config = LotlipConfig(
         text_config=fields | {"model_type": encoder.model_type, "vocab_size": encoder.vocab_size},
         num_corner_tokens=text.num_corners,
         pooler=text.pooler_type,
-        text_projection=None
-        if isinstance(text.proj, nn.Identity)
-        else model_cfg["text_cfg"].get("hf_proj_type", "mlp"),
+        text_projection=projection,
         projection_dim=model_cfg["embed_dim"],
-        image_size=visual.image_size[0],
+        auto_map={f"Auto{kind}": f"modeling_lotlip.Lotlip{kind}" for kind in ("Config", "Model")},
+        image_size=source.image_size,
     )
     state = {f"text_model.{key}": value for key, value in text.transformer.state_dict().items()}
     state |= {f"text_projection.{key}": value for key, value in text.proj.state_dict().items()}
@@ -147,11 +166,8 @@ def _lotlip(source: Source) -> LotlipModel:
         state |= {f"visual_projection.{k.split('.')[-1]}": v for k, v in visual.head.state_dict().items()}
     else:
         config.vision_config, config.vision_pool = _vision_fields(source), visual.pool_type
-        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**config.vision_config))
-        whole = from_open_clip({f"visual.{key}": value for key, value in visual.state_dict().items()})
-        _load(tower, {key: value for key, value in whole.items()})
-        state |= {f"vision_model.{key}": value for key, value in tower.state_dict().items()}
-    config.auto_map = {f"Auto{kind}": f"modeling_lotlip.Lotlip{kind}" for kind in ("Config", "Model")}
+        converted = from_open_clip({f"visual.{key}": value for key, value in visual.state_dict().items()})
+        state |= {f"vision_model.{key}": value for key, value in converted.items()}
     result = LotlipModel(config)
     _load(result, state | {"logit_scale": model.logit_scale})
     return result
@@ -159,7 +175,7 @@ def _lotlip(source: Source) -> LotlipModel:
 
 def _processor(source: Source) -> CLIPImageProcessor:
     cfg = source.config["preprocess_cfg"]
-    size = source.model.visual.image_size[0]
+    size = source.image_size
     squash = cfg.get("resize_mode", "shortest") == "squash"
     return CLIPImageProcessor(
         size={"height": size, "width": size} if squash else {"shortest_edge": size},
