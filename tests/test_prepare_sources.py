@@ -85,7 +85,9 @@ def write_shards(folder: Path, form: str) -> str:
             path.unlink()
         elif form == "files":  # as img2dataset writes them
             with tarfile.open(path) as tar:
-                tar.extractall(folder / path.stem, filter="data")
+                (folder / path.stem).mkdir()
+                for member in tar:  # extractall's `filter` is missing from Python 3.11.2
+                    (folder / path.stem / member.name).write_bytes(tar.extractfile(member).read())
             (folder / f"{path.stem}.parquet").write_bytes(b"")
             (folder / f"{path.stem}_stats.json").write_text("{}")
             path.unlink()
