@@ -11,6 +11,7 @@ import torch
 
 from training.eval.metrics import (
     RankCounts,
+    _resampled_means,
     bootstrap_interval,
     count_ranks,
     expected_rank,
@@ -245,3 +246,32 @@ def test_copies_of_a_caption_do_not_narrow_an_interval():
     copies = RankCounts(*(t.repeat_interleave(5) for t in (once.better, once.tied, once.num_right)))
     owner = torch.arange(40).repeat_interleave(5)
     assert summarise(copies, clusters=owner)["top1-ci95"] == summarise(once)["top1-ci95"]
+
+
+def test_an_interval_of_many_values_is_the_normal_one():
+    """With 4,000 values, the percentiles 2.5 and 97.5 lie 1.96 standard errors from the mean."""
+    rng, sides = np.random.default_rng(0), []
+    for _ in range(20):
+        values = torch.from_numpy(rng.integers(0, 10, 4000) / 10)
+        low, high = bootstrap_interval(values, num_resamples=2300, seed=len(sides))
+        error = values.std() / len(values) ** 0.5
+        sides.append([(values.mean() - low) / error, (high - values.mean()) / error])
+    np.testing.assert_allclose(np.mean(sides, axis=0), 1.96, rtol=0.02)
+
+
+def test_an_interval_is_the_same_each_time_and_ignores_unused_numbers_of_clusters():
+    values, clusters = torch.rand(300, generator=torch.Generator().manual_seed(0)).double(), torch.arange(300) // 3
+    found = bootstrap_interval(values, clusters)
+    assert found == bootstrap_interval(values, clusters) == bootstrap_interval(values, 7 * clusters + 2)
+    assert found == bootstrap_interval(values, clusters, num_resamples=2000, seed=0)
+    assert found != bootstrap_interval(values, clusters, num_resamples=2000, seed=1)
+
+
+@pytest.mark.parametrize("num_resamples", [1, 500, 1234])
+def test_each_resample_gives_one_mean(num_resamples):
+    assert _resampled_means(np.arange(10.0), np.arange(10), num_resamples, seed=0).shape == (num_resamples,)
+
+
+def test_probabilities_and_ranks_are_in_double_precision():
+    counts = RankCounts(torch.arange(3), torch.full((3,), 2), torch.ones(3, dtype=torch.int64))
+    assert hit_probability(counts, 1).dtype == expected_rank(counts).dtype == torch.float64

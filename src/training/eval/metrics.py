@@ -197,7 +197,7 @@ def hit_probability(counts: RankCounts, k: int) -> torch.Tensor:
 
 def expected_rank(counts: RankCounts) -> torch.Tensor:
     """Returns the expected rank of the first right answer for a random order of ties. [num_queries], float64."""
-    return 1.0 + counts.better + counts.tied / (counts.num_right + 1.0)
+    return 1.0 + counts.better.double() + counts.tied / (counts.num_right.double() + 1.0)
 
 
 def bootstrap_interval(
