@@ -93,6 +93,7 @@ def test_the_loss_of_himo_clip():
 def test_reduction_of_a_small_batch_is_the_identity_and_of_equal_directions_finite():
     rows = unit(4, 6, seed=2)
     assert torch.equal(reduce_features(rows, 3), rows)
+    assert torch.linalg.matrix_rank(reduce_features(rows, 2) - rows.mean(0)) == 2  # one component fewer than there are
     many = unit(10, 6, seed=2).requires_grad_()  # all 6 directions
     reduce_features(many, 8).square().sum().backward()
     torch.testing.assert_close(many.grad, 2 * many.detach())
