@@ -6,7 +6,7 @@ from torch.nn import functional
 import training
 from benchmarks.measure import CLS, SEP, Figure, Setting, check_close, fastest, gradient, reference_captions
 from training.model.assembly.from_flags import make_arranger
-from training.model.towers.text_encoder import text_encoder
+from training.model.towers.encoders import text_encoder
 
 START, END, CONTEXT_LENGTH = 49406, 49407, 77
 

@@ -21,8 +21,8 @@ from benchmarks.measure import (
     reference_captions,
 )
 from training.model.assembly.from_flags import make_arranger
+from training.model.towers.encoders import text_encoder
 from training.model.towers.hf_tower import CornerHFText
-from training.model.towers.text_encoder import text_encoder
 
 NUM_CORNERS = 2
 

@@ -2,7 +2,7 @@
 
 python -m dataloaders.prepare share4v share-captioner_coco_lcs_sam_1246k_1107.json data/share4v/anno.json
 python -m dataloaders.prepare iiw data/iiw --annotations imageinwords --docci data/docci --dci data/dci
-python -m dataloaders.prepare stats --data-root data --suite long --out stats.png
+python -m dataloaders.prepare stats --data-root data --suite long --out stats.json
 """
 
 import argparse
@@ -11,15 +11,22 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tabulate import tabulate
+
 from dataloaders.iiw import SUBSETS, read_iiw_subset
+from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import benchmarks, destination, find_below_data_root, options_of, suites
 from dataloaders.share4v import SAM_NAME, SOURCE, read_items
-from dataloaders.stats import caption_stats, draw_stats, format_stats, to_json, token_counter
+from training.readers.captions import split_sentences
 from training.readers.files import find_by_name, require_dir
+
+CONTEXTS = (77, 128, 248)  # of CLIP, LoTLIP and Long-CLIP
 
 
 def prepare_share4v(captions: Path, out: Path, num: int) -> str:
@@ -122,6 +129,85 @@ def read_for_stats(args: argparse.Namespace) -> list[Any]:
     return sets
 
 
+@dataclass(frozen=True)
+class CaptionStats:
+    """Counts of one benchmark.
+
+    Attributes:
+        title: its heading in tables.
+        num_images, num_captions: numbers of images and captions in its list; image files are not opened.
+        sentences, tokens: int64 [num_captions], counts per caption; tokens include the two special ones.
+    """
+
+    title: str
+    num_images: int
+    num_captions: int
+    sentences: np.ndarray
+    tokens: np.ndarray
+
+    def share_over(self, context: int) -> float:
+        """Returns the fraction of captions that are longer than a context of this many tokens."""
+        return float((self.tokens > context).mean())
+
+
+def caption_stats(s: RetrievalSet, count_tokens: Callable[[str], int]) -> CaptionStats:
+    """Counts sentences by `split_sentences`, and tokens by `count_tokens`, which doesn't count special tokens."""
+    sentences = np.array([len(split_sentences(text)) for text in s.captions])
+    tokens = np.array([count_tokens(text) + 2 for text in s.captions])
+    return CaptionStats(s.title, len(s.image_paths), len(s.captions), sentences, tokens)
+
+
+def token_counter(name: str) -> Callable[[str], int]:
+    """Returns a function that counts the tokens of a text, without special ones.
+
+    Args:
+        name: ``clip`` for CLIP's tokenizer, else a tokenizer of transformers: a folder, or a name on the hub.
+
+    Raises:
+        ValueError: there is no such tokenizer.
+    """
+    if name == "clip":
+        from open_clip.tokenizer import SimpleTokenizer
+
+        tokenizer = SimpleTokenizer()
+        return lambda text: len(tokenizer.encode(text))
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer {name}: expected clip, or a tokenizer's folder ({error})") from error
+    return lambda text: len(loaded(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def format_stats(found: Sequence[CaptionStats]) -> str:
+    """Returns a table for the terminal: means, with the range of the middle 90% of captions; fractions in percent."""
+
+    def middle(values: np.ndarray) -> str:
+        return "{:.1f} ({:.0f}-{:.0f})".format(values.mean(), *np.percentile(values, [5, 95]))
+
+    rows = []
+    for s in found:
+        shares = [f"{100 * s.share_over(context):.1f}%" for context in CONTEXTS]
+        numbers = f"{s.num_images:,}", f"{s.num_captions:,}"
+        rows.append([s.title, *numbers, middle(s.sentences), middle(s.tokens), *shares])
+    headers = ["benchmark", "images", "captions", "sentences\nper caption", "tokens\nper caption"]
+    headers += [f"over\n{context}" for context in CONTEXTS]
+    return tabulate(rows, headers=headers, colalign=["left"] + ["right"] * 7, disable_numparse=True)
+
+
+def to_json(found: Sequence[CaptionStats]) -> list[dict]:
+    """Returns, for each benchmark, how many captions have each number of sentences and tokens; no caption texts."""
+
+    def counts(values: np.ndarray) -> dict[str, int]:
+        return {str(value): int(number) for value, number in zip(*np.unique(values, return_counts=True))}
+
+    return [
+        {"title": s.title, "images": s.num_images, "sentences": counts(s.sentences), "tokens": counts(s.tokens)}
+        for s in found
+    ]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser with its three commands."""
     parser = argparse.ArgumentParser(
@@ -149,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     stats.add_argument("--data-root", metavar="DIR", help="every benchmark below it, as in training.main")
     stats.add_argument("--suite", choices=suites(), default="all", help="which of them (default: %(default)s)")
     stats.add_argument("--tokenizer", default="clip", metavar="T", help="clip, or a folder (default: %(default)s)")
-    stats.add_argument("--out", type=Path, default=Path("stats.png"), metavar="PNG", help="default: %(default)s")
+    stats.add_argument("--out", type=Path, default=Path("stats.json"), metavar="JSON", help="default: %(default)s")
     return parser
 
 
@@ -173,10 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             count_tokens = token_counter(args.tokenizer)
             found = [caption_stats(s, count_tokens) for s in read_for_stats(args)]
-            draw_stats(found).savefig(args.out, dpi=120, metadata={"Software": None})
-            counts = args.out.with_suffix(".json")
-            counts.write_text(json.dumps(to_json(found)) + "\n", encoding="utf-8")
-            report, complete = f"{format_stats(found)}\nFigure: {args.out}   Counts: {counts}", True
+            args.out.write_text(json.dumps(to_json(found)) + "\n", encoding="utf-8")
+            report, complete = f"{format_stats(found)}\nCounts: {args.out}", True
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(report)

@@ -16,7 +16,7 @@ from training import Experiment
 class CornerDiversity(Experiment):
     @classmethod
     def add_flags(cls, group):
-        group.number("--corner-penalty", 0.1, "weight of the squared cosine between [CLS] and corners of a caption")
+        group.add_argument("--corner-penalty", type=float, default=0.1, help="weight of the squared cosine with [CLS]")
 
     def make_loss(self, loss, core):
         return WithPenalty(loss, core.text.num_corners, self.args.corner_penalty)

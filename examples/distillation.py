@@ -33,10 +33,12 @@ class Distillation(Experiment):
 
     @classmethod
     def add_flags(cls, group):
-        group.text("--teacher", "MODEL", "model whose text features are learned")
-        group.text("--teacher-weights", "TAG|FILE", "weights of --teacher, as --pretrained")
-        group.text("--teacher-key", "KEY", "key of the teacher's text feature in a sample's JSON, instead of --teacher")
-        group.number("--contrastive-weight", 0.0, "weight of the loss of the other flags beside the distillation")
+        group.add_argument("--teacher", metavar="MODEL", help="model whose text features are learned")
+        group.add_argument("--teacher-weights", metavar="TAG|FILE", help="weights of --teacher, as --pretrained")
+        group.add_argument("--teacher-key", metavar="KEY", help="key of its text feature in a sample's JSON, instead")
+        group.add_argument(
+            "--contrastive-weight", type=float, default=0.0, help="weight of the loss of the other flags"
+        )
 
     @cached_property
     def tokenizer(self):

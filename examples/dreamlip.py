@@ -34,7 +34,7 @@ class DreamLip(Experiment):
 
     @classmethod
     def add_flags(cls, group):
-        group.number("--grouping-weight", 1.0, "weight of the loss between sub-captions and patches")
+        group.add_argument("--grouping-weight", type=float, default=1.0, help="weight of sub-captions against patches")
 
     def model_class(self, kind):
         return PatchModel

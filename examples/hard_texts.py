@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from training import Experiment
+from training.flags.types import positive
 from training.loss import gather_rows
 from training.readers.captions import join_sentences, split_sentences
 
@@ -40,8 +41,12 @@ KIND_OF = {word: number for number, words in enumerate(KINDS) for word in words.
 class HardTexts(Experiment):
     @classmethod
     def add_flags(cls, group):
-        group.count("--hard-texts", 1, "hard negative texts of a sample")
-        group.choice("--hard-text-kind", ("attributes", "sentences"), "attributes", "what exchanges places in them")
+        group.add_argument(
+            "--hard-texts", type=positive, default=1, metavar="N", help="hard negative texts of a sample"
+        )
+        group.add_argument(
+            "--hard-text-kind", choices=("attributes", "sentences"), default="attributes", help="what exchanges places"
+        )
 
     def views(self, texts, record, at):
         exchange = {"attributes": exchange_attributes, "sentences": exchange_halves}[self.args.hard_text_kind]

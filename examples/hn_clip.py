@@ -23,7 +23,9 @@ from training.loss import gather_rows
 class HNClip(Experiment):
     @classmethod
     def add_flags(cls, group):
-        group.number("--hn-gamma", 0.5, "weight of the captions' similarity in the logits of negatives")
+        group.add_argument(
+            "--hn-gamma", type=float, default=0.5, help="weight of the captions' similarity in the logits"
+        )
 
     def make_loss(self, loss, core):
         return ScaledLogits(self.args.hn_gamma, self.args.siglip, loss.rank, loss.world_size)

@@ -26,6 +26,7 @@ from torchvision.transforms import Compose, RandomResizedCrop, Resize
 
 from training import Experiment
 from training.data.features import feature_info
+from training.flags.types import positive
 from training.loss import gather_rows
 from training.model.towers.train_model import PatchModel
 
@@ -40,8 +41,8 @@ class Regions(Experiment):
 
     @classmethod
     def add_flags(cls, group):
-        group.count("--regions", 4, "boxes of a sample")
-        group.number("--region-weight", 0.1, "weight of the loss between boxes and their texts")
+        group.add_argument("--regions", type=positive, default=4, metavar="N", help="boxes of a sample")
+        group.add_argument("--region-weight", type=float, default=0.1, help="weight of boxes against their texts")
 
     def image_transform(self, transform):
         def uncropped(step):

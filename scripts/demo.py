@@ -34,7 +34,7 @@ from torch.nn.functional import normalize
 
 import training
 from dataloaders.urban1k import read_urban1k
-from training.model.towers.image_encoder import image_encoder
+from training.model.towers.encoders import image_encoder
 
 MODEL_FOLDER = Path(__file__).parent / "demo_model"
 MODEL = f"config:{MODEL_FOLDER / 'lotlip_demo.json'}"

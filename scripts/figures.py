@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.stats import CaptionStats, draw_stats
+from dataloaders.prepare import CONTEXTS, CaptionStats
 
 FIGURES = Path(__file__).parents[1] / "figures"
 PUBLISHED = FIGURES.parent / "src" / "training" / "eval" / "published.json"
@@ -234,6 +234,39 @@ def draw_recipes() -> object:
         axes.set_visible(False)
     figure.supxlabel("steps of 32 scenes", fontsize=9)
     figure.suptitle("Loss terms of the recipes on drawn scenes, small models (each in its own scale)", fontsize=11)
+    return figure
+
+
+def draw_stats(found: list[CaptionStats]) -> object:
+    """Draws images, sentences and tokens per caption (box: quartiles, whiskers: 5 to 95%), and captions cut.
+
+    Returns:
+        The matplotlib figure.
+    """
+    from matplotlib import pyplot
+
+    names = [s.title.replace("$", r"\$") for s in found]
+    figure, panels = pyplot.subplots(1, 4, figsize=(14, 1.8 + 0.45 * len(found)), layout="constrained", sharey=True)
+    places = range(len(found))
+    bars = panels[0].barh(places, [s.num_images for s in found], color="C0")
+    panels[0].bar_label(bars, [f"{s.num_images:,}" for s in found], padding=3, fontsize=8)
+    limits = (1, 10 * max(s.num_images for s in found))
+    panels[0].set(xscale="log", xlim=limits, xlabel="images", yticks=places, yticklabels=names)
+    for axes, kind in zip(panels[1:3], ("sentences", "tokens")):
+        values = [getattr(s, kind) for s in found]
+        axes.boxplot(values, positions=places, orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.6)
+        axes.scatter([v.mean() for v in values], places, marker="D", s=18, color="C1", zorder=3, label="mean")
+        axes.set(xlabel=f"{kind} per caption", xlim=(0, None), yticks=places, yticklabels=names)
+        axes.legend(fontsize=8)
+    for context in CONTEXTS:
+        panels[2].axvline(context, color="0.6", linestyle=":", linewidth=1)
+    for n, context in enumerate(CONTEXTS):
+        heights = [place + 0.27 * (n - 1) for place in places]
+        shares = [100 * s.share_over(context) for s in found]
+        panels[3].barh(heights, shares, 0.25, color=f"C{n}", label=f"over {context} tokens")
+    panels[3].set(xlabel="captions cut, percent", xlim=(0, 100))
+    panels[3].legend(fontsize=8)
+    panels[0].invert_yaxis()
     return figure
 
 

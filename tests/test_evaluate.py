@@ -138,7 +138,7 @@ def test_a_broken_image_is_named_or_counted(layouts, tiny_clip, tmp_path, capsys
 def test_shared_images_and_captions_are_encoded_once(scenes, tiny_clip, monkeypatch, tmp_path, capsys):
     from open_clip.transformer import VisionTransformer
 
-    from training.model.towers.text_encoder import TextEncoder
+    from training.model.towers.encoders import TextEncoder
 
     counted = {"image": 0, "text": 0}
     towers = (("image", VisionTransformer, "forward_intermediates"), ("text", TextEncoder, "__call__"))

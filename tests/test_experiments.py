@@ -41,7 +41,7 @@ class Weighted(torch.nn.Module):
 class Mine(Experiment):
     @classmethod
     def add_flags(cls, group):
-        group.number("--own-number", 2.0, "a number")
+        group.add_argument("--own-number", type=float, default=2.0, help="a number")
 
     def sample_fields(self, record, texts):
         return {"number": torch.tensor(self.args.own_number)}

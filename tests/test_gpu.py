@@ -26,7 +26,7 @@ from training.main import main
 from training.model.assembly.factory import create_model
 from training.model.assembly.from_flags import build_from_flags, make_arranger
 from training.model.packing import CaptionArranger
-from training.model.towers.text_encoder import text_encoder
+from training.model.towers.encoders import text_encoder
 from training.runtime.distributed import DistEnv
 from training.train.build import make_stepper
 from training.train.optim import make_optimizer, parameter_groups

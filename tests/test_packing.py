@@ -13,7 +13,7 @@ from training.model.assembly.from_flags import make_arranger
 from training.model.packing import CaptionArranger, additive_mask, attention, bucket_bounds
 from training.model.tokenizers import CornerCLIPTokenizer
 from training.model.towers.corner import prefix_attention
-from training.model.towers.text_encoder import text_encoder
+from training.model.towers.encoders import text_encoder
 from training.model.towers.train_model import TrainModel
 
 CPU = torch.device("cpu")

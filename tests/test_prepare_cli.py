@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from training.prepare.params import COMMANDS, build_parser
+from training.prepare.__main__ import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,8 +13,7 @@ from training.eval.encode import ComputeOptions, Encoder
 from training.main import main
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import make_arranger
-from training.model.towers.image_encoder import image_encoder
-from training.model.towers.text_encoder import text_encoder
+from training.model.towers.encoders import image_encoder, text_encoder
 from training.model.towers.train_model import TrainModel
 from training.runtime.distributed import DistEnv
 

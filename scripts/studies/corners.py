@@ -28,7 +28,7 @@ from training.eval.metrics import count_ranks, hit_probability
 from training.eval.retrieval import encode_sets, plan_benchmarks
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags
-from training.model.towers.text_encoder import cut_padding
+from training.model.towers.encoders import cut_padding
 from training.model.towers.text_tower import special_attention
 from training.runtime.watchdog import joined_ranks
 

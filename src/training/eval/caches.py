@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from training.data.images import ImageReader
 from training.eval.encode import Encoder, Encoding, image_key, run_tower
-from training.model.towers.image_encoder import image_encoder
+from training.model.towers.encoders import image_encoder
 from training.model.towers.locking import HEAD, apply_linear_head, linear_head
 from training.model.weights.fingerprint import PROBE_TEXTS, fingerprint, probe_images, rounded, tokenizer_fingerprint
 from training.runtime.distributed import on_main_rank

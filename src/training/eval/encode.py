@@ -37,8 +37,7 @@ from tqdm import tqdm
 from training.data.images import IN_EVALUATION, ImageReader
 from training.model.assembly.factory import EncoderParts
 from training.model.tokenizers import tokenise_and_count_lost
-from training.model.towers.image_encoder import image_encoder
-from training.model.towers.text_encoder import PADDING_MULTIPLE, cut_padding, text_encoder
+from training.model.towers.encoders import PADDING_MULTIPLE, cut_padding, image_encoder, text_encoder
 from training.model.weights.fingerprint import probe_images
 from training.readers.files import StoredImage
 from training.readers.images import BrokenImageError, Source

@@ -17,8 +17,8 @@ from training.eval.encode import Encoder
 from training.eval.metrics import TIE_TOLERANCE, RankCounts, summarise, top_matches
 from training.eval.record import Recall, RetrievalResult
 from training.eval.retrieval import RankedSet
+from training.model.towers.encoders import in_chunks
 from training.model.towers.flair import conditioned_scores, encode_with_patches
-from training.model.towers.image_encoder import in_chunks
 from training.readers.images import BrokenImageError
 from training.runtime.distributed import sum_over_ranks
 

@@ -16,7 +16,7 @@ from training.flags.config import config_words, format_config
 from training.flags.effects import describe_idle, idle_flags
 from training.flags.model import AUTO, PRECISIONS
 from training.flags.table import NO_EFFECT, Parser, add_declared_flags
-from training.flags.types import Flags, HelpFormatter
+from training.flags.types import HelpFormatter
 from training.readers.captions import CAPTION_LISTS
 from training.readers.samples import INDEX_CACHE
 from training.runtime.experiment import Experiment, load_experiment
@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         experiment = load_experiment(first.experiment) if first.experiment else Experiment
         set_further_benchmarks(experiment.benchmarks)
         parser = build_parser()
-        experiment.add_flags(Flags(parser, f"experiment {first.experiment}"))
+        experiment.add_flags(parser.add_argument_group(f"experiment {first.experiment}"))
         args = parser.parse_args([*config_words(files.config, parser.actions, parser.parse_args), *words])
         if args.print_config:
             print(format_config(args, parser.actions), end="")

@@ -23,7 +23,7 @@ import yaml
 
 from dataloaders.registry import benchmarks, options_of
 from training.flags.effects import Condition, conditions, needs
-from training.flags.types import Flags
+from training.flags.types import KINDS
 
 FILES = ("model", "evaluation", "data", "training", "compute", "open_clip")
 NO_EFFECT = "no_effect"  # attribute of the namespace that lists the messages of flags of the kind no-effect
@@ -68,7 +68,7 @@ def add_declared_flags(parser: Parser, values: Mapping[str, object], everything:
     """
     parser.effects = {}
     for title, flags in declared().items():
-        group = Flags(parser, title)
+        group = parser.add_argument_group(title)
         for names, fields in flags.items():
             if names == "benchmarks":
                 parser.effects |= _add_benchmarks(group, fields)
@@ -77,7 +77,7 @@ def add_declared_flags(parser: Parser, values: Mapping[str, object], everything:
 
 
 def _add(
-    group: Flags,
+    group: Any,
     names: str,
     values: Mapping[str, object],
     help: str,
@@ -97,7 +97,7 @@ def _add(
         in_message, in_help = _MESSAGES[kind]
         say = partial(_note if kind == "no-effect" else _refuse, f"{flags[0]}{in_message}{help}")
         kind, help, fields = "calls", in_help + help, {"metavar": "X", "const": say} | fields
-    group.add(kind, " ".join(flags), help=Template(help).safe_substitute(values), **fields)
+    group.add_argument(*flags, help=Template(help).safe_substitute(values), **KINDS[kind] | fields)
     return {flags[0]: conditions(effect)} if kind != "calls" else {}
 
 
@@ -109,7 +109,7 @@ def _refuse(message: str, parser: Parser, *_: object) -> None:
     parser.error(message)
 
 
-def _add_benchmarks(group: Flags, name: str) -> dict[str, tuple[Condition, ...]]:
+def _add_benchmarks(group: Any, name: str) -> dict[str, tuple[Condition, ...]]:
     """Adds the flags of the benchmarks of a group, and each option behind the last benchmark that has it."""
     effects: dict[str, tuple[Condition, ...]] = {}
     owners = options_of(benchmarks())

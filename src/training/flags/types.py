@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dataloaders.registry import names, positive_numbers, whole_number
@@ -10,7 +10,6 @@ from training.data.captions import parse_views
 
 __all__ = [
     "Calls",
-    "Flags",
     "HelpFormatter",
     "Switch",
     "json_object",
@@ -121,45 +120,3 @@ KINDS: dict[str, dict[str, Any]] = {
     "optimizer": {"type": optimizer},
     "calls": {"action": Calls},
 }
-
-
-class Flags:
-    """A group of flags in --help.
-
-    `flags` holds the names of a flag with blanks between; the first is the name of its value. The help adds the default
-    to a text that does not mention one.
-    """
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str):
-        self.group = parser.add_argument_group(title)
-        self.add_argument = self.group.add_argument
-
-    def add(self, kind: str, flags: str, **fields: Any) -> argparse.Action:
-        """Adds a flag of one of the `KINDS`; `fields` are further arguments of `argparse.add_argument`."""
-        return self.add_argument(*flags.split(), **(KINDS[kind] | fields))
-
-    def switch(self, flags: str, text: str, default: bool | None = False) -> None:
-        """Adds a flag without a value; see `Switch`."""
-        self.add("switch", flags, help=text, default=default)
-
-    def count(self, flags: str, default: int | None, text: str, metavar: str = "N") -> None:
-        """Adds a whole number of at least 1."""
-        self.add("count", flags, help=text, default=default, metavar=metavar)
-
-    def whole(self, flags: str, default: int | None, text: str, metavar: str = "N") -> None:
-        """Adds a whole number of at least 0."""
-        self.add("whole", flags, help=text, default=default, metavar=metavar)
-
-    def number(self, flags: str, default: float | None, text: str, metavar: str = "X") -> None:
-        """Adds a number."""
-        self.add("number", flags, help=text, default=default, metavar=metavar)
-
-    def choice(self, flags: str, choices: Iterable[str], default: str | None, text: str) -> None:
-        """Adds one word of several."""
-        self.add("text", flags, help=text, default=default, choices=tuple(choices))
-
-    def text(
-        self, flags: str, metavar: str, text: str, default: object = None, type: Callable[[str], object] = str
-    ) -> None:
-        """Adds any other value, a text unless `type` converts it."""
-        self.add("text", flags, help=text, default=default, metavar=metavar, type=type)

@@ -71,7 +71,7 @@ class Experiment:
 
     @classmethod
     def add_flags(cls, group: Any) -> None:
-        """Adds flags to a group of --help-all; see `training.flags.types.Flags`."""
+        """Adds flags to a group of --help-all, an argument group of argparse."""
 
     def image_transform(self, transform: "Callable[[Image], torch.Tensor]") -> "Callable[[Image], torch.Tensor]":
         """Returns the function from a training image to [3, H, W]; `transform` is the one of the flags."""

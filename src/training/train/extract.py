@@ -31,7 +31,7 @@ from training.eval.encode import run_tower
 from training.model.assembly.factory import EncoderParts
 from training.model.assembly.from_flags import build_from_flags, check_precision
 from training.model.names.config import resolve_weights
-from training.model.towers.image_encoder import image_encoder
+from training.model.towers.encoders import image_encoder
 from training.model.towers.locking import HEAD, linear_head
 from training.model.weights.fingerprint import fingerprint
 from training.readers.faults import BadSample, Totals

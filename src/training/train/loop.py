@@ -22,7 +22,7 @@ from training.runtime.tracking import Tracker
 from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
 from training.runtime.workers import PREFETCH
 from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, remove_old_checkpoints
-from training.train.profile import ModelFlops, StepProfile
+from training.train.profile import StepProfile
 from training.train.remote import RemoteCopy
 from training.train.resume import AVERAGE, LOSS, Division, Progress
 from training.train.step import Stepper
@@ -85,7 +85,6 @@ class Trainer:
         schedule: step -> learning rate.
         division: how an epoch is divided into steps and batches.
         progress: progress from which training starts; then, the current one.
-        flops: FLOPs of the model; None unless on a GPU whose peak is known.
         tracker: writes metrics; None on other ranks than 0, like the next two.
         remote, profile: copies to ``--remote-sync``, and records steps for ``--profile``; None without these flags.
     """
@@ -102,7 +101,6 @@ class Trainer:
     schedule: Callable[[int], float]
     division: Division
     progress: Progress
-    flops: ModelFlops | None = None
     tracker: Tracker | None = None
     remote: RemoteCopy | None = None
     profile: StepProfile | None = None
@@ -136,7 +134,7 @@ class Trainer:
             if self.env.is_main:
                 self._introduce(stack)
             per_epoch, totals = self.division.steps_per_epoch, self.progress.totals
-            self.log = StepLog(self.env, self.tracker, totals, self.args, per_epoch, self.flops)
+            self.log = StepLog(self.env, self.tracker, totals, self.args, per_epoch)
             try:
                 while self.progress.epoch < self.args.epochs:
                     self._train_epoch()

@@ -35,7 +35,6 @@ from training.train.checkpoint import CHECKPOINTS, check_checkpoint, newest_chec
 from training.train.extract import tower_info
 from training.train.loop import Plan, Trainer
 from training.train.optim import make_schedule, optimizer_from_flags
-from training.train.profile import count_model
 from training.train.remote import RemoteCopy, RemoteError
 from training.train.resume import Division, Progress, changed_flags, restore, start_from
 
@@ -82,7 +81,6 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
     if not any(p.requires_grad for name, p in core.named_parameters() if not name.startswith("logit_")):
         raise ValueError("--lock-image and --lock-text leave nothing to train; unlock layers or a tower")
     _check_features(args, core)
-    flops = count_model(core, parts.tokenizer, env.device, args.precision, bool(feature_info(args.train_data)))
     if args.grad_checkpointing:
         core.set_grad_checkpointing()
     optimizer = optimizer_from_flags(args, core)
@@ -110,7 +108,7 @@ def _prepare(args: argparse.Namespace, watchdog: Watchdog, lease: Lease, env: Di
         val = open_train_data(args, parts.preprocess, parts.tokenizer, val_source, parts.arrange)
     val_loss = make_loss(args, num_corners(core), replace(env, rank=0, world_size=1))
     schedule = _schedule(args, optimizer, steps_per_epoch, env)
-    return Trainer(args, plan, env, watchdog, data, val, val_loss, parts, stepper, schedule, division, start, flops)
+    return Trainer(args, plan, env, watchdog, data, val, val_loss, parts, stepper, schedule, division, start)
 
 
 def _check(args: argparse.Namespace, lease: Lease, env: DistEnv) -> Plan:

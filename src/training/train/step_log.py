@@ -25,7 +25,6 @@ from training.runtime.files import append_line
 from training.runtime.messages import or_warn
 from training.runtime.tracking import Tracker
 from training.train.checkpoint import CheckpointWriter
-from training.train.profile import ModelFlops
 
 EXAMPLES_PER_KIND = 3
 MAX_RECORDS = 100  # of skipped steps
@@ -129,7 +128,6 @@ class StepLog:
         totals: samples of all ranks since the start; updated at every log line.
         args: flags.
         steps_per_epoch: number of steps of an epoch.
-        flops: FLOPs of the model, to log the utilisation of the device; None does not log it.
     """
 
     env: DistEnv
@@ -137,7 +135,6 @@ class StepLog:
     totals: Totals
     args: argparse.Namespace
     steps_per_epoch: int
-    flops: ModelFlops | None
 
     def __post_init__(self) -> None:
         self.total_steps = self.steps_per_epoch * self.args.epochs
@@ -212,7 +209,6 @@ class StepLog:
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,
             "data_wait_share": self.waited / seconds,
-            **({"flop_utilisation": self.flops.utilisation(self.samples, self.tokens, seconds)} if self.flops else {}),
             "padding_share": 1 - self.tokens / max(self.padded, 1),
             "skipped": self.totals.num_bad,
             "skipped_by_kind": dict(self.totals.faults),
@@ -256,7 +252,6 @@ class StepLog:
             f"grad norm {m['grad_norm']:.3g}",
             *([f"corners' cosine with [CLS] {m['corner_cls_cosine']:.3f}"] if "corner_cls_cosine" in m else []),
             f"{m['samples_per_s']:,.0f} samples/s, {m['tokens_per_s']:,.0f} tokens/s per {per}",
-            *([f"MFU {m['flop_utilisation']:.1%}"] if "flop_utilisation" in m else []),
             f"data wait {m['data_wait_share']:.0%}",
             f"padding {m['padding_share']:.0%}",
             f"ETA {timedelta(seconds=int(m['eta_s']))}",

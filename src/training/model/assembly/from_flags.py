@@ -14,8 +14,8 @@ from training.flags.model import AUTO, model_arguments, tokenizer_arguments
 from training.model.assembly.factory import EncoderParts, check_vocabulary, create_model_and_transforms, get_tokenizer
 from training.model.names.config import POOLING, resolve_model_config, resolve_weights
 from training.model.packing import BUCKET_COST_CPU, BUCKET_COST_GPU, BUCKET_COST_TOGETHER, CaptionArranger
+from training.model.towers.encoders import text_encoder
 from training.model.towers.locking import freeze_batch_norm_statistics
-from training.model.towers.text_encoder import text_encoder
 from training.model.weights.adapters import add_adapters
 
 CPU_PRECISIONS = ("fp32", "bf16", "pure_bf16", "amp_bf16", "amp_bfloat16")

@@ -10,9 +10,9 @@ from torch.nn.functional import normalize
 from training.data.images import normalise_pixels
 from training.model.packing import Captions
 from training.model.towers.corner import features_of_captions
+from training.model.towers.encoders import text_encoder
 from training.model.towers.flair import encode_with_patches
 from training.model.towers.locking import linear_head, rest_frozen
-from training.model.towers.text_encoder import text_encoder
 
 
 class TrainModel(nn.Module):
