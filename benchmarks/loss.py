@@ -31,10 +31,7 @@ def run(setting: Setting) -> list[Figure]:
         Figure(
             "loss",
             f"loss and gradients: batch {batch:,}, {num_texts} text features of {dim}",
-            {
-                "memory_ratio": memory["baseline"] / memory["ours"],
-                "time_ratio": seconds["baseline"] / seconds["ours"],
-            },
+            {"memory_ratio": memory["baseline"] / memory["ours"], "time_ratio": seconds["baseline"] / seconds["ours"]},
             {"peak_bytes": memory, "seconds": seconds, "feature_bytes": 4 * batch * dim * (1 + num_texts)},
         )
     ]

@@ -44,10 +44,7 @@ def run(setting: Setting) -> list[Figure]:
         Figure(
             "stock_text",
             f"text side of {name}, forward and backward: {num_captions} captions of {tokens / num_captions:.0f} tokens",
-            {
-                "time_ratio": seconds["baseline"] / seconds["ours"],
-                "token_ratio": ids.numel() / arrange(ids).num_padded,
-            },
+            {"time_ratio": seconds["baseline"] / seconds["ours"], "token_ratio": ids.numel() / arrange(ids).num_padded},
             {"seconds": seconds, "padding_share": 1 - tokens / ids.numel()},
         )
     ]

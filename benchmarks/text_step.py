@@ -63,13 +63,7 @@ def run(setting: Setting) -> Iterator[Figure]:
 
 
 def _figure(
-    name: str,
-    num_long: int,
-    tower: CornerHFText,
-    dtype: torch.dtype,
-    rate: float,
-    setting: Setting,
-    num_images: int,
+    name: str, num_long: int, tower: CornerHFText, dtype: torch.dtype, rate: float, setting: Setting, num_images: int
 ) -> Figure:
     short, long = reference_captions(num_images, num_long, NUM_CORNERS)
     together = torch.cat([short[:, None], long], dim=1).to(setting.device)

@@ -12,15 +12,7 @@ from torch.nn.functional import normalize
 
 import training
 from benchmarks import published
-from benchmarks.measure import (
-    Figure,
-    Setting,
-    check_close,
-    fastest,
-    largest_that_fits,
-    peak_bytes,
-    reference_captions,
-)
+from benchmarks.measure import Figure, Setting, check_close, fastest, largest_that_fits, peak_bytes, reference_captions
 from training.loss.caption_loss import LongCaptionLoss
 from training.model.assembly.from_flags import make_arranger
 from training.model.towers.train_model import TrainModel
@@ -91,10 +83,7 @@ def _figure(
     return Figure(
         figure,
         f"training step: {name}, locked image tower, {num_images:,} x (1 raw + {num_long} long){cached}",
-        {
-            "time_ratio": seconds["baseline"] / seconds["ours"],
-            "memory_ratio": memory["baseline"] / memory["ours"],
-        },
+        {"time_ratio": seconds["baseline"] / seconds["ours"], "memory_ratio": memory["baseline"] / memory["ours"]},
         {
             "seconds": seconds,
             "peak_bytes": memory,

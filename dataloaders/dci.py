@@ -16,6 +16,7 @@ PROTOCOLS = {"dci/short+extra": {7805: ()}, "dci/extra-lower": {7805: ()}, "long
 TITLES = dict(zip(PROTOCOLS, ("DCI", "DCI extra-lower", "Long-DCI")))
 SPLIT_SIZES = [98, 108, 7599]
 FLAG = "--dci-retrieval"
+BELOW = "densely_captioned_images"
 SOURCE = "see DCI in EVAL_DATASETS.md: annotations from the DCI release, photos from SA-1B's archive sa_000138"
 
 
@@ -33,7 +34,10 @@ def read_dci(root: str | Path, protocol: str = "dci/short+extra") -> RetrievalSe
     Raises:
         FileNotFoundError, ValueError: `splits.json` is missing, or a file is broken or has an unexpected structure.
     """
-    base = find_dci_base(root)
+    root = require_dir(root, FLAG)
+    base = next((b for b in (root / BELOW, root) if (b / "splits.json").is_file()), None)
+    if base is None:
+        raise FileNotFoundError(f"{FLAG} {root}: no splits.json, nor {BELOW}/splits.json; {SOURCE}")
     splits = read_json(base / "splits.json")
     if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
         raise ValueError(f"{base / 'splits.json'}: expected lists of annotation files under train, valid and test")
@@ -65,19 +69,6 @@ def _read_annotation(path: Path, protocol: str) -> tuple[str, str] | None:
     return text_field(row, "image", path), captions[protocol]
 
 
-def find_dci_base(root: str | Path) -> Path:
-    """Returns the folder with `splits.json`: ROOT/densely_captioned_images or ROOT.
-
-    Raises:
-        FileNotFoundError: neither has one.
-    """
-    root = require_dir(root, FLAG)
-    for base in (root / "densely_captioned_images", root):
-        if (base / "splits.json").is_file():
-            return base
-    raise FileNotFoundError(f"{FLAG} {root}: no splits.json, nor densely_captioned_images/splits.json; {SOURCE}")
-
-
 BENCHMARKS = (
     Benchmark(
         "dci",
@@ -86,7 +77,7 @@ BENCHMARKS = (
         lambda args, protocol: [read_dci(args.dci_retrieval, protocol)],
         order=10,
         protocols=PROTOCOLS,
-        tree=Tree("dci", ("densely_captioned_images/splits.json", "splits.json")),
+        tree=Tree("dci", (f"{BELOW}/splits.json", "splits.json")),
         suites=("long",),
         source=SOURCE,
     ),

@@ -6,6 +6,7 @@ V2/0/*.jpeg             one folder per class, named by its number (0 to 999)
 
 import hashlib
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -119,29 +120,30 @@ PROMPTS = Option(
     "ImageNet: JSON file of class name -> descriptions, such as CuPL's (default: open_clip's templates)",
     metavar="FILE",
 )
+
+
+def _declare(name: str, help: str, order: int, folder: str, read: Callable[..., ClassificationSet]) -> Benchmark:
+    return Benchmark(
+        name,
+        f"--{name}",
+        help,
+        lambda args: [read(args)],
+        group="short",
+        order=order,
+        options=(PROMPTS,),
+        tree=Tree(folder),
+        source=SOURCE,
+        classification=True,
+    )
+
+
 BENCHMARKS = (
-    Benchmark(
-        "imagenet-val",
-        "--imagenet-val",
-        "ImageNet-1k: folder with a folder per class (n01440764)",
-        lambda args: [read_imagenet(args.imagenet_val, args.imagenet_prompts)],
-        group="short",
-        order=30,
-        options=(PROMPTS,),
-        tree=Tree("imagenet/val"),
-        source=SOURCE,
-        classification=True,
+    _declare(
+        *("imagenet-val", "ImageNet-1k: folder with a folder per class (n01440764)", 30, "imagenet/val"),
+        lambda args: read_imagenet(args.imagenet_val, args.imagenet_prompts),
     ),
-    Benchmark(
-        "imagenet-v2",
-        "--imagenet-v2",
-        "ImageNet-v2: folder with numbered folders",
-        lambda args: [read_imagenet_v2(args.imagenet_v2, args.imagenet_prompts)],
-        group="short",
-        order=40,
-        options=(PROMPTS,),
-        tree=Tree("imagenetv2"),
-        source=SOURCE,
-        classification=True,
+    _declare(
+        *("imagenet-v2", "ImageNet-v2: folder with numbered folders", 40, "imagenetv2"),
+        lambda args: read_imagenet_v2(args.imagenet_v2, args.imagenet_prompts),
     ),
 )

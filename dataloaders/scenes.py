@@ -168,9 +168,7 @@ def _write_text(path: Path, content: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or exits with 2 on a usage error."""
     parser = argparse.ArgumentParser(
-        prog="python -m dataloaders.scenes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m dataloaders.scenes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", metavar="OUT", help="folder to write to; an earlier set there is replaced")
     parser.add_argument("--train", type=int, default=12000, metavar="N", help="training scenes (default: %(default)s)")

@@ -6,7 +6,6 @@ ROOT/..    SA-1B images, in any tree
 
 import re
 from pathlib import Path
-from typing import Any
 
 from dataloaders.pairs import RetrievalSet, one_caption_per_image
 from dataloaders.registry import Benchmark, Option, Tree, positive_numbers
@@ -78,15 +77,14 @@ def read_items(annotations: str | Path) -> list[tuple[str, str]]:
     items = read_json(path)
     if not isinstance(items, list):
         raise ValueError(f"{ANNO_FLAG} {path}: expected a JSON list, found {type(items).__name__}")
-    return [_read_item(item, f"{path} item {number}") for number, item in enumerate(items)]
-
-
-def _read_item(item: Any, where: str) -> tuple[str, str]:
-    image = text_field(item, "image", where)
-    turns = item.get("conversations")
-    if not isinstance(turns, list) or len(turns) < 2:
-        raise ValueError(f"{where}: expected two entries under 'conversations' (question, caption)")
-    return image, text_field(turns[1], "value", f"{where}, conversations[1]")
+    found = []
+    for number, item in enumerate(items):
+        where = f"{path} item {number}"
+        image, turns = text_field(item, "image", where), item.get("conversations")
+        if not isinstance(turns, list) or len(turns) < 2:
+            raise ValueError(f"{where}: expected two entries under 'conversations' (question, caption)")
+        found.append((image, text_field(turns[1], "value", f"{where}, conversations[1]")))
+    return found
 
 
 def resolve_images(root: Path, names: list[str]) -> list[Path]:

@@ -149,13 +149,7 @@ class LabReport(NamedTuple):
     said: str
 
 
-def run_lab(
-    argv: list[str],
-    world_size: int,
-    samples: Path,
-    kills: Sequence = (),
-    last: bool = True,
-) -> LabReport:
+def run_lab(argv: list[str], world_size: int, samples: Path, kills: Sequence = (), last: bool = True) -> LabReport:
     """Runs one training after another, and kills all except the last: see crash_lab.py."""
     samples.mkdir(exist_ok=True)
     job = {"argv": argv, "world_size": world_size, "ports": free_ports(len(kills) + 1), "samples": str(samples)}

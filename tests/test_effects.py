@@ -25,6 +25,7 @@ COMMANDS = [
     [*TRAINING, "--save-frequency", "0"],
     [*TRAINING, "--lr-scheduler", "const-cooldown", "--opt", "timm/lion"],
     [*TRAINING, "--skip-scheduler"],
+    [*TRAINING, "--lock-image", "--lock-text", "--dataset-resampled", "--train-num-samples", "9"],
     [*TRAINING, "--remote-sync", "s3://bucket"],
     [*TRAINING, "--captions", "raw"],
     [*TRAINING, "--long-text-variance", "0.9"],

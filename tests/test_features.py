@@ -224,7 +224,7 @@ def test_a_table_of_images_is_extracted_too(scenes, tmp_path):
             ["--train-data", "{features}", "--extract-image-features", "{here}/x"],
             "contains image features; give images",
         ),
-        (["--train-data", "{shards}", "--feature-views", "2"], "needs --extract-image-features"),
+        (["--train-data", "{shards}", "--feature-views", "2"], "without --extract-image-features"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(flags, said, shards, features, tmp_path, capsys):

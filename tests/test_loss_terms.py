@@ -122,10 +122,7 @@ def test_weights_and_normalisations():
     ("options", "said"),
     [
         ({"normalisation": "none"}, "normalisation none: expected one of published, per-term"),
-        (
-            {"terms": (LossTerm("a_loss", (0,)), LossTerm("a_loss", (1,)))},
-            "term a_loss: another one has this name",
-        ),
+        ({"terms": (LossTerm("a_loss", (0,)), LossTerm("a_loss", (1,)))}, "term a_loss: another one has this name"),
     ],
 )
 def test_invalid_options_are_refused(options, said):

@@ -149,10 +149,7 @@ def test_near_ties_are_decided_in_float64(seed):
     best = np.where(is_right, score, -np.inf).max(1)
     shares = [count_ranks(image, text, owner, tile=(7, 16), rank=rank, world_size=3) for rank in range(3)]
     for direction, (target, axis) in enumerate(((best[:, None], 1), (own[None], 0))):
-        for name, found in (
-            ("better", score > target + 1e-12),
-            ("tied", ~is_right & (abs(score - target) <= 1e-12)),
-        ):
+        for name, found in (("better", score > target + 1e-12), ("tied", ~is_right & (abs(score - target) <= 1e-12))):
             expected = (found & ~is_right).sum(axis)
             assert np.array_equal(getattr(count_ranks(image, text, owner)[direction], name), expected), name
             assert np.array_equal(sum(getattr(share[direction], name) for share in shares), expected), name

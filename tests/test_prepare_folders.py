@@ -166,12 +166,7 @@ def test_only_public_addresses_are_kept(tmp_path):
         "http://localhost/1",
         "http://[::1]/1",
     ]
-    bad += [
-        "https://10.0.0.1/1",
-        "http://127.1/1",
-        "http://2130706433/1",
-        "https://a.internal/1",
-    ]
+    bad += ["https://10.0.0.1/1", "http://127.1/1", "http://2130706433/1", "https://a.internal/1"]
     good = ["http://x.org/1.jpg", "HTTPS://a.b.example.com:8080/x?y=1", "http://8.8.8.8/1"]
     lines = "".join(f"{url},A wall. It is day.\n" for url in (*bad, *good))
     (tmp_path / "t.csv").write_text(f"url,long_caption\n{lines}")

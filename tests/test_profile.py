@@ -8,7 +8,7 @@ import torch
 from test_safety import command
 
 from training.main import main
-from training.train.profile import StepProfile
+from training.train.step_log import StepProfile
 
 
 def test_profile_writes_a_trace_of_five_steps_and_a_table(scenes, tmp_path):

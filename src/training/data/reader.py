@@ -167,8 +167,7 @@ def trim_padding(tokenizer: Callable, ids: torch.Tensor, multiple: int = 8) -> t
     if hasattr(tokenizer, "pad_id"):
         # CLIP's padding is also the id of an exclamation mark, so the last token decides.
         lengths = ((ids != pad_id) * torch.arange(1, ids.shape[1] + 1)).amax(dim=1)
-        longest = int(lengths.max())
-        ids = ids[:, : min(ids.shape[1], -(-longest // multiple) * multiple)].contiguous()
+        ids = ids[:, : min(ids.shape[1], -(-int(lengths.max()) // multiple) * multiple)].contiguous()
     return ids, int(lengths.sum())
 
 

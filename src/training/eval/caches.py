@@ -25,7 +25,7 @@ from training.data.images import ImageReader
 from training.eval.encode import Encoder, Encoding, image_key, run_tower
 from training.model.towers.encoders import image_encoder
 from training.model.towers.locking import HEAD, apply_linear_head, linear_head
-from training.model.weights.fingerprint import PROBE_TEXTS, fingerprint, probe_images, rounded, tokenizer_fingerprint
+from training.model.weights.fingerprint import PROBE_TEXTS, fingerprint, probe_images, rounded
 from training.runtime.distributed import on_main_rank
 from training.runtime.files import atomic_write
 
@@ -119,9 +119,9 @@ def describe_image_tower(encoder: Encoder, cut_head: bool = False) -> dict[str, 
 def describe_text_tower(encoder: Encoder) -> dict[str, object]:
     """Does for texts what `describe_image_tower` does for images."""
     model: Any = encoder.parts.model
-    tokenizer = encoder.parts.tokenizer
-    described = _describe(encoder, model.encode_text, tokenizer(list(PROBE_TEXTS)))
-    return described | {"tower": fingerprint(model, "visual."), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    ids = encoder.parts.tokenizer(list(PROBE_TEXTS))
+    hashed = sha256(f"{tuple(ids.shape)} {ids.tolist()}".encode()).hexdigest()
+    return _describe(encoder, model.encode_text, ids) | {"tower": fingerprint(model, "visual."), "tokenizer": hashed}
 
 
 def _describe(encoder: Encoder, tower: Callable, probe: torch.Tensor) -> dict[str, object]:

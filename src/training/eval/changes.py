@@ -73,7 +73,7 @@ def list_changes(
         tokens = tokens or [length for length in CARD_TOKENS if can_cut and length >= shortest]
     lengths = [*sorted(length for length in tokens if length < whole), whole] if tokens else []
     changes = [Change("tokens", str(length), tokenizer=cut_tokenizer(tokenizer, length)) for length in lengths]
-    changes += [Change("sentences", str(n), partial(first_sentences, number=n)) for n in sorted(sentences)]
+    changes += [Change("sentences", str(n), _first(n)) for n in sorted(sentences)]
     changes += [Change("sentences", "all")] if sentences else []
     if sensitivity:
         changes += [Change("sensitivity", "as it is"), Change("sensitivity", "sentences shuffled", shuffle_sentences)]
@@ -102,9 +102,8 @@ def _cut_and_pad(tokenizer: Any, length: int, padding: int, texts: list[str]) ->
     return functional.pad(ids, (0, tokenizer.context_length - ids.shape[1]), value=padding)
 
 
-def first_sentences(sentences: list[str], seed: int, number: int) -> list[str]:
-    """Returns the first sentences; the seed has no effect."""
-    return sentences[:number]
+def _first(number: int) -> Callable[[list[str], int], list[str]]:
+    return lambda sentences, seed: sentences[:number]
 
 
 def shuffle_sentences(sentences: list[str], seed: int) -> list[str]:

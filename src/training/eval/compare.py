@@ -5,7 +5,6 @@
 Every run is compared with the first one, on the benchmarks that both evaluated with the same pairs.
 """
 
-import argparse
 import csv
 import json
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from training.eval.record import DIRECTIONS, describe_pairs, format_rows, interval, percent, points
 from training.eval.results import flags_that_differ
+from training.flags.types import command_parser
 
 
 def compare(runs: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -118,12 +118,7 @@ def write_flips(runs: Sequence[str], path: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 for a usage error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of an evaluation, LOGS/NAME; two or more")
-    parser.add_argument("--flips", type=Path, metavar="FILE", help="write the queries that flipped as CSV, with ranks")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of the table, as fractions")
+    parser = command_parser("training.compare", __doc__, Path(__file__).with_suffix(".yaml"))
     args = parser.parse_args(argv)
     try:
         if len(args.runs) < 2:

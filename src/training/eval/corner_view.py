@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from training.flags.types import command_parser
+
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -84,17 +86,7 @@ def draw(found: dict[str, Any]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 for a usage error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.corner_view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("caption", metavar="CAPTION", help="the caption, in quotes")
-    parser.add_argument("--model", default="lotlip_bert-ViT-B-16", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--pretrained", metavar="TAG|FILE", help="weights; without them the model is untrained")
-    parser.add_argument("--cache-dir", metavar="DIR", help="same as in training.main")
-    parser.add_argument("--num-corner-tokens", type=int, metavar="M", help="same as in training.main")
-    parser.add_argument("--context-length", type=int, metavar="L", help="same as in training.main")
-    parser.add_argument("--layer", type=int, default=-1, metavar="N", help="from 0; default: -1, the last")
-    parser.add_argument("--out", type=Path, default=Path("corners.png"), metavar="FILE", help="default: %(default)s")
+    parser = command_parser("training.corner_view", __doc__, Path(__file__).with_suffix(".yaml"))
     args = parser.parse_args(argv)
     try:
         if args.out.suffix not in SUFFIXES:

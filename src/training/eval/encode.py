@@ -41,7 +41,7 @@ from training.model.towers.encoders import PADDING_MULTIPLE, cut_padding, image_
 from training.model.weights.fingerprint import probe_images
 from training.readers.files import StoredImage
 from training.readers.images import BrokenImageError, Source
-from training.runtime.distributed import DistEnv, join_rows, merge_over_ranks, stop_on_every_rank, sum_over_ranks
+from training.runtime.distributed import DistEnv, gather_objects, join_rows, stop_on_every_rank, sum_over_ranks
 from training.runtime.files import atomic_write
 from training.runtime.messages import warn_once
 from training.runtime.processes import SIGNALS
@@ -223,7 +223,7 @@ class Encoder:
                 features.append((batch.positions, rows))
                 lost_tokens[batch.positions] = batch.lost_tokens
         stop_on_every_rank(self.env)
-        broken = merge_over_ranks(broken, self.env)
+        broken = dict(sorted(item for of_rank in gather_objects(broken, self.env) for item in of_rank.items()))
         if broken and self.env.is_main:
             logger.warning(f"{len(broken):,} {unit}s can't be read and are skipped; the first: {broken[min(broken)]}")
         return Encoding(join_rows(features, num_items, self.env), broken, sum_over_ranks(lost_tokens, self.env))

@@ -125,7 +125,7 @@ def compare_with_published(
 
 
 def explain(
-    comparisons: Sequence[dict], results: Sequence[RetrievalResult], numbers: Sequence[PublishedNumber], decoding: str
+    comparisons: Sequence[dict], results: Sequence[RetrievalResult], numbers: Sequence[PublishedNumber]
 ) -> list[str]:
     """Returns possible explanations of the differences, one sentence each; none if no difference exceeds its interval.
 
@@ -133,7 +133,6 @@ def explain(
         comparisons: comparisons of this run.
         results: results of this run.
         numbers: published numbers of this model for all protocols.
-        decoding: how images were decoded, one of `data.images.MODES`.
     """
     exceeding = {
         c["benchmark"]: c["protocol"].split("/")[0].removeprefix("long-")
@@ -151,8 +150,7 @@ def explain(
         if others:
             listed = ", ".join(f"{n.protocol} {n.i2t:.1f} / {n.t2i:.1f}" for n in others)
             lines.append(f"{result.title}: other protocols with this name have {listed}.")
-    if decoding != "exact":
-        lines.append(f"Images were decoded with --image-decoding {decoding}; exact gives the same pixels as in papers.")
+    lines.append("Only --image-decoding exact, the default, gives the same pixels as in papers.")
     lines.append("Papers often evaluate in fp16 or AMP; compared with fp32, this changes about 1 in 1,000 queries.")
     lines.append("Captions are split and joined here (EVAL_DATASETS.md); Long-CLIP and its derivatives use them raw.")
     return lines

@@ -63,15 +63,13 @@ def write_results(
         OSError: the file can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, versions = (
-        folder / PLACE.name,
-        {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "not installed"),
-    )
+    path, versions = folder / PLACE.name, dict.fromkeys(PACKAGES, "not installed")
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     line = to_json(results) | {"model": None if args.features else args.model, "pretrained": args.pretrained}
-    line |= {"weights_sha256": weights_sha256, "precision": args.precision, "versions": versions}
+    line |= {"weights_sha256": weights_sha256, "precision": args.precision}
+    line["versions"] = versions | {"python": platform.python_version()}
     line |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "flags": vars(args), **extra}
     append_line(path, json.dumps(line))  # in ASCII: U+2028 ends no line, and names need not be UTF-8
     return path

@@ -200,9 +200,7 @@ def _paragraphs(args: argparse.Namespace, plan: Plan, outcome: Outcome, comparis
         model = comparisons[0]["model"]
         table = format_rows(published_rows(comparisons), num_left=2, maxcolwidths=[None] * 6 + [60])
         yield f"Published numbers of {model} (R@1, percent):\n\n{table}"
-        decoding = args.image_decoding or "exact"
-        reasons = explain(comparisons, results, plan.published, decoding)
-        if reasons:
+        if reasons := explain(comparisons, results, plan.published):
             yield "\n  ".join(["Possible explanations of differences larger than the interval:", *reasons])
     elif args.published and results:
         logging.warning(f"--published {args.published}: there are no published numbers for the protocols of this run.")

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.flags.types import command_parser
+
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-FORMATS = ("open_clip", "transformers", "onnx")
 # Maximum difference of normalised features. fp32 kernels differ by 1e-6; open_clip's SigLIP has another activation.
 TOLERANCE = 1e-3
 
@@ -27,19 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 for success; 1 if the other software computes different features; 2 for usage errors.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m training.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="what to export")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="format of the export")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument("--model", metavar="NAME", help="architecture of a weights file outside a run's folder")
-    parser.add_argument("--num-corner-tokens", type=int, metavar="M", help="overrides the value in the model's config")
-    parser.add_argument("--context-length", type=int, metavar="L", help="overrides the value in the model's config")
-    parser.add_argument("--cache-dir", metavar="DIR", help="folder where tokenizers are looked up first")
-    parser.add_argument("--push-to-hub", metavar="ORG/REPO", help="also upload the folder, if its features are equal")
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make a new repository private")
-    parser.add_argument("--license", default="unknown", metavar="ID", help="license for the model card: mit, ...")
+    parser = command_parser("training.export", __doc__, Path(__file__).with_name("flags.yaml"))
     args = parser.parse_args(argv)
     try:
         return _export(args)

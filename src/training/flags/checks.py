@@ -45,17 +45,11 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def _check_data(args: argparse.Namespace) -> None:
-    if args.feature_views and not args.extract_image_features:
-        raise ValueError("--feature-views needs --extract-image-features")
     if args.extract_image_features and (args.dataset_resampled or args.resume):
         raise ValueError(
             "--extract-image-features reads every sample once and resumes by itself: omit --dataset-resampled and "
             "--resume"
         )
-    if args.train_data_upsampling_factors and not args.dataset_resampled:
-        raise ValueError("--train-data-upsampling-factors needs --dataset-resampled: otherwise each sample comes once")
-    if args.dataset_resampled and not args.train_num_samples:
-        raise ValueError("--dataset-resampled needs --train-num-samples: drawing with replacement has no end")
     if args.captions == "long" and not args.num_long_captions:
         raise ValueError("--captions long needs --num-long-captions of at least 1")
     if args.strong_augment and args.aug_cfg:
@@ -125,10 +119,6 @@ def _check_model(args: argparse.Namespace) -> None:
         )
     if isinstance(args.pretrained_image, str) and not os.path.exists(args.pretrained_image):
         raise ValueError(f"--pretrained-image {args.pretrained_image}: no such file or folder")
-    if (args.lock_image_unlocked_groups or args.lock_image_freeze_bn_stats) and not args.lock_image:
-        raise ValueError("--lock-image-unlocked-groups and --lock-image-freeze-bn-stats need --lock-image")
-    if (args.lock_text_unlocked_layers or args.lock_text_freeze_layer_norm) and not args.lock_text:
-        raise ValueError("--lock-text-unlocked-layers and --lock-text-freeze-layer-norm need --lock-text")
     if args.context_length and args.force_context_length:
         raise ValueError("--context-length and --force-context-length exclude each other")
     for flag in ("--context-length", "--force-context-length"):

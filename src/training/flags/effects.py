@@ -89,10 +89,7 @@ _CONDITIONS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
     "data": ("without --train-data or --val-data", lambda args: args.train_data or args.val_data),
     "steps": ("with --extract-image-features, which does not train", lambda args: not args.extract_image_features),
     "evaluation": ("in training; evaluate a checkpoint", lambda args: not args.train_data),
-    "fixed-weights": (
-        "in training: weights change from one evaluation to the next",
-        lambda args: not args.train_data,
-    ),
+    "fixed-weights": ("in training: weights change from one evaluation to the next", lambda args: not args.train_data),
     "separate-captions": ("in training, where captions come with their images", lambda args: not args.train_data),
     "model": ("with --features, which need no model", lambda args: not args.features or asks_about_texts(args)),
     "no-features": ("with --features; omit it", lambda args: not args.features),
@@ -103,10 +100,7 @@ _CONDITIONS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
     ),
     "benchmark": ("without a benchmark", has_benchmark),
     "named-benchmark": ("without a benchmark, such as --urban1k-retrieval", has_benchmark),
-    "retrieval": (
-        "without a retrieval benchmark; name one",
-        lambda args: has_benchmark(args, False) or args.features,
-    ),
+    "retrieval": ("without a retrieval benchmark; name one", lambda args: has_benchmark(args, False) or args.features),
     "table": (
         "without a table (.csv, .tsv, .json, .jsonl, .parquet or .arrow)",
         lambda args: _any_source(args, names_tables),
@@ -118,10 +112,7 @@ _CONDITIONS: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {
         lambda args: args.train_data or args.val_data or args.retrieval_table or args.retrieval_wds,
     ),
     "no-views": ("with --text-views; omit one or the other", lambda args: not args.text_views),
-    "long": (
-        "without a text from long captions; see --text-views",
-        lambda args: reads(caption_entries(args), "long"),
-    ),
+    "long": ("without a text from long captions; see --text-views", lambda args: reads(caption_entries(args), "long")),
     "short": (
         "without a text from short captions; see --text-views",
         lambda args: reads(caption_entries(args), "short"),

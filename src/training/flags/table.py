@@ -16,14 +16,13 @@ import argparse
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import yaml
 
 from dataloaders.registry import benchmarks, options_of
 from training.flags.effects import Condition, conditions, needs
-from training.flags.types import KINDS
+from training.flags.types import add_flag
 
 FILES = ("model", "evaluation", "data", "training", "compute", "open_clip")
 NO_EFFECT = "no_effect"  # attribute of the namespace that lists the messages of flags of the kind no-effect
@@ -87,26 +86,19 @@ def _add(
     **fields: Any,
 ) -> dict[str, tuple[Condition, ...]]:
     """Adds a flag; returns its conditions, by its name."""
-    for key, value in fields.items():
-        if isinstance(value, str) and value.startswith("$"):
-            fields[key] = values[value[1:]]
-    flags = [word for word in names.split() if word.startswith("-")]
-    if placeholder := names.split()[len(flags) :]:
-        fields["metavar"] = placeholder[0]
-    if kind in _MESSAGES:
-        in_message, in_help = _MESSAGES[kind]
-        say = partial(_note if kind == "no-effect" else _refuse, f"{flags[0]}{in_message}{help}")
-        kind, help, fields = "calls", in_help + help, {"metavar": "X", "const": say} | fields
-    group.add_argument(*flags, help=Template(help).safe_substitute(values), **KINDS[kind] | fields)
-    return {flags[0]: conditions(effect)} if kind != "calls" else {}
+    if kind not in _MESSAGES:
+        flag = add_flag(group, names, values, kind, help=help, **fields)[0]
+        return {flag: conditions(effect)} if effect else {}
+    in_message, in_help = _MESSAGES[kind]
+    message = f"{names.split()[0]}{in_message}{help}"
+    say = partial(_note, message) if kind == "no-effect" else lambda parser, *_: parser.error(message)
+    arguments: dict[str, Any] = {"metavar": "X", "const": say, "help": in_help + help} | fields
+    add_flag(group, names, values, "calls", **arguments)
+    return {}
 
 
 def _note(message: str, _: object, namespace: argparse.Namespace, *__: object) -> None:
     vars(namespace).setdefault(NO_EFFECT, []).append(message)
-
-
-def _refuse(message: str, parser: Parser, *_: object) -> None:
-    parser.error(message)
 
 
 def _add_benchmarks(group: Any, name: str) -> dict[str, tuple[Condition, ...]]:

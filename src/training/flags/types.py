@@ -2,22 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from dataloaders.registry import names, positive_numbers, whole_number
 from training.data.captions import parse_views
-
-__all__ = [
-    "Calls",
-    "HelpFormatter",
-    "Switch",
-    "json_object",
-    "names",
-    "not_negative",
-    "positive",
-    "positive_numbers",
-]
 
 
 class Switch(argparse.Action):
@@ -119,4 +110,57 @@ KINDS: dict[str, dict[str, Any]] = {
     "views": {"type": text_views},
     "optimizer": {"type": optimizer},
     "calls": {"action": Calls},
+    "path": {"type": Path},
 }
+
+
+def add_flag(
+    group: Any, names: str, values: Mapping[str, object], kind: str = "text", either: str = "", **fields: Any
+) -> list[str]:
+    """Adds a flag as a YAML file declares it.
+
+    Args:
+        group: a parser, or a group of one.
+        names: the names of the flag, or of a positional argument, and the placeholder of its value in --help.
+        values: what ``$NAME`` means, by NAME: as a whole value, or within the help.
+        kind: one of `KINDS`.
+        either: see `add_groups`.
+        fields: further arguments of `argparse.add_argument`.
+
+    Returns:
+        The names of the flag.
+    """
+    words = names.split()
+    flags = [word for word in words if word.startswith("-")] or words[:1]
+    if placeholder := words[len(flags) :]:
+        fields["metavar"] = placeholder[0]
+    for key, value in fields.items():
+        if isinstance(value, str) and value[:1] == "$":
+            fields[key] = values[value[1:]]
+    fields["help"] = Template(fields["help"]).safe_substitute(values)
+    group.add_argument(*flags, **({} if "action" in fields else KINDS[kind]) | fields)
+    return flags
+
+
+def add_groups(parser: argparse.ArgumentParser, groups: Mapping, values: Mapping[str, object]) -> None:
+    """Adds groups of flags as a YAML file declares them: title -> names of a flag -> the arguments of `add_flag`.
+
+    Of the flags of a group that have the field ``either``, only one may be given; if its value is ``required``, one
+    must be.
+    """
+    for title, flags in groups.items():
+        group: Any = parser.add_argument_group(title)
+        kinds = {fields["either"] for fields in flags.values() if "either" in fields}
+        only_one = group.add_mutually_exclusive_group(required="required" in kinds) if kinds else group
+        for flag, fields in flags.items():
+            add_flag(only_one if "either" in fields else group, flag, values, **fields)
+
+
+def command_parser(module: str, about: str | None, file: Path, **values: object) -> argparse.ArgumentParser:
+    """Returns the parser of ``python -m MODULE`` with the flags that a YAML file declares; see `add_groups`."""
+    import yaml  # imported here, because usage errors of training.main need none
+
+    prog = f"python -m {module}"
+    parser = argparse.ArgumentParser(prog=prog, description=about, formatter_class=HelpFormatter, allow_abbrev=False)
+    add_groups(parser, yaml.safe_load(file.read_text(encoding="utf-8")), values)
+    return parser

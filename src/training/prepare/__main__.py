@@ -17,18 +17,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from training.flags.types import KINDS, HelpFormatter
+from training.flags.types import HelpFormatter, add_groups
 from training.readers.captions import CAPTION_LISTS
 from training.runtime.lease import Lease
 from training.runtime.processes import add_timeout_arg, ends_if_stuck
 
 COMMANDS = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8"))
 _CPUS = os.cpu_count() or 1
-_VALUES = {"$CPUS": _CPUS, "$WORKERS": min(64, _CPUS), "$FEW_WORKERS": min(8, _CPUS), "$CAPTION_LISTS": CAPTION_LISTS}
+_VALUES = {"CPUS": _CPUS, "WORKERS": min(64, _CPUS), "FEW_WORKERS": min(8, _CPUS), "CAPTION_LISTS": CAPTION_LISTS}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,21 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=declared["about"], formatter_class=HelpFormatter, allow_abbrev=False)
         command.description = declared["about"]
         command.set_defaults(module=declared["module"])
-        group = either = command.add_argument_group("flags")
-        if any("either" in fields for fields in declared["flags"].values()):
-            either = group.add_mutually_exclusive_group(required=True)  # type: ignore[assignment]
-        for names, fields in declared["flags"].items():
-            _add(either if "either" in fields else group, names.split(), **fields)
+        add_groups(command, {"flags": declared["flags"]}, _VALUES)
         add_timeout_arg(command, 120.0)  # a shard of downloads may take long
     return parser
-
-
-def _add(group: Any, words: list[str], kind: str = "text", either: bool = False, **fields: Any) -> None:
-    flags = [word for word in words if word.startswith("-")] or words[:1]
-    if placeholder := words[len(flags) :]:
-        fields["metavar"] = placeholder[0]
-    fields = {key: _VALUES.get(value, value) if isinstance(value, str) else value for key, value in fields.items()}
-    group.add_argument(*flags, **({} if "action" in fields else KINDS[kind]) | fields)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

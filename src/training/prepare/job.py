@@ -127,10 +127,8 @@ class ShardJob:
             Exit code: 0, or 1 if shards can't be read.
         """
         if not self.args.in_place:
-            out, notes = (
-                Path(self.args.out),
-                {path.stem: work.load_json(path) for path in self.state.glob("*.tar.json")},
-            )
+            out = Path(self.args.out)
+            notes = {path.stem: work.load_json(path) for path in self.state.glob("*.tar.json")}
             done = {name: note["counts"]["samples"] for name, note in sorted(notes.items()) if "counts" in note}
             work.write_json(out / "sizes.json", {name: done[name] for name in done if (out / name).exists()})
         counts = {"shards": len(self.mine), "done_before": self.num_before, "broken_shards": self.broken}

@@ -163,11 +163,6 @@ def gather_objects(value: T, env: DistEnv) -> list[T]:
     return values
 
 
-def merge_over_ranks(entries: dict, env: DistEnv) -> dict:
-    """Returns the union of all ranks' dicts, sorted by key, on every rank."""
-    return dict(sorted(item for of_rank in gather_objects(entries, env) for item in of_rank.items()))
-
-
 def sum_over_ranks(tensor: torch.Tensor, env: DistEnv) -> torch.Tensor:
     """Sums a CPU tensor over all ranks, in place, in chunks of rows to save GPU memory.
 

@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from training.flags.model import PRECISIONS
-from training.flags.types import not_negative, positive
+from training.flags.types import command_parser
 from training.runtime.messages import print_any_name, printable
 from training.runtime.processes import add_timeout_arg, ends_if_stuck, first_imports
 
@@ -27,32 +27,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("images", metavar="IMAGES", type=Path, help="folder, with all folders below it")
-    parser.add_argument("--index", required=True, type=Path, metavar="DIR", help="folder that stores the vectors")
-    parser.add_argument("--no-update", action="store_true", help="search the index without looking at the files")
-    group: Any = parser.add_argument_group("query").add_mutually_exclusive_group()
-    group.add_argument("--query", metavar="TEXT", help="a text, in quotes")
-    group.add_argument("--image", type=Path, metavar="FILE", help="an image file")
-    group = parser.add_argument_group("results")
-    group.add_argument("--top", type=positive, default=20, metavar="N", help="number of results (default: %(default)s)")
-    group.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
-    group.add_argument("--export", type=Path, metavar="FILE", help="write paths and vectors of all images: .parquet")
-    group = parser.add_argument_group("model, with the flags of training.main")
-    group.add_argument("--model", required=True, metavar="NAME", help="a name, local-dir:, hf-hub: or hf:")
-    group.add_argument("--pretrained", metavar="TAG|FILE", help="weights")
-    group.add_argument("--cache-dir", metavar="DIR", help="folder where weights and tokenizers are looked up first")
-    group.add_argument("--num-corner-tokens", type=not_negative, metavar="M", help="overrides the value in the config")
-    group.add_argument("--context-length", type=positive, metavar="L", help="overrides the value in the config")
-    group.add_argument("--precision", default="fp32", choices=PRECISIONS, metavar="P", help="default: %(default)s")
-    group = parser.add_argument_group("hardware")
-    group.add_argument("--device", metavar="DEV", help="cuda, cpu, ... (default: cuda if available)")
-    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch")
-    group.add_argument("--workers", type=not_negative, default=4, metavar="N", help="processes that read images")
-    each = "images between two saves, the most that an interrupted call loses (default: %(default)s)"
-    group.add_argument("--save-every", type=positive, default=4096, metavar="N", help=each)
+    parser = command_parser("training.search", __doc__, Path(__file__).with_name("flags.yaml"), PRECISIONS=PRECISIONS)
     add_timeout_arg(parser, 30.0)
     return parser
 

@@ -159,7 +159,11 @@ def extract(args: argparse.Namespace) -> int:
         _encode_shards(args, shards, parts, env)
         gather_objects(None, env)  # all files exist
         if env.is_main:
-            _finish(args, shards, info)
+            totals = read_totals([str(_file_of(args, number)) for number in range(len(shards))])
+            names, folder = [shard.name for shard in shards], args.extract_image_features
+            write_index(Path(folder), info, names, totals.to_dict())
+            how = f"--train-data {folder} --model {args.model} --lock-image"
+            logger.info(f"{totals.describe()}; features: {folder}. To train on them: {how}")
     return 0
 
 
@@ -216,12 +220,3 @@ def _write(path: Path, source: str, batches: list[ImageBatch]) -> None:
     faults = [kind for batch in batches for kind in batch.faults]
     totals = Totals(len(keys) + len(faults), Counter(faults))
     write_features(path, source, keys, records, np.concatenate([batch.images for batch in batches]), totals)
-
-
-def _finish(args: argparse.Namespace, shards: list[Part], info: FeatureInfo) -> None:
-    totals = read_totals([str(_file_of(args, number)) for number in range(len(shards))])
-    write_index(Path(args.extract_image_features), info, [shard.name for shard in shards], totals.to_dict())
-    logger.info(
-        f"{totals.describe()}; features: {args.extract_image_features}. To train on them: --train-data "
-        f"{args.extract_image_features} --model {args.model} --lock-image"
-    )

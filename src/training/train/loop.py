@@ -22,11 +22,10 @@ from training.runtime.tracking import Tracker
 from training.runtime.watchdog import COPYING, EVALUATING, SAVING, STEPPING, WAITING, Watchdog
 from training.runtime.workers import PREFETCH
 from training.train.checkpoint import CHECKPOINTS, LATEST, CheckpointWriter, remove_old_checkpoints
-from training.train.profile import StepProfile
 from training.train.remote import RemoteCopy
 from training.train.resume import AVERAGE, LOSS, Division, Progress
 from training.train.step import Stepper
-from training.train.step_log import StepFlags, StepLog
+from training.train.step_log import StepFlags, StepLog, StepProfile
 from training.train.validate import evaluate_benchmarks, shown, validate
 
 logger = logging.getLogger(__name__)
@@ -299,6 +298,6 @@ class Trainer:
         def afterwards() -> None:
             remove_old_checkpoints(self.folder, keep_steps, self.args.delete_previous_checkpoint)
             if self.remote:
-                self.remote.poke()
+                self.remote.poked.set()  # copies at once
 
         self.writer.submit(content, names, afterwards)

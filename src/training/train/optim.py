@@ -10,12 +10,7 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 
 
 def parameter_groups(
-    model: Any,
-    lr: float,
-    weight_decay: float,
-    image_lr: float | None,
-    text_lr: float | None,
-    timm_rule: bool = False,
+    model: Any, lr: float, weight_decay: float, image_lr: float | None, text_lr: float | None, timm_rule: bool = False
 ) -> list[dict]:
     """Groups trainable parameters by learning rate and weight decay.
 

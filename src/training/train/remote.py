@@ -48,7 +48,7 @@ class RemoteCopy:
         self.sent: dict[str, tuple[int, int]] = {}
         self.ends = False
         self.failure: str | None = None
-        self.poked = threading.Event()
+        self.poked = threading.Event()  # requests an immediate copy
         try:
             self.fs, self.root = fsspec.core.url_to_fs(f"{self.url.rstrip('/')}/{folder.name}")
             self.fs.invalidate_cache()
@@ -100,10 +100,6 @@ class RemoteCopy:
         self.thread.join(None if error is None else LAST_COPY_S)
         if self.failure and error is None:
             raise RemoteError(f"{self.failure}; the copy is incomplete, {self.folder} is complete")
-
-    def poke(self) -> None:
-        """Requests an immediate copy, because a checkpoint has been written."""
-        self.poked.set()
 
     def _run(self) -> None:
         """Copies again and again; the last time after everything else has ended."""

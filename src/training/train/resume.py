@@ -97,13 +97,6 @@ class Progress:
         }
 
 
-def _shares(position: dict) -> list[Share]:
-    """Returns the shares of all ranks that `Progress.to_content` wrote."""
-    names = ("batch_size", "num_batches", "world_size", "batches_done")
-    same = {name: position[name] for name in names} | {"left": tuple(Span(*span) for span in position["left"])}
-    return [Share(rank=rank, slots_done=tuple(done), **same) for rank, done in enumerate(position["slots_done"])]
-
-
 def start_from(content: dict, path: object, division: Division) -> Progress:
     """Returns the progress from which training resumes.
 
@@ -121,15 +114,16 @@ def start_from(content: dict, path: object, division: Division) -> Progress:
     totals = Totals.from_dict(content["totals"]) if "totals" in content else Totals()
     whole, epoch = division.whole, content["epoch"]
     if not content.get("position"):
-        if not whole.rank:
-            _compare_steps(content, path, division)
         return Progress.at_epoch(epoch, division, totals)
     if content["data"] != division.data:
         raise ValueError(
             f"--resume {path}: saved within an epoch of other data or another order; give the same --train-data, "
             "--train-num-samples, --seed, --shuffle-window and --shuffle-shards, or resume from an epoch_N.pt"
         )
-    shares = _shares(content["position"])
+    position = content["position"]  # see `Progress.to_content`
+    same = {name: position[name] for name in ("batch_size", "num_batches", "world_size", "batches_done")}
+    same["left"] = tuple(Span(*span) for span in position["left"])
+    shares = [Share(rank=rank, slots_done=tuple(done), **same) for rank, done in enumerate(position["slots_done"])]
     then, now = (
         (share.world_size, len(share.slots_done), share.batch_size, accum_freq)
         for share, accum_freq in ((shares[0], content["accum_freq"]), (whole, division.accum_freq))
@@ -148,17 +142,6 @@ def start_from(content: dict, path: object, division: Division) -> Progress:
         )
     share = replace(whole, num_batches=num_steps * division.accum_freq, left=left)
     return Progress(epoch, (epoch + 1) * division.steps_per_epoch - num_steps, share, totals)
-
-
-def _compare_steps(content: dict, path: object, division: Division) -> None:
-    """Warns if a checkpoint's epochs had another number of steps; open_clip's trainer stores it in the optimizer."""
-    step = content.get("step", max((int(s.get("step", 0)) for s in content["optimizer"]["state"].values()), default=0))
-    expected = content["epoch"] * division.steps_per_epoch
-    if step and abs(step - expected) > 0.01 * expected:  # a few steps may have been skipped
-        logger.warning(
-            f"{path}: its {content['epoch']} epochs took {step:,} steps, here they take {expected:,}; the learning "
-            f"rate continues as after step {expected:,}"
-        )
 
 
 def restore(path: Path, stepper: Stepper) -> dict:

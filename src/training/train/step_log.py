@@ -1,4 +1,4 @@
-"""What a training reads from its steps: flags that all ranks share, and the log lines."""
+"""What a training reads from its steps: flags that all ranks share, the log lines, and a profile of a few steps."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from tqdm import tqdm
 
 from training.data.loader import TrainBatch
@@ -29,6 +29,7 @@ from training.train.checkpoint import CheckpointWriter
 EXAMPLES_PER_KIND = 3
 MAX_RECORDS = 100  # of skipped steps
 FEW_SAMPLES = 1000  # the fraction of bad samples is checked only after this many samples
+WARM_UP, RECORDED, ROWS = 10, 5, 10  # of a profile: steps before it, its steps, and the operations in its table
 logger = logging.getLogger(__name__)
 
 
@@ -261,3 +262,44 @@ class StepLog:
         if m["skipped_steps"]:
             fields.insert(-1, f"{m['skipped_steps']:,} steps skipped, not finite")
         return " | ".join(fields)
+
+
+class StepProfile:
+    """Records steps 11 to 15 of this process, without overhead afterwards; a context manager.
+
+    Args:
+        folder: folder for ``trace.json.gz`` (for ui.perfetto.dev) and ``table.txt``.
+        device: device of the model.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.folder, self.device = folder, device
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        stages = schedule(skip_first=WARM_UP - 2, wait=0, warmup=2, active=RECORDED, repeat=1)
+        self.profiler = profile(activities=activities, schedule=stages, on_trace_ready=self._write)
+        self.is_written = False
+
+    def __enter__(self) -> "StepProfile":
+        self.profiler.start()
+        return self
+
+    def step(self) -> None:
+        """Marks the end of a step."""
+        if not self.is_written:
+            self.profiler.step()
+
+    def __exit__(self, *_: object) -> None:
+        self.profiler.stop()  # writes what has been recorded so far
+        if not self.is_written:
+            logger.warning(
+                f"--profile {self.folder}: nothing recorded, because training ended before step {WARM_UP + 1}"
+            )
+
+    def _write(self, profiler: profile) -> None:
+        self.is_written = True
+        order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "table.txt").write_text(table)
+        profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        logger.info(f"profile of up to {RECORDED} steps, with a trace for ui.perfetto.dev in {self.folder}:\n{table}")

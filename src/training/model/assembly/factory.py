@@ -205,11 +205,7 @@ def _start_image(model: Any, spec: ModelSpec, cache_dir: str | None, source: boo
 
 
 def create_model_and_transforms(
-    model_name: str,
-    pretrained: str | None = None,
-    *args,
-    aug_cfg: dict | None = None,
-    **kwargs,
+    model_name: str, pretrained: str | None = None, *args, aug_cfg: dict | None = None, **kwargs
 ) -> tuple[Any, Callable, Callable]:
     """Returns (model, training transform, evaluation transform).
 

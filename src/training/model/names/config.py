@@ -101,7 +101,12 @@ def resolve_model_config(
     else:
         model_cfg = open_clip.get_model_config(name.replace("/", "-"))
         if model_cfg is None:
-            raise ValueError(_no_such_model(name))
+            known = open_clip.list_models()
+            near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known[:4]
+            raise ValueError(
+                f"--model {name}: no such model; the most similar of {len(known)} names: {', '.join(near)} (all: "
+                "python -c 'import open_clip; print(open_clip.list_models())'), or local-dir:FOLDER, hf-hub:ORG/REPO"
+            )
         preprocess_cfg = model_cfg.pop("preprocess_cfg", {})
     text_cfg = model_cfg["text_cfg"]
     if context_length is not None and context_length != text_cfg.get("context_length", 77):
@@ -112,8 +117,10 @@ def resolve_model_config(
     if force_context_length:
         text_cfg["context_length"] = force_context_length
     is_ours = "num_corner_token" in text_cfg or TOWER in text_cfg
-    if is_ours and not preprocess_cfg:
-        preprocess_cfg = _timm_preprocessing(model_cfg["vision_cfg"])
+    timm_name = model_cfg["vision_cfg"].get("timm_model_name")
+    if is_ours and not preprocess_cfg and timm_name:  # LoTLIP uses mean and std of its locked tower, not CLIP's
+        if trained := timm.get_pretrained_cfg(timm_name, allow_unregistered=True):
+            preprocess_cfg = {"mean": list(trained.mean), "std": list(trained.std)}
     if is_ours and name.startswith(HF) and text_cfg["vocab_size"] != CLIP_VOCABULARY:
         raise ValueError(f"--model {name}: corner tokens and other context lengths need CLIP's own vocabulary")
     if is_ours and "multimodal_cfg" in model_cfg:
@@ -121,15 +128,6 @@ def resolve_model_config(
     if text_cfg.get("corner_attention", "published") != "published" and not text_cfg.get("hf_tokenizer_name"):
         raise ValueError(f"--model {name}: corner_attention in its text_cfg needs a Hugging Face text tower")
     return ModelSpec(name, model_cfg, preprocess_cfg, folder, is_ours)
-
-
-def _no_such_model(name: str) -> str:
-    known = open_clip.list_models()
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known[:4]
-    return (
-        f"--model {name}: no such model; the most similar of {len(known)} names: {', '.join(near)} "
-        f"(all: python -c 'import open_clip; print(open_clip.list_models())'), or local-dir:FOLDER, hf-hub:ORG/REPO"
-    )
 
 
 def read_config_file(path: Path) -> tuple[dict, dict]:
@@ -154,14 +152,6 @@ def read_config_file(path: Path) -> tuple[dict, dict]:
     if unknown := sorted(set(model_cfg["vision_cfg"]) - set(known)):
         raise ValueError(f"{path}: vision_cfg has the unknown key {unknown[0]}; expected keys: {', '.join(known)}")
     return model_cfg, preprocess_cfg
-
-
-def _timm_preprocessing(vision_cfg: dict) -> dict:
-    """Returns mean and std of the timm image tower's pretraining: LoTLIP uses those of its locked tower, not CLIP's."""
-    if "timm_model_name" not in vision_cfg:
-        return {}
-    trained = timm.get_pretrained_cfg(vision_cfg["timm_model_name"], allow_unregistered=True)
-    return {"mean": list(trained.mean), "std": list(trained.std)} if trained else {}
 
 
 _FOLDERS = {  # a file in a folder that was given in place of a weights file: what the folder is

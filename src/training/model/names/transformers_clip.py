@@ -75,11 +75,7 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     }
     vision_cfg = _transformer_cfg(vision, path)
     if kind == "clip":
-        model_cfg: dict = {
-            "embed_dim": config.projection_dim,
-            "quick_gelu": quick == {True},
-            "text_cfg": text_cfg,
-        }
+        model_cfg: dict = {"embed_dim": config.projection_dim, "quick_gelu": quick == {True}, "text_cfg": text_cfg}
         head_width = vision.hidden_size // vision.num_attention_heads
         model_cfg["vision_cfg"] = vision_cfg | {"patch_size": vision.patch_size, "head_width": head_width}
         if text.eos_token_id not in (2, text.vocab_size - 1):  # 2 means OpenAI's rule: pool at the largest id

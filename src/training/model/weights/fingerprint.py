@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
@@ -91,9 +91,3 @@ def rounded(features: torch.Tensor, number: int = 16) -> list[float]:
     flat = features.double().flatten() * features.shape[1] ** 0.5
     chosen = flat[torch.linspace(0, len(flat) - 1, number).long()]
     return [round(float(value), 1) + 0.0 for value in chosen]  # -0.0 + 0.0 = 0.0
-
-
-def tokenizer_fingerprint(tokenizer: Callable) -> str:
-    """Returns the SHA-256 of a tokenizer's ids for a few fixed texts."""
-    ids = tokenizer(list(PROBE_TEXTS))
-    return sha256(f"{tuple(ids.shape)} {ids.tolist()}".encode()).hexdigest()

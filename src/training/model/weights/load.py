@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from training.model.weights.transformers_names import is_transformers, to_open_clip
+from training.model.weights.transformers_names import to_open_clip
 from training.model.weights.weights_file import read_state_dict
 from training.runtime.messages import first_line
 
@@ -58,7 +58,8 @@ def convert_state_dict(state: dict[str, torch.Tensor], model: nn.Module) -> dict
         The converted state dict.
     """
     ours = model.state_dict()
-    state = to_open_clip(state) if is_transformers(state) else state
+    if any(key.startswith(("text_model.", "vision_model.")) for key in state):
+        state = to_open_clip(state)
     state = convert_foreign_names(model, {_FLAIR_PROJECTIONS.get(key, key): value for key, value in state.items()})
     state = {_text_key(key, ours): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if key in ours or key.split(".")[-1] not in _NOT_WEIGHTS}

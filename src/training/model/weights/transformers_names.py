@@ -36,11 +36,6 @@ _LAYER = (  # transformers, open_clip, timm
 )
 
 
-def is_transformers(state: dict[str, torch.Tensor]) -> bool:
-    """Returns whether weights have the names of transformers' CLIP or SigLIP."""
-    return any(key.startswith(("text_model.", "vision_model.")) for key in state)
-
-
 def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Converts transformers' weights to open_clip's names; unknown names stay.
 
@@ -56,8 +51,12 @@ def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         name = _renamed(key, _THEIRS, _SIGLIP if siglip else _CLIP)
         result[name] = value.T.contiguous() if name in _TRANSPOSED else value
-    if siglip:
-        _convert_pooling(result)
+    if siglip:  # timm's attention pooling has one map for queries, and one for keys and values
+        result["visual.trunk.pos_embed"] = result["visual.trunk.pos_embed"][None]
+        for kind in ("weight", "bias"):
+            queries, *others = result.pop(f"visual.trunk.attn_pool.in_proj_{kind}").chunk(3)
+            result[f"visual.trunk.attn_pool.q.{kind}"] = queries
+            result[f"visual.trunk.attn_pool.kv.{kind}"] = torch.cat(others)
     return result
 
 
@@ -90,13 +89,3 @@ def _renamed(key: str, source: int, target: int) -> str:
                 rest = rest.replace(words[min(source, last)], words[min(target, last)])
             return new + rest
     return key
-
-
-def _convert_pooling(state: dict[str, torch.Tensor]) -> None:
-    """Converts SigLIP's attention pooling to timm's form, in place: one map for queries, one for keys and values."""
-    state["visual.trunk.pos_embed"] = state["visual.trunk.pos_embed"][None]
-    for kind in ("weight", "bias"):
-        rows = state.pop(f"visual.trunk.attn_pool.in_proj_{kind}")
-        width = len(rows) // 3
-        state[f"visual.trunk.attn_pool.q.{kind}"] = rows[:width]
-        state[f"visual.trunk.attn_pool.kv.{kind}"] = rows[width:]

@@ -217,8 +217,4 @@ def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
         return _TensorUnpickler(archive, root).load().state_dict()
 
 
-_READERS: dict[str, Callable] = {
-    INDEX: _read_index,
-    TORCHSCRIPT: _read_torchscript,
-    SAFETENSORS: load_file,
-}
+_READERS: dict[str, Callable] = {INDEX: _read_index, TORCHSCRIPT: _read_torchscript, SAFETENSORS: load_file}
