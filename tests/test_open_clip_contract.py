@@ -19,7 +19,7 @@ BORROWED = [
     (open_clip.get_model_config, ["model_name"]),
     (open_clip.get_pretrained_cfg, ["model", "tag"]),
     (open_clip.download_pretrained, ["cfg", "cache_dir"]),
-    (open_clip.pretrained.download_pretrained_from_hf, ["model_id", "cache_dir"]),
+    (open_clip.pretrained.download_pretrained_from_hf, ["model_id", "filename", "cache_dir"]),
     (open_clip.pretrained.list_pretrained_tags_by_model, ["model"]),
     (open_clip.get_input_dtype, ["precision"]),
     (open_clip_train.precision.get_autocast, ["precision", "device_type"]),

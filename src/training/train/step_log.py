@@ -198,7 +198,12 @@ class StepLog:
         if step % self.args.log_every_n_steps == 0 or step % self.steps_per_epoch == 0:
             self._log(step, lr)
             self._reset()
-            self._check_totals()
+            totals = self.totals
+            if totals.num_seen >= FEW_SAMPLES and totals.num_bad > self.args.max_bad_samples * totals.num_seen:
+                raise TooManyBadSamplesError(
+                    f"{totals.describe()}: more than --max-bad-samples {self.args.max_bad_samples:g}. The first "
+                    "samples of each kind are named above; correct the data, or raise the limit"
+                )
 
     def _log(self, step: int, lr: float) -> None:
         metrics: dict[str, Any] = self._reduce()
@@ -233,14 +238,6 @@ class StepLog:
         taken = self.steps - num_skipped
         means = {name: value / taken if taken else math.nan for name, value in means.items()}
         return means | {"skipped_steps": round(num_skipped)}
-
-    def _check_totals(self) -> None:
-        totals = self.totals
-        if totals.num_seen >= FEW_SAMPLES and totals.num_bad > self.args.max_bad_samples * totals.num_seen:
-            raise TooManyBadSamplesError(
-                f"{totals.describe()}: more than --max-bad-samples {self.args.max_bad_samples:g}. The first samples of "
-                "each kind are named above; correct the data, or raise the limit"
-            )
 
     def _line(self, step: int, m: dict) -> str:
         terms = ", ".join(f"{name.removesuffix('_loss')} {m[name]:.4f}" for name in m if name.endswith("_loss"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import open_clip
 import timm
+from open_clip.pretrained import download_pretrained_from_hf
 
 from training.model.names.files import downloading, find_weights
 from training.model.names.transformers_clip import CLIP_VOCABULARY, HF, find_folder, read_config
@@ -91,8 +92,7 @@ def resolve_model_config(
         file = Path(name.removeprefix(LOCAL_DIR), CONFIG_FILE)
         if name.startswith(HF_HUB):
             with downloading(f"{CONFIG_FILE} of --model {name}", cache_dir):
-                repo, options = name.removeprefix(HF_HUB), {"filename": CONFIG_FILE, "cache_dir": cache_dir}
-                file = Path(open_clip.pretrained.download_pretrained_from_hf(repo, **options))
+                file = Path(download_pretrained_from_hf(name.removeprefix(HF_HUB), CONFIG_FILE, cache_dir=cache_dir))
         if name.startswith(CONFIG):
             file = Path(name.removeprefix(CONFIG))
         else:
@@ -101,12 +101,7 @@ def resolve_model_config(
     else:
         model_cfg = open_clip.get_model_config(name.replace("/", "-"))
         if model_cfg is None:
-            known = open_clip.list_models()
-            near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known[:4]
-            raise ValueError(
-                f"--model {name}: no such model; the most similar of {len(known)} names: {', '.join(near)} (all: "
-                "python -c 'import open_clip; print(open_clip.list_models())'), or local-dir:FOLDER, hf-hub:ORG/REPO"
-            )
+            raise ValueError(_no_such_model(name))
         preprocess_cfg = model_cfg.pop("preprocess_cfg", {})
     text_cfg = model_cfg["text_cfg"]
     if context_length is not None and context_length != text_cfg.get("context_length", 77):
@@ -128,6 +123,15 @@ def resolve_model_config(
     if text_cfg.get("corner_attention", "published") != "published" and not text_cfg.get("hf_tokenizer_name"):
         raise ValueError(f"--model {name}: corner_attention in its text_cfg needs a Hugging Face text tower")
     return ModelSpec(name, model_cfg, preprocess_cfg, folder, is_ours)
+
+
+def _no_such_model(name: str) -> str:
+    known = open_clip.list_models()
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known[:4]
+    return (
+        f"--model {name}: no such model; the most similar of {len(known)} names: {', '.join(near)} "
+        f"(all: python -c 'import open_clip; print(open_clip.list_models())'), or local-dir:FOLDER, hf-hub:ORG/REPO"
+    )
 
 
 def read_config_file(path: Path) -> tuple[dict, dict]:
@@ -182,8 +186,7 @@ def resolve_weights(name: str, pretrained: str | None, cache_dir: str | None = N
     file = Path(pretrained) if pretrained else None
     if name.startswith(HF_HUB):
         with downloading(f"weights of --model {name}", cache_dir):
-            repo = name.removeprefix(HF_HUB)
-            return Path(open_clip.pretrained.download_pretrained_from_hf(repo, cache_dir=cache_dir))
+            return Path(download_pretrained_from_hf(name.removeprefix(HF_HUB), cache_dir=cache_dir))
     if folder and (file is None or (name.startswith(LOCAL_DIR) and not file.is_file())):
         return find_weights(folder)
     if file is None or file.is_file():
