@@ -15,7 +15,7 @@ from training.readers.files import read_json_lines, require_dir, text_field
 PROTOCOLS = {"iiw/612": {612: ("e5f6a068fe47a46c",)}, "iiw/sentences": {6216: ("e7a8c3df5fb350c3",)}}
 TITLES = dict(zip(PROTOCOLS, ("IIW", "IIW sentences")))
 FLAG = "--iiw-retrieval"
-SOURCE = "python -m dataloaders.prepare iiw; see IIW in EVAL_DATASETS.md"
+SOURCE = "see IIW in EVAL_DATASETS.md: the annotations of google/imageinwords, images of DOCCI, DOCCI-AAR and DCI"
 # Subset of google/imageinwords -> image folder, in the published order.
 SUBSETS = {"DOCCI_Test": "docci", "IIW-400": "docci_aar", "DCI_Test": "dci"}
 
@@ -56,8 +56,7 @@ def read_iiw_subset(annotations: str | Path, subset: str) -> list[tuple[str, str
     """Returns (image file name, raw caption) of one subset, in file order."""
     path = Path(annotations) / subset / "data.jsonl"
     if not path.is_file():
-        remedy = "make it with python -m dataloaders.prepare iiw, or name its folder with --iiw-anno"
-        raise FileNotFoundError(f"{path}: no such file; {remedy}")
+        raise FileNotFoundError(f"{path}: no such file; name its folder with --iiw-anno, or {SOURCE}")
     rows = []
     for where, row in read_json_lines(path):
         caption = text_field(row, "IIW", where)

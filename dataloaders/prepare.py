@@ -1,15 +1,12 @@
-"""Arranges evaluation data, and counts how long its captions are. See EVAL_DATASETS.md.
+"""Cuts a list of captions, and counts how long the captions of benchmarks are. See EVAL_DATASETS.md.
 
 python -m dataloaders.prepare share4v share-captioner_coco_lcs_sam_1246k_1107.json data/share4v/anno.json
-python -m dataloaders.prepare iiw data/iiw --annotations imageinwords --docci data/docci --dci data/dci
 python -m dataloaders.prepare stats --data-root data --suite long --out stats.json
 """
 
 import argparse
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +16,10 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from dataloaders.iiw import SUBSETS, read_iiw_subset
 from dataloaders.pairs import RetrievalSet
 from dataloaders.registry import benchmarks, destination, find_below_data_root, options_of, suites
 from dataloaders.share4v import SAM_NAME, SOURCE, read_items
 from training.readers.captions import split_sentences
-from training.readers.files import find_by_name, require_dir
 
 CONTEXTS = (77, 128, 248)  # of CLIP, LoTLIP and Long-CLIP
 
@@ -44,66 +39,6 @@ def prepare_share4v(captions: Path, out: Path, num: int) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return f"{len(chosen):,} of {len(items):,} items -> {out}\nImages: {SOURCE}"
-
-
-def prepare_iiw(out: Path, annotations: Path, image_roots: dict[str, Path], copy: bool) -> tuple[str, bool]:
-    """Arranges IIW's annotation files and images in the layout that `read_iiw` reads.
-
-    Args:
-        out: IIW's root, created if it doesn't exist. Existing files are kept.
-        annotations: a clone of google/imageinwords, or a folder with DOCCI_Test/data.jsonl and so on.
-        image_roots: image folder of the layout (`docci`, `docci_aar`, `dci`) -> folder to search, at any depth.
-        copy: copy the images; otherwise link to them.
-
-    Returns:
-        A report, and whether everything is in place.
-
-    Raises:
-        FileNotFoundError, ValueError: an annotation file is missing or broken, or an image was found twice.
-    """
-    base = annotations / "datasets" if (annotations / "datasets").is_dir() else annotations
-    wanted = {subset: [name for name, _ in read_iiw_subset(base, subset)] for subset in SUBSETS}
-    sought = {other for names in wanted.values() for name in names for other in (name, _train_name(name))}
-    found = {root: find_by_name(root, sought) for root in dict.fromkeys(image_roots.values())}
-    lines, complete = [], True
-    for subset, folder in SUBSETS.items():
-        target, names = out / subset / "data.jsonl", wanted[subset]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            shutil.copyfile(base / subset / "data.jsonl", target)
-        missing, num_train = _place_images(names, out / folder, found[image_roots[folder]], copy)
-        lines.append(f"{subset}: {len(names) - len(missing):,} of {len(names):,} images in {out / folder}")
-        if num_train:
-            note = "were found only under their train_ name; look at a few before trusting the numbers"
-            lines.append(f"  NOTE: {num_train:,} of them {note}")
-        if missing:
-            complete = False
-            lines.append(f"  missing: {', '.join(missing[:10])}" + (" .." if len(missing) > 10 else ""))
-    if not complete:
-        lines.append("Where to get them: IIW in EVAL_DATASETS.md")
-    return "\n".join(lines), complete
-
-
-def _train_name(name: str) -> str:
-    return name.replace("test_", "train_", 1)
-
-
-def _place_images(names: list[str], folder: Path, found: dict[str, list[Path]], copy: bool) -> tuple[list[str], int]:
-    """Returns (names of missing images, number of images that were found only under their train_ name)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    missing, num_train = [], 0
-    for name in names:
-        target, paths = folder / name, found.get(name) or found.get(_train_name(name)) or []
-        if len(paths) > 1 and not target.is_file():
-            raise ValueError(f"{name} is in {paths[0].parent} and {paths[1].parent}; name the folder to use")
-        if not paths and not target.is_file():
-            missing.append(name)
-        elif not target.is_file():
-            target.unlink(missing_ok=True)  # it may be a dangling link
-            place = shutil.copyfile if copy else os.symlink
-            place(paths[0].resolve(), target)
-            num_train += name not in found
-    return missing, num_train
 
 
 def read_for_stats(args: argparse.Namespace) -> list[Any]:
@@ -209,25 +144,15 @@ def to_json(found: Sequence[CaptionStats]) -> list[dict]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser with its three commands."""
+    """Returns the parser of the commands."""
     parser = argparse.ArgumentParser(
-        prog="python -m dataloaders.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 complete, 1 something is missing, 2 usage error.",
+        prog="python -m dataloaders.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     share4v = commands.add_parser("share4v", help="cut the published caption list to the first SA-1B items")
     share4v.add_argument("captions", type=Path, metavar="LIST", help="share-captioner_coco_lcs_sam_1246k_1107.json")
     share4v.add_argument("out", type=Path, metavar="OUT", help="the file for --share4v-anno")
     share4v.add_argument("--num", type=int, default=10000, metavar="N", help="items to keep (default: %(default)s)")
-    iiw = commands.add_parser("iiw", help="arrange ImageInWords' annotations and images")
-    iiw.add_argument("out", type=Path, metavar="OUT", help="the folder for --iiw-retrieval")
-    iiw.add_argument("--annotations", required=True, metavar="DIR", help="a clone of google/imageinwords")
-    iiw.add_argument("--docci", required=True, metavar="DIR", help="DOCCI's images, with images_aar/ below or beside")
-    iiw.add_argument("--docci-aar", metavar="DIR", help="DOCCI-AAR's images (default: searched for below --docci)")
-    iiw.add_argument("--dci", required=True, metavar="DIR", help="DCI's folder, with the photos below it")
-    iiw.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
     check = commands.add_parser("check", help="is now training.main --dry-run")
     check.add_argument("words", nargs=argparse.REMAINDER)
     stats = commands.add_parser("stats", help="images, captions, and sentences and tokens per caption")
@@ -240,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0 if everything is in place, else 1; exits with 2 on usage errors."""
+    """Runs the command line; returns 0, or exits with 2 on usage errors."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command == "check":
@@ -249,22 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "num", 1) < 1:
             raise ValueError(f"--num {args.num}: expected at least 1")
         if args.command == "share4v":
-            report, complete = prepare_share4v(args.captions, args.out, args.num), True
-        elif args.command == "iiw":
-            docci, dci = require_dir(args.docci, "--docci"), require_dir(args.dci, "--dci")
-            aar = require_dir(args.docci_aar, "--docci-aar") if args.docci_aar else docci
-            roots = {"docci": docci, "docci_aar": aar, "dci": dci}
-            annotations = require_dir(args.annotations, "--annotations")
-            report, complete = prepare_iiw(args.out, annotations, roots, args.copy)
+            report = prepare_share4v(args.captions, args.out, args.num)
         else:
             count_tokens = token_counter(args.tokenizer)
             found = [caption_stats(s, count_tokens) for s in read_for_stats(args)]
             args.out.write_text(json.dumps(to_json(found)) + "\n", encoding="utf-8")
-            report, complete = f"{format_stats(found)}\nCounts: {args.out}", True
+            report = f"{format_stats(found)}\nCounts: {args.out}"
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(report)
-    return 0 if complete else 1
+    return 0
 
 
 if __name__ == "__main__":

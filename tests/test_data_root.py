@@ -68,7 +68,7 @@ def test_missing_benchmarks_are_listed_once_and_the_others_evaluated(tmp_path, t
         0,
         0,
     ]
-    assert "python -m dataloaders.prepare iiw" in said and "sa_000138" in said
+    assert "see IIW in EVAL_DATASETS.md" in said and "sa_000138" in said
     assert json.dumps(result["flags"]["suite"]) == '"long"'
 
 

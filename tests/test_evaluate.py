@@ -170,7 +170,7 @@ def test_shared_images_and_captions_are_encoded_once(scenes, tiny_clip, monkeypa
         (lambda root: (root / "dci/densely_captioned_images/splits.json").unlink(), "splits.json"),
         (lambda root: (root / "iiw_annotations/IIW-400/data.jsonl").write_text("{}\n"), "line 1"),
         (lambda root: (root / "iiw_annotations/IIW-400/data.jsonl").write_text('{"a": 1}\n{'), "line 1"),
-        (lambda root: (root / "iiw_annotations/DCI_Test/data.jsonl").unlink(), "prepare iiw"),
+        (lambda root: (root / "iiw_annotations/DCI_Test/data.jsonl").unlink(), "see IIW in EVAL_DATASETS.md"),
         (lambda root: (root / "urban1k/caption/1.txt").write_bytes(b"\xff\xfe\xfa"), "1.txt"),
     ],
 )

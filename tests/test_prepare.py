@@ -1,6 +1,7 @@
 """Preparation commands on small folders in the published layouts."""
 
 import json
+import shutil
 
 import pytest
 
@@ -35,51 +36,11 @@ def test_share4v_keeps_the_first_sa1b_items_in_order(tmp_path, capsys):
     assert stop.value.code == 2 and "only 3 of 5 items" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("copy", [False, True])
-def test_iiw_brings_annotations_and_images_into_place(tmp_path, copy, capsys):
-    clone = tmp_path / "imageinwords" / "datasets"
-    for subset in ("DOCCI_Test", "IIW-400", "DCI_Test"):
-        (clone / subset).mkdir(parents=True)
-        (clone / subset / "data.jsonl").write_bytes((LAYOUTS / "iiw_annotations" / subset / "data.jsonl").read_bytes())
-    argv = ["iiw", str(tmp_path / "iiw"), "--annotations", str(clone.parent), "--docci", str(LAYOUTS / "iiw")]
-    argv += ["--dci", str(LAYOUTS / "iiw" / "dci")] + ["--copy"] * copy
-    for _ in range(2):  # a second run changes nothing
-        assert prepare.main(argv) == 0
-    assert "4 of 4 images" in capsys.readouterr().out
-    got, expected = read_iiw(tmp_path / "iiw"), read_iiw(LAYOUTS / "iiw", LAYOUTS / "iiw_annotations")
-    assert got.captions == expected.captions
-    assert [p.read_bytes() for p in got.image_paths] == [p.read_bytes() for p in expected.image_paths]
-    assert got.image_paths[0].is_symlink() != copy
-
-
-def test_iiw_notes_the_use_of_train_names_and_reports_missing_images(tmp_path, capsys):
-    sources = tmp_path / "docci"
-    sources.mkdir()
-    (sources / "train_00001.jpg").write_bytes(b"1")
-    (sources / "aar_test_00003.jpg").write_bytes(b"3")
-    rows = {
-        "DOCCI_Test": {"image": "test_00001"},
-        "IIW-400": {"image/key": "aar_test_00003"},
-        "DCI_Test": {"image": "x.jpg"},
-    }
-    for subset, row in rows.items():
-        (tmp_path / "anno" / subset).mkdir(parents=True)
-        (tmp_path / "anno" / subset / "data.jsonl").write_text(json.dumps(row | {"IIW": "text"}))
-    (tmp_path / "dci").mkdir()
-    argv = ["iiw", str(tmp_path / "iiw"), "--annotations", str(tmp_path / "anno"), "--docci", str(sources)]
-    assert prepare.main([*argv, "--dci", str(tmp_path / "dci")]) == 1
-    out = capsys.readouterr().out
-    assert "1 of them were found only under their train_ name" in out
-    assert "missing: x.jpg" in out
-    assert (tmp_path / "iiw" / "docci" / "test_00001.jpg").read_bytes() == b"1"
-
-
-def test_iiw_image_in_two_folders_is_an_error(tmp_path, capsys):
-    sources = tmp_path / "docci"
-    for folder in ("a", "b"):
-        (sources / folder).mkdir(parents=True)
-        (sources / folder / "docci_test_00000.jpg").write_bytes(b"1")
-    argv = ["iiw", str(tmp_path / "iiw"), "--annotations", str(LAYOUTS / "iiw_annotations"), "--docci", str(sources)]
-    with pytest.raises(SystemExit) as stop:
-        prepare.main([*argv, "--dci", str(LAYOUTS / "iiw" / "dci")])
-    assert stop.value.code == 2 and "docci_test_00000.jpg is in" in capsys.readouterr().err
+def test_iiw_is_read_through_links_to_the_folders_of_its_images(tmp_path):
+    """The commands of EVAL_DATASETS.md."""
+    root = tmp_path / "iiw"
+    shutil.copytree(LAYOUTS / "iiw_annotations", root)
+    for folder in ("docci", "docci_aar", "dci"):
+        (root / folder).symlink_to(LAYOUTS / "iiw" / folder)
+    found, expected = read_iiw(root), read_iiw(LAYOUTS / "iiw", LAYOUTS / "iiw_annotations")
+    assert found.fingerprint() == expected.fingerprint() and all(path.is_file() for path in found.image_paths)
