@@ -19,7 +19,7 @@ from training.data.sizes import count_samples
 from training.data.tables import embedded_sources, read_rows, read_tables
 from training.flags.parser import parse_args
 from training.main import main
-from training.prepare.columns import TableRows
+from training.prepare.columns import open_large
 from training.readers.csv_rows import CsvForm, CsvRecords
 from training.readers.images import load_rgb
 from training.readers.table_files import names_tables, table_files
@@ -332,7 +332,7 @@ def test_a_messy_table_is_read_on_alike_from_the_end_of_any_row(tmp_path):
 )
 def test_files_that_are_no_tables_are_named_by_every_reader(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
-    for read in (pairs, trained, TableRows):
+    for read in (pairs, trained, open_large):
         with pytest.raises(ValueError, match=f"{name}: .*{said}"):
             read(tmp_path / name)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.prepare.columns import KEY, URL, TableRows, as_utf8, cell_name, cell_texts
+from training.prepare.columns import KEY, URL, as_utf8, cell_name, cell_texts, open_large
 from training.prepare.job import ShardJob
 from training.prepare.shards import JsonSample, Shard, content_mark, plain_tar, read_json_samples, rewrite_shard
 from training.prepare.work import format_counts, hash_text, processes, progress
@@ -24,6 +24,7 @@ from training.readers.columnar import ColumnarFile, may_hold_text
 from training.readers.faults import FAULT_KINDS
 from training.readers.files import IMAGE_SUFFIXES
 from training.readers.table_files import local_spec, table_files
+from training.readers.tables import TableFile
 
 ROWS_AT_ONCE = 10_000
 MAX_WAITING = 1 << 26  # characters of captions in memory, before they are written to the files of their shards
@@ -114,7 +115,7 @@ def _write(shard: Shard, match: str, folder: Path, keep_existing: bool) -> dict:
 
 def open_tables(
     names: Sequence[str], match_column: str, columns: Sequence[str] | None
-) -> tuple[list[TableRows], list[str]]:
+) -> tuple[list[TableFile], list[str]]:
     """Opens caption tables.
 
     Args:
@@ -128,7 +129,7 @@ def open_tables(
     Raises:
         FileNotFoundError, ValueError: a file is missing, not a table, or lacks one of the columns.
     """
-    tables = [TableRows(path) for path in table_files(local_spec("::".join(names)))]
+    tables = [open_large(path) for path in table_files(local_spec("::".join(names)))]
     for table in tables:
         if missing := next((name for name in (match_column, *(columns or ())) if name not in table.names), None):
             raise ValueError(
@@ -136,8 +137,10 @@ def open_tables(
             )
     found: dict[str, None] = {}
     for table in tables:
-        columnar = table.table if table.form is None and isinstance(table.table, ColumnarFile) else None
-        found |= dict.fromkeys([f.name for f in columnar.schema if may_hold_text(f.type)] if columnar else table.names)
+        texts = (
+            [f.name for f in table.schema if may_hold_text(f.type)] if isinstance(table, ColumnarFile) else table.names
+        )
+        found |= dict.fromkeys(texts)
     chosen = list(columns or (name for name in found if name not in (*NOT_CAPTIONS, match_column)))
     if not chosen:
         raise ValueError(f"{tables[0].path}: no columns of text beside {match_column}; name them with --columns")
@@ -156,12 +159,12 @@ def image_names(name: str) -> list[str]:
 
 
 def _batches(
-    tables: Sequence[TableRows], match: str, match_column: str, columns: Sequence[str]
+    tables: Sequence[TableFile], match: str, match_column: str, columns: Sequence[str]
 ) -> Iterator[list[Found]]:
     """Yields a few rows at a time."""
     for table in tables:
         present = [name for name in columns if name in table.names]
-        rows = table.read([match_column, *present])
+        rows = table.stream([match_column, *present])
         while some := list(islice(rows, ROWS_AT_ONCE)):
             batch: list[Found] = []
             for cells, _ in some:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from training.prepare.columns import TableRows
+from training.prepare.columns import open_large
 from training.prepare.shards import content_mark
 from training.prepare.work import SUMMARY, format_counts, start_folder, write_json
 from training.readers.files import parallel_map
@@ -94,9 +94,9 @@ def read_rows(
     images: list[str | bytes] = []
     num_malformed = 0
     for path in paths:
-        table = TableRows(path, separator)
-        column = choose_image_column(table, image_column)  # type: ignore[arg-type]  # it has the same attributes
-        for cells, _ in table.read(table.names):
+        table = open_large(path, separator)
+        column = choose_image_column(table, image_column)
+        for cells, _ in table.stream(table.names):
             if cells is None:
                 num_malformed += 1
                 continue

@@ -26,8 +26,11 @@ from tabulate import tabulate
 
 from training.prepare import work
 from training.prepare.clean import clean_caption
-from training.prepare.columns import KEY, RAW, URL, Columns, Row, TableRows, cell_name, cell_texts, find_columns
+from training.prepare.columns import KEY, RAW, URL, Columns, cell_name, cell_texts, find_columns, open_large
+from training.readers.columnar import Row
+from training.readers.csv_rows import CsvForm
 from training.readers.table_files import local_spec, table_files
+from training.readers.tables import CsvFile, TableFile
 from training.runtime.files import atomic_write
 
 VERSION = 2  # version of the cleaning; parts of different versions are never mixed
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """
     started, out = time.monotonic(), Path(args.out)
     paths = table_files(local_spec("::".join(args.tables)))
-    tables = [TableRows(path, args.csv_separator, args.no_quotes) for path in paths]
+    tables = [open_large(path, args.csv_separator, plain_quotes=args.no_quotes) for path in paths]
     columns = [find_columns(str(table.path), table.names, args) for table in tables]
     # In the order raw, long, short; columns that a table lacks are null.
     captions = [
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     rules = {"captions": list(dict.fromkeys(captions)), "trim": not args.keep_cut_off}
     rules |= {"keep_without_long": args.keep_without_long, "lists": args.caption_lists}
     sources = [
-        {"name": table.path.name, "bytes": table.path.stat().st_size, "form": table.form} | asdict(found)
+        {"name": table.path.name, "bytes": table.path.stat().st_size, "form": _form(table)} | asdict(found)
         for table, found in zip(tables, columns)
     ]
     work.start_folder(
@@ -79,13 +82,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make(tables: Iterable[tuple[TableRows, Columns]], rules: dict, args: argparse.Namespace) -> dict[str, Any]:
+def _form(table: TableFile) -> CsvForm | None:
+    return table.records.form if isinstance(table, CsvFile) else None
+
+
+def _make(tables: Iterable[tuple[TableFile, Columns]], rules: dict, args: argparse.Namespace) -> dict[str, Any]:
     """Writes the parts; returns counts of rows and captions."""
     paths: list[Path] = []
 
     def tasks() -> Iterator[tuple]:
         for number, (table, columns) in enumerate(tables):
-            rows = table.read(columns.wanted)
+            rows = table.stream(columns.wanted)
             for place in count():
                 if not (some := list(islice(rows, args.rows_per_part))):
                     break

@@ -1,10 +1,11 @@
 """Parquet and Arrow tables, with images inside or beside them, in the layout of data sets on the Hugging Face hub."""
 
+import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,8 @@ from training.runtime.messages import first_line
 ROWS_AT_ONCE = 64  # about 10 MB if the table holds images
 TEXT_ROWS_AT_ONCE = 10_000
 _BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+# (cells in the wanted columns, or None if the row can't be read; whether it was read as Windows-1252)
+Row = tuple[Sequence | None, bool]
 
 
 class ArrowRows:
@@ -102,6 +105,19 @@ class ColumnarFile:
         """Yields each row from `first` up to, but not including, `stop` as a dict of column -> value."""
         for batch in self.batches(columns, first, stop):
             yield from batch.to_pylist()
+
+    def stream(self, columns: Sequence[str]) -> Iterator[Row]:
+        """Yields all rows in order; those of a damaged row group can't be read."""
+        row = 0
+        for group, stop in enumerate(self.group_ends):
+            try:
+                for batch in self.batches(columns, row, stop):
+                    yield from zip(zip(*(batch.column(name).to_pylist() for name in columns)), repeat(False))
+                    row += len(batch)
+            except ValueError as error:
+                logging.warning(f"{self.path}: row group {group} is damaged, {stop - row:,} rows lost ({error})")
+                yield from repeat((None, False), stop - row)
+            row = stop
 
     def same_group(self, first: int, second: int) -> bool:
         """Returns whether two rows are in the same row group, so that reading can't begin between them."""

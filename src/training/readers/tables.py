@@ -5,17 +5,19 @@ import logging
 import mmap
 import os
 import re
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 
 from training.readers.captions import read_record
-from training.readers.columnar import ArrowRows, ColumnarFile, image_bytes, may_hold_text
-from training.readers.csv_rows import line_number, open_csv
+from training.readers.columnar import ArrowRows, ColumnarFile, Row, image_bytes, may_hold_text
+from training.readers.csv_rows import CsvRecords, line_number, open_csv
 from training.readers.faults import BadSample, refuse_pointer
 from training.readers.files import read_json
 from training.readers.samples import RawSample
@@ -33,7 +35,9 @@ class CsvFile:
     Args:
         path: the file.
         separator: see `open_csv`.
-        strict: a bad row is an error; otherwise bad rows are left out with a warning.
+        strict: for `load`, a bad row is an error; otherwise bad rows are left out with a warning.
+        plain_quotes: quotes are ordinary characters.
+        limit: see `open_csv`.
 
     Raises:
         ValueError: see `open_csv`.
@@ -41,10 +45,18 @@ class CsvFile:
 
     image_columns = ()
 
-    def __init__(self, path: Path, separator: str | None, strict: bool):
+    def __init__(self, path: Path, separator: str | None, strict: bool, plain_quotes: bool, limit: int | None):
         self.path, self.strict = path, strict
-        self.records = open_csv(path, separator)
+        self.records = open_csv(path, separator, limit)
+        if plain_quotes:
+            self.records = CsvRecords(path, self.records.form._replace(quoted=False))
         self.names = self.records.names
+
+    def stream(self, columns: Sequence[str]) -> Iterator[Row]:
+        """Yields all rows in order; see `Row`."""
+        indices = list(map(self.names.index, columns))
+        for record in self.records.read():
+            yield record.cells and [record.cells[index] for index in indices], record.repaired
 
     def load(self, columns: Sequence[str]) -> ArrowRows:
         """Returns all good rows.
@@ -76,14 +88,37 @@ class CsvFile:
         return ArrowRows(table, len(bad))
 
 
-class JsonFile:
+class _LazyRows(ABC):
+    """Rows that are read from disk when they are needed."""
+
+    image_columns, num_left_out = (), 0
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, row: int) -> dict: ...
+
+    def load(self, columns: Sequence[str]) -> Self:
+        """Returns the rows."""
+        return self
+
+    def stream(self, columns: Sequence[str]) -> Iterator[Row]:
+        """Yields all rows in order; see `Row`."""
+        for number in range(len(self)):
+            try:
+                row = self[number]
+                yield [row.get(name) for name in columns], False
+            except BadSample:
+                yield None, False
+
+
+class JsonFile(_LazyRows):
     """JSON lines, or a JSON list of objects; lines are parsed when they are needed, and the file stays on disk.
 
     Raises:
         ValueError: the file is neither.
     """
-
-    image_columns, num_left_out = (), 0
 
     def __init__(self, path: Path):
         self.path = path
@@ -118,12 +153,8 @@ class JsonFile:
     def __reduce__(self) -> tuple:
         return JsonFile, (self.path,)
 
-    def load(self, columns: Sequence[str]) -> "JsonFile":
-        """Returns the rows."""
-        return self
 
-
-def _names(rows: "JsonFile | ImageFolder", most: int) -> list[str]:
+def _names(rows: _LazyRows, most: int) -> list[str]:
     """Returns the columns of at most this many rows; rows that can't be read are passed over."""
     names: dict[str, None] = {}
     for number in range(min(most, len(rows))):
@@ -142,10 +173,8 @@ def _json_list(path: Path) -> list[dict]:
     return lists[0]
 
 
-class ImageFolder:
+class ImageFolder(_LazyRows):
     """Images with ``NAME.txt`` or ``NAME.json`` beside ``NAME.jpg``; the captions are read when they are needed."""
-
-    image_columns, num_left_out = (), 0
 
     def __init__(self, path: Path):
         self.path = path
@@ -167,22 +196,19 @@ class ImageFolder:
         except BadSample as error:
             raise BadSample(f"{name}: {error}", error.kind) from error
 
-    def load(self, columns: Sequence[str]) -> "ImageFolder":
-        """Returns the rows."""
-        return self
-
 
 Rows = ArrowRows | JsonFile | ImageFolder
 TableFile = CsvFile | JsonFile | ImageFolder | ColumnarFile
 
 
-def open_table(path: Path, separator: str | None = None, strict: bool = False) -> TableFile:
+def open_table(
+    path: Path, separator: str | None = None, strict: bool = False, plain_quotes: bool = False, limit: int | None = None
+) -> TableFile:
     """Opens a table of any kind.
 
     Args:
         path: the file, or a folder of images with captions beside them.
-        separator: see `open_csv`; without effect on other files than CSV and TSV.
-        strict: a bad row of a CSV is an error; otherwise it is left out with a warning.
+        separator, strict, plain_quotes, limit: see `CsvFile`; without effect on other files than CSV and TSV.
 
     Raises:
         ValueError: the file is not a table of the kind that its name says.
@@ -191,7 +217,9 @@ def open_table(path: Path, separator: str | None = None, strict: bool = False) -
         return ImageFolder(path)
     if path.suffix in COLUMNAR:
         return ColumnarFile(path)
-    return JsonFile(path) if path.suffix in (".json", ".jsonl") else CsvFile(path, separator, strict)
+    if path.suffix in (".json", ".jsonl"):
+        return JsonFile(path)
+    return CsvFile(path, separator, strict, plain_quotes, limit)
 
 
 def row_sample(path: Path, number: int, row: dict, image_column: str) -> RawSample:

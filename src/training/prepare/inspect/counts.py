@@ -18,7 +18,7 @@ from training.data.sizes import expand_sources, known_sizes
 from training.data.tables import embedded_sources, read_rows, read_tables
 from training.model.assembly.factory import get_tokenizer
 from training.model.tokenizers import count_tokens
-from training.prepare.columns import SHORT_NAMES, TableRows, cell_texts
+from training.prepare.columns import SHORT_NAMES, cell_texts, open_large
 from training.prepare.work import hash_text
 from training.readers.captions import is_refusal
 from training.readers.faults import BadSample
@@ -99,7 +99,7 @@ def open_parts(data: Data) -> tuple[list[Part], dict[str, int]]:
         return parts, {"tables": len(parts)}
     if names_tables(spec):
         paths = table_files(spec)
-        names = dict.fromkeys(name for path in paths for name in TableRows(path, data.separator).names)
+        names = dict.fromkeys(name for path in paths for name in open_large(path, data.separator).names)
         source = read_tables(paths, data.image_column, data.caption_keys(names), data.separator, 0)
         return source.parts(), {"folders" if paths[0].is_dir() else "tables": len(paths)}
     urls = [url for source in expand_sources(spec) for url in source]
