@@ -138,10 +138,17 @@ class JsonFile(_LazyRows):
             raise ValueError(f"{path}: {found} without a JSON object; expected one object per line, in UTF-8")
 
     def _is_lines(self) -> bool:
+        end = self.content.find(b"\n") + 1 or len(self.content)
         try:
-            return isinstance(json.loads(bytes(self.content[: self.content.find(b"\n") + 1 or None])), dict)
+            first = json.loads(bytes(self.content[:end]))
         except (ValueError, RecursionError):
             return self.path.suffix == ".jsonl"
+        # A .json of one line may be one row, or an object around the list of rows, as `json.dump` writes it.
+        if not isinstance(first, dict) or self.path.suffix != ".json" or self.content[end : end + 100].strip():
+            return isinstance(first, dict)
+        lists = [value for value in first.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        holds_rows = any(not {"from", "role"} & value[0].keys() for value in lists)  # rather than a conversation
+        return not holds_rows or any(name in first for name in PATH_NAMES)
 
     def __len__(self) -> int:
         return len(self.spans)
