@@ -141,9 +141,9 @@ class TrainBatches(IterableDataset):
             if not self.refill:
                 return
             if not num_good:
-                places = ", ".join(f"{s.start:,} to {s.stop:,}" for s in spans[:3])
+                slots = ", ".join(f"{s.start:,} to {s.stop:,}" for s in spans[:3])
                 found = Totals(kinds.total(), kinds).describe()
-                raise NoUsableSampleError(f"no usable sample in slots {places} of the epoch: {found}")
+                raise NoUsableSampleError(f"no usable sample in slots {slots} of the epoch: {found}")
             skip = num_good = 0
 
     def _read(self, span: Span) -> Iterator[RawSample]:
@@ -168,10 +168,10 @@ class TrainBatches(IterableDataset):
             raise ValueError(f"order_samples of the experiment: expected a permutation of range({len(rows)})")
         batches: list[TrainBatch] = []
         for start in range(0, len(order), size):
-            chosen = [rows[place] for place in order[start : start + size]]
+            chosen = [rows[index] for index in order[start : start + size]]
             inputs = {name: torch.stack([row.inputs[name] for row in chosen]) for name in chosen[0].inputs}
             captions, num_tokens, num_padded = collate_captions(self.reader, chosen)
-            names, bad = [keys[place] for place in order[start : start + size]], [] if batches else bad_samples
+            names, bad = [keys[index] for index in order[start : start + size]], [] if batches else bad_samples
             batches.append(TrainBatch(inputs | captions, num_tokens, num_padded, names, bad, (0, 0)))
         return batches, num_slots
 

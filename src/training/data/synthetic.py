@@ -68,6 +68,6 @@ def is_synthetic(spec: str) -> bool:
 
 def _caption(stream: random.Random, num_tokens: int) -> str:
     words = stream.choices(_WORDS, k=num_tokens - 2)
-    for place in (*range(10, num_tokens - 4, 11), -1):  # two full stops in a row would be one token of CLIP's
-        words[place] = "."
+    for index in (*range(10, num_tokens - 4, 11), -1):  # two full stops in a row would be one token of CLIP's
+        words[index] = "."
     return " ".join(words).replace(" .", ".")

@@ -201,12 +201,12 @@ def divide_rows(
         found = [(name, row) for row in batch if row for name in row[0]]
         wanted = np.array([hash_text(name) for name, _ in found], dtype=np.uint64)
         first, end = (np.searchsorted(hashes, wanted, side) for side in ("left", "right"))
-        for place in np.flatnonzero(first < end):
-            name, (all_names, cells) = found[place]
+        for index in np.flatnonzero(first < end):
+            name, (all_names, cells) = found[index]
             texts = {column: cell_texts(cell, lists) for column, cell in cells.items()}
             captions = {column: t if len(t) > 1 else t[0] for column, t in texts.items() if t}
             line = json.dumps([name, all_names[0], captions]) + "\n"
-            for shard in shards[first[place] : end[place]]:
+            for shard in shards[first[index] : end[index]]:
                 waiting[files[shard]].append(line)
                 size += len(line)
         if size > MAX_WAITING:

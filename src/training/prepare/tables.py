@@ -93,10 +93,10 @@ def _make(tables: Iterable[tuple[TableFile, Columns]], rules: dict, args: argpar
     def tasks() -> Iterator[tuple]:
         for number, (table, columns) in enumerate(tables):
             rows = table.stream(columns.wanted)
-            for place in count():
+            for part in count():
                 if not (some := list(islice(rows, args.rows_per_part))):
                     break
-                paths.append(Path(args.out) / f"part-{number:03d}-{place:06d}.parquet")
+                paths.append(Path(args.out) / f"part-{number:03d}-{part:06d}.parquet")
                 if not paths[-1].exists():
                     yield some, columns, paths[-1]
 

@@ -165,12 +165,12 @@ def items_of_job(items: Sequence[T], span: str | None, environ: Mapping[str, str
         if not colon or not all(word.isdecimal() or not word for word in (first, last)):
             raise ValueError(f"--shard-range {span}: expected A:B for the shards number A to B - 1, e.g. 0:100")
         items = items[int(first or 0) : int(last) if last else None]
-    place, parts = job_place(environ)
-    if place < parts:
-        return list(items[place::parts])
+    job, num_jobs = job_place(environ)
+    if job < num_jobs:
+        return list(items[job::num_jobs])
     # The numbers of an array have gaps, such as --array=3,17,20, so no task knows which are missing. Each takes all
     # items, beginning elsewhere, and passes over those that another has done by then.
-    start = int(len(items) * ((place - parts) * 0.618034 % 1))  # far from the others, whatever their numbers
+    start = int(len(items) * ((job - num_jobs) * 0.618034 % 1))  # far from the others, whatever their numbers
     return [*items[start:], *items[:start]]
 
 
@@ -183,13 +183,13 @@ def job_place(environ: Mapping[str, str]) -> tuple[int, int]:
     def number(*names: str) -> int:
         return int(next((environ[name] for name in names if environ.get(name, "").isdecimal()), 0))
 
-    place, parts, has_gaps = 0, number("SLURM_ARRAY_TASK_COUNT") or 1, False
-    if parts > 1:
+    job, num_jobs, has_gaps = 0, number("SLURM_ARRAY_TASK_COUNT") or 1, False
+    if num_jobs > 1:
         step, least = number("SLURM_ARRAY_TASK_STEP") or 1, number("SLURM_ARRAY_TASK_MIN")
-        place = (number("SLURM_ARRAY_TASK_ID") - least) // step
-        has_gaps = number("SLURM_ARRAY_TASK_MAX") > least + (parts - 1) * step
+        job = (number("SLURM_ARRAY_TASK_ID") - least) // step
+        has_gaps = number("SLURM_ARRAY_TASK_MAX") > least + (num_jobs - 1) * step
     # The tasks of srun's step, not of the job: a batch script that starts one process may have many tasks.
     ranks = number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
     if ranks > 1:
-        place, parts = place * ranks + number("RANK", "SLURM_PROCID"), parts * ranks
-    return place + parts * has_gaps, parts
+        job, num_jobs = job * ranks + number("RANK", "SLURM_PROCID"), num_jobs * ranks
+    return job + num_jobs * has_gaps, num_jobs

@@ -147,8 +147,8 @@ def expand_shards(name: str) -> list[str]:
         if not found:
             others = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]
             kinds = Counter(sorted("folders" if p.is_dir() else p.suffix or "files without suffix" for p in others))
-            held = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
-            raise ValueError(f"{folder}: no *.tar in this folder, which holds {held}")
+            found_kinds = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+            raise ValueError(f"{folder}: no *.tar in this folder, which holds {found_kinds}")
         return found
     return [path for paths in parallel_map(_matching, names) for path in paths]
 
