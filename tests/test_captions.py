@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from training.data.captions import CaptionRule, choose_captions, find_captions
+from training.data.captions import MAX_CHARACTERS, CaptionRule, choose_captions, find_captions
 from training.prepare.clean import without_cut_sentence
 from training.readers.captions import (
     _ASCII_END,
@@ -168,6 +168,46 @@ def test_an_endless_caption_is_an_error():
     for record in ({"txt": "a" * 1_000_000}, RECORD | {"long_caption": ["short.", "word " * 200_000]}):
         with pytest.raises(BadSample, match="^caption too long$"):
             choose(record)
+
+
+def test_the_longest_caption_is_used():
+    assert choose({"txt": "a" * MAX_CHARACTERS}, captions="raw") == ["a" * MAX_CHARACTERS]
+
+
+def test_the_raw_caption_is_drawn_among_its_alternatives_apart_from_the_short_one():
+    drawn = {tuple(choose({"caption": FIVE}, s, lists="alternatives", views="raw, short")) for s in range(300)}
+    assert drawn == {(raw, short) for raw in FIVE for short in FIVE}
+    record = {"caption": FIVE[0], "short": FIVE[1]}
+    found = [choose(record, s, views="raw, short", short_keys=("short",)) for s in range(40)]
+    assert {raw for raw, _ in found} == {FIVE[0]} and {short for _, short in found} == set(FIVE[:2])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b"caf\xe9", "row 3: bytes that are not UTF-8, expected a text"),
+        ([["nested", 7]], "row 3: int 7, expected a text or a list of texts"),
+        ({"a": "x" * 99}, "row 3: dict .{60}, expected a text or a list of texts"),
+        ([{"from": "robot" * 20, "value": "x"}], f"row 3: a turn of '{'robot' * 8}', expected one of human, .*, "),
+        ([{"from": "gpt", "value": [7]}], "row 3: int 7, expected"),
+    ],
+)
+def test_a_value_that_is_no_caption_is_named(value, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        caption_texts(value, "row 3")
+
+
+def test_values_of_all_forms_are_texts():
+    assert caption_texts("caf\u00e9".encode("utf-8-sig")) == ["caf\u00e9"]
+    assert (
+        caption_texts("\ufeffa") == ["a"]
+        and caption_texts(None) == []
+        and caption_texts("two\nlines") == ["two\nlines"]
+    )
+    assert caption_texts(["one", "two"]) == ["one", "two"] == caption_texts("one\ntwo", lines=True)
+    assert caption_texts(["one", "two."], lists="sentences") == ["one. two."]
+    parts = [{"role": "assistant", "content": ["plain", {"type": "image"}, {"type": "text", "text": "part"}]}]
+    assert caption_texts(parts) == ["plain", "part"]
 
 
 @pytest.mark.parametrize("captions", ["both", "raw", "long"])

@@ -245,6 +245,17 @@ def test_features_of_several_captions_by_hand():
     assert got.tolist() == [[0, 4, 5, 6, 7, 8, 9, 10, 11], [12, 16, 17, 18, 19, 20, 21, 22, 23]]
 
 
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_several_captions_of_an_image_are_encoded_one_by_one(kind):
+    text = clip_model(2).text if kind == "clip" else tower(kind)
+    ids = clip_ids(2) if kind == "clip" else random_ids(text)
+    several = ids[: len(ids) // 2 * 2].unflatten(0, (-1, 2))  # [batch, 2, seq_len]
+    with torch.no_grad():
+        expected = torch.cat([text.all_features(several[:, 0])[:, :1], text.all_features(several[:, 1])], dim=1)
+        torch.testing.assert_close(text(several), expected, rtol=1e-5, atol=1e-6)
+    assert text.train().training and not text.train(False).training
+
+
 def test_cosine_of_corners_with_cls_by_a_plain_loop():
     """Four texts: without corners, with three, without, with three."""
     stream = torch.Generator().manual_seed(0)

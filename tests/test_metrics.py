@@ -15,6 +15,7 @@ from training.eval.metrics import (
     bootstrap_interval,
     count_ranks,
     expected_rank,
+    float64_device,
     hit_probability,
     rounding_bound,
     summarise,
@@ -272,3 +273,18 @@ def test_each_resample_gives_one_mean(num_resamples):
 def test_probabilities_and_ranks_are_in_double_precision():
     counts = RankCounts(torch.arange(3), torch.full((3,), 2), torch.ones(3, dtype=torch.int64))
     assert hit_probability(counts, 1).dtype == expected_rank(counts).dtype == torch.float64
+
+
+def test_the_bound_of_rounding_is_that_of_the_book():
+    """n u / (1 - n u) times the largest norms, with n = dim + 2 and u = 2^-24; and the smallest normal number."""
+    first, second = (
+        torch.tensor([[3.0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]),
+        torch.tensor([[0.0, 0, 4, 0, 0], [2, 0, 0, 0, 0]]),
+    )
+    n = 7 * 2.0**-24
+    assert rounding_bound(first, second) == pytest.approx(n / (1 - n) * 12 * (1 + 1e-9) + 5 * 2.0**-126, rel=1e-13)
+    assert rounding_bound(torch.zeros(1, 5), second) == 5 * 2.0**-126
+
+
+def test_apples_gpus_have_no_float64():
+    assert [float64_device(name).type for name in ("mps", "cpu", "meta")] == ["cpu", "cpu", "meta"]

@@ -122,6 +122,11 @@ def test_views_of_the_same_kind_take_different_long_captions():
         assert rest == whole.partition(". ")[2]  # parts of the same caption
     # Without long captions, the short one replaces them.
     assert choose("long*2, sentences(2, of=long), first-sentence", {"txt": "a dog"}) == ["a dog"] * 4
+    two = {"txt": "A dog. A cat"}
+    assert set(choose("sentences(1, distinct, of=long)*2", two)) == {"A dog.", "A cat."}
+    three = RECORD | {"long_caption": ["A", "B", "C"], "other": []}
+    rule = CaptionRule(views="long*3", long_keys=("long_caption",), lists="alternatives")
+    assert {frozenset(choose_captions(three, rule, random.Random(s))) for s in range(9)} == {frozenset("ABC")}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,8 @@ def test_views_of_the_same_kind_take_different_long_captions():
         (("both", 2, 4), "short, sentences(4, ordered, of=long)*2"),
         (("raw", 3, 0), "short"),
         (("long", 1, 0), "long(corners=no)"),
+        (("long", 2, 0), "long(corners=no), long"),
+        (("long", 2, 3), "sentences(3, ordered, of=long, corners=no), sentences(3, ordered, of=long)"),
         (("long", 3, 0), "long(corners=no), long*2"),
     ],
 )
