@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves and may be run again at any time.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help install install-training install-test demo figures gpu-check peers test test-minimum lint
+.PHONY: help install install-training install-test demo figures gpu-check peers test test-minimum mutants lint
 
 # For targets that have run setup_env.sh. Quoted: a checkout's path may hold spaces.
 PYTHON_IN_ENV = "$$(scripts/setup_env.sh path)/bin/python"
@@ -42,6 +42,10 @@ test: install-test  ## Run all tests (CPU; GPU tests run where there is one)
 test-minimum:  ## Run all tests with the oldest stated versions (7 GB in .venv-minimum, or MINIMUM_ENV=DIR)
 	@scripts/setup_env.sh minimum
 	"$(MINIMUM_ENV)/bin/python" -m pytest
+
+mutants: install-test  ## Change loss, metrics, captions, packing and the CSV reader, each time run their tests (an hour)
+	$(PYTHON_IN_ENV) -m mutmut run
+	$(PYTHON_IN_ENV) -m mutmut results
 
 lint: install-test  ## Check style and types
 	$(PYTHON_IN_ENV) -m ruff format --check .
