@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_tables import pairs, trained
 
 from dataloaders.own import read_table_pairs
 from eval_files import write_image
@@ -17,6 +18,7 @@ from training.data.sizes import count_samples
 from training.data.tables import embedded_sources, read_rows, read_tables
 from training.flags.parser import parse_args
 from training.main import main
+from training.prepare.columns import open_large
 from training.readers.images import load_rgb
 from training.runtime.distributed import DistEnv
 
@@ -156,3 +158,25 @@ def test_a_pointer_of_git_lfs_is_named(name, tmp_path):
             count_samples([str(path)])
         else:
             read_tables([path], "filepath", ["caption"], None, 0)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_object_around_the_list_of_rows_is_read_however_it_is_written(indent, tmp_path):
+    path = tmp_path / "t.json"
+    rows = [{"filepath": "a.jpg", "caption": "one"}, {"filepath": "b.jpg", "caption": "two"}]
+    path.write_text(json.dumps({"info": {}, "images": rows}, indent=indent))
+    assert pairs(path) == trained(path) == [("a.jpg", "one"), ("b.jpg", "two")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "a.jpg", "conversations": [{"from": "gpt", "value": "one"}]},
+        {"url": "http://a", "conversations": [{"from": "gpt", "value": "one"}]},
+        {"image": "a.jpg", "caption": "one", "regions": [{"box": [1, 2, 3, 4]}]},
+        {"url": "http://a", "caption": "one"},
+    ],
+)
+def test_a_json_file_of_one_line_may_be_one_row(row, tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps(row))
+    assert list(open_large(tmp_path / "t.json").stream(list(row))) == [(list(row.values()), False)]

@@ -337,28 +337,6 @@ def test_files_that_are_no_tables_are_named_by_every_reader(name, content, said,
             read(tmp_path / name)
 
 
-@pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_object_around_the_list_of_rows_is_read_however_it_is_written(indent, tmp_path):
-    path = tmp_path / "t.json"
-    rows = [{"filepath": "a.jpg", "caption": "one"}, {"filepath": "b.jpg", "caption": "two"}]
-    path.write_text(json.dumps({"info": {}, "images": rows}, indent=indent))
-    assert pairs(path) == trained(path) == [("a.jpg", "one"), ("b.jpg", "two")]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"image": "a.jpg", "conversations": [{"from": "gpt", "value": "one"}]},
-        {"url": "http://a", "conversations": [{"from": "gpt", "value": "one"}]},
-        {"image": "a.jpg", "caption": "one", "regions": [{"box": [1, 2, 3, 4]}]},
-        {"url": "http://a", "caption": "one"},
-    ],
-)
-def test_a_json_file_of_one_line_may_be_one_row(row, tmp_path):
-    (tmp_path / "t.json").write_text(json.dumps(row))
-    assert list(open_large(tmp_path / "t.json").stream(list(row))) == [(list(row.values()), False)]
-
-
 def test_lines_of_blanks_are_no_rows_and_a_lone_cr_is_named(tmp_path, caplog):
     path = tmp_path / "t.csv"
     path.write_text("filepath,caption\n  \na.jpg,one\n\t\nb.jpg,two\n ")
