@@ -46,10 +46,10 @@ def make_sets(folder: Path, scale: int, image_size: tuple[int, int] = IMAGE_SIZE
     share4v = roots["share4v"] / "share4v"
     sizes = (PUBLISHED_SIZES["share4v"] // 10 // scale, PUBLISHED_SIZES["share4v"] // scale)
     sets = [
-        *read_share4v(str(share4v), str(share4v / "anno.json"), sizes),
-        read_dci(str(roots["dci"] / "dci")),
-        read_iiw(str(roots["iiw"] / "iiw"), None),
-        read_urban1k(str(roots["urban1k"] / "urban1k")),
+        *read_share4v(share4v, share4v / "anno.json", sizes),
+        read_dci(roots["dci"] / "dci"),
+        read_iiw(roots["iiw"] / "iiw"),
+        read_urban1k(roots["urban1k"] / "urban1k"),
     ]
     return [replace(s, captions=tuple(map(" ".join, zip(s.captions, s.captions[1:] + s.captions[:1])))) for s in sets]
 

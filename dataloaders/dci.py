@@ -7,17 +7,13 @@ DCI/densely_captioned_images/photos/*.jpg
 
 from pathlib import Path
 
-from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, Tree
+from dataloaders.pairs import RetrievalSet, retrieval_set
 from training.readers.captions import normalise_caption
 from training.readers.files import parallel_map, read_json, require_dir, text_field
 
-PROTOCOLS = {"dci/short+extra": {7805: ()}, "dci/extra-lower": {7805: ()}, "long-dci": {7602: ()}}
-TITLES = dict(zip(PROTOCOLS, ("DCI", "DCI extra-lower", "Long-DCI")))
+TITLES = {"dci/short+extra": "DCI", "dci/extra-lower": "DCI extra-lower", "long-dci": "Long-DCI"}
 SPLIT_SIZES = [98, 108, 7599]
-FLAG = "--dci-retrieval"
 BELOW = "densely_captioned_images"
-SOURCE = "see DCI in EVAL_DATASETS.md: annotations from the DCI release, photos from SA-1B's archive sa_000138"
 
 
 def read_dci(root: str | Path, protocol: str = "dci/short+extra") -> RetrievalSet:
@@ -29,15 +25,15 @@ def read_dci(root: str | Path, protocol: str = "dci/short+extra") -> RetrievalSe
 
     Args:
         root: the folder that holds `densely_captioned_images`, or that folder itself.
-        protocol: one of `PROTOCOLS`.
+        protocol: one of `TITLES`.
 
     Raises:
         FileNotFoundError, ValueError: `splits.json` is missing, or a file is broken or has an unexpected structure.
     """
-    root = require_dir(root, FLAG)
+    root = require_dir(root)
     base = next((b for b in (root / BELOW, root) if (b / "splits.json").is_file()), None)
     if base is None:
-        raise FileNotFoundError(f"{FLAG} {root}: no splits.json, nor {BELOW}/splits.json; {SOURCE}")
+        raise FileNotFoundError(f"{root}: no splits.json, nor {BELOW}/splits.json")
     splits = read_json(base / "splits.json")
     if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
         raise ValueError(f"{base / 'splits.json'}: expected lists of annotation files under train, valid and test")
@@ -46,15 +42,12 @@ def read_dci(root: str | Path, protocol: str = "dci/short+extra") -> RetrievalSe
     if protocol == "long-dci":
         paths = sorted(p for p in (base / "annotations").glob("*.json") if not p.name.startswith("."))
     rows = parallel_map(lambda path: _read_annotation(path, protocol), paths)
-    return one_caption_per_image(
+    return retrieval_set(
         f"{TITLES[protocol].lower().replace(' ', '-')}-retrieval",
         TITLES[protocol],
-        [(base / "photos" / row[0], row[1]) for row in rows if row and (row[1] or protocol != "long-dci")],
-        official=PROTOCOLS[protocol],
+        [(base / "photos" / row[0], [row[1]]) for row in rows if row and (row[1] or protocol != "long-dci")],
         fault=f"splits of {sizes} items" if protocol != "long-dci" and sizes != SPLIT_SIZES else "",
         missing=tuple(f"{path}: no such annotation" for path, row in zip(paths, rows) if not row),
-        source=SOURCE,
-        protocol=protocol,
     )
 
 
@@ -67,18 +60,3 @@ def _read_annotation(path: Path, protocol: str) -> tuple[str, str] | None:
     whole = normalise_caption(f"{short}\n{extra}")
     captions = {"dci/short+extra": whole, "dci/extra-lower": extra.lower(), "long-dci": extra}
     return text_field(row, "image", path), captions[protocol]
-
-
-BENCHMARKS = (
-    Benchmark(
-        "dci",
-        FLAG,
-        "DCI: folder with densely_captioned_images/",
-        lambda args, protocol: [read_dci(args.dci_retrieval, protocol)],
-        order=10,
-        protocols=PROTOCOLS,
-        tree=Tree("dci", (f"{BELOW}/splits.json", "splits.json")),
-        suites=("long",),
-        source=SOURCE,
-    ),
-)

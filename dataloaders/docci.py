@@ -5,18 +5,13 @@ DOCCI/docci_descriptions.jsonlines  {"example_id", "split", "image_file": "test_
 """
 
 from pathlib import Path
-from typing import Any
 
-from dataloaders.pairs import RetrievalSet, one_caption_per_image, several_captions_per_image
-from dataloaders.registry import Benchmark, Tree
+from dataloaders.pairs import RetrievalSet, retrieval_set
 from training.readers.captions import normalise_caption, split_caption
 from training.readers.files import read_json_lines, require_dir, text_field
 
 NUM_IMAGES = 5000
-PROTOCOLS = {"docci/test": {NUM_IMAGES: ()}, "docci/sentences": {}}
-FLAG = "--docci-retrieval"
 ANNOTATIONS = "docci_descriptions.jsonlines"
-SOURCE = f"see DOCCI in EVAL_DATASETS.md: {ANNOTATIONS} and docci_images.tar.gz"
 
 
 def read_docci(root: str | Path, protocol: str = "docci/test") -> RetrievalSet:
@@ -29,39 +24,23 @@ def read_docci(root: str | Path, protocol: str = "docci/test") -> RetrievalSet:
     Raises:
         FileNotFoundError, ValueError: the descriptions are missing, broken or without a test split.
     """
-    root = require_dir(root, FLAG)
+    root = require_dir(root)
     path = root / ANNOTATIONS
     if not path.is_file():
-        raise FileNotFoundError(f"{FLAG} {root}: {ANNOTATIONS} is missing; {SOURCE}")
+        raise FileNotFoundError(f"{root}: {ANNOTATIONS} is missing")
     folder = root / "images" if (root / "images").is_dir() else root
     rows = []
     for where, row in read_json_lines(path):
         if text_field(row, "split", where) == "test":
             rows.append((folder / text_field(row, "image_file", where), text_field(row, "description", where)))
     if not rows:
-        raise ValueError(f"{path}: no row of split 'test'; {SOURCE}")
+        raise FileNotFoundError(f"{path}: no row of split 'test'")
     fault = "" if all(image.name.startswith("test_") for image, _ in rows) else "images of another split"
-    given: dict[str, Any] = {"source": SOURCE, "protocol": protocol}
     if protocol == "docci/test":
-        whole, given["official"] = [(image, normalise_caption(text)) for image, text in rows], PROTOCOLS[protocol]
-        return one_caption_per_image("docci-retrieval", "DOCCI", whole, fault=fault, **given)
+        whole = [(image, [normalise_caption(text)]) for image, text in rows]
+        return retrieval_set("docci-retrieval", "DOCCI", whole, fault=fault)
     pieces = [(image, captions) for image, text in rows if (captions := split_caption(text))]
-    number = sum(len(captions) for _, captions in pieces)  # follows from the descriptions
     if len(rows) != NUM_IMAGES:
         fault = f"sentences of {len(rows):,} images instead of {NUM_IMAGES:,}"
-    given |= {"fault": fault, "official": {number: ()}, "num_published": None if fault else number}
-    return several_captions_per_image("docci-sentences-retrieval", "DOCCI sentences", pieces, **given)
-
-
-BENCHMARKS = (
-    Benchmark(
-        "docci",
-        FLAG,
-        "DOCCI's test split: folder with its .jsonlines",
-        lambda args, protocol: [read_docci(args.docci_retrieval, protocol)],
-        protocols=PROTOCOLS,
-        order=50,
-        tree=Tree("docci", (ANNOTATIONS,)),
-        source=SOURCE,
-    ),
-)
+    number = None if fault else sum(len(captions) for _, captions in pieces)  # follows from the descriptions
+    return retrieval_set("docci-sentences-retrieval", "DOCCI sentences", pieces, fault=fault, num_published=number)

@@ -7,15 +7,11 @@ IIW/dci/*.jpg        IIW/DCI_Test/data.jsonl     {"IIW": caption, "image": "sa_1
 
 from pathlib import Path
 
-from dataloaders.pairs import RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, Tree
+from dataloaders.pairs import RetrievalSet, retrieval_set
 from training.readers.captions import normalise_caption, split_caption
 from training.readers.files import read_json_lines, require_dir, text_field
 
-PROTOCOLS = {"iiw/612": {612: ("e5f6a068fe47a46c",)}, "iiw/sentences": {6216: ("e7a8c3df5fb350c3",)}}
-TITLES = dict(zip(PROTOCOLS, ("IIW", "IIW sentences")))
-FLAG = "--iiw-retrieval"
-SOURCE = "see IIW in EVAL_DATASETS.md: the annotations of google/imageinwords, images of DOCCI, DOCCI-AAR and DCI"
+TITLES = {"iiw/612": "IIW", "iiw/sentences": "IIW sentences"}
 # Subset of google/imageinwords -> image folder, in the published order.
 SUBSETS = {"DOCCI_Test": "docci", "IIW-400": "docci_aar", "DCI_Test": "dci"}
 
@@ -29,12 +25,12 @@ def read_iiw(root: str | Path, annotations: str | Path | None = None, protocol: 
     Args:
         root: folder with the image folders `docci`, `docci_aar` and `dci`.
         annotations: folder with `DOCCI_Test/data.jsonl` and so on; the root itself if None.
-        protocol: one of `PROTOCOLS`.
+        protocol: one of `TITLES`.
 
     Raises:
         FileNotFoundError, ValueError: an annotation file is missing, broken or has an unexpected structure.
     """
-    root = require_dir(root, FLAG)
+    root = require_dir(root)
     captions_of = split_caption if protocol == "iiw/sentences" else lambda text: [normalise_caption(text)]
     rows = [
         (root / folder / image, captions)
@@ -42,44 +38,17 @@ def read_iiw(root: str | Path, annotations: str | Path | None = None, protocol: 
         for image, text in read_iiw_subset(annotations or root, subset)
         if (captions := captions_of(text))
     ]
-    return several_captions_per_image(
-        f"{TITLES[protocol].lower().replace(' ', '-')}-retrieval",
-        TITLES[protocol],
-        rows,
-        official=PROTOCOLS[protocol],
-        source=SOURCE,
-        protocol=protocol,
-    )
+    return retrieval_set(f"{TITLES[protocol].lower().replace(' ', '-')}-retrieval", TITLES[protocol], rows)
 
 
 def read_iiw_subset(annotations: str | Path, subset: str) -> list[tuple[str, str]]:
     """Returns (image file name, raw caption) of one subset, in file order."""
     path = Path(annotations) / subset / "data.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name its folder with --iiw-anno, or {SOURCE}")
+        raise FileNotFoundError(f"{path}: no such file; name its folder with --iiw-anno")
     rows = []
     for where, row in read_json_lines(path):
         caption = text_field(row, "IIW", where)
         name = text_field(row, "image" if "image" in row else "image/key", where)
         rows.append((name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg", caption))
     return rows
-
-
-ANNOTATIONS = Option(
-    "--iiw-anno", "folder with DOCCI_Test/, IIW-400/, DCI_Test/data.jsonl (default: the IIW folder)", metavar="DIR"
-)
-
-BENCHMARKS = (
-    Benchmark(
-        "iiw",
-        FLAG,
-        "ImageInWords: folder with docci/, docci_aar/, dci/",
-        lambda args, protocol: [read_iiw(args.iiw_retrieval, args.iiw_anno, protocol)],
-        protocols=PROTOCOLS,
-        order=20,
-        options=(ANNOTATIONS,),
-        tree=Tree("iiw", tuple(f"{subset}/data.jsonl" for subset in SUBSETS)),
-        suites=("long",),
-        source=SOURCE,
-    ),
-)

@@ -6,18 +6,15 @@ V2/0/*.jpeg             one folder per class, named by its number (0 to 999)
 
 import hashlib
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 from dataloaders.pairs import ClassificationSet, ClassTexts
-from dataloaders.registry import Benchmark, Option, Tree
 from training.readers.files import natural_key, parallel_map, read_json, require_dir
 
 NUM_CLASSES = 1000
 NUM_VAL, NUM_V2 = 50_000, 10_000
 V2_FOLDERS = ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency")
-SOURCE = "see ImageNet in EVAL_DATASETS.md"
 SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
@@ -32,12 +29,12 @@ def read_imagenet(root: str | Path, prompts: str | Path | None = None) -> Classi
         FileNotFoundError, ValueError: there is no such folder, or none of its folders is named after a class.
     """
     numbers = {name: number for number, name in enumerate(_wordnet_ids())}
-    root = require_dir(root, "--imagenet-val")
+    root = require_dir(root)
     if any(name.startswith("ILSVRC2012_val_") for name in os.listdir(root)):
-        raise ValueError(f"--imagenet-val {root}: all images are in one folder; sort them, one per class, {SOURCE}")
-    images = _read_classes(root, numbers, "--imagenet-val", "a WordNet id such as n01440764")
+        raise FileNotFoundError(f"{root}: all images are in one folder; sort them, one per class")
+    images = _read_classes(root, numbers, "a WordNet id such as n01440764")
     texts = read_prompts(prompts) if prompts else None
-    return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", *images, NUM_VAL, SOURCE, texts)
+    return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", *images, NUM_VAL, texts)
 
 
 def read_imagenet_v2(root: str | Path, prompts: str | Path | None = None) -> ClassificationSet:
@@ -50,12 +47,12 @@ def read_imagenet_v2(root: str | Path, prompts: str | Path | None = None) -> Cla
     Raises:
         FileNotFoundError, ValueError: there is no such folder, or none of its folders is named by a number.
     """
-    root = require_dir(root, "--imagenet-v2")
+    root = require_dir(root)
     root = next((root / name for name in V2_FOLDERS if (root / name).is_dir()), root)
     numbers = {str(number): number for number in range(NUM_CLASSES)}
-    images = _read_classes(root, numbers, "--imagenet-v2", "a number from 0 to 999")
+    images = _read_classes(root, numbers, "a number from 0 to 999")
     texts = read_prompts(prompts) if prompts else None
-    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", *images, NUM_V2, SOURCE, texts)
+    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", *images, NUM_V2, texts)
 
 
 def read_prompts(path: str | Path) -> ClassTexts:
@@ -94,10 +91,10 @@ def read_prompts(path: str | Path) -> ClassTexts:
     return ClassTexts(f"{Path(path).name} (sha256 {digest})", texts)
 
 
-def _read_classes(root: Path, numbers: dict[str, int], flag: str, named: str) -> tuple[tuple[Path, ...], tuple]:
+def _read_classes(root: Path, numbers: dict[str, int], named: str) -> tuple[tuple[Path, ...], tuple]:
     names = sorted((n for n in os.listdir(root) if n in numbers and (root / n).is_dir()), key=numbers.__getitem__)
     if not names:
-        raise ValueError(f"{flag} {root}: expected a folder per class, named by {named}; found no such folder")
+        raise ValueError(f"{root}: expected a folder per class, named by {named}; found no such folder")
     files = parallel_map(lambda name: sorted(os.listdir(root / name), key=natural_key), names)
     found = [
         (root / name / file, numbers[name])
@@ -113,37 +110,3 @@ def _wordnet_ids() -> list[str]:
     # timm is found, not imported: that would load PyTorch.
     timm = Path(str(find_spec("timm").origin)).parent  # type: ignore[union-attr]  # it is a dependency
     return (timm / "data" / "_info" / "imagenet_synsets.txt").read_text(encoding="ascii").split()
-
-
-PROMPTS = Option(
-    "--imagenet-prompts",
-    "ImageNet: JSON file of class name -> descriptions, such as CuPL's (default: open_clip's templates)",
-    metavar="FILE",
-)
-
-
-def _declare(name: str, help: str, order: int, folder: str, read: Callable[..., ClassificationSet]) -> Benchmark:
-    return Benchmark(
-        name,
-        f"--{name}",
-        help,
-        lambda args: [read(args)],
-        group="short",
-        order=order,
-        options=(PROMPTS,),
-        tree=Tree(folder),
-        source=SOURCE,
-        classification=True,
-    )
-
-
-BENCHMARKS = (
-    _declare(
-        *("imagenet-val", "ImageNet-1k: folder with a folder per class (n01440764)", 30, "imagenet/val"),
-        lambda args: read_imagenet(args.imagenet_val, args.imagenet_prompts),
-    ),
-    _declare(
-        *("imagenet-v2", "ImageNet-v2: folder with numbered folders", 40, "imagenetv2"),
-        lambda args: read_imagenet_v2(args.imagenet_v2, args.imagenet_prompts),
-    ),
-)

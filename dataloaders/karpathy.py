@@ -6,16 +6,13 @@ or    [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": [five texts
 or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}      COCO's captions_val2017.json
 """
 
-import argparse
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dataloaders.pairs import OfficialLists, RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, Tree
+from dataloaders.pairs import RetrievalSet, retrieval_set
 from training.readers.files import file_identity, parallel_map, read_json, require_dir, text_field
 
 NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first five
@@ -24,11 +21,14 @@ VAL2017 = "annotations/captions_val2017.json"
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """What differs between COCO and Flickr30k: names, usual file locations and protocols.
+    """What differs between COCO and Flickr30k.
 
     Attributes:
+        key, title: its names.
+        annotations: usual places of the list of captions.
+        folders: usual folders of the images.
         num_listed: number of images of all splits in Karpathy's file.
-        protocols: split -> (name of its protocol, number of its images).
+        splits: protocol -> split.
     """
 
     key: str
@@ -36,13 +36,7 @@ class _Benchmark:
     annotations: tuple[str, ...]
     folders: tuple[str, ...]
     num_listed: int
-    protocols: dict[str, tuple[str, int]]
-    source: str
-
-    @property
-    def official(self) -> dict[str, OfficialLists]:
-        """The official lists of each protocol."""
-        return {name: {NUM_CAPTIONS * number: ()} for name, number in self.protocols.values()}
+    splits: dict[str, str]
 
 
 COCO = _Benchmark(
@@ -51,8 +45,7 @@ COCO = _Benchmark(
     ("dataset_coco.json", "annotations/dataset_coco.json", VAL2017),
     ("", "images"),
     123_287,
-    {"test": ("coco/karpathy", 5000), "val": ("coco/karpathy-val", 5000), "val2017": ("coco/val2017", 5000)},
-    "see COCO in EVAL_DATASETS.md: Karpathy's dataset_coco.json and val2014.zip",
+    {"coco/karpathy": "test", "coco/karpathy-val": "val", "coco/val2017": "val2017"},
 )
 FLICKR30K = _Benchmark(
     "flickr30k",
@@ -60,13 +53,12 @@ FLICKR30K = _Benchmark(
     ("dataset_flickr30k.json", "annotations/dataset_flickr30k.json", "flickr30k_test.json"),
     ("flickr30k-images", "flickr30k_images", "images", "Images", ""),
     31_014,
-    {"test": ("flickr30k/test", 1000), "val": ("flickr30k/val", 1014), "all": ("flickr30k/all", 31_014)},
-    "see Flickr30k in EVAL_DATASETS.md: Karpathy's dataset_flickr30k.json and the images of the Illinois group",
+    {"flickr30k/test": "test", "flickr30k/val": "val", "flickr30k/all": "all"},
 )
 
 
 def read_karpathy(
-    which: _Benchmark, root: str | Path, annotations: str | Path | None = None, split: str = "test"
+    which: _Benchmark, root: str | Path, annotations: str | Path | None = None, protocol: str = ""
 ) -> RetrievalSet:
     """Reads COCO or Flickr30k.
 
@@ -74,27 +66,24 @@ def read_karpathy(
         which: `COCO` or `FLICKR30K`.
         root: folder with the images, in one of the usual layouts.
         annotations: the list of captions; if None, it is searched for below the root.
-        split: ``test`` or ``val`` (Karpathy's splits), ``all`` images, or ``val2017`` of COCO; a list without splits is
-            read completely.
+        protocol: one of `which.splits`, by default Karpathy's test split; a list without splits is read completely.
 
     Raises:
         FileNotFoundError, ValueError: the list is missing or broken, or has no image of this split.
     """
-    flag = f"--{which.key}-retrieval"
-    root = require_dir(root, flag)
+    root, split = require_dir(root), which.splits.get(protocol, "test")
     if annotations is None:
         names = (VAL2017,) if split == "val2017" else which.annotations
         annotations = next((root / name for name in names if (root / name).is_file()), None)
         if annotations is None:
             raise FileNotFoundError(
-                f"{flag} {root}: found none of {', '.join(names)}; name the list of captions with --{which.key}-anno, "
-                f"{which.source}"
+                f"{root}: found none of {', '.join(names)}; name the list of captions with --{which.key}-anno"
             )
     path = Path(annotations)
     if not path.is_file():
-        raise FileNotFoundError(f"--{which.key}-anno {path}: no such file; {which.source}")
+        raise FileNotFoundError(f"{path}: no such file")
     content = read_json(path)
-    name, protocol, fault = "" if split == "test" else split, which.protocols[split][0], ""
+    name, fault = "" if split == "test" else split, ""
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         # These are not the images of Karpathy's test split, so they need another name.
         name = path.stem.removeprefix("captions_")
@@ -106,18 +95,15 @@ def read_karpathy(
     elif isinstance(content, list):
         rows, fault = _listed_rows(content, path), "a list without Karpathy's splits"
     else:
-        expected = "expected Karpathy's {'images': [..]}, COCO's annotations or a list"
-        raise ValueError(f"{path}: {expected}; {which.source}")
+        raise ValueError(f"{path}: expected Karpathy's {{'images': [..]}}, COCO's annotations or a list")
     if not rows:
-        raise ValueError(f"{path}: no image of split {split!r}; {which.source}")
+        raise FileNotFoundError(f"{path}: no image of split {split!r}")
     images = parallel_map(partial(_find_image, which, root), [image for image, _ in rows])
-    return several_captions_per_image(
+    return retrieval_set(
         f"{which.key}-{name}-retrieval" if name else f"{which.key}-retrieval",
         f"{which.title} {name}".rstrip(),
         [(image, captions[:NUM_CAPTIONS]) for image, (_, captions) in zip(images, rows)],
-        source=which.source,
         protocol=protocol,
-        official=which.official.get(protocol),
         fault=fault,
     )
 
@@ -172,31 +158,4 @@ def _find_image(which: _Benchmark, root: Path, name: str) -> Path:
     return next((path for path in paths if file_identity(path) is not None), paths[0])
 
 
-def _declare(which: _Benchmark, order: int, paths: Callable[[argparse.Namespace], tuple[str, str | None]]) -> Benchmark:
-    """Returns the benchmark; `paths` gives the values of its two flags, folder and annotations."""
-    split_of = {protocol: split for split, (protocol, _) in which.protocols.items()}
-
-    def read(args: argparse.Namespace, protocol: str) -> list[RetrievalSet]:
-        folder, annotations = paths(args)
-        return [read_karpathy(which, folder, annotations, split_of[protocol])]
-
-    help = f"dataset_{which.key}.json (default: searched for in DIR)"
-    return Benchmark(
-        which.key,
-        f"--{which.key}-retrieval",
-        f"{which.title}: folder with images and captions",
-        read,
-        group="short",
-        order=order,
-        options=(Option(f"--{which.key}-anno", help, metavar="FILE"),),
-        protocols=which.official,
-        tree=Tree(which.key, which.annotations),
-        suites=("short",),
-        source=which.source,
-    )
-
-
-BENCHMARKS = (
-    _declare(COCO, 10, lambda args: (args.coco_retrieval, args.coco_anno)),
-    _declare(FLICKR30K, 20, lambda args: (args.flickr30k_retrieval, args.flickr30k_anno)),
-)
+read_coco, read_flickr30k = partial(read_karpathy, COCO), partial(read_karpathy, FLICKR30K)

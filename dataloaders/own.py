@@ -9,56 +9,39 @@ same bytes of an image, give one image further captions.
 Captions are left unchanged, unless the rule of the long benchmarks is chosen.
 """
 
-import argparse
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
-from dataloaders.pairs import RetrievalSet, several_captions_per_image
-from dataloaders.registry import Benchmark, Option, names
+from dataloaders.pairs import RetrievalSet, retrieval_set
 from training.readers.captions import caption_texts, is_unicode, normalise_caption, read_record
 from training.readers.faults import BadSample
-from training.readers.files import IMAGE_SUFFIXES, EmbeddedImage, ShardMember, naming
+from training.readers.files import IMAGE_SUFFIXES, EmbeddedImage, ShardMember
 from training.readers.samples import OF_ONE_SAMPLE, SEVERAL_LINES, TEXT_SUFFIXES, RawSample, read_samples
 from training.readers.streams import expand_shards, is_local, local_copy
 from training.readers.table_files import check_image_path, local_spec, table_files
 
-CAPTION_KEYS = Option(
-    "--retrieval-caption-keys",
-    "where the captions are: columns of the table, or keys in a shard's .json; all that exist are read (default: the "
-    "first of caption, raw_caption, txt, title, text, long_caption, conversations)",
-    metavar="KEYS",
-    default=("caption", "raw_caption", "txt", "title", "text", "long_caption", "conversations"),
-    type=names,
-    aliases=("--caption-keys",),
-)
-CAPTION_RULE = Option(
-    "--retrieval-caption-rule",
-    "raw: captions unchanged; long: split and joined as in the long benchmarks (default: %(default)s)",
-    default="raw",
-    choices=("raw", "long"),
-)
+CAPTION_KEYS = ("caption", "raw_caption", "txt", "title", "text", "long_caption", "conversations")
 
 
 def _captions_of(record: Mapping, keys: Sequence[str], lists: str, lines: bool, where: str) -> list[str]:
-    """Returns the captions of a sample or row under some keys; of the default keys, those under the first that has any.
+    """Returns the captions of a sample or row under some keys; by default, those under the first that has any.
 
     Args:
         record: key or column -> value.
-        keys: the keys or columns.
+        keys: the keys or columns; if empty, `CAPTION_KEYS`.
         lists, lines: see `caption_texts`; `lines` is about a ``txt`` alone.
         where: what the message of an error begins with.
     """
     found: list[str] = []
-    for key in keys:
+    for key in keys or CAPTION_KEYS:
         texts = caption_texts(record.get(key), f"{where}, {key}", lists, lines and key == "txt")
         if not all(map(is_unicode, texts)):
             raise ValueError(f"{where}, {key}: half a surrogate pair, expected text that can be written as UTF-8")
         found += texts
-        if texts and keys == CAPTION_KEYS.default:
+        if texts and not keys:
             break
     return found
 
@@ -67,7 +50,7 @@ def _as_set(spec: str, files: Sequence[str | Path], pairs: Iterable[tuple], rule
     """Builds the set of pairs (image, its captions), which is named after its file, folder or hub data set."""
     apply = normalise_caption if rule == "long" else str
     pairs, name = [(image, [apply(text) for text in captions]) for image, captions in pairs], _set_name(spec, files)
-    return several_captions_per_image(f"{name}-retrieval", name, pairs, source="your own pairs")
+    return retrieval_set(f"{name}-retrieval", name, pairs)
 
 
 def _set_name(spec: str, files: Sequence[str | Path]) -> str:
@@ -84,7 +67,7 @@ def _set_name(spec: str, files: Sequence[str | Path]) -> str:
 
 
 def read_shard_pairs(
-    shards: str, caption_keys: Sequence[str], rule: str, lists: str = "alternatives", lines: bool = False
+    shards: str, caption_keys: Sequence[str] = (), rule: str = "raw", lists: str = "alternatives", lines: bool = False
 ) -> RetrievalSet:
     """Reads pairs from tar shards; images are read from the shards when needed.
 
@@ -92,7 +75,7 @@ def read_shard_pairs(
         shards: see `expand_shards`; several are separated by ``::``. The output of a ``pipe:`` and compressed shards
             are unpacked to temporary files.
         caption_keys: keys of the ``.json`` that hold a text or a list of texts; all that exist are read. If none does,
-            the ``.txt`` is read.
+            the ``.txt`` is read. By default, the first of `CAPTION_KEYS` that has captions is read.
         rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
         lists: see `caption_texts`.
         lines: each line of a ``.txt`` is a caption of its own, as in CLIP_benchmark's shards.
@@ -102,24 +85,23 @@ def read_shard_pairs(
     """
     pairs: list[tuple[ShardMember, list[str]]] = []
     num_with_lines = 0
-    with naming("--retrieval-wds"):
-        urls = [url for name in shards.split("::") for url in expand_shards(name)]
-        for url in urls:
-            if is_local(url) and not os.path.exists(url):
-                raise FileNotFoundError(f"{url}: no such file")
-            num_before, path = len(pairs), local_copy(url)
-            for raw in read_samples(path, load=TEXT_SUFFIXES):
-                try:
-                    record = read_record(raw.files)
-                    keys = caption_keys if any(key in record for key in caption_keys) else ("txt",)
-                    texts = _captions_of(record, keys, lists, lines, "key")
-                except ValueError as error:
-                    raise ValueError(f"{url}: sample {raw.key}: broken caption ({error})") from error
-                num_with_lines += not lines and "txt" in raw.files and any("\n" in text for text in texts)
-                pairs.append((_image_of(raw, path, texts, caption_keys, url), texts))
-            if len(pairs) == num_before:
-                size = f"its {os.path.getsize(path):,} bytes" if is_local(path) else "it"
-                raise ValueError(f"{url}: no sample in {size}; fetch it again, or leave it out")
+    urls = [url for name in shards.split("::") for url in expand_shards(name)]
+    for url in urls:
+        if is_local(url) and not os.path.exists(url):
+            raise FileNotFoundError(f"{url}: no such file")
+        num_before, path = len(pairs), local_copy(url)
+        for raw in read_samples(path, load=TEXT_SUFFIXES):
+            try:
+                record = read_record(raw.files)
+                wanted = caption_keys if any(key in record for key in caption_keys or CAPTION_KEYS) else ("txt",)
+                texts = _captions_of(record, wanted, lists, lines, "key")
+            except ValueError as error:
+                raise ValueError(f"{url}: sample {raw.key}: broken caption ({error})") from error
+            num_with_lines += not lines and "txt" in raw.files and any("\n" in text for text in texts)
+            pairs.append((_image_of(raw, path, texts, caption_keys or CAPTION_KEYS, url), texts))
+        if len(pairs) == num_before:
+            size = f"its {os.path.getsize(path):,} bytes" if is_local(path) else "it"
+            raise ValueError(f"{url}: no sample in {size}; fetch it again, or leave it out")
     if num_with_lines:
         logging.warning(f"--retrieval-wds {shards}: {num_with_lines:,} of {len(pairs):,} samples have {SEVERAL_LINES}")
     return _as_set(shards, urls, pairs, rule)
@@ -141,9 +123,9 @@ def _image_of(raw: RawSample, path: str, texts: list[str], keys: Sequence[str], 
 
 def read_table_pairs(
     spec: str | Path,
-    image_column: str | None,
-    caption_keys: Sequence[str],
-    rule: str,
+    image_column: str | None = None,
+    caption_keys: Sequence[str] = (),
+    rule: str = "raw",
     separator: str | None = None,
     lists: str = "alternatives",
     lines: bool = False,
@@ -154,7 +136,8 @@ def read_table_pairs(
         spec: one or several files, or a folder; see `table_files`.
         image_column: column of paths, absolute or relative to the table's folder, or in Parquet of the images
             themselves; see `choose_image_column`.
-        caption_keys: columns of captions; see `caption_texts`. Columns that the table lacks are ignored.
+        caption_keys: columns of captions; see `caption_texts`. Columns that the table lacks are ignored. By default,
+            the first of `CAPTION_KEYS` that has captions is read.
         rule: ``raw``, or ``long`` to split and join captions as the long benchmarks do.
         separator: separator of a CSV; see `choose_form`.
         lists: see `caption_texts`.
@@ -164,30 +147,27 @@ def read_table_pairs(
         FileNotFoundError, ValueError: a file or a column is missing, a row lacks an image or a caption, a caption is
             not a text, or a row has too few or too many cells; the message names the row.
     """
-    images: dict[object, Path | EmbeddedImage] = {}
-    captions: dict[object, list[str]] = {}
+    pairs: dict[object, tuple[Path | EmbeddedImage, list[str]]] = {}
     num_repeated = 0
-    with naming("--retrieval-table"):
-        paths = table_files(local_spec(str(spec)))
-        for path in paths:
-            for key, image, row, where in _rows(path, image_column, caption_keys, separator):
-                num_repeated += key in images and key is not image
-                images.setdefault(key, image)
-                texts = _captions_of(row, caption_keys, lists, lines, where)
-                if not texts:
-                    raise ValueError(f"{where} lacks an image or a caption; complete or remove it")
-                captions.setdefault(key, []).extend(texts)
+    paths = table_files(local_spec(str(spec)))
+    for path in paths:
+        for key, image, row, where in _rows(path, image_column, caption_keys or CAPTION_KEYS, separator):
+            texts = _captions_of(row, caption_keys, lists, lines, where) if image else []
+            if not image or not texts:
+                raise ValueError(f"{where} lacks an image or a caption; complete or remove it")
+            num_repeated += key in pairs and key is not image
+            pairs.setdefault(key, (image, []))[1].extend(texts)
     if num_repeated:
         logging.warning(
             f"--retrieval-table {spec}: {num_repeated:,} rows hold the same bytes as the image of an earlier row; "
-            f"their captions are further captions of that image, so there are {len(images):,} images"
+            f"their captions are further captions of that image, so there are {len(pairs):,} images"
         )
-    return _as_set(str(spec), paths, [(images[key], texts) for key, texts in captions.items()], rule)
+    return _as_set(str(spec), paths, pairs.values(), rule)
 
 
 def _rows(
     path: Path, image_column: str | None, caption_keys: Sequence[str], separator: str | None
-) -> Iterator[tuple[object, Path | EmbeddedImage, dict, str]]:
+) -> Iterator[tuple[object, Path | EmbeddedImage | None, dict, str]]:
     """Yields for each row a key that is equal for equal images, the image, the row, and what messages call it."""
     # --help has no time for pyarrow
     from training.readers.columnar import ColumnarFile
@@ -201,50 +181,11 @@ def _rows(
         for number, row in enumerate(rows, start=1):
             where, sample = f"{path}: row {number:,}", row_sample(path, number, row, column)
             if sample.image:
-                yield (
-                    blake2b(sample.image, digest_size=16).digest(),
-                    EmbeddedImage(path, column, number - 1),
-                    row,
-                    where,
-                )
+                key = blake2b(sample.image, digest_size=16).digest()
+                yield key, EmbeddedImage(path, column, number - 1), row, where
                 continue
             check_image_path(row.get(column), where)
-            if not sample.image_path:
-                raise ValueError(f"{where} lacks an image or a caption; complete or remove it")
-            image = Path(sample.image_path)
+            image = Path(sample.image_path) if sample.image_path else None
             yield image, image, row, where
     except BadSample as error:
         raise ValueError(f"{path}: row {number + 1:,}: {error}") from error
-
-
-def _rules(args: argparse.Namespace) -> dict[str, Any]:
-    rules = {"caption_keys": args.retrieval_caption_keys, "rule": args.retrieval_caption_rule}
-    return rules | {"lists": args.caption_lists, "lines": args.caption_lines}
-
-
-BENCHMARKS = (
-    Benchmark(
-        "retrieval-csv",
-        "--retrieval-table",
-        "table of pairs: .csv, .tsv, .json, .jsonl, .parquet, .arrow, several of them, a folder of these or of images "
-        "with NAME.txt, or hf:ORG/NAME:SPLIT (--csv-img-key)",
-        lambda args: [
-            read_table_pairs(args.retrieval_table, args.csv_img_key, separator=args.csv_separator, **_rules(args))
-        ],
-        group="own",
-        metavar="TABLE",
-        order=10,
-        options=(CAPTION_KEYS, CAPTION_RULE),
-        old_flag="--retrieval-csv",
-    ),
-    Benchmark(
-        "retrieval-wds",
-        "--retrieval-wds",
-        "tar shards of pairs: '{000..004}.tar', a folder, URLs",
-        lambda args: [read_shard_pairs(args.retrieval_wds, **_rules(args))],
-        group="own",
-        metavar="TARS",
-        order=20,
-        options=(CAPTION_KEYS, CAPTION_RULE),
-    ),
-)

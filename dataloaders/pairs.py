@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class RetrievalSet:
         source: how to get the missing files, one line.
         protocol: name of the variant that was read, e.g. ``dci/short+extra``, followed by `MODIFIED` if the list is
             not the official one; empty for a user's own pairs.
+        fault: a difference from the official list that the reader found.
     """
 
     key: str
@@ -42,6 +43,7 @@ class RetrievalSet:
     missing: tuple[str, ...] = ()
     source: str = ""
     protocol: str = ""
+    fault: str = ""
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits that identify the exact list of image names and captions, and how images are turned."""
@@ -71,15 +73,14 @@ class RetrievalSet:
         )
 
 
-def check_list(s: RetrievalSet, official: OfficialLists, fault: str = "") -> RetrievalSet:
+def check_list(s: RetrievalSet, official: OfficialLists) -> RetrievalSet:
     """Appends `MODIFIED` to the protocol of a set whose list is not an official one, and warns.
 
     Args:
         s: a set as read, before images are looked up.
-        official: the official lists of its protocol.
-        fault: a difference that the reader found.
+        official: the official lists of its protocol; if there are none, only the reader's `fault` counts.
     """
-    number = len(s.captions) + len(s.missing)
+    number, fault = len(s.captions) + len(s.missing), s.fault
     if not fault and number not in official:
         fault = f"{number:,} pairs instead of {' or '.join(f'{n:,}' for n in official)}"
     if not fault and len(set(s.image_paths)) < len(s.image_paths):
@@ -94,36 +95,19 @@ def check_list(s: RetrievalSet, official: OfficialLists, fault: str = "") -> Ret
     return replace(s, protocol=s.protocol + MODIFIED)
 
 
-def one_caption_per_image(key: str, title: str, pairs: Iterable[tuple[Path, str]], **fields) -> RetrievalSet:
-    """Builds a `RetrievalSet` from (image path, normalised caption) pairs."""
-    return several_captions_per_image(key, title, [(path, [caption]) for path, caption in pairs], **fields)
-
-
-def several_captions_per_image(
-    key: str,
-    title: str,
-    rows: Sequence[tuple[Path, Sequence[str]]],
-    official: OfficialLists | None = None,
-    fault: str = "",
-    **fields,
-) -> RetrievalSet:
+def retrieval_set(key: str, title: str, rows: Sequence[tuple[Path, Sequence[str]]], **fields) -> RetrievalSet:
     """Builds a `RetrievalSet` from (image path, its captions) rows; the captions of an image follow one another.
 
     Args:
-        key, title, fields: attributes of the set; `num_published` is that of the largest official list if not given.
+        key, title, fields: attributes of the set.
         rows: the rows, in the published order.
-        official, fault: see `check_list`; None for a set without an official list.
     """
-    paths = tuple(path for path, _ in rows)
     captions = tuple(caption for _, texts in rows for caption in texts)
-    image_of_caption = tuple(number for number, (_, texts) in enumerate(rows) for _ in texts)
     empty = sum(not c for c in captions)
     if empty:
         logging.warning(f"{title}: {empty:,} of {len(captions):,} captions are empty; their pairs are kept.")
-    if official is None:
-        return RetrievalSet(key, title, paths, captions, image_of_caption, **fields)
-    fields = {"num_published": max(official)} | fields
-    return check_list(RetrievalSet(key, title, paths, captions, image_of_caption, **fields), official, fault)
+    image_of_caption = tuple(number for number, (_, texts) in enumerate(rows) for _ in texts)
+    return RetrievalSet(key, title, tuple(path for path, _ in rows), captions, image_of_caption, **fields)
 
 
 @dataclass(frozen=True)
@@ -149,8 +133,8 @@ class ClassificationSet:
         image_paths: one file per image.
         labels: for each image its class, 0 to 999 in ImageNet's usual order.
         num_published: number of images of the full set.
-        source: how to get the missing files.
         class_texts: descriptions of the classes; None means open_clip's class names and templates.
+        source: how to get the missing files.
     """
 
     key: str
@@ -158,8 +142,8 @@ class ClassificationSet:
     image_paths: tuple[Path, ...]
     labels: tuple[int, ...]
     num_published: int
-    source: str
     class_texts: ClassTexts | None = None
+    source: str = ""
 
 
 def find_images(sets: list[RetrievalSet]) -> tuple[list[RetrievalSet], dict[Path, object]]:

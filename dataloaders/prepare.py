@@ -17,8 +17,8 @@ import numpy as np
 from tabulate import tabulate
 
 from dataloaders.pairs import RetrievalSet
-from dataloaders.registry import benchmarks, destination, find_below_data_root, options_of, suites
-from dataloaders.share4v import SAM_NAME, SOURCE, read_items
+from dataloaders.registry import benchmark, benchmarks, destination, find_below_data_root, suites
+from dataloaders.share4v import SAM_NAME, read_items
 from training.readers.captions import split_sentences
 
 CONTEXTS = (77, 128, 248)  # of CLIP, LoTLIP and Long-CLIP
@@ -38,7 +38,7 @@ def prepare_share4v(captions: Path, out: Path, num: int) -> str:
         raise ValueError(f"{captions}: {found}; lower --num, or use share-captioner_coco_lcs_sam_1246k_1107.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return f"{len(chosen):,} of {len(items):,} items -> {out}\nImages: {SOURCE}"
+    return f"{len(chosen):,} of {len(items):,} items -> {out}\nImages: {benchmark('share4v').source}"
 
 
 def read_for_stats(args: argparse.Namespace) -> list[Any]:
@@ -47,18 +47,16 @@ def read_for_stats(args: argparse.Namespace) -> list[Any]:
     Raises:
         ValueError, FileNotFoundError: a reader raised it, a name is unknown, or there is nothing to read.
     """
-    known = [b for b in benchmarks() if b.tree and not b.classification]
-    vars(args).update({destination(b.flag): None for b in benchmarks()}, protocol=())
-    vars(args).update({destination(option.flag): option.default for option in options_of(benchmarks())})
+    known = [b for b in benchmarks() if b.folder and not b.classification]
+    vars(args).update({destination(b.flag): None for b in benchmarks()})
     for word in args.sets:
         name, equals, root = word.partition("=")
-        benchmark = next((b for b in known if b.name == name), None)
-        if not equals or benchmark is None:
+        if not equals or name not in [b.name for b in known]:
             raise ValueError(f"stats {word}: expected BENCHMARK=ROOT with one of {', '.join(b.name for b in known)}")
-        benchmark.place(args, Path(root))
+        benchmark(name).place(args, Path(root))
     if absent := find_below_data_root(args):
         print(absent, file=sys.stderr)
-    sets = [s for benchmark in known if getattr(args, destination(benchmark.flag)) for s in benchmark.sets(args)]
+    sets = [s for b in known if getattr(args, destination(b.flag)) for s in b.sets(args)]
     if not sets:
         raise ValueError("stats: name BENCHMARK=ROOT or --data-root DIR")
     return sets

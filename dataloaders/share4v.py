@@ -5,24 +5,19 @@ ROOT/..    SA-1B images, in any tree
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, Option, Tree, positive_numbers
+from dataloaders.pairs import RetrievalSet, retrieval_set
 from training.readers.captions import normalise_caption
 from training.readers.files import file_identity, find_by_name, parallel_map, read_json, require_dir, text_field
 
-FLAG = "--share4v-retrieval"
-PROTOCOLS = {"sv/sam": {1000: (), 10000: ()}, "sv/first": {1000: (), 10000: ()}}
 NUM_UNCUT = 1_246_000  # items of the list of sv/first, share-captioner_coco_lcs_sam_1246k_1107.json, at least
 SAM_NAME = r"sa_\d+\.jpe?g"
-ANNO_FLAG = "--share4v-anno"
-NUM_FLAG = "--share4v_val_num"
-SOURCE = "see ShareGPT4V in EVAL_DATASETS.md: SA-1B archives sa_000000 to sa_000050"
 
 
 def read_share4v(
-    root: str | Path, annotations: str | Path, sizes: list[int], protocol: str = "sv/sam"
+    root: str | Path, annotations: str | Path, sizes: Sequence[int] = (1000, 10000), protocol: str = "sv/sam"
 ) -> list[RetrievalSet]:
     """Reads the first N items of the list, for each N of `sizes`.
 
@@ -34,13 +29,13 @@ def read_share4v(
             anywhere below the root, because the layouts of published copies differ.
         annotations: the JSON list; for ``sv/sam`` as `python -m dataloaders.prepare share4v` cuts it.
         sizes: numbers of pairs; 1000 and 10000 are the published ones.
-        protocol: one of `PROTOCOLS`.
+        protocol: ``sv/sam`` or ``sv/first``.
 
     Raises:
         FileNotFoundError, ValueError: the list is missing, broken or shorter than a size; or a file name was found
             twice.
     """
-    root = require_dir(root, FLAG)
+    root = require_dir(root)
     items = read_items(annotations)
     fault = ""
     if protocol == "sv/first" and len(items) < NUM_UNCUT:
@@ -49,21 +44,18 @@ def read_share4v(
     if protocol == "sv/sam" and not all(re.fullmatch(SAM_NAME, image.rsplit("/", 1)[-1]) for image, _ in items):
         fault = "images that are not from SA-1B"
     if len(items) < max(sizes):
-        raise ValueError(f"{NUM_FLAG} {max(sizes)}: only {len(items):,} annotations in {annotations}; lower the number")
+        raise ValueError(f"{annotations}: only {len(items):,} annotations, --share4v-val-num {max(sizes)} are wanted")
     paths = resolve_images(root, [image for image, _ in items])
     first = protocol == "sv/first"
     captions = [text.replace("\n", " ") if first else normalise_caption(text) for _, text in items]
-    pairs = list(zip(paths, captions))
+    rows = [(path, [caption]) for path, caption in zip(paths, captions)]
     return [
-        one_caption_per_image(
+        retrieval_set(
             f"share4v-first-retrieval-{n}" if first else f"share4v-retrieval-{n}",
             (f"SV-{n // 1000}k" if n % 1000 == 0 else f"SV-{n}") + (" first" if first else ""),
-            pairs[:n],
+            rows[:n],
             num_published=n,
-            official=PROTOCOLS[protocol],
             fault=fault,
-            source=SOURCE,
-            protocol=protocol,
         )
         for n in sizes
     ]
@@ -73,10 +65,10 @@ def read_items(annotations: str | Path) -> list[tuple[str, str]]:
     """Returns (image path as written, raw caption) of every item of a ShareGPT4V list."""
     path = Path(annotations)
     if not path.is_file():
-        raise FileNotFoundError(f"{ANNO_FLAG} {path}: no such file; make it with python -m dataloaders.prepare share4v")
+        raise FileNotFoundError(f"{path}: no such file; make the list with python -m dataloaders.prepare share4v")
     items = read_json(path)
     if not isinstance(items, list):
-        raise ValueError(f"{ANNO_FLAG} {path}: expected a JSON list, found {type(items).__name__}")
+        raise ValueError(f"{path}: expected a JSON list, found {type(items).__name__}")
     found = []
     for number, item in enumerate(items):
         where = f"{path} item {number}"
@@ -102,31 +94,5 @@ def resolve_images(root: Path, names: list[str]) -> list[Path]:
     for name, paths in found.items():
         if len(paths) > 1:
             folders = ", ".join(sorted(map(str, paths))[:2])
-            raise ValueError(f"{FLAG} {root}: {name} is in {len(paths)} folders ({folders}); keep one of them")
+            raise ValueError(f"{root}: {name} is in {len(paths)} folders ({folders}); keep one of them")
     return [found[p.name][0] if p.name in found else p for p in by_path]
-
-
-BENCHMARKS = (
-    Benchmark(
-        "share4v",
-        FLAG,
-        "ShareGPT4V: folder with SA-1B images, in any tree",
-        lambda args, protocol: read_share4v(args.share4v_retrieval, args.share4v_anno, args.share4v_val_num, protocol),
-        protocols=PROTOCOLS,
-        order=30,
-        options=(
-            Option(ANNO_FLAG, "ShareGPT4V's list of captions (dataloaders.prepare share4v)", metavar="FILE"),
-            Option(
-                "--share4v-val-num",
-                "sizes to evaluate, from the start of the list (default: 1000,10000)",
-                metavar="N,N",
-                default=(1000, 10000),
-                type=positive_numbers,
-            ),
-        ),
-        requires=((ANNO_FLAG, "the list of captions; python -m dataloaders.prepare share4v makes it"),),
-        tree=Tree("share4v", ("anno.json",), ((ANNO_FLAG, "anno.json"),)),
-        suites=("long",),
-        source=SOURCE,
-    ),
-)

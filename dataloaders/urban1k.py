@@ -6,23 +6,18 @@ ROOT/images/N.jpg  ROOT/annotations/annotations.json      {"annotations": [{"ima
 
 from pathlib import Path
 
-from dataloaders.pairs import RetrievalSet, one_caption_per_image
-from dataloaders.registry import Benchmark, Tree
+from dataloaders.pairs import RetrievalSet, retrieval_set
 from training.readers.captions import normalise_caption
 from training.readers.files import natural_key, parallel_map, read_json, read_text, require_dir, text_field
 
-PROTOCOLS = {"urban1k/first-line": {1000: ()}}
-FLAG = "--urban1k-retrieval"
-SOURCE = "see Urban1k in EVAL_DATASETS.md: Urban1k.zip of the Long-CLIP project"
 
-
-def read_urban1k(root: str | Path, protocol: str = "urban1k/first-line") -> RetrievalSet:
+def read_urban1k(root: str | Path) -> RetrievalSet:
     """Reads Urban1k, sorted by number (2 before 10), so that the order never depends on the file system.
 
     Raises:
         FileNotFoundError, ValueError: neither layout is there, or a caption file is broken.
     """
-    root = require_dir(root, FLAG)
+    root = require_dir(root)
     for base in (root, root / "Urban1k"):
         if (base / "caption").is_dir():
             pairs = _read_text_files(base)
@@ -30,9 +25,8 @@ def read_urban1k(root: str | Path, protocol: str = "urban1k/first-line") -> Retr
             pairs = _read_annotations(base)
         else:
             continue
-        given = {"official": PROTOCOLS[protocol], "protocol": protocol, "source": SOURCE}
-        return one_caption_per_image("urban1k-retrieval", "Urban1k", pairs, **given)
-    raise FileNotFoundError(f"{FLAG} {root}: found neither caption/ nor annotations/annotations.json; {SOURCE}")
+        return retrieval_set("urban1k-retrieval", "Urban1k", [(path, [caption]) for path, caption in pairs])
+    raise FileNotFoundError(f"{root}: found neither caption/ nor annotations/annotations.json")
 
 
 def _read_text_files(base: Path) -> list[tuple[Path, str]]:
@@ -56,18 +50,3 @@ def _read_annotations(base: Path) -> list[tuple[Path, str]]:
         image, caption = text_field(row, "image", where), text_field(row, "caption", where)
         pairs.append((base / "images" / image, normalise_caption(caption.split("\n", 1)[0])))
     return sorted(pairs, key=lambda pair: natural_key(pair[0].stem))
-
-
-BENCHMARKS = (
-    Benchmark(
-        "urban1k",
-        FLAG,
-        "Urban1k: folder with image/ and caption/",
-        lambda args, protocol: [read_urban1k(args.urban1k_retrieval, protocol)],
-        order=40,
-        protocols=PROTOCOLS,
-        tree=Tree("Urban1k", ("caption", "annotations/annotations.json", "Urban1k")),
-        suites=("long",),
-        source=SOURCE,
-    ),
-)

@@ -36,8 +36,8 @@ def test_the_document_shows_the_folders_that_are_searched():
     from dataloaders.registry import benchmarks
 
     for benchmark in benchmarks():
-        if benchmark.tree:
-            assert re.search(rf"^data/{benchmark.tree.folder}/", DOCUMENT, re.MULTILINE), benchmark.name
+        if benchmark.folder:
+            assert re.search(rf"^data/{benchmark.folder}/", DOCUMENT, re.MULTILINE), benchmark.name
 
 
 def test_all_are_found_and_suites_choose(root, capsys):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import training
-from dataloaders.pairs import one_caption_per_image
+from dataloaders.pairs import retrieval_set
 from dataloaders.scene_drawing import draw_scene, make_scene
 from support import read_results
 from training.eval.changes import CHANGES, list_changes, wrong_sentence
@@ -270,8 +270,8 @@ def reports(tmp_path_factory):
     images, captions = scenes_and_captions("test", 300)
     for number, image in enumerate(images):
         image.save(folder / f"{number}.png")
-    pairs = [(folder / f"{number}.png", text) for number, text in enumerate(captions)]
-    work = plan_retrieval([one_caption_per_image("scenes", "Scenes", pairs)], allow_missing=False)
+    rows = [(folder / f"{number}.png", [text]) for number, text in enumerate(captions)]
+    work = plan_retrieval([retrieval_set("scenes", "Scenes", rows)], allow_missing=False)
     found = {}
     options = ComputeOptions(workers=0, sort_texts=False)
     for name, weights in (("learned", learned), ("random", guessed)):

@@ -41,9 +41,7 @@ class Grown(torch.nn.Module):
 
 class Hooks(Experiment):
     group_batches = 3
-    benchmarks = (
-        Benchmark("moon", "--moon-retrieval", "folder", lambda args: [read_urban1k(args.moon_retrieval)], order=41),
-    )
+    benchmarks = (Benchmark("moon", "--moon-retrieval", "folder", read_urban1k),)
 
     def views(self, texts, record, at):
         return [*texts, f"a {at.random.choice(['red', 'blue'])} moon", f"{at.step} and {at.source}"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dataloaders.registry import benchmarks, destination
 from training.data.images import MODES
 from training.flags.model import OF_MODEL, OF_TOKENIZER
 from training.flags.parser import build_parser, parse_args
@@ -78,8 +79,9 @@ runpy.run_module("{module}", run_name="__main__")
 def test_every_flag_has_help_and_a_reader():
     read = {"config", "print_config"}  # by the parser itself
     read |= {*OF_TOKENIZER, *OF_MODEL}  # as arguments of the functions that make a model
-    benchmarks = (ROOT / "dataloaders").glob("*.py")
-    for path in [*(ROOT / "src" / "training").rglob("*.py"), *benchmarks]:
+    for benchmark in benchmarks():
+        read |= {destination(flag) for flag in (benchmark.flag, *benchmark.arguments.values())}
+    for path in (ROOT / "src" / "training").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 read.add(node.slice.value)  # flags as a dict

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataloaders import dci, docci, iiw, karpathy, share4v, urban1k
-from dataloaders.pairs import one_caption_per_image
-from dataloaders.registry import benchmarks
+from dataloaders import iiw
+from dataloaders.pairs import check_list, retrieval_set
+from dataloaders.registry import benchmark
+from dataloaders.share4v import read_share4v
+from dataloaders.urban1k import read_urban1k
 from eval_files import write_coco, write_docci, write_flickr30k, write_image
 from support import LAYOUTS, evaluate
 from training.eval.npz import read_features
@@ -20,8 +22,12 @@ from training.readers.captions import normalise_caption, split_caption
 
 def read(name, protocol, **flags):
     """Reads one benchmark as the command line does."""
-    args = SimpleNamespace(protocol=(protocol,), **flags)
-    return next(b for b in benchmarks() if b.name == name).sets(args)
+    return benchmark(name).sets(SimpleNamespace(protocol=(protocol,), **flags))
+
+
+def read_flickr30k(root, annotations=None):
+    (found,) = benchmark("flickr30k").load(root, annotations=annotations)
+    return found
 
 
 def test_dci_extra_lower():
@@ -31,7 +37,7 @@ def test_dci_extra_lower():
     rows = [json.loads((base / "annotations" / name).read_text()) for name in names]
     assert found.captions == tuple(row["extra_caption"].lower() for row in rows)
     assert (found.key, found.protocol) == ("dci-extra-lower-retrieval", "dci/extra-lower (modified)")
-    whole = dci.read_dci(LAYOUTS / "dci")
+    (whole,) = benchmark("dci").load(LAYOUTS / "dci")
     assert (whole.key, whole.protocol) == ("dci-retrieval", "dci/short+extra (modified)")
     assert found.image_paths == whole.image_paths and found.fingerprint() != whole.fingerprint()
 
@@ -74,16 +80,16 @@ def test_share4v_first_keeps_captions_as_they_are(tmp_path):
 def test_docci_sentences_alone(tmp_path):
     (found,) = read("docci", "docci/sentences", docci_retrieval=write_docci(tmp_path))
     assert found.protocol == "docci/sentences (modified)" and "A 3" in found.captions
-    assert docci.read_docci(tmp_path).protocol == "docci/test (modified)"
+    assert benchmark("docci").load(tmp_path)[0].protocol == "docci/test (modified)"
 
 
 def test_flickr30k_all_and_coco_val2017(tmp_path):
     root = write_flickr30k(tmp_path / "flickr", num=5)
     (found,) = read("flickr30k", "flickr30k/all", flickr30k_retrieval=root, flickr30k_anno=None)
     assert len(found.image_paths) == 8 and found.key == "flickr30k-all-retrieval"
-    assert karpathy.read_karpathy(karpathy.FLICKR30K, root).protocol == "flickr30k/test (modified)"
+    assert read_flickr30k(root).protocol == "flickr30k/test (modified)"
     root = write_coco(tmp_path / "coco")
-    assert karpathy.read_karpathy(karpathy.COCO, root).protocol == "coco/karpathy (modified)"
+    assert benchmark("coco").load(root)[0].protocol == "coco/karpathy (modified)"
     official = {"images": [{"id": 7, "file_name": "000000000007.jpg"}]}
     official["annotations"] = [{"image_id": 7, "caption": f"c{n}"} for n in range(5)]
     (root / "annotations" / "captions_val2017.json").write_text(json.dumps(official))
@@ -113,7 +119,7 @@ def test_results_report_and_compare_name_what_was_read(tmp_path, tiny_clip, caps
         (root / "caption").mkdir(exist_ok=True)
         (root / "caption" / f"{number}.txt").write_text(f"Street {number}.\nsecond line")
     first = evaluate(tmp_path, tiny_clip, "--urban1k-retrieval", root, "--report", name="first")
-    own = urban1k.read_urban1k(root).fingerprint()
+    own = read_urban1k(root).fingerprint()
     assert first["urban1k-retrieval-protocol"] == "urban1k/first-line (modified)"
     assert first["urban1k-retrieval-fingerprint"] == own
     assert f"Urban1k: urban1k/first-line (modified), pairs {own}" in capsys.readouterr().out
@@ -132,7 +138,7 @@ def test_results_report_and_compare_name_what_was_read(tmp_path, tiny_clip, caps
     capsys.readouterr()
     written = tmp_path / "compared.json"
     assert compare.main([*(str(tmp_path / "logs" / name) for name in ("second", "third")), "--json", str(written)]) == 0
-    own = urban1k.read_urban1k(root).fingerprint()
+    own = read_urban1k(root).fingerprint()
     assert f"Urban1k: urban1k/first-line (modified), pairs {own}" in capsys.readouterr().out
     assert {(r["protocol"], r["fingerprint"]) for r in json.loads(written.read_text())} == {
         ("urban1k/first-line (modified)", own)
@@ -141,13 +147,13 @@ def test_results_report_and_compare_name_what_was_read(tmp_path, tiny_clip, caps
 
 def test_a_shorter_list_has_another_fingerprint():
     eight, again, twelve = (
-        share4v.read_share4v(LAYOUTS / "share4v", LAYOUTS / "share4v_sam.json", [number])[0] for number in (8, 8, 12)
+        read_share4v(LAYOUTS / "share4v", LAYOUTS / "share4v_sam.json", [number])[0] for number in (8, 8, 12)
     )
     assert eight.fingerprint() == again.fingerprint() != twelve.fingerprint()
     assert eight.fingerprint() != eight.without_images({0: "gone"}).fingerprint()
 
 
-def karpathy_file(path, which, num_listed, num_test, **change):
+def karpathy_file(path, num_listed, num_test, **change):
     """Writes a list in Karpathy's format; the first `num_test` images are in the test split."""
     images = [
         {
@@ -159,24 +165,24 @@ def karpathy_file(path, which, num_listed, num_test, **change):
         for n in range(num_listed)
     ]
     path.write_text(json.dumps({"images": images}))
-    return karpathy.read_karpathy(which, path.parent, path)
+    return read_flickr30k(path.parent, path)
 
 
 def test_a_list_has_the_name_of_a_protocol_only_if_it_is_that_list(tmp_path, caplog):
     """Any list passed as flickr30k/test, and a shortened one as sv/first."""
     file = tmp_path / "list.json"
-    whole = karpathy_file(file, karpathy.FLICKR30K, 31_014, 1000)
+    whole = karpathy_file(file, 31_014, 1000)
     assert whole.protocol == "flickr30k/test" and not caplog.records
     changes = [(31_014, 999, {}), (31_014, 1000, {"sentences": [{"raw": "one"}]}), (2000, 1000, {})]
     changes += [(31_014, 1000, {"filename": "1.jpg"})]
     for listed, test, change in changes:
-        assert karpathy_file(file, karpathy.FLICKR30K, listed, test, **change).protocol == "flickr30k/test (modified)"
+        assert karpathy_file(file, listed, test, **change).protocol == "flickr30k/test (modified)"
     file.write_text(json.dumps([{"image": f"{n}.jpg", "caption": [f"{n} {k}" for k in range(5)]} for n in range(1000)]))
-    assert karpathy.read_karpathy(karpathy.FLICKR30K, tmp_path, file).protocol == "flickr30k/test (modified)"
+    assert read_flickr30k(tmp_path, file).protocol == "flickr30k/test (modified)"
     turns = [{"value": "?"}, {"value": "A dog."}]
     file.write_text(json.dumps([{"image": f"sa_{n}.jpg", "conversations": turns} for n in range(1001)]))
     named = {
-        (protocol, size): share4v.read_share4v(tmp_path, file, [size], protocol)[0].protocol
+        (protocol, size): benchmark("share4v").load(tmp_path, [protocol], annotations=file, sizes=[size])[0].protocol
         for protocol, size in (("sv/sam", 1000), ("sv/sam", 1001), ("sv/first", 1000))
     }
     assert list(named.values()) == ["sv/sam", "sv/sam (modified)", "sv/first (modified)"]
@@ -184,18 +190,17 @@ def test_a_list_has_the_name_of_a_protocol_only_if_it_is_that_list(tmp_path, cap
 
 
 def test_a_list_with_a_known_fingerprint_must_have_it(caplog):
-    pairs = [(Path(f"{n}.jpg"), f"caption {n}") for n in range(3)]
-    plain = one_caption_per_image("k", "T", pairs, protocol="p")
+    rows = [(Path(f"{n}.jpg"), [f"caption {n}"]) for n in range(3)]
+    plain = retrieval_set("k", "T", rows, protocol="p")
     for known, name in (
         ((), "p"),
         ((plain.fingerprint(),), "p"),
         (("0" * 16, plain.fingerprint()), "p"),
         (("0" * 16,), "p (modified)"),
     ):
-        assert one_caption_per_image("k", "T", pairs, official={3: known}, protocol="p").protocol == name
-    swapped = [pairs[1], pairs[0], pairs[2]]
-    official = {3: (plain.fingerprint(),)}
-    assert one_caption_per_image("k", "T", swapped, official=official, protocol="p").protocol == "p (modified)"
+        assert check_list(plain, {3: known}).protocol == name
+    swapped = retrieval_set("k", "T", [rows[1], rows[0], rows[2]], protocol="p")
+    assert check_list(swapped, {3: (plain.fingerprint(),)}).protocol == "p (modified)"
     assert "fingerprint" in caplog.text
 
 

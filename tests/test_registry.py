@@ -1,4 +1,4 @@
-"""What new files add: a benchmark in dataloaders/, a family of encoders, a text tower in a file of its own."""
+"""What files outside of the package add: a benchmark, a family of encoders, a text tower in a file of its own."""
 
 import importlib.util
 import json
@@ -11,62 +11,57 @@ import torch
 from test_train import losses, read_metrics
 
 import training
-from dataloaders.registry import benchmarks
+from dataloaders.registry import benchmarks, set_further_benchmarks
 from eval_files import write_image
 from support import read_results
 from training.main import main
 
-PLUGIN = """
+MOON = """
 from pathlib import Path
 
-from dataloaders.pairs import one_caption_per_image
-from dataloaders.registry import Benchmark, Option
+from dataloaders.pairs import retrieval_set
+from dataloaders.registry import Benchmark
+from training import Experiment
 
 
-def _read(args):
-    root, number = Path(args.moon_retrieval), int(args.moon_number)
-    pairs = [(root / f"{n}.jpg", f"Crater {n} of the moon") for n in range(number)]
-    return [one_caption_per_image("moon-retrieval", "Moon", pairs, num_published=number, source="look up")]
+def read_moon(root, number):
+    rows = [(Path(root) / f"{n}.jpg", [f"Crater {n} of the moon"]) for n in range(number)]
+    return retrieval_set("moon-retrieval", "Moon", rows, num_published=number)
 
 
-BENCHMARKS = (
-    Benchmark(
-        "moon",
-        "--moon-retrieval",
-        "folder of craters",
-        _read,
-        options=(Option("--moon-number", "craters to read", metavar="N", default=3),),
-    ),
-)
-"""
-RUN = """
-import sys
-import dataloaders
-dataloaders.__path__.append(sys.argv[1])
-from training.flags.parser import build_parser
-from training.main import main
-root, logs, model = sys.argv[2:]
-assert "--moon-retrieval DIR" in build_parser().format_help()
-common = ["--model", model, "--logs", logs, "--name", "run", "--workers", "0", "--device", "cpu"]
-assert main(["--moon-retrieval", root, *common, "--dry-run"]) == 0
-assert main(["--moon-retrieval", root, *common, "--dry-run", "--moon-number", "5"]) == 2
-sys.exit(main(["--moon-retrieval", root, *common, "--report"]))
+class Moon(Experiment):
+    benchmarks = (
+        Benchmark(
+            "moon",
+            "--moon-retrieval",
+            "folder of craters",
+            read_moon,
+            arguments={"number": "--moon-number"},
+            options={"--moon-number N": {"kind": "count", "default": 3, "help": "craters to read"}},
+            source="look up",
+        ),
+    )
 """
 
 
-def test_a_new_file_adds_a_benchmark(tmp_path, tiny_clip):
-    folder, root = tmp_path / "plugin", tmp_path / "moon"
-    folder.mkdir()
-    (folder / "moon.py").write_text(PLUGIN)
+def test_an_experiment_adds_a_benchmark(tmp_path, tiny_clip, capsys):
+    file, root = tmp_path / "moon.py", tmp_path / "moon"
+    file.write_text(MOON)
     for number in range(3):
         write_image(root / f"{number}.jpg", number)
-    argv = [sys.executable, "-c", RUN, str(folder), str(root), str(tmp_path / "logs"), tiny_clip]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Moon: complete, 3 pairs" in done.stdout and "2 of 5 pairs are missing" in done.stderr
+    common = ["--experiment", str(file), "--moon-retrieval", str(root), "--logs", str(tmp_path / "logs")]
+    common += ["--model", tiny_clip, "--name", "run", "--workers", "0", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        main([*common, "--help-all"])
+    assert "--moon-retrieval DIR" in capsys.readouterr().out
+    assert [main([*common, "--dry-run", *more]) for more in ([], ["--moon-number", "5"])] == [0, 2]
+    said, err = capsys.readouterr()
+    assert "Moon: complete, 3 pairs" in said and "2 of 5 pairs are missing" in err and "look up" in err
+    assert main([*common, "--report"]) == 0
     result = read_results(tmp_path / "logs", "run")
     assert result["moon-retrieval-num-pairs"] == 3 and result["flags"]["moon_number"] == 3
     assert "Moon" in (tmp_path / "logs" / "run" / "report.html").read_text()
+    set_further_benchmarks(())
 
 
 def test_shipped_benchmarks_keep_their_flags_and_order():

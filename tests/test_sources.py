@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dataloaders.own import CAPTION_KEYS, read_table_pairs
+from dataloaders.own import read_table_pairs
 from eval_files import write_image
 from support import SMALL_LOTLIP, read_results
 from training.main import main
@@ -166,12 +166,12 @@ def test_odd_files_of_a_folder_cost_at_most_themselves(tmp_path, capsys):
     (tmp_path / "d" / "JSON.txt").rename(tmp_path / "d" / "JSON.TXT")
     (tmp_path / "d" / "a.txt").rename(tmp_path / "d" / "a.json")
     (tmp_path / "d" / "a.json").write_text('{"title": "picture 0", "caption": null}')
-    evaluated = read_table_pairs(tmp_path / "d", "filepath", CAPTION_KEYS.default, "raw")
+    evaluated = read_table_pairs(tmp_path / "d", "filepath")
     assert sorted(evaluated.captions) == [f"picture {number}" for number in range(len(names))]
     assert len({load_rgb(path).getpixel((3, 3)) for path in evaluated.image_paths}) == len(names)
     write_image(tmp_path / "d" / "bad.jpg", 0), (tmp_path / "d" / "bad.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="bad.jpg: text not UTF-8"):
-        read_table_pairs(tmp_path / "d", "filepath", CAPTION_KEYS.default, "raw")
+        read_table_pairs(tmp_path / "d", "filepath")
     flags = ["--train-data", str(tmp_path / "d"), "--captions", "raw", "--batch-size", "2", "--epochs", "1"]
     flags += [*SMALL_LOTLIP, "--device", "cpu", "--workers", "0", "--logs", str(tmp_path), "--name", "run"]
     assert main(flags) == 0

@@ -22,7 +22,7 @@ def test_imagenet_classes_are_numbered_as_open_clip_names_them(tmp_path):
     assert [IMAGENET_CLASSNAMES[label] for label in got.labels[::3]] == ["tench", "goldfish", "toilet paper"]
     second = read_imagenet_v2(write_imagenet_v2(tmp_path / "v2"))
     assert second.labels == (2, 10, 999) and [p.parent.name for p in second.image_paths] == ["2", "10", "999"]
-    with pytest.raises(ValueError, match="are in one folder"):
+    with pytest.raises(FileNotFoundError, match="are in one folder"):
         read_imagenet(tmp_path / "val" / "n01440764")
     with pytest.raises(ValueError, match="a number from 0 to 999"):
         read_imagenet_v2(tmp_path / "val")

@@ -1,6 +1,6 @@
 """Long text-image retrieval: reads and encodes benchmarks, ranks them, and computes recall.
 
-Benchmarks come from `dataloaders.registry`; a new benchmark is one new file in dataloaders/.
+Benchmarks come from `dataloaders.registry`.
 """
 
 import argparse

@@ -88,7 +88,7 @@ def _check_training(args: argparse.Namespace) -> None:
 
 def _check_evaluation(args: argparse.Namespace) -> None:
     for benchmark in benchmarks():
-        for flag, what in benchmark.requires:
+        for flag, what in benchmark.needs.items():
             if value_of(args, benchmark.flag) and not value_of(args, flag):
                 raise ValueError(f"{benchmark.flag} needs {flag}, {what}")
     known = {protocol: b.flag for b in benchmarks() for protocol in b.protocols}

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from dataloaders.registry import benchmarks, options_of
+from dataloaders.registry import benchmarks
 from training.flags.effects import Condition, conditions, needs
 from training.flags.types import add_flag
 
@@ -104,14 +104,14 @@ def _note(message: str, _: object, namespace: argparse.Namespace, *__: object) -
 def _add_benchmarks(group: Any, name: str) -> dict[str, tuple[Condition, ...]]:
     """Adds the flags of the benchmarks of a group, and each option behind the last benchmark that has it."""
     effects: dict[str, tuple[Condition, ...]] = {}
-    owners = options_of(benchmarks())
     for benchmark in benchmarks():
         if benchmark.group == name:
-            group.add_argument(*benchmark.flags, metavar=benchmark.metavar, help=benchmark.help)
+            add_flag(group, benchmark.names, {}, help=benchmark.help, metavar="DIR")
             effects[benchmark.flag] = conditions("always")
-            for option in benchmark.options:
-                if owners[option][-1] == benchmark.flag:
-                    group.add_argument(option.flag, *option.aliases, **option.keywords)
+            for option, fields in benchmark.options.items():
+                owners = [other.flag for other in benchmarks() if option in other.options]
+                if owners[-1] == benchmark.flag:
+                    flag, *_ = add_flag(group, option, {}, **fields)
                     # With one owner it is clear which flag is missing, so the command is refused.
-                    effects[option.flag] = (needs(*owners[option], refused=len(owners[option]) == 1),)
+                    effects[flag] = (needs(*owners, refused=len(owners) == 1),)
     return effects

@@ -116,17 +116,22 @@ def upright(image: Path | StoredImage) -> StoredImage:
 
 
 @contextmanager
-def naming(flag: str) -> Iterator[None]:
+def naming(flag: str, remedy: str = "") -> Iterator[None]:
     """Puts a flag in front of the message of a ValueError or OSError that its value causes.
+
+    Args:
+        flag: the flag.
+        remedy: what to do about a missing file, added to the message.
 
     Raises:
         FileNotFoundError, ValueError: with the flag.
     """
     try:
         yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{flag} {error}" + (f"; {remedy}" if remedy else "")) from error
     except (ValueError, OSError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{flag} {error}") from error
+        raise ValueError(f"{flag} {error}") from error
 
 
 def is_leftover(name: str) -> bool:
@@ -205,11 +210,11 @@ def text_field(row: object, key: str, where: str | Path) -> str:
     return found[key]
 
 
-def require_dir(path: str | Path, flag: str) -> Path:
-    """Returns the path of a folder; raises FileNotFoundError that names `flag` if there is no such folder."""
+def require_dir(path: str | Path) -> Path:
+    """Returns the path of a folder; raises FileNotFoundError if there is no such folder."""
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{flag} {path}: no such folder")
+        raise FileNotFoundError(f"{path}: no such folder")
     return path
 
 
