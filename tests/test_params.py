@@ -81,7 +81,7 @@ def test_every_flag_has_help_and_a_reader():
     read |= {*OF_TOKENIZER, *OF_MODEL}  # as arguments of the functions that make a model
     for benchmark in benchmarks():
         read |= {destination(flag) for flag in (benchmark.flag, *benchmark.arguments.values())}
-    for path in (ROOT / "src" / "training").rglob("*.py"):
+    for path in [*(ROOT / "src" / "training").rglob("*.py"), *(ROOT / "dataloaders").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 read.add(node.slice.value)  # flags as a dict
