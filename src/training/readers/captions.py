@@ -9,8 +9,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import regex
+import yaml
 
 from training.readers.faults import BadSample
 
@@ -213,34 +215,11 @@ def join_sentences(sentences: Sequence[str]) -> str:
 
 # --- Refusals of models --------------------------------------------------------------------------------------------
 
-_CANNOT = (
-    r"(?:can\s?not|can['\u2019]?t|could not|couldn['\u2019]?t|am unable to|['\u2019]m unable to|am not able to|"
-    r"['\u2019]m not able to|do not have the ability|don['\u2019]?t have the ability|won['\u2019]?t be able to|"
-    r"am afraid i can|['\u2019]m afraid i can|must decline|will not|am just an? |['\u2019]m just an? )"
+_RULES = yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text(encoding="utf-8"))
+_ANSWER, _APOLOGY, _OF_A_MODEL, _QUOTED = (
+    "|".join(_RULES[name].splitlines()) for name in ("answers", "apologies", "of_a_model", "quoted")
 )
-_ANSWER = (  # how a model that refuses begins, in the first person or about the image that it was not given
-    r"unfortunately\s*,?\s*(?:i|we|as an ai|no image|there is no image)|"
-    rf"i(?:['\u2019]?m| am) (?:very |so |really |truly |deeply )?sorry|i apologi[sz]e|my apologies|"
-    rf"i\s*{_CANNOT}|"
-    r"(?:as|i am|i['\u2019]?m) an? (?:ai|artificial intelligence|language model|text-based)|"
-    r"(?:there (?:is|was) )?no image (?:is |was |has been )?(?:provided|attached|given|shown|available|uploaded)|"
-    r"(?:please|could you(?: please)?|can you(?: please)?) (?:provide|upload|share|attach)[^.]{0,40} image"
-)
-_APOLOGY = r"(?:we(?:['\u2019]?re| are) )?(?:very |so |really |truly |deeply )?sorry|apologies|we apologi[sz]e"
-_BEGINS = re.compile(rf"\W*(?:(?P<answer>{_ANSWER})|(?:{_APOLOGY}))\b(?!\s+(?:state|sight|looking))", re.IGNORECASE)
-# After an apology without a subject: what makes it one of a model rather than of a shop.
-_OF_A_MODEL = re.compile(
-    r"\bi\b|\bas an ai\b|\b(?:no|the|this|your|any) (?:image|picture|photo)|"
-    r"\bwe (?:can\s?not|can['\u2019]?t) (?:see|view)|^\W*$",
-    re.IGNORECASE,
-)
-# Words that are read in the image: a caption quotes them, or says where they stand.
-_QUOTED = re.compile(
-    r"[,\u2013\u2014-]\s*(?:it |(?:the|a|an) (?:\w+ ){1,3})?(?:says?|said|reads?)\b|"
-    r"[\"\u201d] (?:says?|said|reads?)\b|\b(?:is|are|was|were) (?:written|printed|painted|lettered)\b|"
-    r"^\s*[\"\u201c][^\"\u201d]+[\"\u201d]\s*\w",
-    re.IGNORECASE,
-)
+_BEGINS = rf"\W*(?:(?P<answer>{_ANSWER})|(?:{_APOLOGY}))\b(?!\s+(?:state|sight|looking))"
 _AS_AN_AI = re.compile(r"\b[Aa]s an? (?:AI|[Aa]rtificial [Ii]ntelligence)(?: language)? (?:model|assistant)\b")
 
 
@@ -252,7 +231,8 @@ def is_refusal(text: str) -> bool:
     if (" AI " in text or "rtificial" in text) and _AS_AN_AI.search(text):
         return True
     beginning = text[:200]
-    begins = _BEGINS.match(beginning)
-    if begins is None or _QUOTED.search(beginning):
+    begins = re.match(_BEGINS, beginning, re.IGNORECASE)
+    if begins is None or re.search(_QUOTED, beginning, re.IGNORECASE):
         return False
-    return begins["answer"] is not None or _OF_A_MODEL.search(beginning[begins.end() :]) is not None
+    rest = beginning[begins.end() :]
+    return begins["answer"] is not None or re.search(_OF_A_MODEL, rest, re.IGNORECASE) is not None
