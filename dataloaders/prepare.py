@@ -53,7 +53,7 @@ def read_for_stats(args: argparse.Namespace) -> list[Any]:
         name, equals, root = word.partition("=")
         if not equals or name not in [b.name for b in known]:
             raise ValueError(f"stats {word}: expected BENCHMARK=ROOT with one of {', '.join(b.name for b in known)}")
-        benchmark(name).place(args, Path(root))
+        benchmark(name).set_flags(args, Path(root))
     if absent := find_below_data_root(args):
         print(absent, file=sys.stderr)
     sets = [s for b in known if getattr(args, destination(b.flag)) for s in b.sets(args)]

@@ -78,7 +78,7 @@ class Benchmark:
             found = next((path for path in folders if path.name == name), folders[0])
         return found if not self.holds or any((found / name).exists() for name in self.holds) else None
 
-    def place(self, args: argparse.Namespace, folder: Path) -> None:
+    def set_flags(self, args: argparse.Namespace, folder: Path) -> None:
         """Sets the benchmark's flag to a folder, and those of its files that are in it, unless they were given."""
         setattr(args, destination(self.flag), str(folder))
         for flag, path in self.beside.items():
@@ -96,11 +96,11 @@ class Benchmark:
         given = {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}
         return self.load(getattr(args, destination(self.flag)), getattr(args, "protocol", ()), **given)
 
-    def load(self, place: str | Path, protocols: Sequence[str] = (), **given: Any) -> list:
-        """Returns the sets at a place; see `sets`.
+    def load(self, root: str | Path, protocols: Sequence[str] = (), **given: Any) -> list:
+        """Returns the sets below a folder, or in a table; see `sets`.
 
         Args:
-            place: the folder or table.
+            root: the folder or table.
             protocols: names of protocols, also those of other benchmarks.
             given: further arguments of `read`.
         """
@@ -112,7 +112,7 @@ class Benchmark:
         sets = []
         for protocol in [name for name in self.protocols if name in protocols] or default:
             with naming(self.flag, self.source if self.group != "own" else ""):
-                found = read(place, **given, **({"protocol": protocol} if len(self.protocols) > 1 else {}))
+                found = read(root, **given, **({"protocol": protocol} if len(self.protocols) > 1 else {}))
             for s in found if isinstance(found, list) else [found]:
                 s = replace(s, source=s.source or self.source)
                 sets.append(self._checked(s, s.protocol or protocol) if isinstance(s, RetrievalSet) else s)
@@ -189,7 +189,7 @@ def find_below_data_root(args: argparse.Namespace) -> str | None:
             absent.append(f"  {root / benchmark.folder} ({benchmark.flag}): {benchmark.source}")
             continue
         any_found = True
-        benchmark.place(args, folder)
+        benchmark.set_flags(args, folder)
     if not any_found:
         raise ValueError("\n".join([f"--data-root {root}: found no benchmark; looked for", *absent]))
     return "\n".join([f"--data-root {root}: left out because they are missing:", *absent]) if absent else None

@@ -59,15 +59,15 @@ def _read(
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config {path}: expected lines of the form FLAG: VALUE")
     seen: set[str] = set()
-    own: dict[str, list[str]] = {}
+    chosen: dict[str, list[str]] = {}
     included: list[str] = []
     for key, value in root.value:
-        place = f"--config {path}, line {key.start_mark.line + 1}: {key.value}"
+        where = f"--config {path}, line {key.start_mark.line + 1}: {key.value}"
         name = str(key.value).replace("_", "-")
         if name in seen:
-            raise ValueError(f"{place}: given twice in this file")
+            raise ValueError(f"{where}: given twice in this file")
         seen.add(name)
-        plain = _plain(value, place)
+        plain = _plain(value, where)
         if name == "config":
             included = plain if isinstance(plain, list) else [plain]
             continue
@@ -75,23 +75,23 @@ def _read(
         if action is None or action.dest in (argparse.SUPPRESS, "print_config"):
             if check is None:
                 continue
-            raise ValueError(f"{place}: unknown flag")
+            raise ValueError(f"{where}: unknown flag")
         if value.tag == "tag:yaml.org,2002:null":
-            own[action.dest] = []
+            chosen[action.dest] = []
             continue
-        flag = _words(f"--{name}", action, plain, place)
+        flag = _words(f"--{name}", action, plain, where)
         try:
             if check:
                 check(flag)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        own[action.dest] = flag
+            raise ValueError(f"{where}: {error}") from error
+        chosen[action.dest] = flag
     for other in included:
         _read(path.parent / other, actions, check, words, (*above, path.resolve()))
-    words |= own
+    words |= chosen
 
 
-def _plain(node, place: str) -> str | list[str]:
+def _plain(node, where: str) -> str | list[str]:
     """Returns a value as text or as a list of texts, KEY=VALUE for a mapping. The parser converts types, not YAML."""
     import yaml
 
@@ -99,17 +99,17 @@ def _plain(node, place: str) -> str | list[str]:
         return node.value
     items = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
     if not all(isinstance(item, yaml.ScalarNode) for item in items):
-        raise ValueError(f"{place}: expected a value, a list or a mapping of values")
+        raise ValueError(f"{where}: expected a value, a list or a mapping of values")
     if isinstance(node, yaml.SequenceNode):
         return [item.value for item in items]
     return [f"{key.value}={value.value}" for key, value in node.value]
 
 
-def _words(flag: str, action: argparse.Action, value: str | list[str], place: str) -> list[str]:
+def _words(flag: str, action: argparse.Action, value: str | list[str], where: str) -> list[str]:
     on = _ON.get(str(value).lower())
     if isinstance(action, Switch):
         if on is None:
-            raise ValueError(f"{place}: expected true or false")
+            raise ValueError(f"{where}: expected true or false")
         return [action.option_strings[0] if on else action.negatives[0]]
     if action.nargs == "?" and on is not None:
         return [flag] if on else []
