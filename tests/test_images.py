@@ -35,7 +35,7 @@ def encoded(image: Image.Image, form: str = "JPEG", orientation: int = 1, **opti
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_rotation_of_photos_is_pillows(form, orientation, tmp_path):
     data = encoded(picture(), form, orientation)

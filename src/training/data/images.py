@@ -101,7 +101,7 @@ def decode_bytes(source: images.Source, at_least: int | None = None, upright: bo
                 image.draft("RGB", (at_least, at_least))
             if (image.format, image.mode, image.size, orientation) == ("JPEG", "RGB", size, 1):
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-            decoded = images.set_upright(images.to_rgb(image), orientation)
+        decoded = images.load_rgb(data, at_least, turned)
     except Exception:  # whatever went wrong, Pillow decides whether the image is broken, and names the fault
         decoded = images.load_rgb(source, at_least, upright)
     return torch.from_numpy(np.array(decoded)).permute(2, 0, 1)

@@ -114,17 +114,15 @@ def _to_8_bits(pixels: np.ndarray, is_float: bool) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Returns the orientation in the EXIF data of an opened image, 1 to 8; 1 if there are none or they are broken."""
+    """Returns the orientation in the EXIF data of an opened image, 1 to 8; 1 if there are none or they are broken.
+
+    Pillow turns TIFF images when it decodes them; from then on, theirs is 1.
+    """
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # Pillow's parser raises all kinds of errors; broken EXIF data cost no image
         return 1
     return value if value in _TURNS else 1
-
-
-def set_upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Applies an EXIF orientation to decoded pixels."""
-    return image.transpose(_TURNS[orientation]) if orientation != 1 else image
 
 
 def load_rgb(source: Source, at_least: int | None = None, upright: bool = False) -> Image.Image:
@@ -141,10 +139,11 @@ def load_rgb(source: Source, at_least: int | None = None, upright: bool = False)
     """
     try:
         with image_file(source) as file, open_image(file) as image:
-            orientation = orientation_of(image) if upright or getattr(source, "upright", False) else 1
             if at_least:
                 image.draft("RGB", (at_least, at_least))  # does nothing except for JPEG
-            return set_upright(to_rgb(image), orientation)
+            decoded = to_rgb(image)
+            orientation = orientation_of(image) if upright or getattr(source, "upright", False) else 1
+            return decoded if orientation == 1 else decoded.transpose(_TURNS[orientation])
     except Exception as error:
         raise as_broken(error, source) from error
 
