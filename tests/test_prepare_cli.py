@@ -64,9 +64,9 @@ def test_commands_in_the_guide_are_accepted():
 
 HANGS = """
 import sys, threading
-import training.prepare.inspect.run, training.prepare.__main__ as prepare, training.search.__main__ as search
+import training.prepare.inspect, training.prepare.__main__ as prepare, training.search.__main__ as search
 hang = lambda *_: threading.Event().wait()  # like a read from storage that no longer answers
-training.prepare.inspect.run.run = search._check = hang
+training.prepare.inspect.run = search._check = hang
 sys.exit({"prepare": prepare, "search": search}[sys.argv[1]].main(sys.argv[2:]))
 """
 

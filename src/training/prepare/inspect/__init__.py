@@ -1,1 +1,0 @@
-"""`prepare inspect`: the content of a shard set, as numbers and as a page of samples."""
