@@ -151,8 +151,6 @@ def build_parser() -> argparse.ArgumentParser:
     share4v.add_argument("captions", type=Path, metavar="LIST", help="share-captioner_coco_lcs_sam_1246k_1107.json")
     share4v.add_argument("out", type=Path, metavar="OUT", help="the file for --share4v-anno")
     share4v.add_argument("--num", type=int, default=10000, metavar="N", help="items to keep (default: %(default)s)")
-    check = commands.add_parser("check", help="is now training.main --dry-run")
-    check.add_argument("words", nargs=argparse.REMAINDER)
     stats = commands.add_parser("stats", help="images, captions, and sentences and tokens per caption")
     stats.add_argument("sets", nargs="*", metavar="BENCHMARK=ROOT", help="what to read, e.g. dci=data/dci")
     stats.add_argument("--data-root", metavar="DIR", help="every benchmark below it, as in training.main")
@@ -166,8 +164,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or exits with 2 on usage errors."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.command == "check":
-        parser.error("check is now python -m training.main --BENCHMARK-retrieval ROOT --dry-run, with the same report")
     try:
         if getattr(args, "num", 1) < 1:
             raise ValueError(f"--num {args.num}: expected at least 1")

@@ -36,7 +36,7 @@ IB, SV, LLA = "A dog runs. It is brown.", "A brown dog. It runs on grass. Is it 
 
 
 def choose(record: dict, seed: int = 0, **rule) -> list[str]:
-    return choose_captions(record, CaptionRule(**{"lists": "sentences"} | rule), random.Random(seed))
+    return choose_captions(record, CaptionRule(**{"caption_lists": "sentences"} | rule), random.Random(seed))
 
 
 FIVE = [f"A dog, seen by person {n}" for n in range(5)]
@@ -54,24 +54,27 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("key", ["caption", "title", "long_caption"])
 def test_the_texts_of_a_list_are_alternatives(key):
     captions = "raw" if key != "long_caption" else "long"
-    drawn = {choose({key: FIVE}, seed, lists="alternatives", captions=captions, num_long=1)[0] for seed in range(60)}
+    drawn = {
+        choose({key: FIVE}, seed, caption_lists="alternatives", captions=captions, num_long_captions=1)[0]
+        for seed in range(60)
+    }
     assert drawn == set(FIVE)
-    (glued,) = {choose({key: FIVE}, seed, captions=captions, num_long=1)[0] for seed in range(9)}
+    (glued,) = {choose({key: FIVE}, seed, captions=captions, num_long_captions=1)[0] for seed in range(9)}
     assert glued == ". ".join(FIVE) + "."
 
 
 def test_lines_of_a_text_file_are_alternatives_if_asked():
     record = {"txt": "\ufeff" + "\r\n".join(FIVE)}
-    assert {choose(record, seed, captions="raw", lines=True)[0] for seed in range(60)} == set(FIVE)
+    assert {choose(record, seed, captions="raw", caption_lines=True)[0] for seed in range(60)} == set(FIVE)
     assert choose(record, captions="raw") == ["\r\n".join(FIVE)]
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_conversations_hold_the_models_answers(turns):
     assert caption_texts(turns) == FIVE[:2]
-    assert {choose({"conversations": turns}, s, lists="alternatives", num_long=1)[1] for s in range(30)} == set(
-        FIVE[:2]
-    )
+    assert {
+        choose({"conversations": turns}, s, caption_lists="alternatives", num_long_captions=1)[1] for s in range(30)
+    } == set(FIVE[:2])
 
 
 def test_turns_of_unknown_speakers_are_refused_by_name():
@@ -104,14 +107,14 @@ def test_raw_caption_comes_first_then_every_long_one():
 
 
 def test_k_of_three_long_captions_are_drawn_uniformly():
-    drawn = Counter(choose(RECORD, seed, num_long=1)[1] for seed in range(600))
+    drawn = Counter(choose(RECORD, seed, num_long_captions=1)[1] for seed in range(600))
     assert set(drawn) == {IB, SV, LLA} and min(drawn.values()) > 150
-    pairs = {tuple(choose(RECORD, seed, num_long=2)[1:]) for seed in range(200)}
+    pairs = {tuple(choose(RECORD, seed, num_long_captions=2)[1:]) for seed in range(200)}
     assert len(pairs) == 6 and all(a != b for a, b in pairs)
 
 
 def test_the_same_stream_gives_the_same_captions():
-    rule = {"num_long": 2, "num_sentences": 1}
+    rule = {"num_long_captions": 2, "sub_caption_sentences": 1}
     assert [choose(RECORD, s, **rule) for s in range(20)] == [choose(RECORD, s, **rule) for s in range(20)]
 
 
@@ -122,7 +125,7 @@ def test_too_few_long_captions_repeat_and_none_gives_the_short_one():
 
 
 def test_only_long_captions_give_their_first_sentence_as_the_short_one():
-    assert choose({"long_caption": "A dog runs. It is brown."}, num_long=1) == [
+    assert choose({"long_caption": "A dog runs. It is brown."}, num_long_captions=1) == [
         "A dog runs",
         "A dog runs. It is brown.",
     ]
@@ -131,19 +134,19 @@ def test_only_long_captions_give_their_first_sentence_as_the_short_one():
 def test_only_raw_and_only_long():
     assert choose(RECORD, captions="raw") == ["a dog"]
     assert sorted(choose(RECORD, captions="long")) == sorted([IB, SV, LLA])
-    assert choose(RECORD, captions="both", num_long=0) == ["a dog"]
+    assert choose(RECORD, captions="both", num_long_captions=0) == ["a dog"]
 
 
 def test_sub_captions_are_consecutive_sentences():
     record = {"txt": "x", "long_caption": "One. Two. Three. Four"}
-    seen = {choose(record, seed, num_long=1, num_sentences=2)[1] for seed in range(100)}
+    seen = {choose(record, seed, num_long_captions=1, sub_caption_sentences=2)[1] for seed in range(100)}
     assert seen == {"One. Two.", "Two. Three.", "Three. Four."}
-    assert choose(record, num_long=1, num_sentences=9)[1] == "One. Two. Three. Four."
+    assert choose(record, num_long_captions=1, sub_caption_sentences=9)[1] == "One. Two. Three. Four."
 
 
 def test_short_captions_are_drawn_among_raw_and_short_keys():
     record = RECORD | {"shortIB_captions": "dog", "shortSV_captions": "hound"}
-    seen = {choose(record, s, short_keys=("shortIB_captions", "shortSV_captions"))[0] for s in range(100)}
+    seen = {choose(record, s, short_caption_keys=("shortIB_captions", "shortSV_captions"))[0] for s in range(100)}
     assert seen == {"a dog", "dog", "hound"}
 
 
@@ -175,10 +178,12 @@ def test_the_longest_caption_is_used():
 
 
 def test_the_raw_caption_is_drawn_among_its_alternatives_apart_from_the_short_one():
-    drawn = {tuple(choose({"caption": FIVE}, s, lists="alternatives", views="raw, short")) for s in range(300)}
+    drawn = {
+        tuple(choose({"caption": FIVE}, s, caption_lists="alternatives", text_views="raw, short")) for s in range(300)
+    }
     assert drawn == {(raw, short) for raw in FIVE for short in FIVE}
     record = {"caption": FIVE[0], "short": FIVE[1]}
-    found = [choose(record, s, views="raw, short", short_keys=("short",)) for s in range(40)]
+    found = [choose(record, s, text_views="raw, short", short_caption_keys=("short",)) for s in range(40)]
     assert {raw for raw, _ in found} == {FIVE[0]} and {short for _, short in found} == set(FIVE[:2])
 
 
@@ -213,7 +218,7 @@ def test_values_of_all_forms_are_texts():
 @pytest.mark.parametrize("captions", ["both", "raw", "long"])
 @pytest.mark.parametrize("num_long", [1, 2, 5])
 def test_number_of_captions_is_what_the_rule_says(captions, num_long):
-    rule = CaptionRule(captions=captions, num_long=num_long)
+    rule = CaptionRule(captions=captions, num_long_captions=num_long)
     for record in (RECORD, {"txt": "a"}, {"long_caption": "A b. C d."}):
         assert len(choose_captions(record, rule, random.Random(0))) == rule.num_captions
 
@@ -237,7 +242,7 @@ def test_sentences_of_other_scripts_are_told_apart_and_keep_their_marks(sentence
         assert [part.strip() for part in first_sentence(text)] == [sentences[0], between.join(sentences[1:])]
     assert join_split(sentences) == join_sentences(sentences) == " ".join(sentences)
     record = {"txt": "a", "long_caption": "".join(sentences)}
-    drawn = {choose(record, seed, views="raw, sentences(1, of=long)")[1] for seed in range(50)}
+    drawn = {choose(record, seed, text_views="raw, sentences(1, of=long)")[1] for seed in range(50)}
     assert drawn == set(sentences)
 
 

@@ -133,7 +133,7 @@ def test_a_sample_that_fills_a_gap_has_another_crop_and_captions(tmp_path):
     samples = {f"{n}": good if n < 6 else BAD["noimage"][1] for n in range(16)}
     source = ShardSource([write_shard(tmp_path / "0.tar", samples)], [16], seed=0)
     numbers = {"short": 100} | {f"Sentence {n}.": n for n in range(50)}
-    rule = CaptionRule(views="raw, sentences(1, of=long)")
+    rule = CaptionRule(text_views="raw, sentences(1, of=long)")
     reader = SampleReader(ImageReader(noise), lambda texts: torch.tensor([[numbers[t]] for t in texts]), rule, 0, 0)
 
     def read(share: Share) -> list:

@@ -113,7 +113,7 @@ def test_each_image_gets_what_the_model_says_of_it(tmp_path, vlm, other_vlm):
     assert json.loads((tmp_path / "new" / "sizes.json").read_text()) == {"0.tar": 4, "1.tar": 6, "2.tar": 4}
     with tarfile.open(tmp_path / "new" / "1.tar") as tar:
         assert tar.extractfile("0004.png").read() == png(4)
-    rule = CaptionRule(long_keys=tuple(asked), num_long=3, captions="long")
+    rule = CaptionRule(long_caption_keys=tuple(asked), num_long_captions=3, captions="long")
     assert len(choose_captions(got["0001"], rule, random.Random(0))) == 3
 
 

@@ -55,9 +55,3 @@ def test_usage_errors_exit_2(words, said, capsys):
     with pytest.raises(SystemExit) as stop:
         prepare.main(["stats", *words])
     assert stop.value.code == 2 and said in capsys.readouterr().err
-
-
-def test_check_says_where_it_went(capsys):
-    with pytest.raises(SystemExit) as stop:
-        prepare.main(["check", "dci", "data/dci", "--read-images"])
-    assert stop.value.code == 2 and "training.main --BENCHMARK-retrieval ROOT --dry-run" in capsys.readouterr().err

@@ -40,6 +40,6 @@ def test_open_clips_line_works_and_other_types_are_refused(tmp_path, capsys):
     common = [*RUN, "--logs", str(tmp_path), "--epochs", "1", "--workers", "0"]
     assert main([*common, "--name", "run", "--dataset-type", "synthetic"]) == 0
     assert main([*common, "--dataset-type", "csv", "--train-data", "synthetic"]) == 2
-    assert "--train-data synthetic is of type synthetic" in capsys.readouterr().err
+    assert "--train-data synthetic: of type synthetic, not --dataset-type csv" in capsys.readouterr().err
     assert main([*common, "--train-data", "synthetic:many"]) == 2
     assert "synthetic:many: expected synthetic:TOKENS" in capsys.readouterr().err

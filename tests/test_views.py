@@ -21,7 +21,9 @@ DRAWS = 6000
 
 
 def choose(views: str, record: dict = RECORD, seed: int = 0) -> list[str]:
-    return choose_captions(record, CaptionRule(views=views, long_keys=("long_caption", "other")), random.Random(seed))
+    return choose_captions(
+        record, CaptionRule(text_views=views, long_caption_keys=("long_caption", "other")), random.Random(seed)
+    )
 
 
 def frequencies(views: str, record: dict = RECORD, text: int = 0) -> Counter:
@@ -125,7 +127,7 @@ def test_views_of_the_same_kind_take_different_long_captions():
     two = {"txt": "A dog. A cat"}
     assert set(choose("sentences(1, distinct, of=long)*2", two)) == {"A dog.", "A cat."}
     three = RECORD | {"long_caption": ["A", "B", "C"], "other": []}
-    rule = CaptionRule(views="long*3", long_keys=("long_caption",), lists="alternatives")
+    rule = CaptionRule(text_views="long*3", long_caption_keys=("long_caption",), caption_lists="alternatives")
     assert {frozenset(choose_captions(three, rule, random.Random(s))) for s in range(9)} == {frozenset("ABC")}
 
 
@@ -144,9 +146,9 @@ def test_views_of_the_same_kind_take_different_long_captions():
 def test_flags_are_equivalent_to_lists(flags, views):
     assert parse_views(views_by_flags(*flags)) == parse_views(views)
     captions, num_long, sentences = flags
-    by_flags = CaptionRule(captions=captions, num_long=num_long, num_sentences=sentences)
+    by_flags = CaptionRule(captions=captions, num_long_captions=num_long, sub_caption_sentences=sentences)
     assert [choose_captions(RECORD, by_flags, random.Random(s)) for s in range(30)] == [
-        choose_captions(RECORD, CaptionRule(views=views), random.Random(s)) for s in range(30)
+        choose_captions(RECORD, CaptionRule(text_views=views), random.Random(s)) for s in range(30)
     ]
 
 
@@ -189,7 +191,7 @@ def test_padding_in_front_is_uniform_and_keeps_every_token():
     )
     full = ids.ne(0).sum(1)
     seen = [Counter() for _ in ids]
-    rule = CaptionRule(views="raw(pad=front)")
+    rule = CaptionRule(text_views="raw(pad=front)")
     keys = [f"k{i}" for i in range(len(ids))]
     for epoch in range(2000):
         shares = [front_fractions(f"0/{epoch}/{key}", rule)[0] for key in keys]
@@ -204,7 +206,7 @@ def test_padding_in_front_is_uniform_and_keeps_every_token():
         free = ids.shape[1] - length
         assert set(counter) == set(range(free + 1))
         assert all(n / 2000 == pytest.approx(1 / (free + 1), abs=0.05) for n in counter.values())
-    assert front_fractions("0/0/k0", CaptionRule(views="raw, long(pad=front)"))[0] == 0
+    assert front_fractions("0/0/k0", CaptionRule(text_views="raw, long(pad=front)"))[0] == 0
 
 
 def test_corners_give_features_where_the_list_says_so():

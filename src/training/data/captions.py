@@ -195,40 +195,44 @@ def _view(name: str, words: list[str]) -> tuple[View, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """How to choose captions.
+    """How to choose captions; the attributes are named as the flags.
 
     Attributes:
-        raw_keys: keys of the raw caption; the first that a sample has is used, and one of its alternatives is drawn.
-        short_keys: keys of further short captions; a step's short caption is drawn from these and the raw one.
-        long_keys: keys of long captions; all that a sample has are used.
-        num_long: number of long captions per step, K.
+        raw_caption_keys: keys of the raw caption; the first that a sample has is used, and one of its alternatives is
+            drawn.
+        short_caption_keys: keys of further short captions; a step's short caption is drawn from these and the raw one.
+        long_caption_keys: keys of long captions; all that a sample has are used.
+        num_long_captions: number of long captions per step, K.
         captions: ``both``: the short caption, then K long ones. ``raw``: the short caption alone. ``long``: K long
             captions, of which the first is used as the short one.
-        num_sentences: take this many consecutive sentences of a long caption, drawn anew in each epoch; 0 takes the
-            whole caption.
-        views: the list of texts, see `training.data.captions`; replaces the three attributes before it.
-        lists: ``alternatives``: each text of a list is a caption of its own; ``sentences``: a list is one caption.
-        lines: each line of a ``txt`` is a caption of its own.
+        sub_caption_sentences: take this many consecutive sentences of a long caption, drawn anew in each epoch; 0
+            takes the whole caption.
+        text_views: the list of texts, see `training.data.captions`; replaces the three attributes before it.
+        caption_lists: ``alternatives``: each text of a list is a caption of its own; ``sentences``: a list is one
+            caption.
+        caption_lines: each line of a ``txt`` is a caption of its own.
 
     From a sample with more than K long captions, K different ones are drawn anew in each epoch. If a sample has fewer,
     they are repeated in turn; if it has none, its short caption replaces them. If a sample has no short caption, the
     first sentence of its first long caption replaces it.
     """
 
-    raw_keys: tuple[str, ...] = RAW_KEYS
-    short_keys: tuple[str, ...] = ()
-    long_keys: tuple[str, ...] = LONG_KEYS
-    num_long: int = 3
+    raw_caption_keys: tuple[str, ...] = RAW_KEYS
+    short_caption_keys: tuple[str, ...] = ()
+    long_caption_keys: tuple[str, ...] = LONG_KEYS
+    num_long_captions: int = 3
     captions: str = "both"
-    num_sentences: int = 0
-    views: str = ""
-    lists: str = "alternatives"
-    lines: bool = False
+    sub_caption_sentences: int = 0
+    text_views: str = ""
+    caption_lists: str = "alternatives"
+    caption_lines: bool = False
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
         """The parsed list of views."""
-        return parse_views(self.views or views_by_flags(self.captions, self.num_long, self.num_sentences))
+        return parse_views(
+            self.text_views or views_by_flags(self.captions, self.num_long_captions, self.sub_caption_sentences)
+        )
 
     @cached_property
     def texts(self) -> tuple[Entry, ...]:
@@ -268,7 +272,11 @@ def choose_captions(record: dict, rule: CaptionRule, rng: Rng) -> list[str]:
     """
     raws, shorts, longs = find_captions(record, rule)
     if not shorts and not longs:
-        found = [record[key] for key in (*rule.raw_keys, *rule.short_keys, *rule.long_keys) if key in record]
+        found = [
+            record[key]
+            for key in (*rule.raw_caption_keys, *rule.short_caption_keys, *rule.long_caption_keys)
+            if key in record
+        ]
         pieces = [piece for value in found for piece in (value if isinstance(value, list) else [value])]
         no_text = "empty caption" if all(isinstance(piece, str) for piece in pieces) else "caption not text"
         raise BadSample(no_text if found else "no caption")
@@ -339,11 +347,13 @@ def find_captions(record: dict, rule: CaptionRule) -> tuple[list[str], list[str]
 
     def texts(key: str) -> list[str]:
         try:
-            found = caption_texts(record.get(key), lists=rule.lists, lines=rule.lines and key == "txt")
+            found = caption_texts(record.get(key), lists=rule.caption_lists, lines=rule.caption_lines and key == "txt")
         except ValueError:
             return []
         return [text.strip() for text in found]
 
-    raws = next(filter(None, map(texts, rule.raw_keys)), [])
-    shorts, longs = ([text for key in keys for text in texts(key)] for keys in (rule.short_keys, rule.long_keys))
+    raws = next(filter(None, map(texts, rule.raw_caption_keys)), [])
+    shorts, longs = (
+        [text for key in keys for text in texts(key)] for keys in (rule.short_caption_keys, rule.long_caption_keys)
+    )
     return raws, raws + shorts, longs

@@ -5,7 +5,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from open_clip.tokenizer import SimpleTokenizer
 
@@ -52,17 +52,7 @@ class TrainData:
 
 def caption_rule(args: argparse.Namespace) -> CaptionRule:
     """Returns the rule that the flags describe."""
-    return CaptionRule(
-        raw_keys=args.raw_caption_keys,
-        short_keys=args.short_caption_keys,
-        long_keys=args.long_caption_keys,
-        num_long=args.num_long_captions,
-        captions=args.captions,
-        num_sentences=args.sub_caption_sentences,
-        views=args.text_views,
-        lists=args.caption_lists,
-        lines=args.caption_lines,
-    )
+    return CaptionRule(**{field.name: getattr(args, field.name) for field in fields(CaptionRule)})
 
 
 def open_source(
@@ -83,40 +73,40 @@ def open_source(
     """
 
     with naming(flag):
-        on_main_rank(lambda: local_spec(spec), env)  # downloads before the others look
-        spec = local_spec(spec)
-        embedded = on_main_rank(lambda: embedded_sources(spec, args.csv_img_key), env)
-    is_table = names_tables(spec)
+        return _open(args, flag, spec, rule, env, resampled)
+
+
+def _open(args: argparse.Namespace, flag: str, spec: str, rule: CaptionRule, env: DistEnv, resampled: bool) -> Source:
+    on_main_rank(lambda: local_spec(spec), env)  # downloads before the others look
+    spec = local_spec(spec)
+    embedded = on_main_rank(lambda: embedded_sources(spec, args.csv_img_key), env)
+    is_table, keys = names_tables(spec), ((*rule.raw_caption_keys, *rule.short_caption_keys), rule.long_caption_keys)
     found = "synthetic" if is_synthetic(spec) else "csv" if is_table else "webdataset"
     if args.dataset_type not in ("auto", found):
-        raise ValueError(f"--dataset-type {args.dataset_type}: {flag} {spec} is of type {found}; use auto")
-    if is_synthetic(spec):
-        with naming(flag):
-            keys = (*rule.raw_keys, *rule.short_keys), rule.long_keys
-            return SyntheticSource(spec, args.train_num_samples, args.seed, keys)
+        raise ValueError(f"{spec}: of type {found}, not --dataset-type {args.dataset_type}; use auto")
+    if found == "synthetic":
+        return SyntheticSource(spec, args.train_num_samples, args.seed, keys)
     has_paths = is_table and not embedded
     if has_paths and resampled:
-        raise ValueError("--dataset-resampled is for shards; each row of a table is used once per epoch")
+        raise ValueError(f"{spec}: each row of a table is used once per epoch; --dataset-resampled is for shards")
 
     def opened() -> Source:
         if has_paths:
-            keys = (*rule.raw_keys, *rule.short_keys, *rule.long_keys)
-            return read_tables(table_files(spec), args.csv_img_key, keys, args.csv_separator, args.seed)
+            return read_tables(table_files(spec), args.csv_img_key, sum(keys, ()), args.csv_separator, args.seed)
         return _open_shards(args, flag, embedded or expand_sources(spec), resampled)
 
     source = None
-    with naming(flag):
-        if env.is_main:
-            source = opened()
-            check_first_samples(source, rule, spec)
-            if embedded:
-                warn_of_repeated_images(embedded[0][0])
-            if not resampled and not isinstance(source, StreamedShards):
-                total = source.num_samples + source.num_left_out
-                logger.info(f"{flag} {spec}: {source.num_samples:,} samples of {total:,} there are")
-        # A table is too large to send to other ranks, so they read it as well.
-        shared = on_main_rank(lambda: None if has_paths else source, env)
-        return source or shared or opened()
+    if env.is_main:
+        source = opened()
+        check_first_samples(source, rule, spec)
+        if embedded:
+            warn_of_repeated_images(embedded[0][0])
+        if not resampled and not isinstance(source, StreamedShards):
+            total = source.num_samples + source.num_left_out
+            logger.info(f"{flag} {spec}: {source.num_samples:,} samples of {total:,} there are")
+    # A table is too large to send to other ranks, so they read it as well.
+    shared = on_main_rank(lambda: None if has_paths else source, env)
+    return source or shared or opened()
 
 
 def _open_shards(args: argparse.Namespace, flag: str, sources: list[list[str]], resampled: bool) -> Source:
@@ -224,15 +214,15 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
         found = ", ".join(counts) if len(counts) > 1 else min(kinds)
         more = f" ({reasons[0]})" if set(kinds) != {"no image", "no caption"} else f"; {OF_ONE_SAMPLE}"
         raise ValueError(f"{spec}: none of the first {kinds.total()} samples can be read: {found}{more}")
-    if num_with_lines and not rule.lines:
+    if num_with_lines and not rule.caption_lines:
         logging.warning(f"{spec}: {num_with_lines:,} of the first samples have {SEVERAL_LINES}")
     found = f"the first samples have {', '.join(sorted(keys)) or 'no captions'}"
     wants_long = rule.num_long_used > 0
     if not has_short and not (wants_long and has_long):
-        wanted = ", ".join((*rule.raw_keys, *rule.short_keys))
+        wanted = ", ".join((*rule.raw_caption_keys, *rule.short_caption_keys))
         raise ValueError(f"{spec}: no short caption under {wanted} (--raw-caption-keys); {found}")
     if wants_long and not has_long:
         raise ValueError(
-            f"{spec}: no long caption under {', '.join(rule.long_keys)} (--long-caption-keys); {found}. "
+            f"{spec}: no long caption under {', '.join(rule.long_caption_keys)} (--long-caption-keys); {found}. "
             "To train on short captions alone, add --captions raw"
         )

@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import os
-import shlex
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -87,10 +87,7 @@ def _names(url: str) -> list[str]:
     """Returns the names under which ``sizes.json`` may list a shard."""
     if not url.startswith("pipe:"):
         return [url, os.path.basename(url)]
-    try:
-        words = shlex.split(url.removeprefix("pipe:"))
-    except ValueError:
-        words = url.split()
+    words = re.split(r"[\s'\"]+", url.removeprefix("pipe:"))
     return [url, url.removeprefix("pipe:"), *words, *map(os.path.basename, words)]
 
 

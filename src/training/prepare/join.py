@@ -18,11 +18,12 @@ import numpy as np
 
 from training.prepare.columns import KEY, URL, as_utf8, cell_name, cell_texts, open_large
 from training.prepare.job import ShardJob
-from training.prepare.shards import JsonSample, Shard, content_mark, plain_tar, read_json_samples, rewrite_shard
+from training.prepare.shards import Shard, content_mark, plain_tar, read_json_samples, rewrite_shard
 from training.prepare.work import format_counts, hash_text, processes, progress
 from training.readers.columnar import ColumnarFile, may_hold_text
 from training.readers.faults import FAULT_KINDS
 from training.readers.files import IMAGE_SUFFIXES
+from training.readers.samples import RawSample
 from training.readers.table_files import local_spec, table_files
 from training.readers.tables import TableFile
 
@@ -74,12 +75,12 @@ def _guess_match(shards: Sequence[Shard]) -> str:
     return "key"
 
 
-def _samples_of(shard: Shard) -> list[JsonSample]:
+def _samples_of(shard: Shard) -> list[RawSample]:
     with plain_tar(shard) as path:
         return read_json_samples(path)
 
 
-def sample_names(sample: JsonSample, match: str) -> list[str]:
+def sample_names(sample: RawSample, match: str) -> list[str]:
     """Returns what may identify a sample in a table's match column; the first one found there is used."""
     if sample.fault:
         return []

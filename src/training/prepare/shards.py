@@ -11,39 +11,23 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, cast
 
 from training.data.sizes import expand_sources
 from training.readers.captions import read_record
 from training.readers.faults import BadSample
 from training.readers.files import identity, is_leftover
-from training.readers.samples import read_samples
+from training.readers.samples import RawSample, read_samples
 from training.readers.streams import BLOCK_BYTES, is_local, open_stream
 from training.readers.table_files import image_files, local_spec
-from training.readers.tar import Member, key_and_suffix
+from training.readers.tar import key_and_suffix
 from training.runtime.files import atomic_write
 from training.runtime.messages import first_line
-
-
-class JsonSample(NamedTuple):
-    """A sample without its image.
-
-    Attributes:
-        key: name within the shard.
-        record: content of its JSON file; empty if there is none.
-        fault: why the JSON file can't be used; None if it can.
-        members: suffix -> file of the shard.
-    """
-
-    key: str
-    record: dict
-    fault: str | None
-    members: Mapping[str, Member]
 
 
 @dataclass(frozen=True)
@@ -169,8 +153,8 @@ def _copy(source: str, copy: Path) -> bool:
     return True
 
 
-def read_json_samples(path: Path) -> list[JsonSample]:
-    """Reads the JSON files of a plain tar file; images are skipped without reading them.
+def read_json_samples(path: Path) -> list[RawSample]:
+    """Reads the samples of a plain tar file, with their JSON as `record`; images are skipped without reading them.
 
     Raises:
         BrokenShardError: the shard is broken, not a tar file, or can't be read.
@@ -181,11 +165,11 @@ def read_json_samples(path: Path) -> list[JsonSample]:
             record, fault = {} if raw.fault else read_record(raw.files), raw.fault
         except BadSample as error:
             record, fault = {}, error.kind
-        samples.append(JsonSample(raw.key, record, fault, raw.members))
+        samples.append(replace(raw, record=record, fault=fault, files={}))
     return samples
 
 
-def rewrite_shard(source: Path, target: Path, samples: list[JsonSample], additions: list[dict]) -> None:
+def rewrite_shard(source: Path, target: Path, samples: list[RawSample], additions: list[dict]) -> None:
     """Writes a shard with additional entries in its JSON files.
 
     Args:

@@ -28,9 +28,8 @@ from training.prepare import work
 from training.prepare.clean import clean_caption
 from training.prepare.columns import KEY, RAW, URL, Columns, cell_name, cell_texts, find_columns, open_large
 from training.readers.columnar import Row
-from training.readers.csv_rows import CsvForm
 from training.readers.table_files import local_spec, table_files
-from training.readers.tables import CsvFile, TableFile
+from training.readers.tables import TableFile
 from training.runtime.files import atomic_write
 
 VERSION = 2  # version of the cleaning; parts of different versions are never mixed
@@ -59,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     rules = {"captions": list(dict.fromkeys(captions)), "trim": not args.keep_cut_off}
     rules |= {"keep_without_long": args.keep_without_long, "lists": args.caption_lists}
     sources = [
-        {"name": table.path.name, "bytes": table.path.stat().st_size, "form": _form(table)} | asdict(found)
+        {"name": table.path.name, "bytes": table.path.stat().st_size, "form": getattr(table, "form", None)}
+        | asdict(found)
         for table, found in zip(tables, columns)
     ]
     work.start_folder(
@@ -80,10 +80,6 @@ def run(args: argparse.Namespace) -> int:
         f"{tabulate(rows, headers, intfmt=',')}\n{seconds:.1f} s, {summary['rows'] / seconds:,.0f} rows/s"
     )
     return 0
-
-
-def _form(table: TableFile) -> CsvForm | None:
-    return table.records.form if isinstance(table, CsvFile) else None
 
 
 def _make(tables: Iterable[tuple[TableFile, Columns]], rules: dict, args: argparse.Namespace) -> dict[str, Any]:

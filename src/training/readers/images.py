@@ -17,15 +17,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF")
 MAX_ASPECT = 200  # so that a resize to 224 pixels gives at most 10 million pixels
 _VALUES = "image values of unknown range"
 _ORIENTATION = 0x0112  # EXIF tag
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()  # for 2 to 8
 _OPTIONAL = {  # brand in the file -> (its format in Pillow, its usual name, the package that reads it)
     **dict.fromkeys((b"avif", b"avis"), ("AVIF", "AVIF", "'Pillow>=11.3'")),
     **dict.fromkeys(
@@ -122,7 +114,7 @@ def orientation_of(image: Image.Image) -> int:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # Pillow's parser raises all kinds of errors; broken EXIF data cost no image
         return 1
-    return value if value in _TURNS else 1
+    return value if value in range(1, len(_TURNS) + 2) else 1
 
 
 def load_rgb(source: Source, at_least: int | None = None, upright: bool = False) -> Image.Image:
@@ -143,7 +135,7 @@ def load_rgb(source: Source, at_least: int | None = None, upright: bool = False)
                 image.draft("RGB", (at_least, at_least))  # does nothing except for JPEG
             decoded = to_rgb(image)
             orientation = orientation_of(image) if upright or getattr(source, "upright", False) else 1
-            return decoded if orientation == 1 else decoded.transpose(_TURNS[orientation])
+            return decoded if orientation == 1 else decoded.transpose(Image.Transpose[_TURNS[orientation - 2]])
     except Exception as error:
         raise as_broken(error, source) from error
 

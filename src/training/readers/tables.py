@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 50_000  # rows of a CSV that are collected before they are conver
 logger = logging.getLogger(__name__)
 
 
-class CsvFile:
+class CsvFile(CsvRecords):
     """A CSV or TSV.
 
     Args:
@@ -46,16 +46,14 @@ class CsvFile:
     image_columns = ()
 
     def __init__(self, path: Path, separator: str | None, strict: bool, plain_quotes: bool, limit: int | None):
-        self.path, self.strict = path, strict
-        self.records = open_csv(path, separator, limit)
-        if plain_quotes:
-            self.records = CsvRecords(path, self.records.form._replace(quoted=False))
-        self.names = self.records.names
+        form = open_csv(path, separator, limit).form
+        super().__init__(path, form._replace(quoted=False) if plain_quotes else form)
+        self.strict = strict
 
     def stream(self, columns: Sequence[str]) -> Iterator[Row]:
         """Yields all rows in order; see `Row`."""
         indices = list(map(self.names.index, columns))
-        for record in self.records.read():
+        for record in self.read():
             yield record.cells and [record.cells[index] for index in indices], record.repaired
 
     def load(self, columns: Sequence[str]) -> ArrowRows:
@@ -65,7 +63,7 @@ class CsvFile:
             ValueError: the reader is strict and a row is bad.
         """
         schema = pa.schema([(name, pa.large_string()) for name in columns])
-        rows, indices = self.records.read(), list(map(self.names.index, columns))
+        rows, indices = self.read(), list(map(self.names.index, columns))
         tables, bad, num_repaired = [schema.empty_table()], [], 0
         while some := list(islice(rows, ROWS_AT_ONCE)):
             good = [row.cells for row in some if row.cells]
@@ -78,7 +76,7 @@ class CsvFile:
             found = f"line {line:,}: {bad[0].fault} ({number})"
             if self.strict:
                 raise ValueError(
-                    f"{self.path}: {found}; put cells that hold {self.records.form.separator!r} into double quotes, "
+                    f"{self.path}: {found}; put cells that hold {self.form.separator!r} into double quotes, "
                     "and write a quotation mark inside one twice; --csv-separator names another separator"
                 )
             total = len(bad) + table.num_rows
@@ -279,7 +277,7 @@ def _describe_columns(table: TableFile) -> str:
     if isinstance(table, CsvFile):
         for char, name in (("\t", "tabs"), (",", "commas"), (";", "semicolons")):
             if char in "".join(table.names):
-                used = table.records.form.separator
+                used = table.form.separator
                 text += f". It is read as separated by {used!r}, and its header has {name}, too: name the separator "
                 text += f"with --csv-separator {char!r}"
     return text
