@@ -15,44 +15,31 @@ from training.readers.files import natural_key, parallel_map, read_json, require
 NUM_CLASSES = 1000
 NUM_VAL, NUM_V2 = 50_000, 10_000
 V2_FOLDERS = ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency")
+NAMES, V2_NAMES = "a WordNet id such as n01440764", "a number from 0 to 999"
 SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-def read_imagenet(root: str | Path, prompts: str | Path | None = None) -> ClassificationSet:
-    """Reads ImageNet-1k's validation images; some of the classes may be missing.
+def read_imagenet(root: str | Path, prompts: str | Path | None = None, *, v2: bool = False) -> ClassificationSet:
+    """Reads ImageNet-1k's validation images, of which some classes may be missing, or ImageNet-v2, matched-frequency.
 
     Args:
-        root: the folder with a folder per class.
+        root: the folder with a folder per class; for ImageNet-v2 also its parent folder.
         prompts: a file of class descriptions, see `read_prompts`.
+        v2: read ImageNet-v2, whose folders are sorted as numbers (10 comes after 9).
 
     Raises:
         FileNotFoundError, ValueError: there is no such folder, or none of its folders is named after a class.
     """
-    numbers = {name: number for number, name in enumerate(_wordnet_ids())}
     root = require_dir(root)
+    root = next((root / name for name in V2_FOLDERS if v2 and (root / name).is_dir()), root)
     if any(name.startswith("ILSVRC2012_val_") for name in os.listdir(root)):
         raise FileNotFoundError(f"{root}: all images are in one folder; sort them, one per class")
-    images = _read_classes(root, numbers, "a WordNet id such as n01440764")
+    names = map(str, range(NUM_CLASSES)) if v2 else _wordnet_ids()
+    images = _read_classes(root, {name: number for number, name in enumerate(names)}, V2_NAMES if v2 else NAMES)
     texts = read_prompts(prompts) if prompts else None
+    if v2:
+        return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", *images, NUM_V2, texts)
     return ClassificationSet("imagenet-zeroshot-val", "ImageNet-1k", *images, NUM_VAL, texts)
-
-
-def read_imagenet_v2(root: str | Path, prompts: str | Path | None = None) -> ClassificationSet:
-    """Reads ImageNet-v2, matched-frequency; folders are sorted as numbers (10 comes after 9).
-
-    Args:
-        root: the folder with the numbered folders, or its parent folder.
-        prompts: a file of class descriptions, see `read_prompts`.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such folder, or none of its folders is named by a number.
-    """
-    root = require_dir(root)
-    root = next((root / name for name in V2_FOLDERS if (root / name).is_dir()), root)
-    numbers = {str(number): number for number in range(NUM_CLASSES)}
-    images = _read_classes(root, numbers, "a number from 0 to 999")
-    texts = read_prompts(prompts) if prompts else None
-    return ClassificationSet("imagenetv2-zeroshot-val", "ImageNet-v2", *images, NUM_V2, texts)
 
 
 def read_prompts(path: str | Path) -> ClassTexts:

@@ -8,7 +8,7 @@ or    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,65 +19,39 @@ NUM_CAPTIONS = 5  # some COCO images have six or seven; papers use the first fiv
 VAL2017 = "annotations/captions_val2017.json"
 
 
-@dataclass(frozen=True)
-class _Benchmark:
-    """What differs between COCO and Flickr30k.
+def read_karpathy(
+    root: str | Path,
+    annotations: str | Path | None = None,
+    *,
+    title: str,
+    lists: Sequence[str],
+    folders: Sequence[str],
+    num_listed: int,
+    splits: Mapping[str, str],
+    protocol: str,
+) -> RetrievalSet:
+    """Reads COCO or Flickr30k, between which the arguments from `title` to `splits` differ; see benchmarks.yaml.
 
-    Attributes:
-        key, title: its names.
-        annotations: usual places of the list of captions.
+    Args:
+        root: folder with the images, in one of the usual layouts.
+        annotations: the list of captions; if None, it is searched for below the root.
+        title: name in tables; in lower case, name in flags.
+        lists: usual places of the list of captions.
         folders: usual folders of the images.
         num_listed: number of images of all splits in Karpathy's file.
         splits: protocol -> split.
-    """
-
-    key: str
-    title: str
-    annotations: tuple[str, ...]
-    folders: tuple[str, ...]
-    num_listed: int
-    splits: dict[str, str]
-
-
-COCO = _Benchmark(
-    "coco",
-    "COCO",
-    ("dataset_coco.json", "annotations/dataset_coco.json", VAL2017),
-    ("", "images"),
-    123_287,
-    {"coco/karpathy": "test", "coco/karpathy-val": "val", "coco/val2017": "val2017"},
-)
-FLICKR30K = _Benchmark(
-    "flickr30k",
-    "Flickr30k",
-    ("dataset_flickr30k.json", "annotations/dataset_flickr30k.json", "flickr30k_test.json"),
-    ("flickr30k-images", "flickr30k_images", "images", "Images", ""),
-    31_014,
-    {"flickr30k/test": "test", "flickr30k/val": "val", "flickr30k/all": "all"},
-)
-
-
-def read_karpathy(
-    which: _Benchmark, root: str | Path, annotations: str | Path | None = None, protocol: str = ""
-) -> RetrievalSet:
-    """Reads COCO or Flickr30k.
-
-    Args:
-        which: `COCO` or `FLICKR30K`.
-        root: folder with the images, in one of the usual layouts.
-        annotations: the list of captions; if None, it is searched for below the root.
-        protocol: one of `which.splits`, by default Karpathy's test split; a list without splits is read completely.
+        protocol: one of `splits`; a list without splits is read completely.
 
     Raises:
         FileNotFoundError, ValueError: the list is missing or broken, or has no image of this split.
     """
-    root, split = require_dir(root), which.splits.get(protocol, "test")
+    root, split, key = require_dir(root), splits[protocol], title.lower()
     if annotations is None:
-        names = (VAL2017,) if split == "val2017" else which.annotations
+        names = (VAL2017,) if split == "val2017" else lists
         annotations = next((root / name for name in names if (root / name).is_file()), None)
         if annotations is None:
             raise FileNotFoundError(
-                f"{root}: found none of {', '.join(names)}; name the list of captions with --{which.key}-anno"
+                f"{root}: found none of {', '.join(names)}; name the list of captions with --{key}-anno"
             )
     path = Path(annotations)
     if not path.is_file():
@@ -87,21 +61,21 @@ def read_karpathy(
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         # These are not the images of Karpathy's test split, so they need another name.
         name = path.stem.removeprefix("captions_")
-        rows, protocol = _official_rows(content, path, name), f"{which.key}/{name}"
+        rows, protocol = _official_rows(content, path, name), f"{key}/{name}"
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
         rows = _karpathy_rows(content["images"], path, split)
-        if len(content["images"]) != which.num_listed:
-            fault = f"{len(content['images']):,} images in Karpathy's list instead of {which.num_listed:,}"
+        if len(content["images"]) != num_listed:
+            fault = f"{len(content['images']):,} images in Karpathy's list instead of {num_listed:,}"
     elif isinstance(content, list):
         rows, fault = _listed_rows(content, path), "a list without Karpathy's splits"
     else:
         raise ValueError(f"{path}: expected Karpathy's {{'images': [..]}}, COCO's annotations or a list")
     if not rows:
         raise FileNotFoundError(f"{path}: no image of split {split!r}")
-    images = parallel_map(partial(_find_image, which, root), [image for image, _ in rows])
+    images = parallel_map(partial(_find_image, root, folders), [image for image, _ in rows])
     return retrieval_set(
-        f"{which.key}-{name}-retrieval" if name else f"{which.key}-retrieval",
-        f"{which.title} {name}".rstrip(),
+        f"{key}-{name}-retrieval" if name else f"{key}-retrieval",
+        f"{title} {name}".rstrip(),
         [(image, captions[:NUM_CAPTIONS]) for image, (_, captions) in zip(images, rows)],
         protocol=protocol,
         fault=fault,
@@ -148,14 +122,11 @@ def _official_rows(content: dict, path: Path, folder: str) -> list[tuple[str, li
     return [(name, captions[i]) for i, name in names.items() if i in captions]
 
 
-def _find_image(which: _Benchmark, root: Path, name: str) -> Path:
+def _find_image(root: Path, folders: Sequence[str], name: str) -> Path:
     """Returns the first of the paths at which an image may be where there is a file; if there is none, the first."""
     names = dict.fromkeys([name, name.rsplit("/", 1)[-1]])
     number = re.fullmatch(r"COCO_(?:train|val)2014_(\d{12}\.jpg)", name.rsplit("/", 1)[-1])
     if number:  # the release of 2017 has the same images under shorter names
         names |= dict.fromkeys(f"{folder}/{number[1]}" for folder in ("val2017", "train2017"))
-    paths = [root / folder / n for n in names for folder in which.folders]
+    paths = [root / folder / n for n in names for folder in folders]
     return next((path for path in paths if file_identity(path) is not None), paths[0])
-
-
-read_coco, read_flickr30k = partial(read_karpathy, COCO), partial(read_karpathy, FLICKR30K)

@@ -68,13 +68,12 @@ class CaptionStats:
 
     Attributes:
         title: its heading in tables.
-        num_images, num_captions: numbers of images and captions in its list; image files are not opened.
+        num_images: number of images in its list; the files are not opened.
         sentences, tokens: int64 [num_captions], counts per caption; tokens include the two special ones.
     """
 
     title: str
     num_images: int
-    num_captions: int
     sentences: np.ndarray
     tokens: np.ndarray
 
@@ -87,7 +86,7 @@ def caption_stats(s: RetrievalSet, count_tokens: Callable[[str], int]) -> Captio
     """Counts sentences by `split_sentences`, and tokens by `count_tokens`, which doesn't count special tokens."""
     sentences = np.array([len(split_sentences(text)) for text in s.captions])
     tokens = np.array([count_tokens(text) + 2 for text in s.captions])
-    return CaptionStats(s.title, len(s.image_paths), len(s.captions), sentences, tokens)
+    return CaptionStats(s.title, len(s.image_paths), sentences, tokens)
 
 
 def token_counter(name: str) -> Callable[[str], int]:
@@ -122,7 +121,7 @@ def format_stats(found: Sequence[CaptionStats]) -> str:
     rows = []
     for s in found:
         shares = [f"{100 * s.share_over(context):.1f}%" for context in CONTEXTS]
-        numbers = f"{s.num_images:,}", f"{s.num_captions:,}"
+        numbers = f"{s.num_images:,}", f"{len(s.tokens):,}"
         rows.append([s.title, *numbers, middle(s.sentences), middle(s.tokens), *shares])
     headers = ["benchmark", "images", "captions", "sentences\nper caption", "tokens\nper caption"]
     headers += [f"over\n{context}" for context in CONTEXTS]

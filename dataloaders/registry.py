@@ -34,6 +34,7 @@ class Benchmark:
             a set or several. Its errors name neither the flag nor the source. Also ``FILE.FUNCTION`` of this package.
         group: one of `GROUPS`, the heading in --help.
         arguments: keyword argument of `read` -> the flag whose value it is.
+        constants: further keyword arguments of `read`.
         options: further flags: names and placeholder -> arguments of `training.flags.types.add_flag`. Benchmarks that
             share one have the same entry.
         needs: further flag that must be given -> what it is and how to get it.
@@ -53,6 +54,7 @@ class Benchmark:
     read: Callable[..., Any] | str
     group: str = "long"
     arguments: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     needs: Mapping[str, str] = field(default_factory=dict)
     classification: bool = False
@@ -75,7 +77,7 @@ class Benchmark:
             folders = [path for path in found.iterdir() if path.name.lower() == name.lower() and path.is_dir()]
             if not folders:
                 return None
-            found = next((path for path in folders if path.name == name), folders[0])
+            found = found / name if found / name in folders else folders[0]
         return found if not self.holds or any((found / name).exists() for name in self.holds) else None
 
     def set_flags(self, args: argparse.Namespace, folder: Path) -> None:
@@ -112,7 +114,9 @@ class Benchmark:
         sets = []
         for protocol in [name for name in self.protocols if name in protocols] or default:
             with naming(self.flag, self.source if self.group != "own" else ""):
-                found = read(root, **given, **({"protocol": protocol} if len(self.protocols) > 1 else {}))
+                found = read(
+                    root, **self.constants, **given, **({"protocol": protocol} if len(self.protocols) > 1 else {})
+                )
             for s in found if isinstance(found, list) else [found]:
                 s = replace(s, source=s.source or self.source)
                 sets.append(self._checked(s, s.protocol or protocol) if isinstance(s, RetrievalSet) else s)

@@ -58,10 +58,7 @@ def caption_stats_of(content: list[dict]) -> list[CaptionStats]:
         return np.repeat(np.array([int(value) for value in counts]), list(counts.values()))
 
     return [
-        CaptionStats(
-            one["title"], one["images"], sum(one["tokens"].values()), values(one["sentences"]), values(one["tokens"])
-        )
-        for one in content
+        CaptionStats(one["title"], one["images"], values(one["sentences"]), values(one["tokens"])) for one in content
     ]
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders.karpathy import read_coco, read_flickr30k
 from dataloaders.own import read_shard_pairs, read_table_pairs
 from dataloaders.registry import benchmark
 from eval_files import (
@@ -26,6 +25,11 @@ from training.main import main
 from training.readers.images import load_rgb
 
 
+def read(name, root, protocol="", **given):
+    (found,) = benchmark(name).load(root, [protocol], **given)
+    return found
+
+
 def test_docci_whole_and_by_sentence(tmp_path):
     root = write_docci(tmp_path)
     whole, parts = benchmark("docci").load(root, ["docci/test", "docci/sentences"])
@@ -38,12 +42,12 @@ def test_docci_whole_and_by_sentence(tmp_path):
 
 
 def test_coco_takes_five_captions_of_the_split_and_leaves_them_as_they_are(tmp_path):
-    (got,) = benchmark("coco").load(write_coco(tmp_path))
+    got = read("coco", write_coco(tmp_path))
     assert [p.name for p in got.image_paths] == [f"COCO_val2014_{n:012d}.jpg" for n in range(6)]
     assert got.captions == tuple(text for n in range(6) for text in five_captions(n))
     assert got.image_of_caption == tuple(n for n in range(6) for _ in range(5))
     assert (got.key, got.num_published) == ("coco-retrieval", 25000)
-    val = read_coco(tmp_path, protocol="coco/karpathy-val")
+    val = read("coco", tmp_path, "coco/karpathy-val")
     assert (val.key, len(val.captions)) == ("coco-val-retrieval", 5) and val.image_paths[0].name.endswith("07.jpg")
 
 
@@ -52,7 +56,7 @@ def test_coco_images_are_found_under_the_names_of_2017(tmp_path):
     (tmp_path / "images" / "val2014").rename(tmp_path / "train2017")
     for path in (tmp_path / "train2017").iterdir():
         path.rename(path.with_name(path.name.removeprefix("COCO_val2014_")))
-    assert [p.name for p in read_coco(tmp_path).image_paths] == [f"{n:012d}.jpg" for n in range(6)]
+    assert [p.name for p in read("coco", tmp_path).image_paths] == [f"{n:012d}.jpg" for n in range(6)]
 
 
 def test_coco_val2017_is_another_benchmark(tmp_path):
@@ -64,17 +68,17 @@ def test_coco_val2017_is_another_benchmark(tmp_path):
     (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": rows}))
     for n in (3, 7):
         write_image(tmp_path / "images" / "val2017" / f"{n:012d}.jpg", n)
-    got = read_coco(tmp_path)
+    got = read("coco", tmp_path)
     assert got.key == "coco-val2017-retrieval" and got.title == "COCO val2017"
     assert got.captions == tuple(five_captions(3) + five_captions(7)) and all(p.is_file() for p in got.image_paths)
 
 
 def test_flickr30k_in_both_forms(tmp_path):
-    (first,) = benchmark("flickr30k").load(write_flickr30k(tmp_path))
+    first = read("flickr30k", write_flickr30k(tmp_path))
     assert first.captions == tuple(text for n in range(5) for text in five_captions(n)) and first.num_published == 5000
     rows = [{"image": f"flickr30k-images/{n}.jpg", "caption": five_captions(n)} for n in range(5)]
     (tmp_path / "list.json").write_text(json.dumps(rows))
-    second = read_flickr30k(tmp_path, tmp_path / "list.json")
+    second = read("flickr30k", tmp_path, annotations=tmp_path / "list.json")
     assert (second.image_paths, second.captions) == (first.image_paths, first.captions)
 
 
@@ -94,7 +98,7 @@ def test_flickr30k_in_both_forms(tmp_path):
 def test_broken_lists_of_captions_are_named(content, said, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(content))
     with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
-        read_flickr30k(tmp_path, tmp_path / "list.json")
+        read("flickr30k", tmp_path, annotations=tmp_path / "list.json")
     assert "list.json" in str(error.value)
 
 

@@ -161,6 +161,7 @@ def test_too_many_bad_samples_end_training(tmp_path, capsys):
     assert main([*SMALL_LOTLIP, *flags, *places, "--max-bad-samples", "0.2"]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert "no image): more than --max-bad-samples 0.2" in message and "Traceback" not in message
+    assert "tar --sort=name" in message
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] < 12 and last["train/skipped"] > 200  # stopped before the epoch's end
 

@@ -21,7 +21,7 @@ def test_counts_are_those_of_the_captions(scenes):
     assert found.tokens.tolist() == (ids != 0).sum(1).tolist()
     assert found.sentences.tolist() == [len(split_caption(text)) for text in s.captions]
     assert found.share_over(77) == pytest.approx(np.mean([(row != 0).sum() > 77 for row in ids.numpy()]))
-    assert (found.num_images, found.num_captions) == (25, 25)
+    assert (found.num_images, len(found.tokens)) == (25, 25)
 
 
 def test_table_and_counts_of_sets_named_or_found(tmp_path, capsys):

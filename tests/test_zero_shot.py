@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders.imagenet import read_imagenet, read_imagenet_v2, read_prompts
+from dataloaders.imagenet import read_imagenet, read_prompts
 from eval_files import write_imagenet, write_imagenet_v2
 from support import end_ranks, evaluate, free_ports, read_results, set_rank, start_ranks
 from training.eval.metrics import count_ranks
@@ -20,12 +20,12 @@ def test_imagenet_classes_are_numbered_as_open_clip_names_them(tmp_path):
     got = read_imagenet(write_imagenet(tmp_path / "val"))
     assert got.labels == (0,) * 3 + (1,) * 3 + (999,) * 3
     assert [IMAGENET_CLASSNAMES[label] for label in got.labels[::3]] == ["tench", "goldfish", "toilet paper"]
-    second = read_imagenet_v2(write_imagenet_v2(tmp_path / "v2"))
+    second = read_imagenet(write_imagenet_v2(tmp_path / "v2"), v2=True)
     assert second.labels == (2, 10, 999) and [p.parent.name for p in second.image_paths] == ["2", "10", "999"]
     with pytest.raises(FileNotFoundError, match="are in one folder"):
         read_imagenet(tmp_path / "val" / "n01440764")
     with pytest.raises(ValueError, match="a number from 0 to 999"):
-        read_imagenet_v2(tmp_path / "val")
+        read_imagenet(tmp_path / "val", v2=True)
 
 
 def test_zero_shot_equals_open_clip(tmp_path, tiny_clip, capsys, monkeypatch):

@@ -14,16 +14,6 @@ from PIL import Image
 
 from training.runtime.messages import first_line
 
-# TRAIN_DATASETS.md describes the use of each prompt. The prompts of the published captions are not published.
-PROMPTS = {
-    "detailed": "Describe the image in detail.",
-    "short": "Describe the image in one sentence.",
-    "visible": (
-        "Describe everything that can be seen in this image in one paragraph of plain sentences: objects, how many, "
-        "their colours, places and actions, readable text, and the background. Do not guess what cannot be seen."
-    ),
-}
-
 
 class Generated(NamedTuple):
     """The answer of a model.

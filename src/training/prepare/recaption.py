@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
+import yaml
 from PIL import Image
 
 from training.data.reader import read_image
 from training.prepare.clean import clean_caption, is_repetitive, without_cut_sentence
-from training.prepare.engines import PROMPTS, Generated, TransformersEngine, VllmEngine, make_engine
+from training.prepare.engines import Generated, TransformersEngine, VllmEngine, make_engine
 from training.prepare.job import ShardJob
 from training.prepare.shards import Shard, plain_tar, read_json_samples, rewrite_shard
 from training.prepare.work import add_counts, format_counts, processes, progress
@@ -27,6 +29,7 @@ from training.readers.samples import RawSample, read_samples
 from training.runtime.files import atomic_write
 
 Engine = TransformersEngine | VllmEngine
+PROMPTS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 SAMPLE_KINDS = ("samples", *FAULT_KINDS)
 CAPTION_KINDS = ("captions", "refused", "repetitive", "empty", "cut short")
 

@@ -4,27 +4,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-FAULT_KINDS = (
-    "unreachable shard",
-    "broken shard",
-    "file too large",
-    "sparse file",
-    "link in the tar",
-    "no image",
-    "broken image",
-    "image too large",
-    "image too narrow",
-    "image values of unknown range",
-    "HEIC without pillow-heif",
-    "AVIF without 'Pillow>=11.3'",
-    "no caption",
-    "empty caption",
-    "caption not text",
-    "caption too long",
-    "broken JSON",
-    "JSON not an object",
-    "text not UTF-8",
-)
+import yaml
+
+# Kind of fault -> what to do.
+FAULT_KINDS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("faults.yaml").read_text(encoding="utf-8"))
 LFS_POINTER = b"version https://git-lfs"
 IS_POINTER = "a Git LFS pointer, not the file itself; fetch it with git lfs pull"
 

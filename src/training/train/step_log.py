@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from tqdm import tqdm
 
 from training.data.loader import TrainBatch
-from training.readers.faults import TooManyBadSamplesError, Totals
+from training.readers.faults import FAULT_KINDS, TooManyBadSamplesError, Totals
 from training.runtime.distributed import DistEnv, gather_objects
 from training.runtime.files import append_line
 from training.runtime.messages import or_warn
@@ -200,9 +200,11 @@ class StepLog:
             self._reset()
             totals = self.totals
             if totals.num_seen >= FEW_SAMPLES and totals.num_bad > self.args.max_bad_samples * totals.num_seen:
+                (kind, _), *_ = totals.faults.most_common(1)
                 raise TooManyBadSamplesError(
                     f"{totals.describe()}: more than --max-bad-samples {self.args.max_bad_samples:g}. The first "
-                    "samples of each kind are named above; correct the data, or raise the limit"
+                    "samples of each kind are named above; correct the data, or raise the limit. "
+                    f"{kind}: {FAULT_KINDS.get(kind, 'see its first sample')}"
                 )
 
     def _log(self, step: int, lr: float) -> None:
