@@ -6,40 +6,14 @@ A scene depends on (seed, split, index) alone, so any process can draw any part 
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
+import yaml
 from PIL import Image, ImageDraw
 
-COLOURS = {
-    "red": (214, 39, 40),
-    "orange": (255, 140, 0),
-    "yellow": (240, 220, 40),
-    "green": (44, 150, 60),
-    "cyan": (60, 200, 220),
-    "blue": (40, 70, 200),
-    "purple": (130, 60, 170),
-    "pink": (245, 130, 190),
-}
-BACKGROUNDS = {
-    "white": (250, 250, 250),
-    "black": (15, 15, 15),
-    "gray": (128, 128, 128),
-    "beige": (225, 210, 180),
-    "brown": (110, 70, 40),
-    "navy": (20, 30, 90),
-    "olive": (110, 115, 50),
-    "lavender": (205, 190, 235),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-OBJECT_SENTENCES = (
-    "A {size} {colour} {shape} is at the {place} of the picture.",
-    "There is a {size} {colour} {shape} at the {place}.",
-    "At the {place} one can see a {size} {colour} {shape}.",
-)
-BACKGROUND_SENTENCES = (
-    "The background is plain {colour}.",
-    "Everything lies on a {colour} background.",
-    "Behind all of it there is only {colour}.",
-)
+VOCABULARY = yaml.safe_load(Path(__file__).with_name("scenes.yaml").read_text(encoding="utf-8"))
+SHAPES = VOCABULARY["shapes"]
+COLOURS, BACKGROUNDS = ({k: tuple(rgb) for k, rgb in VOCABULARY[name].items()} for name in ("colours", "backgrounds"))
 IMAGE_SIZE = 64
 _SUPERSAMPLING = 4  # draw larger, then shrink, because Pillow doesn't smooth the edges of shapes
 
@@ -84,10 +58,12 @@ class Scene:
         """Returns one sentence per object and one for the background; order and wording depend on the variant."""
         rng = random.Random(f"{self.seed}/caption{variant}")
         sentences = [
-            rng.choice(OBJECT_SENTENCES).format(size=o.size, colour=o.colour, shape=o.shape, place=o.place)
+            rng.choice(VOCABULARY["object_sentences"]).format(
+                size=o.size, colour=o.colour, shape=o.shape, place=o.place
+            )
             for o in self.objects
         ]
-        sentences.append(rng.choice(BACKGROUND_SENTENCES).format(colour=self.background))
+        sentences.append(rng.choice(VOCABULARY["background_sentences"]).format(colour=self.background))
         rng.shuffle(sentences)
         return sentences
 

@@ -20,6 +20,7 @@ from training.data.synthetic import SyntheticSource, is_synthetic
 from training.data.tables import embedded_sources, read_tables, warn_of_repeated_images
 from training.readers.faults import BadSample
 from training.readers.files import naming
+from training.readers.images import load_rgb
 from training.readers.samples import OF_ONE_SAMPLE, SEVERAL_LINES
 from training.readers.table_files import local_spec, names_tables, table_files
 from training.runtime.distributed import DistEnv, on_main_rank
@@ -196,15 +197,13 @@ def check_first_samples(source: Source, rule: CaptionRule, spec: str) -> None:
     for raw in source.read(0, 0, min(NUM_LOOKED_AT, source.num_samples)):
         try:
             record = read_record(raw)
-            if raw.features is None and raw.image_path is None and raw.image is None:
-                raise BadSample("no image")
+            if raw.features is None:  # one image that can be decoded is enough
+                read_image(raw, bool if num_usable else load_rgb)
             keys |= set(record)
             _, shorts, longs = find_captions(record, rule)
             has_short, has_long = has_short or bool(shorts), has_long or bool(longs)
             num_with_lines += "txt" in raw.files and "\n" in str(record["txt"]).strip()
             choose_captions(record, rule, random.Random(0))
-            if not num_usable and raw.features is None:  # one image that can be decoded is enough
-                read_image(raw)
             num_usable += 1
         except BadSample as error:
             kinds[error.kind] += 1

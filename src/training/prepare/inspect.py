@@ -314,9 +314,6 @@ def write_html(path: Path, picked: list[tuple], title: str) -> None:
         {"name": f"{source}/{key}", "captions": captions, "image": base64.b64encode(image or b"").decode()}
         for _, source, key, captions, image in picked
     ]
+    page = render_page(Path(__file__).with_name("samples.html.j2"), title=title, samples=samples)
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            render_page(Path(__file__).with_name("samples.html.j2"), title=title, samples=samples),
-            encoding="utf-8",
-            errors="replace",
-        )
+        temporary.write_text(page, encoding="utf-8", errors="replace")
