@@ -5,11 +5,13 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from dataloaders.registry import benchmarks, destination
+from training.data.captions import CaptionRule
 from training.data.images import MODES
 from training.flags.model import OF_MODEL, OF_TOKENIZER
 from training.flags.parser import build_parser, parse_args
@@ -79,6 +81,7 @@ runpy.run_module("{module}", run_name="__main__")
 def test_every_flag_has_help_and_a_reader():
     read = {"config", "print_config"}  # by the parser itself
     read |= {*OF_TOKENIZER, *OF_MODEL}  # as arguments of the functions that make a model
+    read |= {field.name for field in fields(CaptionRule)}
     for benchmark in benchmarks():
         read |= {destination(flag) for flag in (benchmark.flag, *benchmark.arguments.values())}
     for path in [*(ROOT / "src" / "training").rglob("*.py"), *(ROOT / "dataloaders").glob("*.py")]:

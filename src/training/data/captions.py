@@ -141,9 +141,7 @@ def views_by_flags(captions: str, num_long: int, num_sentences: int) -> str:
     """Returns the list of views that is equivalent to these three flags.
 
     Args:
-        captions: value of ``--captions``.
-        num_long: value of ``--num-long-captions``.
-        num_sentences: value of ``--sub-caption-sentences``.
+        captions, num_long, num_sentences: values of --captions, --num-long-captions and --sub-caption-sentences.
     """
     long = f"sentences({num_sentences}, ordered, of=long" if num_sentences else "long("
     if captions == "raw" or (captions == "both" and not num_long):
@@ -198,23 +196,18 @@ class CaptionRule:
     """How to choose captions; the attributes are named as the flags.
 
     Attributes:
-        raw_caption_keys: keys of the raw caption; the first that a sample has is used, and one of its alternatives is
-            drawn.
+        raw_caption_keys: keys of the raw caption; the first that a sample has is used.
         short_caption_keys: keys of further short captions; a step's short caption is drawn from these and the raw one.
         long_caption_keys: keys of long captions; all that a sample has are used.
         num_long_captions: number of long captions per step, K.
-        captions: ``both``: the short caption, then K long ones. ``raw``: the short caption alone. ``long``: K long
-            captions, of which the first is used as the short one.
-        sub_caption_sentences: take this many consecutive sentences of a long caption, drawn anew in each epoch; 0
-            takes the whole caption.
+        captions: ``both``: the short caption, then K long ones; ``raw``: the short one alone; ``long``: K long ones.
+        sub_caption_sentences: take so many consecutive sentences of a long caption, drawn anew in each epoch; 0: all.
         text_views: the list of texts, see `training.data.captions`; replaces the three attributes before it.
-        caption_lists: ``alternatives``: each text of a list is a caption of its own; ``sentences``: a list is one
-            caption.
-        caption_lines: each line of a ``txt`` is a caption of its own.
+        caption_lists, caption_lines: `lists` of `caption_texts`, and its `lines` for a ``txt``.
 
     From a sample with more than K long captions, K different ones are drawn anew in each epoch. If a sample has fewer,
-    they are repeated in turn; if it has none, its short caption replaces them. If a sample has no short caption, the
-    first sentence of its first long caption replaces it.
+    they are repeated in turn; if it has none, its short caption replaces them. Where the short caption is missing, the
+    first sentence of the first long one replaces it. Of alternatives, one is drawn.
     """
 
     raw_caption_keys: tuple[str, ...] = RAW_KEYS
@@ -353,7 +346,5 @@ def find_captions(record: dict, rule: CaptionRule) -> tuple[list[str], list[str]
         return [text.strip() for text in found]
 
     raws = next(filter(None, map(texts, rule.raw_caption_keys)), [])
-    shorts, longs = (
-        [text for key in keys for text in texts(key)] for keys in (rule.short_caption_keys, rule.long_caption_keys)
-    )
-    return raws, raws + shorts, longs
+    further = [text for key in rule.short_caption_keys for text in texts(key)]
+    return raws, raws + further, [text for key in rule.long_caption_keys for text in texts(key)]
