@@ -36,8 +36,7 @@ def read_karpathy(
         root: folder with the images, in one of the usual layouts.
         annotations: the list of captions; if None, it is searched for below the root.
         title: name in tables; in lower case, name in flags.
-        lists: usual places of the list of captions.
-        folders: usual folders of the images.
+        lists, folders: usual places of the list of captions, and of the images.
         num_listed: number of images of all splits in Karpathy's file.
         splits: protocol -> split.
         protocol: one of `splits`; a list without splits is read completely.
