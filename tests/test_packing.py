@@ -10,13 +10,14 @@ from test_train import SMALL, losses, read_metrics
 from training.data.reader import trim_padding
 from training.main import main
 from training.model.assembly.from_flags import make_arranger
-from training.model.packing import CaptionArranger, additive_mask, attention, bucket_bounds
+from training.model.packing import CaptionArranger, additive_mask, attention, bucket_bounds, caption_lengths
 from training.model.tokenizers import CornerCLIPTokenizer
 from training.model.towers.corner import prefix_attention
 from training.model.towers.encoders import text_encoder
 from training.model.towers.train_model import TrainModel
 
 CPU = torch.device("cpu")
+PAD_ID = 7  # not the number with which torch pads
 
 
 def draw(text, num, length, shortest, seed):
@@ -118,6 +119,38 @@ def test_buckets_are_the_cheapest_there_are():
                 totals[tuple(ends)] = sum((e - s) * lengths[e - 1] + cost for s, e in zip(starts, ends))
         got = tuple(bucket_bounds(lengths, cost))
         assert totals[got] == min(totals.values()), cost
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("cost", [0, 20, 10_000])
+def test_each_caption_is_in_a_bucket_padded_with_the_padding_id(multiple, cost):
+    short, long = draw_lengths([1, 3, 9, 0], 9), draw_lengths([20, 11, 2, 17, 8, 8, 1, 9], 20).unflatten(0, (4, 2))
+    captions = CaptionArranger(PAD_ID, cost, multiple)(short, long)
+    rows = [row for bucket in captions.buckets for row in bucket]
+    for caption, index in zip([*short, *long.flatten(0, 1)], captions.index.tolist()):
+        words = caption[caption != PAD_ID]
+        row = rows[index]
+        assert row[: len(words)].equal(words) and (row[len(words) :] == PAD_ID).all()
+        assert len(row) % multiple == 0 or len(row) == 20
+    assert captions.num_padded == sum(map(len, rows))
+    if not cost and multiple == 1:  # nothing is padded; an empty caption counts as one token
+        assert captions.num_padded == 1 + 3 + 9 + 1 + 20 + 11 + 2 + 17 + 8 + 8 + 1 + 9
+
+
+def draw_lengths(lengths, longest):
+    ids = torch.arange(10, 10 + longest).expand(len(lengths), -1)
+    return ids.masked_fill(torch.arange(longest) >= torch.tensor(lengths)[:, None], PAD_ID)
+
+
+def test_captions_go_to_a_device_as_they_are():
+    captions = CaptionArranger(PAD_ID)(draw_lengths([4, 2, 4], 6))
+    sent = captions.to(torch.device("meta"))
+    assert [ids.shape for ids in sent.buckets] == [ids.shape for ids in captions.buckets]
+    assert {ids.device.type for ids in (*sent.buckets, sent.index)} == {"meta"}
+    assert sent.index.shape == (3,) and sent.num_padded == captions.num_padded
+    same = captions.to(CPU)
+    assert all(map(torch.equal, same.buckets, captions.buckets)) and same.index.equal(captions.index)
+    assert caption_lengths(sent.buckets[0], PAD_ID).device.type == "meta"
 
 
 def reference_mix(num_images, num_long, seed):
