@@ -1,39 +1,14 @@
-"""Converts weights of CLIP and SigLIP between transformers' and open_clip's names. The tables serve both directions."""
+"""Converts weights of CLIP and SigLIP between the names of transformers and of open_clip, in both directions."""
+
+from pathlib import Path
 
 import torch
+import yaml
 
 _QKV = ("q", "k", "v")
-# Beginnings of names: transformers', open_clip's with CLIP's towers, open_clip's with SigLIP's.
-_THEIRS, _CLIP, _SIGLIP = range(3)
-_NAMES = (
-    ("text_model.embeddings.token_embedding.", "token_embedding.", "token_embedding."),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding", "positional_embedding"),
-    ("text_model.final_layer_norm.", "ln_final.", "ln_final."),
-    ("text_model.encoder.layers.", "transformer.resblocks.", "transformer.resblocks."),
-    ("text_projection.weight", "text_projection", None),
-    ("text_model.head.", None, "text_projection."),
-    ("vision_model.embeddings.class_embedding", "visual.class_embedding", None),
-    ("vision_model.embeddings.patch_embedding.", "visual.conv1.", "visual.trunk.patch_embed.proj."),
-    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding", "visual.trunk.pos_embed"),
-    ("vision_model.pre_layrnorm.", "visual.ln_pre.", None),
-    ("vision_model.post_layernorm.", "visual.ln_post.", "visual.trunk.norm."),
-    ("vision_model.encoder.layers.", "visual.transformer.resblocks.", "visual.trunk.blocks."),
-    ("visual_projection.weight", "visual.proj", None),
-    ("vision_model.head.probe", None, "visual.trunk.attn_pool.latent"),
-    ("vision_model.head.attention.in_proj_", None, "visual.trunk.attn_pool.in_proj_"),
-    ("vision_model.head.attention.out_proj.", None, "visual.trunk.attn_pool.proj."),
-    ("vision_model.head.layernorm.", None, "visual.trunk.attn_pool.norm."),
-    ("vision_model.head.mlp.", None, "visual.trunk.attn_pool.mlp."),
-)
+_THEIRS, _CLIP, _SIGLIP = range(3)  # columns of the table of names
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 _TRANSPOSED = ("text_projection", "visual.proj")  # open_clip stores these linear maps as [in, out]
-_LAYER = (  # transformers, open_clip, timm
-    (".self_attn.out_proj.", ".attn.out_proj.", ".attn.proj."),
-    (".self_attn.qkv.", ".attn.in_proj_", ".attn.qkv."),
-    (".layer_norm1.", ".ln_1.", ".norm1."),
-    (".layer_norm2.", ".ln_2.", ".norm2."),
-    (".mlp.fc1.", ".mlp.c_fc.", ".mlp.fc1."),
-    (".mlp.fc2.", ".mlp.c_proj.", ".mlp.fc2."),
-)
 
 
 def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -80,12 +55,12 @@ def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _renamed(key: str, source: int, target: int) -> str:
-    for names in _NAMES:
+    for names in _TABLES["names"]:
         old, new = names[source], names[target]
         if old and new and key.startswith(old):
             rest = key.removeprefix(old)
             last = 2 if "trunk" in old + new else 1  # column of open_clip's names within a layer
-            for words in _LAYER if old.endswith((".layers.", ".resblocks.")) else ():
+            for words in _TABLES["layers"] if old.endswith((".layers.", ".resblocks.")) else ():
                 rest = rest.replace(words[min(source, last)], words[min(target, last)])
             return new + rest
     return key

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -28,21 +29,7 @@ INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _TRIED = "safetensors, PyTorch (zip and legacy), TorchScript"
 _AGAIN, _UNPACK = "fetch it again", "unpack it and give the weights file inside"
 _SAVE = "save its tensors as safetensors under the names of a state dict"
-_FORMATS = (  # how a file begins, what it is, what to do
-    (rb"$", "an empty file (0 bytes)", _AGAIN),
-    (rb"version https://git-lfs", "a Git LFS pointer, not the weights themselves", "fetch them with: git lfs pull"),
-    (rb"\s*<(!doctype|html|\?xml)", "a web page, such as download services send instead of a file", _AGAIN),
-    (rb"\x89HDF", "an HDF5 file (Keras)", _SAVE),
-    (rb"GGUF", "a GGUF file (llama.cpp)", "use the safetensors file that it was converted from"),
-    (rb"\x93NUMPY", "a single NumPy array", _SAVE),
-    (rb"\x1f\x8b|\xfd7zXZ|BZh|7z\xbc\xaf|\(\xb5/\xfd", "a compressed file (gzip, xz, bzip2, 7z or zstd)", _UNPACK),
-    (rb".{257}ustar", "a tar archive", _UNPACK),
-    (rb"\s*[{\[]", "a JSON file", "give the weights file, or its folder with --model local-dir: or hf:"),
-)
-_SUFFIXES = {  # formats without a beginning of their own
-    ".onnx": ("an ONNX graph", "use the PyTorch weights that it was exported from"),
-    ".msgpack": ("Flax weights", "in transformers: from_pretrained(..., from_flax=True).save_pretrained(FOLDER)"),
-}
+_OTHERS = yaml.safe_load(Path(__file__).with_name("other_formats.yaml").read_text(encoding="utf-8"))
 INDEX, PYTORCH, SAFETENSORS, TORCHSCRIPT = "index of several files", "PyTorch", "safetensors", "TorchScript"
 # Keys under which checkpoints store the weights. Averaged weights (EMA) come first, as in timm: results are usually
 # reported for them.
@@ -129,9 +116,10 @@ def format_of(path: Path) -> str:
         return INDEX
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 28:  # these 8 bytes may be those of any format
         return SAFETENSORS
-    found = [text for start, *text in _FORMATS if re.match(start, head, re.IGNORECASE | re.DOTALL)]
-    if path.suffix in _SUFFIXES or found:
-        return "; ".join(_SUFFIXES.get(path.suffix) or found[0])
+    known = _OTHERS["beginnings"].items()
+    found = [about for start, about in known if re.match(start.encode("latin-1"), head, re.IGNORECASE | re.DOTALL)]
+    if path.suffix in _OTHERS["suffixes"] or found:
+        return "; ".join(_OTHERS["suffixes"].get(path.suffix) or found[0])
     if path.suffix == ".safetensors":
         return SAFETENSORS
     if head[:4] == b"PK\x03\x04":
