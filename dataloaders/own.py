@@ -185,7 +185,7 @@ def _rows(
                 yield key, EmbeddedImage(path, column, number - 1), row, where
                 continue
             check_image_path(row.get(column), where)
-            image = Path(sample.image_path) if sample.image_path else None
+            image = Path(os.path.abspath(sample.image_path)) if sample.image_path else None
             yield image, image, row, where
     except BadSample as error:
         raise ValueError(f"{path}: row {number + 1:,}: {error}") from error

@@ -1,8 +1,10 @@
 """Which captions a training step sees: the documented rule, case by case."""
 
+import json
 import random
 from collections import Counter
 
+import pandas
 import pytest
 
 from training.data.captions import MAX_CHARACTERS, CaptionRule, choose_captions, find_captions
@@ -23,6 +25,7 @@ from training.readers.captions import (
     split_sentences,
 )
 from training.readers.faults import BadSample
+from training.readers.tables import open_table
 
 RECORD = {
     "raw_caption": " a dog ",
@@ -67,6 +70,24 @@ def test_lines_of_a_text_file_are_alternatives_if_asked():
     record = {"txt": "\ufeff" + "\r\n".join(FIVE)}
     assert {choose(record, seed, captions="raw", caption_lines=True)[0] for seed in range(60)} == set(FIVE)
     assert choose(record, captions="raw") == ["\r\n".join(FIVE)]
+
+
+@pytest.mark.parametrize(
+    "texts", [["one", "two, three"], ["it's", 'says "hi"'], ["it's", "x"], ["\u00e4\n", "b"], ["one"]]
+)
+def test_a_list_in_a_csv_holds_alternatives_too(texts, tmp_path):
+    """As pandas writes it, and as JSON."""
+    for written in (texts, json.dumps(texts)):
+        pandas.DataFrame({"filepath": ["a.jpg"], "caption": [written]}).to_csv(tmp_path / "t.csv", index=False)
+        (row,) = open_table(tmp_path / "t.csv").load(["filepath", "caption"])
+        assert caption_texts(row["caption"]) == texts
+
+
+@pytest.mark.parametrize(
+    "text", ["['a' 'b']", "[]", "['a', 5]", '["a", 5]', "['a'", '["Sale" says a sign, and "Go"]', "['x'] + ['y']"]
+)
+def test_other_texts_in_brackets_are_captions(text):
+    assert caption_texts(text) == [text]
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)

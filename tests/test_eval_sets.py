@@ -115,6 +115,13 @@ def test_own_pairs_of_a_table(tmp_path):
         read_table_pairs(tmp_path / "mine.csv", "filepath", ["caption"], "raw")
 
 
+def test_an_absolute_and_a_relative_path_are_one_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text(f"filepath,caption\n{tmp_path}/a.jpg,one\na.jpg,two\n./a.jpg,three\nb.jpg,four\n")
+    got = read_table_pairs("t.csv")
+    assert got.image_of_caption == (0, 0, 0, 1) and got.captions == ("one", "two", "three", "four")
+
+
 def test_own_pairs_of_parquet_may_hold_lists(tmp_path):
     import pyarrow
     import pyarrow.parquet

@@ -102,6 +102,24 @@ def test_one_of_several_views_is_drawn_by_its_share():
     assert {tuple(choose("raw|long*2", seed=seed)) for seed in range(60)} == set(product(["a dog", LONG], repeat=2))
 
 
+def test_each_kind_of_view_begins_with_the_first_long_caption():
+    record = {"txt": "a dog", "long_caption": ["One runs. It is big", "Two sleeps. It is small"]}
+    for seed in range(20):
+        long, first, rest = choose("long, first-sentence, long-without-first", record, seed)
+        assert first in long and rest.rstrip(".") in long
+
+
+def test_of_two_raw_captions_each_is_drawn():
+    assert set(frequencies("raw", {"txt": None, "caption": ["one", "two"]})) == {"one", "two"}
+
+
+def test_an_entry_is_named_after_its_views():
+    entries = parse_views("raw, short|long(share=2), short|long*2")
+    assert [entry.name for entry in entries] == ["raw", "short-or-long-1", "short-or-long-2"]
+    with pytest.raises(ValueError, match="'raw.share=0.|long.share=0.': expected a share above 0"):
+        parse_views("raw(share=0)|long(share=0)")
+
+
 def test_a_registered_view_is_drawn_like_the_others():
     VIEWS.register("last-words")(Kind("long", lambda text: text.split()[-1]))
     try:

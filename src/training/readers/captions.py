@@ -1,14 +1,16 @@
 """Captions: those of a sample, their lines and sentences, and refusals of models.
 
 One rule for members of a tar file, rows of tables and lines of JSON: a caption is a text. A list of texts holds
-alternatives, each a caption of its own. A list of turns, as in the ``conversations`` of ShareGPT and LLaVA, holds the
-model's answers.
+alternatives, each a caption of its own, also if it is written as a text, as in a CSV. A list of turns, as in the
+``conversations`` of ShareGPT and LLaVA, holds the model's answers.
 """
 
+import ast
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import regex
@@ -69,7 +71,7 @@ def _texts(value: object, where: str) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):
-        return [value.removeprefix("\ufeff")]
+        return _written_list(value) or [value.removeprefix("\ufeff")]
     if isinstance(value, bytes):
         try:
             return [value.decode("utf-8-sig")]
@@ -82,6 +84,19 @@ def _texts(value: object, where: str) -> list[str]:
         return [text for item in value for text in _texts(item, where)]
     shown = str(value)[:60]
     raise ValueError(f"{where}: {type(value).__name__} {shown}, expected a text or a list of texts")
+
+
+def _written_list(text: str) -> list[str]:
+    """Returns the texts of a list in a text, as JSON or as pandas writes it to a CSV; nothing for any other text."""
+    if text[:2] not in ('["', "['") or text[-2:] not in ('"]', "']"):
+        return []
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            found = read(text)
+            # Python reads "['a' 'b']", an array of NumPy, as one text.
+            if all(isinstance(t, str) for t in found) and (read is json.loads or repr(found) == text):
+                return found
+    return []
 
 
 def _turns(value: object) -> list[tuple[object, object]]:
