@@ -41,7 +41,7 @@ def _captions_of(record: Mapping, keys: Sequence[str], lists: str, lines: bool, 
         if not all(map(is_unicode, texts)):
             raise ValueError(f"{where}, {key}: half a surrogate pair, expected text that can be written as UTF-8")
         found += texts
-        if texts and not keys:
+        if texts and tuple(keys) in ((), CAPTION_KEYS):
             break
     return found
 
