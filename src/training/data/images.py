@@ -60,16 +60,6 @@ class ImageReader:
         """
         return self.transform(self.decode(source))
 
-    def read(self, sources: Sequence[images.Source]) -> list[torch.Tensor | images.BrokenImageError]:
-        """Reads several images; returns for each the output of the transform, or the error if it can't be read."""
-        found: list[torch.Tensor | images.BrokenImageError] = []
-        for source in sources:
-            try:
-                found.append(self(source))
-            except images.BrokenImageError as error:
-                found.append(error)
-        return found
-
     def decode(self, source: images.Source) -> Image.Image | torch.Tensor:
         """Returns the decoded image, the argument of `transform`; it may be transformed several times."""
         if self.resize is None:

@@ -124,10 +124,14 @@ class Batches(Dataset):
 
 def _load_images(paths: Sequence[Path | StoredImage], read: Callable, positions: list[int]) -> Batch:
     """Returns a batch of pixels [n, 3, H, W] of the readable files."""
-    found = dict(zip(positions, read([paths[p] for p in positions])))
-    broken = {position: str(error) for position, error in found.items() if isinstance(error, BrokenImageError)}
-    good = [position for position in positions if position not in broken]
-    return Batch(good, torch.stack([found[position] for position in good]) if good else None, broken, 0)
+    pixels: dict[int, torch.Tensor] = {}
+    broken: dict[int, str] = {}
+    for position in positions:
+        try:
+            pixels[position] = read(paths[position])
+        except BrokenImageError as error:
+            broken[position] = str(error)
+    return Batch(list(pixels), torch.stack(list(pixels.values())) if pixels else None, broken, 0)
 
 
 def _load_texts(
@@ -173,7 +177,7 @@ class Encoder:
         reader: Any = ImageReader(self.parts.preprocess, options.image_decoding)
         if options.image_cache:
             reader = CachedReader(options.image_cache, self.parts.preprocess, options.image_decoding)
-        load = partial(_load_images, paths, reader.read)
+        load = partial(_load_images, paths, reader)
         return self._load(range(len(paths)), options.batch_size, load, "image")
 
     def texts(
@@ -301,19 +305,9 @@ class CachedReader:
         }
         self.folder = Path(folder) / sha256(json.dumps(reading).encode()).hexdigest()[:32]
 
-    def read(self, sources: Sequence[Source]) -> list[torch.Tensor | BrokenImageError]:
-        """Reads image files, and adds those that are not in the cache.
-
-        Returns:
-            For each file the transformed image, or the error.
-        """
-        found = []
-        for source in sources:
-            try:
-                found.append(self.after(Image.fromarray(self._pixels(source))))
-            except BrokenImageError as error:
-                found.append(error)
-        return found
+    def __call__(self, source: Source) -> torch.Tensor:
+        """Returns the transformed image of a file, which is added to the cache if it is not there."""
+        return self.after(Image.fromarray(self._pixels(source)))
 
     def _pixels(self, source: Any) -> np.ndarray:
         key = image_key(source).hex()
