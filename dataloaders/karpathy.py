@@ -54,7 +54,7 @@ def read_karpathy(
             )
     path = Path(annotations)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"--{key}-anno {path}: no such file")
     content = read_json(path)
     name, fault = "" if split == "test" else split, ""
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):

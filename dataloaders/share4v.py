@@ -44,7 +44,7 @@ def read_share4v(
     if protocol == "sv/sam" and not all(re.fullmatch(SAM_NAME, image.rsplit("/", 1)[-1]) for image, _ in items):
         fault = "images that are not from SA-1B"
     if len(items) < max(sizes):
-        raise ValueError(f"{annotations}: only {len(items):,} annotations, --share4v-val-num {max(sizes)} are wanted")
+        raise ValueError(f"--share4v-val-num {max(sizes)}: only {len(items):,} annotations in {annotations}; lower it")
     paths = resolve_images(root, [image for image, _ in items])
     first = protocol == "sv/first"
     captions = [text.replace("\n", " ") if first else normalise_caption(text) for _, text in items]
@@ -65,10 +65,10 @@ def read_items(annotations: str | Path) -> list[tuple[str, str]]:
     """Returns (image path as written, raw caption) of every item of a ShareGPT4V list."""
     path = Path(annotations)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; make the list with python -m dataloaders.prepare share4v")
+        raise FileNotFoundError(f"--share4v-anno {path}: no such file; python -m dataloaders.prepare share4v makes it")
     items = read_json(path)
     if not isinstance(items, list):
-        raise ValueError(f"{path}: expected a JSON list, found {type(items).__name__}")
+        raise ValueError(f"--share4v-anno {path}: expected a JSON list, found {type(items).__name__}")
     found = []
     for number, item in enumerate(items):
         where = f"{path} item {number}"

@@ -183,7 +183,7 @@ def test_bad_data_exits_2_with_one_message(damage, said, layouts, tmp_path, caps
 
 def test_val_num_beyond_the_list_exits_2(layouts, tmp_path, capsys):
     code, _, err = run(layout_flags(layouts, sizes="8,20") + common(tmp_path, "ViT-B-16"), capsys)
-    assert code == 2 and "--share4v_val_num 20: only 12 annotations" in err
+    assert code == 2 and "--share4v-val-num 20: only 12 annotations" in err
 
 
 @pytest.mark.parametrize(

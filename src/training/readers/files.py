@@ -117,7 +117,7 @@ def upright(image: Path | StoredImage) -> StoredImage:
 
 @contextmanager
 def naming(flag: str, remedy: str = "") -> Iterator[None]:
-    """Puts a flag in front of the message of a ValueError or OSError that its value causes.
+    """Puts a flag in front of the message of a ValueError or OSError that its value causes, if it names none itself.
 
     Args:
         flag: the flag.
@@ -128,10 +128,11 @@ def naming(flag: str, remedy: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{flag} {error}" + (f"; {remedy}" if remedy else "")) from error
     except (ValueError, OSError) as error:
-        raise ValueError(f"{flag} {error}") from error
+        message = str(error) if str(error).startswith("--") else f"{flag} {error}"
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(message + (f"; {remedy}" if remedy else "")) from error
+        raise ValueError(message) from error
 
 
 def is_leftover(name: str) -> bool:
