@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -170,7 +171,8 @@ def test_csv_and_parquet_and_other_column_names_give_the_same(tmp_path):
     assert len(parts(tmp_path / "csv")) == 30
 
 
-def test_sentence_lists_and_other_published_tables(tmp_path, capsys):
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_sentence_lists_and_other_published_tables(form, tmp_path, capsys):
     table = pa.table(
         {
             "url": ["http://a/1.jpg", "http://a/2.jpg"],
@@ -178,11 +180,15 @@ def test_sentence_lists_and_other_published_tables(tmp_path, capsys):
             "re_caption": [["A dog.", "It runs"], ["A cat."]],
         }
     )
-    pq.write_table(table, tmp_path / "recap.parquet")
+    file = tmp_path / f"recap.{form}"
+    if form == "csv":  # as pandas writes lists
+        pd.DataFrame(table.to_pylist()).to_csv(file, index=False)
+    else:
+        pq.write_table(table, file)
     with pytest.raises(SystemExit):
-        run(tmp_path / "refused", tmp_path / "recap.parquet")
+        run(tmp_path / "refused", file)
     assert "a cell holds 2 captions ('A dog.', ..)" in capsys.readouterr().err
-    run(tmp_path / "out", tmp_path / "recap.parquet", "--caption-lists", "sentences")
+    run(tmp_path / "out", file, "--caption-lists", "sentences")
     written = parts(tmp_path / "out")
     assert [r["long_caption"] for r in written] == ["A dog. It runs.", "A cat."]
     assert [r["raw_caption"] for r in written] == ["one", None]

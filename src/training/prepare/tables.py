@@ -176,7 +176,7 @@ def clean_part(
 
 
 def _one_text(cell: object, lists: str) -> str | None:
-    if isinstance(cell, str) and cell.isascii():  # nearly all
+    if isinstance(cell, str) and cell.isascii() and cell[:1] != "[":  # nearly all
         return cell
     texts = cell_texts(cell, lists)
     if len(texts) > 1:
