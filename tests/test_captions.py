@@ -14,7 +14,9 @@ from training.readers.captions import (
     _END,
     caption_texts,
     first_sentence,
+    is_refusal,
     is_terminated,
+    is_unicode,
     join_sentences,
     join_split,
     normalise_caption,
@@ -307,3 +309,19 @@ def test_normalised_captions_are_unchanged_by_splitting_and_joining():
 def test_lines_end_as_in_files():
     assert split_lines("a\u2028b\x0bc\x85d\r\ne\rf\n\n") == ["a\u2028b\x0bc\x85d", "e", "f", ""]
     assert split_lines("") == [] and split_lines("a") == split_lines("a\n") == ["a"]
+
+
+def test_records_have_what_their_files_hold():
+    assert read_record({}) == {} and read_record({"json": b'\xef\xbb\xbf{"a": 1}'}) == {"a": 1}
+    assert read_record({"txt": b" one \n"}) == {"txt": "one"}
+    assert read_record({"txt": b"one", "json": b'{"txt": "two"}'}) == {"txt": "two"}
+
+
+def test_half_a_surrogate_pair_is_no_unicode():
+    assert is_unicode("a \U0001f415") and not is_unicode("a \ud83d") and not is_unicode("\udc15")
+
+
+def test_refusals_within_a_text_and_quotations_in_capitals():
+    assert is_refusal("The image shows a dog. As an artificial intelligence model, I see no colours.")
+    assert not is_refusal("I CANNOT BREATHE, IT SAYS on a poster")
+    assert not is_refusal("A natural and an artificial lake")

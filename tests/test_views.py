@@ -107,6 +107,8 @@ def test_each_kind_of_view_begins_with_the_first_long_caption():
     for seed in range(20):
         long, first, rest = choose("long, first-sentence, long-without-first", record, seed)
         assert first in long and rest.rstrip(".") in long
+        long, first, second = choose("long, first-sentence*2", record, seed)
+        assert first in long and second not in long
 
 
 def test_of_two_raw_captions_each_is_drawn():
