@@ -199,7 +199,7 @@ def test_a_launch_line_of_open_clip_trains(table, tmp_path, capsys):
         )
         == 2
     )
-    assert "--dataset-type webdataset: --train-data" in capsys.readouterr().err
+    assert "of type csv, not --dataset-type webdataset; use auto" in capsys.readouterr().err
 
 
 def test_skip_scheduler_has_no_warmup(table, tmp_path):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dataloaders import urban1k
-from dataloaders.registry import benchmarks
+from dataloaders.registry import benchmark, benchmarks
 from eval_files import write_docci, write_image
 from support import evaluate
 from training.eval.published import PublishedNumber, compare_with_published, find_published, read_published
@@ -58,7 +57,7 @@ def test_differences_are_counted_in_half_intervals_and_sizes_are_kept_apart():
 
 def test_a_planted_number_is_found_and_compared(tmp_path, tiny_clip, capsys, monkeypatch):
     root = urban(tmp_path / "Urban1k")
-    monkeypatch.setitem(urban1k.PROTOCOLS, "urban1k/first-line", {6: ()})
+    monkeypatch.setitem(benchmark("urban1k").protocols, "urban1k/first-line", {6: ()})
     sha = evaluate(tmp_path, tiny_clip, "--urban1k-retrieval", root, name="first")["weights_sha256"]
     own = {"model": "ours", "i2t": 97.5, "t2i": 0.5, "source": "a <b>paper</b>"}
     planted = {
